@@ -1,0 +1,21 @@
+"""`peru` and `python -m peru_cli`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; exits with its code."""
+    if sys.argv[1:] == ["--version"]:  # answered without loading the command line's machinery
+        from peru_cli import __version__
+
+        print(f"peru {__version__}")
+        return
+    from peru_cli.cli import run
+
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

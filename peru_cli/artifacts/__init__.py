@@ -1,0 +1,1 @@
+"""The file format (docs/format.md): container, index, codecs, and one module a kind."""

@@ -1,0 +1,165 @@
+"""The container of format 1: a safetensors file with sorted metadata and one U8 tensor for each role.
+
+Roles: `blocks` (kept entries), `whole` (tensors stored whole), `files` (side files), `index`. Their sizes
+are known at the end only, so the header's room is reserved and filled in last. docs/format.md has the
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from blake3 import blake3
+
+from peru_cli.checkpoints.atomic import PartialFile
+from peru_cli.checkpoints.dtypes import BY_NAME
+from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
+from peru_cli.checkpoints.local import RandomAccessFile, read_header
+from peru_cli.errors import BadFile
+
+FORMAT = "1"
+ROLES = ("blocks", "whole", "files", "index")
+MAX_INDEX_BYTES = 1 << 30
+_DIGEST = "peru.digest"
+_BLANK = "0" * 64  # stands for the digest while it is taken
+_U8 = BY_NAME["U8"]
+
+
+def _header(sizes: Mapping[str, int], metadata: Mapping[str, str], reserve: int = 0) -> bytes:
+    at, tensors = 0, []
+    for role in ROLES:
+        if sizes.get(role):
+            tensors.append(TensorInfo(role, _U8, (sizes[role],), at))
+            at += sizes[role]
+    return build_header(tensors, metadata, reserve)
+
+
+def _seal(blank_header: bytes, index: bytes) -> str:
+    """The digest of a file's header, padding and all, in which the digest itself is blank, and of its index."""
+    return blake3(b"peru header 1\0" + blank_header + index).hexdigest()
+
+
+class ContainerWriter:
+    """Appends roles in their order, then seals the file with its header. A context manager, as PartialFile is."""
+
+    def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool) -> None:
+        """`largest_metadata` has every key that `finish` will be given, with a value at least as long."""
+        self._file = PartialFile(target, sync)
+        self._sizes = dict.fromkeys(ROLES, 0)
+        worst = _header(dict.fromkeys(ROLES, MAX_ENTRIES // 8), {**largest_metadata, _DIGEST: _BLANK})
+        self._data_offset = -(-len(worst) // 64) * 64
+        self._at = self._data_offset
+        self._last = 0
+
+    def append(self, role: str, data: bytes | memoryview) -> None:
+        """Append to a role; roles come in the order of ROLES."""
+        number = ROLES.index(role)
+        assert number >= self._last, f"{role} after {ROLES[self._last]}"
+        self._last = number
+        self._file.write_at(self._at, data)
+        self._at += len(data)
+        self._sizes[role] += len(data)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each role so far."""
+        return dict(self._sizes)
+
+    def finish(self, metadata: Mapping[str, str], index: bytes) -> int:
+        """Append the index, write the header, put the file in place; returns the file's size in bytes."""
+        self.append("index", index)
+        digest = _seal(_header(self._sizes, {**metadata, _DIGEST: _BLANK}, reserve=self._data_offset), index)
+        header = _header(self._sizes, {**metadata, _DIGEST: digest}, reserve=self._data_offset)
+        if len(header) != self._data_offset:
+            raise AssertionError(f"header of {len(header)} bytes in room for {self._data_offset}")
+        self._file.write_at(0, header)
+        self._file.commit()
+        return self._at
+
+    def __enter__(self) -> ContainerWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.__exit__(*exc)
+
+
+class Container:
+    """An artifact opened for reading: metadata, the verified index, and roles read by range."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = RandomAccessFile(path)
+        try:
+            self._open()
+        except BadFile as error:
+            self.close()
+            message = error.message if str(path) in error.message else f"{path}: {error.message}"
+            raise BadFile(message, error.hint) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        header = read_header(self._file)
+        metadata = dict(header.metadata)
+        if "peru.format" not in metadata:
+            raise BadFile("not a peru artifact", "a checkpoint is named where an artifact is meant; `peru prune` makes artifacts")
+        if metadata["peru.format"] != FORMAT:
+            raise BadFile(f"artifact format {metadata['peru.format']!r}, this peru reads {FORMAT}", "pip install -U peru-cli")
+        if not set(header.tensors) <= set(ROLES):
+            raise BadFile(f"holds tensors that format {FORMAT} does not have: {sorted(set(header.tensors) - set(ROLES))[:3]}")
+        self.sizes = {role: header.tensors[role].nbytes if role in header.tensors else 0 for role in ROLES}
+        self._begin = {role: header.data_offset + (header.tensors[role].begin if role in header.tensors else 0) for role in ROLES}
+        if self.sizes["index"] > MAX_INDEX_BYTES:
+            raise BadFile(f"its index claims {self.sizes['index']} bytes")
+        self.index = self.read("index", 0, self.sizes["index"])
+        digest = metadata.pop(_DIGEST, "")
+        expected = _header(self.sizes, {**metadata, _DIGEST: digest}, reserve=header.data_offset)
+        raw = bytearray(header.data_offset)
+        self._file.read_into(0, memoryview(raw))
+        blank = _header(self.sizes, {**metadata, _DIGEST: _BLANK}, reserve=header.data_offset)
+        if bytes(raw) != expected or digest != _seal(blank, self.index):
+            raise BadFile("its header or index was altered after it was written", "fetch or make it again")
+        self.metadata = metadata
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the data."""
+        return self._file.size - sum(self.sizes.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self._file.size
+
+    def read_into(self, role: str, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer from a role; BadFile beyond its end."""
+        if offset < 0 or offset + len(buffer) > self.sizes[role]:
+            raise BadFile(f"{self.path}: reads past the end of its role {role!r}")
+        self._file.read_into(self._begin[role] + offset, buffer)
+
+    def read(self, role: str, offset: int, nbytes: int) -> bytes:
+        """Bytes of a role; BadFile beyond its end (checked before room is taken)."""
+        if nbytes < 0 or offset < 0 or offset + nbytes > self.sizes[role]:
+            raise BadFile(f"{self.path}: reads past the end of its role {role!r}")
+        data = bytearray(nbytes)
+        self._file.read_into(self._begin[role] + offset, memoryview(data))
+        return bytes(data)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a file is a peru artifact, sound or not; False for what is no safetensors file."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    file = RandomAccessFile(path)
+    try:
+        return "peru.format" in read_header(file).metadata
+    except BadFile:
+        return False
+    finally:
+        file.close()

@@ -1,0 +1,380 @@
+"""The binary index of a sparse-delta artifact: what each tensor is and where its entries lie.
+
+Byte layout: docs/format.md, "Index". Numbers are LEB128 varints; names are front-coded, which needs no
+codec and takes a third of their bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from peru_cli.artifacts.codecs import PCO, RAW
+from peru_cli.checkpoints.dtypes import BY_CODE, Dtype
+from peru_cli.checkpoints.header import MAX_DIMENSIONS, MAX_ENTRIES, MAX_HEADER_BYTES, TensorInfo, check_tensor_name
+from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_name
+from peru_cli.errors import BadFile
+from peru_cli.streaming.digests import SHORT
+
+INDEX_VERSION = 1
+WHOLE, DELTA, COPY = 0, 1, 2  # stored whole; base plus kept entries; the base's bytes
+EXACT, ROUNDED = 0, 1  # values: ULP differences; bf16 differences
+NOT_ROUNDED = 0x7FC0  # among rounded values: the exact difference is stored apart (never an encoded difference)
+STORED, FROM_BASE = 0, 1  # a side file inside the artifact; equal to the base's
+BLOCK_ENTRIES = 1 << 17  # kept entries a block: smaller ones cost bytes, larger ones memory and latency
+MAX_BLOCK_ENTRIES = 1 << 22
+MAX_NAMES_BYTES = MAX_HEADER_BYTES  # of all tensor names together: front coding could make gigabytes of a small index
+_STREAM_SLACK = 1 << 16  # bytes by which an encoded stream may exceed its integers
+
+
+@dataclass
+class TensorRecord:
+    """One tensor of the fine-tune. `base_*` and `kept` mean nothing for mode WHOLE."""
+
+    info: TensorInfo
+    mode: int
+    whole_digest: bytes = b""
+    base_dtype: Dtype | None = None
+    base_rows: int = 0  # 0: the base's shape is the fine-tune's; else the base has only so many rows
+    base_digest: bytes = b""
+    kept: int = 0
+
+    @property
+    def base_shape(self) -> tuple[int, ...]:
+        """Shape of the base's tensor."""
+        return (self.base_rows, *self.info.shape[1:]) if self.base_rows else self.info.shape
+
+    @property
+    def base_entries(self) -> int:
+        """Leading entries that come from the base."""
+        return 0 if self.mode == WHOLE else math.prod(self.base_shape)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of this tensor in the role `whole`: all of it, or the rows that the base lacks."""
+        return self.info.dtype.nbytes(self.info.entries - self.base_entries)
+
+
+@dataclass
+class Block:
+    """So many kept entries of one stream that decode on their own.
+
+    `origin` is the stream position that their first gap counts from: one past the block before.
+    """
+
+    stream: int
+    origin: int
+    count: int
+    wide_gaps: bool
+    positions_bytes: int
+    values_bytes: int
+    apart: int
+    digest: bytes
+
+    def nbytes(self, dtype: Dtype) -> int:
+        """Bytes of the block in the role `blocks`."""
+        return self.positions_bytes + self.values_bytes + self.apart * dtype.bits // 8
+
+
+@dataclass
+class Stream:
+    """The kept entries of all delta tensors of one dtype, in canonical order."""
+
+    dtype: Dtype
+    values: int
+    positions_codec: int = PCO
+    values_codec: int = PCO
+    block_entries: int = BLOCK_ENTRIES
+    kept: int = 0
+
+    @property
+    def value_type(self) -> str:
+        """NumPy type of the decoded values."""
+        return "int16" if self.values == ROUNDED else f"int{self.dtype.bits}"
+
+
+@dataclass
+class SideFile:
+    """A small file of the fine-tune: inside the artifact, or the base's own."""
+
+    name: str
+    origin: int
+    size: int
+    digest: bytes
+
+
+@dataclass
+class Index:
+    """All that a sparse-delta artifact knows of its contents."""
+
+    tensors: list[TensorRecord]
+    streams: list[Stream]
+    blocks: list[Block]  # in the order of their bytes
+    files: list[SideFile]
+
+    def stream_of(self, dtype: Dtype) -> int:
+        """Number of the stream that holds a dtype's entries."""
+        return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
+
+
+class _Sink:
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def byte(self, value: int) -> None:
+        self.data.append(value)
+
+    def number(self, value: int) -> None:
+        while value >= 0x80:
+            self.data.append(value & 0x7F | 0x80)
+            value >>= 7
+        self.data.append(value)
+
+    def text(self, value: bytes) -> None:
+        self.number(len(value))
+        self.data += value
+
+
+class _Cursor:
+    """Reads the index; every length is checked against what is left."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, n: int) -> bytes:
+        if n > len(self._data) - self._at:
+            raise BadFile("the artifact's index ends too early")
+        self._at += n
+        return self._data[self._at - n : self._at]
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def one_of(self, allowed: tuple[int, ...], what: str) -> int:
+        value = self.byte()
+        if value not in allowed:
+            raise BadFile(f"the artifact's index has the {what} {value}, unknown to this version of peru", "pip install -U peru-cli")
+        return value
+
+    def number(self, most: int = MAX_ENTRIES) -> int:
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if value > most or shift > 56:
+                raise BadFile(f"the artifact's index holds a number above {most}")
+            if byte < 0x80:
+                if byte == 0 and shift:
+                    raise BadFile("the artifact's index holds an overlong number")
+                return value
+            shift += 7
+
+    def count(self) -> int:
+        """A number of records, each of which takes at least one byte."""
+        return self.number(len(self._data) - self._at)
+
+    def dtype(self) -> Dtype:
+        dtype = BY_CODE.get(code := self.byte())
+        if dtype is None:
+            raise BadFile(f"the artifact's index has the unknown dtype code {code}")
+        return dtype
+
+    def text(self) -> str:
+        try:
+            return self.take(self.count()).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadFile("the artifact's index holds a name that is not UTF-8") from error
+
+    def done(self) -> bool:
+        return self._at == len(self._data)
+
+
+def encode_index(index: Index) -> bytes:
+    """Serialise; tensors must be in canonical order."""
+    sink = _Sink()
+    sink.byte(INDEX_VERSION)
+    sink.number(len(index.tensors))
+    previous = b""
+    for record in index.tensors:
+        name = record.info.name.encode("utf-8")
+        shared = _shared(previous, name)
+        previous = name
+        sink.number(shared)
+        sink.text(name[shared:])
+        _encode_record(sink, record)
+    sink.number(len(index.streams))
+    for stream in index.streams:
+        sink.byte(stream.dtype.code)
+        sink.byte(stream.values)
+        sink.byte(stream.positions_codec)
+        sink.byte(stream.values_codec)
+        sink.number(stream.block_entries)
+        sink.number(stream.kept)
+    sink.number(len(index.blocks))
+    origins = [0] * len(index.streams)
+    for block in index.blocks:
+        _encode_block(sink, block, origins[block.stream], index.streams[block.stream])
+        origins[block.stream] = block.origin
+    sink.number(len(index.files))
+    for file in index.files:
+        sink.text(file.name.encode())
+        sink.byte(file.origin)
+        sink.number(file.size)
+        sink.data += file.digest
+    return bytes(sink.data)
+
+
+def _shared(a: bytes, b: bytes) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _encode_record(sink: _Sink, record: TensorRecord) -> None:
+    sink.byte(record.mode)
+    sink.byte(record.info.dtype.code)
+    sink.number(len(record.info.shape))
+    for size in record.info.shape:
+        sink.number(size)
+    if record.mode != WHOLE:
+        assert record.base_dtype is not None
+        sink.byte(record.base_dtype.code)
+        sink.data += record.base_digest
+    if record.mode == DELTA:
+        sink.number(record.base_rows)
+        sink.number(record.kept)
+    if record.mode == WHOLE or record.base_rows:
+        sink.data += record.whole_digest
+
+
+def _encode_block(sink: _Sink, block: Block, origin: int, stream: Stream) -> None:
+    sink.byte(block.stream)
+    sink.number(block.origin - origin)
+    sink.byte(int(block.wide_gaps))
+    sink.number(block.positions_bytes)
+    sink.number(block.values_bytes)
+    if stream.values == ROUNDED:
+        sink.number(block.apart)
+    sink.data += block.digest
+
+
+def decode_index(data: bytes) -> Index:
+    """Parse and check an index; BadFile if anything in it cannot be."""
+    cursor = _Cursor(data)
+    if (version := cursor.byte()) != INDEX_VERSION:
+        raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
+    tensors: list[TensorRecord] = []
+    name, names_left = b"", MAX_NAMES_BYTES
+    for _ in range(cursor.count()):
+        shared = cursor.number(len(name))
+        following = name[:shared] + cursor.take(cursor.count())
+        if tensors and following <= name:
+            raise BadFile("the tensors of the artifact's index are not in order")
+        name, names_left = following, names_left - len(following)
+        if names_left < 0:
+            raise BadFile(f"the tensor names of the artifact's index take more than {MAX_NAMES_BYTES} bytes")
+        tensors.append(_decode_record(cursor, name))
+    streams = [_decode_stream(cursor) for _ in range(cursor.count())]
+    blocks = _decode_blocks(cursor, streams)
+    files = [_decode_file(cursor) for _ in range(cursor.count())]
+    if not cursor.done():
+        raise BadFile("the artifact's index goes on after its end")
+    index = Index(tensors, streams, blocks, files)
+    _check(index)
+    return index
+
+
+def _decode_record(cursor: _Cursor, encoded_name: bytes) -> TensorRecord:
+    try:
+        name = encoded_name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile("a tensor name in the artifact's index is not UTF-8") from error
+    check_tensor_name(name)
+    mode = cursor.one_of((WHOLE, DELTA, COPY), "tensor mode")
+    dtype = cursor.dtype()
+    shape = tuple(cursor.number() for _ in range(cursor.number(MAX_DIMENSIONS)))
+    if math.prod(max(size, 1) for size in shape) > MAX_ENTRIES:
+        raise BadFile(f"tensor {name!r} has the impossible shape {list(shape)}")
+    if math.prod(shape) * dtype.bits % 8:
+        raise BadFile(f"tensor {name!r} does not fill whole bytes")
+    record = TensorRecord(TensorInfo(name, dtype, shape), mode)
+    if mode != WHOLE:
+        record.base_dtype = cursor.dtype()
+        record.base_digest = cursor.take(SHORT)
+    if mode == COPY and record.base_dtype is not dtype:
+        raise BadFile(f"tensor {name!r} is a copy of another dtype")
+    if mode == DELTA:
+        assert record.base_dtype is not None
+        if not (dtype.compressible and record.base_dtype.compressible):
+            raise BadFile(f"tensor {name!r} is a difference of {dtype.name}, which has none")
+        record.base_rows = cursor.number()
+        if record.base_rows and not (shape and record.base_rows < shape[0]):
+            raise BadFile(f"tensor {name!r} grew from {record.base_rows} rows to the shape {list(shape)}")
+        record.kept = cursor.number(record.base_entries)
+    if mode == WHOLE or record.base_rows:
+        record.whole_digest = cursor.take(SHORT)
+    return record
+
+
+def _decode_stream(cursor: _Cursor) -> Stream:
+    dtype = cursor.dtype()
+    values = cursor.one_of((EXACT, ROUNDED), "kind of values")
+    if not dtype.compressible or (values == ROUNDED and dtype.bits < 32):
+        raise BadFile(f"a stream of {dtype.name} entries cannot be")
+    codecs = [cursor.one_of((RAW, PCO), "codec") for _ in range(2)]
+    stream = Stream(dtype, values, codecs[0], codecs[1], cursor.number(MAX_BLOCK_ENTRIES))
+    if stream.block_entries < 1:
+        raise BadFile("a stream's blocks hold no entries")
+    stream.kept = cursor.number()
+    return stream
+
+
+def _decode_blocks(cursor: _Cursor, streams: list[Stream]) -> list[Block]:
+    left = [stream.kept for stream in streams]
+    origins = [0] * len(streams)
+    blocks = []
+    for _ in range(cursor.count()):
+        number = cursor.byte()
+        if number >= len(streams) or not left[number]:
+            raise BadFile("the artifact's index has a block that belongs to no stream")
+        stream = streams[number]
+        step, before = cursor.number(), stream.kept - left[number]
+        if step < min(before, stream.block_entries) or (step and not before):
+            raise BadFile("the artifact's index has a block that does not follow the one before it")
+        origins[number] += step
+        count = min(left[number], stream.block_entries)
+        left[number] -= count
+        wide = bool(cursor.one_of((0, 1), "width of gaps"))
+        sizes = cursor.number(8 * count + _STREAM_SLACK), cursor.number(8 * count + _STREAM_SLACK)
+        apart = cursor.number(count) if stream.values == ROUNDED else 0
+        blocks.append(Block(number, origins[number], count, wide, *sizes, apart, cursor.take(SHORT)))
+    if any(left):
+        raise BadFile("the artifact's index lists fewer kept entries than its streams have")
+    return blocks
+
+
+def _decode_file(cursor: _Cursor) -> SideFile:
+    name = cursor.text()
+    if not is_side_file_name(name):
+        raise BadFile(f"the artifact carries a file named {name!r}, which peru does not write")
+    origin = cursor.one_of((STORED, FROM_BASE), "origin of a file")
+    return SideFile(name, origin, cursor.number(MAX_SIDE_FILE_BYTES), cursor.take(SHORT))
+
+
+def _check(index: Index) -> None:
+    dtypes = [stream.dtype for stream in index.streams]
+    if len(set(dtypes)) != len(dtypes):
+        raise BadFile("the artifact's index has two streams of one dtype")
+    for record in index.tensors:
+        if record.kept and record.info.dtype not in dtypes:
+            raise BadFile(f"tensor {record.info.name!r} has kept entries and no stream")
+    for stream in index.streams:
+        kept = sum(record.kept for record in index.tensors if record.info.dtype is stream.dtype)
+        if kept != stream.kept:
+            raise BadFile(f"the stream of {stream.dtype.name} holds {stream.kept} entries, its tensors {kept}")
+        length = sum(r.base_entries for r in index.tensors if r.mode == DELTA and r.info.dtype is stream.dtype)
+        if length > MAX_ENTRIES or any(block.origin >= length for block in index.blocks if index.streams[block.stream] is stream):
+            raise BadFile(f"the stream of {stream.dtype.name} is longer than can be, or has blocks beyond its end")
+    names = [file.name for file in index.files]
+    if any(a >= b for a, b in pairwise(names)):
+        raise BadFile("the files that the artifact carries are not in order")

@@ -1,0 +1,251 @@
+"""Read artifacts: any tensor's kept entries, decoded block by block, every byte checked before it is used."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from peru_cli.artifacts.codecs import decode
+from peru_cli.artifacts.container import Container
+from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, STORED, WHOLE, Block, SideFile, Stream, TensorRecord, decode_index
+from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata, short_digest
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import Prefix
+from peru_cli.errors import BadFile, Mismatch
+from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
+from peru_cli.streaming.tiles import CHUNK
+
+_CACHED_BLOCKS = 8  # decoded blocks kept: a block spans several tiles, and threads work on neighbours
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a block's bytes begin in the role `blocks`."""
+
+    block: Block
+    offset: int
+
+
+class _StreamReader:
+    def __init__(self, stream: Stream, places: list[_Place], length: int) -> None:
+        self.stream, self.places, self.length = stream, places, length
+        self.origins = [place.block.origin for place in places]
+
+
+class SparseDelta:
+    """An opened sparse-delta artifact. Safe from many threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.container = Container(path)
+        try:
+            self._open()
+        except BadFile as error:
+            self.close()
+            message = error.message if str(path) in error.message else f"{path}: {error.message}"
+            raise BadFile(message, error.hint) from error
+        except BaseException:
+            self.close()
+            raise
+        self._cache: OrderedDict[tuple[int, int], Future[Entries]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def _open(self) -> None:
+        self.path, self.metadata = self.container.path, self.container.metadata
+        if (kind := self.metadata.get("peru.kind")) != KIND:
+            raise BadFile(f"an artifact of kind {kind!r}, unknown to this version of peru", "pip install -U peru-cli")
+        check_metadata(self.metadata)
+        self.index = decode_index(self.container.index)
+        deltas = [record for record in self.index.tensors if record.mode == DELTA]
+        for key, counted in (("peru.entries", sum(r.base_entries for r in deltas)), ("peru.kept", sum(r.kept for r in deltas))):
+            if int(self.metadata[key]) != counted:
+                raise BadFile(f"its metadata has {key!r} as {self.metadata[key]}, its index has {counted}")
+        self.prefix = Prefix.decode(self.metadata.get("peru.prefix", ""))
+        self.records = {record.info.name: record for record in self.index.tensors}
+        lengths = [0] * len(self.index.streams)
+        self._first: dict[str, int] = {}
+        self._whole_at: dict[str, int] = {}
+        whole = 0
+        for record in self.index.tensors:
+            if record.mode == DELTA and any(s.dtype is record.info.dtype for s in self.index.streams):
+                number = self.index.stream_of(record.info.dtype)
+                self._first[record.info.name] = lengths[number]
+                lengths[number] += record.base_entries
+            self._whole_at[record.info.name] = whole
+            whole += record.whole_bytes
+        places: list[list[_Place]] = [[] for _ in self.index.streams]
+        at = 0
+        for block in self.index.blocks:
+            places[block.stream].append(_Place(block, at))
+            at += block.nbytes(self.index.streams[block.stream].dtype)
+        self._streams = [_StreamReader(*three) for three in zip(self.index.streams, places, lengths, strict=True)]
+        files = sum(file.size for file in self.index.files if file.origin == STORED)
+        for role, size in (("blocks", at), ("whole", whole), ("files", files)):
+            if self.container.sizes[role] != size:
+                raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
+
+    @property
+    def result_digest(self) -> bytes:
+        """Digest of the checkpoint that unpacking gives; 32 bytes."""
+        return bytes.fromhex(self.metadata["peru.result"])
+
+    def base_name(self, record: TensorRecord) -> str:
+        """The base's name for a tensor that is not stored whole."""
+        name = self.prefix.base_name(record.info.name)
+        if name is None:
+            raise BadFile(f"{self.path}: tensor {record.info.name!r} does not fit its own prefix {self.prefix}")
+        return name
+
+    def tensors(self) -> list[TensorInfo]:
+        """The fine-tune's tensors in canonical order."""
+        return [record.info for record in self.index.tensors]
+
+    # -- kept entries ---------------------------------------------------------------------------------
+
+    def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
+        """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
+        stop = min(stop, record.base_entries)
+        if record.mode != DELTA or not record.kept or start >= stop:
+            return None, Entries(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int16))
+        number = self.index.stream_of(record.info.dtype)
+        reader = self._streams[number]
+        low, high = self._first[record.info.name] + start, self._first[record.info.name] + stop
+        first = max(bisect_right(reader.origins, low) - 1, 0)
+        last = bisect_left(reader.origins, high)
+        found = [self._clip(self._decoded(number, i), reader.stream, low, high) for i in range(first, last)]
+        if len(found) == 1:
+            return reader.stream, found[0]
+        joined = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
+        return reader.stream, Entries(*joined)
+
+    @staticmethod
+    def _clip(entries: Entries, stream: Stream, low: int, high: int) -> Entries:
+        a, b = np.searchsorted(entries.positions, (low, high))
+        apart = entries.apart
+        if stream.values == ROUNDED and len(apart):
+            before = int(np.count_nonzero(entries.values[:a] == NOT_ROUNDED))
+            apart = apart[before : before + int(np.count_nonzero(entries.values[a:b] == NOT_ROUNDED))]
+        return Entries(entries.positions[a:b] - low, entries.values[a:b], apart)
+
+    def _decoded(self, number: int, i: int) -> Entries:
+        with self.lock:
+            future = self._cache.get((number, i))
+            mine = future is None
+            if future is None:
+                future = self._cache[number, i] = Future()
+                while len(self._cache) > _CACHED_BLOCKS:
+                    self._cache.popitem(last=False)
+            else:
+                self._cache.move_to_end((number, i))
+        if mine:
+            try:
+                future.set_result(self._decode(self._streams[number], i))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _decode(self, reader: _StreamReader, i: int) -> Entries:
+        place, stream = reader.places[i], reader.stream
+        block = place.block
+        data = self.container.read("blocks", place.offset, block.nbytes(stream.dtype))
+        if short_digest(data) != block.digest:
+            raise BadFile(f"{self.path}: a block of kept entries was altered (byte {place.offset} of its blocks)", "fetch or make it again")
+        cut = block.positions_bytes + block.values_bytes
+        try:
+            gaps = decode(data[: block.positions_bytes], stream.positions_codec, "uint64" if block.wide_gaps else "uint32", block.count)
+            values = decode(data[block.positions_bytes : cut], stream.values_codec, stream.value_type, block.count)
+        except BadFile as error:
+            raise BadFile(f"{self.path}: {error.message}", error.hint) from error
+        apart = np.frombuffer(data[cut:], dtype=f"<i{stream.dtype.bits // 8}").astype(f"i{stream.dtype.bits // 8}")
+        positions = np.cumsum(gaps, dtype=np.int64)
+        positions += np.arange(block.origin, block.origin + block.count)
+        end = reader.origins[i + 1] if i + 1 < len(reader.origins) else reader.length
+        if int(gaps.max()) > reader.length or positions[-1] >= end or int(positions.min()) < block.origin:
+            raise BadFile(f"{self.path}: a block's positions leave its stream")
+        if stream.values == ROUNDED and np.count_nonzero(values == NOT_ROUNDED) != block.apart:
+            raise BadFile(f"{self.path}: a block lacks values that it stores apart")
+        return Entries(positions, values, apart)
+
+    def values_of(self, number: int) -> Iterator[Array]:
+        """Decoded values of a stream, block by block; those of entries kept apart are markers."""
+        for i in range(len(self._streams[number].places)):
+            yield self._decode(self._streams[number], i).values
+
+    # -- tensors stored whole, side files -------------------------------------------------------------
+
+    def read_whole(self, record: TensorRecord, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes that the artifact stores whole, from byte `offset` of the tensor on."""
+        skipped = record.info.dtype.nbytes(record.base_entries)
+        self.container.read_into("whole", self._whole_at[record.info.name] + offset - skipped, buffer)
+
+    def verify_whole(self, record: TensorRecord) -> None:
+        """Check the digest of what is stored whole of a tensor; BadFile if it was altered."""
+        if record.mode != WHOLE and not record.base_rows:
+            return
+        offset = record.info.dtype.nbytes(record.base_entries)
+        digest = TensorDigest(record.info.dtype, whole_shape(record))
+        room = bytearray(min(record.info.dtype.nbytes(16 * CHUNK), record.whole_bytes))
+        for at in range(0, record.whole_bytes, max(len(room), 1)):
+            part = memoryview(room)[: record.whole_bytes - at]
+            self.read_whole(record, offset + at, part)
+            digest.add(leaves(part, record.info.dtype))
+        if digest.digest()[:SHORT] != record.whole_digest:
+            raise BadFile(f"{self.path}: tensor {record.info.name!r}, stored whole, was altered", "fetch or make it again")
+
+    def side_file(self, file: SideFile) -> bytes:
+        """Contents of a side file that the artifact stores; BadFile if it was altered."""
+        at = 0
+        for other in self.index.files:
+            if other is file:
+                break
+            at += other.size if other.origin == STORED else 0
+        data = self.container.read("files", at, file.size)
+        if short_digest(data) != file.digest:
+            raise BadFile(f"{self.path}: the side file {file.name!r} was altered", "fetch or make it again")
+        return data
+
+    def close(self) -> None:
+        """Release the file."""
+        self.container.close()
+
+    def __enter__(self) -> SparseDelta:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def whole_shape(record: TensorRecord) -> tuple[int, ...]:
+    """Shape of the part of a tensor that is stored whole."""
+    shape = record.info.shape
+    return (shape[0] - record.base_rows, *shape[1:]) if record.base_rows else shape
+
+
+def check_base_header(artifact: SparseDelta, record: TensorRecord, base: TensorInfo | None, label: str) -> str | None:
+    """What a base's header shows to be wrong with a tensor; None if nothing."""
+    if base is None:
+        return f"{artifact.base_name(record)}: not in {label}"
+    if base.shape != record.base_shape or base.dtype is not record.base_dtype:
+        assert record.base_dtype is not None
+        return (
+            f"{base.name}: {base.dtype.name} {list(base.shape)} in {label}, "
+            f"{record.base_dtype.name} {list(record.base_shape)} when the artifact was made"
+        )
+    return None
+
+
+def refuse_base(problems: list[str], artifact: SparseDelta, label: str) -> None:
+    """Raise Mismatch if there are problems, naming the first few and the base that the artifact was made from."""
+    if not problems:
+        return
+    wanted = artifact.metadata.get("peru.base")
+    raise Mismatch(
+        f"{label} is not the base that {artifact.path} was made from: {len(problems)} tensor(s) differ\n  " + "\n  ".join(problems[:5]),
+        f"it was made from {wanted}" if wanted else "the artifact does not say where its base came from (prune --base-id records it)",
+    )

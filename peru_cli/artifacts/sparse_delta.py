@@ -1,0 +1,198 @@
+"""Write artifacts of kind `sparse-delta`: one fine-tune as base plus kept entries.
+
+Blocks are filled in canonical order, encoded by whichever thread filled them, and written in order again,
+so the bytes depend on nothing but the entries.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from peru_cli.artifacts.codecs import encode
+from peru_cli.artifacts.container import FORMAT, ContainerWriter
+from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, STORED, Block, Index, SideFile, Stream, TensorRecord, encode_index
+from peru_cli.errors import BadFile
+from peru_cli.streaming.digests import SHORT
+
+KIND = "sparse-delta"
+
+# Metadata of this kind, less the container's digest, and the form of each value (docs/format.md, "Metadata").
+_COUNT = "0|[1-9][0-9]{0,18}"
+_DECIMAL = r"inf|(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-][0-9]+)?"
+METADATA = {
+    "peru.format": "1",
+    "peru.kind": "sparse-delta",
+    "peru.task": r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}",
+    "peru.prefix": r"([+-].+)?",
+    "peru.density": r"lossless|1|[1-9][0-9]*/[1-9][0-9]*",
+    "peru.entries": _COUNT,
+    "peru.kept": _COUNT,
+    "peru.changed": _COUNT,
+    "peru.result": "[0-9a-f]{64}",
+    "peru.base": "(?s:.+)",
+    "peru.scope": "global|tensor",
+    "peru.threshold": _DECIMAL,
+    "peru.largest_error": _DECIMAL,
+}
+OPTIONAL = {"peru.base", "peru.scope", "peru.threshold", "peru.largest_error"}
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Refuse metadata that this kind cannot have; unknown keys are left alone."""
+    for key, form in METADATA.items():
+        if key not in metadata and key not in OPTIONAL:
+            raise BadFile(f"its metadata lacks {key!r}")
+        if key in metadata and not re.fullmatch(form, metadata[key]):
+            raise BadFile(f"its metadata has {key!r} as {metadata[key][:80]!r}")
+
+
+def short_digest(data: bytes | memoryview) -> bytes:
+    """The digest that the index keeps of blocks and side files."""
+    return blake3(data).digest()[:SHORT]
+
+
+@dataclass
+class Entries:
+    """Kept entries in ascending order: stream positions (k,), values (k,), exact differences of those kept apart."""
+
+    positions: Array
+    values: Array
+    apart: Array
+
+
+@dataclass
+class FilledBlock:
+    """A block's entries, waiting to be encoded; `ticket` is its place in the file."""
+
+    ticket: int
+    stream: int
+    origin: int
+    entries: Entries
+
+
+class _Filler:
+    """Cuts one stream into blocks."""
+
+    def __init__(self, number: int, stream: Stream) -> None:
+        self.number, self.stream = number, stream
+        self._waiting: list[Entries] = []
+        self._size = 0
+        self._origin = 0
+
+    def add(self, entries: Entries) -> list[Entries]:
+        self._waiting.append(entries)
+        self._size += len(entries.positions)
+        self.stream.kept += len(entries.positions)
+        if self._size < self.stream.block_entries:
+            return []
+        return self._cut(self.stream.block_entries)
+
+    def rest(self) -> list[Entries]:
+        return self._cut(self._size) if self._size else []
+
+    def _cut(self, size: int) -> list[Entries]:
+        positions = np.concatenate([e.positions for e in self._waiting])
+        values = np.concatenate([e.values for e in self._waiting])
+        apart = np.concatenate([e.apart for e in self._waiting])
+        full = []
+        while len(positions) >= size > 0:
+            marked = self.count_apart(values[:size])
+            full.append(Entries(positions[:size], values[:size], apart[:marked]))
+            positions, values, apart = positions[size:], values[size:], apart[marked:]
+        self._waiting, self._size = [Entries(positions.copy(), values.copy(), apart.copy())], len(positions)
+        return full
+
+    def count_apart(self, values: Array) -> int:
+        return 0 if self.stream.values == EXACT else int(np.count_nonzero(values == NOT_ROUNDED))
+
+    def take_origin(self, entries: Entries) -> int:
+        origin, self._origin = self._origin, int(entries.positions[-1]) + 1
+        return origin
+
+
+class SparseDeltaWriter:
+    """Writes one artifact. `add` in canonical order; `write` for what it returns, from any thread; then `finish`."""
+
+    def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool) -> None:
+        self._container = ContainerWriter(target, largest_metadata, sync)
+        self._fillers = [_Filler(number, stream) for number, stream in enumerate(streams)]
+        self._streams = streams
+        self._blocks: list[Block] = []
+        self._tickets = 0
+        self._encoded: dict[int, tuple[Block, bytes]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, stream: int, entries: Entries) -> list[FilledBlock]:
+        """Append kept entries to a stream; returns the blocks that are full now."""
+        return self._tickets_for(self._fillers[stream], self._fillers[stream].add(entries))
+
+    def rest(self) -> list[FilledBlock]:
+        """The last, shorter block of each stream."""
+        return [block for filler in self._fillers for block in self._tickets_for(filler, filler.rest())]
+
+    def _tickets_for(self, filler: _Filler, full: list[Entries]) -> list[FilledBlock]:
+        blocks = []
+        for entries in full:
+            blocks.append(FilledBlock(self._tickets, filler.number, filler.take_origin(entries), entries))
+            self._tickets += 1
+        return blocks
+
+    def write(self, filled: FilledBlock) -> None:
+        """Encode a block and write it when its turn has come."""
+        block, data = self._encode(filled)
+        with self._lock:
+            self._encoded[filled.ticket] = (block, data)
+            while (ready := self._encoded.pop(len(self._blocks), None)) is not None:
+                self._blocks.append(ready[0])
+                self._container.append("blocks", ready[1])
+
+    def _encode(self, filled: FilledBlock) -> tuple[Block, bytes]:
+        stream, entries = self._streams[filled.stream], filled.entries
+        gaps = np.diff(entries.positions, prepend=filled.origin - 1) - 1
+        wide = bool(gaps.max() >= 1 << 32)
+        positions = encode(gaps.astype(np.uint64 if wide else np.uint32), stream.positions_codec)
+        values = encode(np.ascontiguousarray(entries.values), stream.values_codec)
+        apart = entries.apart.astype(entries.apart.dtype.newbyteorder("<"), copy=False).tobytes()
+        data = positions + values + apart
+        count = len(entries.positions)
+        return (
+            Block(filled.stream, filled.origin, count, wide, len(positions), len(values), len(entries.apart), short_digest(data)),
+            data,
+        )
+
+    def append_whole(self, data: memoryview) -> None:
+        """Append bytes of tensors stored whole, in the index's order."""
+        self._container.append("whole", data)
+
+    def finish(self, metadata: Mapping[str, str], records: list[TensorRecord], files: list[tuple[SideFile, bytes]]) -> int:
+        """Write side files, index and header, and put the artifact in place; returns its size in bytes."""
+        assert not self._encoded, "a block was never written"
+        for file, content in files:
+            if file.origin == STORED:
+                self._container.append("files", content)
+        used = [stream for stream in self._streams if stream.kept]
+        numbers = {self._streams.index(stream): i for i, stream in enumerate(used)}
+        for block in self._blocks:
+            block.stream = numbers[block.stream]
+        index = Index(records, used, self._blocks, [file for file, _ in files])
+        return self._container.finish({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Blocks written so far, in the order of their bytes."""
+        return self._blocks
+
+    def __enter__(self) -> SparseDeltaWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._container.__exit__(*exc)

@@ -1,0 +1,202 @@
+"""Outputs that are there whole or not at all.
+
+Everything is written to `.NAME.peru-partial` beside the target, synced, and renamed. An exception removes
+it; a kill leaves it behind under a name that nobody takes for the real thing, and the next run of the
+same command starts it afresh. A lock keeps two processes from writing the same target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from peru_cli.errors import PeruError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, the exclusive rename still holds
+    fcntl = None  # type: ignore[assignment]
+
+
+def check_target(target: Path, force: bool, new_folder: bool = False) -> None:
+    """Refuse, before any work, a target that exists or cannot be written.
+
+    With `new_folder`, the folder that it goes into need not exist yet: it will be made.
+    """
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists already", "choose another -o, or --force to replace it")
+    parent = target.absolute().parent
+    if new_folder and not parent.exists():
+        target, parent = parent, parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"{parent}: no such folder, so {target.name} cannot be written there")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{parent} is not writable", "choose another -o")
+
+
+def check_room(target: Path, nbytes: int) -> None:
+    """Refuse, before any work, a disk that cannot hold `nbytes` more bytes."""
+    free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.is_dir())).free
+    if free < nbytes:
+        raise PeruError(
+            f"{target} needs {nbytes:,} bytes, the disk has {free:,} free",
+            "free some room, or write to another disk with -o",
+        )
+
+
+def partial_path(target: Path) -> Path:
+    """Where the unfinished output lies."""
+    return target.absolute().parent / f".{target.name}.peru-partial"
+
+
+def _open_locked(path: Path, target: Path) -> int:
+    """Open or make the file at `path`, which no other process may have; PeruError if one does.
+
+    Whoever had it may have renamed or removed it between our opening and our locking: then we hold the lock
+    of a file that is no longer at `path` (it may be the finished target), and open what is there now.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            if fcntl is None:
+                return fd
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+        except BlockingIOError as error:
+            os.close(fd)
+            raise PeruError(f"{target} is being written by another peru", "wait for it, or choose another -o") from error
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename last (where folders can be synced)."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (Linux renameat2); False where that cannot be done."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(call(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
+
+
+class PartialFile:
+    """A file that appears under its name when committed. A context manager: leaving it uncommitted removes it."""
+
+    def __init__(self, target: Path, sync: bool) -> None:
+        self.target, self._sync = target, sync
+        self.path = partial_path(target)
+        self.fd = _open_locked(self.path, target)
+        os.ftruncate(self.fd, 0)
+        self._open = True
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data` at a byte offset; safe from many threads."""
+        view = memoryview(data)
+        while len(view):
+            written = os.pwrite(self.fd, view, offset)
+            if written == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
+            view, offset = view[written:], offset + written
+
+    def commit(self) -> None:
+        """Sync and rename into place."""
+        if self._sync:
+            os.fsync(self.fd)
+        os.replace(self.path, self.target)
+        self._close()
+        if self._sync:
+            sync_folder(self.path.parent)
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self.fd)
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._open:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            self._close()
+
+
+class PartialDirectory:
+    """A folder that appears under its name when committed, all at once."""
+
+    def __init__(self, target: Path, sync: bool) -> None:
+        self.target, self._sync = target, sync
+        self.path = partial_path(target)
+        self._lock_fd: int | None = _open_locked(self.path.with_name(self.path.name + ".lock"), target)
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir()
+        except BaseException:
+            self._release()
+            raise
+
+    def commit(self) -> None:
+        """Sync every file and put the folder in place; an existing one is replaced in one step."""
+        if self._sync:
+            for path in sorted(self.path.rglob("*")):
+                if path.is_file():
+                    fd = os.open(path, os.O_RDONLY)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+            sync_folder(self.path)
+        if not self.target.exists():
+            os.rename(self.path, self.target)
+        elif _exchange(self.path, self.target):
+            _remove(self.path)
+        else:  # no atomic exchange here: the old state waits under a name of its own between two renames
+            aside = self.path.with_name(f".{self.target.name}.peru-replaced")
+            os.rename(self.target, aside)
+            os.rename(self.path, self.target)
+            _remove(aside)
+        if self._sync:
+            sync_folder(self.path.parent)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock_fd is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path.with_name(self.path.name + ".lock"))
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def __enter__(self) -> PartialDirectory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock_fd is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._release()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

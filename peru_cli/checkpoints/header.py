@@ -1,0 +1,177 @@
+"""The safetensors header, read strictly and written in one canonical way.
+
+The reference reader accepts, against its own specification, duplicate names, leading spaces, empty
+names, names with `../` and absurd shapes. A checkpoint comes from strangers: all of these are refused.
+Source: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
+from peru_cli.errors import BadFile
+
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
+MAX_WRITTEN_HEADER_BYTES = 25_000_000  # huggingface_hub's cap
+MAX_ENTRIES = 1 << 62
+MAX_DIMENSIONS = 64
+METADATA_KEY = "__metadata__"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; `begin` counts bytes from the end of the header."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    begin: int = 0
+
+    @property
+    def entries(self) -> int:
+        """Number of entries (1 for a scalar)."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.dtype.nbytes(self.entries)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header: tensors by name, metadata, and where the data begins in the file (bytes)."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_offset: int
+    file_bytes: int
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise BadFile(f"the name {key!r} stands twice in the header")
+        seen[key] = value
+    return seen
+
+
+def _refuse_constant(text: str) -> Any:
+    raise BadFile(f"the header holds {text}, which is not JSON")
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
+def check_tensor_name(name: str) -> None:
+    """Refuse names that are empty, hold control characters, or could climb out of a folder."""
+    if not name:
+        raise BadFile("a tensor has an empty name")
+    if name == METADATA_KEY:
+        raise BadFile(f"a tensor is named {name}, which a header reserves")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise BadFile(f"the tensor name {name!r} holds a control character")
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or name.startswith(("/", "\\")):
+        raise BadFile(f"the tensor name {name!r} looks like a path out of its folder")
+    if not _is_unicode(name):
+        raise BadFile(f"the tensor name {name!r} is not valid Unicode")
+
+
+def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise BadFile(f"the entry of tensor {name!r} is not dtype, shape and data_offsets")
+    dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise BadFile(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise BadFile(f"the {what} of tensor {name!r} is not a list of whole numbers: {numbers!r}"[:300])
+    if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        raise BadFile(f"tensor {name!r} has {len(offsets)} offsets and {len(shape)} dimensions")
+    if any(n > MAX_ENTRIES for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_ENTRIES:
+        raise BadFile(f"tensor {name!r} has the impossible shape {shape}")
+    info = TensorInfo(name, dtype, tuple(shape), offsets[0])
+    if info.entries * dtype.bits % 8:
+        raise BadFile(f"tensor {name!r} does not fill whole bytes")
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise BadFile(f"tensor {name!r} says {offsets[1] - offsets[0]} bytes, its shape {shape} in {dtype.name} needs {info.nbytes}")
+    return info, offsets[1]
+
+
+def header_length(prefix: bytes, file_bytes: int) -> int:
+    """Length of the JSON in bytes, from the file's first eight bytes; refuses what cannot be."""
+    if len(prefix) < 8:
+        raise BadFile(f"the file has only {len(prefix)} bytes: it is empty or truncated")
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise BadFile(f"the header claims {length} bytes (at most {MAX_HEADER_BYTES}): not a safetensors file")
+    if 8 + length > file_bytes:
+        raise BadFile(f"the header claims {length} bytes, the file has {file_bytes}: it is truncated")
+    return length
+
+
+def parse_header(text: bytes, file_bytes: int) -> Header:
+    """Parse the JSON of a safetensors header (without its eight length bytes).
+
+    Raises BadFile if anything is not exactly as the format has it, down to offsets that leave no gap.
+    """
+    if not text.startswith(b"{"):
+        raise BadFile("the header does not begin with '{': not a safetensors file")
+    try:
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"the header is not valid JSON ({error})") from error
+    metadata = raw.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise BadFile(f"the header's {METADATA_KEY} is not a table of strings")
+    if not all(_is_unicode(text) for pair in metadata.items() for text in pair):
+        raise BadFile(f"the header's {METADATA_KEY} is not valid Unicode")
+    tensors: dict[str, TensorInfo] = {}
+    ends: list[tuple[int, int, str]] = []
+    for name, entry in raw.items():
+        check_tensor_name(name)
+        tensors[name], end = _tensor(name, entry)
+        ends.append((tensors[name].begin, end, name))
+    at = 0
+    for begin, end, name in sorted(ends):
+        if begin != at:
+            raise BadFile(f"tensor {name!r} begins at byte {begin} of the data, {at} was expected")
+        at = end
+    data_offset = 8 + len(text)
+    if data_offset + at != file_bytes:
+        raise BadFile(f"the tensors end at byte {data_offset + at}, the file has {file_bytes}: truncated or overlong")
+    return Header(tensors, metadata, data_offset, file_bytes)
+
+
+def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], reserve: int = 0) -> bytes:
+    """Serialise a header: eight length bytes and JSON, padded with spaces to a multiple of 8.
+
+    Metadata comes first, sorted; tensors in the order of their data. `reserve` is the least total size
+    in bytes, for headers that are filled in after the data was written.
+    """
+    table: dict[str, Any] = {}
+    if metadata:
+        table[METADATA_KEY] = dict(sorted(metadata.items()))
+    for info in sorted(tensors, key=lambda t: (t.begin, t.nbytes, t.name)):
+        table[info.name] = {
+            "dtype": info.dtype.name,
+            "shape": list(info.shape),
+            "data_offsets": [info.begin, info.begin + info.nbytes],
+        }
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    total = max(8 + len(text), reserve)
+    total += -total % 8
+    if total > MAX_WRITTEN_HEADER_BYTES:
+        raise BadFile(f"the header would take {total} bytes, more than readers accept ({MAX_WRITTEN_HEADER_BYTES})")
+    return (total - 8).to_bytes(8, "little") + text + b" " * (total - 8 - len(text))

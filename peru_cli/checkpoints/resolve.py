@@ -1,0 +1,85 @@
+"""What a command-line argument names: `[TASK=]MODEL`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peru_cli.checkpoints.local import open_directory, open_file
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+
+_TASK = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One positional: the task's name, None where none was given, and what names the model."""
+
+    task: str | None
+    model: str
+
+
+def check_task(name: str) -> str:
+    """A task's name if it is a good one; UsageError otherwise."""
+    if not _TASK.fullmatch(name):
+        raise UsageError(f"{name!r} is no task name", "use letters, digits, '_', '-' and '.', at most 64, beginning with a letter or digit")
+    return name
+
+
+def split_argument(text: str) -> Argument:
+    """Split `[TASK=]MODEL`; what exists as a path, begins with `./`, `/` or `hf://` is never split."""
+    if "=" not in text or Path(text).exists() or text.startswith(("./", "../", "/", "hf://")):
+        return Argument(None, text)
+    task, model = text.split("=", 1)
+    if not model:
+        raise UsageError(f"{text!r} names no model after the '='")
+    return Argument(check_task(task), model)
+
+
+def split_arguments(texts: list[str]) -> list[Argument]:
+    """Split several; every task gets a name (the model's last path component), unique without regard to case."""
+    arguments = [split_argument(text) for text in texts]
+    if len(arguments) > 1:
+        arguments = [Argument(a.task or default_task(a.model), a.model) for a in arguments]
+    seen: dict[str, str] = {}
+    for argument in arguments:
+        key = (argument.task or "").lower()
+        if key and key in seen:
+            raise UsageError(
+                f"the task name {argument.task!r} stands for both {seen[key]} and {argument.model}",
+                "give each its own name: a=MODEL b=MODEL",
+            )
+        seen[key] = argument.model
+    return arguments
+
+
+def default_task(model: str) -> str:
+    """A task's name made from a path: its last component without suffix, unfit characters replaced."""
+    path = Path(model)
+    stem = path.resolve().name if path.name in ("", ".", "..") else path.name
+    stem = re.sub(r"\.(safetensors|bin|pt|pth)$", "", stem)
+    name = re.sub(r"[^\w.-]", "-", stem, flags=re.ASCII)[:64].lstrip("_.-")
+    return name or "task"
+
+
+def open_model(model: str) -> Checkpoint:
+    """Open what `model` names: a directory, or a .safetensors or .bin file."""
+    path = Path(model)
+    if path.is_dir() or path.is_file():
+        checkpoint = open_directory(path, model) if path.is_dir() else open_file(path, model)
+        if "peru.format" in checkpoint.metadata:
+            checkpoint.close()
+            raise UsageError(
+                f"{model} is a peru artifact, and a model is meant here", "unpack it first: peru unpack ARTIFACT -b BASE -o DIR"
+            )
+        return checkpoint
+    first = Path(model).parts[0] if Path(model).parts else model
+    if model.startswith("hf://") or (_HUB_NAME.fullmatch(model) and not Path(first).exists()):
+        raise UsageError(
+            f"{model}: there is no such path, and this version of peru does not read from the Hub",
+            "download it first (`hf download ORG/NAME --local-dir DIR`) and name the folder",
+        )
+    raise UsageError(f"{model}: no such file or folder")

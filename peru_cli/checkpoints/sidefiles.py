@@ -1,0 +1,32 @@
+"""The small files that make weights usable: config, tokenizer, generation config, chat template."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MAX_SIDE_FILE_BYTES = 64_000_000
+
+# Names as transformers and sentencepiece write them. Python files are left out on purpose: an artifact
+# never carries code.
+_PATTERN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges"
+    r"|preprocessor_config|processor_config|image_processor_config|video_preprocessor_config|feature_extractor_config"
+    r"|chat_template|modules|config_sentence_transformers|sentence_bert_config)\.json"
+    r"|(vocab|merges|bpe\.codes)\.txt|.*\.model|.*\.tiktoken|.*\.jinja|.*\.spm"
+)
+_SAFE = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}", re.ASCII)
+
+
+def is_side_file_name(name: str) -> bool:
+    """Whether `name` is a plain file name that peru would carry: never a path, never weights, never code."""
+    return bool(_SAFE.fullmatch(name) and _PATTERN.fullmatch(name))
+
+
+def find_side_files(folder: Path) -> dict[str, Path]:
+    """Side files of a checkpoint folder, sorted by name."""
+    found = {}
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if is_side_file_name(path.name) and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
+            found[path.name] = path
+    return found

@@ -1,0 +1,66 @@
+"""A checkpoint as the rest of peru sees it: named tensors whose bytes can be read from any offset."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peru_cli.checkpoints.header import TensorInfo
+
+
+class Checkpoint(ABC):
+    """Named tensors, metadata and side files.
+
+    `label` is how messages name it. `kind` says in words what the argument was taken for. `side_files`
+    maps plain file names (config.json, tokenizer.json, ...) to where they lie. `warnings` are things a
+    user should hear once.
+    """
+
+    label: str
+    kind: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    side_files: Mapping[str, Path]
+    warnings: list[str]
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of tensor `name` from byte `offset` on.
+
+        Safe from many threads. Raises BadFile if the file ends too early, OSError if reading fails.
+        """
+
+    def close(self) -> None:  # noqa: B027 - not every source holds handles
+        """Release file handles; the checkpoint cannot be read afterwards."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> bytes:
+        """All bytes of one tensor: for small ones."""
+        data = bytearray(self.tensors[name].nbytes)
+        if data:
+            self.read_into(name, 0, memoryview(data))
+        return bytes(data)
+
+    def config(self) -> dict[str, Any]:
+        """The model's config.json as a table; empty where there is none or it is unreadable."""
+        path = self.side_files.get("config.json")
+        if path is None:
+            return {}
+        try:
+            parsed = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return parsed if isinstance(parsed, dict) else {}

@@ -1,0 +1,92 @@
+"""The Typer app: commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from peru_cli import __version__
+from peru_cli.commands import demo, inspect, prune, unpack
+from peru_cli.console import console
+from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, from_os_error
+
+EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 a quality gate was missed, 130 interrupted."
+
+app = typer.Typer(
+    name="peru",
+    help="Store many fine-tunes of one base model for little more than the price of the base, and get each of them back.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+for command in (prune, unpack, inspect, demo):
+    command.register(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"peru {__version__}")
+        raise typer.Exit()
+
+
+_debug = False
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    """Set what holds for every command."""
+    global _debug
+    _debug = debug
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt  # clean up as for Ctrl-C: remove what is half done
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code; prints what failed."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(arguments, prog_name="peru", standalone_mode=False)
+        return int(code) if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        console.error("interrupted; nothing was left half done")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`peru ... | head`). Point stdout elsewhere, or Python complains while exiting.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    if _debug:
+        traceback.print_exception(error)
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, TyperException):
+        error.show()  # type: ignore[attr-defined]
+        return EXIT_USAGE
+    if isinstance(error, PeruError):
+        console.error(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        console.error(str(from_os_error(error)))
+        return EXIT_FAILED
+    if isinstance(error, MemoryError):
+        console.error("not enough memory; try fewer --threads or smaller --tile-entries")
+        return EXIT_FAILED
+    console.error(f"a defect in peru: {type(error).__name__}: {error}\n  please report it with what `peru --debug ...` shows")
+    return EXIT_FAILED

@@ -1,0 +1,103 @@
+"""`peru unpack`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console, plural, si_bytes
+from peru_cli.errors import UsageError
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
+
+
+def unpack(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote.")],
+    base: options.Base,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
+    ],
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard of a directory.")] = "5GB",
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    no_sync: options.NoSync = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    tile_entries: options.TileEntries = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Give a fine-tune back from its base and its artifact.
+
+    peru unpack a.safetensors --base BASE -o restored/
+
+    peru unpack a.safetensors --base BASE -o restored.safetensors
+
+    peru unpack a.safetensors --base BASE -o - | sha256sum
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
+    to_pipe = output == "-"
+    if to_pipe and sys.stdout.isatty():
+        raise UsageError("-o - writes a checkpoint to stdout, which is a terminal", "send it into a pipe or a file")
+    console.data_on_stderr = to_pipe
+
+    from peru_cli.artifacts.reader import SparseDelta
+    from peru_cli.checkpoints.atomic import check_target
+    from peru_cli.checkpoints.dtypes import BY_NAME
+    from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
+    from peru_cli.jobs import unpack as job
+    from peru_cli.jobs.how import streaming
+
+    target = Path(output)
+    if not artifact.is_file():
+        raise UsageError(f"{artifact}: no such artifact")
+    to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
+    if not to_pipe:
+        check_target(target, force or dry_run)
+        if not to_folder and target.is_dir():
+            raise UsageError(f"{output} is a folder, so no file can be written there", f"-o {output}/ writes a folder")
+    opened = SparseDelta(artifact)
+    opened_base = open_model(base)
+    job.check_base(opened, opened_base)
+    wanted = BY_NAME[DTYPES[dtype]] if dtype else None
+    tensors = job.output_tensors(opened, wanted)
+    files, missing = job.side_files(opened, opened_base)
+    if wanted is not None and "config.json" in files:
+        files["config.json"] = job.config_with_dtype(files["config.json"], wanted)
+    nbytes = sum(info.nbytes for info in tensors)
+    console.note(f"base {base}: {opened_base.kind}; {opened.metadata['peru.task']}: {plural(len(tensors), 'tensor')}, {si_bytes(nbytes)}")
+    if dry_run:
+        console.result({"task": opened.metadata["peru.task"], "bytes": nbytes, "tensors": len(tensors), "files": sorted(files)})
+        return
+    if to_folder and missing:
+        console.warn(f"{base} lacks the {', '.join(missing)} that it had when the artifact was made: {target} will lack them too")
+    total = sum(info.entries for info in tensors) * (2 if to_pipe else 1)
+    with console.progress(total, "unpack") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
+        writer: CheckpointWriter
+        if to_pipe:
+            writer = PipeWriter(sys.stdout.buffer, tensors)
+        elif to_folder:
+            writer = DirectoryWriter(target, tensors, files, shard_bytes, not no_sync)
+        else:
+            writer = FileWriter(target, tensors, not no_sync)
+        job.unpack_to(opened, opened_base, writer, how, progress.step)
+    if not to_pipe:
+        console.note(f"wrote {output}: base and result verified")
+        console.result(
+            {"task": opened.metadata["peru.task"], "output": output, "bytes": nbytes, "result_digest": opened.result_digest.hex()}
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(unpack)

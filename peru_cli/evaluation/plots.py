@@ -1,0 +1,83 @@
+"""Plots. matplotlib is imported here and only when a plot is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peru_cli.errors import UsageError
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse, before any work, a plot that could not be drawn."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"--plot {path} should end in {', '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path.parent}: no such folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib", "pip install 'peru-cli[plot]'") from error
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float, columns: int) -> Iterator[Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "peru"}
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+        yield axes[0]
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def _bars(axis: Any, names: Sequence[str], values: Sequence[float], label: str, most: int = 40) -> None:
+    """Horizontal bars, the `most` largest in their given order."""
+    if len(names) > most:
+        least = sorted(values, reverse=True)[most - 1]
+        chosen = [i for i, value in enumerate(values) if value >= least][:most]
+        label += f" (largest {most} of {len(names)})"
+    else:
+        chosen = list(range(len(names)))
+    axis.barh(range(len(chosen)), [values[i] for i in chosen], color="#3b6ea5", height=0.75)
+    axis.set_yticks(range(len(chosen)), [names[i] for i in chosen], fontsize=6)
+    axis.invert_yaxis()
+    axis.margins(y=0.01)
+    axis.set_xlabel(label)
+
+
+def plot_comparison(
+    path: Path,
+    names: Sequence[str],
+    relative: Sequence[float],
+    densities: Sequence[float],
+    megabytes: Sequence[float],
+    errors: Sequence[float],
+) -> None:
+    """Change by tensor on the left; predicted size and relative error by density on the right."""
+    with _figure(path, 11, max(4.0, 0.13 * min(len(names), 40) + 1.2), 2) as (left, right):
+        _bars(left, names, relative, "norm of the change / norm of the base")
+        percents = [100 * density for density in densities]
+        right.plot(percents, megabytes, marker="o", color="#3b6ea5")
+        right.set_xlabel("entries kept, %")
+        right.set_ylabel("predicted artifact, MB", color="#3b6ea5")
+        right.set_ylim(bottom=0)
+        second = right.twinx()
+        second.spines["right"].set_visible(True)
+        second.plot(percents, [100 * error for error in errors], marker="s", color="#b5533c")
+        second.set_ylabel("of the task vector's norm lost, %", color="#b5533c")
+        second.set_ylim(bottom=0)
+
+
+def plot_densities(path: Path, names: Sequence[str], densities: Sequence[float]) -> None:
+    """Density by tensor of an artifact."""
+    with _figure(path, 7, max(4.0, 0.13 * min(len(names), 40) + 1.2), 1) as (axis,):
+        _bars(axis, names, [100 * density for density in densities], "entries kept, %")

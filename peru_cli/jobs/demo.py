@@ -1,0 +1,80 @@
+"""`peru demo`: the real commands on the shipped family, and what they cost in accuracy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from peru_cli import demo
+from peru_cli.evaluation.images import accuracy, quiet_transformers
+
+DENSITIES = ("1%", "5%", "10%")
+
+Command = Callable[[list[str]], None]  # runs one peru command line; raises if it fails
+
+
+@dataclass
+class Row:
+    """One way of keeping all tasks: what it is called, bytes for all of them, accuracy of each (0 to 1)."""
+
+    method: str
+    nbytes: int
+    parameters: int  # encoder parameters of all tasks together: what bits a parameter count
+    accuracies: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over tasks."""
+        return sum(self.accuracies.values()) / len(self.accuracies)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits for each encoder parameter of each task, heads and all else included."""
+        return 8 * self.nbytes / self.parameters
+
+    def normalised(self, fine_tuned: Row) -> float:
+        """Mean over tasks of accuracy / accuracy of the fine-tune."""
+        return sum(self.accuracies[t] / fine_tuned.accuracies[t] for t in self.accuracies) / len(self.accuracies)
+
+
+def run_demo(work: Path, command: Command) -> Iterator[Row]:
+    """Compress the family in a folder, give it back, classify all test images; yields rows as they come."""
+    quiet_transformers()
+    names = demo.tasks()
+    parameters = len(names) * sum(tensor.numel() for tensor in load_file(demo.BASE / "model.safetensors").values())
+    based = {task: _with_base(task, work / "base" / task) for task in names}
+    yield Row("base, each task's head", 0, parameters, {t: accuracy(based[t], demo.images(t)) for t in names})
+    originals = {task: demo.fine_tune(task) for task in names}
+    size = sum((folder / "model.safetensors").stat().st_size for folder in originals.values())
+    yield Row("fine-tunes", size, parameters, {t: accuracy(originals[t], demo.images(t)) for t in names})
+    for density in DENSITIES:
+        folder = work / f"pruned-{density.rstrip('%')}"
+        arguments = [f"{task}={path}" for task, path in originals.items()]
+        command(["prune", *arguments, "--base", str(demo.BASE), "-o", f"{folder}/", "--keep", density])
+        yield _restored(f"Post-Pruning {density}", folder, parameters, work, command)
+
+
+def _restored(method: str, artifacts: Path, parameters: int, work: Path, command: Command) -> Row:
+    found = {}
+    for task in demo.tasks():
+        restored = work / "restored" / artifacts.name / task
+        restored.parent.mkdir(parents=True, exist_ok=True)
+        command(["unpack", str(artifacts / f"{task}.safetensors"), "--base", str(demo.BASE), "-o", str(restored)])
+        found[task] = accuracy(restored, demo.images(task))
+    return Row(method, sum(path.stat().st_size for path in artifacts.iterdir()), parameters, found)
+
+
+def _with_base(task: str, folder: Path) -> Path:
+    """A checkpoint of the base's encoder under a task's head."""
+    folder.mkdir(parents=True)
+    shutil.copy(demo.fine_tune(task) / "config.json", folder)
+    tensors = load_file(demo.fine_tune(task) / "model.safetensors")
+    base: dict[str, torch.Tensor] = load_file(demo.BASE / "model.safetensors")
+    tensors.update({demo.PREFIX + name: tensor for name, tensor in base.items()})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,292 @@
+"""Put an artifact onto weights in memory, and take it off again, to the bit.
+
+    artifact = peru_cli.open_artifact("news.safetensors")
+    applied = peru_cli.apply(model, artifact)        # the model is the fine-tune now
+    applied.restore()                                # the model is the base again, bit for bit
+
+The entries that an artifact touches are kept aside and put back: nothing is subtracted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from peru_cli.artifacts.index import COPY, DELTA, ROUNDED, WHOLE, TensorRecord
+from peru_cli.artifacts.reader import SparseDelta, whole_shape
+from peru_cli.artifacts.sparse_delta import Entries
+from peru_cli.checkpoints.dtypes import BY_TORCH_NAME, Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import find_prefix
+from peru_cli.errors import Mismatch
+from peru_cli.methods.delta import Bits, add_rounded, add_ulps, cast_bits
+from peru_cli.streaming.device import BITS
+from peru_cli.streaming.digests import SHORT, tensor_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_PIECE = 1 << 22  # entries decoded at once
+
+_applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
+
+
+def open_artifact(path: str | Path) -> SparseDelta:
+    """Open an artifact that `peru prune` wrote.
+
+    Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
+    """
+    return SparseDelta(Path(path))
+
+
+def decode_bits(base: Bits, entries: Entries, values: int, dtype: Dtype) -> Bits:
+    """The fine-tune's bits at kept positions from the base's bits there, cast to its dtype; (k,) -> (k,)."""
+    if values != ROUNDED:
+        return add_ulps(base, entries.values)
+    bits, apart = add_rounded(base, entries.values, dtype)
+    bits[apart] = add_ulps(base[apart], entries.apart)
+    return bits
+
+
+class Applied:
+    """An artifact on a model; `restore` puts back exactly what was there before. Also a context manager."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # flat tensor, positions, what was there
+        self._added: list[tuple[MutableMapping[str, Tensor], str]] = []
+        self._replaced: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = []
+
+    def set_entries(self, flat: Tensor, positions: Tensor, bits: Tensor) -> None:
+        """Overwrite entries of a flat integer view, keeping the old ones."""
+        self._entries.append((flat, positions, flat[positions]))
+        flat[positions] = bits
+
+    def set_tensor(self, table: MutableMapping[str, Tensor], name: str, value: Tensor) -> None:
+        """Overwrite a whole tensor in place where it fits, else put it into the table (under all names that are tied to it)."""
+        old = table.get(name)
+        if old is not None and old.shape == value.shape and old.dtype == value.dtype:
+            kept = old.detach().clone()
+            old.detach().copy_(value)
+            self._entries.append((old.detach(), torch.empty(0), kept))
+        elif old is not None:
+            for alias in [n for n, tensor in table.items() if isinstance(tensor, torch.Tensor) and _memory(tensor) == _memory(old)]:
+                self._replaced.append((table, alias, table[alias]))
+                table[alias] = value
+        else:
+            self._added.append((table, name))
+            table[name] = value
+
+    def restore(self) -> None:
+        """Put back what was there before; a second call does nothing."""
+        with torch.no_grad():
+            for flat, positions, old in reversed(self._entries):
+                if positions.is_floating_point():  # a whole tensor
+                    flat.copy_(old)
+                else:
+                    flat[positions] = old
+        for table, name in self._added:
+            table.pop(name, None)
+        for table, name, tensor in reversed(self._replaced):
+            table[name] = tensor
+        self._entries, self._added, self._replaced = [], [], []
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore()
+
+
+def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta, *, verify: bool = True) -> Applied:
+    """Turn a base model in memory into the artifact's fine-tune.
+
+    Args:
+        model: a torch module, or a state dict, with the base's weights in the base's dtype and on any
+            device. A module that already carries an artifact is restored first, so tasks can be swapped.
+        artifact: from `open_artifact`.
+        verify: check first that every tensor is the base's, by digest. Switch off only for speed.
+
+    Returns:
+        A handle whose `restore()` gives the earlier weights back bit for bit.
+
+    Raises:
+        Mismatch: the weights are not the artifact's base (the first tensors that differ are named), a
+            module has no place of that shape and dtype for a tensor, or tied weights would have to
+            differ. Nothing has been changed then.
+        BadFile: the artifact is damaged; what was changed is put back.
+    """
+    is_module = isinstance(model, torch.nn.Module)
+    if is_module and (earlier := _applied.pop(model, None)) is not None:
+        earlier.restore()
+    table: MutableMapping[str, Tensor] = model.state_dict(keep_vars=True) if isinstance(model, torch.nn.Module) else model
+    names = _match(table, artifact, is_module)
+    if verify:
+        _verify(table, names, artifact)
+    _drop_tied(table, names, artifact)
+    applied = Applied()
+    try:
+        with torch.no_grad():
+            for record in artifact.index.tensors:
+                if record.info.name in names:
+                    _apply_tensor(applied, table, names[record.info.name], record, artifact)
+    except BaseException:
+        applied.restore()
+        raise
+    if is_module:
+        _applied[model] = applied
+    return applied
+
+
+def _infos(table: MutableMapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """What a table holds, but for what no checkpoint could hold (extra state, exotic dtypes)."""
+    infos = {}
+    for name, tensor in table.items():
+        dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch.")) if isinstance(tensor, torch.Tensor) else None
+        if dtype is not None:
+            infos[name] = TensorInfo(name, dtype, tuple(tensor.shape))
+    return infos
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are tied: the same memory seen in the same way."""
+    return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_unchanged(record: TensorRecord) -> bool:
+    if record.mode == DELTA:
+        return not record.kept and not record.base_rows and record.info.dtype is record.base_dtype
+    return record.mode == COPY
+
+
+def _match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module: bool) -> dict[str, str]:
+    """The model's name for each of the fine-tune's tensors. Its names may be the base's or the fine-tune's.
+
+    Left out are tensors that the model lacks and the artifact does not change: buffers of old
+    checkpoints (`position_ids`, `rotary_emb.inv_freq`) that today's models compute themselves.
+    """
+    present = _infos(table)
+    wanted = {r.info.name: TensorInfo(r.info.name, r.info.dtype, r.base_shape) for r in artifact.index.tensors}
+    prefix = find_prefix(wanted, present)
+    names, problems = {}, []
+    for record in artifact.index.tensors:
+        name = prefix.base_name(record.info.name)
+        found = present.get(name) if name is not None else None
+        if record.mode == WHOLE and (found is None or (found.shape, found.dtype) != (record.info.shape, record.info.dtype)):
+            if is_module:
+                has = "no such tensor" if found is None else f"{found.dtype.name} {list(found.shape)}"
+                problems.append(f"{record.info.name}: {record.info.dtype.name} {list(record.info.shape)}, the module has {has}")
+            names[record.info.name] = record.info.name if name is None else name
+        elif found is None and _is_unchanged(record):
+            continue
+        elif found is None:
+            problems.append(f"{record.info.name}: the model has no such tensor")
+        elif record.mode != WHOLE and (found.shape != record.base_shape or found.dtype is not record.base_dtype):
+            assert record.base_dtype is not None
+            has = f"{record.base_dtype.name} {list(record.base_shape)}"
+            problems.append(f"{name}: {found.dtype.name} {list(found.shape)}, the artifact's base has {has}")
+        elif is_module and (record.base_rows or (record.mode != WHOLE and record.info.dtype is not record.base_dtype)):
+            problems.append(f"{name}: the fine-tune has another shape or dtype; apply to a state dict, or unpack")
+        else:
+            assert name is not None
+            names[record.info.name] = name
+    if problems:
+        raise Mismatch(f"{artifact.path} does not fit this model: {len(problems)} tensor(s)\n  " + "\n  ".join(problems[:5]))
+    return names
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _verify(table: MutableMapping[str, Tensor], names: dict[str, str], artifact: SparseDelta) -> None:
+    wrong, infos = [], _infos(table)
+    for record in artifact.index.tensors:
+        name = names.get(record.info.name)
+        if record.mode == WHOLE or name is None:
+            continue
+        info = infos[name]
+        if tensor_digest(info, _bytes(table[name]).data if info.entries else b"")[:SHORT] != record.base_digest:
+            wrong.append(name)
+    if wrong:
+        raise Mismatch(f"the model is not the base of {artifact.path}: {len(wrong)} tensor(s) differ: {', '.join(wrong[:3])}")
+
+
+def _whole(record: TensorRecord, artifact: SparseDelta) -> Tensor:
+    artifact.verify_whole(record)
+    data = bytearray(record.whole_bytes)
+    if data:
+        artifact.read_whole(record, record.info.dtype.nbytes(record.base_entries), memoryview(data))
+    kind = getattr(torch, record.info.dtype.torch_name or "", None)
+    if kind is None:
+        raise Mismatch(f"torch has no dtype for {record.info.name!r} ({record.info.dtype.name})")
+    shape = whole_shape(record)
+    return torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
+
+
+def _result(tensor: Tensor | None, record: TensorRecord, artifact: SparseDelta) -> Tensor:
+    """A new tensor with what the fine-tune has in place of the base's `tensor`, on the same device."""
+    if record.mode == WHOLE:
+        value = _whole(record, artifact)
+        return value if tensor is None else value.to(tensor.device)
+    assert tensor is not None and record.base_dtype is not None
+    value = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if record.mode == COPY:
+        return value
+    flat = cast_bits(value.view(-1).view(BITS[record.base_dtype.bits]), record.base_dtype, record.info.dtype)
+    _overwrite(None, flat, record, artifact)
+    value = flat.view(getattr(torch, record.info.dtype.torch_name or "")).view(record.base_shape)
+    return torch.cat((value, _whole(record, artifact).to(value.device))) if record.base_rows else value
+
+
+def _drop_tied(table: MutableMapping[str, Tensor], names: dict[str, str], artifact: SparseDelta) -> None:
+    """Leave memory that several of the artifact's tensors share (tied weights) to the first of them.
+
+    Raises Mismatch if the fine-tune has different values there: it was untied, this model is not.
+    """
+    first: dict[tuple[object, ...], TensorRecord] = {}
+    for record in artifact.index.tensors:
+        tensor = table.get(names.get(record.info.name, ""))
+        if tensor is None or not tensor.numel():
+            continue
+        owner = first.setdefault(_memory(tensor), record)
+        if owner is record:
+            continue
+        if not np.array_equal(_bytes(_result(tensor, owner, artifact)), _bytes(_result(tensor, record, artifact))):
+            pair = f"{names[owner.info.name]} and {names[record.info.name]}"
+            raise Mismatch(
+                f"{pair} are tied in this model, in the fine-tune of {artifact.path} they differ",
+                "load the base untied (tie_word_embeddings=False), or unpack",
+            )
+        del names[record.info.name]
+
+
+def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: str, record: TensorRecord, artifact: SparseDelta) -> None:
+    if _is_unchanged(record):
+        return
+    tensor, dtype = table.get(name), record.info.dtype
+    if tensor is None or record.mode == WHOLE or record.base_rows or dtype is not record.base_dtype:
+        applied.set_tensor(table, name, _result(tensor, record, artifact))
+        return
+    if not tensor.is_contiguous():
+        raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
+    _overwrite(applied, tensor.detach().view(-1).view(BITS[dtype.bits]), record, artifact)
+
+
+def _overwrite(applied: Applied | None, flat: Tensor, record: TensorRecord, artifact: SparseDelta) -> None:
+    """Put a tensor's kept entries into a flat integer tensor."""
+    for start in range(0, record.base_entries, _PIECE):
+        stream, entries = artifact.entries(record, start, start + _PIECE)
+        if stream is None or not len(entries.positions):
+            continue
+        positions = torch.from_numpy(entries.positions + start).to(flat.device)
+        old = flat[positions]
+        new = torch.from_numpy(decode_bits(old.cpu().numpy(), entries, stream.values, record.info.dtype)).to(flat.device)
+        if applied is None:
+            flat[positions] = new
+        else:
+            applied.set_entries(flat, positions, new)

@@ -1,0 +1,151 @@
+"""The pass that writes sparse deltas: select entries, digest base and result, fill and encode blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
+from peru_cli.artifacts.sparse_delta import Array, Entries, FilledBlock, SparseDeltaWriter
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.jobs.taskvectors import Aligned, Buffers, Family
+from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
+from peru_cli.methods.magnitude import Threshold, take_equals
+from peru_cli.streaming.aligned import read_bits
+from peru_cli.streaming.device import gather, where_at_least, where_unequal
+from peru_cli.streaming.digests import TensorDigest, leaves
+from peru_cli.streaming.tiles import Tile
+
+
+@dataclass
+class Sink:
+    """Where one task's kept entries go, and what is counted on the way."""
+
+    writer: SparseDeltaWriter
+    streams: list[Stream]
+    thresholds: list[Threshold]  # one for each slot, or one for all
+    quotas: list[int] = field(init=False)  # equals that may still be taken, by threshold
+    kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
+    result: dict[str, TensorDigest] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
+    not_finite: int = 0  # kept entries whose difference is NaN or infinite
+    largest_error: float = 0.0  # of values that were rounded
+
+    def __post_init__(self) -> None:
+        self.quotas = [threshold.equals or 0 for threshold in self.thresholds]
+
+    def stream_number(self, dtype: Dtype) -> int:
+        """The stream of a dtype."""
+        return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
+
+
+@dataclass
+class _Candidates:
+    """What one task may keep of a tile. All arrays are (candidates,) unless said otherwise, on the CPU."""
+
+    aligned: Aligned
+    result: Array  # the tile as the artifact will give it back, once `bits` are put in; (tile,)
+    positions: Array  # within the tile, ascending
+    equal: Array | None  # which ones equal the threshold
+    values: Array
+    bits: Array  # what the result has there
+    exact: Array | None = None  # exact differences, where values are rounded
+    errors: Array | None = None  # of rounding
+    infinite: Array | None = None  # which differences are not finite
+
+    def keep(self, stays: Array) -> None:
+        """Drop all candidates but those at these indices."""
+        for name in ("positions", "values", "bits", "exact", "errors", "infinite"):
+            if (array := getattr(self, name)) is not None:
+                setattr(self, name, array[stays])
+
+
+class Select:
+    """One pass over the base and all tasks. `sinks` is parallel to the family's tasks."""
+
+    def __init__(self, family: Family, sinks: list[Sink]) -> None:
+        self._family, self._sinks = family, sinks
+        self.base_digests = {slot.name: TensorDigest(slot.dtype, slot.shape) for slot in family.slots}
+        for task, sink in zip(family.tasks, sinks, strict=True):
+            lengths = [0] * len(sink.streams)
+            for name in sorted(task.pairs):
+                pair = task.pairs[name]
+                number = sink.stream_number(pair.fine.dtype)
+                sink.offsets[name] = lengths[number]
+                lengths[number] += pair.entries
+                sink.kept[pair.fine.name] = 0
+                sink.result[pair.fine.name] = TensorDigest(pair.fine.dtype, pair.fine.shape)
+
+    def buffers(self) -> Buffers:
+        return self._family.buffers()
+
+    def apply(self, tile: Tile, buffers: Buffers) -> list[_Candidates]:
+        slot = self._family.slots[tile.tensor]
+        raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
+        if len(raw):
+            self.base_digests[slot.name].add_at(tile.start, leaves(raw, slot.dtype))
+        wanted = range(len(self._family.tasks))
+        return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted)]
+
+    def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> _Candidates:
+        sink, dtype = self._sinks[aligned.task], aligned.pair.fine.dtype
+        threshold = sink.thresholds[_threshold_number(sink, tile)]
+        infinite = equal = None
+        if threshold.keeps_all:
+            positions = where_unequal(aligned.base, aligned.fine)
+        else:
+            keys = self._family.keys(aligned, threshold.key, buffers)
+            positions = where_at_least(keys, threshold.key)
+            found = gather(keys, positions)
+            equal = found == threshold.key
+            infinite = found == self._family.tasks[aligned.task].infinite_key
+        base, fine = gather(aligned.base, positions), gather(aligned.fine, positions)
+        result = np.concatenate((aligned.base.cpu().numpy(), aligned.grown.cpu().numpy()))
+        candidates = _Candidates(aligned, result, positions.cpu().numpy(), equal, ulp_difference(base, fine), fine, infinite=infinite)
+        if sink.streams[sink.stream_number(dtype)].values != EXACT:
+            candidates.exact = candidates.values
+            candidates.values, apart = round_difference(base, fine, dtype)
+            candidates.bits, _ = add_rounded(base, candidates.values, dtype)
+            candidates.bits[apart] = fine[apart]
+            as_float = np.dtype(f"f{dtype.bits // 8}")
+            with np.errstate(invalid="ignore", over="ignore"):
+                candidates.errors = np.abs(candidates.bits.view(as_float).astype(np.float64) - fine.view(as_float))
+            candidates.errors[apart] = 0.0
+        return candidates
+
+    def commit(self, tile: Tile, result: list[_Candidates]) -> list[tuple[_Candidates, list[FilledBlock]]]:
+        return [(c, self._commit_one(tile, c)) for c in result]
+
+    def _commit_one(self, tile: Tile, c: _Candidates) -> list[FilledBlock]:
+        sink, pair = self._sinks[c.aligned.task], c.aligned.pair
+        if c.equal is not None:
+            number = _threshold_number(sink, tile)
+            equals = int(np.count_nonzero(c.equal))
+            quota = sink.quotas[number]
+            sink.quotas[number] -= min(equals, quota)
+            if equals > quota:
+                c.keep(take_equals(c.equal, quota))
+        if not len(c.positions):
+            return []
+        if c.infinite is not None:
+            sink.not_finite += int(np.count_nonzero(c.infinite))
+        if c.errors is not None:
+            sink.largest_error = max(sink.largest_error, float(c.errors.max()))
+        sink.kept[pair.fine.name] += len(c.positions)
+        apart = c.values[:0] if c.exact is None else c.exact[c.values == NOT_ROUNDED]
+        entries = Entries(c.positions + (sink.offsets[pair.base.name] + tile.start), c.values, apart)
+        return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
+
+    def finish(self, tile: Tile, committed: list[tuple[_Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
+        for c, blocks in committed:
+            sink, pair = self._sinks[c.aligned.task], c.aligned.pair
+            c.result[c.positions] = c.bits
+            raw = c.result.data.cast("B")
+            sink.result[pair.fine.name].add_at(tile.start, leaves(raw, pair.fine.dtype))
+            for block in blocks:
+                sink.writer.write(block)
+
+
+def _threshold_number(sink: Sink, tile: Tile) -> int:
+    return tile.tensor if len(sink.thresholds) > 1 else 0

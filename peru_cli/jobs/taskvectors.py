@@ -1,0 +1,251 @@
+"""Several fine-tunes aligned with one base, and the search for thresholds over their task vectors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import Pair, Pairing
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.methods.delta import INFINITE_KEY, KeyWorkspace, cast_bits, magnitude_keys
+from peru_cli.methods.magnitude import Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
+from peru_cli.streaming.aligned import clip, read_bits
+from peru_cli.streaming.device import TileBuffer, count_unequal
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import Tile, TilePlan
+
+SAMPLE_RUNS = 256
+SAMPLE_RUN = 4096  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
+
+
+@dataclass
+class TaskVector:
+    """A fine-tune against the base."""
+
+    name: str
+    fine: Checkpoint
+    pairing: Pairing
+    pairs: dict[str, Pair] = field(init=False)  # those that have a difference, by the base's tensor name
+    wide: bool = field(init=False)  # whether keys are float64: if any paired tensor is
+
+    def __post_init__(self) -> None:
+        self.pairs = {pair.base.name: pair for pair in self.pairing.pairs if pair.is_delta}
+        self.wide = any("F64" in (pair.fine.dtype.name, pair.base.dtype.name) for pair in self.pairs.values())
+
+    @property
+    def infinite_key(self) -> int:
+        """The key of differences that are not finite."""
+        return INFINITE_KEY[torch.int64 if self.wide else torch.int32]
+
+
+@dataclass(frozen=True)
+class How:
+    """How to stream: nothing here changes a result."""
+
+    device: torch.device
+    threads: int
+    tile_entries: int
+    advance: Callable[[int], None] = lambda entries: None
+
+
+class Buffers:
+    """One thread's room: a tile of the base, a tile of a fine-tune, keys."""
+
+    def __init__(self, entries: int, device: torch.device, tasks: Sequence[TaskVector]) -> None:
+        widths = [d.bits // 8 for t in tasks for p in t.pairs.values() for d in (p.fine.dtype, p.base.dtype)]
+        self.base = TileBuffer(entries, device, max(widths, default=1))
+        self.fine = TileBuffer(entries, device, max(widths, default=1))
+        self.keys = {wide: KeyWorkspace(entries, device, wide) for wide in {task.wide for task in tasks}}
+
+
+@dataclass
+class Aligned:
+    """What one task has of a tile: the base's bits cast to its dtype and its own, (n,), and rows that grew."""
+
+    task: int
+    pair: Pair
+    base: torch.Tensor
+    fine: torch.Tensor
+    grown: torch.Tensor
+
+
+class Family:
+    """A base and task vectors, slot by slot: a slot is a base tensor that any of them pairs with."""
+
+    def __init__(self, base: Checkpoint, tasks: Sequence[TaskVector], how: How) -> None:
+        self.base, self.tasks, self.how = base, tasks, how
+        names = sorted({name for task in tasks for name in task.pairs})
+        self.slots: list[TensorInfo] = [base.tensors[name] for name in names]
+        self.entries = [max([s.entries] + [t.pairs[s.name].fine.entries for t in tasks if s.name in t.pairs]) for s in self.slots]
+
+    def plan(self) -> TilePlan:
+        """Tiles of all slots, each as long as its longest tensor."""
+        return TilePlan(self.entries, self.how.tile_entries)
+
+    def buffers(self) -> Buffers:
+        """One thread's room."""
+        return Buffers(self.how.tile_entries, self.how.device, self.tasks)
+
+    def each(self, slot: TensorInfo, tile: Tile, base_bits: torch.Tensor, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
+        """Read the tile of each wanted task in turn; one's tensors are valid until the next."""
+        n = base_bits.numel()
+        for number in wanted:
+            pair = self.tasks[number].pairs.get(slot.name)
+            if pair is not None and clip(tile, pair.fine.entries):
+                _, fine = read_bits(self.tasks[number].fine, pair.fine, tile, buffers.fine)
+                yield Aligned(number, pair, cast_bits(base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
+
+    def keys(self, aligned: Aligned, low: int, buffers: Buffers) -> torch.Tensor:
+        """Keys of one task's tile (see `magnitude_keys`)."""
+        room = buffers.keys[self.tasks[aligned.task].wide]
+        return magnitude_keys(aligned.base, aligned.fine, aligned.pair.fine.dtype, low, room)
+
+
+class _Group:
+    """Slots that share a threshold: all of them, or one."""
+
+    def __init__(self, family: Family, slots: range) -> None:
+        self.family, self.slots = family, slots
+        self.entries = [family.slots[i].entries for i in slots]
+
+    def slot(self, tile: Tile) -> TensorInfo:
+        return self.family.slots[self.slots[tile.tensor]]
+
+    def sample_tiles(self) -> tuple[list[Tile], bool]:
+        """Short runs spread evenly over the group; all of it if that is no more (the flag)."""
+        tiles: list[Tile] = []
+        total = sum(self.entries)
+        everything = total <= SAMPLE_RUNS * SAMPLE_RUN
+        step = 1.0 if everything else total / (SAMPLE_RUNS * SAMPLE_RUN)
+        due = 0.0  # runs are cut from SAMPLE_RUN-sized pieces; every step-th piece is taken
+        size = self.family.how.tile_entries if everything else SAMPLE_RUN
+        for tensor, entries in enumerate(self.entries):
+            for start in range(0, entries, size):
+                if due < 1.0:
+                    tiles.append(Tile(len(tiles), tensor, start, min(start + size, entries)))
+                    due += step
+                due -= 1.0
+        return tiles, everything
+
+
+class _Sample:
+    """Collects keys of all tasks, in order."""
+
+    def __init__(self, group: _Group, wanted: Sequence[int]) -> None:
+        self._group, self._wanted = group, wanted
+        self.keys: dict[int, list[Keys]] = {number: [] for number in wanted}
+        self.changed = dict.fromkeys(wanted, 0)
+
+    def buffers(self) -> Buffers:
+        return self._group.family.buffers()
+
+    def apply(self, tile: Tile, buffers: Buffers) -> list[tuple[int, Keys, int]]:
+        family, slot = self._group.family, self._group.slot(tile)
+        _, base_bits = read_bits(family.base, slot, tile, buffers.base)
+        return [
+            (a.task, family.keys(a, 0, buffers).cpu().numpy().copy(), count_unequal(a.base, a.fine))
+            for a in family.each(slot, tile, base_bits, buffers, self._wanted)
+        ]
+
+    def commit(self, tile: Tile, result: list[tuple[int, Keys, int]]) -> None:
+        for number, keys, changed in result:
+            self.keys[number].append(keys)
+            self.changed[number] += changed
+
+    def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
+        pass
+
+
+class _Count:
+    """Tallies the windows of several tasks; each thread has its own counts, which add up."""
+
+    def __init__(self, group: _Group, windows: dict[int, Window]) -> None:
+        self._group, self._windows = group, windows
+        self._tallies: list[dict[int, Tally]] = []
+        self._lock = threading.Lock()
+
+    def buffers(self) -> tuple[Buffers, dict[int, Tally]]:
+        tallies = {number: Tally(window) for number, window in self._windows.items()}
+        with self._lock:
+            self._tallies.append(tallies)
+        return self._group.family.buffers(), tallies
+
+    def apply(self, tile: Tile, state: tuple[Buffers, dict[int, Tally]]) -> None:
+        buffers, tallies = state
+        family, slot = self._group.family, self._group.slot(tile)
+        _, base_bits = read_bits(family.base, slot, tile, buffers.base)
+        for a in family.each(slot, tile, base_bits, buffers, list(self._windows)):
+            keys = family.keys(a, self._windows[a.task].low, buffers)
+            tallies[a.task].add_keys(keys, count_unequal(a.base, a.fine))
+
+    def commit(self, tile: Tile, result: None) -> None:
+        pass
+
+    def finish(self, tile: Tile, committed: None, state: tuple[Buffers, dict[int, Tally]]) -> None:
+        pass
+
+    def total(self, number: int) -> Tally:
+        total = Tally(self._windows[number])
+        for tallies in self._tallies:
+            total.add(tallies[number])
+        return total
+
+
+@dataclass(frozen=True)
+class Found:
+    """A task's threshold over a group, and how many of the group's entries changed."""
+
+    threshold: Threshold
+    changed: int
+
+
+def _nothing(task: TaskVector) -> Threshold:
+    """The threshold that keeps no entry."""
+    return Threshold(task.infinite_key + 1, 0)
+
+
+def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[int, Found]:
+    """The threshold of each task over some slots, such that it keeps exactly so many entries.
+
+    Args:
+        kept: for each task (number), how many of its entries of these slots to keep.
+
+    Reads a sample, then usually everything once; exact whatever the data (methods/magnitude.py).
+    """
+    group = _Group(family, slots)
+    how = family.how
+    sample = _Sample(group, list(kept))
+    tiles, everything = group.sample_tiles()
+    run(sample, tiles, how.threads, how.advance if everything else lambda entries: None)
+    found: dict[int, Found] = {}
+    windows: dict[int, Window] = {}
+    for number, k in kept.items():
+        keys, task = sample.keys[number], family.tasks[number]
+        if not keys or (everything and not k):
+            found[number] = Found(_nothing(task), sample.changed[number])
+        elif everything:
+            found[number] = Found(exact_threshold(np.concatenate(keys), sample.changed[number], k), sample.changed[number])
+        else:
+            n = sum(task.pairs[family.slots[i].name].entries for i in slots if family.slots[i].name in task.pairs)
+            joined = np.concatenate(keys)
+            windows[number] = predict_window(joined, n, k, task.infinite_key) if k else Window(task.infinite_key, 0, 1)
+    del sample
+    plan = TilePlan(group.entries, how.tile_entries)
+    while windows:
+        count = _Count(group, windows)
+        run(count, plan, how.threads, how.advance)
+        for number in list(windows):
+            tally = count.total(number)
+            task = family.tasks[number]
+            decision = decide(tally, kept[number], task.infinite_key) if kept[number] else _nothing(task)
+            if isinstance(decision, Window):
+                windows[number] = decision
+            else:
+                found[number] = Found(decision, tally.changed)
+                del windows[number]
+    return found

@@ -1,0 +1,1 @@
+"""Published methods, one file each: pure functions on tensors. Knows no file."""

@@ -1,0 +1,157 @@
+"""Post-Pruning: keep the entries of the task vector with the largest magnitude, exactly k of them.
+
+Source: PERU paper, section 4.1 (Post-Pruning, PERU-FFT): theta_0 + top_m(theta_t - theta_0).
+
+The k-th largest key of billions is found without sorting or holding them: count the keys above a window
+and those within it by bins; the counts add up over tiles, threads and machines. A window predicted from a
+sample usually holds the answer in bins of one key each, and one count decides. If not, the counts say
+where to look next, so it ends after a few counts whatever the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from peru_cli.streaming.device import values_at_least
+
+Keys = np.ndarray[Any, np.dtype[Any]]  # int32 or int64
+MAX_BINS = 1 << 20
+_FLUSH = 1 << 18  # keys collected before they are binned: a bincount costs its bins
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Keep every key above `key`, and the first `equals` of those that equal it, in canonical order.
+
+    `key` 0 with `equals` None keeps all changed entries.
+    """
+
+    key: int
+    equals: int | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every changed entry is kept."""
+        return self.equals is None
+
+
+ALL_CHANGED = Threshold(0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Keys from `low` on in `bins` bins of 2^shift keys each."""
+
+    low: int
+    shift: int
+    bins: int
+
+    @classmethod
+    def over(cls, low: int, high: int) -> Window:
+        """The finest window of at most MAX_BINS bins that holds the keys `low` to `high`, both included."""
+        shift = 0
+        while ((high - low) >> shift) + 1 > MAX_BINS:
+            shift += 1
+        return cls(low, shift, ((high - low) >> shift) + 1)
+
+
+class Tally:
+    """Statistics of one window that add up: keys above it, keys in each bin, changed entries."""
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.above = 0
+        self.changed = 0
+        self._bins = np.zeros(window.bins, dtype=np.int64)
+        self._waiting: list[Keys] = []
+        self._waiting_size = 0
+
+    def add_keys(self, keys: torch.Tensor, changed: int) -> None:
+        """Count a tile's keys (n,), of which `changed` entries differ from the base."""
+        window = self.window
+        bins = values_at_least(keys, window.low) - window.low
+        if window.shift:
+            bins >>= window.shift
+        inside = bins[bins < window.bins]
+        self.above += len(bins) - len(inside)
+        self.changed += changed
+        self._waiting.append(inside)
+        self._waiting_size += len(inside)
+        if self._waiting_size >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._bins += np.bincount(np.concatenate(self._waiting), minlength=self.window.bins)
+            self._waiting, self._waiting_size = [], 0
+
+    def add(self, other: Tally) -> None:
+        """Add another thread's counts of the same window."""
+        self.above += other.above
+        self.changed += other.changed
+        self._bins += other.bins()
+
+    def bins(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Keys in each bin; int64 (bins,)."""
+        self._flush()
+        return self._bins
+
+
+def decide(tally: Tally, k: int, largest_key: int) -> Threshold | Window:
+    """The threshold that keeps exactly k entries, or the window to count next.
+
+    Args:
+        tally: counts over all n entries.
+        k: how many entries to keep; if no more have changed, all of those are kept.
+        largest_key: the key of infinite differences.
+    """
+    if tally.changed <= k:
+        return ALL_CHANGED
+    window, bins = tally.window, tally.bins()
+    if tally.above >= k:
+        return Window.over(window.low + (window.bins << window.shift), largest_key)
+    at_least = tally.above + np.cumsum(bins[::-1])[::-1]  # keys in this bin or above
+    if at_least[0] < k:
+        return Window.over(0, window.low - 1)
+    chosen = int(np.flatnonzero(at_least >= k)[-1])
+    low = window.low + (chosen << window.shift)
+    if window.shift:
+        return Window.over(low, low + (1 << window.shift) - 1)
+    return Threshold(low, k - int(at_least[chosen] - bins[chosen]))
+
+
+def exact_threshold(keys: Keys, changed: int, k: int) -> Threshold:
+    """The threshold when all keys are at hand; (n,)."""
+    if changed <= k:
+        return ALL_CHANGED
+    key = int(np.partition(keys, len(keys) - k)[len(keys) - k])
+    return Threshold(key, k - int(np.count_nonzero(keys > key)))
+
+
+def predict_window(sample: Keys, n: int, k: int, largest_key: int) -> Window:
+    """A window that very likely holds the k-th largest of n keys, from a sample of them; (s,).
+
+    The margin is 4% of the rank and four standard deviations of a fair sample's rank: real samples are
+    runs of neighbours, less independent than that. It shrinks until each bin is one key: a miss costs one
+    more count sometimes, wider bins one always.
+    """
+    ascending = np.sort(sample)
+    rank = k / n * len(ascending)
+    margin = 0.04 * rank + 4 * rank**0.5 + 2
+    while True:
+        first, last = int(rank - margin), int(rank + margin) + 1
+        high = int(ascending[-1 - first]) if first >= 0 else largest_key
+        low = int(ascending[-1 - last]) if last < len(ascending) else 0
+        window = Window.over(max(low, 0), max(high, low, 0))
+        if not window.shift or margin < 2:
+            return window
+        margin *= 0.7
+
+
+def take_equals(equal: Keys, quota: int) -> Keys:
+    """Positions of the candidates that stay when only the first `quota` equals may; bool (n,) -> int64."""
+    return np.flatnonzero(~equal | (np.cumsum(equal) <= quota))

@@ -1,0 +1,76 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Optional
+
+import typer
+
+from peru_cli.console import console
+from peru_cli.errors import UsageError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?)B?")
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+
+
+def parse_size(text: str, option: str) -> int:
+    """`5GB`, `500MB`, `64MiB` or plain bytes as a number of bytes; MB is 10^6, MiB 2^20."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match.group(2) not in _UNITS or match.group(2) == "i":
+        raise UsageError(f"{option} {text!r} is not a size", "write it as 500MB, 5GB or 64MiB")
+    size = int(Fraction(match.group(1)) * _UNITS[match.group(2)])
+    if size < 1:
+        raise UsageError(f"{option} {text!r} is no bytes at all")
+    return size
+
+
+def parse_density(text: str) -> Fraction:
+    """`10%` or `0.1` as an exact fraction in (0, 1]; UsageError otherwise, with what was probably meant."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
+    if match is None:
+        raise UsageError(f"--keep {text!r} is not a density", "write a share of the entries: --keep 10% or --keep 0.1")
+    density = Fraction(match.group(1)) / (100 if match.group(2) else 1)
+    if density == 0:
+        raise UsageError(f"--keep {text} keeps nothing", "write a share above 0: --keep 1%")
+    if density > 1:
+        hint = "at most --keep 100%" if match.group(2) else f"did you mean --keep {match.group(1)}%?"
+        raise UsageError(f"--keep {text} is more than all entries", hint)
+    return density
+
+
+def _quiet(value: bool) -> bool:
+    console.quiet = console.quiet or value
+    return value
+
+
+def _json(value: bool) -> bool:
+    console.json = console.json or value
+    return value
+
+
+Base = Annotated[str, typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
+OptionalBase = Annotated[Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
+Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes, no progress bar.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where the tensor work runs.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads. Default: all that this process may use.")]
+NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster, for scratch files.")]
+TileEntries = Annotated[
+    Optional[int],
+    typer.Option("--tile-entries", metavar="N", help="Entries streamed at once, a multiple of 16384. Changes no result."),
+]

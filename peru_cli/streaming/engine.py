@@ -1,0 +1,153 @@
+"""The engine: run one pass over planned tiles on several threads, with one ordered step.
+
+Each thread takes the next tile, reads it into its own buffers, computes, waits for its turn to
+commit, and finishes. A thread holds one tile at a time, so the number of threads bounds the memory
+and slow writers hold back readers; the kernel reads ahead, so reading overlaps computing.
+What depends on earlier tiles happens in `commit` alone, hence any number of threads gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from peru_cli.streaming.tiles import Tile
+
+B = TypeVar("B")  # a thread's buffers
+R = TypeVar("R")  # what apply makes of a tile
+S = TypeVar("S")  # what commit hands to finish
+
+
+class Pass(Protocol[B, R, S]):
+    """One pass over tiles. Only `commit` sees the tiles in order; everything else runs in parallel."""
+
+    def buffers(self) -> B:
+        """Allocate what one thread needs."""
+        ...
+
+    def apply(self, tile: Tile, buffers: B) -> R:
+        """Read the tile and compute."""
+        ...
+
+    def commit(self, tile: Tile, result: R) -> S:
+        """In canonical order, one thread at a time: cheap."""
+        ...
+
+    def finish(self, tile: Tile, committed: S, buffers: B) -> None:
+        """Whatever follows from the commit and needs no order."""
+        ...
+
+
+class Aborted(Exception):
+    """Another thread failed: this one stops. Never seen outside the engine."""
+
+
+class Turnstile:
+    """Lets threads through in the order of their tickets."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._turn = 0
+        self._aborted = False
+
+    def wait(self, ticket: int) -> None:
+        """Block until it is this ticket's turn; Aborted if the run has failed."""
+        with self._condition:
+            while self._turn != ticket and not self._aborted:
+                self._condition.wait()
+            if self._aborted:
+                raise Aborted
+
+    def advance(self) -> None:
+        """Let the next ticket through."""
+        with self._condition:
+            self._turn += 1
+            self._condition.notify_all()
+
+    def abort(self) -> None:
+        """Wake everybody up to stop."""
+        with self._condition:
+            self._aborted = True
+            self._condition.notify_all()
+
+
+def available_threads() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(step: Pass[B, R, S], tiles: Sequence[Tile], threads: int, advance: Callable[[int], None] = lambda entries: None) -> None:
+    """Run `step` over all tiles; re-raises the first error of any thread after all have stopped.
+
+    `advance` is told the number of entries of each tile that is done, from the thread that did it.
+    torch's own threads are switched off meanwhile: threads over tiles are faster than threads within.
+    """
+    import torch
+
+    inner = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _Run(step, tiles, min(threads, len(tiles)), advance).join()
+    finally:
+        torch.set_num_threads(inner)
+
+
+class _Run(Generic[B, R, S]):
+    def __init__(self, step: Pass[B, R, S], tiles: Sequence[Tile], threads: int, advance: Callable[[int], None]) -> None:
+        self._step, self._tiles, self._advance = step, tiles, advance
+        self._next = 0
+        self._lock = threading.Lock()
+        self._turnstile = Turnstile()
+        self._error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, name=f"tiles-{i}", daemon=True) for i in range(threads)]
+
+    def join(self) -> None:
+        if len(self._threads) <= 1:
+            self._work()
+        else:
+            try:
+                for thread in self._threads:
+                    thread.start()
+                for thread in self._threads:
+                    while thread.is_alive():
+                        thread.join(0.2)  # in slices, so that Ctrl-C is heard
+            except BaseException as error:
+                self._fail(error)
+                for thread in self._threads:
+                    if thread.ident is not None:  # else it was never started
+                        thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _take(self) -> Tile | None:
+        with self._lock:
+            if self._error is not None or self._next >= len(self._tiles):
+                return None
+            self._next += 1
+            return self._tiles[self._next - 1]
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = error
+        self._turnstile.abort()
+
+    def _work(self) -> None:
+        try:
+            buffers = self._step.buffers()
+            while (tile := self._take()) is not None:
+                result = self._step.apply(tile, buffers)
+                self._turnstile.wait(tile.number)
+                committed = self._step.commit(tile, result)
+                self._turnstile.advance()
+                self._step.finish(tile, committed, buffers)
+                self._advance(tile.stop - tile.start)
+        except Aborted:
+            pass
+        except BaseException as error:
+            self._fail(error)

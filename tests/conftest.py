@@ -1,0 +1,94 @@
+"""Shared tools: random checkpoints with many ties, and `peru` run as its users run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # data sets beside the developers' checkout, not part of the project
+
+
+def run_peru(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m peru_cli` in a process of its own; output as text."""
+    return subprocess.run(
+        [sys.executable, "-m", "peru_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        input=stdin.decode() if stdin is not None else None,
+        env={**os.environ, **(env or {})},
+    )
+
+
+@pytest.fixture
+def peru() -> Callable[..., str]:
+    """Run a command in this process and return its stdout; fails the test if the exit code is not `code`."""
+    import contextlib
+    import io
+
+    from peru_cli import cli
+    from peru_cli.console import console
+
+    def call(*arguments: object, code: int = 0) -> str:
+        console.quiet = console.json = console.data_on_stderr = False
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            got = cli.run([str(a) for a in arguments])
+        assert got == code, f"exit {got}, not {code}\n{out.getvalue()}\n{err.getvalue()}"
+        call.stderr = err.getvalue()  # type: ignore[attr-defined]
+        return out.getvalue()
+
+    return call
+
+
+def random_pair(dtype: str, seed: int = 0, base_dtype: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A base and a fine-tune with unequal tensors, few distinct differences (many ties) and unchanged entries."""
+    noise = torch.Generator().manual_seed(seed)
+    shapes = {
+        "embed.weight": (701, 48),
+        "layers.0.mlp.weight": (96, 130),
+        "layers.0.norm.weight": (96,),
+        "layers.1.mlp.weight": (96, 130),
+        "layers.10.mlp.weight": (33, 7),
+        "scalar": (),
+        "empty": (0, 5),
+    }
+    base, fine = {}, {}
+    for name, shape in shapes.items():
+        weight = torch.randn(shape, generator=noise, dtype=torch.float64) * 0.1
+        steps = torch.randint(-6, 7, shape, generator=noise).double() * 2.0**-9
+        base[name] = weight.to(FLOATS[base_dtype or dtype])
+        fine[name] = (base[name].double() + steps).to(FLOATS[dtype])
+    base["position_ids"] = torch.arange(77)
+    fine["position_ids"] = torch.arange(77)
+    return base, fine
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> Path:
+    """Write a plain safetensors file with the reference writer."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    return path
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, NaN payloads and all."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def assert_same_tensors(got: Path, expected: dict[str, torch.Tensor]) -> None:
+    """The file holds exactly these tensors: names, dtypes, shapes and every bit."""
+    loaded = load_file(got)
+    assert sorted(loaded) == sorted(expected)
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape, name
+        assert raw(loaded[name]) == raw(tensor), name

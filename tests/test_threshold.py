@@ -1,0 +1,303 @@
+"""The exact k-th largest key whatever the window, the tiles and the ties; and the arithmetic on single bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peru_cli.checkpoints.dtypes import BY_NAME
+from peru_cli.methods.delta import (
+    INFINITE_KEY,
+    NOT_ROUNDED,
+    KeyWorkspace,
+    add_rounded,
+    add_ulps,
+    as_float,
+    cast_bits,
+    magnitude_keys,
+    order,
+    round_difference,
+    ulp_difference,
+)
+from peru_cli.methods.magnitude import (
+    ALL_CHANGED,
+    MAX_BINS,
+    Tally,
+    Threshold,
+    Window,
+    decide,
+    exact_threshold,
+    predict_window,
+    take_equals,
+)
+
+INT = {16: np.int16, 32: np.int32, 64: np.int64}
+BITS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+FLOAT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+MANTISSA = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}
+MOST_COUNTS = 5  # a window of 2^20 bins narrows by 20 bits: a miss below or above, then 63 bits in four counts
+
+
+# -- thresholds ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def keys_of(draw: st.DrawFn) -> np.ndarray:
+    """Keys as prune sees them: -1 for unchanged entries, many equals, some infinite."""
+    kind = draw(st.sampled_from([torch.int32, torch.int64]))
+    top = INFINITE_KEY[kind]
+    near = draw(st.integers(0, top - 100))
+    palette = draw(st.lists(st.integers(-1, top) | st.integers(near, near + 99) | st.sampled_from([-1, 0, top]), min_size=1, max_size=30))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return np.array(palette, dtype=np.int32 if kind == torch.int32 else np.int64)[rng.integers(0, len(palette), draw(st.integers(1, 400)))]
+
+
+def top_of(keys: np.ndarray) -> int:
+    return INFINITE_KEY[torch.int32 if keys.dtype == np.int32 else torch.int64]
+
+
+def kept_by(threshold: Threshold, keys: np.ndarray) -> list[int]:
+    if threshold.keeps_all:
+        return np.flatnonzero(keys >= 0).tolist()
+    candidates = np.flatnonzero(keys >= threshold.key)
+    assert threshold.equals is not None
+    return candidates[take_equals(keys[candidates] == threshold.key, threshold.equals)].tolist()
+
+
+def sorted_reference(keys: np.ndarray, k: int) -> list[int]:
+    """The k largest changed entries, equals by position."""
+    ranked = sorted((i for i in range(len(keys)) if keys[i] >= 0), key=lambda i: (-int(keys[i]), i))
+    return sorted(ranked[:k])
+
+
+def tallied(window: Window, keys: np.ndarray, parts: Iterator[int]) -> Tally:
+    """Counts of unequal parts by several tallies, added up, as threads do."""
+    total = Tally(window)
+    edges = sorted({0, len(keys), *parts})
+    tallies = [Tally(window) for _ in range(3)]
+    for i, (start, stop) in enumerate(pairwise(edges)):
+        part = keys[start:stop].copy()
+        changed = int(np.count_nonzero(part >= 0))
+        if window.low > 0:
+            part[part < 0] = 0  # what magnitude_keys may say of unchanged entries then
+        tallies[i % 3].add_keys(torch.from_numpy(part), changed)
+    for tally in tallies:
+        total.add(tally)
+    return total
+
+
+def search(window: Window, keys: np.ndarray, k: int, edges: list[int]) -> tuple[Threshold, int]:
+    for count in range(1, MOST_COUNTS + 2):
+        decision = decide(tallied(window, keys, iter(edges)), k, top_of(keys))
+        if isinstance(decision, Threshold):
+            return decision, count
+        assert 0 <= decision.low <= top_of(keys) and 1 <= decision.bins <= MAX_BINS
+        window = decision
+    raise AssertionError("no end")
+
+
+def cut(keys: np.ndarray, shares: list[float]) -> list[int]:
+    return [int(share * len(keys)) for share in shares]
+
+
+@settings(max_examples=150, deadline=None)
+@given(keys_of(), st.floats(0, 1), st.data(), st.lists(st.floats(0, 1), max_size=5))
+def test_any_window_ends_at_the_threshold_of_a_sort(keys: np.ndarray, share: float, data: st.DataObject, shares: list[float]) -> None:
+    """Right windows, wrong ones, of one bin or of many, fine or coarse."""
+    k = max(1, int(share * len(keys)))
+    top = top_of(keys)
+    low = data.draw(st.integers(0, top) | st.sampled_from([0, top]) | st.sampled_from([max(int(key), 0) for key in keys]))
+    window = data.draw(
+        st.builds(Window, st.just(low), st.integers(0, 40), st.sampled_from([1, 2, 7, 1000]))
+        | st.integers(low, top).map(lambda high: Window.over(low, high))
+    )
+    threshold, counts = search(window, keys, k, cut(keys, shares))
+    assert kept_by(threshold, keys) == sorted_reference(keys, k)
+    assert counts <= MOST_COUNTS
+    assert exact_threshold(keys, int(np.count_nonzero(keys >= 0)), k) == threshold
+
+
+@settings(max_examples=60, deadline=None)
+@given(keys_of(), st.floats(0, 1), st.floats(0.01, 1), st.integers(0, 2**32))
+def test_predicted_windows_end_at_the_threshold_of_a_sort(keys: np.ndarray, share: float, sampled: float, seed: int) -> None:
+    """Whatever the sample: all of it, a little, and one that is nothing like the whole."""
+    k = max(1, int(share * len(keys)))
+    rng = np.random.default_rng(seed)
+    fair = rng.choice(keys, max(1, int(sampled * len(keys))), replace=False)
+    for sample in (fair, keys, np.sort(keys)[: len(fair)], np.full(3, -1, dtype=keys.dtype)):
+        window = predict_window(sample, len(keys), k, top_of(keys))
+        assert 0 <= window.low <= top_of(keys) and window.bins <= MAX_BINS
+        threshold, _ = search(window, keys, k, [len(keys) // 2])
+        assert kept_by(threshold, keys) == sorted_reference(keys, k)
+
+
+def test_a_fair_sample_of_a_million_keys_needs_one_count() -> None:
+    noise = torch.Generator().manual_seed(0)
+    keys = torch.randn(1_000_000, generator=noise).abs().view(torch.int32).numpy()
+    for k in (10_000, 100_000, 500_000):
+        window = predict_window(keys[::17], len(keys), k, top_of(keys))
+        threshold, counts = search(window, keys, k, [300_001])
+        ascending = np.sort(keys)
+        assert counts == 1 and threshold.key == ascending[-k]
+        assert threshold.equals == k - int(np.count_nonzero(keys > ascending[-k]))
+
+
+@given(st.integers(0, 2**62), st.integers(0, 2**62))
+def test_a_window_holds_both_ends_in_few_bins(low: int, size: int) -> None:
+    window = Window.over(low, low + size)
+    assert window.low == low and window.bins <= MAX_BINS
+    assert (window.bins - 1) << window.shift <= size < window.bins << window.shift
+    assert window.shift == 0 or window.bins > MAX_BINS // 2
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 60))
+def test_take_equals_keeps_the_first_ones(equal: list[bool], quota: int) -> None:
+    left, want = quota, []
+    for i, is_equal in enumerate(equal):
+        if not is_equal or left > 0:
+            want.append(i)
+        left -= is_equal
+    assert take_equals(np.array(equal, dtype=bool), quota).tolist() == want
+
+
+def test_all_changed_keeps_no_more_than_what_changed() -> None:
+    keys = np.array([-1, 3, -1, 0], dtype=np.int32)
+    assert exact_threshold(keys, 2, 2) == exact_threshold(keys, 2, 4) == ALL_CHANGED
+    assert exact_threshold(keys, 2, 1) == Threshold(3, 1)
+
+
+# -- single entries -----------------------------------------------------------------------------------
+
+
+def patterns(name: str, seed: int = 0) -> torch.Tensor:
+    """All patterns of a 16-bit type; for wider ones, every top half with low halves that are 0, full or random."""
+    bits = BY_NAME[name].bits
+    every = torch.arange(-(2**15), 2**15)
+    if bits == 16:
+        return every.to(torch.int16)
+    low = np.random.default_rng(seed).integers(0, 2 ** (bits - 16), 2**16, dtype=np.int64)
+    low[::5], low[1::5], low[2::5] = 0, 2 ** (bits - 16) - 1, 1 << (bits - 17)
+    return ((every << (bits - 16)) | torch.from_numpy(low)).to(BITS[bits])
+
+
+def number(pattern: int, name: str) -> float:
+    """The float64 that a pattern means, by the definition of the type (not NaN)."""
+    bits, mantissa = BY_NAME[name].bits, MANTISSA[name]
+    sign = -1.0 if pattern < 0 else 1.0
+    magnitude = pattern & ((1 << (bits - 1)) - 1)
+    exponent, fraction = magnitude >> mantissa, magnitude & ((1 << mantissa) - 1)
+    bias = (1 << (bits - 2 - mantissa)) - 1
+    if exponent == 2 * bias + 1:
+        return sign * float("inf")
+    scale = max(exponent, 1) - bias - mantissa
+    return sign * float(np.ldexp(float(fraction + ((1 << mantissa) if exponent else 0)), scale))
+
+
+@pytest.mark.parametrize("target", FLOAT)
+@pytest.mark.parametrize("source", FLOAT)
+def test_cast_bits_is_torchs_cast_but_for_nan(source: str, target: str) -> None:
+    bits = patterns(source)
+    before = bits.clone()
+    got = cast_bits(bits, BY_NAME[source], BY_NAME[target])
+    assert torch.equal(bits, before)
+    if source == target:
+        assert torch.equal(got, bits)
+        return
+    floats = bits.view(FLOAT[source])
+    nan = torch.isnan(floats)
+    if source == "F64" and BY_NAME[target].bits == 16:
+        floats = floats.to(torch.float32)
+    want = floats.to(FLOAT[target]).view(BITS[BY_NAME[target].bits])
+    assert torch.equal(got[~nan], want[~nan])
+    assert nan.any()
+    have, wanted = MANTISSA[source], MANTISSA[target]
+    width = BY_NAME[target].bits
+    for pattern, result in zip(bits[nan].tolist()[::37], got[nan].tolist()[::37], strict=True):
+        payload = pattern & ((1 << have) - 1)
+        payload = payload << (wanted - have) if wanted > have else payload >> (have - wanted)
+        exponent = ((1 << (width - 1 - wanted)) - 1) << wanted
+        quiet = exponent | payload | 1 << (wanted - 1)
+        assert result & ((1 << (width - 1)) - 1) == quiet and (result < 0) == (pattern < 0)
+
+
+def test_as_float_means_what_the_types_define() -> None:
+    for name in FLOAT:
+        bits = patterns(name)[::61]
+        floats = as_float(bits, BY_NAME[name]).double()
+        for pattern, value in zip(bits.tolist(), floats.tolist(), strict=True):
+            assert np.isnan(value) or value == number(pattern, name)
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_order_ascends_with_the_numbers_and_is_its_own_inverse(name: str) -> None:
+    bits = patterns(name).numpy()
+    assert np.array_equal(order(order(bits)), bits)
+    floats = torch.from_numpy(bits).view(FLOAT[name]).double().numpy()
+    by_order = floats[np.argsort(order(bits), kind="stable")]
+    finite = by_order[~np.isnan(by_order)]
+    assert np.all(finite[1:] >= finite[:-1])
+    negative_nans = np.isnan(floats) & (bits < 0)
+    assert order(bits)[negative_nans].max() < order(bits)[~np.isnan(floats)].min()
+    zero = BY_NAME[name].bits
+    assert order(np.array([-(1 << (zero - 1)), 0], dtype=INT[zero])).tolist() == [-1, 0]  # -0.0 is one below 0.0
+    if zero == 16:
+        assert sorted(order(bits).tolist()) == list(range(-(2**15), 2**15))
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_ulp_differences_undo_themselves_for_every_pattern(name: str) -> None:
+    bits = patterns(name).numpy()
+    rng = np.random.default_rng(3)
+    for fine in (bits, bits[::-1].copy(), rng.permutation(bits), np.full_like(bits, -1), np.full_like(bits, np.iinfo(bits.dtype).min)):
+        ulps = ulp_difference(bits, fine)
+        assert ulps.dtype == bits.dtype and np.array_equal(add_ulps(bits, ulps), fine)
+        width = BY_NAME[name].bits
+        i = rng.integers(0, len(bits), 50)
+        exact = [(int(order(fine[j : j + 1])[0]) - int(order(bits[j : j + 1])[0])) % 2**width for j in i]
+        assert [int(u) % 2**width for u in ulps[i]] == exact
+
+
+@pytest.mark.parametrize("low", [0, 1, 0x3A00_0000])
+@pytest.mark.parametrize("name,wide", [*((name, True) for name in FLOAT), ("F16", False), ("BF16", False), ("F32", False)])
+def test_magnitude_keys_are_the_pattern_of_the_difference(name: str, wide: bool, low: int) -> None:
+    base = patterns(name, seed=1)
+    fine = base[torch.randperm(len(base), generator=torch.Generator().manual_seed(2))]
+    fine[::3] = base[::3]
+    kind, key = (np.float64, torch.int64) if wide else (np.float32, torch.int32)
+    room = KeyWorkspace(len(base) + 5, torch.device("cpu"), wide)
+    keys = magnitude_keys(base, fine, BY_NAME[name], low, room).numpy()
+    numbers = [as_float(bits, BY_NAME[name]).double().numpy().astype(kind) for bits in (fine, base)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(numbers[0] - numbers[1])
+    difference[~np.isfinite(difference)] = np.inf
+    want = difference.view(np.int64 if wide else np.int32).astype(np.int64)
+    changed = (base != fine).numpy()
+    assert np.array_equal(keys[changed], want[changed]) and keys.max() == INFINITE_KEY[key]
+    assert np.all(keys[~changed] == -1 if low <= 0 else keys[~changed] <= 0)
+
+
+@pytest.mark.parametrize("name", ["F32", "F64"])
+def test_rounded_differences_are_bf16_or_stored_apart(name: str) -> None:
+    base = patterns(name, seed=4).numpy()
+    noise = np.random.default_rng(5)
+    with np.errstate(invalid="ignore", over="ignore"):
+        near = (base.view(f"f{base.itemsize}") * (1 + noise.normal(size=len(base)) * 0.01)).astype(f"f{base.itemsize}").view(base.dtype)
+    for fine in (noise.permutation(base), near, base):
+        codes, apart = round_difference(base, fine, BY_NAME[name])
+        result, marked = add_rounded(base, codes, BY_NAME[name])
+        assert codes.dtype == np.int16 and np.array_equal(apart, marked)
+        a, b = (torch.from_numpy(x).view(FLOAT[name]) for x in (base, fine))
+        rounded = (b - a).float().bfloat16()
+        back = a + rounded.to(FLOAT[name])
+        assert apart.tolist() == torch.nonzero(~torch.isfinite(back)).view(-1).tolist()
+        stays = np.setdiff1d(np.arange(len(base)), apart)
+        assert np.array_equal(result[stays], back.view(BITS[8 * base.itemsize]).numpy()[stays])
+        assert np.array_equal(order(codes)[stays], rounded.view(torch.int16).numpy()[stays])
+        assert set(codes[apart].tolist()) <= {NOT_ROUNDED}
+        assert NOT_ROUNDED not in codes[stays]
