@@ -1,0 +1,228 @@
+"""Makes the golden artifacts beside this file: `python tests/golden/make.py`.
+
+Inputs come from integer arithmetic, expected results from the plain NumPy below, which shares no code with
+peru. Only the artifacts come from `peru prune`. To be run again only when format 1 is given up: the files
+say what it is, and tests/test_format.py compares them literally.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype, its entries as they lie in the file (BF16: uint16)
+
+HERE = Path(__file__).resolve().parent
+BITS = {"F64": 64, "I64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "U8": 8}
+
+
+@dataclass
+class Case:
+    """One golden artifact: what it is made from, with which options, and what it gives back."""
+
+    base: Tensors
+    fine: Tensors
+    options: list[str]
+    expected: Tensors
+    base_files: dict[str, str] = field(default_factory=dict)
+    fine_files: dict[str, str] = field(default_factory=dict)
+
+
+def noise(shape: tuple[int, ...], seed: int) -> Array:
+    """Splitmix64: uint64 of a shape."""
+    with np.errstate(over="ignore"):
+        x = (np.arange(prod(shape), dtype=np.uint64) + np.uint64(seed << 32) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (x ^ (x >> np.uint64(31))).reshape(shape)
+
+
+def weights(shape: tuple[int, ...], seed: int, bits: int = 12) -> Array:
+    """float32 multiples of 2^-bits in (-1/8, 1/8)."""
+    whole = (noise(shape, seed) % np.uint64(1 << (bits - 2))).astype(np.int64) - (1 << (bits - 3))
+    return whole.astype(np.float32) / np.float32(1 << bits)
+
+
+def steps(shape: tuple[int, ...], seed: int) -> Array:
+    """float32 multiples of 2^-10 from -4 to 4, half of them 0: many equal magnitudes."""
+    x = noise(shape, seed)
+    return np.where(x >> np.uint64(63), (x % np.uint64(9)).astype(np.int64) - 4, 0).astype(np.float32) / np.float32(1024)
+
+
+def to_bf16(values: Array) -> Array:
+    """float32 without NaN to BF16 patterns, to nearest even."""
+    u = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16).reshape(values.shape)
+
+
+def from_bf16(patterns: Array) -> Array:
+    """BF16 patterns as float32."""
+    return (patterns.astype(np.uint32) << 16).view(np.float32).reshape(patterns.shape)
+
+
+def kept(pairs: dict[str, tuple[Array, Array]], changed: dict[str, Array], density: Fraction, scope: str) -> dict[str, Array]:
+    """Which entries stay, by sorting all of them; `pairs` are float32, base first."""
+    masks = {name: np.zeros(mask.size, bool) for name, mask in changed.items()}
+    names = sorted(pairs)
+    for group in [names] if scope == "global" else [[name] for name in names]:
+        ranked = []
+        for name in group:
+            with np.errstate(invalid="ignore", over="ignore"):
+                keys = np.abs(pairs[name][1] - pairs[name][0]).reshape(-1)
+            keys[~np.isfinite(keys)] = np.inf
+            ranked += [(-float(keys[i]), name, int(i)) for i in np.flatnonzero(changed[name])]
+        n = int(density * sum(pairs[name][0].size for name in group))
+        for _, name, i in sorted(ranked)[:n]:
+            masks[name][i] = True
+    return {name: mask.reshape(changed[name].shape) for name, mask in masks.items()}
+
+
+def tiny() -> Case:
+    """One tensor, two entries kept."""
+    base = np.array([0x3F80, 0xBF80, 0x0000, 0x4000, 0x3F00, 0x3E80, 0xC000, 0x4040], np.uint16).reshape(2, 4)
+    fine = base.copy()
+    fine[0, 1], fine[1, 2], fine[1, 3] = 0xBF82, 0xC001, 0x4041  # by 2^-6, 2^-6, 2^-6: the last of the equals goes
+    expected = fine.copy()
+    expected[1, 3] = base[1, 3]
+    tensors = [{"w": ("BF16", array)} for array in (base, fine, expected)]
+    return Case(tensors[0], tensors[1], ["--keep", "25%"], tensors[2])
+
+
+def heads() -> Case:
+    """BF16 behind a prefix, one tensor's base in F32, a head that the base lacks, a base tensor without counterpart."""
+    shapes = {"embed.weight": (50, 12), "layer.0.bias": (24,), "layer.0.weight": (16, 24), "layer.10.weight": (16, 24)}
+    base: Tensors = {"pooler.weight": ("BF16", to_bf16(weights((6, 6), 1)))}
+    fine: Tensors = {
+        "bert.classifier": ("BF16", to_bf16(weights((5,), 2))),
+        "classifier.weight": ("BF16", to_bf16(weights((3, 24), 3))),
+    }
+    pairs, changed = {}, {}
+    for seed, (name, shape) in enumerate(shapes.items(), 10):
+        wide = weights(shape, seed, bits=14)  # more bits than BF16 has: rounded to nearest even, ties included
+        base[name] = ("F32", wide) if name == "layer.0.weight" else ("BF16", to_bf16(wide))
+        cast = to_bf16(wide)
+        moved = to_bf16(from_bf16(cast) + steps(shape, seed + 100))
+        fine["bert." + name] = ("BF16", moved)
+        pairs["bert." + name] = from_bf16(cast), from_bf16(moved)
+        changed["bert." + name] = cast != moved
+    masks = kept(pairs, changed, Fraction(1, 10), "global")
+    expected = dict(fine)
+    for name, mask in masks.items():
+        expected[name] = ("BF16", np.where(mask, fine[name][1], to_bf16(pairs[name][0])))
+    return Case(base, fine, ["--keep", "10%"], expected)
+
+
+def grown() -> Case:
+    """F32 with rounded values, NaN and infinities apart, a grown vocabulary, side files, integers copied and stored whole."""
+    shapes = {"embed.weight": (40, 8), "linear.bias": (16,), "linear.weight": (24, 16)}
+    base: Tensors = {"position_ids": ("I64", np.arange(20, dtype=np.int64)), "steps": ("I64", np.array(7, np.int64))}
+    fine: Tensors = {"position_ids": base["position_ids"], "steps": ("I64", np.array(8, np.int64))}
+    for seed, (name, shape) in enumerate(shapes.items(), 20):
+        array = weights(shape, seed, bits=20)
+        base[name] = ("F32", array)
+        fine[name] = ("F32", (array + steps(shape, seed + 100) * np.float32(1 + 2**-9)).astype(np.float32))
+    flat_base, flat = base["linear.weight"][1].reshape(-1), fine["linear.weight"][1].reshape(-1)
+    flat.view(np.uint32)[[3, 5]] = 0x7FC01234, 0xFF800000  # a NaN with payload, -infinity
+    flat_base.view(np.uint32)[9] = 0x7F800000
+    flat_base.view(np.uint32)[11] = flat.view(np.uint32)[11] = 0x7FC00000  # unchanged: does not compete
+    flat_base.view(np.uint32)[13], flat.view(np.uint32)[13] = 0xFF7FFFFF, 0x7F7FFFFF  # the difference overflows
+    flat_base.view(np.uint32)[15], flat.view(np.uint32)[15] = 0, 0x7F7FFFFF  # the difference rounds to infinity
+    pairs = {name: (base[name][1], fine[name][1]) for name in shapes}
+    changed = {name: a.view(np.uint32) != b.view(np.uint32) for name, (a, b) in pairs.items()}
+    expected = dict(fine)
+    for name, mask in kept(pairs, changed, Fraction(1, 8), "tensor").items():
+        a, b = pairs[name]
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = b - a
+            finite = np.isfinite(difference)
+            rounded = from_bf16(to_bf16(np.where(finite, difference, 0)))
+            stored = np.where(finite & np.isfinite(a + rounded), (a + rounded).view(np.uint32), b.view(np.uint32))
+        expected[name] = ("F32", np.where(mask, stored, a.view(np.uint32)).view(np.float32))
+    new_rows = weights((3, 8), 30)
+    fine["embed.weight"], expected["embed.weight"] = (
+        ("F32", np.concatenate((table["embed.weight"][1], new_rows))) for table in (fine, expected)
+    )
+    same = '{"max_length": 20}\n'
+    return Case(
+        base,
+        fine,
+        ["--keep", "12.5%", "--scope", "tensor", "--base-id", "example/base@0123abc"],
+        expected,
+        {"config.json": '{"vocab_size": 40}\n', "generation_config.json": same},
+        {"config.json": '{"vocab_size": 43}\n', "generation_config.json": same},
+    )
+
+
+def lossless() -> Case:
+    """F16 bit for bit: zeros of both signs, NaN payloads, infinities; an untouched tensor, a scalar, an empty one, bytes."""
+    shape = (30, 20)
+    values = weights(shape, 40).astype(np.float16).view(np.uint16)
+    moved = (values + (noise(shape, 41) % np.uint64(5) == 0) * np.uint16(1)).astype(np.uint16)
+    odd = [(0x0000, 0x8000), (0x8000, 0x0000), (0x7E00, 0x7C01), (0x3C00, 0xFE55), (0x7C00, 0xFC00), (0xFBFF, 0x7BFF)]
+    for i, (old, new) in enumerate(odd):
+        values[2, i], moved[2, i] = old, new
+    frozen = weights((10,), 42).astype(np.float16)
+    base: Tensors = {
+        "weight": ("F16", values),
+        "frozen": ("F16", frozen),
+        "scalar": ("F16", np.array(0x3C00, np.uint16)),
+        "empty": ("F16", np.zeros((0, 3), np.uint16)),
+        "mask": ("BOOL", np.array([0, 1, 1, 0], np.uint8)),
+        "table": ("U8", np.arange(9, dtype=np.uint8)),
+    }
+    fine = {**base, "weight": ("F16", moved), "scalar": ("F16", np.array(0xBC00, np.uint16)), "mask": ("BOOL", np.ones(4, np.uint8))}
+    return Case({"model." + name: tensor for name, tensor in base.items()}, fine, ["--lossless"], fine)
+
+
+CASES = {"tiny": tiny, "heads": heads, "grown": grown, "lossless": lossless}
+
+
+def write_safetensors(path: Path, tensors: Tensors) -> None:
+    """As peru writes checkpoints: wide dtypes first, then by name."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, (dtype, array) in sorted(tensors.items(), key=lambda item: (-BITS[item[1][0]], item[0])):
+        raw = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def write_model(folder: Path, tensors: Tensors, files: dict[str, str]) -> None:
+    """A checkpoint folder."""
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "model.safetensors", tensors)
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
+
+
+def main() -> None:
+    """Replace every golden file."""
+    for name, make in CASES.items():
+        case, folder = make(), HERE / name
+        if folder.exists():
+            shutil.rmtree(folder)
+        write_model(folder / "base", case.base, case.base_files)
+        write_safetensors(folder / "expected.safetensors", case.expected)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_model(Path(scratch, "fine"), case.fine, case.fine_files)
+            model = f"golden={scratch}/fine"
+            command = [sys.executable, "-m", "peru_cli", "prune", model, "-b", folder / "base", "-o", folder / "artifact.safetensors"]
+            subprocess.run([*command, *case.options], check=True)
+
+
+if __name__ == "__main__":
+    main()
