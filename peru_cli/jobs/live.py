@@ -9,8 +9,9 @@ The entries that an artifact touches are kept aside and put back: nothing is sub
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +118,13 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta,
     Raises:
         Mismatch: the weights are not the artifact's base (the first tensors that differ are named), a
             module has no place of that shape and dtype for a tensor, or tied weights would have to
-            differ. Nothing has been changed then.
+            differ. Nothing has been changed then, but that an earlier artifact has been taken off.
         BadFile: the artifact is damaged; what was changed is put back.
     """
     is_module = isinstance(model, torch.nn.Module)
     if is_module and (earlier := _applied.pop(model, None)) is not None:
         earlier.restore()
-    table: MutableMapping[str, Tensor] = model.state_dict(keep_vars=True) if isinstance(model, torch.nn.Module) else model
+    table: MutableMapping[str, Tensor] = _as_saved(model) if isinstance(model, torch.nn.Module) else model
     names = _match(table, artifact, is_module)
     if verify:
         _verify(table, names, artifact)
@@ -140,6 +141,22 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta,
     if is_module:
         _applied[model] = applied
     return applied
+
+
+def _as_saved(model: nn.Module) -> dict[str, Tensor]:
+    """A module's own tensors under the names of its checkpoint, which transformers renames while loading.
+
+    Where loading fused tensors (experts), saving would make new ones: then the names in memory stay.
+    """
+    table = model.state_dict(keep_vars=True)
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return table
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved = revert_weight_conversion(model, dict(table))
+    own = {id(tensor) for tensor in table.values()}
+    return saved if all(id(tensor) in own for tensor in saved.values()) else table
 
 
 def _infos(table: MutableMapping[str, Tensor]) -> dict[str, TensorInfo]:
@@ -163,6 +180,15 @@ def _is_unchanged(record: TensorRecord) -> bool:
     return record.mode == COPY
 
 
+def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | None:
+    """A tensor's name in memory: bert-base-uncased and its like call `gamma` and `beta` what models call `weight` and `bias`."""
+    if name is not None and name not in present:
+        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+            if name.endswith(old) and (loaded := name.removesuffix(old) + new) in present:
+                return loaded
+    return name
+
+
 def _match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module: bool) -> dict[str, str]:
     """The model's name for each of the fine-tune's tensors. Its names may be the base's or the fine-tune's.
 
@@ -174,7 +200,7 @@ def _match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module:
     prefix = find_prefix(wanted, present)
     names, problems = {}, []
     for record in artifact.index.tensors:
-        name = prefix.base_name(record.info.name)
+        name = _as_loaded(prefix.base_name(record.info.name), present)
         found = present.get(name) if name is not None else None
         if record.mode == WHOLE and (found is None or (found.shape, found.dtype) != (record.info.shape, record.info.dtype)):
             if is_module:
@@ -195,7 +221,10 @@ def _match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module:
             assert name is not None
             names[record.info.name] = name
     if problems:
-        raise Mismatch(f"{artifact.path} does not fit this model: {len(problems)} tensor(s)\n  " + "\n  ".join(problems[:5]))
+        raise Mismatch(
+            f"{artifact.path} does not fit this model: {len(problems)} tensor(s)\n  " + "\n  ".join(problems[:5]),
+            'load the base as its files have it (dtype="auto"); where loading renames or fuses tensors, unpack instead',
+        )
     return names
 
 
