@@ -59,6 +59,8 @@ def run(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(arguments, prog_name="peru", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # typer makes it an exit code without a word
         return int(code) if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         console.error("interrupted; nothing was left half done")

@@ -131,7 +131,7 @@ def test_predicted_windows_end_at_the_threshold_of_a_sort(keys: np.ndarray, shar
     rng = np.random.default_rng(seed)
     fair = rng.choice(keys, max(1, int(sampled * len(keys))), replace=False)
     for sample in (fair, keys, np.sort(keys)[: len(fair)], np.full(3, -1, dtype=keys.dtype)):
-        window = predict_window(sample, len(keys), k, top_of(keys))
+        window = predict_window(sample, np.full(len(sample), len(keys) / len(sample)), k, top_of(keys))
         assert 0 <= window.low <= top_of(keys) and window.bins <= MAX_BINS
         threshold, _ = search(window, keys, k, [len(keys) // 2])
         assert kept_by(threshold, keys) == sorted_reference(keys, k)
@@ -141,7 +141,7 @@ def test_a_fair_sample_of_a_million_keys_needs_one_count() -> None:
     noise = torch.Generator().manual_seed(0)
     keys = torch.randn(1_000_000, generator=noise).abs().view(torch.int32).numpy()
     for k in (10_000, 100_000, 500_000):
-        window = predict_window(keys[::17], len(keys), k, top_of(keys))
+        window = predict_window(keys[::17], np.full(len(keys[::17]), 17.0), k, top_of(keys))
         threshold, counts = search(window, keys, k, [300_001])
         ascending = np.sort(keys)
         assert counts == 1 and threshold.key == ascending[-k]

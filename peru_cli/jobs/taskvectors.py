@@ -19,8 +19,8 @@ from peru_cli.streaming.device import TileBuffer, count_unequal
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile, TilePlan
 
-SAMPLE_RUNS = 256
-SAMPLE_RUN = 4096  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
+SAMPLE_RUNS = 1024
+SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
 
 
 @dataclass
@@ -139,6 +139,7 @@ class _Sample:
     def __init__(self, group: _Group, wanted: Sequence[int]) -> None:
         self._group, self._wanted = group, wanted
         self.keys: dict[int, list[Keys]] = {number: [] for number in wanted}
+        self._tensors: dict[int, list[int]] = {number: [] for number in wanted}  # which tensor each piece is from
         self.changed = dict.fromkeys(wanted, 0)
 
     def buffers(self) -> Buffers:
@@ -155,7 +156,16 @@ class _Sample:
     def commit(self, tile: Tile, result: list[tuple[int, Keys, int]]) -> None:
         for number, keys, changed in result:
             self.keys[number].append(keys)
+            self._tensors[number].append(tile.tensor)
             self.changed[number] += changed
+
+    def window(self, number: int, k: int) -> Window:
+        """Where the task's threshold very likely is; a sampled key stands for its share of its tensor."""
+        sizes = np.array([len(keys) for keys in self.keys[number]])
+        tensors = np.array(self._tensors[number])
+        sampled = np.bincount(tensors, weights=sizes, minlength=len(self._group.entries))
+        weights = np.repeat((np.array(self._group.entries) / np.maximum(sampled, 1))[tensors], sizes)
+        return predict_window(np.concatenate(self.keys[number]), weights, k, self._group.family.tasks[number].infinite_key)
 
     def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
         pass
@@ -231,9 +241,7 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[
         elif everything:
             found[number] = Found(exact_threshold(np.concatenate(keys), sample.changed[number], k), sample.changed[number])
         else:
-            n = sum(task.pairs[family.slots[i].name].entries for i in slots if family.slots[i].name in task.pairs)
-            joined = np.concatenate(keys)
-            windows[number] = predict_window(joined, n, k, task.infinite_key) if k else Window(task.infinite_key, 0, 1)
+            windows[number] = sample.window(number, k) if k else Window(task.infinite_key, 0, 1)
     del sample
     plan = TilePlan(group.entries, how.tile_entries)
     while windows:

@@ -19,6 +19,7 @@ import torch
 from peru_cli.streaming.device import values_at_least
 
 Keys = np.ndarray[Any, np.dtype[Any]]  # int32 or int64
+Weights = np.ndarray[Any, np.dtype[np.float64]]
 MAX_BINS = 1 << 20
 _FLUSH = 1 << 18  # keys collected before they are binned: a bincount costs its bins
 
@@ -132,22 +133,24 @@ def exact_threshold(keys: Keys, changed: int, k: int) -> Threshold:
     return Threshold(key, k - int(np.count_nonzero(keys > key)))
 
 
-def predict_window(sample: Keys, n: int, k: int, largest_key: int) -> Window:
-    """A window that very likely holds the k-th largest of n keys, from a sample of them; (s,).
+def predict_window(sample: Keys, weights: Weights, k: int, largest_key: int) -> Window:
+    """A window that very likely holds the k-th largest key, from a sample of keys; (s,).
 
-    The margin is 4% of the rank and four standard deviations of a fair sample's rank: real samples are
-    runs of neighbours, less independent than that. It shrinks until each bin is one key: a miss costs one
-    more count sometimes, wider bins one always.
+    `weights` says how many keys each sampled one stands for, (s,): tensors differ more from each other than
+    within themselves, and a sample never meets each in its due proportion. The margin is 5% of the rank
+    and four standard deviations of a fair sample's rank: real samples are runs of neighbours, less
+    independent than that. It shrinks until each bin is one key: a miss costs one more count sometimes,
+    wider bins one always.
     """
-    ascending = np.sort(sample)
-    rank = k / n * len(ascending)
-    margin = 0.04 * rank + 4 * rank**0.5 + 2
+    descending = np.argsort(sample, kind="stable")[::-1]
+    rank = np.cumsum(weights[descending])  # keys at or above each, as far as the sample can tell
+    margin = 0.05 * k + (4 * (k / rank[-1] * len(sample)) ** 0.5 + 2) * rank[-1] / len(sample)
     while True:
-        first, last = int(rank - margin), int(rank + margin) + 1
-        high = int(ascending[-1 - first]) if first >= 0 else largest_key
-        low = int(ascending[-1 - last]) if last < len(ascending) else 0
+        first, last = (int(np.searchsorted(rank, k + side)) for side in (-margin, margin))
+        high = int(sample[descending[first]]) if first > 0 else largest_key
+        low = int(sample[descending[last]]) if last < len(sample) else 0
         window = Window.over(max(low, 0), max(high, low, 0))
-        if not window.shift or margin < 2:
+        if not window.shift or margin < 0.001 * k:
             return window
         margin *= 0.7
 
