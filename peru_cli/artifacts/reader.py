@@ -240,12 +240,16 @@ def check_base_header(artifact: SparseDelta, record: TensorRecord, base: TensorI
     return None
 
 
-def refuse_base(problems: list[str], artifact: SparseDelta, label: str) -> None:
-    """Raise Mismatch if there are problems, naming the first few and the base that the artifact was made from."""
+def refuse_base(problems: list[str], artifact: SparseDelta, label: str, gave_up: bool = False) -> None:
+    """Raise Mismatch if there are problems, naming the first few and the base that the artifact was made from.
+
+    `gave_up` says that there may be more.
+    """
     if not problems:
         return
     wanted = artifact.metadata.get("peru.base")
+    number = f"{'at least ' if gave_up else ''}{len(problems)} tensor(s) differ"
     raise Mismatch(
-        f"{label} is not the base that {artifact.path} was made from: {len(problems)} tensor(s) differ\n  " + "\n  ".join(problems[:5]),
+        f"{label} is not the base that {artifact.path} was made from: {number}\n  " + "\n  ".join(problems[:5]),
         f"it was made from {wanted}" if wanted else "the artifact does not say where its base came from (prune --base-id records it)",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -91,8 +92,9 @@ def _artifact(path: Path, plot: Path | None) -> None:
         meta = report.metadata
         console.line(f"{path}: {meta['peru.kind']}, task {meta['peru.task']}, {si_bytes(report.file_bytes)}")
         console.line(f"base:     {meta.get('peru.base', 'not named (prune --base-id records it)')}")
-        scope = "" if meta["peru.density"] == "lossless" else f" of all entries, scope {meta['peru.scope']}"
-        console.line(f"kept:     {count(int(meta['peru.kept']))} of {count(report.entries)} entries ({meta['peru.density']}{scope})")
+        lossless = meta["peru.density"] == "lossless"
+        density = "lossless" if lossless else f"--keep {100 * float(Fraction(meta['peru.density'])):g}%, scope {meta['peru.scope']}"
+        console.line(f"kept:     {count(int(meta['peru.kept']))} of {count(report.entries)} entries ({density})")
         console.line(f"changed:  {count(int(meta['peru.changed']))}")
         for stream in report.streams:
             console.line(f"values:   {stream.dtype.name}, {count(stream.kept)} {value_kind(stream)}")
@@ -102,16 +104,23 @@ def _artifact(path: Path, plot: Path | None) -> None:
             console.line(f"files:    {', '.join(files)}")
         _parts(report)
         deltas = [r for r in report.records if r.mode == DELTA]
-        density = {r.info.name: r.kept / max(r.base_entries, 1) for r in report.records}
+        densities = {r.info.name: r.kept / max(r.base_entries, 1) for r in report.records}
         rows = [
-            [r.info.name, r.info.dtype.name, _shape(r.info.shape), describe_record(r), count(r.kept), f"{100 * density[r.info.name]:.2f}%"]
+            [
+                r.info.name,
+                r.info.dtype.name,
+                _shape(r.info.shape),
+                describe_record(r),
+                count(r.kept),
+                f"{100 * densities[r.info.name]:.2f}%",
+            ]
             for r in report.records
         ]
         console.line()
         console.table(["tensor", "dtype", "shape", "stored as", ">kept", ">density"], rows)
         console.result(_artifact_json(report))
         if plot is not None:
-            plot_densities(plot, [r.info.name for r in deltas], [density[r.info.name] for r in deltas])
+            plot_densities(plot, [r.info.name for r in deltas], [densities[r.info.name] for r in deltas])
             console.note(f"drew {plot}")
 
 

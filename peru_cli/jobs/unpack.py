@@ -173,13 +173,9 @@ class _Unpack:
         if name in self.base_digests and self.base_digests[name].digest()[:SHORT] != record.base_digest:
             self.bad.append(f"{self._artifact.base_name(record)}: other contents in {self._base.label}")
             if len(self.bad) >= _FEW:
-                self.refuse()
+                refuse_base(self.bad, self._artifact, self._base.label, gave_up=True)
         elif self._kept[name] != record.kept:
             raise BadFile(f"{self._artifact.path}: tensor {name!r} has {self._kept[name]} kept entries, the index says {record.kept}")
-
-    def refuse(self) -> None:
-        """Raise Mismatch if the base differed anywhere."""
-        refuse_base(self.bad, self._artifact, self._base.label)
 
 
 def _bits_type(dtype: Dtype) -> torch.dtype:
@@ -196,7 +192,7 @@ def reconstruct(artifact: SparseDelta, base: Checkpoint, order: Sequence[TensorI
         artifact.verify_whole(record)
     step = _Unpack(artifact, base, order, writer, how)
     run(step, TilePlan([info.entries for info in order], how.tile_entries), how.threads, how.advance)
-    step.refuse()
+    refuse_base(step.bad, artifact, base.label)
     digests = {name: digest.digest() for name, digest in step.results.items()}
     if checkpoint_digest(digests) != artifact.result_digest:
         raise BadFile(f"{artifact.path}: the result is not the checkpoint that was pruned", "please report this with both file names")

@@ -46,7 +46,7 @@ class TileBuffer:
     def bits(self, entries: int, dtype: Dtype) -> torch.Tensor:
         """The entries as signed integers of the dtype's width, on the device; (entries,)."""
         host = self._host[: dtype.nbytes(entries)].view(BITS[dtype.bits])
-        return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)
+        return host if self._device.type == "cpu" else host.to(self._device)
 
 
 def count_unequal(a: torch.Tensor, b: torch.Tensor) -> int:
