@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -77,18 +78,22 @@ def sorted_reference(keys: np.ndarray, k: int) -> list[int]:
 
 
 def tallied(window: Window, keys: np.ndarray, parts: Iterator[int]) -> Tally:
-    """Counts of unequal parts by several tallies, added up, as threads do."""
+    """Counts of unequal parts, from several threads at once."""
     total = Tally(window)
-    edges = sorted({0, len(keys), *parts})
-    tallies = [Tally(window) for _ in range(3)]
-    for i, (start, stop) in enumerate(pairwise(edges)):
+
+    def add(start: int, stop: int) -> None:
         part = keys[start:stop].copy()
         changed = int(np.count_nonzero(part >= 0))
         if window.low > 0:
             part[part < 0] = 0  # what magnitude_keys may say of unchanged entries then
-        tallies[i % 3].add_keys(torch.from_numpy(part), changed)
-    for tally in tallies:
-        total.add(tally)
+        total.add_keys(torch.from_numpy(part), changed)
+
+    edges = sorted({0, len(keys), *parts})
+    threads = [threading.Thread(target=add, args=ends) for ends in pairwise(edges)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -172,38 +171,27 @@ class _Sample:
 
 
 class _Count:
-    """Tallies the windows of several tasks; each thread has its own counts, which add up."""
+    """Tallies the windows of several tasks."""
 
     def __init__(self, group: _Group, windows: dict[int, Window]) -> None:
-        self._group, self._windows = group, windows
-        self._tallies: list[dict[int, Tally]] = []
-        self._lock = threading.Lock()
+        self._group = group
+        self.tallies = {number: Tally(window) for number, window in windows.items()}
 
-    def buffers(self) -> tuple[Buffers, dict[int, Tally]]:
-        tallies = {number: Tally(window) for number, window in self._windows.items()}
-        with self._lock:
-            self._tallies.append(tallies)
-        return self._group.family.buffers(), tallies
+    def buffers(self) -> Buffers:
+        return self._group.family.buffers()
 
-    def apply(self, tile: Tile, state: tuple[Buffers, dict[int, Tally]]) -> None:
-        buffers, tallies = state
+    def apply(self, tile: Tile, buffers: Buffers) -> None:
         family, slot = self._group.family, self._group.slot(tile)
         _, base_bits = read_bits(family.base, slot, tile, buffers.base)
-        for a in family.each(slot, tile, base_bits, buffers, list(self._windows)):
-            keys = family.keys(a, self._windows[a.task].low, buffers)
-            tallies[a.task].add_keys(keys, count_unequal(a.base, a.fine))
+        for a in family.each(slot, tile, base_bits, buffers, list(self.tallies)):
+            keys = family.keys(a, self.tallies[a.task].window.low, buffers)
+            self.tallies[a.task].add_keys(keys, count_unequal(a.base, a.fine))
 
     def commit(self, tile: Tile, result: None) -> None:
         pass
 
-    def finish(self, tile: Tile, committed: None, state: tuple[Buffers, dict[int, Tally]]) -> None:
+    def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
         pass
-
-    def total(self, number: int) -> Tally:
-        total = Tally(self._windows[number])
-        for tallies in self._tallies:
-            total.add(tallies[number])
-        return total
 
 
 @dataclass(frozen=True)
@@ -248,7 +236,7 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[
         count = _Count(group, windows)
         run(count, plan, how.threads, how.advance)
         for number in list(windows):
-            tally = count.total(number)
+            tally = count.tallies[number]
             task = family.tasks[number]
             decision = decide(tally, kept[number], task.infinite_key) if kept[number] else _nothing(task)
             if isinstance(decision, Window):

@@ -10,6 +10,7 @@ where to look next, so it ends after a few counts whatever the data.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from peru_cli.streaming.device import values_at_least
 Keys = np.ndarray[Any, np.dtype[Any]]  # int32 or int64
 Weights = np.ndarray[Any, np.dtype[np.float64]]
 MAX_BINS = 1 << 20
-_FLUSH = 1 << 18  # keys collected before they are binned: a bincount costs its bins
+_FLUSH = 1 << 18  # keys collected before they are binned
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class Window:
 
 
 class Tally:
-    """Statistics of one window that add up: keys above it, keys in each bin, changed entries."""
+    """Statistics of one window that add up: keys above it, keys in each bin, changed entries.
+
+    Any thread may add; all share one table of bins, which is most of what the search holds.
+    """
 
     def __init__(self, window: Window) -> None:
         self.window = window
@@ -70,6 +74,7 @@ class Tally:
         self._bins = np.zeros(window.bins, dtype=np.int64)
         self._waiting: list[Keys] = []
         self._waiting_size = 0
+        self._lock = threading.Lock()
 
     def add_keys(self, keys: torch.Tensor, changed: int) -> None:
         """Count a tile's keys (n,), of which `changed` entries differ from the base."""
@@ -78,23 +83,18 @@ class Tally:
         if window.shift:
             bins >>= window.shift
         inside = bins[bins < window.bins]
-        self.above += len(bins) - len(inside)
-        self.changed += changed
-        self._waiting.append(inside)
-        self._waiting_size += len(inside)
-        if self._waiting_size >= _FLUSH:
-            self._flush()
+        with self._lock:
+            self.above += len(bins) - len(inside)
+            self.changed += changed
+            self._waiting.append(inside)
+            self._waiting_size += len(inside)
+            if self._waiting_size >= _FLUSH:
+                self._flush()
 
     def _flush(self) -> None:
         if self._waiting:
-            self._bins += np.bincount(np.concatenate(self._waiting), minlength=self.window.bins)
+            np.add.at(self._bins, np.concatenate(self._waiting), 1)
             self._waiting, self._waiting_size = [], 0
-
-    def add(self, other: Tally) -> None:
-        """Add another thread's counts of the same window."""
-        self.above += other.above
-        self.changed += other.changed
-        self._bins += other.bins()
 
     def bins(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Keys in each bin; int64 (bins,)."""

@@ -1,0 +1,10 @@
+_peru_completion() {
+    local IFS=$'
+'
+    COMPREPLY=( $( env COMP_WORDS="${COMP_WORDS[*]}" \
+                   COMP_CWORD=$COMP_CWORD \
+                   _PERU_COMPLETE=complete_bash $1 ) )
+    return 0
+}
+
+complete -o default -F _peru_completion peru
