@@ -7,7 +7,8 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from blake3 import blake3
@@ -84,21 +85,28 @@ class ContainerWriter:
         self._file.__exit__(*exc)
 
 
+@contextmanager
+def opening(path: Path, close: Callable[[], None]) -> Iterator[None]:
+    """Close what could not be opened, and name the file in the reason."""
+    try:
+        yield
+    except BadFile as error:
+        close()
+        message = error.message if str(path) in error.message else f"{path}: {error.message}"
+        raise BadFile(message, error.hint) from error
+    except BaseException:
+        close()
+        raise
+
+
 class Container:
     """An artifact opened for reading: metadata, the verified index, and roles read by range."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = RandomAccessFile(path)
-        try:
+        with opening(path, self.close):
             self._open()
-        except BadFile as error:
-            self.close()
-            message = error.message if str(path) in error.message else f"{path}: {error.message}"
-            raise BadFile(message, error.hint) from error
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self) -> None:
         header = read_header(self._file)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from peru_cli.artifacts.codecs import decode
-from peru_cli.artifacts.container import Container
+from peru_cli.artifacts.container import Container, opening
 from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, STORED, WHOLE, Block, SideFile, Stream, TensorRecord, decode_index
 from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata, short_digest
 from peru_cli.checkpoints.header import TensorInfo
@@ -44,15 +44,8 @@ class SparseDelta:
 
     def __init__(self, path: Path) -> None:
         self.container = Container(path)
-        try:
+        with opening(path, self.close):
             self._open()
-        except BadFile as error:
-            self.close()
-            message = error.message if str(path) in error.message else f"{path}: {error.message}"
-            raise BadFile(message, error.hint) from error
-        except BaseException:
-            self.close()
-            raise
         self._cache: OrderedDict[tuple[int, int], Future[Entries]] = OrderedDict()
         self.lock = threading.Lock()
 
