@@ -8,10 +8,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.console import console
 from peru_cli.errors import UsageError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?)B?")
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -37,18 +39,25 @@ def parse_size(text: str, option: str) -> int:
     return size
 
 
-def parse_density(text: str) -> Fraction:
+def parse_density(text: str, option: str = "--keep") -> Fraction:
     """`10%` or `0.1` as an exact fraction in (0, 1]; UsageError otherwise, with what was probably meant."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
     if match is None:
-        raise UsageError(f"--keep {text!r} is not a density", "write a share of the entries: --keep 10% or --keep 0.1")
+        raise UsageError(f"{option} {text!r} is not a density", f"write a share of the entries: {option} 10% or {option} 0.1")
     density = Fraction(match.group(1)) / (100 if match.group(2) else 1)
     if density == 0:
-        raise UsageError(f"--keep {text} keeps nothing", "write a share above 0: --keep 1%")
+        raise UsageError(f"{option} {text} keeps nothing", f"write a share above 0: {option} 1%")
     if density > 1:
-        hint = "at most --keep 100%" if match.group(2) else f"did you mean --keep {match.group(1)}%?"
-        raise UsageError(f"--keep {text} is more than all entries", hint)
+        hint = f"at most {option} 100%" if match.group(2) else f"did you mean {option} {match.group(1)}%?"
+        raise UsageError(f"{option} {text} is more than all entries", hint)
     return density
+
+
+def parse_dtype(text: str) -> Dtype:
+    """`bf16`, `fp16`, `fp32` or `fp64`; UsageError otherwise."""
+    if text not in DTYPES:
+        raise UsageError(f"--dtype {text!r} is not one of {', '.join(DTYPES)}")
+    return BY_NAME[DTYPES[text]]
 
 
 def _quiet(value: bool) -> bool:

@@ -36,7 +36,7 @@ def test_readme_has_two_setup_commands_and_its_examples_run(family: Path) -> Non
     setup = [block for block in blocks("sh") if "venv" in block]
     assert len(setup) == 2 and all(len(block.splitlines()) == 1 for block in setup)
     examples = [line for block in blocks("sh") if "venv" not in block for line in block.splitlines()]
-    assert {line.split()[1] for line in examples} >= {"prune", "unpack", "inspect"}
+    assert {line.split()[1] for line in examples} >= {"merge", "prune", "unpack", "inspect"}
     script = "\n".join(["set -euo pipefail", f'peru() {{ "{sys.executable}" -m peru_cli "$@"; }}', *examples])
     done = subprocess.run(["bash", "-c", script], cwd=family, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_readme_has_two_setup_commands_and_its_examples_run(family: Path) -> Non
 
 
 def test_every_command_is_in_the_readme_or_says_itself_what_it_does() -> None:
-    for command in ("prune", "unpack", "inspect", "demo"):
+    for command in ("merge", "prune", "unpack", "inspect", "demo"):
         assert f"peru {command}" in README
 
 

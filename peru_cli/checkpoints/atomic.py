@@ -2,7 +2,7 @@
 
 Everything is written to `.NAME.peru-partial` beside the target, synced, and renamed. An exception removes
 it; a kill leaves it behind under a name that nobody takes for the real thing, and the next run of the
-same command starts it afresh. A lock keeps two processes from writing the same target.
+same command starts it afresh, or goes on where it has a journal (journal.py). A lock keeps two processes from writing the same target.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+def is_interrupt(exc: tuple[object, ...]) -> bool:
+    """Whether a context is left because somebody pressed Ctrl-C or asked the process to end."""
+    return bool(exc) and exc[0] is KeyboardInterrupt
+
+
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two paths in one step (Linux renameat2); False where that cannot be done."""
     at_fdcwd, rename_exchange = -100, 2
@@ -100,12 +105,18 @@ def _exchange(a: Path, b: Path) -> bool:
 class PartialFile:
     """A file that appears under its name when committed. A context manager: leaving it uncommitted removes it."""
 
-    def __init__(self, target: Path, sync: bool) -> None:
-        self.target, self._sync = target, sync
+    def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
+        """With `resume`, what an earlier run left is not emptied, and an interrupt leaves it."""
+        self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self.fd = _open_locked(self.path, target)
-        os.ftruncate(self.fd, 0)
+        if not resume:
+            os.ftruncate(self.fd, 0)
         self._open = True
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self.fd)
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at a byte offset; safe from many threads."""
@@ -135,22 +146,24 @@ class PartialFile:
 
     def __exit__(self, *exc: object) -> None:
         if self._open:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+            if not (self._resume and is_interrupt(exc)):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path)
             self._close()
 
 
 class PartialDirectory:
     """A folder that appears under its name when committed, all at once."""
 
-    def __init__(self, target: Path, sync: bool) -> None:
-        self.target, self._sync = target, sync
+    def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
+        """With `resume`, what an earlier run left stays, and an interrupt leaves it."""
+        self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self._lock_fd: int | None = _open_locked(self.path.with_name(self.path.name + ".lock"), target)
         try:
-            if self.path.exists():
+            if self.path.exists() and not resume:
                 shutil.rmtree(self.path)
-            self.path.mkdir()
+            self.path.mkdir(exist_ok=resume)
         except BaseException:
             self._release()
             raise
@@ -169,12 +182,12 @@ class PartialDirectory:
         if not self.target.exists():
             os.rename(self.path, self.target)
         elif _exchange(self.path, self.target):
-            _remove(self.path)
+            remove(self.path)
         else:  # no atomic exchange here: the old state waits under a name of its own between two renames
             aside = self.path.with_name(f".{self.target.name}.peru-replaced")
             os.rename(self.target, aside)
             os.rename(self.path, self.target)
-            _remove(aside)
+            remove(aside)
         if self._sync:
             sync_folder(self.path.parent)
         self._release()
@@ -191,11 +204,13 @@ class PartialDirectory:
 
     def __exit__(self, *exc: object) -> None:
         if self._lock_fd is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            if not (self._resume and is_interrupt(exc)):
+                shutil.rmtree(self.path, ignore_errors=True)
             self._release()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

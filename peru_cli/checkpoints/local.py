@@ -69,7 +69,7 @@ class SafetensorsCheckpoint(Checkpoint):
     """One or several safetensors files that together hold each tensor once."""
 
     def __init__(self, label: str, kind: str, files: list[Path], side_files: Mapping[str, Path]) -> None:
-        self.label, self.kind, self.side_files, self.warnings = label, kind, side_files, []
+        self.label, self.kind, self.side_files, self.warnings, self.files = label, kind, side_files, [], files
         self._files: list[RandomAccessFile] = []
         self._where: dict[str, tuple[RandomAccessFile, int]] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -120,6 +120,7 @@ class TorchCheckpoint(Checkpoint):
 
     def __init__(self, label: str, kind: str, files: list[Path], side_files: Mapping[str, Path]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.metadata = label, kind, side_files, [], {}
+        self.files = files
         self._bytes: dict[str, memoryview] = {}
         tensors: dict[str, TensorInfo] = {}
         for path in files:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ class Checkpoint(ABC):
 
     `label` is how messages name it. `kind` says in words what the argument was taken for. `side_files`
     maps plain file names (config.json, tokenizer.json, ...) to where they lie. `warnings` are things a
-    user should hear once.
+    user should hear once. `files` are where the bytes lie. `expanded` says that they were computed (an
+    adapter, an artifact), so that the dtype is no choice of whoever made the model.
     """
 
     label: str
@@ -25,6 +27,8 @@ class Checkpoint(ABC):
     metadata: Mapping[str, str]
     side_files: Mapping[str, Path]
     warnings: list[str]
+    files: Sequence[Path] = ()
+    expanded = False
 
     @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -53,6 +57,12 @@ class Checkpoint(ABC):
         if data:
             self.read_into(name, 0, memoryview(data))
         return bytes(data)
+
+    def identity(self) -> str:
+        """A digest that changes when the files do: sizes, times of change, all headers; no path is in it."""
+        parts: list[object] = [[(file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]]
+        parts += [[(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())], sorted(self.metadata.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def config(self) -> dict[str, Any]:
         """The model's config.json as a table; empty where there is none or it is unreadable."""

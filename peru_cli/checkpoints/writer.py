@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from peru_cli.checkpoints.atomic import PartialDirectory, PartialFile, check_room
+from peru_cli.checkpoints.atomic import PartialDirectory, PartialFile, check_room, is_interrupt, partial_path, remove
 from peru_cli.checkpoints.header import TensorInfo, build_header
+from peru_cli.checkpoints.journal import Journal
 
 METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 
@@ -46,6 +47,7 @@ class CheckpointWriter(ABC):
     """Takes the bytes of tensors. `order` is the order in which `ordered` writers want them."""
 
     order: list[TensorInfo]
+    journal: Journal | None = None  # of tensors that an earlier run has written, for writers that resume
     ordered = False  # whether write() must be called in `order`, without gaps
 
     @abstractmethod
@@ -66,14 +68,25 @@ class CheckpointWriter(ABC):
 class FileWriter(CheckpointWriter):
     """One safetensors file."""
 
-    def __init__(self, target: Path, tensors: Sequence[TensorInfo], sync: bool) -> None:
+    def __init__(
+        self,
+        target: Path,
+        tensors: Sequence[TensorInfo],
+        sync: bool,
+        metadata: Mapping[str, str] | None = None,
+        resume_key: str | None = None,
+        fresh: bool = False,
+    ) -> None:
         self.order = _placed(data_order(tensors))
-        header = build_header(self.order, METADATA)
+        header = build_header(self.order, METADATA | dict(metadata or {}))
         size = len(header) + sum(info.nbytes for info in self.order)
-        check_room(target, size)
-        self._file = PartialFile(target, sync)
+        check_room(target, 0 if partial_path(target).exists() else size)
+        self._file = PartialFile(target, sync, resume=resume_key is not None)
         self._at = {info.name: len(header) + info.begin for info in self.order}
         try:
+            if resume_key is not None:
+                path = self._file.path.with_name(self._file.path.name + "-journal")
+                self.journal = Journal(path, resume_key, [(self._file, header, size)], sync, fresh)
             self._file.write_at(0, header)
             os.ftruncate(self._file.fd, size)
         except BaseException:
@@ -85,36 +98,59 @@ class FileWriter(CheckpointWriter):
 
     def commit(self) -> None:
         self._file.commit()
+        if self.journal is not None:
+            self.journal.remove()
 
     def __enter__(self) -> FileWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(*exc)
+        if self.journal is not None:
+            self.journal.close() if is_interrupt(exc) else self.journal.remove()
 
 
 class DirectoryWriter(CheckpointWriter):
     """A directory that transformers loads: model.safetensors or shards with an index, and side files."""
 
     def __init__(
-        self, target: Path, tensors: Sequence[TensorInfo], side_files: Mapping[str, bytes], max_shard_bytes: int, sync: bool
+        self,
+        target: Path,
+        tensors: Sequence[TensorInfo],
+        side_files: Mapping[str, bytes],
+        max_shard_bytes: int,
+        sync: bool,
+        metadata: Mapping[str, str] | None = None,
+        resume_key: str | None = None,
+        fresh: bool = False,
     ) -> None:
+        """With `resume_key`, tensors that an earlier run with the same key wrote are in `journal.done`, unless `fresh`."""
         shards = split_shards(sorted(tensors, key=lambda t: t.name), max_shard_bytes)
         total = sum(info.nbytes for info in tensors)
-        check_room(target, total + sum(map(len, side_files.values())))
+        resume = resume_key is not None
+        check_room(target, 0 if resume and partial_path(target).exists() else total + sum(map(len, side_files.values())))
         self.order = [info for shard in shards for info in shard]
         self._where: dict[str, tuple[PartialFile, int]] = {}
         self._files: list[PartialFile] = []
         with ExitStack() as undo:
-            self._folder = undo.enter_context(PartialDirectory(target, sync))
+            self._folder = undo.enter_context(PartialDirectory(target, sync, resume))
             names = shard_names(len(shards))
+            layout: list[tuple[PartialFile, bytes, int]] = []
             for shard, name in zip(shards, names, strict=True):
-                file = undo.enter_context(PartialFile(self._folder.path / name, sync))
-                header = build_header(shard, METADATA)
-                file.write_at(0, header)
-                os.ftruncate(file.fd, len(header) + sum(info.nbytes for info in shard))
+                path = self._folder.path / name
+                if resume and path.exists():  # killed while the shards got their names
+                    os.replace(path, partial_path(path))
+                file = undo.enter_context(PartialFile(path, sync, resume))
+                header = build_header(shard, METADATA | dict(metadata or {}))
+                layout.append((file, header, len(header) + sum(info.nbytes for info in shard)))
                 self._files.append(file)
                 self._where.update({info.name: (file, len(header) + info.begin) for info in shard})
+            if resume_key is not None:
+                self.journal = Journal(self._folder.path / ".peru-journal", resume_key, layout, sync, fresh)
+                self._remove_strangers(names)
+            for file, header, size in layout:
+                file.write_at(0, header)
+                os.ftruncate(file.fd, size)
             if len(shards) > 1:
                 weight_map = {info.name: name for shard, name in zip(shards, names, strict=True) for info in shard}
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -124,20 +160,38 @@ class DirectoryWriter(CheckpointWriter):
                 (self._folder.path / file_name).write_bytes(content)
             self._undo = undo.pop_all()
 
+    @property
+    def folder(self) -> Path:
+        """The unfinished folder, for files that come along."""
+        return self._folder.path
+
+    def _remove_strangers(self, names: Sequence[str]) -> None:
+        """Remove what an earlier run left besides the journal and the shards of this one."""
+        ours = {partial_path(self._folder.path / name).name for name in names} | {".peru-journal"}
+        for path in self._folder.path.iterdir():
+            if path.name not in ours:
+                remove(path)
+
     def write(self, name: str, offset: int, data: memoryview) -> None:
         file, begin = self._where[name]
         file.write_at(begin + offset, data)
 
     def commit(self) -> None:
+        if self.journal is not None:
+            self.journal.flush()
         for file in self._files:
             file.commit()
+        if self.journal is not None:
+            self.journal.remove()
         self._folder.commit()
 
     def __enter__(self) -> DirectoryWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._undo.close()
+        if self.journal is not None:
+            self.journal.close()
+        self._undo.__exit__(*exc)  # type: ignore[arg-type]
 
 
 def shard_names(count: int) -> list[str]:

@@ -13,20 +13,21 @@ import typer
 
 from peru_cli import options
 from peru_cli.console import console, count, si_bytes
-from peru_cli.errors import PeruError, UsageError
+from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from peru_cli.jobs.demo import Row
 
 
 def demo(
+    context: typer.Context,
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", metavar="DIR", help="Keep the artifacts and the restored models here.")
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress four shipped fine-tunes with the real commands; print bytes and accuracies computed here and now.
+    """Compress and merge shipped fine-tunes with the real commands; print bytes and accuracies computed here and now.
 
     peru demo
 
@@ -43,28 +44,28 @@ def demo(
         rows = []
         names = family.tasks()
         console.note(f"base: {family.BASE}\nfine-tunes: {', '.join(names)}")
-        for row in run_demo(work, _command):
+        for row in run_demo(work, _Commands(context)):
             rows.append(row)
             console.note(f"{row.method}: mean accuracy {100 * row.mean:.2f}%")
     _table(rows, names, (family.BASE / "model.safetensors").stat().st_size)
 
 
-_shown: set[str] = set()
+class _Commands:
+    """Runs peru command lines in this process; their tables are not repeated, and one `unpack` is shown for all."""
 
+    def __init__(self, context: typer.Context) -> None:
+        self._main = context.find_root().command.main
+        self._shown = False
 
-def _command(arguments: list[str]) -> None:
-    """Run a peru command line in this process; its table is not repeated. One of each kind is shown."""
-    from peru_cli import cli
-
-    if arguments[0] not in _shown or arguments[0] != "unpack":
-        console.note(f"$ peru {shlex.join(arguments)}")
-    _shown.add(arguments[0])
-    quiet, as_json = console.quiet, console.json
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = cli.run([*arguments, "--quiet", "--no-sync"])
-    console.quiet, console.json = quiet, as_json
-    if code:
-        raise PeruError(f"the command failed with exit code {code}: peru {shlex.join(arguments)}")
+    def __call__(self, arguments: list[str]) -> None:
+        is_unpack = arguments[0] == "unpack"
+        if not (is_unpack and self._shown):
+            console.note(f"$ peru {shlex.join(arguments)}")
+        self._shown |= is_unpack
+        quiet, as_json = console.quiet, console.json
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._main([*arguments, "--quiet", "--no-sync"], prog_name="peru", standalone_mode=False)
+        console.quiet, console.json = quiet, as_json
 
 
 def _table(rows: list[Row], names: list[str], base_bytes: int) -> None:

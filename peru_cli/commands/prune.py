@@ -60,6 +60,8 @@ def prune(
     if values not in ("auto", "exact", "bf16"):
         raise UsageError(f"--values {values!r} is not auto, exact or bf16")
     density = options.parse_density(keep) if keep is not None else None
+    if base_id is not None and not base_id.isprintable():
+        raise UsageError(f"--base-id {base_id!r} holds characters that cannot be printed", "write it as org/name@commit")
 
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.jobs import prune as job

@@ -12,8 +12,6 @@ from peru_cli import options
 from peru_cli.console import console, plural, si_bytes
 from peru_cli.errors import UsageError
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
-
 
 def unpack(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote.")],
@@ -42,8 +40,7 @@ def unpack(
 
     peru unpack a.safetensors --base BASE -o - | sha256sum
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    wanted = options.parse_dtype(dtype) if dtype is not None else None
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
     to_pipe = output == "-"
     if to_pipe and sys.stdout.isatty():
@@ -52,7 +49,6 @@ def unpack(
 
     from peru_cli.artifacts.reader import SparseDelta
     from peru_cli.checkpoints.atomic import check_target
-    from peru_cli.checkpoints.dtypes import BY_NAME
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
     from peru_cli.jobs import unpack as job
@@ -69,7 +65,6 @@ def unpack(
     opened = SparseDelta(artifact)
     opened_base = open_model(base)
     job.check_base(opened, opened_base)
-    wanted = BY_NAME[DTYPES[dtype]] if dtype else None
     tensors = job.output_tensors(opened, wanted)
     files, missing = job.side_files(opened, opened_base)
     if wanted is not None and "config.json" in files:

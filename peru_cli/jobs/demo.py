@@ -14,6 +14,8 @@ from peru_cli import demo
 from peru_cli.evaluation.images import accuracy, quiet_transformers
 
 DENSITIES = ("1%", "5%", "10%")
+HEAD = "classifier"  # all tasks have ten classes: only their names say that the heads are different
+FFT = ["--method", "task-arithmetic", "--scale", "0.3"]  # what PERU-FFT's deltas are taken against
 
 Command = Callable[[list[str]], None]  # runs one peru command line; raises if it fails
 
@@ -45,6 +47,7 @@ class Row:
 def run_demo(work: Path, command: Command) -> Iterator[Row]:
     """Compress the family in a folder, give it back, classify all test images; yields rows as they come."""
     quiet_transformers()
+    torch.set_num_threads(1)  # the models are small: threads that wait for each other take longer
     names = demo.tasks()
     parameters = len(names) * sum(tensor.numel() for tensor in load_file(demo.BASE / "model.safetensors").values())
     based = {task: _with_base(task, work / "base" / task) for task in names}
@@ -56,25 +59,51 @@ def run_demo(work: Path, command: Command) -> Iterator[Row]:
         folder = work / f"pruned-{density.rstrip('%')}"
         arguments = [f"{task}={path}" for task, path in originals.items()]
         command(["prune", *arguments, "--base", str(demo.BASE), "-o", f"{folder}/", "--keep", density])
-        yield _restored(f"Post-Pruning {density}", folder, parameters, work, command)
+        yield _restored(f"Post-Pruning {density}", folder, demo.BASE, parameters, work, command)
+    models = [*(f"{task}={path}" for task, path in originals.items()), "--base", str(demo.BASE), "--per-task", HEAD]
+    for name, method in (("Task-Arithmetic 0.3", FFT), ("TIES 20%", ["--method", "ties"])):
+        merged = work / method[1]
+        command(["merge", *models, "-o", str(merged), *method])
+        yield _merged(name, merged, parameters, work)
+    for density in DENSITIES:
+        folder = work / f"fft-{density.rstrip('%')}"
+        command(["merge", *models, "-o", str(folder), *FFT, "--compress", density])
+        yield _restored(f"PERU-FFT {density}", folder, folder / "merged", parameters, work, command)
 
 
-def _restored(method: str, artifacts: Path, parameters: int, work: Path, command: Command) -> Row:
+def _restored(method: str, artifacts: Path, base: Path, parameters: int, work: Path, command: Command) -> Row:
+    """Accuracy of what artifacts give back; their bytes, and those of a base that comes with them."""
     found = {}
     for task in demo.tasks():
         restored = work / "restored" / artifacts.name / task
         restored.parent.mkdir(parents=True, exist_ok=True)
-        command(["unpack", str(artifacts / f"{task}.safetensors"), "--base", str(demo.BASE), "-o", str(restored)])
+        command(["unpack", str(artifacts / f"{task}.safetensors"), "--base", str(base), "-o", str(restored)])
         found[task] = accuracy(restored, demo.images(task))
-    return Row(method, sum(path.stat().st_size for path in artifacts.iterdir()), parameters, found)
+    size = sum(path.stat().st_size for path in artifacts.iterdir() if path.is_file())
+    if base.parent == artifacts:  # the heads stand in the artifacts too: the merged weights are what is needed
+        size += (base / "model.safetensors").stat().st_size
+    return Row(method, size, parameters, found)
+
+
+def _merged(method: str, merged: Path, parameters: int, work: Path) -> Row:
+    """One merged encoder under each task's head."""
+    found = {}
+    for task in demo.tasks():
+        folder = _under_head(load_file(merged / "model.safetensors"), task, merged / "heads" / f"{task}.safetensors", work / method / task)
+        found[task] = accuracy(folder, demo.images(task))
+    size = (merged / "model.safetensors").stat().st_size + sum(path.stat().st_size for path in (merged / "heads").iterdir())
+    return Row(method, size, parameters, found)
 
 
 def _with_base(task: str, folder: Path) -> Path:
     """A checkpoint of the base's encoder under a task's head."""
+    return _under_head(load_file(demo.BASE / "model.safetensors"), task, demo.fine_tune(task) / "model.safetensors", folder)
+
+
+def _under_head(encoder: dict[str, torch.Tensor], task: str, head: Path, folder: Path) -> Path:
+    """A checkpoint of an encoder and of all else that a file holds."""
     folder.mkdir(parents=True)
     shutil.copy(demo.fine_tune(task) / "config.json", folder)
-    tensors = load_file(demo.fine_tune(task) / "model.safetensors")
-    base: dict[str, torch.Tensor] = load_file(demo.BASE / "model.safetensors")
-    tensors.update({demo.PREFIX + name: tensor for name, tensor in base.items()})
+    tensors = load_file(head) | {demo.PREFIX + name: tensor for name, tensor in encoder.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -20,6 +20,7 @@ from peru_cli.streaming.tiles import Tile, TilePlan
 
 SAMPLE_RUNS = 1024
 SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
+SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
 
 
 @dataclass
@@ -111,6 +112,7 @@ class _Group:
     def __init__(self, family: Family, slots: range) -> None:
         self.family, self.slots = family, slots
         self.entries = [family.slots[i].entries for i in slots]
+        self._sample = SAMPLE_RUN * (SAMPLE_RUNS if len(slots) > 1 else SLOT_RUNS)
 
     def slot(self, tile: Tile) -> TensorInfo:
         return self.family.slots[self.slots[tile.tensor]]
@@ -119,8 +121,8 @@ class _Group:
         """Short runs spread evenly over the group; all of it if that is no more (the flag)."""
         tiles: list[Tile] = []
         total = sum(self.entries)
-        everything = total <= SAMPLE_RUNS * SAMPLE_RUN
-        step = 1.0 if everything else total / (SAMPLE_RUNS * SAMPLE_RUN)
+        everything = total <= self._sample
+        step = 1.0 if everything else total / self._sample
         due = 0.0  # runs are cut from SAMPLE_RUN-sized pieces; every step-th piece is taken
         size = self.family.how.tile_entries if everything else SAMPLE_RUN
         for tensor, entries in enumerate(self.entries):

@@ -89,3 +89,34 @@ def gather(values: torch.Tensor, positions: torch.Tensor) -> np.ndarray[Any, np.
     if values.is_cuda:
         return values[positions].cpu().numpy()
     return values.numpy().take(positions.numpy())
+
+
+def not_negative(values: torch.Tensor) -> torch.Tensor:
+    """1 where an entry is 0 or more (-0.0 is), else 0; (n,) -> uint8 (n,)."""
+    if values.is_cuda:
+        return (values >= 0).view(torch.uint8)
+    return torch.from_numpy(np.greater_equal(values.numpy(), 0)).view(torch.uint8)
+
+
+def greater(a: torch.Tensor, b: torch.Tensor | int) -> torch.Tensor:
+    """1 where a is above b, else 0; (n,) and (n,) or a number -> uint8 (n,)."""
+    if a.is_cuda:
+        return (a > b).view(torch.uint8)
+    array = a.numpy()
+    other = b.numpy() if isinstance(b, torch.Tensor) else array.dtype.type(b)
+    return torch.from_numpy(np.greater(array, other)).view(torch.uint8)
+
+
+def count_ones(flags: torch.Tensor) -> int:
+    """How many of the flags (uint8, 0 or 1) are 1."""
+    return int(flags.sum()) if flags.is_cuda else int(np.count_nonzero(flags.numpy()))
+
+
+def as_ones(flags: np.ndarray[Any, np.dtype[np.bool_]], device: torch.device) -> torch.Tensor:
+    """A bool array as uint8 on a device; (n,)."""
+    return torch.from_numpy(flags.view(np.uint8)).to(device)
+
+
+def first_ones(flags: torch.Tensor, quota: int) -> torch.Tensor:
+    """The first `quota` of the ones, the rest 0; uint8 (n,) -> uint8 (n,)."""
+    return flags * (torch.cumsum(flags, 0, dtype=torch.int64) <= quota).view(torch.uint8)

@@ -1,0 +1,258 @@
+"""`peru merge`."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.errors import UsageError
+from peru_cli.methods.table import METHODS, Method, effective_values, find_method
+
+if TYPE_CHECKING:
+    from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.jobs.mergeoutput import Recipe
+    from peru_cli.jobs.mergeplan import MergePlan
+    from peru_cli.methods.rules import Value
+
+
+def _list_methods(value: bool) -> None:
+    if not value:
+        return
+    rows = [[m.name, m.title, " ".join(f"--{o}" for o in m.options), m.paper] for m in METHODS.values()]
+    console.table(["method", "what it does", "options", "paper"], rows)
+    console.result([{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper} for m in METHODS.values()])
+    raise typer.Exit()
+
+
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="A folder, or a single file.safetensors.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="METHOD", help=f"{', '.join(METHODS)}. See --list-methods.", show_default=False)
+    ],
+    base: options.OptionalBase = None,
+    weight: Annotated[
+        Optional[list[str]], typer.Option("--weight", "-w", metavar="TASK=W", help="A task's weight, 1 if not given. Repeat it.")
+    ] = None,
+    scale: Annotated[
+        Optional[float], typer.Option("--scale", "-s", metavar="S", help="Factor of the merged task vector; below 0 is negation.")
+    ] = None,
+    keep: Annotated[
+        Optional[str], typer.Option("--keep", "-k", metavar="DENSITY", help="Share of each task vector that stays: 20% or 0.2.")
+    ] = None,
+    scope: Annotated[
+        Optional[str], typer.Option("--scope", metavar="global|tensor", help="Trim over the whole task vector, or in each tensor.")
+    ] = None,
+    reduce: Annotated[
+        Optional[str], typer.Option("--reduce", metavar="mean|sum", help="What becomes of entries that agree in sign.")
+    ] = None,
+    variant: Annotated[
+        Optional[str], typer.Option("--variant", metavar="authors|peft|mergekit", help="Whose TIES.", show_default=False)
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", min=0, metavar="N", help="Of the entries that DARE drops.")] = None,
+    gamma: Annotated[
+        Optional[str], typer.Option("--gamma", metavar="SHARE", help="Share of largest entries that breadcrumbs drops: 1%.")
+    ] = None,
+    mask_lambda: Annotated[
+        Optional[float], typer.Option("--mask-lambda", min=0, metavar="L", help="Threshold of consensus' masks, 0.2 to 0.6.")
+    ] = None,
+    min_tasks: Annotated[
+        Optional[int], typer.Option("--min-tasks", min=1, metavar="K", help="Tasks that must use an entry for consensus to keep it.")
+    ] = None,
+    t: Annotated[Optional[float], typer.Option("--t", metavar="T", help="Where slerp stops: 0 the first model, 1 the second.")] = None,
+    normalize: Annotated[
+        Optional[bool],
+        typer.Option("--normalize/--no-normalize", help="Whether linear divides by the sum of the weights.", show_default=False),
+    ] = None,
+    compress: Annotated[
+        Optional[str],
+        typer.Option("--compress", metavar="DENSITY", help="PERU-FFT: OUT/merged/ and OUT/TASK.safetensors pruned against it."),
+    ] = None,
+    per_task: Annotated[
+        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
+    ] = None,
+    merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Average classifiers' heads too, where there is no base.")] = False,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this type.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Cut OUT into shards of this size.")] = "5GB",
+    base_id: Annotated[
+        Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name for the model card, e.g. org/name.")
+    ] = None,
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
+    ] = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    no_sync: options.NoSync = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    tile_entries: options.TileEntries = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Merge several models into one; with --compress, store the models as small deltas of it (PERU-FFT).
+
+    peru merge a=MODEL b=MODEL --base BASE -o merged/ --method task-arithmetic --scale 0.3
+
+    peru merge a=MODEL b=MODEL --base BASE -o merged/ --method ties --keep 20%
+
+    peru merge a=MODEL b=MODEL -o soup/ --method linear --weight a=0.7 --weight b=0.3
+
+    peru merge a=MODEL b=MODEL --base BASE -o fft/ --method ties --compress 5%
+
+    A merge that was killed goes on where it was when the same command is typed again; --force starts afresh.
+    """
+    chosen = find_method(method)
+    given: dict[str, Optional[Value]] = {
+        "scale": _finite(scale, "--scale"),
+        "keep": options.parse_density(keep) if keep is not None else None,
+        "scope": scope,
+        "reduce": reduce,
+        "variant": variant,
+        "seed": seed,
+        "gamma": options.parse_density(gamma, "--gamma") if gamma is not None else None,
+        "mask-lambda": _finite(mask_lambda, "--mask-lambda"),
+        "min-tasks": min_tasks,
+        "t": _finite(t, "--t"),
+        "normalize": normalize,
+    }
+    if weight and "weight" not in chosen.options:
+        effective_values(chosen, {"weight": 1.0})
+    values = effective_values(chosen, {name: value for name, value in given.items() if value is not None})
+    density = options.parse_density(compress, "--compress") if compress is not None else None
+    if base is None and (chosen.needs_base or density is not None):
+        raise UsageError(f"{method if chosen.needs_base else '--compress'} works on differences from a base", "add --base BASE")
+    shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
+    wanted = options.parse_dtype(dtype) if dtype is not None else None
+
+    from peru_cli.checkpoints.atomic import check_room, check_target, partial_path
+    from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
+    from peru_cli.jobs import mergeoutput as out
+    from peru_cli.jobs.expand import ExpandedArtifact, open_fine_tune
+    from peru_cli.jobs.how import streaming
+    from peru_cli.jobs.merge import DEFAULT_TILE, check_trims
+    from peru_cli.jobs.mergeplan import Options, check_same, plan_merge
+    from peru_cli.methods.rules import Parameters
+
+    arguments = split_arguments(models)
+    names = tuple(a.task or default_task(a.model) for a in arguments)
+    least, most = chosen.tasks
+    if len(names) < least or (most is not None and len(names) > most):
+        raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
+    weights = _weights(weight or [], names)
+    rule = chosen.build(Parameters(names, weights, values))
+    target = Path(output)
+    as_file = target.suffix == ".safetensors"
+    if as_file and density is not None:
+        raise UsageError("--compress writes a folder with merged/ and one artifact a task", "let -o end in /")
+    if density is not None and any(name.lower() == "merged" for name in names):
+        raise UsageError("with --compress the name 'merged' is the merged model's", "give that task another name")
+    check_target(target, force or dry_run)
+
+    opened_base = open_model(base) if base is not None else None
+    tasks = [(name, open_fine_tune(a.model, opened_base)) for name, a in zip(names, arguments, strict=True)]
+    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted))
+    check_trims(plan, rule)
+    if as_file and any(plan.heads.values()):
+        raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
+    if not partial_path(target).exists():  # else a killed run has taken the room already
+        check_room(target, sum(info.nbytes for info in plan.outputs))
+    extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
+    extra += [*(["--dtype", wanted.torch_name or ""] if wanted else []), *(["--compress", out.show(density)] if density else [])]
+    base_name = (base_id or default_task(base)) if base is not None else None
+    recipe = out.Recipe(
+        method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
+    )  # fmt: skip
+    _say(plan, recipe, chosen, opened_base, tasks)
+    for warning in check_same(plan):
+        console.warn(warning)
+    if dry_run:
+        console.result(_summary(plan, recipe, target))
+        return
+    results = []
+    total = 3 * plan.entries if rule.trims else plan.entries
+    tiles = tile_entries or DEFAULT_TILE
+    with console.progress(total, "merge") as progress, streaming(device, threads, tiles, progress.advance) as how:
+        for _, model in tasks:
+            if isinstance(model, ExpandedArtifact):
+                progress.step(f"verifying {model.label}")
+                model.verify(how)
+        where = out.Where(target, not no_sync, force, progress.step, console.note)
+        if density is not None:
+            results = out.write_compressed(plan, rule, recipe, where, density, how)
+        else:
+            (out.write_file if as_file else out.write_directory)(plan, rule, recipe, where, how)
+    console.line(f"{target}: {plural(len(plan.outputs), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.outputs))}")
+    for result in results:
+        bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
+        console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
+    artifacts = [{"task": r.task, "path": str(r.path), "file_bytes": r.file_bytes, "kept": r.kept} for r in results]
+    console.result(_summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {}))
+
+
+def _finite(value: Optional[float], option: str) -> Optional[float]:
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option} {value} is not a finite number")
+    return value
+
+
+def _weights(given: list[str], names: tuple[str, ...]) -> tuple[float, ...]:
+    weights = dict.fromkeys(names, 1.0)
+    seen = set()
+    for text in given:
+        task, _, number = text.partition("=")
+        if task not in weights:
+            raise UsageError(f"--weight {text}: no model is called {task!r}", f"write TASK=W; the tasks are {', '.join(names)}")
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", number, re.IGNORECASE) or not math.isfinite(float(number)):
+            raise UsageError(f"--weight {text}: {number!r} is not a number", "write it as --weight a=0.7")
+        if task in seen:
+            raise UsageError(f"--weight is given twice for {task}")
+        seen.add(task)
+        weights[task] = float(number)
+    return tuple(weights.values())
+
+
+def _say(plan: MergePlan, recipe: Recipe, method: Method, base: Optional[Checkpoint], tasks: list[tuple[str, Checkpoint]]) -> None:
+    for model in ([base] if base is not None else []) + [model for _, model in tasks]:
+        for warning in model.warnings:
+            console.warn(warning)
+    if base is not None:
+        console.note(f"base {base.label}: {base.kind}, {plural(len(base.tensors), 'tensor')}, {si_bytes(base.nbytes)}")
+    for vector, (name, model) in zip(plan.vectors, tasks, strict=True):
+        console.note(f"{name}: {model.label}, {model.kind}, {plural(len(model.tensors), 'tensor')} ({vector.pairing.prefix})")
+        if heads := plan.heads[name]:
+            listed = ", ".join(info.name for info in heads[:4]) + (", ..." if len(heads) > 4 else "")
+            console.note(f"  kept for the task, {si_bytes(sum(info.nbytes for info in heads))}: {listed}")
+    if len(tasks) == 1:
+        console.note("one model only: there is nothing to merge it with")
+    same = {info.name for info in plan.copied}
+    console.note(f"merging {plural(len(plan.slots), 'tensor')}, {count(plan.entries)} entries" + (f"; copying {len(same)}" if same else ""))
+    console.note(f"{recipe.method} ({method.paper}): " + ", ".join(f"{name} {value}" for name, value in recipe.words().items()))
+
+
+def _summary(plan: MergePlan, recipe: Recipe, target: Path) -> dict[str, object]:
+    return {
+        "output": str(target),
+        "method": recipe.method,
+        "tasks": list(recipe.tasks),
+        "options": recipe.words(),
+        "merged": len(plan.slots),
+        "entries": plan.entries,
+        "copied": [info.name for info in plan.copied],
+        "heads": {task: [info.name for info in heads] for task, heads in plan.heads.items()},
+        "bytes": sum(info.nbytes for info in plan.outputs),
+    }
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(merge)

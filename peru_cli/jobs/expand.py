@@ -1,0 +1,93 @@
+"""Fine-tunes as `merge` takes them: full checkpoints, LoRA adapters, and peru artifacts expanded while they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peru_cli.artifacts.index import COPY, STORED
+from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.checkpoints.adapters import LoraCheckpoint, is_adapter
+from peru_cli.checkpoints.local import open_file
+from peru_cli.checkpoints.resolve import open_model
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+from peru_cli.jobs.live import decode_bits
+from peru_cli.jobs.taskvectors import How
+from peru_cli.jobs.unpack import check_base, reconstruct
+from peru_cli.methods.delta import cast_bits
+from peru_cli.streaming.aligned import clip
+from peru_cli.streaming.device import BITS
+from peru_cli.streaming.tiles import Tile
+
+
+class ExpandedArtifact(Checkpoint):
+    """A sparse delta on its base: the fine-tune that unpack would give, without writing it."""
+
+    expanded = True
+
+    def __init__(self, path: Path, label: str, base: Checkpoint) -> None:
+        self.artifact = SparseDelta(path)
+        try:
+            check_base(self.artifact, base)
+        except BaseException:
+            self.artifact.close()
+            raise
+        self._base = base
+        self.label, self.kind, self.warnings = label, "peru artifact (sparse delta)", []
+        self.tensors = {info.name: info for info in self.artifact.tensors()}
+        self.metadata = self.artifact.metadata
+        self.side_files = {
+            f.name: base.side_files[f.name] for f in self.artifact.index.files if f.origin != STORED and f.name in base.side_files
+        }
+        self.files = [*base.files, path]
+
+    def verify(self, how: How) -> None:
+        """Check base and result by their digests: reads everything once. Mismatch or BadFile as unpack has them."""
+        reconstruct(self.artifact, self._base, self.artifact.tensors(), None, how)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        import torch
+
+        record = self.artifact.records[name]
+        dtype = record.info.dtype
+        n = len(buffer) * 8 // dtype.bits
+        start = offset * 8 // dtype.bits
+        from_base = clip(Tile(0, 0, start, start + n), record.base_entries)
+        if from_base < n:
+            rest = buffer[dtype.nbytes(from_base) :]
+            self.artifact.read_whole(record, offset + dtype.nbytes(from_base), rest)
+        if not from_base:
+            return
+        base_name = self.artifact.base_name(record)
+        if record.mode == COPY:
+            self._base.read_into(base_name, offset, buffer)
+            return
+        assert record.base_dtype is not None
+        room = bytearray(record.base_dtype.nbytes(from_base))
+        self._base.read_into(base_name, record.base_dtype.nbytes(start), memoryview(room))
+        bits = cast_bits(torch.frombuffer(room, dtype=BITS[record.base_dtype.bits]), record.base_dtype, dtype).numpy()
+        stream, entries = self.artifact.entries(record, start, start + from_base)
+        if stream is not None and len(entries.positions):
+            bits[entries.positions] = decode_bits(bits.take(entries.positions), entries, stream.values, dtype)
+        buffer[: dtype.nbytes(from_base)] = bits.data.cast("B")
+
+    def close(self) -> None:
+        self.artifact.close()
+
+
+def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
+    """Open a model, an adapter or an artifact; the last two need their base, else UsageError."""
+    path = Path(model)
+    if path.is_dir() and is_adapter(path):
+        if base is None:
+            raise UsageError(f"{model} is a PEFT adapter: it can be expanded only with its base", "add --base BASE")
+        return LoraCheckpoint(path, model, base)
+    if path.is_file() and path.suffix == ".safetensors":
+        opened = open_file(path, model)
+        if "peru.format" not in opened.metadata:
+            return opened
+        opened.close()
+        if base is None:
+            raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
+        return ExpandedArtifact(path, model, base)
+    return open_model(model)

@@ -1,0 +1,225 @@
+"""Where a merge goes: a file or a folder with heads and model card, or merge and artifacts together (PERU-FFT)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from peru_cli import __version__
+from peru_cli.checkpoints.atomic import PartialDirectory, partial_path, remove
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local import open_directory
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter
+from peru_cli.jobs import prune as pruning
+from peru_cli.jobs.merge import merge
+from peru_cli.jobs.mergeplan import MergePlan
+from peru_cli.jobs.taskvectors import How
+from peru_cli.jobs.unpack import config_with_dtype
+from peru_cli.methods.rules import Rule, Value
+from peru_cli.streaming.tiles import CHUNK
+
+_PIECE = 16 * CHUNK
+_KEY = ".peru-merge-key"
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is recorded of a merge, and all that decides its bytes besides the inputs. Holds no path."""
+
+    method: str
+    paper: str
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...] | None  # None where the method has none
+    values: dict[str, Value]
+    base_name: str | None
+    extra: tuple[str, ...] = ()  # further options of the command line, as words
+    max_shard_bytes: int = 5 * 10**9
+
+    def words(self) -> dict[str, str]:
+        """Effective options as they would be typed."""
+        shown = {}
+        for name, value in self.values.items():
+            shown[name] = ("yes" if value else "no") if isinstance(value, bool) else show(value)
+        if self.weights is not None:
+            shown |= {f"weight {task}": show(weight) for task, weight in zip(self.tasks, self.weights, strict=True)}
+        return shown
+
+    def command(self) -> str:
+        """The command line, every option spelled out, local paths reduced to the tasks' names."""
+        parts = ["peru merge", *self.tasks, *(["--base", self.base_name] if self.base_name else []), "--method", self.method]
+        for name, value in self.values.items():
+            parts += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", show(value)]
+        if self.weights is not None:
+            for task, weight in zip(self.tasks, self.weights, strict=True):
+                parts += ["--weight", f"{task}={show(weight)}"]
+        return shlex.join([*parts, *self.extra])
+
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the output's safetensors files."""
+        return {
+            "peru.merge.method": self.method,
+            "peru.merge.tasks": json.dumps(list(self.tasks)),
+            "peru.merge.options": json.dumps(self.words(), sort_keys=True),
+            "peru.merge.version": __version__,
+        }
+
+    def card(self, side_files: list[str]) -> str:
+        """The model card."""
+        head = ["---"]
+        if self.base_name:
+            head += [f"base_model: {json.dumps(self.base_name)}", "base_model_relation: merge"]
+        else:
+            head += ["base_model:", *(f"- {json.dumps(task)}" for task in self.tasks), "base_model_relation: merge"]
+        if "config.json" in side_files:
+            head.append("library_name: transformers")
+        head += ["tags:", "- merge", "- peru", "---"]
+        options = [f"| {name} | {value} |" for name, value in self.words().items()]
+        body = [
+            "", "# Merged model", "",
+            f"Merged by [peru](https://pypi.org/project/peru-cli/) {__version__} with the method [{self.method}]({self.paper})"
+            f" out of {', '.join(self.tasks)}.", "",
+            "```sh", self.command(), "```", "", "| option | value |", "| --- | --- |", *options, "",
+        ]  # fmt: skip
+        return "\n".join(head + body)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the output goes and how: `fresh` forgets what a killed run left, `step` and `say` tell the user."""
+
+    target: Path
+    sync: bool
+    fresh: bool
+    step: Note
+    say: Note
+
+
+def show(value: Value) -> str:
+    """A number as it would be typed: shares as percentages where those are short."""
+    if isinstance(value, Fraction):
+        percent = value * 100
+        return f"{percent.numerator}%" if percent.denominator == 1 else repr(float(value))
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def resume_key(plan: MergePlan, recipe: Recipe) -> str:
+    """A digest of all that decides the output's bytes."""
+    parts = [
+        __version__, recipe.command(), recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
+        [vector.fine.identity() for vector in plan.vectors],
+        [(t.name, t.dtype.name, t.shape) for t in plan.outputs],
+        {task: [t.name for t in heads] for task, heads in plan.heads.items()},
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
+    """Config, tokenizer and so on of the base (without one: of the first model)."""
+    contents = {name: path.read_bytes() for name, path in plan.reference.side_files.items()}
+    if dtype is not None and "config.json" in contents:
+        contents["config.json"] = config_with_dtype(contents["config.json"], dtype)
+    return contents
+
+
+def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: How) -> None:
+    """The merge as one safetensors file."""
+    with FileWriter(where.target, plan.outputs, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh) as writer:
+        _say_resumed(writer, where)
+        merge(plan, rule, writer, how, where.step)
+        writer.commit()
+
+
+def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: How) -> None:
+    """The merge as a folder that transformers loads, with heads/TASK.safetensors and README.md."""
+    contents = side_files(plan, plan.dtype)
+    contents["README.md"] = recipe.card(list(contents)).encode()
+    key = resume_key(plan, recipe)
+    shards, sync = recipe.max_shard_bytes, where.sync
+    with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh) as writer:
+        _say_resumed(writer, where)
+        merge(plan, rule, writer, how, where.step)
+        write_heads(plan, writer.folder / "heads", sync)
+        writer.commit()
+
+
+def _say_resumed(writer: CheckpointWriter, where: Where) -> None:
+    if writer.journal is not None and writer.journal.done:
+        where.say(f"going on after {len(writer.journal.done)} tensors of an earlier run")
+
+
+def write_heads(plan: MergePlan, folder: Path, sync: bool) -> None:
+    """Each task's own tensors under their own names, bit for bit, in TASK.safetensors."""
+    for vector in plan.vectors:
+        heads = plan.heads[vector.name]
+        if not heads:
+            continue
+        folder.mkdir(exist_ok=True)
+        with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, {"peru.task": vector.name}) as writer:
+            for info in heads:
+                for start, data in _pieces(vector.fine, info):
+                    writer.write(info.name, info.dtype.nbytes(start), data)
+            writer.commit()
+
+
+def _pieces(source: Checkpoint, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
+    for start in range(0, info.entries, _PIECE):
+        room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries - start)))
+        source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+        yield start, memoryview(room)
+
+
+def write_compressed(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, keep: Fraction, how: How) -> list[pruning.PruneResult]:
+    """PERU-FFT: `merged/` and one artifact a task against it; all of it appears at once."""
+    key = resume_key(plan, recipe)
+    with PartialDirectory(where.target, where.sync, resume=True) as folder:
+        marker, merged = folder.path / _KEY, folder.path / "merged"
+        if where.fresh or not (marker.is_file() and marker.read_text("ascii") == key and merged.is_dir()):
+            marker.unlink(missing_ok=True)
+            _clear(folder.path)
+            write_directory(plan, rule, recipe, replace(where, target=merged), how)
+            marker.write_text(key, "ascii")
+        results = []
+        with _opened(merged) as base:
+            options = pruning.PruneOptions(keep, base_id=None)
+            planned = []
+            for vector in plan.vectors:
+                names = [info.name for info in plan.heads[vector.name]]
+                own = "^(" + "|".join(map(re.escape, names)) + ")$" if names else None
+                task = (vector.name, vector.fine, folder.path / f"{vector.name}.safetensors")
+                planned += pruning.plan_prune(base, [task], pruning.PruneOptions(keep, per_task=own), force=True)
+            results = pruning.prune(base, planned, options, how, where.sync, where.step)
+        marker.unlink()
+        folder.commit()
+    for result in results:
+        result.path = where.target / result.path.name
+    return results
+
+
+def _clear(folder: Path) -> None:
+    """Remove what another merge left, but for the unfinished merged/, which its own journal judges."""
+    unfinished = partial_path(folder / "merged").name
+    for path in folder.iterdir():
+        if not path.name.startswith(unfinished):
+            remove(path)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Checkpoint]:
+    checkpoint = open_directory(folder, "merged")
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()

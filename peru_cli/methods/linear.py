@@ -1,0 +1,37 @@
+"""Weighted averages of whole weights: sum_t w_t theta_t, divided by sum_t w_t unless told otherwise.
+
+Source: Wortsman et al., Model soups (2022), https://arxiv.org/abs/2203.05482, section 2 (uniform soup).
+With the base as one of the models it is WiSE-FT (https://arxiv.org/abs/2109.01903, equation 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from peru_cli.errors import UsageError
+from peru_cli.methods.rules import Parameters, Rule, Tile, weighted_sum
+
+
+def share_of_sum(weights: Sequence[float]) -> float:
+    """1 / sum of the weights, the factor that normalises; UsageError if they cancel out."""
+    total = math.fsum(weights)
+    if abs(total) < 1e-12:
+        raise UsageError("the weights sum to 0, so they cannot be normalised", "add --no-normalize, or change --weight")
+    return 1.0 / total
+
+
+class Linear(Rule):
+    """See the module."""
+
+    on_vectors = False
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self._factor = share_of_sum(parameters.weights) if parameters.values["normalize"] else 1.0
+
+    def merge(self, tile: Tile) -> torch.Tensor:
+        merged = weighted_sum(tile, self.parameters.weights, tile.room("merged", tile.n))
+        return merged.mul_(self._factor) if self._factor != 1.0 else merged

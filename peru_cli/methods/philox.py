@@ -1,0 +1,63 @@
+"""Random numbers that are the same on every machine: Philox-4x32-10, addressed by task, tensor and entry.
+
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011), https://doi.org/10.1145/2063384.2063405;
+tests use the known-answer vectors of its authors' Random123 library. To the bit (docs/random.md):
+
+    digest  = SHA-256("peru random 1" 0x00, seed as a decimal, 0x00, task, 0x00, tensor name; UTF-8)
+    key     = the digest's first 8 bytes as two little-endian u32
+    counter = (b mod 2^32, b div 2^32, 0, 0) for block b = i div 4 of the flat index i
+    word(i) = output word number i mod 4 of Philox-4x32-10(counter, key)
+
+The tensor's name is that in the merged checkpoint. Nothing else enters: no tile, thread, hash seed or clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+Words = np.ndarray[Any, np.dtype[np.uint32]]
+ROUNDS = 10
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def stream_key(seed: int, task: str, tensor: str) -> tuple[int, int]:
+    """The key of one task's numbers for one tensor: two u32."""
+    text = b"\0".join([b"peru random 1", str(seed).encode(), task.encode("utf-8"), tensor.encode("utf-8")])
+    digest = hashlib.sha256(text).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def philox(counters: np.ndarray[Any, np.dtype[np.uint64]], key: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Ten rounds over counters held as u32 values in uint64; (4, n) -> (4, n), the input is overwritten."""
+    c0, c1, c2, c3 = counters
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        c0 *= _M0  # 64-bit products; the halves are taken below
+        c2 *= _M1
+        c1 ^= c2 >> _HALF
+        c1 ^= np.uint64(k0)
+        c3 ^= c0 >> _HALF
+        c3 ^= np.uint64(k1)
+        c0 &= _LOW
+        c2 &= _LOW
+        c0, c1, c2, c3 = c1, c2, c3, c0
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3))
+
+
+def words(key: tuple[int, int], start: int, n: int) -> Words:
+    """word(start), ..., word(start + n - 1); uint32 (n,)."""
+    first, last = start // 4, -(-(start + n) // 4)
+    blocks = np.arange(first, last, dtype=np.uint64)
+    counters = np.zeros((4, last - first), dtype=np.uint64)
+    counters[0] = blocks & _LOW
+    counters[1] = blocks >> _HALF
+    flat = np.empty((last - first, 4), dtype=np.uint32)
+    flat.T[...] = philox(counters, key)
+    return flat.reshape(-1)[start - 4 * first : start - 4 * first + n]

@@ -1,0 +1,19 @@
+"""Task arithmetic: theta_0 + scale * sum_t w_t tau_t.
+
+Source: Ilharco et al., Editing Models with Task Arithmetic (2023), https://arxiv.org/abs/2212.04089, section 2.
+A negative scale is negation (forgetting), scale 1/T with unit weights a model soup around the base.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peru_cli.methods.rules import Rule, Tile, onto_base, weighted_sum
+
+
+class TaskArithmetic(Rule):
+    """See the module."""
+
+    def merge(self, tile: Tile) -> torch.Tensor:
+        vector = weighted_sum(tile, self.parameters.weights, tile.room("merged", tile.n))
+        return onto_base(tile, vector, self.parameters.number("scale"))
