@@ -37,8 +37,14 @@ save_file({"positions": positions.to(torch.int32), "values": delta[positions].to
 READ = "import sys\nfor p in sys.argv[1:]:\n    f = open(p, 'rb', buffering=0)\n    b = bytearray(1 << 20)\n    while f.readinto(b): pass"
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a command; fails loudly if it fails."""
+def measure(command: list[str], clear: Path | None = None) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of a command; fails loudly if it fails.
+
+    `clear` is what it writes, removed a while before: a file that is overwritten reuses memory that a new one must be given.
+    """
+    if clear is not None:
+        clear.unlink(missing_ok=True)
+        time.sleep(2)
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -51,9 +57,9 @@ def measure(command: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def median(command: list[str], runs: int) -> tuple[float, int]:
+def median(command: list[str], runs: int, clear: Path | None = None) -> tuple[float, int]:
     """Median seconds and largest memory of several runs."""
-    results = [measure(command) for _ in range(runs)]
+    results = [measure(command, clear) for _ in range(runs)]
     return statistics.median(s for s, _ in results), max(m for _, m in results)
 
 
@@ -103,8 +109,8 @@ def main() -> None:
             lossless, _ = median(prune(pair, restored, "--lossless"), 1)
             print(f"{label}: prune --lossless {lossless:.2f} s = {lossless / n * 1e9:.2f} ns/param")
             unpack = [*PERU, "unpack", str(out), "-b", files[0], "-o", str(restored), "-q", "--force", "--no-sync"]
-            seconds, peak = median(unpack, arguments.runs)
-            copied, _ = median(["cp", files[1], str(restored)], arguments.runs)
+            seconds, peak = median(unpack, arguments.runs, restored)
+            copied, _ = median(["cp", files[1], str(restored)], arguments.runs, restored)
             read, _ = median([sys.executable, "-c", READ, files[0]], arguments.runs)
             floor = copied + read
             print(f"{label}: unpack {seconds:.2f} s, {peak / 1e6:.0f} MB; {seconds / floor:.2f} x (cp of the output + reading the base)")

@@ -96,12 +96,18 @@ class Select:
             positions = where_unequal(aligned.base, aligned.fine)
         else:
             keys = self._family.keys(aligned, threshold.key, buffers)
-            positions = where_at_least(keys, threshold.key)
+            # Once no equals may be taken any more, that stays so: whoever sees it need not look at them.
+            exhausted = not sink.quotas[_threshold_number(sink, tile)]
+            positions = where_at_least(keys, threshold.key + exhausted)
             found = gather(keys, positions)
-            equal = found == threshold.key
+            equal = None if exhausted else found == threshold.key
             infinite = found == self._family.tasks[aligned.task].infinite_key
         base, fine = gather(aligned.base, positions), gather(aligned.fine, positions)
-        result = np.concatenate((aligned.base.cpu().numpy(), aligned.grown.cpu().numpy()))
+        result = aligned.base.cpu().numpy()
+        if len(aligned.grown):
+            result = np.concatenate((result, aligned.grown.cpu().numpy()))
+        elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
+            result = result.copy()
         candidates = _Candidates(aligned, result, positions.cpu().numpy(), equal, ulp_difference(base, fine), fine, infinite=infinite)
         if sink.streams[sink.stream_number(dtype)].values != EXACT:
             candidates.exact = candidates.values
