@@ -97,12 +97,12 @@ class Rule(ABC):
         self.parameters = parameters
 
     def elect(self, tile: Tile) -> int:
-        """Sum of this tile's signs, for `wants_signs`."""
-        raise NotImplementedError
+        """Sum of this tile's signs, for `wants_signs`; a rule that sets it must have its own."""
+        raise TypeError(f"{type(self).__name__} wants signs and does not say how to elect them")
 
     def decide(self, products: Mapping[int, Sequence[Sequence[float]]]) -> None:
-        """Take the inner products of each slot, for `wants_products`: a table (tasks, tasks)."""
-        raise NotImplementedError
+        """Take the inner products of each slot, for `wants_products`: a table (tasks, tasks). As with `elect`."""
+        raise TypeError(f"{type(self).__name__} wants products and does not say what to decide from them")
 
     @abstractmethod
     def merge(self, tile: Tile) -> torch.Tensor:
