@@ -14,8 +14,11 @@ def main() -> None:
         print(f"peru {__version__}")
         return
     gc.set_threshold(200_000)  # torch makes a million lasting objects while loading: looking through them costs 0.2 s
-    from peru_cli.cli import run
-
+    try:
+        from peru_cli.cli import run
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was left half done", file=sys.stderr)
+        sys.exit(130)
     sys.exit(run())
 
 

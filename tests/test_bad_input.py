@@ -17,6 +17,7 @@ from peru_cli.checkpoints.resolve import open_model
 from peru_cli.errors import PeruError
 from peru_cli.jobs.taskvectors import How
 from peru_cli.jobs.unpack import check_base, reconstruct, side_files
+from peru_cli.streaming.arrays import CPU
 
 NOISE = torch.Generator()
 
@@ -116,7 +117,7 @@ def verify(artifact: Path, base: Path) -> None:
     with SparseDelta(artifact) as opened, open_model(str(base)) as model:
         check_base(opened, model)
         side_files(opened, model)
-        reconstruct(opened, model, opened.tensors(), None, How(torch.device("cpu"), 1, 1 << 14))
+        reconstruct(opened, model, opened.tensors(), None, How(CPU, 1, 1 << 14))
 
 
 @pytest.mark.parametrize("change", ["a bit", "another value"])

@@ -96,6 +96,17 @@ def test_every_option_is_documented(name: str) -> None:
     assert not missing, f"docs/cli.md does not name {sorted(missing)} of {name}"
 
 
+def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
+    """Importing torch takes longer than pruning a small model."""
+    from peru_cli import demo
+
+    arguments = [str(demo.fine_tune("digits")), "--base", str(demo.BASE), "--device", "cpu"]
+    for command in (["prune", *arguments, "-o", str(tmp_path / "a.safetensors"), "--keep", "10%"], ["inspect", *arguments]):
+        assert not probe(*command)[1] & {"torch", "transformers", "peft", "huggingface_hub", "matplotlib"}
+    _, loaded = probe("unpack", str(tmp_path / "a.safetensors"), "--base", str(demo.BASE), "-o", str(tmp_path / "r"))
+    assert "torch" not in loaded
+
+
 def test_a_typing_error_loads_nothing_heavy_either() -> None:
     code = PROBE.replace("sys.exit(code)", "assert code == 2, code")
     for arguments in (["prune", "x", "--kep", "5%"], ["nosuch"], ["prune", "x", "-b", "y", "-o", "z.safetensors", "--keep", "5"]):

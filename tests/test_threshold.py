@@ -16,12 +16,10 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.methods.delta import (
     INFINITE_KEY,
     NOT_ROUNDED,
-    KeyWorkspace,
+    KeyRoom,
     add_rounded,
     add_ulps,
-    as_float,
     cast_bits,
-    magnitude_keys,
     order,
     round_difference,
     ulp_difference,
@@ -37,7 +35,10 @@ from peru_cli.methods.magnitude import (
     predict_window,
     take_equals,
 )
+from peru_cli.streaming.arrays import CPU, Arrays
+from peru_cli.streaming.gpu import Gpu
 
+SPACES: list[Arrays] = [CPU, Gpu(torch.device("cpu"))]  # the code that runs on CUDA, on a CPU
 INT = {16: np.int16, 32: np.int32, 64: np.int64}
 BITS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 FLOAT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -52,7 +53,7 @@ MOST_COUNTS = 5  # a window of 2^20 bins narrows by 20 bits: a miss below or abo
 def keys_of(draw: st.DrawFn) -> np.ndarray:
     """Keys as prune sees them: -1 for unchanged entries, many equals, some infinite."""
     kind = draw(st.sampled_from([torch.int32, torch.int64]))
-    top = INFINITE_KEY[kind]
+    top = INFINITE_KEY[kind == torch.int64]
     near = draw(st.integers(0, top - 100))
     palette = draw(st.lists(st.integers(-1, top) | st.integers(near, near + 99) | st.sampled_from([-1, 0, top]), min_size=1, max_size=30))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -60,7 +61,7 @@ def keys_of(draw: st.DrawFn) -> np.ndarray:
 
 
 def top_of(keys: np.ndarray) -> int:
-    return INFINITE_KEY[torch.int32 if keys.dtype == np.int32 else torch.int64]
+    return INFINITE_KEY[keys.dtype == np.int64]
 
 
 def kept_by(threshold: Threshold, keys: np.ndarray) -> list[int]:
@@ -85,8 +86,9 @@ def tallied(window: Window, keys: np.ndarray, parts: Iterator[int]) -> Tally:
         part = keys[start:stop].copy()
         changed = int(np.count_nonzero(part >= 0))
         if window.low > 0:
-            part[part < 0] = 0  # what magnitude_keys may say of unchanged entries then
-        total.add_keys(torch.from_numpy(part), changed)
+            part[part < 0] = 0  # what KeyRoom.keys may say of unchanged entries then
+        space = SPACES[start % 2]
+        total.add_keys(space, space.upload(part), changed)
 
     edges = sorted({0, len(keys), *parts})
     threads = [threading.Thread(target=add, args=ends) for ends in pairwise(edges)]
@@ -204,12 +206,14 @@ def number(pattern: int, name: str) -> float:
     return sign * float(np.ldexp(float(fraction + ((1 << mantissa) if exponent else 0)), scale))
 
 
+@pytest.mark.parametrize("xp", SPACES, ids=["numpy", "torch"])
 @pytest.mark.parametrize("target", FLOAT)
 @pytest.mark.parametrize("source", FLOAT)
-def test_cast_bits_is_torchs_cast_but_for_nan(source: str, target: str) -> None:
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in cast")
+def test_cast_bits_is_torchs_cast_but_for_nan(source: str, target: str, xp: Arrays) -> None:
     bits = patterns(source)
     before = bits.clone()
-    got = cast_bits(bits, BY_NAME[source], BY_NAME[target])
+    got = torch.from_numpy(xp.download(cast_bits(xp, xp.upload(bits.numpy()), BY_NAME[source], BY_NAME[target])))
     assert torch.equal(bits, before)
     if source == target:
         assert torch.equal(got, bits)
@@ -231,12 +235,26 @@ def test_cast_bits_is_torchs_cast_but_for_nan(source: str, target: str) -> None:
         assert result & ((1 << (width - 1)) - 1) == quiet and (result < 0) == (pattern < 0)
 
 
-def test_as_float_means_what_the_types_define() -> None:
-    for name in FLOAT:
-        bits = patterns(name)[::61]
-        floats = as_float(bits, BY_NAME[name]).double()
-        for pattern, value in zip(bits.tolist(), floats.tolist(), strict=True):
+@pytest.mark.parametrize("xp", SPACES, ids=["numpy", "torch"])
+@pytest.mark.parametrize("kind", ["f4", "f8"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_widening_means_what_the_types_define(kind: str, xp: Arrays) -> None:
+    for name in FLOAT if kind == "f8" else ("F16", "BF16", "F32"):
+        bits = patterns(name)
+        floats = xp.download(xp.widen(xp.upload(bits.numpy()), BY_NAME[name], xp.empty(len(bits), kind)))
+        assert floats.dtype == kind
+        finite = ~np.isnan(floats)
+        expected = bits.view(FLOAT[name]).to(torch.float32 if kind == "f4" else torch.float64).numpy()
+        assert np.array_equal(floats[finite].view(f"i{kind[1]}"), expected[finite].view(f"i{kind[1]}"))  # -0.0 is told from 0.0
+        for pattern, value in zip(bits.tolist()[::61], floats.tolist()[::61], strict=True):
             assert np.isnan(value) or value == number(pattern, name)
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1), st.integers(0, 5000))
+def test_positions_of_true_entries(seed: int, density: float, n: int) -> None:
+    flags = np.random.default_rng(seed).random(n) < density
+    for xp in SPACES:
+        assert xp.download(xp.where(xp.upload(flags))).tolist() == [i for i in range(n) if flags[i]]
 
 
 @pytest.mark.parametrize("name", FLOAT)
@@ -268,22 +286,23 @@ def test_ulp_differences_undo_themselves_for_every_pattern(name: str) -> None:
         assert [int(u) % 2**width for u in ulps[i]] == exact
 
 
+@pytest.mark.parametrize("xp", SPACES, ids=["numpy", "torch"])
 @pytest.mark.parametrize("low", [0, 1, 0x3A00_0000])
 @pytest.mark.parametrize("name,wide", [*((name, True) for name in FLOAT), ("F16", False), ("BF16", False), ("F32", False)])
-def test_magnitude_keys_are_the_pattern_of_the_difference(name: str, wide: bool, low: int) -> None:
+def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, low: int, xp: Arrays) -> None:
     base = patterns(name, seed=1)
     fine = base[torch.randperm(len(base), generator=torch.Generator().manual_seed(2))]
     fine[::3] = base[::3]
-    kind, key = (np.float64, torch.int64) if wide else (np.float32, torch.int32)
-    room = KeyWorkspace(len(base) + 5, torch.device("cpu"), wide)
-    keys = magnitude_keys(base, fine, BY_NAME[name], low, room).numpy()
-    numbers = [as_float(bits, BY_NAME[name]).double().numpy().astype(kind) for bits in (fine, base)]
+    kind = np.float64 if wide else np.float32
+    room = KeyRoom(xp, len(base) + 5, wide)
+    numbers = [bits.view(FLOAT[name]).double().numpy().astype(kind) for bits in (fine, base)]
     with np.errstate(invalid="ignore", over="ignore"):
+        keys = xp.download(room.keys(xp.upload(base.numpy()), xp.upload(fine.numpy()), BY_NAME[name], low))
         difference = np.abs(numbers[0] - numbers[1])
     difference[~np.isfinite(difference)] = np.inf
     want = difference.view(np.int64 if wide else np.int32).astype(np.int64)
     changed = (base != fine).numpy()
-    assert np.array_equal(keys[changed], want[changed]) and keys.max() == INFINITE_KEY[key]
+    assert np.array_equal(keys[changed], want[changed]) and keys.max() == INFINITE_KEY[wide]
     assert np.all(keys[~changed] == -1 if low <= 0 else keys[~changed] <= 0)
 
 

@@ -7,15 +7,13 @@ import threading
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.jobs.inspect import BINS, Bound, binary_entropy, entropy_bits, symbols
 from peru_cli.jobs.taskvectors import Aligned, Buffers, Family, How, TaskVector
-from peru_cli.methods.delta import as_float, round_difference, ulp_difference
+from peru_cli.methods.delta import round_difference, ulp_difference
 from peru_cli.streaming.aligned import read_bits
-from peru_cli.streaming.device import count_unequal, gather, where_unequal
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 
@@ -96,16 +94,16 @@ class _Measure:
 
     def apply(self, tile: Tile, buffers: Buffers) -> tuple[Array, int, int, float, float]:
         aligned = self._aligned(tile, buffers)
-        if aligned is None or not aligned.base.numel():
+        if aligned is None or not len(aligned.base):
             return np.zeros(0, np.int64), 0, 0, 0.0, 0.0
-        n, found = aligned.base.numel(), count_unequal(aligned.base, aligned.fine)
+        xp, n, found = self._family.how.xp, len(aligned.base), self._family.changed(aligned)
         # With 1 as the lowest key of interest, an unchanged entry has key 0, or -1 if anything is not finite.
-        keys = np.maximum(self._family.keys(aligned, 1, buffers).cpu().numpy(), 0)
+        keys = np.maximum(xp.download(self._family.keys(aligned, 1, buffers)), 0)
         values = keys.view(np.float64 if self._wide else np.float32).astype(np.float64)
         not_finite = int(np.count_nonzero(keys >= self._family.tasks[0].infinite_key))
         if not_finite:
             values[np.isinf(values)] = 0.0
-        base = as_float(aligned.base, aligned.pair.fine.dtype).to(torch.float64).cpu().numpy()
+        base = xp.download(xp.widen(aligned.base, aligned.pair.fine.dtype, xp.empty(n, "f8")))
         squared = float(np.dot(base, base))
         if not np.isfinite(squared):
             base = np.where(np.isfinite(base), base, 0.0)
@@ -150,12 +148,12 @@ class _Values:
         slot = self._family.slots[tile.tensor]
         _, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
         for aligned in self._family.each(slot, tile, base_bits, buffers, [0]):
-            dtype = aligned.pair.fine.dtype
-            positions = where_unequal(aligned.base, aligned.fine)
-            base, fine = gather(aligned.base, positions), gather(aligned.fine, positions)
+            dtype, xp = aligned.pair.fine.dtype, self._family.how.xp
+            positions = xp.where(xp.not_equal(aligned.base, aligned.fine))
+            base, fine = (xp.download(xp.take(bits, positions)) for bits in (aligned.base, aligned.fine))
             exact, raw = symbols(ulp_difference(base, fine))
             lossless = np.bincount(exact, minlength=BINS)
-            keys = gather(self._family.keys(aligned, 1, buffers), positions)
+            keys = xp.download(xp.take(self._family.keys(aligned, 1, buffers), positions))
             large = np.flatnonzero(keys >= self._thresholds[0])
             keys, base, fine = keys[large], base[large], fine[large]
             coded = exact[large] if dtype.bits == 16 else round_difference(base, fine, dtype)[0].view(np.uint16)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from peru_cli.artifacts.index import COPY, STORED
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.adapters import LoraCheckpoint, is_adapter
@@ -11,12 +13,12 @@ from peru_cli.checkpoints.local import open_file
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
-from peru_cli.jobs.live import decode_bits
+from peru_cli.jobs.decode import decode_bits
 from peru_cli.jobs.taskvectors import How
 from peru_cli.jobs.unpack import check_base, reconstruct
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.aligned import clip
-from peru_cli.streaming.device import BITS
+from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.tiles import Tile
 
 
@@ -46,8 +48,6 @@ class ExpandedArtifact(Checkpoint):
         reconstruct(self.artifact, self._base, self.artifact.tensors(), None, how)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        import torch
-
         record = self.artifact.records[name]
         dtype = record.info.dtype
         n = len(buffer) * 8 // dtype.bits
@@ -65,7 +65,7 @@ class ExpandedArtifact(Checkpoint):
         assert record.base_dtype is not None
         room = bytearray(record.base_dtype.nbytes(from_base))
         self._base.read_into(base_name, record.base_dtype.nbytes(start), memoryview(room))
-        bits = cast_bits(torch.frombuffer(room, dtype=BITS[record.base_dtype.bits]), record.base_dtype, dtype).numpy()
+        bits = cast_bits(CPU, np.frombuffer(room, BITS[record.base_dtype.bits]), record.base_dtype, dtype)
         stream, entries = self.artifact.entries(record, start, start + from_base)
         if stream is not None and len(entries.positions):
             bits[entries.positions] = decode_bits(bits.take(entries.positions), entries, stream.values, dtype)

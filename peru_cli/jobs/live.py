@@ -18,21 +18,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peru_cli.artifacts.index import COPY, DELTA, ROUNDED, WHOLE, TensorRecord
+from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta, whole_shape
-from peru_cli.artifacts.sparse_delta import Entries
-from peru_cli.checkpoints.dtypes import BY_TORCH_NAME, Dtype
+from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
 from peru_cli.errors import Mismatch
-from peru_cli.methods.delta import Bits, add_rounded, add_ulps, cast_bits
-from peru_cli.streaming.device import BITS
+from peru_cli.jobs.decode import decode_bits
+from peru_cli.methods.delta import cast_bits
+from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.digests import SHORT, tensor_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PIECE = 1 << 22  # entries decoded at once
+_INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 
@@ -43,15 +44,6 @@ def open_artifact(path: str | Path) -> SparseDelta:
     Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
     """
     return SparseDelta(Path(path))
-
-
-def decode_bits(base: Bits, entries: Entries, values: int, dtype: Dtype) -> Bits:
-    """The fine-tune's bits at kept positions from the base's bits there, cast to its dtype; (k,) -> (k,)."""
-    if values != ROUNDED:
-        return add_ulps(base, entries.values)
-    bits, apart = add_rounded(base, entries.values, dtype)
-    bits[apart] = add_ulps(base[apart], entries.apart)
-    return bits
 
 
 class Applied:
@@ -266,7 +258,8 @@ def _result(tensor: Tensor | None, record: TensorRecord, artifact: SparseDelta) 
     value = tensor.detach().clone(memory_format=torch.contiguous_format)
     if record.mode == COPY:
         return value
-    flat = cast_bits(value.view(-1).view(BITS[record.base_dtype.bits]), record.base_dtype, record.info.dtype)
+    raw = _bytes(value).view(BITS[record.base_dtype.bits])
+    flat = torch.from_numpy(cast_bits(CPU, raw, record.base_dtype, record.info.dtype)).to(value.device)
     _overwrite(None, flat, record, artifact)
     value = flat.view(getattr(torch, record.info.dtype.torch_name or "")).view(record.base_shape)
     return torch.cat((value, _whole(record, artifact).to(value.device))) if record.base_rows else value
@@ -303,7 +296,7 @@ def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: st
         return
     if not tensor.is_contiguous():
         raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
-    _overwrite(applied, tensor.detach().view(-1).view(BITS[dtype.bits]), record, artifact)
+    _overwrite(applied, tensor.detach().view(-1).view(_INTEGERS[dtype.bits]), record, artifact)
 
 
 def _overwrite(applied: Applied | None, flat: Tensor, record: TensorRecord, artifact: SparseDelta) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import UsageError
@@ -15,7 +15,7 @@ from peru_cli.jobs.taskvectors import Family, How, find_thresholds
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
-from peru_cli.streaming.device import BITS
+from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import CHUNK, TilePlan
 from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
@@ -104,6 +104,5 @@ def _copy(plan: MergePlan, writer: CheckpointWriter) -> None:
             view = memoryview(room)[: info.dtype.nbytes(min(_PIECE, info.entries - start))]
             plan.reference.read_into(info.name, info.dtype.nbytes(start), view)
             if wanted is not info.dtype:
-                bits = torch.frombuffer(view, dtype=torch.uint8).view(BITS[info.dtype.bits])
-                view = cast_bits(bits, info.dtype, wanted).view(torch.uint8).numpy().data
+                view = cast_bits(CPU, np.frombuffer(view, BITS[info.dtype.bits]), info.dtype, wanted).data.cast("B")
             writer.write(info.name, wanted.nbytes(start), view)

@@ -13,7 +13,6 @@ from peru_cli.jobs.taskvectors import Aligned, Buffers, Family
 from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
 from peru_cli.methods.magnitude import Threshold, take_equals
 from peru_cli.streaming.aligned import read_bits
-from peru_cli.streaming.device import gather, where_at_least, where_unequal
 from peru_cli.streaming.digests import TensorDigest, leaves
 from peru_cli.streaming.tiles import Tile
 
@@ -89,26 +88,26 @@ class Select:
         return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted)]
 
     def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> _Candidates:
-        sink, dtype = self._sinks[aligned.task], aligned.pair.fine.dtype
+        sink, dtype, xp = self._sinks[aligned.task], aligned.pair.fine.dtype, self._family.how.xp
         threshold = sink.thresholds[_threshold_number(sink, tile)]
         infinite = equal = None
         if threshold.keeps_all:
-            positions = where_unequal(aligned.base, aligned.fine)
+            positions = xp.where(xp.not_equal(aligned.base, aligned.fine))
         else:
             keys = self._family.keys(aligned, threshold.key, buffers)
             # Once no equals may be taken any more, that stays so: whoever sees it need not look at them.
             exhausted = not sink.quotas[_threshold_number(sink, tile)]
-            positions = where_at_least(keys, threshold.key + exhausted)
-            found = gather(keys, positions)
+            positions = xp.where((xp.greater if exhausted else xp.greater_equal)(keys, threshold.key))
+            found = xp.download(xp.take(keys, positions))
             equal = None if exhausted else found == threshold.key
             infinite = found == self._family.tasks[aligned.task].infinite_key
-        base, fine = gather(aligned.base, positions), gather(aligned.fine, positions)
-        result = aligned.base.cpu().numpy()
+        base, fine = (xp.download(xp.take(bits, positions)) for bits in (aligned.base, aligned.fine))
+        result = xp.download(aligned.base)
         if len(aligned.grown):
-            result = np.concatenate((result, aligned.grown.cpu().numpy()))
+            result = np.concatenate((result, xp.download(aligned.grown)))
         elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
             result = result.copy()
-        candidates = _Candidates(aligned, result, positions.cpu().numpy(), equal, ulp_difference(base, fine), fine, infinite=infinite)
+        candidates = _Candidates(aligned, result, xp.download(positions), equal, ulp_difference(base, fine), fine, infinite=infinite)
         if sink.streams[sink.stream_number(dtype)].values != EXACT:
             candidates.exact = candidates.values
             candidates.values, apart = round_difference(base, fine, dtype)

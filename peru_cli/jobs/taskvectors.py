@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.methods.delta import INFINITE_KEY, KeyWorkspace, cast_bits, magnitude_keys
+from peru_cli.methods.delta import INFINITE_KEY, KeyRoom, cast_bits
 from peru_cli.methods.magnitude import Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
-from peru_cli.streaming.aligned import clip, read_bits
-from peru_cli.streaming.device import TileBuffer, count_unequal
+from peru_cli.streaming.aligned import TileBuffer, clip, read_bits
+from peru_cli.streaming.arrays import Array, Arrays
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile, TilePlan
 
@@ -40,14 +39,14 @@ class TaskVector:
     @property
     def infinite_key(self) -> int:
         """The key of differences that are not finite."""
-        return INFINITE_KEY[torch.int64 if self.wide else torch.int32]
+        return INFINITE_KEY[self.wide]
 
 
 @dataclass(frozen=True)
 class How:
     """How to stream: nothing here changes a result."""
 
-    device: torch.device
+    xp: Arrays
     threads: int
     tile_entries: int
     advance: Callable[[int], None] = lambda entries: None
@@ -56,11 +55,10 @@ class How:
 class Buffers:
     """One thread's room: a tile of the base, a tile of a fine-tune, keys."""
 
-    def __init__(self, entries: int, device: torch.device, tasks: Sequence[TaskVector]) -> None:
+    def __init__(self, how: How, tasks: Sequence[TaskVector]) -> None:
         widths = [d.bits // 8 for t in tasks for p in t.pairs.values() for d in (p.fine.dtype, p.base.dtype)]
-        self.base = TileBuffer(entries, device, max(widths, default=1))
-        self.fine = TileBuffer(entries, device, max(widths, default=1))
-        self.keys = {wide: KeyWorkspace(entries, device, wide) for wide in {task.wide for task in tasks}}
+        self.base, self.fine = (TileBuffer(how.xp, how.tile_entries, max(widths, default=1)) for _ in range(2))
+        self.keys = {wide: KeyRoom(how.xp, how.tile_entries, wide) for wide in {task.wide for task in tasks}}
 
 
 @dataclass
@@ -69,9 +67,9 @@ class Aligned:
 
     task: int
     pair: Pair
-    base: torch.Tensor
-    fine: torch.Tensor
-    grown: torch.Tensor
+    base: Array
+    fine: Array
+    grown: Array
 
 
 class Family:
@@ -89,21 +87,25 @@ class Family:
 
     def buffers(self) -> Buffers:
         """One thread's room."""
-        return Buffers(self.how.tile_entries, self.how.device, self.tasks)
+        return Buffers(self.how, self.tasks)
 
-    def each(self, slot: TensorInfo, tile: Tile, base_bits: torch.Tensor, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
+    def each(self, slot: TensorInfo, tile: Tile, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
         """Read the tile of each wanted task in turn; one's tensors are valid until the next."""
-        n = base_bits.numel()
+        n = len(base_bits)
         for number in wanted:
             pair = self.tasks[number].pairs.get(slot.name)
             if pair is not None and clip(tile, pair.fine.entries):
                 _, fine = read_bits(self.tasks[number].fine, pair.fine, tile, buffers.fine)
-                yield Aligned(number, pair, cast_bits(base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
+                yield Aligned(number, pair, cast_bits(self.how.xp, base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
 
-    def keys(self, aligned: Aligned, low: int, buffers: Buffers) -> torch.Tensor:
-        """Keys of one task's tile (see `magnitude_keys`)."""
+    def keys(self, aligned: Aligned, low: int, buffers: Buffers) -> Array:
+        """Keys of one task's tile (see `KeyRoom.keys`)."""
         room = buffers.keys[self.tasks[aligned.task].wide]
-        return magnitude_keys(aligned.base, aligned.fine, aligned.pair.fine.dtype, low, room)
+        return room.keys(aligned.base, aligned.fine, aligned.pair.fine.dtype, low)
+
+    def changed(self, aligned: Aligned) -> int:
+        """How many entries of one task's tile differ from the base."""
+        return self.how.xp.count(self.how.xp.not_equal(aligned.base, aligned.fine))
 
 
 class _Group:
@@ -150,7 +152,7 @@ class _Sample:
         family, slot = self._group.family, self._group.slot(tile)
         _, base_bits = read_bits(family.base, slot, tile, buffers.base)
         return [
-            (a.task, family.keys(a, 0, buffers).cpu().numpy().copy(), count_unequal(a.base, a.fine))
+            (a.task, family.how.xp.download(family.keys(a, 0, buffers)).copy(), family.changed(a))
             for a in family.each(slot, tile, base_bits, buffers, self._wanted)
         ]
 
@@ -187,7 +189,7 @@ class _Count:
         _, base_bits = read_bits(family.base, slot, tile, buffers.base)
         for a in family.each(slot, tile, base_bits, buffers, list(self.tallies)):
             keys = family.keys(a, self.tallies[a.task].window.low, buffers)
-            self.tallies[a.task].add_keys(keys, count_unequal(a.base, a.fine))
+            self.tallies[a.task].add_keys(family.how.xp, keys, family.changed(a))
 
     def commit(self, tile: Tile, result: None) -> None:
         pass

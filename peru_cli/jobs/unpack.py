@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
 from peru_cli.artifacts.index import COPY, STORED, WHOLE, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta, check_base_header, refuse_base
@@ -16,11 +16,11 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import BadFile
-from peru_cli.jobs.live import decode_bits
+from peru_cli.jobs.decode import decode_bits
 from peru_cli.jobs.taskvectors import How
-from peru_cli.methods.delta import cast_bits
-from peru_cli.streaming.aligned import clip
-from peru_cli.streaming.device import TileBuffer
+from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.streaming.aligned import TileBuffer, clip
+from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile, TilePlan
@@ -104,7 +104,7 @@ class _Unpack:
         self._widest = max([self._widest] + [r.base_dtype.bits for r in self._records if r.base_dtype is not None])
 
     def buffers(self) -> tuple[TileBuffer, TileBuffer]:
-        room = [TileBuffer(self._how.tile_entries, self._how.device, max(self._widest // 8, 1)) for _ in range(2)]
+        room = [TileBuffer(CPU, self._how.tile_entries, max(self._widest // 8, 1)) for _ in range(2)]
         return room[0], room[1]
 
     def apply(self, tile: Tile, buffers: tuple[TileBuffer, TileBuffer]) -> memoryview:
@@ -115,8 +115,7 @@ class _Unpack:
         wanted = self._order[tile.tensor].dtype
         if wanted is dtype:
             return raw
-        bits = torch.frombuffer(raw, dtype=torch.uint8).view(_bits_type(dtype))
-        return cast_bits(bits, dtype, wanted).view(torch.uint8).numpy().data
+        return _bytes(cast_bits(CPU, np.frombuffer(raw, BITS[dtype.bits]), dtype, wanted))
 
     def _result(self, record: TensorRecord, tile: Tile, buffers: tuple[TileBuffer, TileBuffer]) -> memoryview:
         """The fine-tune's bytes of a tile."""
@@ -134,13 +133,12 @@ class _Unpack:
         self.base_digests[record.info.name].add_at(tile.start, leaves(raw, record.base_dtype))
         if record.mode == COPY:
             return raw
-        bits = cast_bits(buffers[0].bits(from_base, record.base_dtype), record.base_dtype, dtype).cpu()
+        bits = cast_bits(CPU, buffers[0].bits(len(raw), record.base_dtype.bits), record.base_dtype, dtype)
         stream, entries = self._artifact.entries(record, tile.start, tile.start + from_base)
         if stream is not None and len(entries.positions):
-            result = bits.numpy()
-            result[entries.positions] = decode_bits(result.take(entries.positions), entries, stream.values, dtype)
+            bits[entries.positions] = decode_bits(bits.take(entries.positions), entries, stream.values, dtype)
             self._count(record, len(entries.positions))
-        raw = bits.view(torch.uint8).numpy().data
+        raw = _bytes(bits)
         return memoryview(bytes(raw) + bytes(whole)) if len(whole) else raw
 
     def _count(self, record: TensorRecord, found: int) -> None:
@@ -178,8 +176,8 @@ class _Unpack:
             raise BadFile(f"{self._artifact.path}: tensor {name!r} has {self._kept[name]} kept entries, the index says {record.kept}")
 
 
-def _bits_type(dtype: Dtype) -> torch.dtype:
-    return {16: torch.int16, 32: torch.int32, 64: torch.int64}[dtype.bits]
+def _bytes(bits: Bits) -> memoryview:
+    return bits.data.cast("B") if len(bits) else memoryview(b"")
 
 
 def reconstruct(artifact: SparseDelta, base: Checkpoint, order: Sequence[TensorInfo], writer: CheckpointWriter | None, how: How) -> None:

@@ -9,9 +9,8 @@ order. If keep + gamma exceeds 1, fewer of the largest go, as in mergekit.
 
 from __future__ import annotations
 
-import torch
-
-from peru_cli.methods.rules import Parameters, Rule, Tile, onto_base, scaled
+from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.streaming.arrays import Array
 
 
 class Breadcrumbs(Rule):
@@ -24,13 +23,14 @@ class Breadcrumbs(Rule):
         self.trims = (keep + outliers, outliers) if outliers else (keep,)
         self.scope = parameters.text("scope")
 
-    def merge(self, tile: Tile) -> torch.Tensor:
-        vector = tile.room("merged", tile.n)
-        for number, weight in enumerate(self.parameters.weights):
-            entry = tile.inputs(number)
-            large = tile.room("large", tile.n).copy_(tile.kept(number, 0))
-            if len(self.trims) > 1:
-                large.sub_(tile.kept(number, 1))  # the largest are among the large
-            part = scaled(entry.mul_(large), weight, tile)
-            vector.copy_(part) if number == 0 else vector.add_(part)
+    def _part(self, tile: Tile, number: int) -> Array:
+        """What stays of a task's vector, weighted; (n,)."""
+        large = tile.kept(number, 0)
+        if len(self.trims) > 1:  # the largest are among the large
+            outliers = tile.kept(number, 1)
+            large = tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
+        return scaled(masked(tile.inputs(number), large, tile), self.parameters.weights[number], tile)
+
+    def merge(self, tile: Tile) -> Array:
+        vector = add_up(tile, (self._part(tile, number) for number in range(tile.tasks)))
         return onto_base(tile, vector, self.parameters.number("scale"))

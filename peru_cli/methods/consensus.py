@@ -8,10 +8,8 @@ Weighted task vectors w_t tau_t take the place of tau_t throughout.
 
 from __future__ import annotations
 
-import torch
-
-from peru_cli.methods.rules import Rule, Tile, onto_base
-from peru_cli.streaming.device import greater, not_negative
+from peru_cli.methods.rules import Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.streaming.arrays import Array
 
 
 class Consensus(Rule):
@@ -19,17 +17,13 @@ class Consensus(Rule):
 
     holds_all = True
 
-    def merge(self, tile: Tile) -> torch.Tensor:
-        n, share = tile.n, self.parameters.number("mask-lambda")
-        total, uses = tile.room("merged", n).zero_(), tile.room("uses", n).zero_()
-        vectors = []
-        for number, weight in enumerate(self.parameters.weights):
-            vector = tile.inputs(number)
-            vectors.append(vector if weight == 1.0 else vector.mul_(weight))
-            total.add_(vector)
-        rest, flags = tile.room("rest", n), tile.room("flags", n)
+    def merge(self, tile: Tile) -> Array:
+        xp, n, share = tile.xp, tile.n, self.parameters.number("mask-lambda")
+        vectors = [scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(self.parameters.weights)]
+        total = add_up(tile, vectors)  # of two or more, so in memory of its own
+        uses, rest = xp.fill(tile.room("uses", n), 0.0), tile.room("rest", n)
         for vector in vectors:
-            torch.sub(total, vector, out=rest).abs_().mul_(share)
-            uses.add_(flags.copy_(greater(vector.abs_(), rest)))
-        total.mul_(flags.copy_(not_negative(uses.sub_(self.parameters.number("min-tasks")))))
-        return onto_base(tile, total, self.parameters.number("scale"))
+            xp.multiply(xp.absolute(xp.subtract(total, vector, out=rest), out=rest), share, out=rest)
+            xp.add(uses, xp.greater(xp.absolute(vector, out=vector), rest), out=uses)
+        enough = xp.greater_equal(uses, self.parameters.number("min-tasks"))
+        return onto_base(tile, masked(total, enough, tile), self.parameters.number("scale"))

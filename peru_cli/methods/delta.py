@@ -11,28 +11,29 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
-from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.streaming.device import BITS, largest
+from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
+from peru_cli.streaming.arrays import BITS, CPU, KIND, Array, Arrays
 
 _MANTISSA = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}
 NOT_ROUNDED = 0x7FC0  # the bf16 pattern (a NaN) that marks an entry whose exact difference is stored apart
 Bits = np.ndarray[Any, np.dtype[Any]]  # int16, int32 or int64
-INFINITE_KEY = {torch.int32: 0x7F80_0000, torch.int64: 0x7FF0_0000_0000_0000}
+INFINITE_KEY = {False: 0x7F80_0000, True: 0x7FF0_0000_0000_0000}  # by whether keys are wide
+_BF16 = BY_NAME["BF16"]
 
 
-def float_type(dtype: Dtype) -> torch.dtype:
-    """The torch dtype of a compressible dtype."""
-    return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[dtype.name]
+def infinity(dtype: Dtype) -> int:
+    """The bit pattern of +infinity; larger ones without the sign are NaNs."""
+    mantissa = _MANTISSA[dtype.name]
+    return ((1 << (dtype.bits - 1 - mantissa)) - 1) << mantissa
 
 
-def as_float(bits: torch.Tensor, dtype: Dtype) -> torch.Tensor:
-    """The same memory as floats; same shape."""
-    return bits.view(float_type(dtype))
+def largest_magnitude(xp: Arrays, bits: Array, dtype: Dtype) -> int:
+    """The largest pattern without its sign: `infinity` or more if anything is not finite; -1 of nothing."""
+    return int(xp.largest(bits & ((1 << (dtype.bits - 1)) - 1))) if len(bits) else -1
 
 
-def cast_bits(bits: torch.Tensor, source: Dtype, target: Dtype) -> torch.Tensor:
+def cast_bits(xp: Arrays, bits: Array, source: Dtype, target: Dtype) -> Array:
     """Convert floats between dtypes, the same on every device; (n,) -> (n,).
 
     Round to nearest even (float64 to 16 bits by way of float32). NaNs keep sign and as much of their
@@ -40,30 +41,21 @@ def cast_bits(bits: torch.Tensor, source: Dtype, target: Dtype) -> torch.Tensor:
     """
     if source is target:
         return bits
-    floats = as_float(bits, source)
-    if source.name == "F64" and target.bits == 16:
-        floats = floats.to(torch.float32)
-    result = floats.to(float_type(target)).view(BITS[target.bits])
-    magnitude_mask = (1 << (source.bits - 1)) - 1
-    magnitudes = bits & magnitude_mask
-    infinity = _infinity(source)
-    if bits.numel() and largest(magnitudes) > infinity:
-        at = torch.nonzero(magnitudes > infinity).view(-1)
-        result[at] = _cast_nan(bits[at].to(torch.int64), source, target)
+    kind = "f8" if "F64" in (source.name, target.name) else "f4"
+    result = xp.narrow(xp.widen(bits, source, xp.empty(len(bits), kind)), target)
+    if largest_magnitude(xp, bits, source) > infinity(source):
+        at = xp.where(xp.greater(bits & ((1 << (source.bits - 1)) - 1), infinity(source)))
+        xp.put(result, at, _cast_nan(xp.download(xp.take(bits, at)).astype(np.int64), source, target))
     return result
 
 
-def _infinity(dtype: Dtype) -> int:
-    mantissa = _MANTISSA[dtype.name]
-    return ((1 << (dtype.bits - 1 - mantissa)) - 1) << mantissa
-
-
-def _cast_nan(bits: torch.Tensor, source: Dtype, target: Dtype) -> torch.Tensor:
+def _cast_nan(bits: Bits, source: Dtype, target: Dtype) -> Bits:
     have, want = _MANTISSA[source.name], _MANTISSA[target.name]
     payload = bits & ((1 << have) - 1)
     payload = payload >> (have - want) if have > want else payload << (want - have)
-    pattern = payload | _infinity(target) | (1 << (want - 1))
-    return torch.where(bits < 0, pattern - (1 << (target.bits - 1)), pattern).to(BITS[target.bits])
+    pattern = payload | infinity(target) | (1 << (want - 1))
+    signed: Bits = np.where(bits < 0, pattern | (-1 << (target.bits - 1)), pattern).astype(BITS[target.bits])
+    return signed
 
 
 def order(bits: Bits) -> Bits:
@@ -83,44 +75,34 @@ def add_ulps(base: Bits, ulps: Bits) -> Bits:
     return order(order(base) + ulps)
 
 
-class KeyWorkspace:
+class KeyRoom:
     """Reused room for the keys of a tile; one a thread."""
 
-    def __init__(self, entries: int, device: torch.device, wide: bool) -> None:
-        kind = torch.float64 if wide else torch.float32
-        self.a = torch.empty(entries, dtype=kind, device=device)
-        self.b = torch.empty(entries, dtype=kind, device=device)
-        self.key_type = torch.int64 if wide else torch.int32
+    def __init__(self, xp: Arrays, entries: int, wide: bool) -> None:
+        self.xp, self.wide = xp, wide
+        self._a, self._b = (xp.empty(entries, "f8" if wide else "f4") for _ in range(2))
 
+    def keys(self, base: Array, fine: Array, dtype: Dtype, low: int) -> Array:
+        """The key of every entry: |fine - base| in float32 (float64 if wide) as its bit pattern.
 
-def magnitude_keys(base: torch.Tensor, fine: torch.Tensor, dtype: Dtype, low: int, room: KeyWorkspace) -> torch.Tensor:
-    """The key of every entry: |fine - base| in float32 (float64 in a wide workspace) as its bit pattern.
+        Args:
+            base, fine: bits of the same dtype; (n,).
+            low: the smallest key that the caller will look at. Above 0, the keys of unchanged entries may be
+                0; else they are -1, and changed entries whose difference is zero (+0.0 and -0.0) have 0.
 
-    Args:
-        base, fine: bits of the same dtype; (n,).
-        low: the smallest key that the caller will look at. Above 0, the keys of unchanged entries may be
-            0; else they are -1, and changed entries whose difference is zero (+0.0 and -0.0) have 0.
-
-    Returns:
-        Integers that order as the magnitudes do; keys that are not finite all tie as the largest,
-        `INFINITE_KEY`. A view of the workspace, valid until its next use; (n,).
-    """
-    n = base.numel()
-    minuend, subtrahend = room.a[:n], room.b[:n]
-    minuend.copy_(as_float(fine, dtype))
-    subtrahend.copy_(as_float(base, dtype))
-    torch.sub(minuend, subtrahend, out=minuend)
-    torch.abs(minuend, out=minuend)
-    keys = minuend.view(room.key_type)
-    infinite = INFINITE_KEY[room.key_type]
-    if low <= 0 or (n and largest(keys) >= infinite):
-        keys.clamp_(max=infinite)
-        keys.masked_fill_(base == fine, -1)
-    return keys
-
-
-def _floats(bits: Bits, dtype: Dtype) -> torch.Tensor:
-    return as_float(torch.from_numpy(bits), dtype)
+        Returns:
+            Integers that order as the magnitudes do; keys that are not finite all tie as the largest,
+            `INFINITE_KEY`. Valid until the next call; (n,).
+        """
+        xp, n = self.xp, len(base)
+        a, b = self._a[:n], self._b[:n]
+        magnitude = xp.absolute(xp.subtract(xp.widen(fine, dtype, a), xp.widen(base, dtype, b), out=a), out=a)
+        keys = xp.view(magnitude, "i8" if self.wide else "i4")
+        infinite = INFINITE_KEY[self.wide]
+        if low <= 0 or (n and xp.largest(keys) >= infinite):
+            xp.clip(keys, None, infinite, out=keys)
+            xp.fill(keys, -1, where=xp.equal(base, fine))
+        return keys
 
 
 def round_difference(base: Bits, fine: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
@@ -131,10 +113,10 @@ def round_difference(base: Bits, fine: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
             the difference is not (NaN, infinity, overflow); (n,).
         apart: positions of those entries, ascending int64; their exact ULP differences are stored apart.
     """
-    rounded = (_floats(fine, dtype) - _floats(base, dtype)).to(torch.float32).to(torch.bfloat16)
-    back = _floats(base, dtype) + rounded.to(float_type(dtype))
-    apart = np.flatnonzero(~torch.isfinite(back).numpy())
-    patterns = rounded.view(torch.int16).numpy()
+    kind = KIND[dtype.name]
+    with np.errstate(over="ignore", invalid="ignore"):
+        patterns: Bits = CPU.narrow(fine.view(kind) - base.view(kind), _BF16)
+        apart = np.flatnonzero(~np.isfinite(_plus(base, patterns, dtype)))
     patterns[apart] = NOT_ROUNDED
     return order(patterns), apart
 
@@ -145,6 +127,13 @@ def add_rounded(base: Bits, codes: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
     Returns the bits, (n,), and the positions at which the exact difference must be used instead.
     """
     patterns = order(codes)
-    apart = np.flatnonzero(patterns == NOT_ROUNDED)
-    result = _floats(base, dtype) + torch.from_numpy(patterns).view(torch.bfloat16).to(float_type(dtype))
-    return result.view(BITS[dtype.bits]).numpy(), apart
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _plus(base, patterns, dtype).view(BITS[dtype.bits]), np.flatnonzero(patterns == NOT_ROUNDED)
+
+
+def _plus(base: Bits, patterns: Bits, dtype: Dtype) -> Bits:
+    """base + bf16 patterns, as floats of the base's dtype; (n,)."""
+    kind = KIND[dtype.name]
+    added = CPU.widen(patterns, _BF16, np.empty(len(patterns), kind))
+    total: Bits = np.add(base.view(kind), added, out=added)
+    return total

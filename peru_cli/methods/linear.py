@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from peru_cli.errors import UsageError
-from peru_cli.methods.rules import Parameters, Rule, Tile, weighted_sum
+from peru_cli.methods.rules import Parameters, Rule, Tile, scaled, weighted_sum
+from peru_cli.streaming.arrays import Array
 
 
 def share_of_sum(weights: Sequence[float]) -> float:
@@ -32,6 +31,5 @@ class Linear(Rule):
         super().__init__(parameters)
         self._factor = share_of_sum(parameters.weights) if parameters.values["normalize"] else 1.0
 
-    def merge(self, tile: Tile) -> torch.Tensor:
-        merged = weighted_sum(tile, self.parameters.weights, tile.room("merged", tile.n))
-        return merged.mul_(self._factor) if self._factor != 1.0 else merged
+    def merge(self, tile: Tile) -> Array:
+        return scaled(weighted_sum(tile, self.parameters.weights), self._factor, tile)

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from peru_cli.streaming.device import values_at_least
+from peru_cli.streaming.arrays import Array, Arrays
 
 Keys = np.ndarray[Any, np.dtype[Any]]  # int32 or int64
 Weights = np.ndarray[Any, np.dtype[np.float64]]
@@ -76,18 +75,23 @@ class Tally:
         self._waiting_size = 0
         self._lock = threading.Lock()
 
-    def add_keys(self, keys: torch.Tensor, changed: int) -> None:
+    def add_keys(self, xp: Arrays, keys: Array, changed: int) -> None:
         """Count a tile's keys (n,), of which `changed` entries differ from the base."""
         window = self.window
-        bins = values_at_least(keys, window.low) - window.low
+        reaching = xp.greater_equal(keys, window.low)
+        beyond = window.low + (window.bins << window.shift)
+        over = xp.greater_equal(keys, beyond) if beyond <= np.iinfo(f"i{keys.itemsize}").max else None
+        above = xp.count(over) if over is not None else 0
+        # Few keys are within the window and many above it: picking out these few is the fast part.
+        within = reaching if over is None else xp.not_equal(reaching, over, out=over)
+        bins = xp.download(xp.take(keys, xp.where(within))) - window.low
         if window.shift:
             bins >>= window.shift
-        inside = bins[bins < window.bins]
         with self._lock:
-            self.above += len(bins) - len(inside)
+            self.above += above
             self.changed += changed
-            self._waiting.append(inside)
-            self._waiting_size += len(inside)
+            self._waiting.append(bins)
+            self._waiting_size += len(bins)
             if self._waiting_size >= _FLUSH:
                 self._flush()
 

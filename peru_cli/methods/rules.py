@@ -5,18 +5,19 @@
     decide     `decide(products)`, from those
     apply      `merge(tile)`: entries of all tasks in, merged entries out
 
-All tensors are 1-D runs of one checkpoint tensor's entries, float32 (float64 where a checkpoint is).
+All arrays are 1-D runs of one checkpoint tensor's entries, float32 (float64 where a checkpoint is), and `tile.xp` is
+the namespace that computes with them (streaming/arrays.py): NumPy, or torch on a GPU.
 Products are rounded before they are added (no fused multiply-add), so every processor gives the same bits.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-import torch
+from peru_cli.streaming.arrays import Array, Arrays
 
 Value = Fraction | float | int | str | bool
 
@@ -49,26 +50,26 @@ class Parameters:
 
 
 class Scratch:
-    """Reused room of one thread: tensors by name, (entries,), cut to a tile's length."""
+    """Reused room of one thread: arrays by name, (entries,), cut to a tile's length."""
 
-    def __init__(self, entries: int, device: torch.device, kind: torch.dtype) -> None:
-        self._entries, self._device, self._kind = entries, device, kind
-        self._rooms: dict[str, torch.Tensor] = {}
+    def __init__(self, xp: Arrays, entries: int, kind: str) -> None:
+        self._xp, self._entries, self._kind = xp, entries, kind
+        self._rooms: dict[str, Array] = {}
 
-    def __call__(self, name: str, n: int) -> torch.Tensor:
+    def __call__(self, name: str, n: int) -> Array:
         """Room for n entries; what was in it is anything. (n,)"""
         if name not in self._rooms:
-            self._rooms[name] = torch.empty(self._entries, dtype=self._kind, device=self._device)
+            self._rooms[name] = self._xp.empty(self._entries, self._kind)
         return self._rooms[name][:n]
 
 
 @dataclass
 class Tile:
-    """What a rule sees of one tile; every tensor is (n,).
+    """What a rule sees of one tile; every array is (n,).
 
     `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its
-    weights for rules on whole weights; without `holds_all` it is valid until the next call. `kept(t, i)` is
-    1.0 where trim i keeps an entry of task t, else 0.0, valid until the next call.
+    weights for rules on whole weights; a rule may overwrite it, and without `holds_all` it is valid until the call
+    after the next. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all.
     """
 
     name: str  # the tensor's name in the output
@@ -76,9 +77,10 @@ class Tile:
     start: int  # flat index of the first entry
     n: int
     tasks: int
-    base: torch.Tensor | None
-    inputs: Callable[[int], torch.Tensor]
-    kept: Callable[[int, int], torch.Tensor]
+    xp: Arrays
+    base: Array | None
+    inputs: Callable[[int], Array]
+    kept: Callable[[int, int], Array | None]
     room: Scratch
     majority: int = 0  # sign of the sum of elected signs over everything, where `wants_signs`
 
@@ -105,29 +107,35 @@ class Rule(ABC):
         raise TypeError(f"{type(self).__name__} wants products and does not say what to decide from them")
 
     @abstractmethod
-    def merge(self, tile: Tile) -> torch.Tensor:
+    def merge(self, tile: Tile) -> Array:
         """Merged weights of a tile; (n,), valid until the room's next use."""
 
 
-def weighted_sum(tile: Tile, weights: Sequence[float], out: torch.Tensor) -> torch.Tensor:
-    """out = sum over tasks of weight * input, in the order of the tasks; (n,)."""
-    for number, weight in enumerate(weights):
-        value = tile.inputs(number)
-        if number == 0:
-            torch.mul(value, weight, out=out) if weight != 1.0 else out.copy_(value)
-        else:
-            out.add_(scaled(value, weight, tile))
-    return out
+def weighted_sum(tile: Tile, weights: Sequence[float]) -> Array:
+    """Sum over tasks of weight * input, in the order of the tasks; (n,)."""
+    return add_up(tile, (scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(weights)))
 
 
-def scaled(value: torch.Tensor, weight: float, tile: Tile) -> torch.Tensor:
-    """weight * value in room of its own, the value itself for weight 1; (n,)."""
-    return value if weight == 1.0 else torch.mul(value, weight, out=tile.room("scaled", tile.n))
+def add_up(tile: Tile, parts: Iterable[Array]) -> Array:
+    """Sum of arrays in their order; (n,). A part must outlive the coming of the next; the sum of one is itself."""
+    total: Array | None = None
+    for part in parts:
+        total = part if total is None else tile.xp.add(total, part, out=tile.room("sum", tile.n))
+    return total
 
 
-def onto_base(tile: Tile, vector: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled(value: Array, weight: float, tile: Tile) -> Array:
+    """weight * value, in the memory of `value`; (n,)."""
+    return value if weight == 1.0 else tile.xp.multiply(value, weight, out=value)
+
+
+def masked(value: Array, flags: Array | None, tile: Tile) -> Array:
+    """`value` where the bools are true (None: everywhere), else 0, in the memory of `value`; (n,)."""
+    if flags is None:
+        return value
+    return tile.xp.multiply(value, tile.xp.copy(flags, tile.room("ones", tile.n)), out=value)
+
+
+def onto_base(tile: Tile, vector: Array, scale: float) -> Array:
     """base + scale * vector, in the vector's memory; (n,)."""
-    assert tile.base is not None
-    if scale != 1.0:
-        vector.mul_(scale)
-    return vector.add_(tile.base)
+    return tile.xp.add(scaled(vector, scale, tile), tile.base, out=vector)

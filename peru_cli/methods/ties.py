@@ -16,32 +16,27 @@ floor(keep * n) entries, equals in canonical order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
-
-from peru_cli.methods.rules import Parameters, Rule, Tile, onto_base
-from peru_cli.streaming.device import not_negative
+from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.streaming.arrays import Array
 
 
-def elected_signs(total: torch.Tensor, majority: int | None, out: torch.Tensor) -> torch.Tensor:
+def elected_signs(total: Array, majority: int | None, tile: Tile) -> Array:
     """+1 or -1 for each entry: the sign of its sum over tasks; (n,) -> (n,).
 
     Args:
         majority: what a sum of 0 elects: None for +1, else the sign of the whole vector's sign sum, in
             which 0 elects the negative entries (as the authors' program has it).
     """
-    if majority is None or majority > 0:
-        out.copy_(not_negative(total))  # -0.0 counts as 0, a sum of 0 elects +
-    else:
-        out.copy_(not_negative(torch.neg(total, out=out)))
-        torch.sub(1.0, out, out=out)
-    return out.mul_(2.0).sub_(1.0)
+    xp, signs = tile.xp, tile.room("signs", tile.n)
+    positive = (xp.greater_equal if majority is None or majority > 0 else xp.greater)(total, 0)
+    return xp.subtract(xp.multiply(xp.copy(positive, signs), 2.0, out=signs), 1.0, out=signs)
 
 
 def disjoint_merge(
-    entries: Sequence[torch.Tensor], weights: Sequence[float], signs: torch.Tensor, mean: bool, divide_by: Sequence[float], tile: Tile
-) -> torch.Tensor:
+    entries: Sequence[Array], weights: Sequence[float], signs: Array, mean: bool, divide_by: Sequence[float], tile: Tile
+) -> Array:
     """Sum or mean over tasks of weight * entry where the entry's sign is the elected one; (n,).
 
     Args:
@@ -49,22 +44,25 @@ def disjoint_merge(
         weights: factor of each task's entries, applied after the agreement is settled.
         mean: divide by the sum of `divide_by` over the tasks that agree (by 1 where that is 0).
     """
-    total, divisor = tile.room("merged", tile.n), tile.room("divisor", tile.n)
-    total.zero_()
-    divisor.zero_()
-    for entry, weight, share in zip(entries, weights, divide_by, strict=True):
-        agreeing = torch.clamp(entry.mul_(signs), min=0.0, out=entry)  # |entry| where it agrees, else 0
-        total.add_(agreeing if weight == 1.0 else torch.mul(agreeing, weight, out=tile.room("scaled", tile.n)))
-        if mean:
-            ones = torch.sign(agreeing, out=agreeing)
-            divisor.add_(ones if share == 1.0 else ones.mul_(share))
-    if mean:
+    xp, n = tile.xp, tile.n
+    divisor = xp.fill(tile.room("divisor", n), 0.0) if mean else None
+
+    def agreeing() -> Iterator[Array]:
+        for entry, weight, share in zip(entries, weights, divide_by, strict=True):
+            xp.clip(xp.multiply(entry, signs, out=entry), 0.0, None, out=entry)  # |entry| where it agrees, else 0
+            if divisor is not None:
+                ones = xp.copy(xp.greater(entry, 0), tile.room("ones", n))
+                xp.add(divisor, scaled(ones, share, tile), out=divisor)
+            yield scaled(entry, weight, tile)
+
+    total = add_up(tile, agreeing())
+    if divisor is not None:
         if all(share == 1.0 for share in divide_by):
-            divisor.clamp_(min=1.0)
+            xp.clip(divisor, 1.0, None, out=divisor)
         else:
-            divisor.masked_fill_(divisor.abs() < 1e-8, 1.0)
-        total.div_(divisor)
-    return total.mul_(signs)
+            xp.fill(divisor, 1.0, where=xp.less(xp.absolute(divisor, out=tile.room("ones", n)), 1e-8))
+        xp.divide(total, divisor, out=total)
+    return xp.multiply(total, signs, out=total)
 
 
 class Ties(Rule):
@@ -79,28 +77,19 @@ class Ties(Rule):
         self.scope = parameters.text("scope")
         self.wants_signs = self._variant == "authors" and len(parameters.tasks) > 1
 
-    def _trimmed(self, tile: Tile) -> list[torch.Tensor]:
-        entries = []
-        for number, weight in enumerate(self.parameters.weights):
-            entry = tile.inputs(number)
-            entry.mul_(tile.kept(number, 0))
-            entries.append(entry if self._variant == "peft" or weight == 1.0 else entry.mul_(weight))
-        return entries
-
-    def _total(self, entries: Sequence[torch.Tensor], tile: Tile) -> torch.Tensor:
-        total = tile.room("merged", tile.n).copy_(entries[0])
-        for entry in entries[1:]:
-            total.add_(entry)
-        return total
+    def _trimmed(self, tile: Tile) -> list[Array]:
+        plain = self._variant == "peft"
+        entries = [masked(tile.inputs(number), tile.kept(number, 0), tile) for number in range(tile.tasks)]
+        return [entry if plain else scaled(entry, w, tile) for entry, w in zip(entries, self.parameters.weights, strict=True)]
 
     def elect(self, tile: Tile) -> int:
-        total = self._total(self._trimmed(tile), tile)
-        return int(torch.sign(total, out=total).sum(dtype=torch.float64))
+        total = add_up(tile, self._trimmed(tile))
+        return tile.xp.count(tile.xp.greater(total, 0)) - tile.xp.count(tile.xp.less(total, 0))
 
-    def merge(self, tile: Tile) -> torch.Tensor:
+    def merge(self, tile: Tile) -> Array:
         entries = self._trimmed(tile)
         majority = tile.majority if self._variant == "authors" else None
-        signs = elected_signs(self._total(entries, tile), majority, tile.room("signs", tile.n))
+        signs = elected_signs(add_up(tile, entries), majority, tile)
         plain = [1.0] * tile.tasks
         after = self.parameters.weights if self._variant == "peft" else plain
         shares = self.parameters.weights if self._variant == "mergekit" else plain

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.streaming.device import TileBuffer
+from peru_cli.streaming.arrays import BITS, Array, Arrays
 from peru_cli.streaming.tiles import Tile
+
+
+class TileBuffer:
+    """Reused room for one tile of one input: filled on the host, seen as bits on the device."""
+
+    def __init__(self, xp: Arrays, entries: int, bytes_per_entry: int) -> None:
+        self._xp, self._host = xp, xp.room(entries * bytes_per_entry)
+
+    def view(self, nbytes: int) -> memoryview:
+        """The first `nbytes` bytes, to be filled."""
+        return self._host.data[:nbytes]
+
+    def bits(self, nbytes: int, bits_per_entry: int) -> Array:
+        """The first `nbytes` bytes as signed integers of a dtype's width, on the device."""
+        return self._xp.upload(self._host[:nbytes].view(BITS[bits_per_entry]))
 
 
 def clip(tile: Tile, entries: int) -> int:
@@ -23,7 +36,7 @@ def read_raw(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffe
     return view
 
 
-def read_bits(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer) -> tuple[memoryview, torch.Tensor]:
+def read_bits(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer) -> tuple[memoryview, Array]:
     """Read a floating tensor's part of a tile: its bytes, and its entries as integers on the device, (n,)."""
     view = read_raw(source, info, tile, buffer)
-    return view, buffer.bits(clip(tile, info.entries), info.dtype)
+    return view, buffer.bits(len(view), info.dtype.bits)

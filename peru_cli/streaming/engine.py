@@ -10,9 +10,12 @@ bytes.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
+
+import numpy as np
 
 from peru_cli.streaming.tiles import Tile
 
@@ -85,16 +88,17 @@ def run(step: Pass[B, R, S], tiles: Sequence[Tile], threads: int, advance: Calla
     """Run `step` over all tiles; re-raises the first error of any thread after all have stopped.
 
     `advance` is told the number of entries of each tile that is done, from the thread that did it.
-    torch's own threads are switched off meanwhile: threads over tiles are faster than threads within.
+    torch's own threads, if it is there, are switched off meanwhile: threads over tiles are faster than threads within.
     """
-    import torch
-
-    inner = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch = sys.modules.get("torch")
+    inner = torch.get_num_threads() if torch is not None else 1
     try:
+        if torch is not None:
+            torch.set_num_threads(1)
         _Run(step, tiles, min(threads, len(tiles)), advance).join()
     finally:
-        torch.set_num_threads(inner)
+        if torch is not None:
+            torch.set_num_threads(inner)
 
 
 class _Run(Generic[B, R, S]):
@@ -139,14 +143,15 @@ class _Run(Generic[B, R, S]):
 
     def _work(self) -> None:
         try:
-            buffers = self._step.buffers()
-            while (tile := self._take()) is not None:
-                result = self._step.apply(tile, buffers)
-                self._turnstile.wait(tile.number)
-                committed = self._step.commit(tile, result)
-                self._turnstile.advance()
-                self._step.finish(tile, committed, buffers)
-                self._advance(tile.stop - tile.start)
+            with np.errstate(all="ignore"):  # NaN and infinity are data here; passes look at results where they matter
+                buffers = self._step.buffers()
+                while (tile := self._take()) is not None:
+                    result = self._step.apply(tile, buffers)
+                    self._turnstile.wait(tile.number)
+                    committed = self._step.commit(tile, result)
+                    self._turnstile.advance()
+                    self._step.finish(tile, committed, buffers)
+                    self._advance(tile.stop - tile.start)
         except Aborted:
             pass
         except BaseException as error:

@@ -1,0 +1,248 @@
+"""What tile code computes with: NumPy on the CPU, torch on CUDA, under NumPy's names; the results are the same bits.
+
+A function that takes such a namespace, `xp` as the array API standard calls it, runs on both. NumPy rather than torch
+on the CPU because importing torch takes longer than pruning a small model, and on tiles that fit the cache NumPy's
+loops are as fast. Arrays are 1-D runs of entries; kinds are NumPy's names: i2, i4, i8, u1, f4, f8, bool.
+
+Floating entries of a checkpoint are "bits": integers of the dtype's width, since NumPy has no bfloat16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.errors import UsageError
+
+Array = Any  # np.ndarray, or torch.Tensor on a GPU
+Host = np.ndarray[Any, np.dtype[Any]]
+KIND = {"F16": "f2", "F32": "f4", "F64": "f8"}
+BITS = {16: "i2", 32: "i4", 64: "i8"}
+_SPARSE, _BRANCHLESS = 1 / 25, 1 / 10
+
+
+class Arrays(Protocol):
+    """The operations. Those with `out` write there and return it; `out` may be an operand."""
+
+    name: str
+    add: Any  # (a, b or number, out=)
+    subtract: Any
+    multiply: Any
+    divide: Any
+    absolute: Any  # (a, out=)
+    equal: Any  # (a, b or number, out=): bool
+    not_equal: Any
+    greater: Any
+    greater_equal: Any
+    less: Any
+    logical_and: Any
+    logical_or: Any
+
+    def empty(self, entries: int, kind: str) -> Array:
+        """Room for so many entries."""
+        ...
+
+    def room(self, nbytes: int) -> Host:
+        """Bytes on the host that `upload` takes from, uint8."""
+        ...
+
+    def upload(self, host: Host) -> Array:
+        """Host memory as an array; on the CPU the same memory."""
+        ...
+
+    def download(self, array: Array) -> Host:
+        """An array as host memory; on the CPU the same memory."""
+        ...
+
+    def view(self, array: Array, kind: str) -> Array:
+        """The same memory as another kind of the same width."""
+        ...
+
+    def copy(self, source: Array, out: Array) -> Array:
+        """Copy with conversion to the kind of `out`."""
+        ...
+
+    def fill(self, out: Array, value: float, where: Array | None = None) -> Array:
+        """Set all entries, or those where a bool array says so."""
+        ...
+
+    def clip(self, array: Array, low: float | None, high: float | None, out: Array) -> Array:
+        """Bound entries below and above."""
+        ...
+
+    def count(self, flags: Array) -> int:
+        """How many of the bools are true."""
+        ...
+
+    def largest(self, array: Array) -> Any:
+        """The largest entry of a non-empty array; NaN if there is one."""
+        ...
+
+    def where(self, flags: Array) -> Array:
+        """Ascending positions of the true ones, int64."""
+        ...
+
+    def take(self, array: Array, positions: Array) -> Array:
+        """array[positions]."""
+        ...
+
+    def put(self, array: Array, positions: Array, values: Host) -> None:
+        """array[positions] = values."""
+        ...
+
+    def running_count(self, flags: Array) -> Array:
+        """How many are true up to and including each entry, int64."""
+        ...
+
+    def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
+        """Bits as floats of the kind of `out` (f4 or f8), exactly; a view of the bits where that is their kind."""
+        ...
+
+    def narrow(self, floats: Array, dtype: Dtype) -> Array:
+        """Floats (f4 or f8) rounded to a dtype, nearest even, as bits; f8 to 16 bits by way of f4. NaNs stay some NaN.
+
+        A view of the floats where that is their kind already.
+        """
+        ...
+
+
+class Cpu:
+    """NumPy."""
+
+    name = "cpu"
+    add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
+    absolute = np.absolute
+    equal, not_equal, greater, greater_equal, less = np.equal, np.not_equal, np.greater, np.greater_equal, np.less
+    logical_and, logical_or = np.logical_and, np.logical_or
+
+    def empty(self, entries: int, kind: str) -> Array:
+        return np.empty(entries, kind)
+
+    def room(self, nbytes: int) -> Host:
+        return np.empty(nbytes, np.uint8)
+
+    def upload(self, host: Host) -> Array:
+        return host
+
+    def download(self, array: Array) -> Host:
+        return array  # type: ignore[no-any-return]
+
+    def view(self, array: Array, kind: str) -> Array:
+        return array.view(kind)
+
+    def copy(self, source: Array, out: Array) -> Array:
+        np.copyto(out, source, casting="unsafe")
+        return out
+
+    def fill(self, out: Array, value: float, where: Array | None = None) -> Array:
+        np.copyto(out, out.dtype.type(value), where=True if where is None else where)
+        return out
+
+    def clip(self, array: Array, low: float | None, high: float | None, out: Array) -> Array:
+        if low is not None:
+            array = np.maximum(array, array.dtype.type(low), out=out)
+        return array if high is None else np.minimum(array, array.dtype.type(high), out=out)
+
+    def count(self, flags: Array) -> int:
+        return int(np.count_nonzero(flags))
+
+    def largest(self, array: Array) -> Any:
+        return array.max()
+
+    def where(self, flags: Array) -> Array:
+        # Up to a tenth of ones NumPy looks for the next one, which processors cannot predict; above it does not branch.
+        # So between these densities it is shown more ones than there are.
+        found = np.count_nonzero(flags)
+        if not _SPARSE * len(flags) < found <= _BRANCHLESS * len(flags):
+            return np.flatnonzero(flags)
+        more = np.ones(len(flags) // 8 + 1, np.bool_)
+        return np.flatnonzero(np.concatenate((flags, more)))[:found]
+
+    def take(self, array: Array, positions: Array) -> Array:
+        return array.take(positions)
+
+    def put(self, array: Array, positions: Array, values: Host) -> None:
+        array[positions] = values
+
+    def running_count(self, flags: Array) -> Array:
+        return np.cumsum(flags, dtype=np.int64)
+
+    def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
+        if dtype.name in ("F32", "F64"):
+            floats = bits.view(KIND[dtype.name])
+            return floats if floats.dtype == out.dtype else self.copy(floats, out)
+        if out.dtype == np.float64:
+            return self.copy(self.widen(bits, dtype, np.empty(len(bits), np.float32)), out)
+        return _widen_bf16(bits, out) if dtype.name == "BF16" else _widen_f16(bits, out)
+
+    def narrow(self, floats: Array, dtype: Dtype) -> Array:
+        if dtype.bits == 16:
+            single = floats if floats.dtype == np.float32 else floats.astype(np.float32)
+            return _narrow_bf16(single) if dtype.name == "BF16" else single.astype(np.float16).view(np.int16)
+        return floats.astype(KIND[dtype.name], copy=False).view(BITS[dtype.bits])
+
+
+def _widen_bf16(bits: Host, out: Host) -> Host:
+    """bfloat16 is the upper half of a float32."""
+    pattern = out.view(np.uint32)
+    np.copyto(pattern, bits.view(np.uint16))
+    np.left_shift(pattern, 16, out=pattern)
+    return out
+
+
+def _widen_f16(bits: Host, out: Host) -> Host:
+    """Four times as fast as NumPy's conversion: shift into place, then multiply to mend the exponent's bias."""
+    pattern = out.view(np.int32)
+    np.copyto(pattern, bits)  # extends the sign
+    np.left_shift(pattern, 13, out=pattern)  # leaves it in the bits 28 to 31: 28 to 30 are not wanted
+    np.bitwise_and(pattern, np.int32(-0x7000_0001), out=pattern)
+    np.multiply(out, np.float32(2.0**112), out=out)  # exact, for subnormal numbers too
+    if len(bits) and (bits & 0x7FFF).max() >= 0x7C00:
+        at = np.flatnonzero((bits & 0x7FFF) >= 0x7C00)  # infinities and NaNs
+        special = bits[at].astype(np.int32)
+        out.view(np.uint32)[at] = ((special & 0x8000) << 16 | 0x7F80_0000 | (special & 0x3FF) << 13).view(np.uint32)
+    return out
+
+
+def _narrow_bf16(floats: Host) -> Host:
+    """Round to nearest even by adding just less than half a unit, and one more where the last bit is odd."""
+    pattern = floats.view(np.uint32)
+    rounded = pattern >> 16
+    rounded &= 1
+    rounded += pattern
+    rounded += 0x7FFF
+    rounded >>= 16
+    result = rounded.astype(np.uint16).view(np.int16)
+    if len(floats) and np.isnan(floats.max()):
+        at = np.flatnonzero(np.isnan(floats))
+        result.view(np.uint16)[at] = (pattern[at] >> 16) | 0x0040
+    return result
+
+
+CPU = Cpu()
+
+
+def pick_arrays(device: str) -> Arrays:
+    """The namespace of `auto`, `cpu`, `cuda` or `cuda:N`; UsageError if there is no such device."""
+    if device == "cpu" or (device == "auto" and not _has_driver()):
+        return CPU
+    from peru_cli.streaming.gpu import Gpu, find_gpu
+
+    found = find_gpu(device)
+    if found is None and device != "auto":
+        raise UsageError(f"--device {device!r} is not auto, cpu, cuda or cuda:N, or there is no such GPU", "use --device cpu")
+    return CPU if found is None else Gpu(found)
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver knows of a GPU, found out without torch."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        number = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(number)) == 0 and number.value > 0
+    except (OSError, AttributeError):
+        return False

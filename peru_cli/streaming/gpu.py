@@ -1,0 +1,93 @@
+"""The array namespace on a GPU: torch under NumPy's names (streaming/arrays.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.streaming.arrays import BITS, KIND, Host
+
+Array = torch.Tensor
+_TYPE = {
+    "i2": torch.int16, "i4": torch.int32, "i8": torch.int64, "u1": torch.uint8,
+    "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "bool": torch.bool,
+}  # fmt: skip
+
+
+def find_gpu(name: str) -> torch.device | None:
+    """`auto`, `cuda` or `cuda:N` as a torch device; None if it is not there."""
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+    except RuntimeError:
+        return None
+    return device if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count() else None
+
+
+def _float_type(dtype: Dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.name == "BF16" else _TYPE[KIND[dtype.name]]
+
+
+class Gpu:
+    """torch on one device. With the device "cpu" it gives the same bytes: that is how it is tested where no GPU is."""
+
+    add, subtract, multiply, divide = torch.add, torch.sub, torch.mul, torch.div
+    absolute = torch.abs
+    equal, not_equal, greater, greater_equal, less = torch.eq, torch.ne, torch.gt, torch.ge, torch.lt
+    logical_and, logical_or = torch.logical_and, torch.logical_or
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.name = device, str(device)
+
+    def empty(self, entries: int, kind: str) -> Array:
+        return torch.empty(entries, dtype=_TYPE[kind], device=self.device)
+
+    def room(self, nbytes: int) -> Host:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+
+    def upload(self, host: Host) -> Array:
+        return torch.from_numpy(host).to(self.device)
+
+    def download(self, array: Array) -> Host:
+        return array.cpu().numpy()
+
+    def view(self, array: Array, kind: str) -> Array:
+        return array.view(_TYPE[kind])
+
+    def copy(self, source: Array, out: Array) -> Array:
+        return out.copy_(source)
+
+    def fill(self, out: Array, value: float, where: Array | None = None) -> Array:
+        return out.fill_(value) if where is None else out.masked_fill_(where, value)
+
+    def clip(self, array: Array, low: float | None, high: float | None, out: Array) -> Array:
+        return torch.clamp(array, low, high, out=out)
+
+    def count(self, flags: Array) -> int:
+        return int(torch.count_nonzero(flags))
+
+    def largest(self, array: Array) -> Any:
+        return array.max().item()
+
+    def where(self, flags: Array) -> Array:
+        return torch.nonzero(flags).view(-1)
+
+    def take(self, array: Array, positions: Array) -> Array:
+        return array[positions]
+
+    def put(self, array: Array, positions: Array, values: Host) -> None:
+        array[positions] = torch.from_numpy(np.ascontiguousarray(values)).to(array.device)
+
+    def running_count(self, flags: Array) -> Array:
+        return torch.cumsum(flags, 0, dtype=torch.int64)
+
+    def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
+        floats = bits.view(_float_type(dtype))
+        return floats if floats.dtype == out.dtype else out.copy_(floats)
+
+    def narrow(self, floats: Array, dtype: Dtype) -> Array:
+        if dtype.bits == 16:
+            floats = floats.to(torch.float32)
+        return floats.to(_float_type(dtype)).view(_TYPE[BITS[dtype.bits]])
