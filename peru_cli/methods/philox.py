@@ -14,10 +14,12 @@ The tensor's name is that in the merged checkpoint. Nothing else enters: no tile
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+Halves = np.ndarray[Any, np.dtype[np.uint64]]
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 ROUNDS = 10
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -33,31 +35,31 @@ def stream_key(seed: int, task: str, tensor: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def philox(counters: np.ndarray[Any, np.dtype[np.uint64]], key: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Ten rounds over counters held as u32 values in uint64; (4, n) -> (4, n), the input is overwritten."""
+def philox(counters: Sequence[Halves], key: tuple[int, int]) -> list[Halves]:
+    """Ten rounds over counters, four u32 held in uint64, (n,) each; their memory is used."""
     c0, c1, c2, c3 = counters
     k0, k1 = key
+    high = np.empty_like(c0)
     for _ in range(ROUNDS):
         c0 *= _M0  # 64-bit products; the halves are taken below
         c2 *= _M1
-        c1 ^= c2 >> _HALF
+        c1 ^= np.right_shift(c2, _HALF, out=high)
         c1 ^= np.uint64(k0)
-        c3 ^= c0 >> _HALF
+        c3 ^= np.right_shift(c0, _HALF, out=high)
         c3 ^= np.uint64(k1)
         c0 &= _LOW
         c2 &= _LOW
         c0, c1, c2, c3 = c1, c2, c3, c0
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3))
+    return [c0, c1, c2, c3]
 
 
 def words(key: tuple[int, int], start: int, n: int) -> Words:
     """word(start), ..., word(start + n - 1); uint32 (n,)."""
     first, last = start // 4, -(-(start + n) // 4)
     blocks = np.arange(first, last, dtype=np.uint64)
-    counters = np.zeros((4, last - first), dtype=np.uint64)
-    counters[0] = blocks & _LOW
-    counters[1] = blocks >> _HALF
+    drawn = philox([blocks & _LOW, blocks >> _HALF, np.zeros_like(blocks), np.zeros_like(blocks)], key)
     flat = np.empty((last - first, 4), dtype=np.uint32)
-    flat.T[...] = philox(counters, key)
+    for number, word in enumerate(drawn):
+        flat[:, number] = word
     return flat.reshape(-1)[start - 4 * first : start - 4 * first + n]
