@@ -40,7 +40,7 @@ TASKS = ("sst2", "clinc_domains", "hate_davidson", "agnews", "banking77", "tweet
 KINDS = ("full", "lora", "multitask", "regularised")
 SEED, THREADS, LENGTH, BATCH, POOL = 0, 2, 64, 32, 8
 DEV_EXAMPLES, HEAD_EXAMPLES, HEAD_DECAY = 500, 16, 1e-3
-STEPS = {"full": 400, "lora": 400, "multitask": 300, "regularised": 400}
+STEPS = {"full": 400, "lora": 300, "multitask": 250, "regularised": 400}
 LEARNING_RATE = {"full": 5e-5, "lora": 5e-4, "multitask": 1e-4, "regularised": 5e-5}
 RANK, ALPHA = 16, 32
 # the regulariser's strength and its share of a batch (1/8, as in the tau-Jp paper)
