@@ -324,6 +324,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"folders in --data; by default {' '.join(TASKS)}")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of fine-tunes; by default all")
     arguments = parser.parse_args()
+    if missing := [name for name in arguments.tasks if not (arguments.data / name / "train.jsonl.gz").is_file()]:
+        parser.error(f"{arguments.data} has no train.jsonl.gz of {', '.join(missing)}")
     torch.set_num_threads(THREADS)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
