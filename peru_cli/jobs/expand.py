@@ -8,7 +8,8 @@ import numpy as np
 
 from peru_cli.artifacts.index import COPY, STORED
 from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.checkpoints.adapters import LoraCheckpoint, is_adapter
+from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
+from peru_cli.checkpoints.adapters import find_adapters, is_adapter, is_adapter_file
 from peru_cli.checkpoints.local import open_file
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
@@ -79,15 +80,25 @@ def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
     """Open a model, an adapter or an artifact; the last two need their base, else UsageError."""
     path = Path(model)
     if path.is_dir() and is_adapter(path):
-        if base is None:
-            raise UsageError(f"{model} is a PEFT adapter: it can be expanded only with its base", "add --base BASE")
-        return LoraCheckpoint(path, model, base)
+        return _open_adapter(path, model, base)
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (several := find_adapters(path)):
+        names = ", ".join(str(folder) for folder in several.values())
+        raise UsageError(f"{model} holds several adapters: {names}", "name one of them")
     if path.is_file() and path.suffix == ".safetensors":
         opened = open_file(path, model)
-        if "peru.format" not in opened.metadata:
-            return opened
-        opened.close()
-        if base is None:
-            raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
-        return ExpandedArtifact(path, model, base)
+        if "peru.format" in opened.metadata:
+            opened.close()
+            if base is None:
+                raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
+            return ExpandedArtifact(path, model, base)
+        if is_adapter_file(opened):
+            opened.close()
+            return _open_adapter(path, model, base)
+        return opened
     return open_model(model)
+
+
+def _open_adapter(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
+    if base is None:
+        raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
+    return LoraCheckpoint(path, label, base)
