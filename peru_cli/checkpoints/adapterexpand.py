@@ -7,12 +7,13 @@ fixed places, so that tiles and threads do not change the result. Factors are re
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peru_cli.checkpoints.adapterconfig import CONFIG, check_can_be_added
 from peru_cli.checkpoints.adapterkeys import KOHYA, PEFT
@@ -78,7 +79,9 @@ class LoraCheckpoint(Checkpoint):
         check_can_be_added(adapter.config, label)
         self.label, self.metadata, self.warnings = label, {}, list(adapter.file.warnings)
         own = find_side_files(path) if adapter.layout == PEFT else {}
-        self.side_files = dict(base.side_files) | {n: p for n, p in own.items() if n != "config.json"}
+        if "config.json" in own and "architectures" not in _table(own["config.json"]):
+            del own["config.json"]  # of no model: some programs leave a stub there
+        self.side_files = dict(base.side_files) | own
         self.files = [*base.files, adapter.weights, *([path / CONFIG] if adapter.config else [])]
         self.updates: dict[str, Update] = {}
         self._kept: dict[str, str] = {}  # tensors that the adapter holds whole: our name -> its name
@@ -212,6 +215,14 @@ class LoraCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self._adapter.close()
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 class _Cache(Generic[T]):

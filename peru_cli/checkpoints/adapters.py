@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "adapter_model.safetensors"
+REST = "peru-rest.safetensors"  # a sparse delta of what an adapter out of a full fine-tune cannot hold
 _FILES = (WEIGHTS, "adapter_model.bin")
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_DIFFUSERS_METADATA = "lora_adapter_metadata"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
 LINEAR, EMBEDDING, CONVOLUTION, PARAMETER = "linear", "embedding", "convolution", "parameter"
 
 
@@ -168,9 +169,15 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file() or (path / _DIFFUSERS_FILE).is_file()
 
 
-def is_adapter_file(checkpoint: Checkpoint) -> bool:
-    """Whether an open file is a LoRA in kohya's or diffusers' layout."""
-    return looks_like_lora(checkpoint.tensors)
+def is_lora_file(path: Path) -> bool:
+    """Whether a path is a safetensors file of a LoRA in kohya's or diffusers' layout; False for what cannot be read."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    try:
+        with open_file(path, str(path)) as opened:
+            return looks_like_lora(opened.tensors)
+    except BadFile:
+        return False
 
 
 def find_adapters(path: Path) -> dict[str, Path]:
@@ -249,7 +256,7 @@ class _Builder:
 def _diffusers_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """LoRA configurations by component out of a diffusers file's metadata (`unet.r`, `unet.lora_alpha`, ...)."""
     try:
-        table = json.loads(metadata.get(_DIFFUSERS_METADATA, "{}"))
+        table = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
     except ValueError:
         return {}
     configs: dict[str, dict[str, Any]] = {}

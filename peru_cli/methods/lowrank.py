@@ -108,9 +108,9 @@ def thin_inner(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torc
     return float((left * right).sum())
 
 
-def squared_distance(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The squared Frobenius norm of the difference of two products of thin factors."""
-    return max(thin_inner(a, a) - 2 * thin_inner(a, b) + thin_inner(b, b), 0.0)
+def squared_distance(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], squared: float) -> float:
+    """The squared Frobenius norm of the difference of two products of thin factors; `squared` is that of the first."""
+    return max(squared - 2 * thin_inner(a, b) + thin_inner(b, b), 0.0)
 
 
 def move_scale(left: torch.Tensor, right: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,14 +266,3 @@ def _inverse(inner: torch.Tensor) -> torch.Tensor:
     values, vectors = solve(torch.linalg.eigh, inner)
     keep = values > values[-1:] * 1e-14
     return (vectors[:, keep] / values[keep]) @ vectors[:, keep].T
-
-
-# -- how many to keep -----------------------------------------------------------------------------------
-
-
-def rank_for_energy(values: torch.Tensor, share: float) -> int:
-    """The least rank, at least 1, that keeps this share of the squared singular values."""
-    energies = values.double().square().cumsum(0)
-    if not len(energies) or not float(energies[-1]):
-        return 1
-    return min(int(torch.searchsorted(energies, share * energies[-1])) + 1, len(energies))
