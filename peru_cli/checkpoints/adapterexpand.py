@@ -21,6 +21,7 @@ from peru_cli.checkpoints.adapters import CONVOLUTION, EMBEDDING, PARAMETER, Ada
 from peru_cli.checkpoints.architectures import experts_are_in_out
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.memorynames import names_in_memory
 from peru_cli.checkpoints.pairing import Prefix, find_prefix
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
@@ -90,7 +91,7 @@ class LoraCheckpoint(Checkpoint):
         self._scales: _Cache[torch.Tensor] = _Cache(len(base.tensors))
         fitting = _Fitting(adapter, base)
         self.prefix = fitting.prefix
-        self._whole(label)
+        self._whole(fitting)
         self.updates = fitting.updates(self.tensors, self._kept)
         if fitting.problems:
             raise Mismatch(
@@ -100,13 +101,11 @@ class LoraCheckpoint(Checkpoint):
         self.tensors = dict(self.tensors) | {name: TensorInfo(name, _F32, u.info.shape) for name, u in self.updates.items()}
         self.kind = f"{adapter.kind} ({self.prefix})"
 
-    def _whole(self, label: str) -> None:
+    def _whole(self, fitting: _Fitting) -> None:
         """The base's tensors, and what the adapter holds whole in their places or beside them."""
         tensors = dict(self._base.tensors)
         for plain, stored in self._adapter.whole.items():
-            plain = plain.replace(".base_layer.", ".")
-            base_name = self.prefix.base_name(plain)
-            name = base_name if base_name is not None and base_name in tensors else plain
+            name = fitting.base_name(plain.replace(".base_layer.", "."))
             if name in self._kept:
                 raise BadFile(f"{self._adapter.weights}: {stored} and {self._kept[name]} stand for the same tensor")
             info = self._adapter.file.tensors[stored]
@@ -250,6 +249,15 @@ class _Fitting:
         self.problems: list[str] = []
         self._flat = _flat_names(base) if adapter.layout == KOHYA else {}
         self._leaves = sorted({target.rpartition(".")[2] for target in adapter.config.get("target_parameters") or []})
+        self._known = {name: name for name in base.tensors}  # what the adapter may call a tensor: what the base calls it
+        self.prefix = self._find_prefix()
+        if adapter.layout == PEFT and any(not self._candidates(module, base.tensors) for module in adapter.modules):
+            self._know_names_in_memory()
+
+    def _know_names_in_memory(self) -> None:
+        """PEFT goes by the names that transformers gives modules when it loads them."""
+        renamed, _ = names_in_memory(self._base.config())
+        self._known = {renamed.get(name, name): name for name in self._base.tensors} if renamed else self._known
         self.prefix = self._find_prefix()
 
     def _find_prefix(self) -> Prefix:
@@ -258,17 +266,23 @@ class _Fitting:
             return Prefix()
         wanted = [name for module in self._adapter.modules for name in self._plain_names(module)[:1]]
         fake = {name: self._like(name) for name in wanted}
-        return find_prefix(fake, {n: TensorInfo(n, t.dtype, t.shape) for n, t in self._base.tensors.items()})
+        known = ((name, self._base.tensors[stored]) for name, stored in self._known.items())
+        return find_prefix(fake, {name: TensorInfo(name, info.dtype, info.shape) for name, info in known})
 
     def _like(self, name: str) -> TensorInfo:
         """What the base has under a name, or under its longest end that the base knows."""
         parts = name.split(".")
         for cut in range(len(parts)):
             end = ".".join(parts[cut:])
-            if end in self._base.tensors:
-                return TensorInfo(name, _F32, self._base.tensors[end].shape)
-        longer = [n for n in self._base.tensors if n.endswith("." + name)]
-        return TensorInfo(name, _F32, self._base.tensors[longer[0]].shape if len(longer) == 1 else ())
+            if end in self._known:
+                return TensorInfo(name, _F32, self._base.tensors[self._known[end]].shape)
+        longer = [n for n in self._known if n.endswith("." + name)]
+        return TensorInfo(name, _F32, self._base.tensors[self._known[longer[0]]].shape if len(longer) == 1 else ())
+
+    def base_name(self, plain: str) -> str:
+        """The base's name of a tensor that the adapter names; the adapter's own, if the base has none."""
+        name = self.prefix.base_name(plain)
+        return plain if name is None else self._known.get(name, plain)
 
     def _plain_names(self, module: LoraModule) -> list[str]:
         """What the updated tensor may be called, in the adapter's terms, likeliest first."""
@@ -284,10 +298,10 @@ class _Fitting:
     def _candidates(self, module: LoraModule, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
         if self._adapter.layout == KOHYA:
             component = next((c for c in _KOHYA_COMPONENTS if module.name.startswith(c)), "")
-            names: list[str | None] = list(self._flat.get(module.name[len(component) :], ()))
+            names = list(self._flat.get(module.name[len(component) :], ()))
         else:
-            names = [self.prefix.base_name(name) for name in self._plain_names(module)]
-        return [tensors[name] for name in names if name is not None and name in tensors]
+            names = [self.base_name(name) for name in self._plain_names(module)]
+        return [tensors[name] for name in names if name in tensors]
 
     def updates(self, tensors: Mapping[str, TensorInfo], kept: Mapping[str, str]) -> dict[str, Update]:
         """The updates by the name of their tensor; `tensors` includes those that the adapter holds whole (`kept`)."""

@@ -184,7 +184,7 @@ def _say_plan(plan: Extraction) -> None:
     pairing = plan.pairing
     console.note(f"{plan.name}: {plan.fine.label}, {plan.fine.kind}, {si_bytes(plan.fine.nbytes)}")
     console.note(f"  {plural(len(pairing.pairs), 'tensor')} paired ({pairing.prefix}), {plural(len(plan.weights), 'low-rank weight')}")
-    for warning in plan.fine.warnings:
+    for warning in [*plan.fine.warnings, *plan.warnings]:
         console.warn(warning)
 
 

@@ -24,6 +24,7 @@ from peru_cli.checkpoints.adapterwriter import adapter_writer
 from peru_cli.checkpoints.atomic import PartialDirectory
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.writer import CheckpointWriter, header_bytes
 from peru_cli.errors import UsageError
 from peru_cli.jobs.extractplan import Extraction, Rest, Weight, plan_rest
@@ -221,7 +222,7 @@ def extract(
     note(f"{plan.name}: comparing")
     changed = {info.name for info in plan.pairing.whole}
     changed |= {pair.fine.name for pair in plan.pairing.pairs if pair.grown or is_changed(plan.fine, plan.base, pair)}
-    weights = [weight for weight in plan.weights if weight.pair.fine.name in changed]
+    weights = [weight for weight in plan.weights if weight.tensor in changed]
     dtype = factor_dtype(plan, wanted)
     note(f"{plan.name}: choosing ranks")
     fixed = _fixed_bytes(plan, weights, changed, options, dtype) if wanted.max_bytes is not None else 0
@@ -239,12 +240,11 @@ def extract(
         step = _Write(plan, weights, wanted, ranks, stored, dtype, writer, how)
         run(step, step.tiles(), how.threads, how.advance)
         for info in rest.saved:
-            copy_tensor(plan.fine, info, writer, OUTER + info.name)
+            copy_tensor(plan.fine, info, writer, OUTER + plan.in_memory(info.name))
         for pair in rest.biases:
             matrix = TaskMatrix(plan.fine, plan.base, pair, pair.entries, 1, 0, torch.device("cpu"))
             difference = torch.cat([panel.view(-1) for _, panel in matrix.row_panels()])
-            name = f"{OUTER}{pair.fine.name.removesuffix('.bias')}.lora_B.bias"
-            writer.write(name, 0, as_bytes(round_to(difference, dtype, pair.fine.name)))
+            writer.write(_bias_name(plan, pair), 0, as_bytes(round_to(difference, dtype, pair.fine.name)))
         writer.commit()
     total = sum(info.nbytes for info in tensors)
     report = AdapterReport(plan.name, target, header_bytes(tensors, metadata) + total, step.reports, plan.fine.nbytes)
@@ -262,9 +262,13 @@ def extract(
     return report
 
 
+def _bias_name(plan: Extraction, pair: Pair) -> str:
+    return f"{OUTER}{plan.in_memory(pair.fine.name).removesuffix('.bias')}.lora_B.bias"
+
+
 def _tensors(plan: Extraction, weights: Sequence[Weight], ranks: Sequence[int], rest: Rest, dtype: Dtype) -> list[TensorInfo]:
-    tensors = [TensorInfo(OUTER + info.name, info.dtype, info.shape) for info in rest.saved]
-    tensors += [TensorInfo(f"{OUTER}{p.fine.name.removesuffix('.bias')}.lora_B.bias", dtype, p.fine.shape) for p in rest.biases]
+    tensors = [TensorInfo(OUTER + plan.in_memory(info.name), info.dtype, info.shape) for info in rest.saved]
+    tensors += [TensorInfo(_bias_name(plan, pair), dtype, pair.fine.shape) for pair in rest.biases]
     for weight, rank in zip(weights, ranks, strict=True):
         names = _factor_names(weight, plan)
         tensors += [TensorInfo(name, dtype, shape) for name, shape in zip(names, weight.shapes(rank), strict=True)]

@@ -16,6 +16,7 @@ from typing import Any
 from peru_cli.checkpoints.adapters import CONVOLUTION, LINEAR, PARAMETER
 from peru_cli.checkpoints.architectures import experts_are_in_out, has_tied_embeddings, is_conv1d, is_embedding, is_grouped_convolution
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.memorynames import names_in_memory
 from peru_cli.checkpoints.pairing import Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
@@ -25,10 +26,11 @@ from peru_cli.errors import UsageError
 class Weight:
     """A weight that becomes a pair of factors.
 
-    `rows` and `columns` are d_out and d_in (a kernel flattened); `transposed` says that the tensor is stored as
-    (in, out). `module` is what PEFT targets; of a parameter, the module that has it.
+    `name` is the module, or the parameter, that PEFT targets. `rows` and `columns` are d_out and d_in (a kernel
+    flattened); `transposed` says that the tensor is stored as (in, out).
     """
 
+    name: str
     pair: Pair
     kind: str
     rows: int
@@ -37,9 +39,9 @@ class Weight:
     transposed: bool = False
 
     @property
-    def name(self) -> str:
-        """The module, or the parameter, by its full name."""
-        return self.pair.fine.name if self.kind == PARAMETER else self.pair.fine.name.removesuffix(".weight")
+    def tensor(self) -> str:
+        """The fine-tune's name of it."""
+        return self.pair.fine.name
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -81,7 +83,17 @@ class Extraction:
     fine: Checkpoint
     base: Checkpoint
     pairing: Pairing
-    weights: list[Weight]
+    weights: list[Weight] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)  # names in memory that are not those of the checkpoint
+    warnings: list[str] = field(default_factory=list)
+
+    def in_memory(self, name: str) -> str:
+        """What transformers, and so PEFT, calls one of the fine-tune's tensors."""
+        return self.renamed.get(name, name)
+
+    def module_of(self, name: str) -> str:
+        """The module that has one of the fine-tune's tensors, in memory."""
+        return self.in_memory(name).rpartition(".")[0]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -92,16 +104,20 @@ class Extraction:
 def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str | None) -> Extraction:
     """Pair the checkpoints and find the weights that become factors. Mismatch and UsageError as `pair_checkpoints` has them."""
     pairing = pair_checkpoints(fine, base, per_task)
-    plan = Extraction(name, fine, base, pairing, [])
-    plan.weights = [weight for pair in pairing.pairs if (weight := _weight(pair, plan.config)) is not None and weight.largest_rank]
+    plan = Extraction(name, fine, base, pairing)
+    plan.renamed, problem = names_in_memory(plan.config)
+    if problem is not None:
+        plan.warnings.append(f"{fine.label}: {problem}; modules are named as in the checkpoint")
+    found = (_weight(plan.in_memory(pair.fine.name), pair, plan.config) for pair in pairing.pairs)
+    plan.weights = [weight for weight in found if weight is not None and weight.largest_rank]
     if not plan.weights:
         raise UsageError(f"{fine.label} and {base.label} share no weight matrix that an adapter could hold")
     return plan
 
 
-def _weight(pair: Pair, config: Mapping[str, Any]) -> Weight | None:
+def _weight(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:
     """How a pair's difference becomes factors; None if it does not."""
-    name, shape = pair.fine.name, pair.fine.shape
+    shape = pair.fine.shape
     if pair.grown or not pair.is_delta or len(shape) < 2 or not pair.entries:
         return None
     module, _, leaf = name.rpartition(".")
@@ -109,16 +125,16 @@ def _weight(pair: Pair, config: Mapping[str, Any]) -> Weight | None:
         if len(shape) == 3 and "experts" in module.split("."):
             turned = experts_are_in_out(config)
             rows, columns = (shape[2], shape[1]) if turned else (shape[1], shape[2])
-            return Weight(pair, PARAMETER, rows, columns, shape[0], turned)
+            return Weight(name, pair, PARAMETER, rows, columns, shape[0], turned)
         return None
     if len(shape) == 2:
         if is_embedding(module):
             return None
         turned = is_conv1d(module, config)
-        return Weight(pair, LINEAR, shape[1] if turned else shape[0], shape[0] if turned else shape[1], transposed=turned)
+        return Weight(module, pair, LINEAR, shape[1] if turned else shape[0], shape[0] if turned else shape[1], transposed=turned)
     if len(shape) > 5 or is_grouped_convolution(shape, config):
         return None
-    return Weight(pair, CONVOLUTION, shape[0], math.prod(shape[1:]))
+    return Weight(module, pair, CONVOLUTION, shape[0], math.prod(shape[1:]))
 
 
 def plan_rest(plan: Extraction, weights: Iterable[Weight], changed: Iterable[str], in_modules: bool) -> Rest:
@@ -130,17 +146,18 @@ def plan_rest(plan: Extraction, weights: Iterable[Weight], changed: Iterable[str
         in_modules: whether `modules_to_save` and `lora_bias` may be used: PEFT loads them, other programs do not.
     """
     rest = Rest()
-    low_rank = {weight.pair.fine.name: weight for weight in weights}
-    wanted = sorted(set(changed) - set(low_rank))
+    weights = list(weights)
+    low_rank = {weight.tensor for weight in weights}
+    wanted = sorted(set(changed) - low_rank)
     if not in_modules:
         rest.delta = [plan.fine.tensors[name] for name in wanted]
         return rest
     by_module: dict[str, list[str]] = defaultdict(list)
     for name in plan.fine.tensors:
-        by_module[name.rpartition(".")[0]].append(name)
+        by_module[plan.module_of(name)].append(name)
     pairs = {pair.fine.name: pair for pair in plan.pairing.pairs}
-    biases = _biases(low_rank.values(), pairs, set(wanted))
-    saved = {name.rpartition(".")[0] for name in wanted}
+    biases = _biases(weights, {plan.in_memory(name): pair for name, pair in pairs.items()}, set(wanted))
+    saved = {plan.module_of(name) for name in wanted}
     saved = {module for module in saved if _can_be_saved(plan, module, by_module, low_rank, pairs)}
     while clashing := {module for module in saved if _clashes(module, by_module, saved)}:
         saved -= clashing
@@ -162,9 +179,7 @@ def _biases(weights: Iterable[Weight], pairs: Mapping[str, Pair], wanted: set[st
     return found if any(pair.fine.name in wanted for pair in found) else []
 
 
-def _can_be_saved(
-    plan: Extraction, module: str, by_module: Mapping[str, list[str]], low_rank: Mapping[str, Weight], pairs: Mapping[str, Pair]
-) -> bool:
+def _can_be_saved(plan: Extraction, module: str, by_module: Mapping[str, list[str]], low_rank: set[str], pairs: Mapping[str, Pair]) -> bool:
     """Whether PEFT can replace the whole module: it has a name, no children, no factors, no more rows than the base has."""
     if not module or any(other.startswith(module + ".") for other in by_module):
         return False
