@@ -84,12 +84,12 @@ class _Weights:
         return find_range(matrix, rank, name)
 
 
-class _Energies(_Weights):
+class Energies(_Weights):
     """Squared singular values of every weight, as many as are asked for, blocks added up."""
 
-    def __init__(self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: How) -> None:
+    def __init__(self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: How, enough: int = _FIRST_GUESS) -> None:
         super().__init__(plan, weights, wanted, how)
-        self.enough: list[int] = [_FIRST_GUESS] * len(weights)
+        self.enough: list[int] = [enough] * len(weights)
         self.energies: list[Array] = [np.zeros(0)] * len(weights)
         self.squared = [0.0] * len(weights)
         self.left = list(range(len(weights)))
@@ -127,7 +127,7 @@ def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: D
     if wanted.rank is not None:
         ranks = [min(wanted.rank, weight.rows, weight.columns) for weight in weights]
         return [rank if rank <= weight.largest_rank else 0 for rank, weight in zip(ranks, weights, strict=True)]
-    search = _Energies(plan, weights, wanted, how)
+    search = Energies(plan, weights, wanted, how)
     costs = [dtype.nbytes(weight.blocks * (weight.rows + weight.columns)) for weight in weights]
     while True:
         run(search, search.tiles(), how.threads, how.advance)

@@ -101,11 +101,15 @@ class Extraction:
         return self.fine.config() or self.base.config()
 
 
-def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str | None) -> Extraction:
-    """Pair the checkpoints and find the weights that become factors. Mismatch and UsageError as `pair_checkpoints` has them."""
+def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str | None, for_peft: bool = True) -> Extraction:
+    """Pair the checkpoints and find the weights that become factors.
+
+    `for_peft` asks transformers, which takes seconds to import, what modules are called in memory. Raises Mismatch and
+    UsageError as `pair_checkpoints` does, and UsageError if there is no weight.
+    """
     pairing = pair_checkpoints(fine, base, per_task)
     plan = Extraction(name, fine, base, pairing)
-    plan.renamed, problem = names_in_memory(plan.config)
+    plan.renamed, problem = names_in_memory(plan.config) if for_peft else ({}, None)
     if problem is not None:
         plan.warnings.append(f"{fine.label}: {problem}; modules are named as in the checkpoint")
     found = (_weight(plan.in_memory(pair.fine.name), pair, plan.config) for pair in pairing.pairs)

@@ -87,7 +87,7 @@ class _Modules:
         return [(left.to(self._how.device), right.to(self._how.device)) for left, right in self._adapter.factors(module)]
 
 
-class _Energies(_Modules):
+class Energies(_Modules):
     """Squared singular values of every module, blocks added up."""
 
     def __init__(self, adapter: Adapter, how: How) -> None:
@@ -192,7 +192,7 @@ def ranks_of(job: Resize, wanted: Wanted, how: How) -> tuple[list[int], list[int
     if wanted.rank is not None:
         ranks = [wanted.rank] * len(modules)
     else:
-        energies = _Energies(job.adapter, how)
+        energies = Energies(job.adapter, how)
         run(energies, energies.tiles(), how.threads, how.advance)
         costs = [job.cost(module, wanted) for module in modules]
         ranks = choose_ranks(wanted, energies.energies, costs, job.fixed_bytes(wanted), job.adapter.label)
