@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import raw
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::peft.utils.warning.PeftWarning", "ignore::RuntimeWarning")

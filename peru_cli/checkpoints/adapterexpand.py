@@ -68,6 +68,8 @@ class LoraCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, label: str, base: Checkpoint) -> None:
         """Raises Mismatch, from headers alone, if the adapter does not fit the base."""
+        import torch  # noqa: F401 - now, so that the engine sees it and switches its threads off
+
         self._adapter, self._base = Adapter(path, label), base
         try:
             self._open(path, label)

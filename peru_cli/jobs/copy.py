@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
@@ -12,9 +12,9 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import BadFile
 from peru_cli.jobs.taskvectors import How
-from peru_cli.methods.delta import as_float, cast_bits
-from peru_cli.streaming.aligned import read_raw
-from peru_cli.streaming.device import BITS, TileBuffer
+from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.streaming.aligned import TileBuffer, read_raw
+from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile, TilePlan
 
@@ -33,18 +33,18 @@ class _Copy:
 
     def buffers(self) -> TileBuffer:
         widest = max((info.dtype.bits for info in self._inputs), default=8)
-        return TileBuffer(self._how.tile_entries, torch.device("cpu"), max(widest // 8, 1))
+        return TileBuffer(CPU, self._how.tile_entries, max(widest // 8, 1))
 
     def apply(self, tile: Tile, buffers: TileBuffer) -> memoryview:
         info, wanted = self._inputs[tile.tensor], self._writer.order[tile.tensor].dtype
         raw = read_raw(self._source, info, tile, buffers)
         if wanted is info.dtype or not len(raw):
             return raw
-        bits = torch.frombuffer(raw, dtype=torch.uint8).view(BITS[info.dtype.bits])
-        cast = cast_bits(bits, info.dtype, wanted)
-        if wanted.name == "F16" and bool((as_float(cast, wanted).isinf() & as_float(bits, info.dtype).isfinite()).any()):
-            raise BadFile(f"{self._source.label}: {info.name} does not fit F16", "choose --dtype bf16 or fp32")
-        return cast.view(torch.uint8).numpy().data
+        bits = np.frombuffer(raw, BITS[info.dtype.bits])
+        cast = cast_bits(CPU, bits, info.dtype, wanted)
+        if _overflows(bits, info.dtype, cast, wanted):
+            raise BadFile(f"{self._source.label}: {info.name} does not fit {wanted.name}", "choose --dtype bf16 or fp32")
+        return memoryview(cast.view(np.uint8))
 
     def commit(self, tile: Tile, result: memoryview) -> memoryview:
         if self._writer.ordered:
@@ -58,6 +58,14 @@ class _Copy:
     def _write(self, tile: Tile, data: memoryview) -> None:
         info = self._writer.order[tile.tensor]
         self._writer.write(info.name, info.dtype.nbytes(tile.start), data)
+
+
+def _overflows(bits: Bits, source: Dtype, cast: Bits, target: Dtype) -> bool:
+    """Whether a finite value became infinite."""
+    if largest_magnitude(CPU, cast, target) < infinity(target):
+        return False
+    infinite = (cast & ((1 << (target.bits - 1)) - 1)) == infinity(target)
+    return bool((infinite & ((bits & ((1 << (source.bits - 1)) - 1)) < infinity(source))).any())
 
 
 def copy_checkpoint(source: Checkpoint, writer: CheckpointWriter, how: How, names: Mapping[str, str] | None = None) -> None:

@@ -52,7 +52,7 @@ class _Weights:
     """What all passes over weights share: a tile is a weight."""
 
     def __init__(self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: How) -> None:
-        self.plan, self.weights, self.wanted, self.how = plan, weights, wanted, how
+        self.plan, self.weights, self.wanted, self.device = plan, weights, wanted, torch.device(how.xp.name)
         self._alone = threading.Lock()
 
     def tiles(self) -> list[Tile]:
@@ -67,7 +67,7 @@ class _Weights:
         rows, columns = weight.stored_shape
         starts = range(0, weight.blocks * rows * columns, rows * columns)
         plan = self.plan
-        return [TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.how.device) for start in starts]
+        return [TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.device) for start in starts]
 
     def leading(self, matrix: TaskMatrix, rank: int, name: str) -> Subspace:
         """At least `rank` singular values and their vectors, by the route that is cheapest and good enough."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.methods.delta import as_float, cast_bits
+from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.lowrank import Matrix
-from peru_cli.streaming.device import BITS
+from peru_cli.streaming.arrays import BITS, CPU, Host
 
 _PANEL = 1 << 19  # entries of a row panel
 _COLUMN_PANEL = 1 << 24  # entries of a column panel: its rows are read one by one, so they should be long
@@ -42,7 +43,7 @@ class TaskMatrix(Matrix):
         room = torch.empty(min(height, self.rows) * self.columns, dtype=self.dtype)
         for first in range(0, self.rows, height):
             n = min(height, self.rows - first) * self.columns
-            self._fill(first * self.columns, room[:n])
+            self._fill(first * self.columns, room[:n].numpy())
             yield first, room[:n].view(-1, self.columns).to(self.device)
 
     def column_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -50,32 +51,38 @@ class TaskMatrix(Matrix):
         for first in range(0, self.columns, width):
             panel = torch.empty(self.rows, min(width, self.columns - first), dtype=self.dtype)
             if width == self.columns:
-                self._fill(0, panel.view(-1))
+                self._fill(0, panel.view(-1).numpy())
             else:
                 for row in range(self.rows):
-                    self._fill(row * self.columns + first, panel[row])
+                    self._fill(row * self.columns + first, panel[row].numpy())
             yield first, panel.to(self.device)
 
-    def _fill(self, start: int, out: torch.Tensor) -> None:
+    def _fill(self, start: int, out: Host) -> None:
         """fine - base of `len(out)` entries from entry `start` of the matrix on."""
+        fine, base = self.pair.fine, self.pair.base
+        room = np.empty(min(_TILE, len(out)), out.dtype)
         for at in range(0, len(out), _TILE):
             part, entry = out[at : at + _TILE], self.start + start + at
-            part.copy_(as_float(_bits(self.fine, self.pair.fine, entry, len(part)), self.pair.fine.dtype))
-            base = cast_bits(_bits(self.base, self.pair.base, entry, len(part)), self.pair.base.dtype, self.pair.fine.dtype)
-            part.sub_(as_float(base, self.pair.fine.dtype))
+            minuend = CPU.widen(_bits(self.fine, fine, entry, len(part)), fine.dtype, part)
+            cast = cast_bits(CPU, _bits(self.base, base, entry, len(part)), base.dtype, fine.dtype)
+            np.subtract(minuend, CPU.widen(cast, fine.dtype, room[: len(part)]), out=part)
             # a sum shows NaN and infinity faster than looking for them does
-            if not torch.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
-                where = entry + int(torch.nonzero(~torch.isfinite(part))[0])
+            if not np.isfinite(part.sum()) and not np.isfinite(part).all():
+                where = entry + int(np.flatnonzero(~np.isfinite(part))[0])
                 raise BadFile(
-                    f"{self.fine.label}: {self.pair.fine.name} differs from the base by NaN or infinity at entry {where}",
-                    f"--per-task '^{self.pair.fine.name}$' keeps it whole",
+                    f"{self.fine.label}: {fine.name} differs from the base by NaN or infinity at entry {where}",
+                    f"--per-task '^{fine.name}$' keeps it whole",
                 )
 
 
-def _bits(source: Checkpoint, info: TensorInfo, start: int, n: int) -> torch.Tensor:
+def _raw(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
     room = bytearray(info.dtype.nbytes(n))
     source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
-    return torch.frombuffer(room, dtype=BITS[info.dtype.bits])
+    return room
+
+
+def _bits(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
+    return np.frombuffer(_raw(source, info, start, n), BITS[info.dtype.bits])
 
 
 def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
@@ -89,14 +96,7 @@ def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
         elif not pair.is_delta:
             return True
         else:
-            bits = torch.frombuffer(theirs, dtype=BITS[pair.base.dtype.bits])
-            cast = cast_bits(bits, pair.base.dtype, pair.fine.dtype)
-            if not torch.equal(cast, torch.frombuffer(mine, dtype=BITS[pair.fine.dtype.bits])):
+            cast = cast_bits(CPU, np.frombuffer(theirs, BITS[pair.base.dtype.bits]), pair.base.dtype, pair.fine.dtype)
+            if not np.array_equal(cast, np.frombuffer(mine, BITS[pair.fine.dtype.bits])):
                 return True
     return False
-
-
-def _raw(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
-    room = bytearray(info.dtype.nbytes(n))
-    source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
-    return room

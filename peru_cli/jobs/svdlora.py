@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from peru_cli.checkpoints.adapterconfig import resized_config
 from peru_cli.checkpoints.adapterkeys import PEFT
@@ -31,11 +31,9 @@ from peru_cli.checkpoints.writer import CheckpointWriter, FileWriter, header_byt
 from peru_cli.errors import UsageError
 from peru_cli.jobs.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
 from peru_cli.jobs.taskvectors import How
+from peru_cli.methods.lowrank import DenseSvd, ThinSvd, move_scale, squared_distance, thin_inner, thin_values
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
-
-if TYPE_CHECKING:
-    import torch
 
 _PIECE = 1 << 22  # bytes copied at once
 
@@ -73,7 +71,7 @@ class _Modules:
     """What both passes share: a tile is a module."""
 
     def __init__(self, adapter: Adapter, how: How) -> None:
-        self._adapter, self._how = adapter, how
+        self._adapter, self._device = adapter, torch.device(how.xp.name)
 
     def tiles(self) -> list[Tile]:
         """One a module, as long as its factors have entries."""
@@ -84,7 +82,7 @@ class _Modules:
 
     def _blocks(self, module: LoraModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Factors of each block on the device, as stored."""
-        return [(left.to(self._how.device), right.to(self._how.device)) for left, right in self._adapter.factors(module)]
+        return [(left.to(self._device), right.to(self._device)) for left, right in self._adapter.factors(module)]
 
 
 class Energies(_Modules):
@@ -95,8 +93,6 @@ class Energies(_Modules):
         self.energies: list[Array] = [np.zeros(0)] * len(adapter.modules)
 
     def apply(self, tile: Tile, buffers: None) -> Array:
-        from peru_cli.methods.lowrank import thin_values
-
         module = self._adapter.modules[tile.tensor]
         values = [thin_values(left, right).square().cpu().numpy() for left, right in self._blocks(module)]
         total: Array = np.sum(values, axis=0) * module.scale**2
@@ -121,10 +117,6 @@ class _Write(_Modules):
         self.reports: list[ModuleReport] = []
 
     def apply(self, tile: Tile, buffers: None) -> ModuleReport:
-        import torch
-
-        from peru_cli.methods.lowrank import squared_distance, thin_inner
-
         adapter, number = self._adapter, tile.tensor
         module, rank, stored = adapter.modules[number], self._ranks[number], self._stored[number]
         dtype = self._job.dtype(module, self._wanted)
@@ -153,8 +145,6 @@ class _Write(_Modules):
 
     def _best(self, left: torch.Tensor, right: torch.Tensor, scale: float, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Factors at a rank with the scale in them, float64, and the share of the energy that they keep."""
-        from peru_cli.methods.lowrank import DenseSvd, ThinSvd, move_scale
-
         if rank >= left.shape[1]:
             return *move_scale(left, right, scale), 1.0
         found = DenseSvd(left @ right * scale) if self._wanted.exact else ThinSvd(left * scale, right)
@@ -164,8 +154,6 @@ class _Write(_Modules):
 
     def _small(self, module: LoraModule, rank: int) -> None:
         """The bias of lora_B times the scale; an alpha that is the rank."""
-        import torch
-
         if module.bias is not None:
             info = self._adapter.file.tensors[module.bias]
             scaled = self._adapter.tensor(module.bias).double() * module.scale
