@@ -126,11 +126,10 @@ class _Write(_Modules):
         )  # fmt: skip
         blocks, kept = [], 0.0
         for left, right in self._blocks(module):
-            new_left, new_right, share = self._best(left.double(), right.double(), module.scale, rank)
+            whole = (left.double() * module.scale, right.double())
+            new_left, new_right, squared, share = self._best(whole, (left, right), module.scale, rank)
             new_left = round_to(new_left, dtype, f"{adapter.label}: {module.name}")
             new_right = round_to(new_right, dtype, f"{adapter.label}: {module.name}")
-            whole = (left.double() * module.scale, right)
-            squared = thin_inner(whole, whole)
             report.squared += squared
             report.squared_error += squared_distance(whole, (new_left, new_right), squared)
             kept += share * squared
@@ -143,14 +142,21 @@ class _Write(_Modules):
         self._small(module, stored)
         return report
 
-    def _best(self, left: torch.Tensor, right: torch.Tensor, scale: float, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Factors at a rank with the scale in them, float64, and the share of the energy that they keep."""
-        if rank >= left.shape[1]:
-            return *move_scale(left, right, scale), 1.0
-        found = DenseSvd(left @ right * scale) if self._wanted.exact else ThinSvd(left * scale, right)
+    def _best(
+        self, whole: tuple[torch.Tensor, torch.Tensor], factors: tuple[torch.Tensor, torch.Tensor], scale: float, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+        """Factors at a rank with the scale in them, float64; the squared norm of the product and the share of it that they keep.
+
+        `whole` has the scale, `factors` are as stored: these are kept where nothing has to be dropped.
+        """
+        if rank >= whole[0].shape[1]:
+            left, right = move_scale(factors[0].double(), factors[1].double(), scale)
+            return left, right, thin_inner(whole, whole), 1.0
+        found = DenseSvd(whole[0] @ whole[1]) if self._wanted.exact else ThinSvd(*whole)
         energies = found.values.square()
-        total = float(energies.sum())
-        return *found.factors(rank), float(energies[:rank].sum()) / total if total else 1.0
+        squared = float(energies.sum())
+        left, right = found.factors(rank)
+        return left, right, squared, float(energies[:rank].sum()) / squared if squared else 1.0
 
     def _small(self, module: LoraModule, rank: int) -> None:
         """The bias of lora_B times the scale; an alpha that is the rank."""
