@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Everyday models whose names are the same, known without importing transformers, which takes seconds (a test asks it).
+SAME_NAMES = frozenset({"bert", "distilbert", "gemma", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "roberta", "t5"})
+
 
 def names_in_memory(config: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     """Names in memory by names in the checkpoint, of tensors whose two names differ; and why they cannot be told, if so.
@@ -20,11 +23,16 @@ def names_in_memory(config: Mapping[str, Any]) -> tuple[dict[str, str], str | No
     architectures, kind = config.get("architectures"), config.get("model_type")
     if not isinstance(architectures, list) or not architectures or not isinstance(kind, str) or config.get("auto_map"):
         return {}, None
+    return ({}, None) if kind in SAME_NAMES else ask_transformers(architectures[0], kind, config)
+
+
+def ask_transformers(architecture: str, kind: str, config: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    """The same from transformers itself."""
     import torch
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
-    cls = getattr(transformers, str(architectures[0]), None)
+    cls = getattr(transformers, str(architecture), None)
     if cls is None or kind not in transformers.CONFIG_MAPPING:
         return {}, None
     try:
@@ -33,6 +41,9 @@ def names_in_memory(config: Mapping[str, Any]) -> tuple[dict[str, str], str | No
         table = model.state_dict(keep_vars=True)
         saved = revert_weight_conversion(model, dict(table))
     except Exception as error:  # whatever a model's own code makes of a strange config
-        return {}, f"transformers cannot build a {architectures[0]} of its config.json ({type(error).__name__}: {error})"
-    names = {id(tensor): name for name, tensor in table.items()}
-    return {name: names[id(tensor)] for name, tensor in saved.items() if names.get(id(tensor), name) != name}, None
+        return {}, f"transformers cannot build a {architecture} of its config.json ({type(error).__name__}: {error})"
+    names: dict[int, list[str]] = {}
+    for name, tensor in table.items():
+        names.setdefault(id(tensor), []).append(name)  # tied tensors have several
+    found = {name: names.get(id(tensor), [name]) for name, tensor in saved.items()}
+    return {name: own[0] for name, own in found.items() if name not in own}, None
