@@ -317,12 +317,12 @@ DIFFUSERS = {
 
 
 @pytest.mark.parametrize("style", DIFFUSERS)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_diffusers_files_keep_their_names(tmp_path: Path, peru, style: str, scaled: bool) -> None:
+@pytest.mark.parametrize("scaled", ["", "component", "model"])
+def test_diffusers_files_keep_their_names(tmp_path: Path, peru, style: str, scaled: str) -> None:
     down, up = DIFFUSERS[style]
     table = {down: torch.randn(8, 20), up: torch.randn(30, 8), "unet.other.bias": torch.ones(3)}
-    component = down.partition(".")[0]
-    metadata = {"lora_adapter_metadata": json.dumps({f"{component}.r": 8, f"{component}.lora_alpha": 4})} if scaled else {}
+    prefix = down.partition(".")[0] + "." if scaled == "component" else ""  # a pipeline's file, or that of one model
+    metadata = {"lora_adapter_metadata": json.dumps({f"{prefix}r": 8, f"{prefix}lora_alpha": 4})} if scaled else {}
     (tmp_path / "in").mkdir()
     save_file(table, tmp_path / "in" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"} | metadata)
     peru("svd-lora", tmp_path / "in", "-o", tmp_path / "out", "--rank", 3, "--no-sync")

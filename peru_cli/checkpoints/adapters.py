@@ -132,7 +132,7 @@ class Adapter:
         ranks = sorted({module.rank for module in self.modules})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         name = "DoRA" if any(module.magnitude for module in self.modules) else "LoRA"
-        where = "" if self.layout == PEFT else f" in {self.layout}'s layout"
+        where = "" if self.layout == PEFT else f" in the {self.layout} layout"
         return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} modules"
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -247,6 +247,8 @@ class _Builder:
         component, _, rest = module.name.partition(".")
         if component in self._metadata:
             return scale_of(self._metadata[component], rest, module.rank)
+        if "" in self._metadata:
+            return scale_of(self._metadata[""], module.name, module.rank)
         return 1.0  # kohya's alpha and diffusers' lora_alpha are the rank where none is given
 
     def _bad(self, module: str, what: str) -> BadFile:
@@ -254,14 +256,15 @@ class _Builder:
 
 
 def _diffusers_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """LoRA configurations by component out of a diffusers file's metadata (`unet.r`, `unet.lora_alpha`, ...)."""
+    """LoRA configurations by component (`unet.r`, ...) out of a diffusers file's metadata; "" is that of a single model's file."""
     try:
         table = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
     except ValueError:
         return {}
     configs: dict[str, dict[str, Any]] = {}
     for key, value in table.items() if isinstance(table, dict) else ():
-        component, _, name = str(key).partition(".")
+        component, dot, name = str(key).partition(".")
+        component, name = (component, name) if dot else ("", component)
         configs.setdefault(component, {})[name] = value
     return {component: config for component, config in configs.items() if "r" in config}
 

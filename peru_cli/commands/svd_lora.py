@@ -120,7 +120,9 @@ def svd_lora(
             from peru_cli.jobs.svdlora import resize
 
             reports = resize(resizes, target, wanted, how, not no_sync, progress.step)
-    _report(reports, wanted)
+    _report(reports)
+    if any(len({m.rank for m in report.modules}) > 1 for report in reports) and all(job.adapter.config for job in resizes):
+        console.note("ranks differ by module: llama.cpp needs --uniform-rank")
 
 
 def _wanted(
@@ -192,7 +194,7 @@ def _planned(name: str, modules: int, target: Path) -> dict[str, Any]:
     return {"task": name, "modules": modules, "output": str(target)}
 
 
-def _report(reports: list[AdapterReport], wanted: Wanted) -> None:
+def _report(reports: list[AdapterReport]) -> None:
     for report in reports:
         rows = [
             [
@@ -208,8 +210,6 @@ def _report(reports: list[AdapterReport], wanted: Wanted) -> None:
         ]
         console.table(["module", ">shape", ">rank", ">kept", ">error", ">energy", ">bytes"], rows)
         _totals(report)
-        if len({m.rank for m in report.modules}) > 1:
-            console.note("ranks differ by module: llama.cpp needs --uniform-rank")
     console.result([_json(report) for report in reports])
 
 
