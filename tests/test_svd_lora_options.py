@@ -214,9 +214,9 @@ def test_exact_is_the_same_by_way_of_the_dense_product(tmp_path: Path, peru) -> 
 
 
 def test_threads_do_not_change_the_bytes(tmp_path: Path, peru) -> None:
-    shapes = {f"layers.{i}.fc": (60 + i, 50) for i in range(9)}
-    source = save_adapter(tmp_path / "in", factors(12, torch.bfloat16, shapes=shapes), 12)
-    for options in (("--rank", 4), ("--energy", "95%"), ("--max-bytes", "12kB")):
+    shapes = {f"layers.{i}.fc": (700 + i, 500) for i in range(9)}
+    source = save_adapter(tmp_path / "in", factors(32, torch.bfloat16, shapes=shapes), 32)
+    for options in (("--rank", 4), ("--energy", "95%"), ("--max-bytes", "100kB")):
         files = set()
         for threads in (1, 2, 3):
             peru("svd-lora", source, "-o", tmp_path / "out", *options, "--threads", threads, "--force", "--no-sync")

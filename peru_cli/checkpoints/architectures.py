@@ -56,7 +56,7 @@ def has_tied_embeddings(config: Mapping[str, Any], shape: tuple[int, ...], tenso
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     if tied is None and not any(re.search(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining", n) for n in names):
         return False
-    if tied is True and names and all(re.search(r"Classification|QuestionAnswering|Model$", name) for name in names):
+    if tied is True and names and all(re.search(r"Classification|QuestionAnswering|(?<!LMHead)Model$", name) for name in names):
         return False
     vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     if isinstance(vocabulary, int) and shape[0] != vocabulary:

@@ -73,7 +73,9 @@ class _Weights:
         """At least `rank` singular values and their vectors, by the route that is cheapest and good enough."""
         side = min(matrix.rows, matrix.columns)
         if self.wanted.exact:
-            whole = torch.cat([panel.double() for _, panel in matrix.row_panels()])
+            whole = torch.empty(matrix.rows, matrix.columns, dtype=torch.float64, device=self.device)
+            for start, panel in matrix.row_panels():
+                whole[start : start + len(panel)] = panel
             found = DenseSvd(whole)
             return Subspace(found.values, found.vt.T, True, float(found.values.square().sum()))
         if side <= GRAM_SIDE or 4 * rank > side:
