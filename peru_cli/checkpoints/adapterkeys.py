@@ -36,7 +36,7 @@ _STRANGERS = (
     (re.compile(r"\.vera_|vera_lambda"), "VeRA"),
     (re.compile(r"\.lora_E$|\.lora_E\."), "AdaLoRA"),
     (re.compile(r"\.lora_diag"), "KaSA"),
-    (re.compile(r"\.diff_b?$"), "a full difference"),
+    (re.compile(r"\.diff(_b)?$"), "a full difference"),
 )
 
 

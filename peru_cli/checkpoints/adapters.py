@@ -133,7 +133,7 @@ class Adapter:
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         name = "DoRA" if any(module.magnitude for module in self.modules) else "LoRA"
         where = "" if self.layout == PEFT else f" in the {self.layout} layout"
-        return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} modules"
+        return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} module{'' if len(self.modules) == 1 else 's'}"
 
     def tensor(self, name: str) -> torch.Tensor:
         """One floating-point tensor in its own dtype; BadFile if it is of another type, or not finite."""
