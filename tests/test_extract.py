@@ -121,6 +121,9 @@ def test_the_rest_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
     factored = targeted(tmp_path / "a")
     assert all(raw(restored[name]) == raw(tensor) for name, tensor in after.items() if name not in factored)
     assert sorted(said["delta_tensors"]) == sorted(set(after) - factored)
+    # a smaller adapter keeps it
+    peru("svd-lora", tmp_path / "a", "-o", tmp_path / "b", "--rank", 2, "--no-sync")
+    assert (tmp_path / "b" / REST).read_bytes() == (tmp_path / "a" / REST).read_bytes()
     # the delta knows its base
     other = load_file(tmp_path / "base" / "model.safetensors")
     name = next(n for n in other if "norm" in n.lower())

@@ -214,6 +214,8 @@ def _report(reports: list[AdapterReport]) -> None:
 
 
 def _totals(report: AdapterReport) -> None:
+    from peru_cli.checkpoints.adapters import REST
+
     numbers, paper = sum(m.numbers for m in report.modules), sum(m.papers_count for m in report.modules)
     before = f"{'the fine-tune' if report.notes else 'the input'}'s {si_bytes(report.bytes_before)}"
     ratio = report.bytes_before / report.file_bytes
@@ -221,8 +223,9 @@ def _totals(report: AdapterReport) -> None:
     console.line(f"{report.path}: {size}; relative error {report.error:.4g}")
     console.line(f"  factors: {count(numbers)} numbers, {count(paper)} as the paper counts them, q (d_out + d_in + 1)")
     if not report.notes:
-        if report.kept_bytes:
-            console.line(f"  held whole as before: {si_bytes(report.kept_bytes)}")
+        if report.kept_bytes or report.rest_bytes:
+            beside = f", and the delta beside it, {si_bytes(report.rest_bytes)}" if report.rest_bytes else ""
+            console.line(f"  held whole as before: {si_bytes(report.kept_bytes)}{beside}")
         return
     notes = report.notes
     if notes["modules_to_save"]:
@@ -230,9 +233,7 @@ def _totals(report: AdapterReport) -> None:
     if notes["biases"]:
         console.line(f"  biases of {plural(notes['biases'], 'module')}: in lora_B.bias")
     if notes["delta_tensors"]:
-        console.line(
-            f"  in {notes['delta_file']}, {si_bytes(notes['delta_bytes'])}, which PEFT does not read: {_some(notes['delta_tensors'])}"
-        )
+        console.line(f"  in {REST}, {si_bytes(report.rest_bytes)}, which PEFT does not read: {_some(notes['delta_tensors'])}")
     if notes["unchanged"]:
         console.line(f"  unchanged: {plural(notes['unchanged'], 'tensor')}")
 
@@ -248,6 +249,7 @@ def _json(report: AdapterReport) -> dict[str, Any]:
         "file_bytes": report.file_bytes,
         "bytes_before": report.bytes_before,
         "kept_bytes": report.kept_bytes,
+        "delta_bytes": report.rest_bytes,
         "relative_error": report.error,
         "parameters": sum(m.numbers for m in report.modules),
         "papers_count": sum(m.papers_count for m in report.modules),

@@ -76,8 +76,7 @@ def unpack(
     if artifact.is_dir() or is_lora_file(artifact):
         from peru_cli.commands.unpackadapter import unpack_adapter
 
-        with console.progress(0, "unpack") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
-            unpack_adapter(str(artifact), opened_base, output, wanted, make_writer, how, dry_run)
+        unpack_adapter(str(artifact), opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries))
         return
     opened = SparseDelta(artifact)
     job.check_base(opened, opened_base)

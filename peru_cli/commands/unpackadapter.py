@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from peru_cli.checkpoints.header import TensorInfo
     from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.checkpoints.writer import CheckpointWriter
-    from peru_cli.jobs.taskvectors import How
 
 
 def unpack_adapter(
@@ -22,14 +21,18 @@ def unpack_adapter(
     output: str,
     dtype: Dtype | None,
     make_writer: Callable[[list[TensorInfo], dict[str, bytes]], CheckpointWriter],
-    how: How,
     dry_run: bool,
+    how: tuple[str, int | None, int | None],
 ) -> None:
-    """Write the fine-tune that an adapter makes of its base; updated weights in the base's dtype unless `dtype` is given."""
+    """Write the fine-tune that an adapter makes of its base; updated weights in the base's dtype unless `dtype` is given.
+
+    `how` is the device, the number of threads and the size of tiles, as the command line has them.
+    """
     from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
     from peru_cli.checkpoints.header import TensorInfo
     from peru_cli.jobs.copy import copy_checkpoint, in_dtype
     from peru_cli.jobs.expand import Overlaid, open_fine_tune
+    from peru_cli.jobs.how import streaming
     from peru_cli.jobs.unpack import config_with_dtype
 
     opened = open_fine_tune(adapter, base)
@@ -53,11 +56,15 @@ def unpack_adapter(
         if dry_run:
             console.result(result)
             return
-        if isinstance(opened, Overlaid):
-            opened.verify(how)
-        with make_writer(outputs, files) as writer:
-            copy_checkpoint(opened, writer, how, names)
-            writer.commit()
+        total = sum(info.entries for info in outputs)
+        with console.progress(total, "unpack") as progress, streaming(*how, progress.advance) as settings:
+            if isinstance(opened, Overlaid):
+                progress.step("verifying")
+                opened.verify(settings)
+            progress.step("unpacking")
+            with make_writer(outputs, files) as writer:
+                copy_checkpoint(opened, writer, settings, names)
+                writer.commit()
     if output != "-":
         console.note(f"wrote {output}")
         console.result(result)

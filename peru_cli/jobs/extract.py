@@ -19,7 +19,7 @@ import torch
 from peru_cli import __version__
 from peru_cli.checkpoints.adapterconfig import new_config
 from peru_cli.checkpoints.adapterkeys import OUTER
-from peru_cli.checkpoints.adapters import LINEAR, PARAMETER, REST
+from peru_cli.checkpoints.adapters import LINEAR, PARAMETER
 from peru_cli.checkpoints.adapterwriter import adapter_writer
 from peru_cli.checkpoints.atomic import PartialDirectory
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
@@ -251,14 +251,12 @@ def extract(
     total = sum(info.nbytes for info in tensors)
     report = AdapterReport(plan.name, target, header_bytes(tensors, metadata) + total, step.reports, plan.fine.nbytes)
     report.kept_bytes = sum(info.nbytes for info in rest.saved) + sum(dtype.nbytes(pair.entries) for pair in rest.biases)
-    delta = write_delta(plan, rest.delta, target, how, sync) if rest.delta else 0
+    report.rest_bytes = write_delta(plan, rest.delta, target, how, sync) if rest.delta else 0
     report.notes = {
         "modules_to_save": list(rest.modules),
         "modules_to_save_bytes": sum(info.nbytes for info in rest.saved),
         "biases": len(rest.biases),
         "delta_tensors": [info.name for info in rest.delta],
-        "delta_bytes": delta,
-        "delta_file": REST,
         "unchanged": len(plan.fine.tensors) - len(changed),
     }
     return report

@@ -94,6 +94,7 @@ class AdapterReport:
     modules: list[ModuleReport]
     bytes_before: int
     kept_bytes: int = 0  # of tensors that the adapter holds whole
+    rest_bytes: int = 0  # of a delta beside it
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -6,6 +6,7 @@ stay as they are: they are the norms of the rows of base + update, which DoRA re
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from peru_cli.checkpoints.adapterconfig import resized_config
 from peru_cli.checkpoints.adapterkeys import PEFT
-from peru_cli.checkpoints.adapters import PARAMETER, Adapter, LoraModule
+from peru_cli.checkpoints.adapters import PARAMETER, REST, Adapter, LoraModule
 from peru_cli.checkpoints.adapterwriter import (
     adapter_writer,
     bias_name,
@@ -248,10 +249,15 @@ def _resize(
             for start, piece in _pieces(adapter, source):
                 writer.write(name, start, piece)
         writer.commit()
+    rest = adapter.path / REST
+    if folder is not None and rest.is_file():  # of the base, not of the factors: it stays what it is
+        shutil.copyfile(rest, folder / REST)
     total = sum(info.nbytes for info in tensors)
     kept = total - sum(report.bytes for report in step.reports)
     size = header_bytes(tensors, metadata) + total
-    return AdapterReport(job.name, target, size, step.reports, adapter.weights.stat().st_size, kept)
+    return AdapterReport(
+        job.name, target, size, step.reports, adapter.weights.stat().st_size, kept, rest.stat().st_size if rest.is_file() else 0
+    )
 
 
 def _pieces(adapter: Adapter, name: str) -> Iterator[tuple[int, memoryview]]:
