@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def show_adapter(model: str, base: str | None, plot: Path | None, device: str, threads: int | None) -> None:
     """Ranks, scales, spectra and the error by rank of an adapter."""
-    from peru_cli.checkpoints.adapters import Adapter
+    from peru_cli.checkpoints.adapters import REST, Adapter
     from peru_cli.evaluation.plots import plot_spectra
     from peru_cli.jobs.how import streaming
     from peru_cli.jobs.spectra import RANKS, adapter_spectra, rank_plans
@@ -42,6 +42,9 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
             console.line(
                 f"held whole, {si_bytes(whole)}: {', '.join(sorted(adapter.whole)[:4])}{', ...' if len(adapter.whole) > 4 else ''}"
             )
+        rest = Path(model) / REST
+        if rest.is_file():
+            console.line(f"beside it, {si_bytes(rest.stat().st_size)}: {REST}, what the adapter cannot hold (`peru inspect` shows it, too)")
         most = max(module.rank for module in adapter.modules)
         ranks = [rank for rank in RANKS if rank < most]
         plans = rank_plans(spectra, [*ranks, most])
