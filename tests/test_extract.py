@@ -143,6 +143,23 @@ def test_what_did_not_change_is_not_held(tmp_path: Path, peru) -> None:
     assert said["unchanged"] == len(kept) and not said["delta_tensors"] and not (tmp_path / "a" / REST).exists()
 
 
+def test_an_expert_that_did_not_change_has_factors_of_zero(tmp_path: Path, peru) -> None:
+    noise = torch.Generator().manual_seed(0)
+    base = {"mlp.experts.up": torch.randn(3, 40, 30, generator=noise), "wide.experts.up": torch.randn(2, 700, 600, generator=noise)}
+    fine = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise) for name, tensor in base.items()}
+    fine["mlp.experts.up"][1], fine["wide.experts.up"][0] = base["mlp.experts.up"][1], base["wide.experts.up"][0]
+    save(base, tmp_path / "base.safetensors")
+    save(fine, tmp_path / "fine.safetensors")
+    at = ("-b", tmp_path / "base.safetensors", "--no-sync")
+    peru("svd-lora", tmp_path / "fine.safetensors", *at, "-o", tmp_path / "a", "--rank", 4)
+    peru("unpack", tmp_path / "a", *at, "-o", tmp_path / "r.safetensors")
+    for name, tensor in load_file(tmp_path / "r.safetensors").items():
+        wanted = base[name] + best(fine[name] - base[name], 4)
+        error, optimum = (tensor - fine[name]).norm(), (wanted - fine[name]).norm()
+        assert optimum * 0.9999 < error < 1.01 * optimum
+    assert torch.equal(load_file(tmp_path / "r.safetensors")["mlp.experts.up"][1], base["mlp.experts.up"][1])
+
+
 def matrices(folder: Path, dtype: torch.dtype = torch.float32, base_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Plain files of a base and a fine-tune with matrices of falling spectra; the differences by name."""
     noise = torch.Generator().manual_seed(1)

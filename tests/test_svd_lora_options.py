@@ -205,6 +205,16 @@ def test_rslora_is_right_where_pefts_own_resize_is_not(tmp_path: Path, peru) -> 
         torch.testing.assert_close(theirs, 2 * best, rtol=1e-4, atol=1e-4)  # sqrt(4) too large
 
 
+def test_weights_in_a_bin_file_are_read_too(tmp_path: Path, peru) -> None:
+    source = save_adapter(tmp_path / "in", factors(8), 8)
+    peru("svd-lora", source, "-o", tmp_path / "a", "--rank", 3, "--no-sync")
+    torch.save(load_file(source / "adapter_model.safetensors"), source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    peru("svd-lora", source, "-o", tmp_path / "b", "--rank", 3, "--no-sync")
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert sorted(a) == sorted(b) and all(raw(a[name]) == raw(b[name]) for name in a)
+
+
 def test_exact_is_the_same_by_way_of_the_dense_product(tmp_path: Path, peru) -> None:
     source = save_adapter(tmp_path / "in", factors(8), 8)
     peru("svd-lora", source, "-o", tmp_path / "a", "--rank", 3, "--no-sync")
@@ -244,6 +254,8 @@ def test_several_adapters_and_folders_of_several(tmp_path: Path, peru) -> None:
     (a / "adapter_model.safetensors").unlink()
     peru("svd-lora", a, "-o", tmp_path / "one", "--rank", 2, "--no-sync")
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["other"]
+    peru("svd-lora", a, b, "-o", tmp_path / "mixed", "--rank", 2, "--no-sync")
+    assert sorted(str(p.parent.relative_to(tmp_path / "mixed")) for p in (tmp_path / "mixed").rglob("*.json")) == ["a/other", "b"]
     peru("svd-lora", f"A={b}", f"a={b}", "-o", tmp_path / "no", "--rank", 2, code=2)
     assert "stands for both" in peru.stderr
 

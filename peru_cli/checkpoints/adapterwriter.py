@@ -80,7 +80,7 @@ def adapter_writer(
     sync: bool,
 ) -> FileWriter:
     """Write a PEFT adapter's small files into a new folder; the writer of its weights, for the caller to enter and commit."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     (folder / CONFIG).write_bytes(encode_config(config))
     for name, content in small_files.items():
         (folder / name).write_bytes(content)
