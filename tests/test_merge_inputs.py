@@ -91,9 +91,9 @@ def test_adapter_bytes_do_not_depend_on_tiles(tmp_path: Path, peru) -> None:
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "of type IA3"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_qalora": True}, "use_qalora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],
 )
 def test_other_adapters_are_refused_by_name(tmp_path: Path, peru, change: dict[str, object], message: str) -> None:

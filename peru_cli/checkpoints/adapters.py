@@ -1,266 +1,296 @@
-"""PEFT LoRA adapters as full fine-tunes of a base, expanded while they are read.
+"""LoRA adapters as their files have them: modules, factors, scales and what is held whole, without any base.
 
-W = W_0 + s B A with s = alpha / r, or alpha / sqrt(r) for rsLoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685;
-Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), in float32 whatever the dtypes of the factors and the base, so
-that small updates of a bf16 base are not rounded away. Only panels of rows are ever computed, at fixed places,
-so that tiles and threads do not change the result.
+The update of a module is scale * B @ A (Hu et al. 2021, https://arxiv.org/abs/2106.09685), the scale alpha / r, or
+alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). Convolutions have it on flattened
+kernels, fused experts for each expert; DoRA (https://arxiv.org/abs/2402.09353) scales the rows of base + update to
+learned magnitudes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peru_cli.checkpoints.dtypes import BY_NAME
+from peru_cli.checkpoints.adapterconfig import CONFIG, rank_of, read_config, scale_of
+from peru_cli.checkpoints.adapterkeys import PEFT, Keys, Sorted, looks_like_lora, sort_file, sort_peft
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
-from peru_cli.checkpoints.pairing import Prefix, find_prefix
-from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import BadFile, Mismatch, UsageError
+from peru_cli.errors import BadFile, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "adapter_config.json"
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_OUTER = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
-_PANEL = 1 << 16  # entries of the product computed at once, rounded to whole rows
-_F32 = BY_NAME["F32"]
-_FULL = "merge the adapter into its base with peft (merge_and_unload) and save that"
-# Settings under which W is not W_0 + s B A, and the values that leave them off.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None, {}),
-    "kasa_config": (None, {}),
-    "arrow_config": (None, {}),
-    "velora_config": (None, {}),
-    "monteclora_config": (None, {}),
-    "lora_ga_config": (None, {}),
-    "alora_invocation_tokens": (None, []),
-    "megatron_config": (None, {}),
-}
-# Ways to begin that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it.
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+WEIGHTS = "adapter_model.safetensors"
+REST = "peru-rest.safetensors"  # a sparse delta of what an adapter out of a full fine-tune cannot hold
+_FILES = (WEIGHTS, "adapter_model.bin")
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+LINEAR, EMBEDDING, CONVOLUTION, PARAMETER = "linear", "embedding", "convolution", "parameter"
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (folder / CONFIG).is_file()
+@dataclass(frozen=True)
+class LoraModule:
+    """One pair of factors.
 
+    `path` is the module as the file names it (with `.base_layer` where PEFT nests), `name` without that. `parameter` is
+    the full name of a targeted parameter, as far as it is known without the base. `blocks` is the number of experts; `rank` that
+    of each. `magnitude` and `bias` are names of tensors of DoRA and of `lora_bias`.
+    """
 
-def read_config(folder: Path, label: str) -> dict[str, Any]:
-    """The adapter's configuration, if it is a plain LoRA; UsageError names what it is instead."""
-    try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{folder / CONFIG}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise BadFile(f"{folder / CONFIG}: not a table")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UsageError(f"{label} is a PEFT adapter of type {kind}; peru expands plain LoRA only", _FULL)
-    odd = [f"{name}={config[name]!r}" for name, plain in _PLAIN.items() if config.get(name) not in plain]
-    if config.get("init_lora_weights", True) not in _INITS:
-        odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if odd:
-        raise UsageError(f"{label} is no plain LoRA adapter: {', '.join(odd)}", _FULL)
-    return config
-
-
-def scale_of(config: dict[str, Any], module: str) -> float:
-    """alpha / r, or alpha / sqrt(r), with the first pattern that matches the module's name, as peft has it."""
-
-    def pattern(table: Any, default: float) -> float:
-        for key, value in (table or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return float(value)
-        return default
-
-    rank = pattern(config.get("rank_pattern"), float(config["r"]))
-    alpha = pattern(config.get("alpha_pattern"), float(config.get("lora_alpha") or config["r"]))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-@dataclass
-class Product:
-    """One weight's update: scale * left @ right, read as a flat tensor; left (rows, r), right (r, columns)."""
-
-    base: TensorInfo
-    left: torch.Tensor
-    right: torch.Tensor
+    path: str
+    name: str
+    kind: str
+    down: TensorInfo
+    up: TensorInfo
+    rank: int
     scale: float
-
-    def panel(self, number: int) -> torch.Tensor:
-        """Rows of one panel of the update, flat, float32."""
-        rows = self.panel_rows
-        product = self.left[number * rows : (number + 1) * rows] @ self.right
-        return product.mul_(self.scale).view(-1)
+    blocks: int = 1
+    parameter: str | None = None
+    magnitude: str | None = None
+    bias: str | None = None
+    alpha: str | None = None
 
     @property
-    def panel_rows(self) -> int:
-        """Rows of every panel but the last."""
-        return max(1, _PANEL // max(self.right.shape[1], 1))
+    def target(self) -> str:
+        """What rank and alpha patterns are matched against: the module, or the parameter."""
+        return self.parameter or self.name
 
+    @property
+    def rows(self) -> int:
+        """d_out: rows of B @ A."""
+        return self.up.shape[0]
 
-class LoraCheckpoint(Checkpoint):
-    """A base with an adapter on it. Tensors have the base's names; those that the base lacks, the adapter's."""
+    @property
+    def columns(self) -> int:
+        """d_in: columns of B @ A, a convolution's kernel flattened."""
+        return self.down.entries // max(self.down.shape[0], 1)
 
-    expanded = True
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.down.nbytes + self.up.nbytes
 
-    def __init__(self, folder: Path, label: str, base: Checkpoint) -> None:
-        config = read_config(folder, label)
-        found = [folder / name for name in _FILES if (folder / name).is_file()]
-        if not found:
-            raise BadFile(f"{label} has {CONFIG}, but neither {' nor '.join(_FILES)}")
-        self._adapter, self._base = open_file(found[0], str(found[0])), base
-        self.label, self.metadata, self.warnings = label, {}, list(self._adapter.warnings)
-        self.side_files = dict(base.side_files) | {n: p for n, p in find_side_files(folder).items() if n != "config.json"}
-        self.files = [*base.files, found[0], folder / CONFIG]
-        self._kept: dict[str, str] = {}  # tensors that the adapter holds whole: our name -> its name
-        self._products: dict[str, Product] = {}
-        self._local = threading.local()
-        factors = self._sort(label)
-        self.prefix = self._find_prefix(factors)
-        problems = [problem for module, pair in sorted(factors.items()) if (problem := self._add(module, pair, config)) is not None]
-        if problems:
-            raise Mismatch(
-                f"the adapter {label} does not fit {base.label}: {len(problems)} module(s)\n  " + "\n  ".join(problems[:5]),
-                "is this the base that the adapter was trained on?",
-            )
-        self._whole(label)
-        patterned = " with patterns" if config.get("rank_pattern") or config.get("alpha_pattern") else ""
-        self.kind = f"LoRA adapter, rank {config['r']}{patterned}, on {len(self._products)} modules ({self.prefix})"
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at another rank."""
+        total = rank * self.blocks
+        return (total, *self.down.shape[1:]), (self.up.shape[0], total, *self.up.shape[2:])
 
-    def _sort(self, label: str) -> dict[str, dict[str, str]]:
-        """The adapter's names by module: A, B and whether they belong to an embedding."""
-        factors: dict[str, dict[str, str]] = {}
-        for name in sorted(self._adapter.tensors):
-            plain = name.removeprefix(_OUTER)
-            match = _FACTOR.fullmatch(plain)
-            if match:
-                module, embedding, factor = match.groups()
-                factors.setdefault(module, {})[factor] = name
-                if embedding:
-                    factors[module]["embedding"] = name
-            elif ".lora_" in plain or "trainable_tokens" in plain:
-                raise UsageError(f"{label} holds {name}, which is not plain LoRA", _FULL)
-            else:
-                self._kept[plain] = name
-        broken = [module for module, pair in factors.items() if not {"A", "B"} <= pair.keys()]
-        if broken or not factors:
-            raise BadFile(f"{label}: " + (f"{broken[0]} has one LoRA factor of two" if broken else "no LoRA factors in it"))
-        return factors
+    def split(self, down: torch.Tensor, up: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """left (rows, rank), right (rank, columns) of each block, without the scale."""
+        if self.kind != PARAMETER:
+            return [(up.reshape(self.rows, -1), down.reshape(down.shape[0], -1))]
+        # peft: A stacks experts outermost, B innermost (ParamWrapper.get_delta_weight)
+        lefts = up.reshape(self.rows, -1, self.blocks).permute(2, 0, 1)
+        rights = down.reshape(self.blocks, -1, self.columns)
+        return list(zip(lefts, rights, strict=True))
 
-    def _find_prefix(self, factors: dict[str, dict[str, str]]) -> Prefix:
-        """How modules are named in the base. Shapes need not be known: a name with the right end is the module's."""
-        fake = {f"{module}.weight": self._like(f"{module}.weight") for module in factors}
-        return find_prefix(fake, {n: TensorInfo(n, t.dtype, t.shape) for n, t in self._base.tensors.items()})
-
-    def _like(self, name: str) -> TensorInfo:
-        """What the base has under a name, or under its longest end that the base knows."""
-        parts = name.split(".")
-        for cut in range(len(parts)):
-            end = ".".join(parts[cut:])
-            if end in self._base.tensors:
-                return TensorInfo(name, _F32, self._base.tensors[end].shape)
-        longer = [n for n in self._base.tensors if n.endswith("." + name)]
-        return TensorInfo(name, _F32, self._base.tensors[longer[0]].shape if len(longer) == 1 else ())
-
-    def _tensor(self, name: str) -> torch.Tensor:
+    def join(self, blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, in the file's shapes, of the blocks' factors (all of one rank): the inverse of `split`."""
         import torch
 
-        info = self._adapter.tensors[name]
-        if info.dtype.torch_name is None or not info.dtype.torch_name.startswith(("float", "bfloat")):
-            raise BadFile(f"{self.label}: {name} is {info.dtype.name}, not floating-point")
-        data = bytearray(self._adapter.read(name))
-        return torch.frombuffer(data, dtype=getattr(torch, info.dtype.torch_name)).view(info.shape).to(torch.float32)
+        down_shape, up_shape = self.shapes(blocks[0][1].shape[0])
+        if self.kind != PARAMETER:
+            return blocks[0][1].reshape(down_shape), blocks[0][0].reshape(up_shape)
+        down = torch.cat([right for _, right in blocks])
+        up = torch.stack([left for left, _ in blocks], dim=2)
+        return down.reshape(down_shape), up.reshape(up_shape)
 
-    def _add(self, module: str, names: dict[str, str], config: dict[str, Any]) -> str | None:
-        """Make one module's product; what is wrong with it, or None."""
-        name = self.prefix.base_name(f"{module}.weight")
-        base = self._base.tensors.get(name) if name is not None else None
-        if base is None:
-            return f"{module}.weight: not in the base"
-        a, b = self._tensor(names["A"]), self._tensor(names["B"])
-        if "embedding" in names or (config.get("fan_in_fan_out") and len(base.shape) == 2):
-            left, right = a.T.contiguous(), b.T.contiguous()  # the weight is stored transposed
+
+class Adapter:
+    """One adapter: a folder with adapter_config.json, or a kohya or diffusers file. Opening it reads headers only."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        """Raises UsageError for another kind of adapter, BadFile if modules are incomplete or have ranks of 0."""
+        self.path, self.label = path, label
+        self.config: dict[str, Any] = {}
+        if (path / CONFIG).is_file():
+            self.config = read_config(path, label)
+            found = [path / name for name in _FILES if (path / name).is_file()]
+            if not found:
+                raise BadFile(f"{label} has {CONFIG}, but neither {' nor '.join(_FILES)}")
+            self.weights = found[0]
         else:
-            left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
-        entries = left.shape[0] * right.shape[1]
-        if left.shape[1] != right.shape[0] or not base.shape or left.shape[0] != base.shape[0] or entries != base.entries:
-            return f"{base.name}: {list(base.shape)} in the base, factors {list(a.shape)} and {list(b.shape)}"
-        if not base.dtype.compressible:
-            return f"{base.name}: {base.dtype.name} in the base, which cannot be added to"
-        self._products[base.name] = Product(base, left, right.contiguous(), scale_of(config, module))
-        return None
+            self.weights = path / _DIFFUSERS_FILE if path.is_dir() else path
+        self.file: Checkpoint = open_file(self.weights, str(self.weights))
+        try:
+            keys = sort_peft(self.file.tensors, str(self.weights)) if self.config else sort_file(self.file.tensors, str(self.weights))
+            self.layout = keys.layout
+            self.whole = keys.whole
+            self.modules = _Builder(self, keys).modules()
+        except BaseException:
+            self.file.close()
+            raise
 
-    def _whole(self, label: str) -> None:
-        """What the fine-tune holds: the base's tensors, updated ones in float32, and what the adapter has whole."""
-        tensors = dict(self._base.tensors)
-        for name in self._products:
-            tensors[name] = TensorInfo(name, _F32, tensors[name].shape)
-        renamed: dict[str, str] = {}
-        for plain, stored in self._kept.items():
-            base_name = self.prefix.base_name(plain)
-            name = base_name if base_name is not None and base_name in self._base.tensors else plain
-            if name in self._products:
-                raise BadFile(f"{label}: {name} has LoRA factors and stands there whole as well")
-            info = self._adapter.tensors[stored]
-            tensors[name] = TensorInfo(name, info.dtype, info.shape)
-            renamed[name] = stored
-        self._kept, self.tensors = renamed, tensors
+    @property
+    def kind(self) -> str:
+        """In words."""
+        ranks = sorted({module.rank for module in self.modules})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        name = "DoRA" if any(module.magnitude for module in self.modules) else "LoRA"
+        where = "" if self.layout == PEFT else f" in the {self.layout} layout"
+        return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} module{'' if len(self.modules) == 1 else 's'}"
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        if name in self._kept:
-            self._adapter.read_into(self._kept[name], offset, buffer)
-        elif name in self._products:
-            self._expand(self._products[name], offset, buffer)
-        else:
-            self._base.read_into(name, offset, buffer)
-
-    def _expand(self, product: Product, offset: int, buffer: memoryview) -> None:
+    def tensor(self, name: str) -> torch.Tensor:
+        """One floating-point tensor in its own dtype; BadFile if it is of another type, or not finite."""
         import torch
 
-        if not len(buffer):
-            return
-        if offset % 4 or len(buffer) % 4:
-            raise AssertionError("an expanded tensor is read by whole entries")
-        start, n, info = offset // 4, len(buffer) // 4, product.base
-        assert info.dtype.torch_name is not None
-        room = bytearray(info.dtype.nbytes(n))
-        self._base.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
-        out = torch.frombuffer(buffer, dtype=torch.float32)
-        out.copy_(torch.frombuffer(room, dtype=getattr(torch, info.dtype.torch_name)))
-        size = product.panel_rows * product.right.shape[1]
-        at = start
-        while at < start + n:
-            number = at // size
-            panel = self._panel(product, number)
-            part = panel[at - number * size : start + n - number * size]
-            out[at - start : at - start + len(part)].add_(part)
-            at += len(part)
+        info = self.file.tensors[name]
+        kind = info.dtype.torch_name
+        if kind is None or not kind.startswith(("float", "bfloat")):
+            raise BadFile(f"{self.weights}: {name} is {info.dtype.name}, not floating-point")
+        data = bytearray(self.file.read(name))
+        tensor = torch.frombuffer(data, dtype=getattr(torch, kind)).view(info.shape)
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadFile(f"{self.weights}: {name} holds NaN or infinite values", "the adapter is broken: train or download it again")
+        return tensor
 
-    def _panel(self, product: Product, number: int) -> torch.Tensor:
-        """A panel of the update; each thread keeps its last one, which the next tile often shares."""
-        key, panel = getattr(self._local, "last", (None, None))
-        if key != (product.base.name, number):
-            panel = product.panel(number)
-            self._local.last = ((product.base.name, number), panel)
-        assert panel is not None
-        result: torch.Tensor = panel
-        return result
+    def factors(self, module: LoraModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """left (rows, rank), right (rank, columns) of each block, as stored."""
+        return module.split(self.tensor(module.down.name), self.tensor(module.up.name))
 
     def close(self) -> None:
-        self._adapter.close()
+        """Release the file."""
+        self.file.close()
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is one LoRA adapter: a folder with a configuration, or diffusers' folder."""
+    return (path / CONFIG).is_file() or (path / _DIFFUSERS_FILE).is_file()
+
+
+def is_lora_file(path: Path) -> bool:
+    """Whether a path is a safetensors file of a LoRA in kohya's or diffusers' layout; False for what cannot be read."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    try:
+        with open_file(path, str(path)) as opened:
+            return looks_like_lora(opened.tensors)
+    except BadFile:
+        return False
+
+
+def find_adapters(path: Path) -> dict[str, Path]:
+    """The adapters of a folder as peft saves several: the default one in itself under "", others in sub-folders by name."""
+    found = {"": path} if is_adapter(path) else {}
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    return found | {child.name: child for child in children if (child / CONFIG).is_file() and not child.name.startswith(".")}
+
+
+class _Builder:
+    """Makes the modules of an adapter out of its sorted names."""
+
+    def __init__(self, adapter: Adapter, keys: Sorted) -> None:
+        self._adapter, self._keys = adapter, keys
+        self._tensors = adapter.file.tensors
+        self._metadata = _diffusers_configs(adapter.file.metadata)
+        self._parameters = _nesting(adapter.config.get("target_parameters") or [], list(keys.modules))
+
+    def modules(self) -> list[LoraModule]:
+        found = [self._module(path, keys) for path, keys in sorted(self._keys.modules.items())]
+        for module in found if self._adapter.config else ():
+            if bool(self._adapter.config.get("use_dora")) != (module.magnitude is not None):
+                has = "has" if module.magnitude is not None else "has no"
+                raise self._bad(module.name, f"it {has} magnitudes, {CONFIG} says use_dora={self._adapter.config.get('use_dora')!r}")
+        return found
+
+    def _module(self, path: str, keys: Keys) -> LoraModule:
+        assert keys.down is not None and keys.up is not None
+        down, up = self._tensors[keys.down], self._tensors[keys.up]
+        name = path.replace(".base_layer", "")
+        targeted, parameter = self._parameters.get(path, (False, None))
+        kind = PARAMETER if targeted else EMBEDDING if keys.embedding else CONVOLUTION if len(down.shape) > 2 else LINEAR
+        if len(down.shape) < 2 or len(up.shape) != len(down.shape):
+            raise self._bad(name, f"its factors are {list(down.shape)} and {list(up.shape)}")
+        total, blocks = down.shape[0], 1
+        if kind == PARAMETER:
+            rank = rank_of(self._adapter.config, parameter or name)
+            if rank < 1 or total % rank:
+                raise self._bad(name, f"lora_A has {total} rows, no multiple of its rank {rank}")
+            blocks = total // rank
+        if total < 1 or up.shape[1] < 1 or not down.entries or not up.entries:
+            raise self._bad(name, "its rank is 0")
+        if up.shape[1] != total:
+            if kind == CONVOLUTION and total % up.shape[1] == 0:
+                raise UsageError(
+                    f"{self._adapter.weights}: {name} is a LoRA of a grouped convolution: lora_A has rank {total}, lora_B {up.shape[1]}",
+                    "peru knows convolutions without groups",
+                )
+            raise self._bad(name, f"lora_A has rank {total}, lora_B {up.shape[1]}")
+        if kind == CONVOLUTION and up.entries != up.shape[0] * up.shape[1]:
+            raise self._bad(name, f"its lora_B is {list(up.shape)}, not a convolution with a kernel of 1")
+        module = LoraModule(
+            path, name, kind, down, up, total // blocks, 1.0, blocks, parameter, keys.magnitude, keys.bias, keys.alpha
+        )  # fmt: skip
+        return replace(module, scale=self._scale(module))
+
+    def _scale(self, module: LoraModule) -> float:
+        config = self._adapter.config
+        if config:
+            configured = rank_of(config, module.target)
+            if configured != module.rank:
+                raise self._bad(module.name, f"its factors have rank {module.rank}, {CONFIG} says {configured}")
+            return scale_of(config, module.target, module.rank)
+        if module.alpha is not None:
+            alpha = float(self._adapter.tensor(module.alpha))
+            return alpha / module.rank
+        component, _, rest = module.name.partition(".")
+        if component in self._metadata:
+            return scale_of(self._metadata[component], rest, module.rank)
+        if "" in self._metadata:
+            return scale_of(self._metadata[""], module.name, module.rank)
+        return 1.0  # kohya's alpha and diffusers' lora_alpha are the rank where none is given
+
+    def _bad(self, module: str, what: str) -> BadFile:
+        return BadFile(f"{self._adapter.weights}: {module}: {what}")
+
+
+def _diffusers_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """LoRA configurations by component (`unet.r`, ...) out of a diffusers file's metadata; "" is that of a single model's file."""
+    try:
+        table = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
+    except ValueError:
+        return {}
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in table.items() if isinstance(table, dict) else ():
+        component, dot, name = str(key).partition(".")
+        component, name = (component, name) if dot else ("", component)
+        configs.setdefault(component, {})[name] = value
+    return {component: config for component, config in configs.items() if "r" in config}
+
+
+def _nesting(targets: list[str], paths: list[str]) -> dict[str, tuple[bool, str | None]]:
+    """Which paths are targeted parameters, and of which: peft wraps a module once for each, the first one innermost.
+
+    The order is that in which the module declares its parameters. In transformers' experts `down_proj` comes last; where
+    nothing tells, the parameter is None (and found by its shape where there is a base).
+    """
+    depths: dict[str, dict[int, str]] = {}
+    for path in paths:
+        module = re.sub(r"(\.base_layer)+$", "", path)
+        depths.setdefault(module, {})[(len(path) - len(module)) // len(".base_layer")] = path
+    result: dict[str, tuple[bool, str | None]] = {}
+    for module, by_depth in depths.items():
+        leaves = sorted({t.rpartition(".")[2] for t in targets if _targets(t, module)}, key=lambda leaf: ("down" in leaf, leaf))
+        if not leaves:
+            continue
+        known = len(leaves) == len(by_depth) and (len(leaves) == 1 or [leaf for leaf in leaves if "down" in leaf] == leaves[-1:])
+        for depth, path in by_depth.items():
+            result[path] = (True, f"{module}.{leaves[-1 - depth]}" if known else None)
+    return result
+
+
+def _targets(target: str, module: str) -> bool:
+    """Whether an entry of target_parameters names a parameter of a module."""
+    full = f"{module}.{target.rpartition('.')[2]}"
+    return full == target or full.endswith("." + target)

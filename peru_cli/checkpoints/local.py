@@ -217,8 +217,8 @@ def open_directory(folder: Path, label: str) -> Checkpoint:
     preferred = [f for f in files if f.name == "model.safetensors"] or files
     if any(f.name == "adapter_config.json" for f in folder.iterdir()):
         raise UsageError(
-            f"{label} is a PEFT adapter; this version of peru reads full checkpoints only",
-            "merge the adapter into its base with peft (merge_and_unload) and save that",
+            f"{label} is a PEFT adapter, and a full checkpoint is meant here",
+            "fold it into its base first: peru unpack ADAPTER -b BASE -o DIR",
         )
     if len(preferred) == 1:
         return SafetensorsCheckpoint(label, "checkpoint directory", preferred, find_side_files(folder))

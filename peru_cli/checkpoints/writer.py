@@ -30,6 +30,11 @@ def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     return placed
 
 
+def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None) -> int:
+    """How long the header of a file of these tensors is."""
+    return len(build_header(_placed(data_order(tensors)), METADATA | dict(metadata or {})))
+
+
 def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
     """Cut tensors into shards of at most `max_shard_bytes` of data (a larger tensor has one to itself)."""
     shards: list[list[TensorInfo]] = [[]]

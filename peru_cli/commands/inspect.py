@@ -22,7 +22,7 @@ Plot = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", 
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="X", help="A checkpoint or an artifact.")],
+    model: Annotated[str, typer.Argument(metavar="X", help="A checkpoint, an artifact or a LoRA adapter.")],
     base: options.OptionalBase = None,
     plot: Plot = None,
     per_task: Annotated[
@@ -33,22 +33,29 @@ def inspect(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what a checkpoint or an artifact holds, or what a fine-tune changed and would cost.
+    """Show what a checkpoint, an artifact or an adapter holds, or what a fine-tune changed and would cost.
 
     peru inspect X
+
+    peru inspect ADAPTER --plot spectrum.png
 
     peru inspect MODEL --base BASE --plot delta.png
     """
     from peru_cli.artifacts.container import is_artifact
+    from peru_cli.checkpoints.adapters import is_adapter, is_lora_file
     from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.commands.inspectranks import show_adapter
     from peru_cli.evaluation.plots import check_plot
 
     artifact = is_artifact(Path(model))
+    adapter = not artifact and (is_adapter(Path(model)) or is_lora_file(Path(model)))
     if plot is not None:
         check_plot(plot)
-        if not artifact and base is None:
-            raise UsageError("--plot draws an artifact, or a fine-tune with its --base")
-    if artifact:
+        if not artifact and not adapter and base is None:
+            raise UsageError("--plot draws an artifact, an adapter, or a fine-tune with its --base")
+    if adapter:
+        show_adapter(model, base, plot, device, threads)
+    elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
         _artifact(Path(model), plot)
@@ -161,6 +168,7 @@ def _artifact_json(report: ArtifactReport) -> dict[str, Any]:
 
 def _pair(fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path | None, device: str, threads: int | None) -> None:
     from peru_cli.checkpoints.pairing import pair_checkpoints
+    from peru_cli.commands.inspectranks import show_ranks
     from peru_cli.evaluation.plots import plot_comparison
     from peru_cli.jobs.compare import compare
     from peru_cli.jobs.how import streaming
@@ -187,7 +195,8 @@ def _pair(fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path |
     console.table(["tensor", "dtype", "shape", ">changed", ">norm", ">relative"], rows)
     console.line()
     _plans(comparison, fine.nbytes)
-    console.result({"prefix": pairing.prefix.encode(), "fine_tune_bytes": fine.nbytes, **asdict(comparison)})
+    ranks = show_ranks(fine, base, per_task, device, threads)
+    console.result({"prefix": pairing.prefix.encode(), "fine_tune_bytes": fine.nbytes, **asdict(comparison), **ranks})
     if plot is not None:
         lossy = [p for p in comparison.plans if p.density is not None]
         plot_comparison(

@@ -137,7 +137,7 @@ def merge(
     from peru_cli.checkpoints.atomic import check_room, check_target, partial_path
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.jobs import mergeoutput as out
-    from peru_cli.jobs.expand import ExpandedArtifact, open_fine_tune
+    from peru_cli.jobs.expand import ExpandedArtifact, Overlaid, open_fine_tune
     from peru_cli.jobs.how import streaming
     from peru_cli.jobs.merge import DEFAULT_TILE, check_trims
     from peru_cli.jobs.mergeplan import Options, check_same, plan_merge
@@ -183,7 +183,7 @@ def merge(
     tiles = tile_entries or DEFAULT_TILE
     with console.progress(total, "merge") as progress, streaming(device, threads, tiles, progress.advance) as how:
         for _, model in tasks:
-            if isinstance(model, ExpandedArtifact):
+            if isinstance(model, (ExpandedArtifact, Overlaid)):
                 progress.step(f"verifying {model.label}")
                 model.verify(how)
         where = out.Where(target, not no_sync, force, progress.step, console.note)

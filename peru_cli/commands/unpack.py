@@ -14,7 +14,7 @@ from peru_cli.errors import UsageError
 
 
 def unpack(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote, or a LoRA adapter.")],
     base: options.Base,
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
@@ -32,7 +32,7 @@ def unpack(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Give a fine-tune back from its base and its artifact.
+    """Give a fine-tune back from its base and its artifact, or its LoRA adapter.
 
     peru unpack a.safetensors --base BASE -o restored/
 
@@ -48,22 +48,37 @@ def unpack(
     console.data_on_stderr = to_pipe
 
     from peru_cli.artifacts.reader import SparseDelta
+    from peru_cli.checkpoints.adapters import find_adapters, is_lora_file
     from peru_cli.checkpoints.atomic import check_target
+    from peru_cli.checkpoints.header import TensorInfo
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
     from peru_cli.jobs import unpack as job
     from peru_cli.jobs.how import streaming
 
     target = Path(output)
-    if not artifact.is_file():
-        raise UsageError(f"{artifact}: no such artifact")
+    if not artifact.is_file() and not find_adapters(artifact):
+        raise UsageError(f"{artifact}: no such artifact or adapter")
     to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
     if not to_pipe:
         check_target(target, force or dry_run)
         if not to_folder and target.is_dir():
             raise UsageError(f"{output} is a folder, so no file can be written there", f"-o {output}/ writes a folder")
-    opened = SparseDelta(artifact)
     opened_base = open_model(base)
+
+    def make_writer(tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:
+        if to_pipe:
+            return PipeWriter(sys.stdout.buffer, tensors)
+        if to_folder:
+            return DirectoryWriter(target, tensors, files, shard_bytes, not no_sync)
+        return FileWriter(target, tensors, not no_sync)
+
+    if artifact.is_dir() or is_lora_file(artifact):
+        from peru_cli.commands.unpackadapter import unpack_adapter
+
+        unpack_adapter(str(artifact), opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries))
+        return
+    opened = SparseDelta(artifact)
     job.check_base(opened, opened_base)
     tensors = job.output_tensors(opened, wanted)
     files, missing = job.side_files(opened, opened_base)
@@ -78,13 +93,7 @@ def unpack(
         console.warn(f"{base} lacks the {', '.join(missing)} that it had when the artifact was made: {target} will lack them too")
     total = sum(info.entries for info in tensors) * (2 if to_pipe else 1)
     with console.progress(total, "unpack") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
-        writer: CheckpointWriter
-        if to_pipe:
-            writer = PipeWriter(sys.stdout.buffer, tensors)
-        elif to_folder:
-            writer = DirectoryWriter(target, tensors, files, shard_bytes, not no_sync)
-        else:
-            writer = FileWriter(target, tensors, not no_sync)
+        writer = make_writer(tensors, files)
         job.unpack_to(opened, opened_base, writer, how, progress.step)
     if not to_pipe:
         console.note(f"wrote {output}: base and result verified")

@@ -81,3 +81,27 @@ def plot_densities(path: Path, names: Sequence[str], densities: Sequence[float])
     """Density by tensor of an artifact."""
     with _figure(path, 7, max(4.0, 0.13 * min(len(names), 40) + 1.2), 1) as (axis,):
         _bars(axis, names, [100 * density for density in densities], "entries kept, %")
+
+
+def plot_spectra(
+    path: Path, names: Sequence[str], spectra: Sequence[Sequence[float]], ranks: Sequence[int], megabytes: Sequence[float],
+    errors: Sequence[float],
+) -> None:  # fmt: skip
+    """Singular values by index on the left, a line a module; size and relative error by rank on the right."""
+    with _figure(path, 11, 4.5, 2) as (left, right):
+        for values in spectra:
+            left.plot(range(1, len(values) + 1), values, color="#3b6ea5", alpha=max(0.08, min(0.8, 8 / len(names))), linewidth=1)
+        left.set_yscale("log")
+        left.set_xlabel("index")
+        left.set_ylabel(f"singular value, {len(names)} modules")
+        right.plot(ranks, megabytes, marker="o", color="#3b6ea5")
+        right.set_xscale("log", base=2)
+        right.set_xticks(ranks, [str(rank) for rank in ranks])
+        right.set_xlabel("rank kept")
+        right.set_ylabel("factors, MB", color="#3b6ea5")
+        right.set_ylim(bottom=0)
+        second = right.twinx()
+        second.spines["right"].set_visible(True)
+        second.plot(ranks, [100 * error for error in errors], marker="s", color="#b5533c")
+        second.set_ylabel("relative error, %", color="#b5533c")
+        second.set_ylim(bottom=0)

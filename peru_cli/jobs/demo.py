@@ -14,6 +14,7 @@ from peru_cli import demo
 from peru_cli.evaluation.images import accuracy, quiet_transformers
 
 DENSITIES = ("1%", "5%", "10%")
+RANKS = ("4", "16")
 HEAD = "classifier"  # all tasks have ten classes: only their names say that the heads are different
 FFT = ["--method", "task-arithmetic", "--scale", "0.3"]  # what PERU-FFT's deltas are taken against
 
@@ -60,6 +61,11 @@ def run_demo(work: Path, command: Command) -> Iterator[Row]:
         arguments = [f"{task}={path}" for task, path in originals.items()]
         command(["prune", *arguments, "--base", str(demo.BASE), "-o", f"{folder}/", "--keep", density])
         yield _restored(f"Post-Pruning {density}", folder, demo.BASE, parameters, work, command)
+    for rank in RANKS:
+        folder = work / f"rank-{rank}"
+        arguments = [f"{task}={path}" for task, path in originals.items()]
+        command(["svd-lora", *arguments, "--base", str(demo.BASE), "-o", f"{folder}/", "--rank", rank])
+        yield _restored(f"low-rank residual, rank {rank}", folder, demo.BASE, parameters, work, command)
     models = [*(f"{task}={path}" for task, path in originals.items()), "--base", str(demo.BASE), "--per-task", HEAD]
     for name, method in (("Task-Arithmetic 0.3", FFT), ("TIES 20%", ["--method", "ties"])):
         merged = work / method[1]
@@ -72,14 +78,16 @@ def run_demo(work: Path, command: Command) -> Iterator[Row]:
 
 
 def _restored(method: str, artifacts: Path, base: Path, parameters: int, work: Path, command: Command) -> Row:
-    """Accuracy of what artifacts give back; their bytes, and those of a base that comes with them."""
+    """Accuracy of what artifacts or adapters give back; their bytes, and those of a base that comes with them."""
     found = {}
     for task in demo.tasks():
         restored = work / "restored" / artifacts.name / task
         restored.parent.mkdir(parents=True, exist_ok=True)
-        command(["unpack", str(artifacts / f"{task}.safetensors"), "--base", str(base), "-o", str(restored)])
+        artifact = artifacts / f"{task}.safetensors"
+        command(["unpack", str(artifact if artifact.exists() else artifacts / task), "--base", str(base), "-o", str(restored)])
         found[task] = accuracy(restored, demo.images(task))
-    size = sum(path.stat().st_size for path in artifacts.iterdir() if path.is_file())
+    folders = [artifacts, *(artifacts / task for task in demo.tasks() if (artifacts / task).is_dir())]
+    size = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
     if base.parent == artifacts:  # the heads stand in the artifacts too: the merged weights are what is needed
         size += (base / "model.safetensors").stat().st_size
     return Row(method, size, parameters, found)

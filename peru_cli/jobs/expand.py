@@ -8,7 +8,9 @@ import numpy as np
 
 from peru_cli.artifacts.index import COPY, STORED
 from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.checkpoints.adapters import LoraCheckpoint, is_adapter
+from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
+from peru_cli.checkpoints.adapters import REST, find_adapters, is_adapter, is_lora_file
+from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
@@ -75,19 +77,72 @@ class ExpandedArtifact(Checkpoint):
         self.artifact.close()
 
 
+class Overlaid(Checkpoint):
+    """An adapter on its base, and what the adapter could not hold, from the sparse delta beside it."""
+
+    expanded = True
+
+    def __init__(self, adapter: LoraCheckpoint, delta: ExpandedArtifact) -> None:
+        self.adapter, self.delta = adapter, delta
+        self.label, self.metadata, self.warnings = adapter.label, adapter.metadata, adapter.warnings
+        self.side_files, self.files = adapter.side_files, [*adapter.files, *delta.files]
+        self.kind = f"{adapter.kind}, and {len(delta.tensors)} tensors from {REST}"
+        self._from_delta: dict[str, str] = {}
+        tensors = dict(adapter.tensors)
+        for name, info in delta.tensors.items():
+            base_name = adapter.prefix.base_name(name)
+            ours = base_name if base_name is not None and base_name in tensors else name
+            tensors[ours] = TensorInfo(ours, info.dtype, info.shape)
+            self._from_delta[ours] = name
+        self.tensors = tensors
+
+    def verify(self, how: How) -> None:
+        """Check the delta by its digests, as ExpandedArtifact does."""
+        self.delta.verify(how)
+
+    def fine_name(self, name: str) -> str:
+        """What the fine-tune calls a tensor."""
+        return self._from_delta.get(name) or self.adapter.fine_name(name)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        if name in self._from_delta:
+            self.delta.read_into(self._from_delta[name], offset, buffer)
+        else:
+            self.adapter.read_into(name, offset, buffer)
+
+    def close(self) -> None:
+        self.adapter.close()
+        self.delta.close()
+
+
 def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
     """Open a model, an adapter or an artifact; the last two need their base, else UsageError."""
     path = Path(model)
-    if path.is_dir() and is_adapter(path):
-        if base is None:
-            raise UsageError(f"{model} is a PEFT adapter: it can be expanded only with its base", "add --base BASE")
-        return LoraCheckpoint(path, model, base)
+    if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
+        return _open_adapter(path, model, base)
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (several := find_adapters(path)):
+        names = ", ".join(str(folder) for folder in several.values())
+        raise UsageError(f"{model} holds several adapters: {names}", "name one of them")
     if path.is_file() and path.suffix == ".safetensors":
         opened = open_file(path, model)
-        if "peru.format" not in opened.metadata:
-            return opened
-        opened.close()
-        if base is None:
-            raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
-        return ExpandedArtifact(path, model, base)
+        if "peru.format" in opened.metadata:
+            opened.close()
+            if base is None:
+                raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
+            return ExpandedArtifact(path, model, base)
+        return opened
     return open_model(model)
+
+
+def _open_adapter(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
+    if base is None:
+        raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
+    adapter = LoraCheckpoint(path, label, base)
+    delta = path / REST
+    if not delta.is_file():
+        return adapter
+    try:
+        return Overlaid(adapter, ExpandedArtifact(delta, str(delta), base))
+    except BaseException:
+        adapter.close()
+        raise

@@ -142,6 +142,9 @@ class _Run(Generic[B, R, S]):
         self._turnstile.abort()
 
     def _work(self) -> None:
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(1)  # again: OpenMP, which linear algebra asks, counts for each thread of ours
         try:
             with np.errstate(all="ignore"):  # NaN and infinity are data here; passes look at results where they matter
                 buffers = self._step.buffers()

@@ -1,0 +1,155 @@
+"""adapter_config.json: what kind of adapter it is, the scale of each module, and the configuration of a resized one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peru_cli.errors import BadFile, UsageError
+
+CONFIG = "adapter_config.json"
+MERGED = "merge the adapter into its base with peft (merge_and_unload) and work on that"
+# Settings under which the update of a weight is not scale * B @ A, or the base itself is changed, and the values that leave them off.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None, {}),
+    "kasa_config": (None, {}),
+    "arrow_config": (None, {}),
+    "monteclora_config": (None, {}),
+    "lora_ga_config": (None, {}),
+    "megatron_config": (None, {}),
+}
+# Settings that B @ A does not show, so that an adapter which has them can be resized, but not added to its base.
+_NOT_ADDED: dict[str, tuple[Any, ...]] = {
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+}
+# Ways to begin that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def read_config(folder: Path, label: str) -> dict[str, Any]:
+    """The configuration of a LoRA adapter; UsageError names what it is, if it is something else."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise BadFile(f"{path}: not a table")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UsageError(f"{label} is a PEFT adapter of type {kind}; peru knows LoRA only", MERGED)
+    odd = _not_plain(config, _OFF)
+    init = config.get("init_lora_weights", True)
+    if init not in _INITS:
+        odd.append(f"init_lora_weights={init!r}")
+    if odd:
+        hint = MERGED
+        if isinstance(init, str) and init not in _INITS:
+            hint = "it changes the base: convert it to plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        raise UsageError(f"{label} is no plain LoRA adapter: {', '.join(odd)}", hint)
+    for name in ("r", "lora_alpha"):
+        value = config.get(name, 8)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BadFile(f"{path}: {name} is {value!r}, not a number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(path, name, config.get(name) or {})
+    return config
+
+
+def _check_pattern(path: Path, name: str, table: Any) -> None:
+    if not isinstance(table, dict):
+        raise BadFile(f"{path}: {name} is not a table")
+    for key, value in table.items():
+        try:
+            re.compile(key)
+            if isinstance(value, bool) or not math.isfinite(value):
+                raise TypeError
+        except (re.error, TypeError) as error:
+            raise BadFile(f"{path}: {name} has the entry {key!r}: {value!r}") from error
+
+
+def _not_plain(config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return [f"{name}={config[name]!r}" for name, off in settings.items() if config.get(name) not in off]
+
+
+def check_can_be_added(config: Mapping[str, Any], label: str) -> None:
+    """Refuse an adapter that no sum of base and B @ A expresses; UsageError."""
+    odd = _not_plain(config, _NOT_ADDED)
+    if odd:
+        raise UsageError(f"{label} cannot be added to its base weight by weight: {', '.join(odd)}", MERGED)
+
+
+def _first_match(table: Any, name: str, default: float) -> float:
+    """The value of the first pattern that matches a name's end, as peft's get_pattern_key has it."""
+    for key, value in (table or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return float(value)
+    return default
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int:
+    """The rank that the configuration gives a module (or parameter)."""
+    return int(_first_match(config.get("rank_pattern"), name, float(config.get("r", 8))))
+
+
+def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    alpha = _first_match(config.get("alpha_pattern"), name, float(config.get("lora_alpha", 8)))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def resized_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration of the same adapter with the scale baked into its factors: alpha = r for every module.
+
+    Args:
+        ranks: the new rank of each module (or parameter) by its full name.
+    """
+    largest = max(ranks.values())
+    patterns = {"^" + re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != largest}
+    return dict(config) | {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "loftq_config": {},
+        "eva_config": None,
+        "inference_mode": True,
+    }
+
+
+def new_config(
+    ranks: Mapping[str, int], modules: Iterable[str], parameters: Iterable[str], base: str | None, **more: Any
+) -> dict[str, Any]:
+    """The configuration of an adapter that peru made: `modules` and `parameters` are full names, matched as such."""
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "revision": None,
+        "task_type": None,
+        "auto_mapping": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+        "use_dora": False,
+        "lora_bias": False,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    return resized_config(config, ranks) | more
+
+
+def encode_config(config: Mapping[str, Any]) -> bytes:
+    """adapter_config.json, keys sorted as peft writes them."""
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

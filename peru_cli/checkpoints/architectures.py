@@ -1,0 +1,64 @@
+"""The little that tensor names and shapes do not tell about how modules use their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peru_cli.checkpoints.header import TensorInfo
+
+# Models of transformers whose linear layers are Conv1D: weights are stored as (in, out).
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+# Models whose fused experts are stored as (experts, in, out): `is_transposed` in transformers; the others (experts, out, in).
+_EXPERTS_IN_OUT = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
+# Modules that look rows up: nn.Embedding in transformers, fairseq and timm.
+_EMBEDDING = re.compile(r"[^.]*emb[^.]*|wte|wpe|shared|relative_attention_bias")
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    nested = config.get("text_config")
+    found = {config.get("model_type"), nested.get("model_type") if isinstance(nested, dict) else None}
+    return {kind for kind in found if isinstance(kind, str)}
+
+
+def experts_are_in_out(config: Mapping[str, Any]) -> bool:
+    """Whether fused experts are stored as (experts, in, out)."""
+    return bool(_model_types(config) & _EXPERTS_IN_OUT)
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module with a two-dimensional weight is a table of rows, by its name's last part."""
+    return bool(_EMBEDDING.fullmatch(module.rpartition(".")[2]))
+
+
+def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module's two-dimensional weight is stored as (in, out)."""
+    leaf = module.rpartition(".")[2]
+    return bool(_model_types(config) & _CONV1D) and (leaf.startswith("c_") or leaf == "q_attn")
+
+
+def is_grouped_convolution(shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    """Whether a kernel looks like that of a depthwise convolution: one input channel, where images have more."""
+    return shape[1] == 1 and shape[0] > 1 and config.get("num_channels") != 1
+
+
+def has_tied_embeddings(config: Mapping[str, Any], shape: tuple[int, ...], tensors: Iterable[TensorInfo]) -> bool:
+    """Whether a table of rows may be the model's output matrix, too: PEFT would exchange only one of the two.
+
+    `tensors` are all of the model's: an output matrix that is stored on its own is not tied.
+    """
+    text = config.get("text_config")
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+    if tied is False:
+        return False
+    architectures = config.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if tied is None and not any(re.search(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining", n) for n in names):
+        return False
+    if tied is True and names and all(re.search(r"Classification|QuestionAnswering|(?<!LMHead)Model$", name) for name in names):
+        return False
+    vocabulary = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    if isinstance(vocabulary, int) and shape[0] != vocabulary:
+        return False
+    return not any(t.shape == shape and not is_embedding(t.name.removesuffix(".weight")) for t in tensors)

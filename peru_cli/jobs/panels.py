@@ -1,0 +1,102 @@
+"""One weight's task vector as a matrix that is read in panels: fine-tune minus base, cast as everywhere in peru."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import Pair
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile
+from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.lowrank import Matrix
+from peru_cli.streaming.arrays import BITS, CPU, Host
+
+_PANEL = 1 << 19  # entries of a row panel
+_COLUMN_PANEL = 1 << 24  # entries of a column panel: its rows are read one by one, so they should be long
+_TILE = 1 << 16  # entries subtracted at once, in the CPU's cache
+
+
+@dataclass
+class TaskMatrix(Matrix):
+    """Rows and columns as stored, from entry `start` of the tensor on; panels are float32, or float64 if either tensor is."""
+
+    fine: Checkpoint
+    base: Checkpoint
+    pair: Pair
+    rows: int
+    columns: int
+    start: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the panels."""
+        return torch.float64 if "F64" in (self.pair.fine.dtype.name, self.pair.base.dtype.name) else torch.float32
+
+    def row_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
+        height = max(1, _PANEL // self.columns)
+        room = torch.empty(min(height, self.rows) * self.columns, dtype=self.dtype)
+        for first in range(0, self.rows, height):
+            n = min(height, self.rows - first) * self.columns
+            self._fill(first * self.columns, room[:n].numpy())
+            yield first, room[:n].view(-1, self.columns).to(self.device)
+
+    def column_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
+        width = max(1, min(self.columns, _COLUMN_PANEL // self.rows))
+        for first in range(0, self.columns, width):
+            panel = torch.empty(self.rows, min(width, self.columns - first), dtype=self.dtype)
+            if width == self.columns:
+                self._fill(0, panel.view(-1).numpy())
+            else:
+                for row in range(self.rows):
+                    self._fill(row * self.columns + first, panel[row].numpy())
+            yield first, panel.to(self.device)
+
+    def _fill(self, start: int, out: Host) -> None:
+        """fine - base of `len(out)` entries from entry `start` of the matrix on."""
+        fine, base = self.pair.fine, self.pair.base
+        room = np.empty(min(_TILE, len(out)), out.dtype)
+        for at in range(0, len(out), _TILE):
+            part, entry = out[at : at + _TILE], self.start + start + at
+            minuend = CPU.widen(_bits(self.fine, fine, entry, len(part)), fine.dtype, part)
+            cast = cast_bits(CPU, _bits(self.base, base, entry, len(part)), base.dtype, fine.dtype)
+            np.subtract(minuend, CPU.widen(cast, fine.dtype, room[: len(part)]), out=part)
+            # a sum shows NaN and infinity faster than looking for them does
+            if not np.isfinite(part.sum()) and not np.isfinite(part).all():
+                where = entry + int(np.flatnonzero(~np.isfinite(part))[0])
+                raise BadFile(
+                    f"{self.fine.label}: {fine.name} differs from the base by NaN or infinity at entry {where}",
+                    f"--per-task '^{fine.name}$' keeps it whole",
+                )
+
+
+def _raw(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
+    room = bytearray(info.dtype.nbytes(n))
+    source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+    return room
+
+
+def _bits(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
+    return np.frombuffer(_raw(source, info, start, n), BITS[info.dtype.bits])
+
+
+def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
+    """Whether any entry that both have differs, the base cast to the fine-tune's dtype; stops at the first that does."""
+    for start in range(0, pair.entries, _TILE):
+        n = min(_TILE, pair.entries - start)
+        mine, theirs = _raw(fine, pair.fine, start, n), _raw(base, pair.base, start, n)
+        if pair.fine.dtype is pair.base.dtype:
+            if mine != theirs:
+                return True
+        elif not pair.is_delta:
+            return True
+        else:
+            cast = cast_bits(CPU, np.frombuffer(theirs, BITS[pair.base.dtype.bits]), pair.base.dtype, pair.fine.dtype)
+            if not np.array_equal(cast, np.frombuffer(mine, BITS[pair.fine.dtype.bits])):
+                return True
+    return False

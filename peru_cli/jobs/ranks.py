@@ -1,0 +1,150 @@
+"""Which ranks to keep, and what became of each module: shared by resizing adapters and extracting them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.errors import BadFile, UsageError
+from peru_cli.methods.budget import ranks_for_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for; exactly one of rank, energy and max_bytes."""
+
+    rank: int | None = None
+    energy: float | None = None
+    max_bytes: int | None = None
+    dtype: Dtype | None = None
+    uniform: bool = False
+    exact: bool = False
+
+    def words(self) -> str:
+        """As it would be typed."""
+        parts = [f"--{name} {value:g}" for name, value in (("rank", self.rank), ("energy", self.energy)) if value is not None]
+        parts += [f"--max-bytes {self.max_bytes}"] if self.max_bytes is not None else []
+        parts += [f"--dtype {self.dtype.torch_name}"] if self.dtype is not None else []
+        return " ".join([*parts, *(["--uniform-rank"] if self.uniform else []), *(["--exact"] if self.exact else [])])
+
+
+@dataclass
+class ModuleReport:
+    """What became of one module. Squared norms are of the whole update and of what the stored factors miss of it."""
+
+    name: str
+    rows: int
+    columns: int
+    blocks: int
+    rank_before: int | None  # None for a full fine-tune
+    rank: int
+    bytes: int
+    squared: float = 0.0
+    squared_error: float = 0.0
+    energy: float = 1.0  # share of the squared singular values that was kept
+
+    @property
+    def error(self) -> float:
+        """||update - stored|| / ||update||, Frobenius, as measured."""
+        return math.sqrt(self.squared_error / self.squared) if self.squared else 0.0
+
+    @property
+    def numbers(self) -> int:
+        """Numbers stored: q (d_out + d_in)."""
+        return self.blocks * self.rank * (self.rows + self.columns)
+
+    @property
+    def papers_count(self) -> int:
+        """The paper's count, which keeps the singular values apart: q (d_out + d_in + 1)."""
+        return self.numbers + self.blocks * self.rank
+
+    def json(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "name": self.name,
+            "shape": [*([self.blocks] if self.blocks > 1 else []), self.rows, self.columns],
+            "rank_before": self.rank_before,
+            "rank": self.rank,
+            "relative_error": self.error,
+            "energy": self.energy,
+            "bytes": self.bytes,
+            "parameters": self.numbers,
+            "papers_count": self.papers_count,
+        }
+
+
+@dataclass
+class AdapterReport:
+    """What became of one adapter."""
+
+    name: str
+    path: Path
+    file_bytes: int
+    modules: list[ModuleReport]
+    bytes_before: int
+    kept_bytes: int = 0  # of tensors that the adapter holds whole
+    rest_bytes: int = 0  # of a delta beside it
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """Of all modules together."""
+        squared = sum(module.squared for module in self.modules)
+        return math.sqrt(sum(module.squared_error for module in self.modules) / squared) if squared else 0.0
+
+
+def choose_ranks(wanted: Wanted, energies: Sequence[Array], costs: Sequence[int], fixed_bytes: int, what: str) -> list[int]:
+    """The rank of each module by energy or bytes.
+
+    Args:
+        energies: squared singular values of each module, descending.
+        costs: bytes of one rank of each.
+        fixed_bytes: bytes of the file that do not depend on ranks.
+        what: how messages name the adapter.
+    """
+    if wanted.energy is not None:
+        return [_rank_for_energy(values, wanted.energy) for values in energies]
+    assert wanted.max_bytes is not None
+    least = fixed_bytes + sum(costs)
+    if wanted.max_bytes < least:
+        raise UsageError(f"{what} needs at least {least:,} bytes at rank 1, --max-bytes says {wanted.max_bytes:,}", "allow more bytes")
+    room = wanted.max_bytes - fixed_bytes
+    if wanted.uniform:
+        return [max(1, min(room // sum(costs), max(len(values) for values in energies)))] * len(energies)
+    return ranks_for_bytes(energies, costs, room)
+
+
+def _rank_for_energy(energies: Array, share: float) -> int:
+    """The least rank, at least 1, that keeps this share of the squared singular values."""
+    total = np.cumsum(energies)
+    if not len(total) or not total[-1]:
+        return 1
+    return min(int(np.searchsorted(total, share * total[-1])) + 1, len(total))
+
+
+def round_to(tensor: torch.Tensor, dtype: Dtype, what: str) -> torch.Tensor:
+    """A float64 tensor in a dtype; BadFile if it does not fit."""
+    import torch
+
+    rounded = tensor.to(getattr(torch, dtype.torch_name or ""))
+    if not bool(torch.isfinite(rounded).all()):
+        raise BadFile(f"{what} does not fit {dtype.name}", "choose --dtype bf16 or fp32")
+    return rounded
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

@@ -1,0 +1,268 @@
+"""Best low-rank approximations: PERU-LoRA of thin factors, and low-rank residuals of matrices that come in panels.
+
+PERU-LoRA (PERU paper, section 3.2): A B^T = U S V^T, keep the q largest singular values. With QR(A) = Qa Ra and
+QR(B) = Qb Rb, SVD(Ra Rb^T) gives all of it without the product. By Eckart and Young the error of rank q is the
+norm of the dropped singular values. For a full fine-tune the matrix is the task vector of one weight, which comes in
+panels: through the Gram matrix of its smaller side (exact, the whole spectrum), or a randomised range finder with
+power iterations (Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061) that goes on until it gains nothing.
+
+All is float64, but for the products of the range finder, which have the panels' own type.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from peru_cli.methods.philox import stream_key, words
+
+OVERSAMPLING = 16  # at least so many more directions than are wanted in the range finder, or half as many again
+GAIN = 3e-3  # it stops when an iteration gains less than this share of the squared error
+MAX_ITERATIONS = 12
+_CACHED = 1 << 16  # entries widened at once where only their norm is wanted
+GRAM_SIDE = 512  # up to this smaller side the Gram matrix is both exact and cheap
+
+Round = Callable[[torch.Tensor], torch.Tensor]  # float64 -> float64 as it will be stored
+
+
+def solve(function: Callable[..., tuple[torch.Tensor, ...]], *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A decomposition on its arguments' device; where a GPU's solver fails, on the CPU."""
+    try:
+        return tuple(function(*arguments))
+    except RuntimeError:  # torch.linalg.LinAlgError and a GPU's lack of memory are RuntimeErrors, too
+        device = arguments[0].device
+        if device.type == "cpu":
+            raise
+    return tuple(part.to(device) for part in function(*(argument.cpu() for argument in arguments)))
+
+
+# -- thin factors ---------------------------------------------------------------------------------------
+
+
+class Svd(ABC):
+    """A singular value decomposition: `values`, descending, float64 (k,), and factors of its truncations."""
+
+    values: torch.Tensor
+
+    @abstractmethod
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best approximation of a rank as left (m, rank) @ right (rank, n); the square root of S in each of them."""
+
+
+class ThinSvd(Svd):
+    """Of left (m, r) @ right (r, n) by QR of both factors: never the (m, n) product."""
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        self._left = solve(torch.geqrf, left.double())
+        self._right = solve(torch.geqrf, right.double().T.contiguous())
+        core = _triangle(self._left[0]) @ _triangle(self._right[0]).T
+        self._u, self.values, self._vt = solve(_svd, core)
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        root = self.values[:rank].sqrt()
+        left = _apply_q(self._left, self._u[:, :rank] * root)
+        return left, _apply_q(self._right, self._vt[:rank].T * root).T
+
+
+class DenseSvd(Svd):
+    """Of a matrix (m, n) itself."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.u, self.values, self.vt = solve(_svd, matrix.double())
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        root = self.values[:rank].sqrt()
+        return self.u[:, :rank] * root, self.vt[:rank] * root[:, None]
+
+
+def thin_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The singular values of left (m, r) @ right (r, n) alone, descending; float64 (min(m, n, r),)."""
+    a, b = solve(torch.geqrf, left.double())[0], solve(torch.geqrf, right.double().T.contiguous())[0]
+    return solve(_svd, _triangle(a) @ _triangle(b).T)[1]
+
+
+def _svd(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.linalg.svd(matrix, full_matrices=False))
+
+
+def _triangle(packed: torch.Tensor) -> torch.Tensor:
+    """R of a packed QR decomposition; (m, r) -> (min(m, r), r)."""
+    return torch.triu(packed[: packed.shape[1]])
+
+
+def _apply_q(packed: tuple[torch.Tensor, ...], vectors: torch.Tensor) -> torch.Tensor:
+    """Q @ vectors, Q that of a packed QR decomposition of (m, r); (min(m, r), q) -> (m, q)."""
+    padded = vectors.new_zeros(packed[0].shape[0], vectors.shape[1])
+    padded[: len(vectors)] = vectors
+    return torch.ormqr(packed[0], packed[1], padded)
+
+
+def thin_inner(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """<a_left @ a_right, b_left @ b_right> in float64, without the products; factors (m, r), (r, n) and (m, s), (s, n)."""
+    left = a[0].double().T @ b[0].double()
+    right = a[1].double() @ b[1].double().T
+    return float((left * right).sum())
+
+
+def squared_distance(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], squared: float) -> float:
+    """The squared Frobenius norm of the difference of two products of thin factors; `squared` is that of the first."""
+    return max(squared - 2 * thin_inner(a, b) + thin_inner(b, b), 0.0)
+
+
+def move_scale(left: torch.Tensor, right: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of scale * left @ right whose largest entries are alike, moved by powers of two, which round nothing.
+
+    Only what is left of the scale beyond a power of two changes mantissas, those of `left`.
+    """
+    largest = float(left.abs().max()), float(right.abs().max())
+    if not scale or not all(largest):
+        return left * scale, right
+    shift = round((np.log2(largest[0] * abs(scale)) - np.log2(largest[1])) / 2)
+    return left * (scale * 2.0**-shift), right * 2.0**shift
+
+
+# -- matrices in panels ---------------------------------------------------------------------------------
+
+
+class Matrix(ABC):
+    """A matrix (rows, columns) that is read in panels, as often as needed, and never as a whole."""
+
+    rows: int
+    columns: int
+
+    @abstractmethod
+    def row_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """First row and entries (some rows, columns) of each panel, in order; valid until the next."""
+
+    @abstractmethod
+    def column_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """First column and entries (rows, some columns) of each panel, in order; valid until the next."""
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Singular values that were found, descending (k,), and their vectors on one side, (columns or rows, k); float64."""
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    on_columns: bool
+    squared: float  # of the whole matrix' Frobenius norm
+
+
+@dataclass(frozen=True)
+class Fit:
+    """left (rows, q) @ right (q, columns) as they will be stored, float64, and what they were measured to miss."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    squared: float
+    squared_error: float
+
+
+def gram(matrix: Matrix) -> Subspace:
+    """All singular values and vectors by the Gram matrix of the smaller side: values are exact to 1e-8 of the largest."""
+    on_columns = matrix.columns <= matrix.rows
+    total: torch.Tensor | None = None
+    for _, panel in matrix.row_panels() if on_columns else matrix.column_panels():
+        wide = panel.double()
+        part = wide.T @ wide if on_columns else wide @ wide.T
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    squared = float(total.diagonal().sum())
+    values, vectors = solve(torch.linalg.eigh, total)
+    return Subspace(values.flip(0).clamp_(min=0).sqrt(), vectors.flip(1), on_columns, squared)
+
+
+def find_range(matrix: Matrix, rank: int, seed: str) -> Subspace:
+    """The leading `rank` singular values and right vectors, nearly, by power iterations on random signs.
+
+    Each iteration reads the matrix once and squares the spectrum. It stops when the captured energy grew by less than
+    GAIN of what is missing; the vectors returned have one more half iteration than the values.
+    """
+    width = min(rank + max(OVERSAMPLING, rank // 2), matrix.rows, matrix.columns)
+    bits = words(stream_key(0, "svd-lora", seed), 0, -(-matrix.columns * width // 32))
+    signs = np.unpackbits(bits.view(np.uint8), count=matrix.columns * width).astype(np.float32) * 2 - 1
+    basis = torch.from_numpy(signs.reshape(matrix.columns, width))
+    squared, captured = -1.0, 0.0
+    for iteration in range(MAX_ITERATIONS):
+        image, ritz, norm = _iterate(matrix, basis, first=iteration == 0)
+        if iteration == 0:
+            squared = norm
+            if not squared:
+                return Subspace(ritz.new_zeros(0), ritz.new_zeros(matrix.columns, 0), True, 0.0)
+        else:
+            energies, rotation = (part.flip(-1) for part in solve(torch.linalg.eigh, ritz))
+            gained, captured = float(energies[:rank].sum()) - captured, float(energies[:rank].sum())
+            if iteration > 1 and gained <= GAIN * (squared - captured):
+                break
+        basis = _orthonormal(image)
+    vectors = _orthonormal(image.double() @ rotation[:, :rank])
+    return Subspace(energies[:rank].clamp(min=0).sqrt(), vectors, True, squared)
+
+
+def _iterate(matrix: Matrix, basis: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """M^T M basis; (M basis)^T (M basis), float64; the squared norm of M if `first`. basis (columns, l)."""
+    image: torch.Tensor | None = None
+    ritz = torch.zeros(())
+    squared = 0.0
+    for _, panel in matrix.row_panels():
+        if image is None:
+            basis = basis.to(panel)
+            image = torch.zeros_like(basis)
+            ritz = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=panel.device)
+        if first:
+            squared += _squared_norm(panel)
+        part = panel @ basis
+        image.addmm_(panel.T, part)
+        if not first:
+            wide = part.double()
+            ritz.addmm_(wide.T, wide)
+    assert image is not None
+    return image, ritz, squared
+
+
+def _squared_norm(panel: torch.Tensor) -> float:
+    """Of all entries, in float64."""
+    flat, total = panel.reshape(-1), 0.0
+    for start in range(0, len(flat), _CACHED):
+        wide = flat[start : start + _CACHED].double()
+        total += float(torch.dot(wide, wide))
+    return total
+
+
+def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the columns, float64; (n, l) -> (n, l)."""
+    return solve(torch.linalg.qr, vectors.double())[0]
+
+
+def fit(matrix: Matrix, subspace: Subspace, rank: int, stored: Round) -> Fit:
+    """The best factors of a rank in a subspace, as they will be stored, and their error.
+
+    One factor is the vectors times the square root of the values, rounded; the other is the least squares solution
+    given that one, for which one pass is needed; the same pass measures the error of both as rounded.
+    """
+    scaled = stored((subspace.vectors[:, :rank] * subspace.values[:rank].sqrt()).contiguous())  # (columns or rows, rank)
+    inner = scaled.T @ scaled
+    if subspace.on_columns:
+        image = scaled.new_empty(matrix.rows, scaled.shape[1])
+        for start, panel in matrix.row_panels():
+            image[start : start + len(panel)] = panel.double() @ scaled
+    else:
+        image = scaled.new_empty(matrix.columns, scaled.shape[1])
+        for start, panel in matrix.column_panels():
+            image[start : start + panel.shape[1]] = panel.double().T @ scaled
+    other = stored(image @ _inverse(inner))
+    squared_error = subspace.squared - 2 * float((image * other).sum()) + float(((other.T @ other) * inner).sum())
+    left, right = (other, scaled.T) if subspace.on_columns else (scaled, other.T)
+    return Fit(left, right, subspace.squared, max(squared_error, 0.0))
+
+
+def _inverse(inner: torch.Tensor) -> torch.Tensor:
+    """The inverse of a Gram matrix, as far as it has one; (q, q) -> (q, q)."""
+    values, vectors = solve(torch.linalg.eigh, inner)
+    keep = values > values[-1:] * 1e-14
+    return (vectors[:, keep] / values[keep]) @ vectors[:, keep].T
