@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import sys
 
 
@@ -16,10 +18,17 @@ def main() -> None:
     gc.set_threshold(200_000)  # torch makes a million lasting objects while loading: looking through them costs 0.2 s
     try:
         from peru_cli.cli import run
-    except KeyboardInterrupt:
+
+        code = run()
+    except KeyboardInterrupt:  # before the command line was loaded
         print("error: interrupted; nothing was left half done", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(run())
+        code = 130
+    if code == 130:
+        # Where an extension module was being loaded, Python has noted an interrupt that nobody caught, and would end as if killed.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def test_things_that_are_no_model(tmp_path: Path, peru, pair) -> None:
         ("hf://org/name", 2, ("hf://org/name", "hf download")),
         (tmp_path / "empty", 2, ("empty", "without model.safetensors")),
         (tmp_path / "several", 2, ("several", "one.safetensors, two.safetensors")),
-        (tmp_path / "adapter", 2, ("adapter", "PEFT adapter", "merge_and_unload")),
+        (tmp_path / "adapter", 2, ("adapter", "PEFT adapter", "peru unpack")),
         (artifact, 2, (str(artifact), "is a peru artifact")),
     ):
         out = ["-o", tmp_path / "a.safetensors", "--keep", "5%"]
@@ -334,7 +334,7 @@ def test_things_that_are_no_model(tmp_path: Path, peru, pair) -> None:
     unpack = ["-b", base, "-o", tmp_path / "r"]
     refused(peru, tmp_path, 1, "unpack", fine, *unpack, says=(str(fine), "not a peru artifact"))
     refused(peru, tmp_path, 2, "unpack", tmp_path / "nowhere", *unpack, says=("nowhere", "no such artifact"))
-    refused(peru, tmp_path, 2, "unpack", tmp_path, *unpack, says="no such artifact")
+    refused(peru, tmp_path, 2, "unpack", tmp_path / "empty", *unpack, says="no such artifact")
 
 
 class Boom:
