@@ -12,14 +12,15 @@ from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import INFINITE_KEY, KeyRoom, cast_bits
 from peru_cli.methods.magnitude import Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
-from peru_cli.streaming.aligned import TileBuffer, clip, read_bits
+from peru_cli.streaming.aligned import TileBuffer, read_bits, read_runs
 from peru_cli.streaming.arrays import Array, Arrays
 from peru_cli.streaming.engine import run
-from peru_cli.streaming.tiles import Tile, TilePlan
+from peru_cli.streaming.tiles import Strip, Tile, TilePlan
 
 SAMPLE_RUNS = 1024
 SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
 SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
+STRIP_RUNS = 32  # runs that one thread looks at together: a run alone costs more to ask for than to look at
 
 
 @dataclass
@@ -89,13 +90,12 @@ class Family:
         """One thread's room."""
         return Buffers(self.how, self.tasks)
 
-    def each(self, slot: TensorInfo, tile: Tile, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
+    def each(self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
         """Read the tile of each wanted task in turn; one's tensors are valid until the next."""
         n = len(base_bits)
         for number in wanted:
             pair = self.tasks[number].pairs.get(slot.name)
-            if pair is not None and clip(tile, pair.fine.entries):
-                _, fine = read_bits(self.tasks[number].fine, pair.fine, tile, buffers.fine)
+            if pair is not None and len(fine := read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffers.fine)):
                 yield Aligned(number, pair, cast_bits(self.how.xp, base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
 
     def keys(self, aligned: Aligned, low: int, buffers: Buffers) -> Array:
@@ -116,24 +116,27 @@ class _Group:
         self.entries = [family.slots[i].entries for i in slots]
         self._sample = SAMPLE_RUN * (SAMPLE_RUNS if len(slots) > 1 else SLOT_RUNS)
 
-    def slot(self, tile: Tile) -> TensorInfo:
+    def slot(self, tile: Tile | Strip) -> TensorInfo:
         return self.family.slots[self.slots[tile.tensor]]
 
-    def sample_tiles(self) -> tuple[list[Tile], bool]:
+    def sample(self) -> tuple[list[Strip], bool]:
         """Short runs spread evenly over the group; all of it if that is no more (the flag)."""
-        tiles: list[Tile] = []
+        strips: list[Strip] = []
         total = sum(self.entries)
         everything = total <= self._sample
         step = 1.0 if everything else total / self._sample
         due = 0.0  # runs are cut from SAMPLE_RUN-sized pieces; every step-th piece is taken
-        size = self.family.how.tile_entries if everything else SAMPLE_RUN
+        tile = self.family.how.tile_entries
+        size, together = (tile, 1) if everything else (SAMPLE_RUN, min(STRIP_RUNS, tile // SAMPLE_RUN))
         for tensor, entries in enumerate(self.entries):
+            runs: list[tuple[int, int]] = []
             for start in range(0, entries, size):
                 if due < 1.0:
-                    tiles.append(Tile(len(tiles), tensor, start, min(start + size, entries)))
+                    runs.append((start, min(start + size, entries)))
                     due += step
                 due -= 1.0
-        return tiles, everything
+            strips += [Strip.of(len(strips) + i, tensor, runs[at : at + together]) for i, at in enumerate(range(0, len(runs), together))]
+        return strips, everything
 
 
 class _Sample:
@@ -148,15 +151,15 @@ class _Sample:
     def buffers(self) -> Buffers:
         return self._group.family.buffers()
 
-    def apply(self, tile: Tile, buffers: Buffers) -> list[tuple[int, Keys, int]]:
+    def apply(self, tile: Strip, buffers: Buffers) -> list[tuple[int, Keys, int]]:
         family, slot = self._group.family, self._group.slot(tile)
-        _, base_bits = read_bits(family.base, slot, tile, buffers.base)
+        base_bits = read_runs(family.base, slot, tile.runs, buffers.base)
         return [
             (a.task, family.how.xp.download(family.keys(a, 0, buffers)).copy(), family.changed(a))
             for a in family.each(slot, tile, base_bits, buffers, self._wanted)
         ]
 
-    def commit(self, tile: Tile, result: list[tuple[int, Keys, int]]) -> None:
+    def commit(self, tile: Strip, result: list[tuple[int, Keys, int]]) -> None:
         for number, keys, changed in result:
             self.keys[number].append(keys)
             self._tensors[number].append(tile.tensor)
@@ -170,7 +173,7 @@ class _Sample:
         weights = np.repeat((np.array(self._group.entries) / np.maximum(sampled, 1))[tensors], sizes)
         return predict_window(np.concatenate(self.keys[number]), weights, k, self._group.family.tasks[number].infinite_key)
 
-    def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
+    def finish(self, tile: Strip, committed: None, buffers: Buffers) -> None:
         pass
 
 
@@ -222,8 +225,8 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[
     group = _Group(family, slots)
     how = family.how
     sample = _Sample(group, list(kept))
-    tiles, everything = group.sample_tiles()
-    run(sample, tiles, how.threads, how.advance if everything else lambda entries: None)
+    strips, everything = group.sample()
+    run(sample, strips, how.threads, how.advance if everything else lambda entries: None)
     found: dict[int, Found] = {}
     windows: dict[int, Window] = {}
     for number, k in kept.items():

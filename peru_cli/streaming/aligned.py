@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.streaming.arrays import BITS, Array, Arrays
@@ -40,3 +42,13 @@ def read_bits(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuff
     """Read a floating tensor's part of a tile: its bytes, and its entries as integers on the device, (n,)."""
     view = read_raw(source, info, tile, buffer)
     return view, buffer.bits(len(view), info.dtype.bits)
+
+
+def read_runs(source: Checkpoint, info: TensorInfo, runs: Iterable[tuple[int, int]], buffer: TileBuffer) -> Array:
+    """Read entries `start` to `stop` of each run, as far as the tensor has them, one after another; integers on the device, (n,)."""
+    filled = 0
+    for start, stop in runs:
+        if nbytes := info.dtype.nbytes(max(0, min(stop, info.entries) - start)):
+            source.read_into(info.name, info.dtype.nbytes(start), buffer.view(filled + nbytes)[filled:])
+            filled += nbytes
+    return buffer.bits(filled, info.dtype.bits)

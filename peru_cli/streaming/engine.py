@@ -17,29 +17,30 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from peru_cli.streaming.tiles import Tile
+from peru_cli.streaming.tiles import Strip, Tile
 
+T = TypeVar("T", bound=Tile | Strip, contravariant=True)
 B = TypeVar("B")  # a thread's buffers
 R = TypeVar("R")  # what apply makes of a tile
 S = TypeVar("S")  # what commit hands to finish
 
 
-class Pass(Protocol[B, R, S]):
+class Pass(Protocol[T, B, R, S]):
     """One pass over tiles. Only `commit` sees the tiles in order; everything else runs in parallel."""
 
     def buffers(self) -> B:
         """Allocate what one thread needs."""
         ...
 
-    def apply(self, tile: Tile, buffers: B) -> R:
+    def apply(self, tile: T, buffers: B) -> R:
         """Read the tile and compute."""
         ...
 
-    def commit(self, tile: Tile, result: R) -> S:
+    def commit(self, tile: T, result: R) -> S:
         """In canonical order, one thread at a time: cheap."""
         ...
 
-    def finish(self, tile: Tile, committed: S, buffers: B) -> None:
+    def finish(self, tile: T, committed: S, buffers: B) -> None:
         """Whatever follows from the commit and needs no order."""
         ...
 
@@ -84,7 +85,7 @@ def available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def run(step: Pass[B, R, S], tiles: Sequence[Tile], threads: int, advance: Callable[[int], None] = lambda entries: None) -> None:
+def run(step: Pass[T, B, R, S], tiles: Sequence[T], threads: int, advance: Callable[[int], None] = lambda entries: None) -> None:
     """Run `step` over all tiles; re-raises the first error of any thread after all have stopped.
 
     `advance` is told the number of entries of each tile that is done, from the thread that did it.
@@ -101,8 +102,8 @@ def run(step: Pass[B, R, S], tiles: Sequence[Tile], threads: int, advance: Calla
             torch.set_num_threads(inner)
 
 
-class _Run(Generic[B, R, S]):
-    def __init__(self, step: Pass[B, R, S], tiles: Sequence[Tile], threads: int, advance: Callable[[int], None]) -> None:
+class _Run(Generic[T, B, R, S]):
+    def __init__(self, step: Pass[T, B, R, S], tiles: Sequence[T], threads: int, advance: Callable[[int], None]) -> None:
         self._step, self._tiles, self._advance = step, tiles, advance
         self._next = 0
         self._lock = threading.Lock()
@@ -128,7 +129,7 @@ class _Run(Generic[B, R, S]):
         if self._error is not None:
             raise self._error
 
-    def _take(self) -> Tile | None:
+    def _take(self) -> T | None:
         with self._lock:
             if self._error is not None or self._next >= len(self._tiles):
                 return None

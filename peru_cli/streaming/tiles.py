@@ -21,6 +21,26 @@ class Tile(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def runs(self) -> Sequence[tuple[int, int]]:
+        """Its one run, as a strip has several."""
+        return ((self.start, self.stop),)
+
+
+class Strip(NamedTuple):
+    """Several runs of one tensor, `stop` entries together: to the engine, a tile."""
+
+    number: int
+    tensor: int
+    start: int
+    stop: int
+    runs: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, number: int, tensor: int, runs: Sequence[tuple[int, int]]) -> Strip:
+        """A strip of these runs, each a start and a stop."""
+        return cls(number, tensor, 0, sum(stop - start for start, stop in runs), runs)
+
 
 class TilePlan(Sequence[Tile]):
     """The tiles of tensors of given sizes, in canonical order; a sequence that takes no room for a tile."""
