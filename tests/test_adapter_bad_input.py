@@ -190,8 +190,8 @@ def test_folders_and_models_that_are_no_adapter(tmp_path: Path, peru, adapter: P
     # and where a full model is meant
     good = tmp_path / "many" / "x"
     says = ("is a PEFT adapter, and a full checkpoint is meant here", "peru unpack")
-    at = ("-b", tmp_path / "model.safetensors", "-o", tmp_path / "a.safetensors", "--keep", "10%")
-    refused(tmp_path, peru, "prune", good, *at, code=2, says=says)
+    at = ("-b", good, "-o", tmp_path / "a.safetensors", "--keep", "10%")
+    refused(tmp_path, peru, "prune", tmp_path / "model.safetensors", *at, code=2, says=says)
 
 
 def test_full_fine_tunes_that_cannot_become_adapters(tmp_path: Path, peru) -> None:

@@ -137,7 +137,7 @@ def merge(
     from peru_cli.checkpoints.atomic import check_room, check_target, partial_path
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.jobs import mergeoutput as out
-    from peru_cli.jobs.expand import ExpandedArtifact, Overlaid, open_fine_tune
+    from peru_cli.jobs.expand import open_fine_tune, verify_expanded
     from peru_cli.jobs.how import streaming
     from peru_cli.jobs.merge import DEFAULT_TILE, check_trims
     from peru_cli.jobs.mergeplan import Options, check_same, plan_merge
@@ -182,10 +182,7 @@ def merge(
     total = 3 * plan.entries if rule.trims else plan.entries
     tiles = tile_entries or DEFAULT_TILE
     with console.progress(total, "merge") as progress, streaming(device, threads, tiles, progress.advance) as how:
-        for _, model in tasks:
-            if isinstance(model, (ExpandedArtifact, Overlaid)):
-                progress.step(f"verifying {model.label}")
-                model.verify(how)
+        verify_expanded([model for _, model in tasks], how, progress.step)
         where = out.Where(target, not no_sync, force, progress.step, console.note)
         if density is not None:
             results = out.write_compressed(plan, rule, recipe, where, density, how)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def prune(
-    models: Annotated[list[str], typer.Argument(metavar="[TASK=]MODEL", help="Fine-tunes: directories, .safetensors or .bin files.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="[TASK=]MODEL", help="Fine-tunes: folders, .safetensors or .bin files, LoRA adapters, artifacts.")
+    ],
     base: options.Base,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The artifact; a folder for several fine-tunes.")],
     keep: Annotated[
@@ -65,6 +67,7 @@ def prune(
 
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.jobs import prune as job
+    from peru_cli.jobs.expand import as_unpacked, open_fine_tune, verify_expanded
     from peru_cli.jobs.how import streaming
 
     arguments = split_arguments(models)
@@ -74,7 +77,8 @@ def prune(
         raise UsageError(f"-o {output} should end in .safetensors (or in / for a folder of artifacts)")
     targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
     opened_base = open_model(base)
-    tasks = [(a.task or default_task(a.model), open_model(a.model), t) for a, t in zip(arguments, targets, strict=True)]
+    opened = [open_fine_tune(a.model, opened_base) for a in arguments]
+    tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task, base_id)
     planned = job.plan_prune(opened_base, tasks, chosen, force or dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
@@ -90,6 +94,7 @@ def prune(
     passes = 1 if density is None else 2
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
     with console.progress(total, "prune") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
+        verify_expanded(opened, how, progress.step)
         results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step)
     _report(results)
 

@@ -29,9 +29,8 @@ def unpack_adapter(
     `how` is the device, the number of threads and the size of tiles, as the command line has them.
     """
     from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
-    from peru_cli.checkpoints.header import TensorInfo
     from peru_cli.jobs.copy import copy_checkpoint, in_dtype
-    from peru_cli.jobs.expand import Overlaid, open_fine_tune
+    from peru_cli.jobs.expand import AsUnpacked, Overlaid, open_fine_tune
     from peru_cli.jobs.how import streaming
     from peru_cli.jobs.unpack import config_with_dtype
 
@@ -40,11 +39,8 @@ def unpack_adapter(
         raise UsageError(f"{adapter} is neither an artifact nor an adapter", "unpack takes what `peru prune` or `peru svd-lora` wrote")
     with opened:
         under = opened.adapter if isinstance(opened, Overlaid) else opened
-        names = {opened.fine_name(name): name for name in opened.tensors}
-        outputs = []
-        for fine_name, name in names.items():
-            info = under.updates[name].info if name in under.updates else opened.tensors[name]
-            outputs.append(in_dtype(TensorInfo(fine_name, info.dtype, info.shape), dtype))
+        unpacked = AsUnpacked(opened)
+        outputs = [in_dtype(info, dtype) for info in unpacked.tensors.values()]
         files = {name: path.read_bytes() for name, path in opened.side_files.items()}
         if dtype is not None and "config.json" in files:
             files["config.json"] = config_with_dtype(files["config.json"], dtype)
@@ -63,7 +59,7 @@ def unpack_adapter(
                 opened.verify(settings)
             progress.step("unpacking")
             with make_writer(outputs, files) as writer:
-                copy_checkpoint(opened, writer, settings, names)
+                copy_checkpoint(opened, writer, settings, unpacked.names)
                 writer.commit()
     if output != "-":
         console.note(f"wrote {output}")

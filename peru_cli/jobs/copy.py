@@ -42,8 +42,7 @@ class _Copy:
             return raw
         bits = np.frombuffer(raw, BITS[info.dtype.bits])
         cast = cast_bits(CPU, bits, info.dtype, wanted)
-        if _overflows(bits, info.dtype, cast, wanted):
-            raise BadFile(f"{self._source.label}: {info.name} does not fit {wanted.name}", "choose --dtype bf16 or fp32")
+        refuse_overflow(self._source.label, TensorInfo(info.name, wanted, info.shape), bits, info.dtype, cast)
         return memoryview(cast.view(np.uint8))
 
     def commit(self, tile: Tile, result: memoryview) -> memoryview:
@@ -58,6 +57,12 @@ class _Copy:
     def _write(self, tile: Tile, data: memoryview) -> None:
         info = self._writer.order[tile.tensor]
         self._writer.write(info.name, info.dtype.nbytes(tile.start), data)
+
+
+def refuse_overflow(label: str, info: TensorInfo, bits: Bits, source: Dtype, cast: Bits) -> None:
+    """Raise BadFile if a finite value became infinite when it was cast to the tensor's dtype."""
+    if _overflows(bits, source, cast, info.dtype):
+        raise BadFile(f"{label}: {info.name} does not fit {info.dtype.name}", "choose --dtype bf16 or fp32")
 
 
 def _overflows(bits: Bits, source: Dtype, cast: Bits, target: Dtype) -> bool:

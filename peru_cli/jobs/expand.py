@@ -1,7 +1,8 @@
-"""Fine-tunes as `merge` takes them: full checkpoints, LoRA adapters, and peru artifacts expanded while they are read."""
+"""Fine-tunes as `prune` and `merge` take them: full checkpoints, LoRA adapters, and peru artifacts expanded while they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from peru_cli.checkpoints.local import open_file
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
+from peru_cli.jobs.copy import refuse_overflow
 from peru_cli.jobs.decode import decode_bits
 from peru_cli.jobs.taskvectors import How
 from peru_cli.jobs.unpack import check_base, reconstruct
@@ -115,6 +117,42 @@ class Overlaid(Checkpoint):
         self.delta.close()
 
 
+class AsUnpacked(Checkpoint):
+    """An adapter on its base as unpack writes it: the fine-tune's names, updated weights rounded to the base's dtype."""
+
+    expanded = True
+
+    def __init__(self, model: LoraCheckpoint | Overlaid) -> None:
+        under = model.adapter if isinstance(model, Overlaid) else model
+        self._model = model
+        self.label, self.kind, self.metadata, self.warnings = model.label, model.kind, model.metadata, model.warnings
+        self.side_files, self.files = model.side_files, model.files
+        self.names = {model.fine_name(name): name for name in model.tensors}  # the expanded one's, by ours
+        dtypes = {name: under.updates[name].info.dtype if name in under.updates else info.dtype for name, info in model.tensors.items()}
+        self.tensors = {ours: TensorInfo(ours, dtypes[name], model.tensors[name].shape) for ours, name in self.names.items()}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        info, wide = self.tensors[name], self._model.tensors[self.names[name]]
+        if info.dtype is wide.dtype:
+            self._model.read_into(wide.name, offset, buffer)
+            return
+        start, n = offset * 8 // info.dtype.bits, len(buffer) * 8 // info.dtype.bits
+        room = memoryview(bytearray(wide.dtype.nbytes(n)))
+        self._model.read_into(wide.name, wide.dtype.nbytes(start), room)
+        bits = np.frombuffer(room, BITS[wide.dtype.bits])
+        cast = cast_bits(CPU, bits, wide.dtype, info.dtype)
+        refuse_overflow(self.label, info, bits, wide.dtype, cast)
+        buffer[:] = cast.data.cast("B")
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def as_unpacked(model: Checkpoint) -> Checkpoint:
+    """An expanded adapter as unpack would write it; any other model as it is."""
+    return AsUnpacked(model) if isinstance(model, (LoraCheckpoint, Overlaid)) else model
+
+
 def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
     """Open a model, an adapter or an artifact; the last two need their base, else UsageError."""
     path = Path(model)
@@ -137,6 +175,11 @@ def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
 def _open_adapter(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
     if base is None:
         raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
+    if "peru.merge.method" in base.metadata:
+        raise UsageError(
+            f"{label} is a LoRA adapter, and {base.label} is a merge, which no adapter was trained on",
+            "fold it into its own base first (peru unpack), or merge with --compress",
+        )
     adapter = LoraCheckpoint(path, label, base)
     delta = path / REST
     if not delta.is_file():
@@ -146,3 +189,11 @@ def _open_adapter(path: Path, label: str, base: Checkpoint | None) -> Checkpoint
     except BaseException:
         adapter.close()
         raise
+
+
+def verify_expanded(models: Sequence[Checkpoint], how: How, note: Callable[[str], None]) -> None:
+    """Check the artifacts among these fine-tunes, and those beside adapters, by their digests: Mismatch or BadFile as unpack has them."""
+    for model in models:
+        if isinstance(model, (ExpandedArtifact, Overlaid)):
+            note(f"verifying {model.label}")
+            model.verify(how)

@@ -20,6 +20,7 @@ from peru_cli.checkpoints.local import open_directory
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter
 from peru_cli.jobs import prune as pruning
+from peru_cli.jobs.expand import AsUnpacked, as_unpacked
 from peru_cli.jobs.merge import merge
 from peru_cli.jobs.mergeplan import MergePlan
 from peru_cli.jobs.taskvectors import How
@@ -196,9 +197,11 @@ def write_compressed(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, 
             options = pruning.PruneOptions(keep, base_id=None)
             planned = []
             for vector in plan.vectors:
-                names = [info.name for info in plan.heads[vector.name]]
+                fine = as_unpacked(vector.fine)
+                ours = {name: ours for ours, name in fine.names.items()} if isinstance(fine, AsUnpacked) else {}
+                names = [ours.get(info.name, info.name) for info in plan.heads[vector.name]]
                 own = "^(" + "|".join(map(re.escape, names)) + ")$" if names else None
-                task = (vector.name, vector.fine, folder.path / f"{vector.name}.safetensors")
+                task = (vector.name, fine, folder.path / f"{vector.name}.safetensors")
                 planned += pruning.plan_prune(base, [task], pruning.PruneOptions(keep, per_task=own), force=True)
             results = pruning.prune(base, planned, options, how, where.sync, where.step)
         marker.unlink()
