@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
-from peru_cli.checkpoints.dtypes import BY_CODE, Dtype
-from peru_cli.checkpoints.header import MAX_DIMENSIONS, MAX_ENTRIES, MAX_HEADER_BYTES, TensorInfo, check_tensor_name
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
 from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_name
 from peru_cli.errors import BadFile
 from peru_cli.streaming.digests import SHORT
@@ -24,7 +25,6 @@ NOT_ROUNDED = 0x7FC0  # among rounded values: the exact difference is stored apa
 STORED, FROM_BASE = 0, 1  # a side file inside the artifact; equal to the base's
 BLOCK_ENTRIES = 1 << 17  # kept entries a block: smaller ones cost bytes, larger ones memory and latency
 MAX_BLOCK_ENTRIES = 1 << 22
-MAX_NAMES_BYTES = MAX_HEADER_BYTES  # of all tensor names together: front coding could make gigabytes of a small index
 _STREAM_SLACK = 1 << 16  # bytes by which an encoded stream may exceed its integers
 
 
@@ -118,90 +118,14 @@ class Index:
         return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
 
 
-class _Sink:
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def byte(self, value: int) -> None:
-        self.data.append(value)
-
-    def number(self, value: int) -> None:
-        while value >= 0x80:
-            self.data.append(value & 0x7F | 0x80)
-            value >>= 7
-        self.data.append(value)
-
-    def text(self, value: bytes) -> None:
-        self.number(len(value))
-        self.data += value
-
-
-class _Cursor:
-    """Reads the index; every length is checked against what is left."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def take(self, n: int) -> bytes:
-        if n > len(self._data) - self._at:
-            raise BadFile("the artifact's index ends too early")
-        self._at += n
-        return self._data[self._at - n : self._at]
-
-    def byte(self) -> int:
-        return self.take(1)[0]
-
-    def one_of(self, allowed: tuple[int, ...], what: str) -> int:
-        value = self.byte()
-        if value not in allowed:
-            raise BadFile(f"the artifact's index has the {what} {value}, unknown to this version of peru", "pip install -U peru-cli")
-        return value
-
-    def number(self, most: int = MAX_ENTRIES) -> int:
-        value = shift = 0
-        while True:
-            byte = self.byte()
-            value |= (byte & 0x7F) << shift
-            if value > most or shift > 56:
-                raise BadFile(f"the artifact's index holds a number above {most}")
-            if byte < 0x80:
-                if byte == 0 and shift:
-                    raise BadFile("the artifact's index holds an overlong number")
-                return value
-            shift += 7
-
-    def count(self) -> int:
-        """A number of records, each of which takes at least one byte."""
-        return self.number(len(self._data) - self._at)
-
-    def dtype(self) -> Dtype:
-        dtype = BY_CODE.get(code := self.byte())
-        if dtype is None:
-            raise BadFile(f"the artifact's index has the unknown dtype code {code}")
-        return dtype
-
-    def text(self) -> str:
-        try:
-            return self.take(self.count()).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadFile("the artifact's index holds a name that is not UTF-8") from error
-
-    def done(self) -> bool:
-        return self._at == len(self._data)
-
-
 def encode_index(index: Index) -> bytes:
     """Serialise; tensors must be in canonical order."""
-    sink = _Sink()
+    sink = Sink()
     sink.byte(INDEX_VERSION)
     sink.number(len(index.tensors))
     previous = b""
     for record in index.tensors:
-        name = record.info.name.encode("utf-8")
-        shared = _shared(previous, name)
-        previous = name
-        sink.number(shared)
-        sink.text(name[shared:])
+        previous = sink.name(record.info.name, previous)
         _encode_record(sink, record)
     sink.number(len(index.streams))
     for stream in index.streams:
@@ -225,17 +149,10 @@ def encode_index(index: Index) -> bytes:
     return bytes(sink.data)
 
 
-def _shared(a: bytes, b: bytes) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _encode_record(sink: _Sink, record: TensorRecord) -> None:
+def _encode_record(sink: Sink, record: TensorRecord) -> None:
     sink.byte(record.mode)
     sink.byte(record.info.dtype.code)
-    sink.number(len(record.info.shape))
-    for size in record.info.shape:
-        sink.number(size)
+    sink.shape(record.info.shape)
     if record.mode != WHOLE:
         assert record.base_dtype is not None
         sink.byte(record.base_dtype.code)
@@ -247,7 +164,7 @@ def _encode_record(sink: _Sink, record: TensorRecord) -> None:
         sink.data += record.whole_digest
 
 
-def _encode_block(sink: _Sink, block: Block, origin: int, stream: Stream) -> None:
+def _encode_block(sink: Sink, block: Block, origin: int, stream: Stream) -> None:
     sink.byte(block.stream)
     sink.number(block.origin - origin)
     sink.byte(int(block.wide_gaps))
@@ -260,20 +177,10 @@ def _encode_block(sink: _Sink, block: Block, origin: int, stream: Stream) -> Non
 
 def decode_index(data: bytes) -> Index:
     """Parse and check an index; BadFile if anything in it cannot be."""
-    cursor = _Cursor(data)
+    cursor = Cursor(data)
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
-    tensors: list[TensorRecord] = []
-    name, names_left = b"", MAX_NAMES_BYTES
-    for _ in range(cursor.count()):
-        shared = cursor.number(len(name))
-        following = name[:shared] + cursor.take(cursor.count())
-        if tensors and following <= name:
-            raise BadFile("the tensors of the artifact's index are not in order")
-        name, names_left = following, names_left - len(following)
-        if names_left < 0:
-            raise BadFile(f"the tensor names of the artifact's index take more than {MAX_NAMES_BYTES} bytes")
-        tensors.append(_decode_record(cursor, name))
+    tensors = [_decode_record(cursor, name) for name in cursor.names()]
     streams = [_decode_stream(cursor) for _ in range(cursor.count())]
     blocks = _decode_blocks(cursor, streams)
     files = [_decode_file(cursor) for _ in range(cursor.count())]
@@ -284,20 +191,11 @@ def decode_index(data: bytes) -> Index:
     return index
 
 
-def _decode_record(cursor: _Cursor, encoded_name: bytes) -> TensorRecord:
-    try:
-        name = encoded_name.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadFile("a tensor name in the artifact's index is not UTF-8") from error
-    check_tensor_name(name)
+def _decode_record(cursor: Cursor, name: str) -> TensorRecord:
     mode = cursor.one_of((WHOLE, DELTA, COPY), "tensor mode")
     dtype = cursor.dtype()
-    shape = tuple(cursor.number() for _ in range(cursor.number(MAX_DIMENSIONS)))
-    if math.prod(max(size, 1) for size in shape) > MAX_ENTRIES:
-        raise BadFile(f"tensor {name!r} has the impossible shape {list(shape)}")
-    if math.prod(shape) * dtype.bits % 8:
-        raise BadFile(f"tensor {name!r} does not fill whole bytes")
-    record = TensorRecord(TensorInfo(name, dtype, shape), mode)
+    record = TensorRecord(TensorInfo(name, dtype, cursor.shape(name, dtype)), mode)
+    shape = record.info.shape
     if mode != WHOLE:
         record.base_dtype = cursor.dtype()
         record.base_digest = cursor.take(SHORT)
@@ -316,7 +214,7 @@ def _decode_record(cursor: _Cursor, encoded_name: bytes) -> TensorRecord:
     return record
 
 
-def _decode_stream(cursor: _Cursor) -> Stream:
+def _decode_stream(cursor: Cursor) -> Stream:
     dtype = cursor.dtype()
     values = cursor.one_of((EXACT, ROUNDED), "kind of values")
     if not dtype.compressible or (values == ROUNDED and dtype.bits < 32):
@@ -329,7 +227,7 @@ def _decode_stream(cursor: _Cursor) -> Stream:
     return stream
 
 
-def _decode_blocks(cursor: _Cursor, streams: list[Stream]) -> list[Block]:
+def _decode_blocks(cursor: Cursor, streams: list[Stream]) -> list[Block]:
     left = [stream.kept for stream in streams]
     origins = [0] * len(streams)
     blocks = []
@@ -353,7 +251,7 @@ def _decode_blocks(cursor: _Cursor, streams: list[Stream]) -> list[Block]:
     return blocks
 
 
-def _decode_file(cursor: _Cursor) -> SideFile:
+def _decode_file(cursor: Cursor) -> SideFile:
     name = cursor.text()
     if not is_side_file_name(name):
         raise BadFile(f"the artifact carries a file named {name!r}, which peru does not write")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.codecs import decode
 from peru_cli.artifacts.container import Container, opening
 from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, STORED, WHOLE, Block, SideFile, Stream, TensorRecord, decode_index
@@ -46,7 +45,7 @@ class SparseDelta:
         self.container = Container(path)
         with opening(path, self.close):
             self._open()
-        self._cache: OrderedDict[tuple[int, int], Future[Entries]] = OrderedDict()
+        self._cache: BlockCache[Entries] = BlockCache(_CACHED_BLOCKS)
         self.lock = threading.Lock()
 
     def _open(self) -> None:
@@ -127,21 +126,7 @@ class SparseDelta:
         return Entries(entries.positions[a:b] - low, entries.values[a:b], apart)
 
     def _decoded(self, number: int, i: int) -> Entries:
-        with self.lock:
-            future = self._cache.get((number, i))
-            mine = future is None
-            if future is None:
-                future = self._cache[number, i] = Future()
-                while len(self._cache) > _CACHED_BLOCKS:
-                    self._cache.popitem(last=False)
-            else:
-                self._cache.move_to_end((number, i))
-        if mine:
-            try:
-                future.set_result(self._decode(self._streams[number], i))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
+        return self._cache.get((number, i), lambda: self._decode(self._streams[number], i))
 
     def _decode(self, reader: _StreamReader, i: int) -> Entries:
         place, stream = reader.places[i], reader.stream

@@ -1,0 +1,143 @@
+"""Numbers and names as the indexes of artifacts have them: LEB128 varints, front-coded names (docs/format.md).
+
+Reading trusts nothing: every length is checked against what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from peru_cli.checkpoints.dtypes import BY_CODE, Dtype
+from peru_cli.checkpoints.header import MAX_DIMENSIONS, MAX_ENTRIES, MAX_HEADER_BYTES, check_tensor_name
+from peru_cli.errors import BadFile
+
+MAX_NAMES_BYTES = MAX_HEADER_BYTES  # of all tensor names together: front coding could make gigabytes of a small index
+
+
+class Sink:
+    """Takes numbers and names."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def byte(self, value: int) -> None:
+        self.data.append(value)
+
+    def number(self, value: int) -> None:
+        while value >= 0x80:
+            self.data.append(value & 0x7F | 0x80)
+            value >>= 7
+        self.data.append(value)
+
+    def signed(self, value: int) -> None:
+        """Zigzag: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
+        self.number(2 * value if value >= 0 else -2 * value - 1)
+
+    def text(self, value: bytes) -> None:
+        self.number(len(value))
+        self.data += value
+
+    def shape(self, value: tuple[int, ...]) -> None:
+        self.number(len(value))
+        for size in value:
+            self.number(size)
+
+    def name(self, name: str, previous: bytes) -> bytes:
+        """Front-coded against the name before (empty for the first); returns the name's own bytes."""
+        encoded = name.encode("utf-8")
+        shared = _shared(previous, encoded)
+        self.number(shared)
+        self.text(encoded[shared:])
+        return encoded
+
+
+class Cursor:
+    """Reads the index; every length is checked against what is left."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, n: int) -> bytes:
+        if n > len(self._data) - self._at:
+            raise BadFile("the artifact's index ends too early")
+        self._at += n
+        return self._data[self._at - n : self._at]
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def one_of(self, allowed: tuple[int, ...], what: str) -> int:
+        value = self.byte()
+        if value not in allowed:
+            raise BadFile(f"the artifact's index has the {what} {value}, unknown to this version of peru", "pip install -U peru-cli")
+        return value
+
+    def number(self, most: int = MAX_ENTRIES) -> int:
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if value > most or shift > 56:
+                raise BadFile(f"the artifact's index holds a number above {most}")
+            if byte < 0x80:
+                if byte == 0 and shift:
+                    raise BadFile("the artifact's index holds an overlong number")
+                return value
+            shift += 7
+
+    def count(self) -> int:
+        """A number of records, each of which takes at least one byte."""
+        return self.number(len(self._data) - self._at)
+
+    def dtype(self) -> Dtype:
+        dtype = BY_CODE.get(code := self.byte())
+        if dtype is None:
+            raise BadFile(f"the artifact's index has the unknown dtype code {code}")
+        return dtype
+
+    def text(self) -> str:
+        try:
+            return self.take(self.count()).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadFile("the artifact's index holds a name that is not UTF-8") from error
+
+    def signed(self, most: int) -> int:
+        """A zigzag number of a magnitude of at most `most`."""
+        value = self.number(2 * most)
+        return -(value + 1) // 2 if value % 2 else value // 2
+
+    def shape(self, name: str, dtype: Dtype) -> tuple[int, ...]:
+        """The shape of a tensor that can be."""
+        shape = tuple(self.number() for _ in range(self.number(MAX_DIMENSIONS)))
+        if math.prod(max(size, 1) for size in shape) > MAX_ENTRIES:
+            raise BadFile(f"tensor {name!r} has the impossible shape {list(shape)}")
+        if math.prod(shape) * dtype.bits % 8:
+            raise BadFile(f"tensor {name!r} does not fill whole bytes")
+        return shape
+
+    def names(self) -> Iterator[str]:
+        """A count, then so many front-coded names, each before the rest of its record: read that before the next one."""
+        name, names_left = b"", MAX_NAMES_BYTES
+        for number in range(self.count()):
+            shared = self.number(len(name))
+            following = name[:shared] + self.take(self.count())
+            if number and following <= name:
+                raise BadFile("the tensors of the artifact's index are not in order")
+            name, names_left = following, names_left - len(following)
+            if names_left < 0:
+                raise BadFile(f"the tensor names of the artifact's index take more than {MAX_NAMES_BYTES} bytes")
+            try:
+                text = name.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadFile("a tensor name in the artifact's index is not UTF-8") from error
+            check_tensor_name(text)
+            yield text
+
+    def done(self) -> bool:
+        return self._at == len(self._data)
+
+
+def _shared(a: bytes, b: bytes) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
