@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peru_cli import demo
-from peru_cli.evaluation.images import accuracy, quiet_transformers
+from peru_cli.evaluation.data import read_examples
+from peru_cli.evaluation.models import class_logits
+from peru_cli.jobs.subjects import Settings, load, open_subject
 
+BATCH = 250  # images
 DENSITIES = ("1%", "5%", "10%")
 RANKS = ("4", "16")
 HEAD = "classifier"  # all tasks have ten classes: only their names say that the heads are different
@@ -47,7 +50,6 @@ class Row:
 
 def run_demo(work: Path, command: Command) -> Iterator[Row]:
     """Compress the family in a folder, give it back, classify all test images; yields rows as they come."""
-    quiet_transformers()
     torch.set_num_threads(1)  # the models are small: threads that wait for each other take longer
     names = demo.tasks()
     parameters = len(names) * sum(tensor.numel() for tensor in load_file(demo.BASE / "model.safetensors").values())
@@ -75,6 +77,14 @@ def run_demo(work: Path, command: Command) -> Iterator[Row]:
         folder = work / f"fft-{density.rstrip('%')}"
         command(["merge", *models, "-o", str(folder), *FFT, "--compress", density])
         yield _restored(f"PERU-FFT {density}", folder, folder / "merged", parameters, work, command)
+
+
+def accuracy(model: Path, images: Path) -> float:
+    """Share of test images that a classifier in a folder gets right; it computes in float32 whatever its weights."""
+    loaded = load(open_subject(str(model), "", None), examples := read_examples(str(images)), [], Settings())
+    labels = examples.class_numbers(loaded.model.config)
+    assert labels is not None
+    return float((class_logits(loaded.model, loaded.inputs, BATCH).argmax(-1) == labels).mean())
 
 
 def _restored(method: str, artifacts: Path, base: Path, parameters: int, work: Path, command: Command) -> Row:
@@ -111,7 +121,8 @@ def _with_base(task: str, folder: Path) -> Path:
 def _under_head(encoder: dict[str, torch.Tensor], task: str, head: Path, folder: Path) -> Path:
     """A checkpoint of an encoder and of all else that a file holds."""
     folder.mkdir(parents=True)
-    shutil.copy(demo.fine_tune(task) / "config.json", folder)
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(demo.fine_tune(task) / name, folder)
     tensors = load_file(head) | {demo.PREFIX + name: tensor for name, tensor in encoder.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
