@@ -60,6 +60,12 @@ def parse_dtype(text: str) -> Dtype:
     return BY_NAME[DTYPES[text]]
 
 
+def check_base_id(text: str | None) -> None:
+    """Refuse a base's name that cannot be printed."""
+    if text is not None and not text.isprintable():
+        raise UsageError(f"--base-id {text!r} holds characters that cannot be printed", "write it as org/name@commit")
+
+
 def _quiet(value: bool) -> bool:
     console.quiet = console.quiet or value
     return value

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import raw, save
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_svd_lora import IDS, INPUTS, SMALL, bert, gpt2, gpt_oss, llama, vit
 from torch import nn
@@ -272,7 +272,8 @@ def test_several_tasks_and_tensors_kept_whole(tmp_path: Path, peru) -> None:
     assert [one["path"] for one in said] == [str(tmp_path / "out" / name) for name in "xy"]
     for one in said:
         assert "c" in one["modules_to_save"] and {module["name"] for module in one["modules"]} == {"a", "b", "d"}
-        assert json.loads((Path(one["path"]) / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base@1234"
+        config = PeftConfig.from_pretrained(one["path"])
+        assert (config.base_model_name_or_path, config.revision) == ("org/base", "1234")
 
 
 def test_inspect_predicts_error_and_size_of_each_rank(tmp_path: Path, peru) -> None:

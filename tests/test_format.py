@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_unpack_gives_the_expected_result(tmp_path: Path, peru, name: str) -> No
     assert (tmp_path / "expected.safetensors").read_bytes() == (folder / "expected.safetensors").read_bytes()
     peru("unpack", folder / "artifact.safetensors", "-b", folder / "base", "-o", tmp_path / "r", "--no-sync")
     assert model(tmp_path / "r")[1] == {file: text.encode() for file, text in case.fine_files.items()}
+
+
+def test_an_artifact_older_than_the_digests_of_base_files_still_reads(tmp_path: Path, peru) -> None:
+    """tests/golden/older.safetensors is `grown` as peru wrote it before `peru.base.files` came."""
+    metadata = read_safetensors((GOLDEN / "older.safetensors").read_bytes())[0]
+    assert metadata["peru.base"] == "example/base@0123abc" and "peru.base.files" not in metadata
+    peru("unpack", GOLDEN / "older.safetensors", "-b", GOLDEN / "grown" / "base", "-o", tmp_path / "r.safetensors", "--no-sync")
+    assert (tmp_path / "r.safetensors").read_bytes() == (GOLDEN / "grown" / "expected.safetensors").read_bytes()
+
+
+def test_the_digests_of_base_files_are_those_that_git_lfs_and_the_hub_have() -> None:
+    metadata = read_safetensors((GOLDEN / "grown" / "artifact.safetensors").read_bytes())[0]
+    weights = (GOLDEN / "grown" / "base" / "model.safetensors").read_bytes()
+    assert metadata["peru.base.files"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_golden_files_hold_what_they_are_there_for() -> None:

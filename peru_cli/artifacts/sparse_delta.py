@@ -38,11 +38,12 @@ METADATA = {
     "peru.changed": _COUNT,
     "peru.result": "[0-9a-f]{64}",
     "peru.base": "(?s:.+)",
+    "peru.base.files": "[0-9a-f]{64}(,[0-9a-f]{64})*",
     "peru.scope": "global|tensor",
     "peru.threshold": _DECIMAL,
     "peru.largest_error": _DECIMAL,
 }
-OPTIONAL = {"peru.base", "peru.scope", "peru.threshold", "peru.largest_error"}
+OPTIONAL = {"peru.base", "peru.base.files", "peru.scope", "peru.threshold", "peru.largest_error"}
 Array = np.ndarray[Any, np.dtype[Any]]
 
 

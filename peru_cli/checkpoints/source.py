@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Checkpoint(ABC):
     warnings: list[str]
     files: Sequence[Path] = ()
     expanded = False
+    public_name: str | None = None  # where everybody finds it: org/name@commit of what was read from the Hub
 
     @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -63,6 +65,16 @@ class Checkpoint(ABC):
         parts: list[object] = [[(file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]]
         parts += [[(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())], sorted(self.metadata.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def file_digests(self) -> list[str]:
+        """SHA-256 of each of the weight files, in ascending order: what the Hub publishes of them."""
+
+        def digest(file: Path) -> str:
+            with open(file, "rb") as handle:
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+
+        with ThreadPoolExecutor() as pool:
+            return sorted(pool.map(digest, self.files))
 
     def config(self) -> dict[str, Any]:
         """The model's config.json as a table; empty where there is none or it is unreadable."""

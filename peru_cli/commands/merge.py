@@ -131,6 +131,7 @@ def merge(
     density = options.parse_density(compress, "--compress") if compress is not None else None
     if base is None and (chosen.needs_base or density is not None):
         raise UsageError(f"{method if chosen.needs_base else '--compress'} works on differences from a base", "add --base BASE")
+    options.check_base_id(base_id)
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
     wanted = options.parse_dtype(dtype) if dtype is not None else None
 

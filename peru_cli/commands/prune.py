@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -62,11 +63,11 @@ def prune(
     if values not in ("auto", "exact", "bf16"):
         raise UsageError(f"--values {values!r} is not auto, exact or bf16")
     density = options.parse_density(keep) if keep is not None else None
-    if base_id is not None and not base_id.isprintable():
-        raise UsageError(f"--base-id {base_id!r} holds characters that cannot be printed", "write it as org/name@commit")
+    options.check_base_id(base_id)
 
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.jobs import prune as job
+    from peru_cli.jobs.basename import name_base
     from peru_cli.jobs.expand import as_unpacked, open_fine_tune, verify_expanded
     from peru_cli.jobs.how import streaming
 
@@ -79,7 +80,7 @@ def prune(
     opened_base = open_model(base)
     opened = [open_fine_tune(a.model, opened_base) for a in arguments]
     tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
-    chosen = job.PruneOptions(density, scope, values, per_task, base_id)
+    chosen = job.PruneOptions(density, scope, values, per_task)
     planned = job.plan_prune(opened_base, tasks, chosen, force or dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
         console.warn(warning)
@@ -89,6 +90,7 @@ def prune(
     if dry_run:
         console.result([_planned(task, chosen) for task in planned])
         return
+    chosen = replace(chosen, base_name=name_base(opened_base, base_id))
     if several:
         out.mkdir(exist_ok=True)
     passes = 1 if density is None else 2

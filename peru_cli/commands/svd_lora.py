@@ -80,6 +80,7 @@ def svd_lora(
         raise UsageError(f"--rest {rest!r} is neither modules nor delta")
     if base is None and (per_task is not None or base_id is not None or rest != "modules"):
         raise UsageError("--per-task, --base-id and --rest are about full fine-tunes, which need their base", "add --base BASE")
+    options.check_base_id(base_id)
 
     from peru_cli.checkpoints.atomic import check_target
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
@@ -113,8 +114,9 @@ def svd_lora(
     with console.progress(total, "svd-lora") as progress, streaming(device, threads, None, progress.advance) as how:
         if extractions:
             from peru_cli.jobs import extract as extracting
+            from peru_cli.jobs.basename import name_base
 
-            chosen = extracting.Options(rest == "modules", base_id)
+            chosen = extracting.Options(rest == "modules", name_base(opened_base, base_id) if opened_base is not None else None)
             reports = extracting.extract_all(extractions, target, wanted, chosen, how, not no_sync, progress.step)
         else:
             from peru_cli.jobs.svdlora import resize

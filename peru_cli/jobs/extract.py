@@ -27,6 +27,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.writer import CheckpointWriter, header_bytes
 from peru_cli.errors import UsageError
+from peru_cli.jobs.basename import BaseName, hub_repo
 from peru_cli.jobs.extractplan import Extraction, Rest, Weight, plan_rest
 from peru_cli.jobs.panels import TaskMatrix, is_changed
 from peru_cli.jobs.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
@@ -45,7 +46,7 @@ class Options:
     """What the command line says besides ranks."""
 
     in_modules: bool = True
-    base_id: str | None = None
+    base_name: BaseName | None = None
 
 
 class _Weights:
@@ -251,7 +252,7 @@ def extract(
     total = sum(info.nbytes for info in tensors)
     report = AdapterReport(plan.name, target, header_bytes(tensors, metadata) + total, step.reports, plan.fine.nbytes)
     report.kept_bytes = sum(info.nbytes for info in rest.saved) + sum(dtype.nbytes(pair.entries) for pair in rest.biases)
-    report.rest_bytes = write_delta(plan, rest.delta, target, how, sync) if rest.delta else 0
+    report.rest_bytes = write_delta(plan, rest.delta, target, options.base_name, how, sync) if rest.delta else 0
     report.notes = {
         "modules_to_save": list(rest.modules),
         "modules_to_save_bytes": sum(info.nbytes for info in rest.saved),
@@ -288,11 +289,14 @@ def _config(plan: Extraction, weights: Sequence[Weight], ranks: Sequence[int], r
     parameters = [weight.name for weight in weights if weight.kind == PARAMETER]
     architectures = plan.config.get("architectures")
     causal = isinstance(architectures, list) and any(isinstance(a, str) and a.endswith("ForCausalLM") for a in architectures)
+    name = options.base_name.name if options.base_name is not None else None
+    repo, revision = (hub_repo(name) if name is not None else None) or (name, None)
     return new_config(
         {weight.name: rank for weight, rank in zip(weights, ranks, strict=True)},
         modules,
         parameters,
-        options.base_id,
+        repo,
+        revision=revision,
         modules_to_save=list(rest.modules) or None,
         lora_bias=bool(rest.biases),
         fan_in_fan_out=any(weight.transposed and weight.kind == LINEAR for weight in weights),

@@ -194,7 +194,7 @@ def write_compressed(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, 
             marker.write_text(key, "ascii")
         results = []
         with _opened(merged) as base:
-            options = pruning.PruneOptions(keep, base_id=None)
+            options = pruning.PruneOptions(keep)
             planned = []
             for vector in plan.vectors:
                 fine = as_unpacked(vector.fine)

@@ -22,6 +22,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
+from peru_cli.jobs.basename import BaseName
 from peru_cli.jobs.selection import Select, Sink
 from peru_cli.jobs.taskvectors import Family, How, TaskVector, find_thresholds
 from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
@@ -40,7 +41,7 @@ class PruneOptions:
     scope: str = "global"  # or "tensor"
     values: str = "auto"  # or "exact", "bf16"
     per_task: str | None = None
-    base_id: str | None = None
+    base_name: BaseName | None = None
 
     def rounds(self, dtype: Dtype) -> bool:
         """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless."""
@@ -174,8 +175,8 @@ class _Job:
         }
         if options.density is not None:
             metadata["peru.scope"] = options.scope
-        if options.base_id:
-            metadata["peru.base"] = options.base_id
+        if options.base_name is not None:
+            metadata |= options.base_name.metadata()
         if measured is None:
             measured = dict.fromkeys(("peru.kept", "peru.changed"), "9" * 19)
             measured |= {"peru.threshold": "9" * 26, "peru.largest_error": "9" * 26, "peru.result": "0" * 64}

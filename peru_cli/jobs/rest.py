@@ -11,6 +11,7 @@ from peru_cli.checkpoints.pairing import Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.jobs import prune as pruning
+from peru_cli.jobs.basename import BaseName
 from peru_cli.jobs.extractplan import Extraction
 from peru_cli.jobs.taskvectors import How, TaskVector
 
@@ -30,7 +31,7 @@ class Part(Checkpoint):
         self._whole.read_into(name, offset, buffer)
 
 
-def write_delta(plan: Extraction, tensors: Sequence[TensorInfo], folder: Path, how: How, sync: bool) -> int:
+def write_delta(plan: Extraction, tensors: Sequence[TensorInfo], folder: Path, base_name: BaseName | None, how: How, sync: bool) -> int:
     """Write a lossless delta of these tensors into the adapter's folder; its size in bytes."""
     names = {info.name for info in tensors}
     pairing = Pairing(plan.pairing.prefix)
@@ -38,7 +39,7 @@ def write_delta(plan: Extraction, tensors: Sequence[TensorInfo], folder: Path, h
     pairing.whole = [info for info in plan.pairing.whole if info.name in names]
     vector = TaskVector(plan.name, Part(plan.fine, tensors), pairing)
     task = pruning.PruneTask(vector, folder / REST, None)
-    (result,) = pruning.prune(plan.base, [task], pruning.PruneOptions(None), how, sync)
+    (result,) = pruning.prune(plan.base, [task], pruning.PruneOptions(None, base_name=base_name), how, sync)
     return result.file_bytes
 
 
