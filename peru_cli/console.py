@@ -77,10 +77,15 @@ class Console:
     def _out(self, text: str) -> None:
         print(text, file=self._stream(), flush=True)
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress bars are shown: on a terminal only."""
+        return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
     @contextmanager
     def progress(self, total: int, what: str, unit: str = "entries") -> Iterator[Progress]:
         """A progress bar over `total` units; silent unless stderr is a terminal."""
-        progress = Progress(total, what, unit, show=not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
+        progress = Progress(total, what, unit, show=self.shows_progress)
         try:
             yield progress
         finally:

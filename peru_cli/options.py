@@ -85,6 +85,13 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sa
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where the tensor work runs.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads. Default: all that this process may use.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster, for scratch files.")]
+Push = Annotated[Optional[str], typer.Option("--push", metavar="ORG/NAME", help="Then publish the output on the Hub, in one commit.")]
+Private = Annotated[bool, typer.Option("--private", help="Publish in a private repo.")]
+PushRevision = Annotated[
+    Optional[str], typer.Option("--revision", metavar="BRANCH", help="Publish on this branch, made if need be. Default: main.")
+]
+CommitMessage = Annotated[Optional[str], typer.Option("--commit-message", metavar="TEXT", help="What the commit says.")]
+ForcePush = Annotated[bool, typer.Option("--force", "-f", help="Put this in the place of what the repo holds.")]
 TileEntries = Annotated[
     Optional[int],
     typer.Option("--tile-entries", metavar="N", help="Entries streamed at once, a multiple of 16384. Changes no result."),

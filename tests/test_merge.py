@@ -270,7 +270,7 @@ def test_effective_parameters_are_printed_and_recorded(tmp_path: Path, peru) -> 
         assert file.metadata()["format"] == "pt"
     assert recorded["weight t1"] == "-2" and recorded["scope"] == "tensor"
     card = (tmp_path / "dir" / "README.md").read_text()
-    assert 'base_model: "org/base@abc"' in card and "base_model_relation: merge" in card and "--weight t1=-2" in card
+    assert 'base_model: "org/base"\n' in card and "at `abc`" in card and "base_model_relation: merge" in card and "--weight t1=-2" in card
     assert str(tmp_path) not in card and os.sep + "f0" not in card
 
 

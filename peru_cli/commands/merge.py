@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from peru_cli import options
+from peru_cli.commands.push import destination, publish
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.methods.table import METHODS, Method, effective_values, find_method
@@ -90,6 +91,10 @@ def merge(
     list_methods: Annotated[
         bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
     ] = False,
+    push: options.Push = None,
+    private: options.Private = False,
+    revision: options.PushRevision = None,
+    commit_message: options.CommitMessage = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
@@ -158,6 +163,7 @@ def merge(
     if density is not None and any(name.lower() == "merged" for name in names):
         raise UsageError("with --compress the name 'merged' is the merged model's", "give that task another name")
     check_target(target, force or dry_run)
+    place = destination(push, private, revision, commit_message, force, output)
 
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base)) for name, a in zip(names, arguments, strict=True)]
@@ -169,7 +175,7 @@ def merge(
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [*(["--dtype", wanted.torch_name or ""] if wanted else []), *(["--compress", out.show(density)] if density else [])]
-    base_name = (base_id or default_task(base)) if base is not None else None
+    base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
     recipe = out.Recipe(
         method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
     )  # fmt: skip
@@ -194,7 +200,8 @@ def merge(
         bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
         console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
     artifacts = [{"task": r.task, "path": str(r.path), "file_bytes": r.file_bytes, "kept": r.kept} for r in results]
-    console.result(_summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {}))
+    published = publish(place, [target], "merge")
+    console.result(_summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {}) | published)
 
 
 def _finite(value: Optional[float], option: str) -> Optional[float]:

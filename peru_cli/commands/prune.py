@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from peru_cli import options
+from peru_cli.commands.push import destination, publish
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 
@@ -39,6 +40,10 @@ def prune(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
     ] = None,
+    push: options.Push = None,
+    private: options.Private = False,
+    revision: options.PushRevision = None,
+    commit_message: options.CommitMessage = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
@@ -81,6 +86,7 @@ def prune(
     opened = [open_fine_tune(a.model, opened_base) for a in arguments]
     tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task)
+    place = destination(push, private, revision, commit_message, force, output)
     planned = job.plan_prune(opened_base, tasks, chosen, force or dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
         console.warn(warning)
@@ -98,7 +104,7 @@ def prune(
     with console.progress(total, "prune") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
         results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step)
-    _report(results)
+    _report(results, publish(place, targets, "prune"))
 
 
 def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
@@ -128,7 +134,7 @@ def _planned(task: PruneTask, chosen: PruneOptions) -> dict[str, object]:
     }
 
 
-def _report(results: list[PruneResult]) -> None:
+def _report(results: list[PruneResult], published: dict[str, object]) -> None:
     for result in results:
         if result.not_finite:
             console.warn(f"{result.task}: {count(result.not_finite)} kept entries differ by NaN or infinity; they are stored exactly")
@@ -164,6 +170,7 @@ def _report(results: list[PruneResult]) -> None:
                 "not_finite": r.not_finite,
                 "largest_error": r.largest_error,
                 "whole": [info.name for info in r.whole],
+                **published,
             }
             for r in results
         ]

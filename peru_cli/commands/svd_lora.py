@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from peru_cli import options
+from peru_cli.commands.push import destination, publish
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 
@@ -55,6 +56,10 @@ def svd_lora(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="Full fine-tunes: the base's public name to record, e.g. org/name.")
     ] = None,
+    push: options.Push = None,
+    private: options.Private = False,
+    revision: options.PushRevision = None,
+    commit_message: options.CommitMessage = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
@@ -101,6 +106,7 @@ def svd_lora(
         raise UsageError("adapters and full fine-tunes cannot be worked on together", "run the command once for each kind")
     check_target(target, force or dry_run)
     _check_output(target, output, resizes)
+    place = destination(push, private, revision, commit_message, force, output)
     total = sum(m.down.entries + m.up.entries for job in resizes for m in job.adapter.modules)
     total += sum(weight.pair.entries for plan, _ in extractions for weight in plan.weights)
     for job in resizes:
@@ -122,7 +128,7 @@ def svd_lora(
             from peru_cli.jobs.svdlora import resize
 
             reports = resize(resizes, target, wanted, how, not no_sync, progress.step)
-    _report(reports)
+    _report(reports, publish(place, [target], "svd-lora"))
     if any(len({m.rank for m in report.modules}) > 1 for report in reports) and all(job.adapter.config for job in resizes):
         console.note("ranks differ by module: llama.cpp needs --uniform-rank")
 
@@ -196,7 +202,7 @@ def _planned(name: str, modules: int, target: Path) -> dict[str, Any]:
     return {"task": name, "modules": modules, "output": str(target)}
 
 
-def _report(reports: list[AdapterReport]) -> None:
+def _report(reports: list[AdapterReport], published: dict[str, Any]) -> None:
     for report in reports:
         rows = [
             [
@@ -212,7 +218,7 @@ def _report(reports: list[AdapterReport]) -> None:
         ]
         console.table(["module", ">shape", ">rank", ">kept", ">error", ">energy", ">bytes"], rows)
         _totals(report)
-    console.result([_json(report) for report in reports])
+    console.result([_json(report) | published for report in reports])
 
 
 def _totals(report: AdapterReport) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from peru_cli import options
+from peru_cli.commands.push import destination, publish
 from peru_cli.console import console, plural, si_bytes
 from peru_cli.errors import UsageError
 
@@ -23,6 +24,10 @@ def unpack(
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard of a directory.")] = "5GB",
+    push: options.Push = None,
+    private: options.Private = False,
+    revision: options.PushRevision = None,
+    commit_message: options.CommitMessage = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
@@ -64,6 +69,7 @@ def unpack(
         check_target(target, force or dry_run)
         if not to_folder and target.is_dir():
             raise UsageError(f"{output} is a folder, so no file can be written there", f"-o {output}/ writes a folder")
+    place = destination(push, private, revision, commit_message, force, output)
     opened_base = open_model(base)
 
     def make_writer(tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:
@@ -73,10 +79,13 @@ def unpack(
             return DirectoryWriter(target, tensors, files, shard_bytes, not no_sync)
         return FileWriter(target, tensors, not no_sync)
 
+    def finished(named: str = base) -> dict[str, Any]:
+        return publish(place, [target], "unpack", (named,))
+
     if artifact.is_dir() or is_lora_file(artifact):
         from peru_cli.commands.unpackadapter import unpack_adapter
 
-        unpack_adapter(str(artifact), opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries))
+        unpack_adapter(str(artifact), opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries), finished)
         return
     opened = SparseDelta(artifact)
     job.check_base(opened, opened_base)
@@ -97,9 +106,8 @@ def unpack(
         job.unpack_to(opened, opened_base, writer, how, progress.step)
     if not to_pipe:
         console.note(f"wrote {output}: base and result verified")
-        console.result(
-            {"task": opened.metadata["peru.task"], "output": output, "bytes": nbytes, "result_digest": opened.result_digest.hex()}
-        )
+        result = {"task": opened.metadata["peru.task"], "output": output, "bytes": nbytes, "result_digest": opened.result_digest.hex()}
+        console.result(result | finished(opened.metadata.get("peru.base", base)))
 
 
 def register(app: typer.Typer) -> None:

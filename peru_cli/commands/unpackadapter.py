@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peru_cli.console import console, plural, si_bytes
 from peru_cli.errors import UsageError
@@ -23,10 +23,12 @@ def unpack_adapter(
     make_writer: Callable[[list[TensorInfo], dict[str, bytes]], CheckpointWriter],
     dry_run: bool,
     how: tuple[str, int | None, int | None],
+    finished: Callable[[], dict[str, Any]],
 ) -> None:
     """Write the fine-tune that an adapter makes of its base; updated weights in the base's dtype unless `dtype` is given.
 
     `how` is the device, the number of threads and the size of tiles, as the command line has them.
+    `finished` is called when the output is in place, and adds to what --json says.
     """
     from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
     from peru_cli.jobs.copy import copy_checkpoint, in_dtype
@@ -63,4 +65,4 @@ def unpack_adapter(
                 writer.commit()
     if output != "-":
         console.note(f"wrote {output}")
-        console.result(result)
+        console.result(result | finished())

@@ -20,6 +20,8 @@ from peru_cli.checkpoints.local import open_directory
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter
 from peru_cli.jobs import prune as pruning
+from peru_cli.jobs.basename import hub_repo
+from peru_cli.jobs.card import PERU, front_matter, link
 from peru_cli.jobs.expand import AsUnpacked, as_unpacked
 from peru_cli.jobs.merge import merge
 from peru_cli.jobs.mergeplan import MergePlan
@@ -75,21 +77,26 @@ class Recipe:
             "peru.merge.version": __version__,
         }
 
-    def card(self, side_files: list[str]) -> str:
+    def card(self, plan: MergePlan, side_files: list[str]) -> str:
         """The model card."""
-        head = ["---"]
-        if self.base_name:
-            head += [f"base_model: {json.dumps(self.base_name)}", "base_model_relation: merge"]
-        else:
-            head += ["base_model:", *(f"- {json.dumps(task)}" for task in self.tasks), "base_model_relation: merge"]
-        if "config.json" in side_files:
-            head.append("library_name: transformers")
-        head += ["tags:", "- merge", "- peru", "---"]
+        models = [vector.fine.public_name for vector in plan.vectors]
+        sources = [name for name in (self.base_name, *models) if name is not None]
+        head = front_matter(sources, "merge", "transformers" if "config.json" in side_files else None, ["merge", "peru"])
+        nbytes = sum(info.nbytes for info in plan.outputs)
+        heads = {task: sum(info.nbytes for info in infos) for task, infos in plan.heads.items() if infos}
+        held = [f"{len(plan.outputs)} tensors, {nbytes:,} bytes."]
+        if heads:
+            held.append(
+                "Tensors that belong to one task lie apart: "
+                + ", ".join(f"`heads/{t}.safetensors` ({n:,} bytes)" for t, n in heads.items())
+                + "."
+            )
+        named = [f"- {task}: {link(name)}" for task, name in zip(self.tasks, models, strict=True) if name is not None]
         options = [f"| {name} | {value} |" for name, value in self.words().items()]
         body = [
-            "", "# Merged model", "",
-            f"Merged by [peru](https://pypi.org/project/peru-cli/) {__version__} with the method [{self.method}]({self.paper})"
-            f" out of {', '.join(self.tasks)}.", "",
+            "# Merged model", "",
+            f"Merged by {PERU} with the method [{self.method}]({self.paper}) out of {', '.join(self.tasks)}.", *held, "",
+            *([f"Base: {link(self.base_name)}", "", *named, ""] if self.base_name and hub_repo(self.base_name) else named),
             "```sh", self.command(), "```", "", "| option | value |", "| --- | --- |", *options, "",
         ]  # fmt: skip
         return "\n".join(head + body)
@@ -146,7 +153,7 @@ def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: H
 def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: How) -> None:
     """The merge as a folder that transformers loads, with heads/TASK.safetensors and README.md."""
     contents = side_files(plan, plan.dtype)
-    contents["README.md"] = recipe.card(list(contents)).encode()
+    contents["README.md"] = recipe.card(plan, list(contents)).encode()
     key = resume_key(plan, recipe)
     shards, sync = recipe.max_shard_bytes, where.sync
     with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh) as writer:
