@@ -111,6 +111,13 @@ class Progress:
                     self._bar.total = self._bar.n + amount
                 self._bar.update(amount)
 
+    def expect(self, amount: int) -> None:
+        """There are `amount` more units to do."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.total += amount
+                self._bar.refresh()
+
     def step(self, what: str) -> None:
         """Say what is being done now."""
         if self._bar is not None:

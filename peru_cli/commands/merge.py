@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from peru_cli import options
+from peru_cli.commands.methodoptions import given_values, parse_search, with_method_options
 from peru_cli.commands.push import destination, publish
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
@@ -17,9 +20,9 @@ from peru_cli.methods.table import METHODS, Method, effective_values, find_metho
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.jobs.mergedata import Looked
     from peru_cli.jobs.mergeoutput import Recipe
     from peru_cli.jobs.mergeplan import MergePlan
-    from peru_cli.methods.rules import Value
 
 
 def _list_methods(value: bool) -> None:
@@ -43,36 +46,18 @@ def merge(
     weight: Annotated[
         Optional[list[str]], typer.Option("--weight", "-w", metavar="TASK=W", help="A task's weight, 1 if not given. Repeat it.")
     ] = None,
-    scale: Annotated[
-        Optional[float], typer.Option("--scale", "-s", metavar="S", help="Factor of the merged task vector; below 0 is negation.")
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option("--data", "-d", metavar="TASK=FILE", help="Examples of a task, for methods with data and --search. Repeat it."),
     ] = None,
-    keep: Annotated[
-        Optional[str], typer.Option("--keep", "-k", metavar="DENSITY", help="Share of each task vector that stays: 20% or 0.2.")
+    stats: Annotated[
+        Optional[str], typer.Option("--stats", metavar="DIR", help="Keep what methods with data collect in DIR, and take it from there.")
     ] = None,
-    scope: Annotated[
-        Optional[str], typer.Option("--scope", metavar="global|tensor", help="Trim over the whole task vector, or in each tensor.")
+    search: Annotated[
+        Optional[str],
+        typer.Option("--search", metavar="OPTION=FROM:TO:STEP", help="Try values of a numeric option on --data and take the best one."),
     ] = None,
-    reduce: Annotated[
-        Optional[str], typer.Option("--reduce", metavar="mean|sum", help="What becomes of entries that agree in sign.")
-    ] = None,
-    variant: Annotated[
-        Optional[str], typer.Option("--variant", metavar="authors|peft|mergekit", help="Whose TIES.", show_default=False)
-    ] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed", min=0, metavar="N", help="Of the entries that DARE drops.")] = None,
-    gamma: Annotated[
-        Optional[str], typer.Option("--gamma", metavar="SHARE", help="Share of largest entries that breadcrumbs drops: 1%.")
-    ] = None,
-    mask_lambda: Annotated[
-        Optional[float], typer.Option("--mask-lambda", min=0, metavar="L", help="Threshold of consensus' masks, 0.2 to 0.6.")
-    ] = None,
-    min_tasks: Annotated[
-        Optional[int], typer.Option("--min-tasks", min=1, metavar="K", help="Tasks that must use an entry for consensus to keep it.")
-    ] = None,
-    t: Annotated[Optional[float], typer.Option("--t", metavar="T", help="Where slerp stops: 0 the first model, 1 the second.")] = None,
-    normalize: Annotated[
-        Optional[bool],
-        typer.Option("--normalize/--no-normalize", help="Whether linear divides by the sum of the weights.", show_default=False),
-    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Examples run through a model at once.")] = 16,
     compress: Annotated[
         Optional[str],
         typer.Option("--compress", metavar="DENSITY", help="PERU-FFT: OUT/merged/ and OUT/TASK.safetensors pruned against it."),
@@ -103,6 +88,7 @@ def merge(
     tile_entries: options.TileEntries = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
+    **typed: Any,
 ) -> None:
     """Merge several models into one; with --compress, store the models as small deltas of it (PERU-FFT).
 
@@ -114,25 +100,25 @@ def merge(
 
     peru merge a=MODEL b=MODEL --base BASE -o fft/ --method ties --compress 5%
 
+    peru merge a=MODEL b=MODEL --base BASE -o m/ --method fisher --data a=a.jsonl --data b=b.jsonl --stats stats/
+
+    peru merge a=MODEL b=MODEL --base BASE -o m/ --method ties --search scale=0:1:0.05 --data a=a.jsonl --data b=b.jsonl
+
     A merge that was killed goes on where it was when the same command is typed again; --force starts afresh.
     """
     chosen = find_method(method)
-    given: dict[str, Optional[Value]] = {
-        "scale": _finite(scale, "--scale"),
-        "keep": options.parse_density(keep) if keep is not None else None,
-        "scope": scope,
-        "reduce": reduce,
-        "variant": variant,
-        "seed": seed,
-        "gamma": options.parse_density(gamma, "--gamma") if gamma is not None else None,
-        "mask-lambda": _finite(mask_lambda, "--mask-lambda"),
-        "min-tasks": min_tasks,
-        "t": _finite(t, "--t"),
-        "normalize": normalize,
-    }
+    given = given_values(typed)
     if weight and "weight" not in chosen.options:
         effective_values(chosen, {"weight": 1.0})
-    values = effective_values(chosen, {name: value for name, value in given.items() if value is not None})
+    values = effective_values(chosen, given)
+    searched = parse_search(search, chosen, given) if search is not None else None
+    if searched is not None:
+        values[searched.option] = searched.points[0]
+    if data and chosen.statistics is None and searched is None:
+        raise UsageError(f"{method} looks at no data", "leave --data out, or choose an option by it: --search OPTION=FROM:TO:STEP")
+    if not data and (chosen.statistics is not None or searched is not None):
+        what = f"{method}" if chosen.statistics is not None else "--search"
+        raise UsageError(f"{what} looks at examples of every task", "name them: --data TASK=FILE, once for each task")
     density = options.parse_density(compress, "--compress") if compress is not None else None
     if base is None and (chosen.needs_base or density is not None):
         raise UsageError(f"{method if chosen.needs_base else '--compress'} works on differences from a base", "add --base BASE")
@@ -155,7 +141,8 @@ def merge(
     if len(names) < least or (most is not None and len(names) > most):
         raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
     weights = _weights(weight or [], names)
-    rule = chosen.build(Parameters(names, weights, values))
+    parameters = Parameters(names, weights, values)
+    rule = chosen.build(parameters)
     target = Path(output)
     as_file = target.suffix == ".safetensors"
     if as_file and density is not None:
@@ -175,39 +162,68 @@ def merge(
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [*(["--dtype", wanted.torch_name or ""] if wanted else []), *(["--compress", out.show(density)] if density else [])]
+    if data:
+        extra += [word for text in data for word in ("--data", f"{text.partition('=')[0]}={Path(text).name}")]
     base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
     recipe = out.Recipe(
         method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
     )  # fmt: skip
-    _say(plan, recipe, chosen, opened_base, tasks)
+    _say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
     for warning in check_same(plan):
         console.warn(warning)
+    running = None
+    if data:
+        from peru_cli.jobs import mergedata
+        from peru_cli.jobs.taskmodels import read_data
+
+        running = read_data(data, names, device, batch_size, method if chosen.statistics else "--search")
     if dry_run:
         console.result(_summary(plan, recipe, target))
         return
     results = []
+    looked = None
     total = 3 * plan.entries if rule.trims else plan.entries
     tiles = tile_entries or DEFAULT_TILE
-    with console.progress(total, "merge") as progress, streaming(device, threads, tiles, progress.advance) as how:
+    with (
+        TemporaryDirectory(prefix="peru-statistics-") as scratch,
+        console.progress(total, "merge") as progress,
+        streaming(device, threads, tiles, progress.advance) as how,
+    ):
         verify_expanded([model for _, model in tasks], how, progress.step)
+        if running is not None:
+            wanted_values = (searched.option, searched.points) if searched is not None else None
+            folder = Path(stats or scratch)
+            looked = mergedata.look(plan, chosen, parameters, running, folder, wanted_values, how, console.note, progress)
+            rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
         where = out.Where(target, not no_sync, force, progress.step, console.note)
         if density is not None:
             results = out.write_compressed(plan, rule, recipe, where, density, how)
         else:
             (out.write_file if as_file else out.write_directory)(plan, rule, recipe, where, how)
+    if looked is not None and looked.points:
+        _print_curve(looked, names)
     console.line(f"{target}: {plural(len(plan.outputs), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.outputs))}")
     for result in results:
         bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
         console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
     artifacts = [{"task": r.task, "path": str(r.path), "file_bytes": r.file_bytes, "kept": r.kept} for r in results]
-    published = publish(place, [target], "merge")
-    console.result(_summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {}) | published)
+    summary = _summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {})
+    if looked is not None and looked.points:
+        curve = [{"value": out.show(p.value), "accuracy": p.accuracies, "normalised": p.normalised} for p in looked.points]
+        summary["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
+    console.result(summary | publish(place, [target], "merge"))
 
 
-def _finite(value: Optional[float], option: str) -> Optional[float]:
-    if value is not None and not math.isfinite(value):
-        raise UsageError(f"{option} {value} is not a finite number")
-    return value
+def _print_curve(looked: Looked, names: tuple[str, ...]) -> None:
+    """The searched values with accuracies in %, the best one marked."""
+    from peru_cli.jobs.mergeoutput import show
+
+    best = looked.parameters.values[looked.searched]
+    rows = [["fine-tunes", *(f"{100 * looked.fine[name]:.2f}" for name in names), "100.00", ""]]
+    for point in looked.points:
+        cells = [f"{100 * point.accuracies[name]:.2f}" for name in names]
+        rows.append([show(point.value), *cells, f"{100 * point.normalised:.2f}", "best" if point.value == best else ""])
+    console.table([looked.searched, *(f">{name}" for name in names), ">normalised", ""], rows)
 
 
 def _weights(given: list[str], names: tuple[str, ...]) -> tuple[float, ...]:
@@ -260,4 +276,4 @@ def _summary(plan: MergePlan, recipe: Recipe, target: Path) -> dict[str, object]
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(merge)
+    app.command()(with_method_options(merge, after="weight"))

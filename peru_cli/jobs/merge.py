@@ -51,8 +51,12 @@ def merge(plan: MergePlan, rule: Rule, writer: CheckpointWriter, how: How, note:
         rule.decide(decided.products)
     note("merging")
     left = [number for number, slot in enumerate(plan.slots) if slot.info.name not in done]
-    step = Merge(plan, rule, how, decided, left, writer)
-    run(step, TilePlan([plan.slots[i].info.entries for i in left], how.tile_entries), how.threads, how.advance)
+    infos = [plan.slots[i].info for i in left]
+    units = [rule.unit(info.name, info.shape) for info in infos]
+    size = how.tile_entries if max(units, default=1) == 1 else DEFAULT_TILE
+    tiles = TilePlan([info.entries for info in infos], size, units)
+    step = Merge(plan, rule, replace(how, tile_entries=max(tiles.longest, CHUNK)), decided, left, writer)
+    run(step, tiles, how.threads, how.advance)
     _copy(plan, writer)
 
 

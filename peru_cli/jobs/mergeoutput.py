@@ -48,6 +48,7 @@ class Recipe:
     base_name: str | None
     extra: tuple[str, ...] = ()  # further options of the command line, as words
     max_shard_bytes: int = 5 * 10**9
+    statistics: tuple[str, ...] = ()  # keys of what methods with data collected, by task
 
     def words(self) -> dict[str, str]:
         """Effective options as they would be typed."""
@@ -75,7 +76,7 @@ class Recipe:
             "peru.merge.tasks": json.dumps(list(self.tasks)),
             "peru.merge.options": json.dumps(self.words(), sort_keys=True),
             "peru.merge.version": __version__,
-        }
+        } | ({"peru.merge.statistics": json.dumps(list(self.statistics))} if self.statistics else {})
 
     def card(self, plan: MergePlan, side_files: list[str]) -> str:
         """The model card."""
@@ -126,7 +127,7 @@ def show(value: Value) -> str:
 def resume_key(plan: MergePlan, recipe: Recipe) -> str:
     """A digest of all that decides the output's bytes."""
     parts = [
-        __version__, recipe.command(), recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
+        __version__, recipe.command(), recipe.statistics, recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
         [vector.fine.identity() for vector in plan.vectors],
         [(t.name, t.dtype.name, t.shape) for t in plan.outputs],
         {task: [t.name for t in heads] for task, heads in plan.heads.items()},

@@ -201,7 +201,7 @@ class _Walk:
         base = room.base_weights if self._reads_base else None
         return RuleTile(
             slot.info.name, number, tile.start, n, len(self._plan.vectors), self._xp, base, inputs,
-            lambda task, index: flags[task][index], room.scratch, self._decided.majority,
+            lambda task, index: flags[task][index], room.scratch, slot.info.shape, self._decided.majority,
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     gather     exact thresholds of the task vectors (`trims`), sign counts (`wants_signs`) or inner products
                (`wants_products`); all of them add up over tiles, so tiles and threads change nothing
-    decide     `decide(products)`, from those
+    decide     `decide(products)`, from those; or from `statistics` that were collected with data (methods/statistics.py)
     apply      `merge(tile)`: entries of all tasks in, merged entries out
 
 All arrays are 1-D runs of one checkpoint tensor's entries, float32 (float64 where a checkpoint is), and `tile.xp` is
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from peru_cli.methods.statistics import Statistics
 from peru_cli.streaming.arrays import Array, Arrays
 
 Value = Fraction | float | int | str | bool
@@ -82,6 +83,7 @@ class Tile:
     inputs: Callable[[int], Array]
     kept: Callable[[int, int], Array | None]
     room: Scratch
+    shape: tuple[int, ...] = ()  # of the whole tensor
     majority: int = 0  # sign of the sum of elected signs over everything, where `wants_signs`
 
 
@@ -94,9 +96,14 @@ class Rule(ABC):
     scope = "global"  # of the trims: "global" or "tensor"
     wants_signs = False  # `elect` is called on all tiles first, and its sum's sign becomes `Tile.majority`
     wants_products = False  # inner products of all inputs, for each tensor
+    statistics: Sequence[Statistics] = ()  # of each task, for methods with data: set before the first tile
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
+
+    def unit(self, name: str, shape: tuple[int, ...]) -> int:
+        """Tiles of this tensor are multiples of so many entries: a row, for rules on matrices. Then `--tile-entries` is not heard."""
+        return 1
 
     def elect(self, tile: Tile) -> int:
         """Sum of this tile's signs, for `wants_signs`; a rule that sets it must have its own."""

@@ -1,6 +1,6 @@
-"""The table of merge methods: the command, `--list-methods`, the help and the documentation read it.
+"""The table of merge methods: the command, its options, `--list-methods`, the help and the documentation read it.
 
-A new method is one file in this folder and one entry here.
+A new method is one file in this folder and one entry here; an option that no other method has is one of FLAGS.
 """
 
 from __future__ import annotations
@@ -9,12 +9,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from peru_cli.methods.rules import Parameters, Rule, Value
+    from peru_cli.methods.statistics import Collector
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option as it is typed: `kind` is float, int, str, bool, or Fraction for a share of the entries."""
+
+    kind: type[Value]
+    metavar: str
+    help: str
+    least: int | None = None
+    short: str | None = None
+
+
+FLAGS: Mapping[str, Flag] = {
+    "scale": Flag(float, "S", "Factor of the merged task vector; below 0 is negation.", short="-s"),
+    "keep": Flag(Fraction, "DENSITY", "Share of each task vector that stays: 20% or 0.2.", short="-k"),
+    "scope": Flag(str, "global|tensor", "Trim over the whole task vector, or in each tensor. For adamerging: a scale a task, or a tensor."),
+    "reduce": Flag(str, "mean|sum", "What becomes of entries that agree in sign."),
+    "variant": Flag(str, "authors|peft|mergekit", "Whose TIES."),
+    "seed": Flag(int, "N", "Of the entries that DARE drops, of sampled labels, of the order of examples.", least=0),
+    "gamma": Flag(Fraction, "SHARE", "Share of largest entries that breadcrumbs drops: 1%."),
+    "mask-lambda": Flag(float, "L", "Threshold of consensus' masks, 0.2 to 0.6.", least=0),
+    "min-tasks": Flag(int, "K", "Tasks that must use an entry for consensus to keep it.", least=1),
+    "t": Flag(float, "T", "Where slerp stops: 0 the first model, 1 the second."),
+    "normalize": Flag(bool, "", "Whether linear divides by the sum of the weights, fisher by each task's norm."),
+    "max-samples": Flag(int, "N", "Examples of each task that a method with data looks at: the first N.", least=1),
+    "expectation": Flag(str, "exact|sampled", "Fisher's sum over all labels, or one label drawn for each example."),
+    "floor": Flag(float, "F", "Least Fisher information of an entry.", least=0),
+    "alpha": Flag(float, "A", "Factor of what is off the diagonal in regmean's matrices, 0 to 1.", least=0),
+    "ridge": Flag(float, "R", "Share of the identity in regmean's matrices.", least=0),
+    "steps": Flag(int, "N", "Steps of adamerging's optimiser.", least=0),
+    "learning-rate": Flag(float, "R", "Of adamerging's optimiser.", least=0),
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +71,24 @@ class Method:
     needs_base: bool = True
     tasks: tuple[int, int | None] = (1, None)  # fewest and most models
     by_variant: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # defaults that depend on --variant
+    statistics: str | None = None  # `module:class` of what collects statistics from data
+    collected_by: tuple[str, ...] = ()  # options that the statistics depend on
 
     def build(self, parameters: Parameters) -> Rule:
         """The method with its parameters set; UsageError if they contradict each other."""
-        module, name = self.rule.split(":")
-        rule: Rule = getattr(import_module(f"peru_cli.methods.{module}"), name)(parameters)
+        rule: Rule = _load(self.rule)(parameters)
         return rule
+
+    def collector(self, parameters: Parameters) -> Collector:
+        """What collects the method's statistics."""
+        assert self.statistics is not None
+        collector: Collector = _load(self.statistics)(parameters)
+        return collector
+
+
+def _load(name: str) -> Any:
+    module, member = name.split(":")
+    return getattr(import_module(f"peru_cli.methods.{module}"), member)
 
 
 _WEIGHT = Option(1.0)
@@ -90,6 +136,27 @@ _ALL = (
     Method(
         "consensus", "keep what several tasks use (TALL-masks)", "https://arxiv.org/abs/2405.07813", "consensus:Consensus",
         {"weight": _WEIGHT, "scale": Option(0.3), "mask-lambda": Option(0.4), "min-tasks": Option(2)}, tasks=(2, None),
+    ),
+    Method(
+        "fisher", "average by how much each task's output depends on an entry", "https://arxiv.org/abs/2111.09832", "fisher:Fisher",
+        {
+            "weight": _WEIGHT, "normalize": Option(False), "floor": Option(1e-6), "expectation": Option("exact", ("exact", "sampled")),
+            "seed": Option(0), "max-samples": Option(256),
+        },
+        needs_base=False, tasks=(2, None), statistics="fisher:FisherCollector", collected_by=("expectation", "seed"),
+    ),
+    Method(
+        "regmean", "linear layers closest to all models' outputs on their inputs", "https://arxiv.org/abs/2212.09849", "regmean:RegMean",
+        {"weight": _WEIGHT, "alpha": Option(0.9), "ridge": Option(1e-6), "max-samples": Option(1000)},
+        needs_base=False, tasks=(2, None), statistics="regmean:RegMeanCollector",
+    ),
+    Method(
+        "adamerging", "task arithmetic with scales learned on unlabelled data", "https://arxiv.org/abs/2310.02575", "adamerging:AdaMerging",
+        {
+            "scale": Option(0.3), "scope": Option("tensor", ("global", "tensor")), "steps": Option(500), "learning-rate": Option(1e-3),
+            "seed": Option(0), "max-samples": Option(1000),
+        },
+        statistics="adamerging:LambdaCollector", collected_by=("scale", "scope", "steps", "learning-rate", "seed"),
     ),
 )  # fmt: skip
 

@@ -1,0 +1,89 @@
+"""A merge's fine-tunes as models in memory, each with the examples of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+from peru_cli.evaluation.data import Examples, read_examples, split_data
+from peru_cli.evaluation.models import pick_device
+from peru_cli.jobs.expand import ExpandedArtifact
+from peru_cli.jobs.mergeplan import MergePlan
+from peru_cli.jobs.subjects import Loaded, Settings, Subject, load, read_tensors
+from peru_cli.jobs.taskvectors import TaskVector
+from peru_cli.jobs.unpack import side_files
+
+
+@dataclass(frozen=True)
+class Running:
+    """What models run on and how. Labels are read only where they are needed."""
+
+    examples: Mapping[str, Examples]
+    device: torch.device
+    batch_size: int
+
+
+@dataclass
+class TaskParts:
+    """A fine-tune's model, the names of its checkpoint's tensors and of the merge's by those in the model."""
+
+    loaded: Loaded
+    own: dict[str, str]
+    merged: dict[str, str]
+
+
+def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str) -> Running:
+    """Read the examples of every task. UsageError if a task has none, or a name is no task's."""
+    files = split_data(texts)
+    if list(files) == [""] and len(tasks) == 1:
+        files = {tasks[0]: files[""]}
+    strangers, lacking = [task for task in files if task not in tasks], [task for task in tasks if task not in files]
+    if strangers:
+        raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {', '.join(tasks)}")
+    if lacking:
+        raise UsageError(f"{why} looks at examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
+    return Running({task: read_examples(file) for task, file in files.items()}, pick_device(device), batch_size)
+
+
+def digest_inputs(examples: Examples) -> str:
+    """A digest of what models are given of the examples: no labels, no file names."""
+    total = blake3(b"peru examples 1\0")
+    for part in (examples.texts, examples.pairs, examples.targets):
+        total.update(b"-" if part is None else len(part).to_bytes(8, "little"))
+        for text in part or ():
+            encoded = text.encode("utf-8", "surrogatepass")
+            total.update(len(encoded).to_bytes(8, "little") + encoded)
+    if isinstance(examples.images, list):
+        for path in examples.images:
+            total.update(blake3(path.read_bytes()).digest())
+    elif examples.images is not None:
+        total.update(f"{examples.images.dtype} {examples.images.shape}".encode() + examples.images.tobytes())
+    return total.hexdigest()
+
+
+def own_files(fine: Checkpoint, base: Checkpoint | None) -> dict[str, bytes]:
+    """A fine-tune's config, tokenizer and so on."""
+    if isinstance(fine, ExpandedArtifact) and base is not None:
+        return side_files(fine.artifact, base)[0]
+    return {name: path.read_bytes() for name, path in fine.side_files.items()}
+
+
+def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: torch.device, attention: str | None = None) -> TaskParts:
+    """Build a fine-tune's model in float32. Mismatch or BadFile where model and examples do not fit."""
+    fine = vector.fine
+    called = {name: getattr(fine, "fine_name", str)(name) for name in fine.tensors}  # an adapter's tensors have the base's names
+    state = {called[name]: tensor for name, tensor in read_tensors(fine).items()}
+    others = [{name: path.read_bytes() for name, path in plan.reference.side_files.items()}]
+    subject = Subject(fine.label, state, own_files(fine, plan.base), fine.nbytes)
+    loaded = load(subject, examples, others, Settings(device=device, attention=attention))
+    known = loaded.model.state_dict()
+    prefix = f"{loaded.model.base_model_prefix}."
+    own = {(name if name in known else prefix + name): ours for ours, name in called.items()}
+    number = plan.vectors.index(vector)
+    merged = {slot.inputs[number].name: slot.base.name for slot in plan.slots}
+    return TaskParts(loaded, own, {name: merged[ours] for name, ours in own.items() if ours in merged})

@@ -1,0 +1,135 @@
+"""Fisher merging: an average of the models in which an entry counts for as much as the task's output depends on it.
+
+    F_t = E_x sum_y p(y | x) (d/d theta log p(y | x))^2;    theta* = sum_t w_t F_t theta_t / sum_t w_t F_t
+
+Source: Matena & Raffel, Merging Models with Fisher-Weighted Averaging (2022), https://arxiv.org/abs/2111.09832, equations 3
+and 4, appendix D (normalisation). Gradients are of one example each: squaring those of a batch gives something else.
+`--expectation exact` sums over all labels; `sampled` draws one label an example from the model itself (for language models one
+token a position). F is at least `--floor`, so that entries that no task needs are averaged. Labels are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peru_cli.errors import UsageError
+from peru_cli.methods.philox import stream_key, words
+from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, scaled
+from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
+from peru_cli.streaming.arrays import Array
+
+if TYPE_CHECKING:
+    import torch
+
+ROLE, NORM = "fisher", "fisher-norm"
+
+
+class Fisher(Rule):
+    """See the module. Tensors without statistics (buffers) are averaged with the weights alone."""
+
+    on_vectors = False
+
+    def _importance(self, tile: Tile, task: int) -> Array:
+        """w_t F_t of a tile; (n,)."""
+        xp, out = tile.xp, tile.room("importance", tile.n)
+        found, weight = self.statistics[task], self.parameters.weights[task]
+        if found.shape(ROLE, tile.name) is None:
+            return xp.fill(out, weight)
+        xp.copy(xp.upload(found.entries(ROLE, tile.name, tile.start, tile.n)), out)
+        xp.clip(out, self.parameters.number("floor"), None, out=out)
+        if self.parameters.values["normalize"]:
+            norm = whole(found, NORM, tile.name)
+            weight /= max(float(norm), 1e-30) if norm is not None else 1.0
+        return scaled(out, weight, tile)
+
+    def merge(self, tile: Tile) -> Array:
+        xp = tile.xp
+        divisor = xp.fill(tile.room("divisor", tile.n), 0.0)
+
+        def parts() -> Any:
+            for task in range(tile.tasks):
+                importance = self._importance(tile, task)
+                xp.add(divisor, importance, out=divisor)
+                yield xp.multiply(tile.inputs(task), importance, out=tile.room(f"part{task % 2}", tile.n))
+
+        total = add_up(tile, parts())
+        return xp.divide(total, divisor, out=total)
+
+
+def label_draws(seed: int, start: int, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Uniform numbers in [0, 1) that choose the labels; float64 (n,)."""
+    return words(stream_key(seed, "fisher", "labels"), start, n) / 2.0**32
+
+
+def squared_gradients(logits: torch.Tensor, parameters: Sequence[torch.Tensor], draws: Any = None) -> list[torch.Tensor | None]:
+    """sum_y p(y) (d log p(y) / d theta)^2 of one example, or its estimate from labels drawn; shaped as the parameters.
+
+    Args:
+        logits: (1, labels), or (1, positions, vocabulary), still attached to the parameters.
+        draws: None for the sum over labels; else uniform numbers that choose a label for each row, (rows,).
+    """
+    import torch
+
+    rows = logits.reshape(-1, logits.shape[-1]).log_softmax(-1)  # (rows, labels)
+    chances = rows.detach().double().exp()
+    if draws is None:
+        assert len(rows) == 1
+        total: list[torch.Tensor | None] = [None] * len(parameters)
+        for label in range(rows.shape[1]):
+            gradients = torch.autograd.grad(rows[0, label], parameters, retain_graph=label + 1 < rows.shape[1], allow_unused=True)
+            for i, gradient in enumerate(gradients):
+                if gradient is not None:
+                    part, so_far = gradient.square_().mul_(float(chances[0, label])), total[i]
+                    total[i] = part if so_far is None else so_far.add_(part)
+        return total
+    below = chances.cumsum(-1) <= torch.as_tensor(draws, device=rows.device).unsqueeze(1) * chances.sum(-1, keepdim=True)
+    labels = below.sum(-1).clamp(max=rows.shape[1] - 1)
+    chosen = rows.gather(1, labels.unsqueeze(1)).sum()
+    return [g if g is None else g.square_() for g in torch.autograd.grad(chosen, parameters, allow_unused=True)]
+
+
+class FisherCollector(Collector):
+    """The diagonal of the Fisher information matrix of every parameter, float32."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self._exact = parameters.text("expectation") == "exact"
+
+    def check(self, task_model: TaskModel) -> None:
+        if self._exact and not hasattr(task_model.model.config, "num_labels"):
+            raise UsageError(f"{task_model.task}: not a classifier", "say --expectation sampled")
+
+    def collect(self, models: Sequence[TaskModel]) -> list[Found]:
+        return [self._diagonal(task_model) for task_model in models]
+
+    def _diagonal(self, task_model: TaskModel) -> Found:
+        import torch
+
+        named = dict(task_model.model.named_parameters())
+        parameters = [p.requires_grad_(True) for p in named.values()]
+        totals = [torch.zeros_like(p) for p in parameters]
+        seed, drawn = (0 if self._exact else int(self.parameters.number("seed"))), 0
+        for _, batch in task_model.examples.batches(1, task_model.device):
+            logits = task_model.model(**batch).logits
+            if self._exact and logits.dim() != 2:
+                raise UsageError(f"{task_model.task} is a language model: too many labels to sum over", "say --expectation sampled")
+            rows = logits[..., 0].numel()
+            draws = None if self._exact else label_draws(seed, drawn, rows)
+            drawn += rows
+            for total, found in zip(totals, squared_gradients(logits, parameters, draws), strict=True):
+                if found is not None:
+                    total.add_(found)
+            task_model.advance(1)
+        for p in parameters:
+            p.requires_grad_(False)
+        sums = {id(p): total.div_(len(task_model.examples)) for p, total in zip(parameters, totals, strict=True)}
+        norm = torch.stack([total.double().square().sum() for total in sums.values()]).sum().sqrt()
+        result: Found = {}
+        for name, parameter in task_model.model.named_parameters(remove_duplicate=False):
+            if name in task_model.names:
+                result[f"{ROLE}/{task_model.names[name]}"] = sums[id(parameter)]
+                result[f"{NORM}/{task_model.names[name]}"] = norm.clone()
+        return result
