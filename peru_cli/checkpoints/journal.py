@@ -43,7 +43,7 @@ class Journal:
         lines = self._read(first) if not fresh and all(_fits(*file) for file in files) else None
         if lines is None:
             for file, _, _ in files:
-                os.ftruncate(file.fd, 0)
+                file.empty()
             path.write_bytes(first.encode() + b"\n")
         else:
             for line in lines:
