@@ -14,10 +14,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
+from mergekit_environment import install
 from safetensors.torch import load_file, save_file
 
 TASKS = 3
@@ -41,15 +41,6 @@ CASES = [
         ["breadcrumbs", "--keep", "0.5", "--gamma", "0.1", "--scope", "tensor", "--scale", "1"],
     ),
 ]  # fmt: skip
-
-
-def install(folder: Path) -> Path:
-    """mergekit in an environment of its own; its `mergekit-pytorch`."""
-    program = folder / "bin" / "mergekit-pytorch"
-    if not program.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([folder / "bin" / "pip", "install", "-q", "mergekit==0.1.5", "torch==2.13.0"], check=True)
-    return program
 
 
 def make_family(folder: Path) -> dict[str, torch.Tensor]:
