@@ -25,10 +25,12 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
-    """A folder with the names that README uses: base, fashion, digits."""
+    """A folder with the names that README uses: base, fashion, digits, and images of both tasks."""
     (tmp_path / "base").symlink_to(demo.BASE)
     (tmp_path / "fashion").symlink_to(demo.fine_tune("fashion_mnist"))
     (tmp_path / "digits").symlink_to(demo.fine_tune("digits"))
+    (tmp_path / "fashion.npz").symlink_to(demo.images("fashion_mnist"))
+    (tmp_path / "digits.npz").symlink_to(demo.images("digits"))
     return tmp_path
 
 
@@ -38,7 +40,7 @@ def test_readme_has_two_setup_commands_and_its_examples_run(family: Path) -> Non
     examples = [line for block in blocks("sh") if "venv" not in block for line in block.splitlines()]
     assert {line.split()[1] for line in examples} >= {"merge", "prune", "unpack", "inspect"}
     script = "\n".join(["set -euo pipefail", f'peru() {{ "{sys.executable}" -m peru_cli "$@"; }}', *examples])
-    done = subprocess.run(["bash", "-c", script], cwd=family, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", script], cwd=family, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     wanted = load_file(family / "digits" / "model.safetensors")
     restored = load_file(family / "digits-restored.safetensors")
@@ -50,7 +52,7 @@ def test_readme_has_two_setup_commands_and_its_examples_run(family: Path) -> Non
 
 
 def test_every_command_is_in_the_readme_or_says_itself_what_it_does() -> None:
-    for command in ("merge", "prune", "svd-lora", "unpack", "push", "inspect", "demo"):
+    for command in ("merge", "prune", "svd-lora", "unpack", "push", "inspect", "eval", "demo"):
         assert f"peru {command}" in README
 
 

@@ -130,6 +130,16 @@ def read_examples(source: str, most: int | None = None) -> Examples:
     return examples if most is None else examples.head(most)
 
 
+def read_text(file: str) -> Examples:
+    """A file of running text as one example. BadFile if it is empty or not UTF-8, UsageError if it is not there."""
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(f"{file}: no such file")
+    if not (text := _text(path)).strip():
+        raise BadFile(f"{file} holds no text")
+    return Examples(file, texts=[text])
+
+
 def _file(path: Path) -> Examples:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""

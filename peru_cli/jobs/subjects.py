@@ -23,7 +23,7 @@ from peru_cli.checkpoints.resolve import check_task, open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.evaluation.data import Examples
-from peru_cli.evaluation.models import Inputs, build_model, encode, fit_labels, kind_of, load_config
+from peru_cli.evaluation.models import TEXT, Inputs, build_model, encode, fit_labels, kind_of, load_config
 from peru_cli.jobs.expand import Overlaid, open_fine_tune
 from peru_cli.jobs.live import apply
 from peru_cli.jobs.unpack import check_base, side_files
@@ -148,6 +148,7 @@ class Settings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     context: int | None = None
     attention: str | None = None  # transformers' attn_implementation
+    threads: int | None = None  # on the CPU; None chooses by the model's size
 
 
 @dataclass
@@ -158,14 +159,18 @@ class Loaded:
     kind: str
     model: Any
     inputs: Inputs
+    reading: object  # what decided the inputs besides the examples
 
 
-def load(subject: Subject, examples: Examples, others: Sequence[Mapping[str, bytes]], settings: Settings) -> Loaded:
+def load(
+    subject: Subject, examples: Examples, others: Sequence[Mapping[str, bytes]], settings: Settings, like: Loaded | None = None
+) -> Loaded:
     """Build a subject's model and encode examples for it.
 
     Args:
         others: side files to fall back on, of what it is compared with and of its base. A merge under a task's head
             takes the config of the first of them, if there is one: its own counts the labels of no head.
+        like: has read the same examples already; they are not encoded again if that would give the same.
 
     Raises BadFile or Mismatch, before any forward pass, for everything that does not fit.
     """
@@ -176,8 +181,15 @@ def load(subject: Subject, examples: Examples, others: Sequence[Mapping[str, byt
     config = load_config(files, subject.label)
     kind = kind_of(examples, config, subject.label)
     fit_labels(config, kind, subject.state)
-    inputs = encode(examples, files, config, kind, subject.label, settings.context)
+    reading = [kind, *(getattr(config, name, None) for name in ("model_type", "max_position_embeddings", "image_size", "num_channels"))]
+    reading.append({name: content for name, content in files.items() if not _CONFIG.fullmatch(name)})
+    if like is not None and like.reading == reading:
+        inputs = like.inputs
+        if kind == TEXT and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = like.model.config.pad_token_id
+    else:
+        inputs = encode(examples, files, config, kind, subject.label, settings.context)
     model = build_model(
         subject.state, config, kind, subject.label, dtype=settings.dtype, device=settings.device, attention=settings.attention
     )
-    return Loaded(subject.label, kind, model, inputs)
+    return Loaded(subject.label, kind, model, inputs, reading)

@@ -1,0 +1,191 @@
+"""`peru eval`: plan what is compared, look at everything that can be looked at, then run the models task by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from peru_cli.errors import Mismatch
+from peru_cli.evaluation import metrics
+from peru_cli.evaluation.data import Array, Examples
+from peru_cli.evaluation.metrics import Compared, Estimate
+from peru_cli.evaluation.models import CAUSAL, IGNORED, IMAGE, SEQ2SEQ, TEXT, class_logits
+from peru_cli.jobs.evalplan import Comparison
+from peru_cli.jobs.subjects import Base, Loaded, Settings, load, open_subject
+from peru_cli.streaming.engine import available_threads
+
+Advance = Callable[[int], None]
+BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}
+_SMALL = 4_000_000  # parameters; of smaller models, threads that wait for each other take longer than one alone
+_SLICE = 1 << 24  # logits that are looked at together
+
+
+@dataclass
+class Score:
+    """What was found for a task. Metrics by the names that --fail-below takes; shares are between 0 and 1, KL in nats."""
+
+    task: str
+    model: str
+    against: str | None
+    kind: str
+    n: int  # examples, or tokens of a language model
+    unit: str
+    nbytes: int
+    against_bytes: int | None
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    compared: Compared | None = None
+    classes: int = 0  # of a classifier
+
+
+def evaluate(
+    comparisons: Sequence[Comparison],
+    base: str | None,
+    settings: Settings,
+    batch_size: int | None,
+    advance: Advance,
+    step: Callable[[str], None],
+) -> list[Score]:
+    """Run all comparisons. The base is read once; one task's models are in memory at a time.
+
+    Raises BadFile, Mismatch or UsageError before a task's first forward pass.
+    """
+    opened = Base(base) if base is not None else None
+    found, threads = [], torch.get_num_threads()
+    try:
+        for comparison in comparisons:
+            step(comparison.task)
+            found.append(_evaluate(comparison, opened, settings, batch_size, advance))
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _evaluate(comparison: Comparison, base: Base | None, settings: Settings, batch_size: int | None, advance: Advance) -> Score:
+    examples, task = comparison.examples, comparison.task
+    subject = open_subject(comparison.model, task, base)
+    other = open_subject(comparison.against, task, base) if comparison.against is not None else None
+    others = [other.files] if other is not None else []
+    if base is not None:
+        others.append({name: path.read_bytes() for name, path in base.checkpoint.side_files.items()})
+    ours = load(subject, examples, others, settings)
+    theirs = load(other, examples, others[1:], settings, like=ours) if other is not None else None
+    if theirs is not None and theirs.kind != ours.kind:
+        raise Mismatch(f"{ours.label} is run as a {ours.kind}, {theirs.label} as a {theirs.kind}: they cannot be compared")
+    size = sum(tensor.numel() for tensor in subject.state.values())
+    torch.set_num_threads(settings.threads or (1 if size < _SMALL else available_threads()))
+    nbytes = subject.nbytes + subject.head_bytes
+    score = Score(task, comparison.model, comparison.against, ours.kind, len(examples), "examples", nbytes, other.nbytes if other else None)
+    del subject, other
+    (_score_classes if ours.kind in (TEXT, IMAGE) else _score_tokens)(
+        score, ours, theirs, examples, batch_size or BATCH_SIZES[ours.kind], advance
+    )
+    return score
+
+
+def _score_classes(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
+    labels = examples.class_numbers(ours.model.config)
+    classes = ours.model.config.num_labels
+    if classes < 2:
+        raise Mismatch(f"{ours.label} has one output: a regression, not a classifier")
+    if theirs is not None and theirs.model.config.num_labels != classes:
+        raise Mismatch(f"{ours.label} has {classes} labels, {theirs.label} has {theirs.model.config.num_labels}")
+    score.classes = classes
+    got = class_logits(ours.model, ours.inputs, batch_size, advance)
+    _require_finite(got, ours.label)
+    predicted = got.argmax(-1)
+    if labels is not None:
+        table = metrics.confusion(predicted, labels, classes)
+        score.metrics["accuracy"] = metrics.wilson(int(np.trace(table)), len(labels))
+        score.metrics["f1"] = Estimate(metrics.f1(table))
+        score.metrics["matthews"] = Estimate(metrics.matthews(table))
+    if theirs is None:
+        return
+    wanted = class_logits(theirs.model, theirs.inputs, batch_size, advance)
+    _require_finite(wanted, theirs.label)
+    decided = wanted.argmax(-1)
+    if labels is not None:
+        score.compared = metrics.compare_right(predicted == labels, decided == labels)
+        score.metrics["against_accuracy"] = metrics.wilson(score.compared.both + score.compared.theirs, len(labels))
+        score.metrics["difference"] = score.compared.difference()
+        score.metrics["normalised"] = score.compared.normalised()
+    score.metrics["agreement"] = metrics.wilson(int(np.count_nonzero(predicted == decided)), len(predicted))
+    _add_kl(score, metrics.kl_divergence(wanted, got))
+
+
+def _add_kl(score: Score, kl: Array) -> None:
+    score.metrics["kl"] = metrics.bootstrap_mean(kl)
+    score.metrics["kl99"] = Estimate(float(np.quantile(kl, 0.99)))
+
+
+def _require_finite(logits: Array, label: str) -> None:
+    if not np.isfinite(logits).all():
+        raise Mismatch(f"{label}: some outputs are NaN or infinite", "try --dtype fp32; or the weights themselves are broken")
+
+
+def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, vocabulary) and the tokens that came (n,), of a batch's n tokens that count."""
+    given = batch if loaded.kind != CAUSAL else {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits, labels = loaded.model(**given).logits, batch["labels"]
+    if loaded.kind == CAUSAL:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED
+    return logits[counted], labels[counted]
+
+
+class _TokenSums:
+    """Per token: negative log-likelihood of both models, KL divergence, whether their first choices agree."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Array]] = {"ours": [], "theirs": [], "kl": [], "same": []}
+
+    def add(self, came: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None) -> None:
+        """Add some tokens, in float64: a KL near zero is a difference of near equals."""
+        step = max(1, _SLICE // ours.shape[1])
+        for start in range(0, len(came), step):
+            part, tokens = slice(start, start + step), came[start : start + step].unsqueeze(1)
+            mine = torch.log_softmax(ours[part].double(), dim=-1)
+            self._put("ours", -mine.gather(1, tokens))
+            if theirs is not None:
+                logs = torch.log_softmax(theirs[part].double(), dim=-1)
+                self._put("theirs", -logs.gather(1, tokens))
+                self._put("kl", (logs.exp() * (logs - mine)).sum(-1))
+                self._put("same", logs.argmax(-1) == mine.argmax(-1))
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        self.columns[name].append(values.flatten().cpu().numpy())
+
+    def all(self, name: str) -> Array:
+        """One column."""
+        return np.concatenate(self.columns[name])
+
+
+def _score_tokens(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
+    """Both models see each batch together: nobody could keep the probabilities of a whole vocabulary for every token."""
+    device = next(ours.model.parameters()).device
+    sums = _TokenSums()
+    with torch.inference_mode():
+        for numbers, batch in ours.inputs.batches(batch_size, device):
+            mine, came = _token_logits(ours, batch)
+            reference = _token_logits(theirs, batch)[0] if theirs is not None else None
+            if reference is not None and reference.shape != mine.shape:
+                raise Mismatch(f"{ours.label} has a vocabulary of {mine.shape[1]} tokens, the other of {reference.shape[1]}")
+            sums.add(came, mine, reference)
+            advance(len(numbers))
+    loss = sums.all("ours")
+    _require_finite(loss, ours.label)
+    score.n, score.unit = len(loss), "tokens"
+    score.metrics["perplexity"] = _exponential(metrics.bootstrap_mean(loss))
+    if theirs is not None:
+        _require_finite(sums.all("theirs"), theirs.label)
+        score.metrics["against_perplexity"] = _exponential(metrics.bootstrap_mean(sums.all("theirs")))
+        agreed = sums.all("same")
+        score.metrics["agreement"] = metrics.wilson(int(agreed.sum()), len(agreed))
+        _add_kl(score, sums.all("kl"))
+
+
+def _exponential(mean: Estimate) -> Estimate:
+    return Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high))
