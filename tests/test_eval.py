@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import models
 import numpy as np
@@ -198,3 +201,52 @@ def test_weights_alone_are_compared_without_torch(tmp_path: Path, peru: Peru) ->
     assert not loaded & {"torch", "transformers", "huggingface_hub", "matplotlib"}
     assert out.splitlines()[0].split() == ["tensor", "error", "cosine", "same", "sign", "%", "changed"]
     assert "2 tensors that the base lacks are equal" in out
+
+
+def test_plot_and_report_are_drawn_and_need_nothing_else(family: Path, peru: Peru) -> None:
+    given = [family / "a.safetensors", "-b", family / "base", "-a", family / "fine", "-d", family / "test.jsonl"]
+    page, plot = family / "r.html", family / "p.svg"
+    found = run(peru, *given, "--report", page, "--plot", plot, "--fail-below", "accuracy=0", "--fail-above", "error=0.5", code=3)
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+    text = page.read_text("utf-8")
+    assert text.count("<svg") == 2 and "1 missed" in text and f"{100 * value(found['tasks'][0], 'accuracy'):.2f}" in text
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open and tags.count["table"] == 3 and tags.count["tr"] == 2 + 2 + len(found["weights"]["a"]["tensors"]) + 2
+    assert not tags.outside  # nothing is loaded from elsewhere
+    peru("eval", *given, "--report", page, code=2)
+    assert "another --report" in peru.stderr  # type: ignore[attr-defined]
+    peru("eval", *given, "--plot", family / "p.gif", code=2)
+    weights_only = run(peru, *given[:5], "--report", page, "--plot", plot, "--force")
+    assert not weights_only["tasks"] and page.read_text("utf-8").count("<svg") == 1
+
+
+def test_a_name_cannot_write_into_the_report(family: Path, peru: Peru) -> None:
+    strange = family / "<b>&.safetensors"
+    (family / "a.safetensors").rename(strange)
+    peru("eval", strange, "-b", family / "base", "-a", family / "fine", "-d", family / "test.jsonl", "--report", family / "r.html")
+    text = (family / "r.html").read_text("utf-8")
+    assert "&lt;b&gt;&amp;.safetensors" in text and "<b>" not in text
+
+
+class Tags(HTMLParser):
+    """Open tags, how many there were of each, and references that a browser would follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.count: Counter[str] = Counter()
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] += 1
+        self.outside += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset") and v and not v.startswith("#")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag

@@ -69,6 +69,12 @@ def evaluate_command(
         str, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="What models compute in, whatever their weights.")
     ] = "fp32",
     csv: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write all numbers as a table, one metric a line.")] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Draw accuracy against bytes, and the error of each tensor.")
+    ] = None,
+    report: Annotated[
+        Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one page that needs nothing else.")
+    ] = None,
     force: options.Force = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -88,6 +94,11 @@ def evaluate_command(
     if dtype not in COMPUTE:
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(COMPUTE)}")
     _check_output(csv, "--csv", force)
+    _check_output(report, "--report", force)
+    if plot is not None or report is not None:
+        from peru_cli.evaluation.plots import check_plot, need_matplotlib
+
+        need_matplotlib("--report") if plot is None else check_plot(plot)
 
     from peru_cli.checkpoints.resolve import default_task, split_arguments
     from peru_cli.commands import evalshow
@@ -114,6 +125,11 @@ def evaluate_command(
     console.result(evalshow.as_json(scores, weights, missed))
     if csv is not None:
         evalshow.write_csv(csv, rows)
+    if plot is not None or report is not None:
+        from peru_cli.commands import evaldraw
+
+        for path, said in evaldraw.draw(plot, report, scores, weights, [gate.option for gate in gates], missed):
+            console.note(f"{said} {path}")
     for line in missed:
         console.error(line)
     if missed:

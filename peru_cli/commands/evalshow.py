@@ -35,12 +35,12 @@ def numbers(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> list[
     nan = math.nan
     for task, report in weights.items():
         rows += [(task, name, getattr(report.total, name), nan, nan) for name in ("error", "cosine", "sign")]
-    if (mean := _mean(scores)) is not None:
+    if (mean := mean_of(scores)) is not None:
         rows.append(("mean", "normalised", mean.value, mean.low, mean.high))
     return rows
 
 
-def _mean(scores: Sequence[Score]) -> Estimate | None:
+def mean_of(scores: Sequence[Score]) -> Estimate | None:
     from peru_cli.evaluation.metrics import mean_normalised
 
     compared = [score.compared for score in scores if score.compared is not None]
@@ -58,7 +58,7 @@ def missed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _cell(name: str, estimate: Estimate) -> str:
+def cell(name: str, estimate: Estimate) -> str:
     """A number as the table has it; shares in per cent, differences in points."""
     scale, digits = (100, 2) if name in (*_SHARES, "difference") else (1, 4)
     sign = "+" if name == "difference" else ""
@@ -85,7 +85,7 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
         rows = []
         for score in chosen:
             size = si_bytes(score.nbytes) + (f" of {si_bytes(score.against_bytes)}" if score.against_bytes else "")
-            cells = [_cell(name, score.metrics[name]) if name in score.metrics else "" for name in names]
+            cells = [cell(name, score.metrics[name]) if name in score.metrics else "" for name in names]
             rows.append([score.task, count(score.n), *cells, size])
         tables.append(("", columns, rows))
     return tables
@@ -121,20 +121,27 @@ def show(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> None:
             console.line(f"{task}: {plural(len(report.heads), 'tensor')} that the base lacks {said}")
         if report.total.not_finite:
             console.line(f"{task}: {plural(report.total.not_finite, 'difference')} not finite, left out")
-    if (mean := _mean(scores)) is not None:
-        console.line(f"mean normalised accuracy {_cell('normalised', mean)} %")
-    if scores:
-        console.line("intervals are for 95%; KL in nats, of the model's predictions from those of --against" if _has_kl(scores)
-                     else "intervals are for 95%")  # fmt: skip
+    if (mean := mean_of(scores)) is not None:
+        console.line(f"mean normalised accuracy {cell('normalised', mean)} %")
+    for note in notes(scores, False):
+        console.line(note)
 
 
-def _has_kl(scores: Sequence[Score]) -> bool:
-    return any("kl" in score.metrics for score in scores)
+def notes(scores: Sequence[Score], weights: bool) -> list[str]:
+    """What a reader of the tables should know."""
+    said = []
+    if any("kl" in score.metrics for score in scores):
+        said.append("intervals are for 95%; KL in nats, of the model's predictions from those of --against")
+    elif scores:
+        said.append("intervals are for 95%")
+    if weights:
+        said.append("weights as changes of the base: error 0 is equal, 1 as far off as the base itself")
+    return said
 
 
 def as_json(scores: Sequence[Score], weights: dict[str, WeightsReport], failed: Sequence[str]) -> dict[str, Any]:
     """Everything for machines; NaN becomes null."""
-    mean = _mean(scores)
+    mean = mean_of(scores)
     return {
         "tasks": [
             {

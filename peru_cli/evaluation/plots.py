@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,20 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {path} should end in {', '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path.parent}: no such folder")
+    need_matplotlib("--plot")
+
+
+def need_matplotlib(option: str) -> None:
+    """UsageError if there is none."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UsageError("--plot needs matplotlib", "pip install 'peru-cli[plot]'") from error
+        raise UsageError(f"{option} needs matplotlib", "pip install 'peru-cli[plot]'") from error
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float, columns: int) -> Iterator[Any]:
+def _figure(path: Path | io.BytesIO, width: float, height: float, columns: int) -> Iterator[Any]:
+    """Axes to draw on; the file is written afterwards, into memory as SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +43,8 @@ def _figure(path: Path, width: float, height: float, columns: int) -> Iterator[A
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
         yield axes[0]
-        figure.savefig(path, dpi=150)
+        in_memory: dict[str, Any] = {"format": "svg", "metadata": {"Date": None}} if isinstance(path, io.BytesIO) else {}
+        figure.savefig(path, dpi=150, **in_memory)
         pyplot.close(figure)
 
 
@@ -105,3 +114,56 @@ def plot_spectra(
         second.plot(ranks, [100 * error for error in errors], marker="s", color="#b5533c")
         second.set_ylabel("relative error, %", color="#b5533c")
         second.set_ylim(bottom=0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A task's model among others: its bytes, its accuracy (0 to 1) and the bounds of its interval."""
+
+    task: str
+    nbytes: int
+    accuracy: float
+    low: float
+    high: float
+
+
+def plot_accuracies(path: Path | io.BytesIO, ours: Sequence[Point], theirs: Sequence[Point]) -> None:
+    """Accuracy against bytes, a colour a task: ours filled, what it is compared with hollow, joined by a line."""
+    with _figure(path, 7.5, 4.2, 1) as (axis,):
+        _accuracies(axis, ours, theirs)
+
+
+def plot_errors(path: Path | io.BytesIO, errors: Mapping[str, float]) -> None:
+    """Error of the weights by tensor."""
+    with _figure(path, 7.5, _bars_height(len(errors)), 1) as (axis,):
+        _bars(axis, list(errors), list(errors.values()), _ERROR)
+
+
+def plot_evaluation(path: Path, ours: Sequence[Point], theirs: Sequence[Point], errors: Mapping[str, float]) -> None:
+    """Both beside each other."""
+    with _figure(path, 12, max(4.2, _bars_height(len(errors))), 2) as (left, right):
+        _accuracies(left, ours, theirs)
+        _bars(right, list(errors), list(errors.values()), _ERROR)
+
+
+_ERROR = "error of the change, relative to the fine-tune's"
+
+
+def _bars_height(count: int) -> float:
+    return max(2.4, 0.13 * min(count, 40) + 1.2)
+
+
+def _accuracies(axis: Any, ours: Sequence[Point], theirs: Sequence[Point]) -> None:
+    colours = ["#3b6ea5", "#b5533c", "#4f8a5b", "#8a6bb1", "#c19a2e", "#4aa3a2", "#a34a77", "#6b7280"]
+    opposite = {point.task: point for point in theirs}
+    for number, point in enumerate(ours):
+        colour = colours[number % len(colours)]
+        bars = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
+        axis.errorbar([point.nbytes], [100 * point.accuracy], yerr=bars, fmt="o", color=colour, capsize=3, label=point.task)
+        if (other := opposite.get(point.task)) is not None:
+            axis.plot([other.nbytes], [100 * other.accuracy], marker="o", markerfacecolor="white", color=colour, linestyle="")
+            axis.plot([point.nbytes, other.nbytes], [100 * point.accuracy, 100 * other.accuracy], color=colour, alpha=0.35, linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel("bytes" + (" (hollow: what it is compared with)" if theirs else ""))
+    axis.set_ylabel("accuracy, %")
+    axis.legend(frameon=False)
