@@ -400,10 +400,10 @@ def test_search_over_other_options(family: Path, peru, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-m", "ties", "--search", "scale=0:1"], "OPTION=FROM:TO:STEP"),
+        (["-m", "ties", "--search", "scale=0:1"], "FROM:TO:STEP"),
         (["-m", "ties", "--search", "scope=0:1:1"], "no numeric option --scope"),
         (["-m", "ties", "--search", "alpha=0:1:1"], "no numeric option --alpha"),
-        (["-m", "ties", "--search", "scale=0:x:1"], "'x' is not a number"),
+        (["-m", "ties", "--search", "scale=0:x:1"], "three numbers"),
         (["-m", "ties", "--search", "scale=1:0:0.1"], "goes nowhere"),
         (["-m", "ties", "--search", "scale=0:1:0"], "goes nowhere"),
         (["-m", "ties", "--search", "scale=0:1:1e-9"], "STEP larger"),
@@ -435,3 +435,23 @@ def test_data_that_cannot_be(family: Path, peru, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     peru(*command(family, "regmean", *out, "--stats", tmp_path / "file"), code=2)
     assert "is a file" in peru.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher", "adamerging"])
+def test_tensors_that_transformers_renames_are_followed(peru, tmp_path: Path, method: str) -> None:
+    """The demo's checkpoints have names of an earlier transformers: every weight that is trained has statistics under its own name."""
+    from peru_cli import demo
+
+    tasks = ("digits", "notmnist")
+    data = [word for task in tasks for word in ("--data", f"{task}={demo.images(task)}")]
+    options = ["--max-samples", 4, *(["--steps", 1, "--batch-size", 2] if method == "adamerging" else [])]
+    models_ = [f"{task}={demo.fine_tune(task)}" for task in tasks]
+    at = ["--base", demo.BASE, "--per-task", "^classifier", "-o", tmp_path / "out", "--stats", tmp_path / "stats", "--device", "cpu"]
+    peru("merge", *models_, *at, *data, "-m", method, "--no-sync", *options)
+    own = load_file(demo.fine_tune("digits") / "model.safetensors")
+    for file in (tmp_path / "stats").iterdir():
+        found = {name.partition("/")[2] for name in load_file(file) if not name.startswith("fisher-norm")}
+        if method == "regmean":
+            assert found == {name for name in own if name.endswith("weight") and own[name].dim() == 2}
+        else:
+            assert found | {name for name in own if name.startswith("classifier")} == set(own)

@@ -43,6 +43,16 @@ def evaluate_command(
     text: Annotated[
         Optional[list[str]], typer.Option("--text", metavar="[TASK=]FILE", help="Plain text for language models. Repeatable.")
     ] = None,
+    tau_jp: Annotated[
+        bool, typer.Option("--tau-jp", help="How much each task vector disturbs each task: tau-Jp, and the disentanglement error.")
+    ] = False,
+    scale: Annotated[
+        float, typer.Option("--scale", "-s", metavar="S", help="Of the task vectors in --tau-jp's disentanglement error.")
+    ] = 1.0,
+    negate: Annotated[
+        bool, typer.Option("--negate", help="Base minus the task vector: accuracy on --data target=FILE and --data control=FILE.")
+    ] = False,
+    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Scales that --negate tries.")] = "0:1:0.05",
     fail_below: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -90,6 +100,10 @@ def evaluate_command(
     peru eval merged/ --data a=a.jsonl --data b=b.jsonl --against a=MODEL_A --against b=MODEL_B
 
     peru eval lm.safetensors --base BASE --against MODEL --text wiki.txt
+
+    peru eval a=MODEL_A b=MODEL_B --base BASE --tau-jp --data a=a.jsonl --data b=b.jsonl
+
+    peru eval a=MODEL_A --base BASE --negate --data target=a.jsonl --data control=b.jsonl --against control=MODEL_B
     """
     if dtype not in COMPUTE:
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(COMPUTE)}")
@@ -109,6 +123,21 @@ def evaluate_command(
     named = {a.task or default_task(a.model): a.model for a in split_arguments(models)}
     others = split_data(against or [], "--against")
     files = split_data([*(data or []), *(text or [])], "--data")
+    if tau_jp or negate:
+        if tau_jp and negate:
+            raise UsageError("--tau-jp and --negate are two measurements", "ask for one of them")
+        if gates or csv is not None:
+            raise UsageError("--tau-jp and --negate know no gates and no --csv", "use --json")
+        from peru_cli.commands import evalinterference as interference
+        from peru_cli.commands.methodoptions import parse_range
+
+        read = _read(files, text or [], max_samples)
+        if tau_jp:
+            interference.tau_jp(named, base, read, scale, device, batch_size)
+        else:
+            points = [float(point) for point in parse_range(scales, "--scales")]
+            interference.negate(named, base, others, read, points, device, batch_size)
+        return
     if not files and not others:
         raise UsageError("nothing to compare with and nothing to run on", "add --against MODEL, --data FILE, or both")
     if not files and base is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peru_cli.methods.rules import Value
 
 _MOST_POINTS = 1000
+_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)(%?)", re.IGNORECASE)
 
 
 def with_method_options(command: Callable[..., None], after: str) -> Callable[..., None]:
@@ -78,30 +79,27 @@ class Searched:
 
 def parse_search(text: str, method: Method, given: Mapping[str, Value]) -> Searched:
     """`scale=0:1:0.05` as values of an option of the method; UsageError otherwise, with what could be typed."""
-    hint = "write OPTION=FROM:TO:STEP, as --search scale=0:1:0.05"
-    match = re.fullmatch(r"([a-z-]+)=([^:]+):([^:]+):([^:]+)", text)
-    if match is None:
-        raise UsageError(f"--search {text!r} is not an option with three numbers", hint)
-    name = match.group(1)
+    name, _, bounds = text.partition("=")
     numeric = [option for option in method.options if option in FLAGS and FLAGS[option].kind in (float, int, Fraction)]
     if name not in numeric:
         raise UsageError(f"--search: {method.name} has no numeric option --{name}", f"it has {', '.join(numeric)}")
     if name in given:
         raise UsageError(f"--{name} is both given and searched for", "leave one of the two out")
-    start, stop, step = (_number(part, text, hint) for part in match.groups()[1:])
+    return Searched(name, tuple(_point(name, number, text) for number in parse_range(bounds, f"--search {name}")), bounds)
+
+
+def parse_range(text: str, option: str) -> list[Fraction]:
+    """`0:1:0.05` as numbers from FROM to TO; UsageError otherwise."""
+    numbers = [_NUMBER.fullmatch(part.strip()) for part in text.split(":")]
+    if len(numbers) != 3 or not all(numbers):
+        raise UsageError(f"{option} {text!r} is not FROM:TO:STEP in numbers", "write three numbers, as 0:1:0.05")
+    start, stop, step = (Fraction(match.group(1)) / (100 if match.group(2) else 1) for match in numbers if match is not None)
     if step <= 0 or stop < start:
-        raise UsageError(f"--search {text} goes nowhere", "FROM is at most TO, and STEP above 0")
+        raise UsageError(f"{option} {text} goes nowhere", "FROM is at most TO, and STEP above 0")
     steps = (stop - start) // step + 1
     if steps > _MOST_POINTS:
-        raise UsageError(f"--search {text} would try {steps:,} values", "make the STEP larger")
-    return Searched(name, tuple(_point(name, start + i * step, text) for i in range(steps)), text.partition("=")[2])
-
-
-def _number(part: str, text: str, hint: str) -> Fraction:
-    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)(%?)", part.strip(), re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"--search {text}: {part!r} is not a number", hint)
-    return Fraction(match.group(1)) / (100 if match.group(2) else 1)
+        raise UsageError(f"{option} {text} has {steps:,} values", "make the STEP larger")
+    return [start + i * step for i in range(steps)]
 
 
 def _point(name: str, number: Fraction, text: str) -> Value:

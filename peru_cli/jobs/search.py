@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,7 @@ class Trial:
         merge(self._plan, rule, writer, how)
         weights = {slot.base.name: writer.tensor(slot.info.name).to(self._running.device) for slot in self._plan.slots}
         for parts in self._parts:  # all models share the merged weights
-            tensors: Mapping[str, torch.Tensor] = dict(parts.loaded.model.named_parameters()) | dict(parts.loaded.model.named_buffers())
-            for name, merged in parts.merged.items():
-                if name in tensors:
-                    tensors[name].data = weights[merged]
+            parts.put(weights)
         accuracies = self._accuracies()
         return Point(value, accuracies, sum(accuracies[task] / self.fine[task] for task in accuracies) / len(accuracies))
 

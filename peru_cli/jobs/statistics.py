@@ -25,7 +25,7 @@ from peru_cli.checkpoints.writer import FileWriter
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.evaluation.data import Examples
 from peru_cli.jobs.mergeplan import MergePlan
-from peru_cli.jobs.taskmodels import Running, TaskParts, digest_inputs, load_task, own_files
+from peru_cli.jobs.taskmodels import Running, TaskParts, digest_inputs, load_task, own_files, read_floats
 from peru_cli.methods.rules import Parameters
 from peru_cli.methods.statistics import Collector, Found, TaskModel
 from peru_cli.methods.table import Method
@@ -150,10 +150,7 @@ class Statistics:
         base = self._plan.base
         if base is None or parameter not in parts.merged:
             return None
-        info = base.tensors[parts.merged[parameter]]
-        data = bytearray(info.nbytes)
-        base.read_into(info.name, 0, memoryview(data))
-        return torch.frombuffer(data, dtype=getattr(torch, info.dtype.torch_name or "")).view(info.shape).float()
+        return read_floats(base, parts.merged[parameter])
 
     def _write(self, path: Path, model: TaskModel, found: Found) -> None:
         infos = [TensorInfo(name, _DTYPE[tensor.dtype], tuple(tensor.shape)) for name, tensor in found.items()]

@@ -9,9 +9,9 @@ import torch
 from blake3 import blake3
 
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import UsageError
+from peru_cli.errors import Mismatch, UsageError
 from peru_cli.evaluation.data import Examples, read_examples, split_data
-from peru_cli.evaluation.models import pick_device
+from peru_cli.evaluation.models import build_model, pick_device
 from peru_cli.jobs.expand import ExpandedArtifact
 from peru_cli.jobs.mergeplan import MergePlan
 from peru_cli.jobs.subjects import Loaded, Settings, Subject, load, read_tensors
@@ -35,6 +35,13 @@ class TaskParts:
     loaded: Loaded
     own: dict[str, str]
     merged: dict[str, str]
+
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use merged weights, by the merge's names; the model shares their memory. What they lack stays."""
+        tensors: Mapping[str, torch.Tensor] = dict(self.loaded.model.named_parameters()) | dict(self.loaded.model.named_buffers())
+        for name, merged in self.merged.items():
+            if name in tensors and merged in weights:
+                tensors[name].data = weights[merged]
 
 
 def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str) -> Running:
@@ -73,6 +80,28 @@ def own_files(fine: Checkpoint, base: Checkpoint | None) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in fine.side_files.items()}
 
 
+def trace_names(state: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, str]:
+    """Which of a checkpoint's tensors became which of its model's, by the model's names.
+
+    transformers renames tensors while it loads them, architecture by architecture. So a second model is loaded from tensors
+    that are each filled with a number of their own. Mismatch where tensors were joined or cut.
+    """
+    names = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()]
+    dyed = dict(state) | {name: torch.full(state[name].shape, float(number)) for number, name in enumerate(names, 1)}
+    model, traced = loaded.model, {}
+    config = type(model.config).from_dict(model.config.to_dict())
+    probe = build_model(dyed, config, loaded.kind, loaded.label, dtype=torch.float32, device=torch.device("cpu"))
+    for name, tensor in probe.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            number = float(tensor.flatten()[0])
+            if not bool((tensor == number).all()) or not number.is_integer() or not 1 <= number <= len(names):
+                raise Mismatch(
+                    f"{loaded.label}: transformers joins or cuts tensors to make {name!r}", "methods with data cannot follow them"
+                )
+            traced[name] = names[int(number) - 1]
+    return traced
+
+
 def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: torch.device, attention: str | None = None) -> TaskParts:
     """Build a fine-tune's model in float32. Mismatch or BadFile where model and examples do not fit."""
     fine = vector.fine
@@ -81,9 +110,18 @@ def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: t
     others = [{name: path.read_bytes() for name, path in plan.reference.side_files.items()}]
     subject = Subject(fine.label, state, own_files(fine, plan.base), fine.nbytes)
     loaded = load(subject, examples, others, Settings(device=device, attention=attention))
-    known = loaded.model.state_dict()
-    prefix = f"{loaded.model.base_model_prefix}."
-    own = {(name if name in known else prefix + name): ours for ours, name in called.items()}
+    called_back = {name: ours for ours, name in called.items()}
+    own = {name: called_back[found] for name, found in trace_names(state, loaded).items()}
     number = plan.vectors.index(vector)
     merged = {slot.inputs[number].name: slot.base.name for slot in plan.slots}
     return TaskParts(loaded, own, {name: merged[ours] for name, ours in own.items() if ours in merged})
+
+
+def read_floats(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A floating tensor in float32."""
+    info = checkpoint.tensors[name]
+    data = bytearray(info.nbytes)
+    if not data:
+        return torch.empty(info.shape)
+    checkpoint.read_into(name, 0, memoryview(data))
+    return torch.frombuffer(data, dtype=getattr(torch, info.dtype.torch_name or "")).view(info.shape).float()

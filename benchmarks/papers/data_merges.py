@@ -1,0 +1,87 @@
+"""Merge fine-tunes of MiniLM with and without data, choosing on dev and measuring on test; prints a table for docs/results.md.
+
+    python benchmarks/papers/data_merges.py CACHE [--tasks sst2 clinc_domains hate_davidson] [--steps 500]
+
+CACHE is what finetunes.py made. Statistics are of the dev examples, without their labels; what is searched is chosen on
+them with labels. Accuracies are on the test sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from peru_cli.checkpoints.local import open_directory
+from peru_cli.console import console
+from peru_cli.evaluation.data import read_examples
+from peru_cli.evaluation.models import pick_device
+from peru_cli.jobs.how import streaming
+from peru_cli.jobs.mergedata import look
+from peru_cli.jobs.mergeplan import Options, plan_merge
+from peru_cli.jobs.search import Trial
+from peru_cli.jobs.taskmodels import Running
+from peru_cli.methods.rules import Parameters, Value
+from peru_cli.methods.table import effective_values, find_method
+
+GRID = [i / 10 for i in range(11)]
+
+
+def main() -> None:
+    """Run all methods."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "clinc_domains", "hate_davidson"])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--test-samples", type=int, help="the first so many test examples only")
+    parser.add_argument("--quick", action="store_true", help="an average and regmean on 200 examples a task, nothing searched")
+    arguments = parser.parse_args()
+    names = tuple(arguments.tasks)
+    base = open_directory(arguments.cache / "base", "base")
+    fine = [(task, open_directory(arguments.cache / "full" / task, task)) for task in names]
+    parts = {}
+    for part, most in (("dev", None), ("test", arguments.test_samples)):
+        found = {task: read_examples(str(arguments.cache / "data" / f"{task}.{part}.jsonl"), most) for task in names}
+        parts[part] = Running(found, pick_device("auto"), 16 if part == "dev" else 64)
+    cases: list[tuple[str, dict[str, Value], str | None, list[Value]]] = [
+        ("linear", {}, None, []),
+        ("task-arithmetic", {}, "scale", list(GRID)),
+        ("ties", {}, "scale", [i / 5 for i in range(1, 11)]),
+        ("fisher", {}, None, []),
+        ("fisher", {"floor": 1e-12}, None, []),
+        ("fisher", {"floor": 1e-12, "normalize": True}, None, []),
+        ("fisher", {"floor": 1e-12, "expectation": "sampled"}, None, []),
+        ("regmean", {}, "alpha", [0.1, 0.5, 0.9, 1.0]),
+        ("adamerging", {"scope": "global", "steps": arguments.steps}, None, []),
+        ("adamerging", {"steps": arguments.steps}, None, []),
+    ]
+    if arguments.quick:
+        cases = [("linear", {}, None, []), ("regmean", {"max-samples": 200}, None, [])]
+    print("| method | chosen |", " | ".join(names), "| mean | normalised | seconds |")
+    print("| --- | --- |" + " ---: |" * (len(names) + 3))
+    with tempfile.TemporaryDirectory() as folder, console.progress(0, "") as bar, streaming("auto", None, None, bar.advance) as how:
+        trial = None
+        for name, given, searched, points in cases:
+            method, start = find_method(name), time.perf_counter()
+            values = effective_values(method, given)
+            weights = (1.0,) * len(names)
+            plan = plan_merge(base, fine, method.build(Parameters(names, weights, values)).on_vectors, Options())
+            found = look(
+                plan, method, Parameters(names, weights, values), parts["dev"], Path(folder), (searched, points) if searched else None,
+                how, lambda text: None, bar,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            trial = trial or Trial(plan, parts["test"])  # plans differ in nothing that it looks at
+            point = trial.try_merge(0, found.rule, how)
+            options = ", ".join(f"{k} {v}" for k, v in given.items())
+            chosen = f"{searched} {found.parameters.values[searched]:g}" if searched else ""
+            cells = [f"{100 * a:.2f}" for a in (*point.accuracies.values(), sum(point.accuracies.values()) / len(names), point.normalised)]
+            print(f"| {name} {options} | {chosen} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+        assert trial is not None
+        cells = [f"{100 * a:.2f}" for a in (*trial.fine.values(), sum(trial.fine.values()) / len(names), 1.0)]
+        print(f"| fine-tunes | | {' | '.join(cells)} | |")
+
+
+if __name__ == "__main__":
+    main()

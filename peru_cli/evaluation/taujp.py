@@ -1,0 +1,60 @@
+"""How much one task's vector moves the features of another task's inputs, to first order (tau-Jp).
+
+    tau-Jp(i -> j) = mean over x in D_j of ||J_{theta_0}(x) tau_i||_2,    J the Jacobian of the features before the head
+
+Source: the tau-Jp paper on task arithmetic by regularised linearisation. The smaller, the less task i disturbs task j.
+The product is one forward-mode pass (`torch.func.jvp`), exact to rounding; the model must use eager attention, for fused
+attention has no forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.func import functional_call, jvp
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def features(model: Any, parameters: Tensors, batch: Tensors) -> torch.Tensor:
+    """What the head is given, with these parameters; (batch, features), or (batch, positions, features).
+
+    The head is the first module beside the encoder (`model.base_model`) that is run and is no dropout; a model without
+    one gives its last hidden state.
+    """
+    encoder, seen = model.base_model, []
+    heads = [child for child in model.children() if child is not encoder and not isinstance(child, torch.nn.Dropout)]
+
+    def keep(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen.append(arguments[0])
+
+    hooks = [head.register_forward_pre_hook(keep) for head in heads] if encoder is not model else []
+    try:
+        output = functional_call(model, dict(parameters), (), dict(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: torch.Tensor = seen[0] if seen else output.last_hidden_state
+    return found
+
+
+def change_norms(model: Any, origin: Tensors, tau: Tensors, batch: Tensors) -> torch.Tensor:
+    """||J(x) tau||_2 of each example, over the feature axis; (batch,).
+
+    Features of several positions count with the mean of their norms, padding (by the attention mask) left out.
+
+    Args:
+        origin: all parameters at which J is taken, by the model's names, each tied one once.
+        tau: the direction; parameters that it lacks stay.
+    """
+    direction = {name: tau[name] if name in tau else torch.zeros_like(value) for name, value in origin.items()}
+    _, change, *_ = jvp(lambda parameters: features(model, parameters, batch), (dict(origin),), (direction,))
+    norms: torch.Tensor = change.norm(dim=-1)
+    if norms.dim() == 1:
+        return norms
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != norms.shape:
+        return norms.flatten(1).mean(1)
+    return (norms * mask).sum(1) / mask.sum(1)
