@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from peru_cli import __version__
+from peru_cli.checkpoints.places import reading
 from peru_cli.commands import demo, eval, inspect, merge, prune, push, svd_lora, unpack
 from peru_cli.console import console
 from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, from_os_error
@@ -57,6 +58,7 @@ def _terminate(signum: int, frame: Any) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; prints what failed."""
     signal.signal(signal.SIGTERM, _terminate)
+    reading.reset()
     try:
         code = app(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:

@@ -17,6 +17,7 @@ from peru_cli.checkpoints.atomic import PartialFile
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
 from peru_cli.checkpoints.local import RandomAccessFile, read_header
+from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile
 
 FORMAT = "1"
@@ -86,7 +87,7 @@ class ContainerWriter:
 
 
 @contextmanager
-def opening(path: Path, close: Callable[[], None]) -> Iterator[None]:
+def opening(path: Place, close: Callable[[], None]) -> Iterator[None]:
     """Close what could not be opened, and name the file in the reason."""
     try:
         yield
@@ -102,7 +103,7 @@ def opening(path: Path, close: Callable[[], None]) -> Iterator[None]:
 class Container:
     """An artifact opened for reading: metadata, the verified index, and roles read by range."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self._file = RandomAccessFile(path)
         with opening(path, self.close):
@@ -160,7 +161,13 @@ class Container:
         self._file.close()
 
 
-def is_artifact(path: Path) -> bool:
+def find_artifact(place: Place) -> Place:
+    """The one artifact in a folder or repo that holds no other weights; else the place itself."""
+    files = [file for file in children(place, "*.safetensors") if not file.name.startswith(".")]
+    return files[0] if len(files) == 1 and is_artifact(files[0]) else place
+
+
+def is_artifact(path: Place) -> bool:
     """Whether a file is a peru artifact, sound or not; False for what is no safetensors file."""
     if not path.is_file() or path.suffix != ".safetensors":
         return False

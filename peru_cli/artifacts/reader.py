@@ -6,7 +6,6 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, STORED, WHOLE,
 from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata, short_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Prefix
+from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK
@@ -41,7 +41,7 @@ class _StreamReader:
 class SparseDelta:
     """An opened sparse-delta artifact. Safe from many threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.container = Container(path)
         with opening(path, self.close):
             self._open()

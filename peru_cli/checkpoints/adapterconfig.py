@@ -6,9 +6,9 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile, UsageError
 
 CONFIG = "adapter_config.json"
@@ -33,7 +33,7 @@ _NOT_ADDED: dict[str, tuple[Any, ...]] = {
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def read_config(folder: Path, label: str) -> dict[str, Any]:
+def read_config(folder: Place, label: str) -> dict[str, Any]:
     """The configuration of a LoRA adapter; UsageError names what it is, if it is something else."""
     path = folder / CONFIG
     try:
@@ -63,7 +63,7 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
     return config
 
 
-def _check_pattern(path: Path, name: str, table: Any) -> None:
+def _check_pattern(path: Place, name: str, table: Any) -> None:
     if not isinstance(table, dict):
         raise BadFile(f"{path}: {name} is not a table")
     for key, value in table.items():

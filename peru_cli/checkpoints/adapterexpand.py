@@ -11,7 +11,6 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peru_cli.checkpoints.adapterconfig import CONFIG, check_can_be_added
@@ -19,6 +18,7 @@ from peru_cli.checkpoints.adapterfit import F32, Fitting, Update
 from peru_cli.checkpoints.adapterkeys import PEFT
 from peru_cli.checkpoints.adapters import Adapter
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch
@@ -36,7 +36,7 @@ class LoraCheckpoint(Checkpoint):
 
     expanded = True
 
-    def __init__(self, path: Path, label: str, base: Checkpoint) -> None:
+    def __init__(self, path: Place, label: str, base: Checkpoint) -> None:
         """Raises Mismatch, from headers alone, if the adapter does not fit the base."""
         import torch  # noqa: F401 - now, so that the engine sees it and switches its threads off
 
@@ -47,7 +47,7 @@ class LoraCheckpoint(Checkpoint):
             self._adapter.close()
             raise
 
-    def _open(self, path: Path, label: str) -> None:
+    def _open(self, path: Place, label: str) -> None:
         adapter, base = self._adapter, self._base
         check_can_be_added(adapter.config, label)
         self.label, self.metadata, self.warnings = label, {}, list(adapter.file.warnings)
@@ -189,7 +189,7 @@ class LoraCheckpoint(Checkpoint):
         self._adapter.close()
 
 
-def _table(path: Path) -> dict[str, Any]:
+def _table(path: Place) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

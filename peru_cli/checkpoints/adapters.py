@@ -12,13 +12,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peru_cli.checkpoints.adapterconfig import CONFIG, rank_of, read_config, scale_of
 from peru_cli.checkpoints.adapterkeys import PEFT, Keys, Sorted, looks_like_lora, sort_file, sort_peft
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
+from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 
@@ -104,7 +104,7 @@ class LoraModule:
 class Adapter:
     """One adapter: a folder with adapter_config.json, or a kohya or diffusers file. Opening it reads headers only."""
 
-    def __init__(self, path: Path, label: str) -> None:
+    def __init__(self, path: Place, label: str) -> None:
         """Raises UsageError for another kind of adapter, BadFile if modules are incomplete or have ranks of 0."""
         self.path, self.label = path, label
         self.config: dict[str, Any] = {}
@@ -164,12 +164,12 @@ class Adapter:
         self.close()
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: Place) -> bool:
     """Whether a path is one LoRA adapter: a folder with a configuration, or diffusers' folder."""
     return (path / CONFIG).is_file() or (path / _DIFFUSERS_FILE).is_file()
 
 
-def is_lora_file(path: Path) -> bool:
+def is_lora_file(path: Place) -> bool:
     """Whether a path is a safetensors file of a LoRA in kohya's or diffusers' layout; False for what cannot be read."""
     if not path.is_file() or path.suffix != ".safetensors":
         return False
@@ -180,11 +180,10 @@ def is_lora_file(path: Path) -> bool:
         return False
 
 
-def find_adapters(path: Path) -> dict[str, Path]:
+def find_adapters(path: Place) -> dict[str, Place]:
     """The adapters of a folder as peft saves several: the default one in itself under "", others in sub-folders by name."""
     found = {"": path} if is_adapter(path) else {}
-    children = sorted(path.iterdir()) if path.is_dir() else []
-    return found | {child.name: child for child in children if (child / CONFIG).is_file() and not child.name.startswith(".")}
+    return found | {child.name: child for child in children(path) if (child / CONFIG).is_file() and not child.name.startswith(".")}
 
 
 class _Builder:

@@ -1,4 +1,4 @@
-"""Checkpoints on this machine's disk: safetensors files, sharded directories, pytorch_model.bin."""
+"""Checkpoints in files, on this machine's disk or on the Hub: safetensors, sharded directories, pytorch_model.bin."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
+from peru_cli.checkpoints.places import Place, children, on_disk
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
@@ -23,9 +23,9 @@ _HAS_PREADV = hasattr(os, "preadv")
 class RandomAccessFile:
     """A file read at any offset by any thread: `preadv` where there is one, else one locked handle."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = open(on_disk(path), "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._lock = threading.Lock()
         self.size = os.fstat(self._file.fileno()).st_size
         if hasattr(os, "posix_fadvise"):
@@ -68,7 +68,7 @@ def read_header(file: RandomAccessFile) -> Header:
 class SafetensorsCheckpoint(Checkpoint):
     """One or several safetensors files that together hold each tensor once."""
 
-    def __init__(self, label: str, kind: str, files: list[Path], side_files: Mapping[str, Path]) -> None:
+    def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.files = label, kind, side_files, [], files
         self._files: list[RandomAccessFile] = []
         self._where: dict[str, tuple[RandomAccessFile, int]] = {}
@@ -94,7 +94,7 @@ class SafetensorsCheckpoint(Checkpoint):
         file, begin = self._where[name]
         file.read_into(begin + offset, buffer)
 
-    def keep_only(self, weight_map: Mapping[str, str], index: Path) -> None:
+    def keep_only(self, weight_map: Mapping[str, str], index: Place) -> None:
         """Hold the tensors to what a shard index says: all that it lists, where it lists them."""
         absent = [n for n, shard in weight_map.items() if self._file_name(n) != shard]
         if absent:
@@ -118,7 +118,7 @@ class SafetensorsCheckpoint(Checkpoint):
 class TorchCheckpoint(Checkpoint):
     """pytorch_model.bin files, read through `torch.load(weights_only=True, mmap=True)` and nothing else."""
 
-    def __init__(self, label: str, kind: str, files: list[Path], side_files: Mapping[str, Path]) -> None:
+    def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.metadata = label, kind, side_files, [], {}
         self.files = files
         self._bytes: dict[str, memoryview] = {}
@@ -134,11 +134,11 @@ class TorchCheckpoint(Checkpoint):
         buffer[:] = self._bytes[name][offset : offset + len(buffer)]
 
 
-def _load_torch_file(path: Path) -> dict[str, tuple[TensorInfo, memoryview]]:
+def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
     import torch
 
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded: Any = torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # torch raises pickle, zip and runtime errors alike; each means the same here
@@ -168,7 +168,7 @@ def _load_torch_file(path: Path) -> dict[str, tuple[TensorInfo, memoryview]]:
     return result
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Place) -> dict[str, str]:
     """The weight map of a shard index, with shard names that stay in their folder."""
     try:
         parsed = json.loads(path.read_text("utf-8"))
@@ -183,7 +183,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_sharded(label: str, index: Path) -> Checkpoint:
+def _open_sharded(label: str, index: Place) -> Checkpoint:
     weight_map = _read_index(index)
     files = [index.parent / shard for shard in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
@@ -208,14 +208,14 @@ def _open_sharded(label: str, index: Path) -> Checkpoint:
     return sharded
 
 
-def open_directory(folder: Path, label: str) -> Checkpoint:
+def open_directory(folder: Place, label: str) -> Checkpoint:
     """Open the checkpoint in a folder: an index with shards, one safetensors file, or pytorch_model.bin."""
     for pattern in ("model.safetensors.index.json", "*.safetensors.index.json"):
-        if found := sorted(folder.glob(pattern)):
+        if found := children(folder, pattern):
             return _open_sharded(label, found[0])
-    files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith(".")]
+    files = [f for f in children(folder, "*.safetensors") if not f.name.startswith(".")]
     preferred = [f for f in files if f.name == "model.safetensors"] or files
-    if any(f.name == "adapter_config.json" for f in folder.iterdir()):
+    if any(f.name == "adapter_config.json" for f in children(folder)):
         raise UsageError(
             f"{label} is a PEFT adapter, and a full checkpoint is meant here",
             "fold it into its base first: peru unpack ADAPTER -b BASE -o DIR",
@@ -236,7 +236,7 @@ def open_directory(folder: Path, label: str) -> Checkpoint:
     )
 
 
-def open_file(path: Path, label: str) -> Checkpoint:
+def open_file(path: Place, label: str) -> Checkpoint:
     """Open one .safetensors, .bin or .pt file; a config.json beside it comes along."""
     side_files = find_side_files(path.parent)
     if path.suffix in {".bin", ".pt", ".pth"}:

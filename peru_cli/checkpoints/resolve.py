@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peru_cli.checkpoints.local import open_directory, open_file
+from peru_cli.checkpoints.places import Place, is_on_hub, locate, parse_hub_name, why_not_here
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 
 _TASK = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def split_arguments(texts: list[str]) -> list[Argument]:
 
 def default_task(model: str) -> str:
     """A task's name made from a path: its last component without suffix, unfit characters replaced."""
-    path = Path(model)
+    on_hub = parse_hub_name(model) if is_on_hub(model) else None
+    path = Path((on_hub.path or on_hub.repo) if on_hub is not None else model)
     stem = path.resolve().name if path.name in ("", ".", "..") else path.name
     stem = re.sub(r"\.(safetensors|bin|pt|pth)$", "", stem)
     name = re.sub(r"[^\w.-]", "-", stem, flags=re.ASCII)[:64].lstrip("_.-")
@@ -66,8 +67,8 @@ def default_task(model: str) -> str:
 
 
 def open_model(model: str) -> Checkpoint:
-    """Open what `model` names: a directory, or a .safetensors or .bin file."""
-    path = Path(model)
+    """Open what `model` names: a directory, a .safetensors or .bin file, or these on the Hub."""
+    path = locate(model)
     if path.is_dir() or path.is_file():
         checkpoint = open_directory(path, model) if path.is_dir() else open_file(path, model)
         if "peru.format" in checkpoint.metadata:
@@ -75,11 +76,16 @@ def open_model(model: str) -> Checkpoint:
             raise UsageError(
                 f"{model} is a peru artifact, and a model is meant here", "unpack it first: peru unpack ARTIFACT -b BASE -o DIR"
             )
+        _name(checkpoint, path)
         return checkpoint
-    first = Path(model).parts[0] if Path(model).parts else model
-    if model.startswith("hf://") or (_HUB_NAME.fullmatch(model) and not Path(first).exists()):
-        raise UsageError(
-            f"{model}: there is no such path, and this version of peru does not read from the Hub",
-            "download it first (`hf download ORG/NAME --local-dir DIR`) and name the folder",
-        )
-    raise UsageError(f"{model}: no such file or folder")
+    raise UsageError(*why_not_here(model))
+
+
+def _name(checkpoint: Checkpoint, place: Place) -> None:
+    """What a repo's commit says of a checkpoint: its public name, and that the repo has moved."""
+    if isinstance(place, Path):
+        return
+    checkpoint.public_name = place.public_name
+    checkpoint.kind += f" on the Hub, commit {place.repo.commit[:12]}"
+    if place.repo.renamed_from:
+        checkpoint.warnings.append(f"{place.repo.renamed_from} is now called {place.repo.name}")

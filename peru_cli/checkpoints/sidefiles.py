@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+from peru_cli.checkpoints.places import Place, children, size_of
 
 MAX_SIDE_FILE_BYTES = 64_000_000
 
@@ -23,10 +24,10 @@ def is_side_file_name(name: str) -> bool:
     return bool(_SAFE.fullmatch(name) and _PATTERN.fullmatch(name))
 
 
-def find_side_files(folder: Path) -> dict[str, Path]:
+def find_side_files(folder: Place) -> dict[str, Place]:
     """Side files of a checkpoint folder, sorted by name."""
-    found = {}
-    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
-        if is_side_file_name(path.name) and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
+    found: dict[str, Place] = {}
+    for path in children(folder):
+        if is_side_file_name(path.name) and path.is_file() and size_of(path) <= MAX_SIDE_FILE_BYTES:
             found[path.name] = path
     return found

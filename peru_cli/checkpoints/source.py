@@ -7,10 +7,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.places import Place, fingerprint, sha256
 
 
 class Checkpoint(ABC):
@@ -26,9 +26,9 @@ class Checkpoint(ABC):
     kind: str
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    side_files: Mapping[str, Path]
+    side_files: Mapping[str, Place]
     warnings: list[str]
-    files: Sequence[Path] = ()
+    files: Sequence[Place] = ()
     expanded = False
     public_name: str | None = None  # where everybody finds it: org/name@commit of what was read from the Hub
 
@@ -62,19 +62,14 @@ class Checkpoint(ABC):
 
     def identity(self) -> str:
         """A digest that changes when the files do: sizes, times of change, all headers; no path is in it."""
-        parts: list[object] = [[(file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]]
+        parts: list[object] = [[fingerprint(file) for file in self.files]]
         parts += [[(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())], sorted(self.metadata.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def file_digests(self) -> list[str]:
         """SHA-256 of each of the weight files, in ascending order: what the Hub publishes of them."""
-
-        def digest(file: Path) -> str:
-            with open(file, "rb") as handle:
-                return hashlib.file_digest(handle, "sha256").hexdigest()
-
         with ThreadPoolExecutor() as pool:
-            return sorted(pool.map(digest, self.files))
+            return sorted(pool.map(sha256, self.files))
 
     def config(self) -> dict[str, Any]:
         """The model's config.json as a table; empty where there is none or it is unreadable."""

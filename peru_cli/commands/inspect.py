@@ -14,6 +14,7 @@ from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from peru_cli.checkpoints.places import Place
     from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.jobs.compare import Comparison
     from peru_cli.jobs.inspect import ArtifactReport
@@ -41,14 +42,16 @@ def inspect(
 
     peru inspect MODEL --base BASE --plot delta.png
     """
-    from peru_cli.artifacts.container import is_artifact
+    from peru_cli.artifacts.container import find_artifact, is_artifact
     from peru_cli.checkpoints.adapters import is_adapter, is_lora_file
+    from peru_cli.checkpoints.places import locate
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.commands.inspectranks import show_adapter
     from peru_cli.evaluation.plots import check_plot
 
-    artifact = is_artifact(Path(model))
-    adapter = not artifact and (is_adapter(Path(model)) or is_lora_file(Path(model)))
+    place = find_artifact(locate(model))
+    artifact = is_artifact(place)
+    adapter = not artifact and (is_adapter(place) or is_lora_file(place))
     if plot is not None:
         check_plot(plot)
         if not artifact and not adapter and base is None:
@@ -58,7 +61,7 @@ def inspect(
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
-        _artifact(Path(model), plot)
+        _artifact(place, plot)
     elif base is None:
         with open_model(model) as checkpoint:
             _checkpoint(checkpoint)
@@ -88,7 +91,7 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
     console.result({**totals, "groups": [asdict(g) for g in groups], "tensor_list": sorted(tensors, key=lambda t: str(t["name"]))})
 
 
-def _artifact(path: Path, plot: Path | None) -> None:
+def _artifact(path: Place, plot: Path | None) -> None:
     from peru_cli.artifacts.index import DELTA
     from peru_cli.artifacts.reader import SparseDelta
     from peru_cli.evaluation.plots import plot_densities

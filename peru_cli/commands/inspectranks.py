@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 def show_adapter(model: str, base: str | None, plot: Path | None, device: str, threads: int | None) -> None:
     """Ranks, scales, spectra and the error by rank of an adapter."""
     from peru_cli.checkpoints.adapters import REST, Adapter
+    from peru_cli.checkpoints.places import locate, size_of
     from peru_cli.evaluation.plots import plot_spectra
     from peru_cli.jobs.how import streaming
     from peru_cli.jobs.spectra import RANKS, adapter_spectra, rank_plans
 
     if base is not None:
         raise UsageError(f"{model} is an adapter; --base goes with a checkpoint", "`peru unpack` folds it into its base")
-    with Adapter(Path(model), model) as adapter:
+    with Adapter(locate(model), model) as adapter:
         total = sum(module.down.entries + module.up.entries for module in adapter.modules)
         with console.progress(total, "inspect") as progress, streaming(device, threads, None, progress.advance) as how:
             spectra = adapter_spectra(adapter, how)
-        size = adapter.weights.stat().st_size
+        size = size_of(adapter.weights)
         console.line(f"{model}: {adapter.kind}, {si_bytes(size)}")
         facts = {
             "base": adapter.config.get("base_model_name_or_path"),
@@ -42,9 +43,9 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
             console.line(
                 f"held whole, {si_bytes(whole)}: {', '.join(sorted(adapter.whole)[:4])}{', ...' if len(adapter.whole) > 4 else ''}"
             )
-        rest = Path(model) / REST
+        rest = locate(model) / REST
         if rest.is_file():
-            console.line(f"beside it, {si_bytes(rest.stat().st_size)}: {REST}, what the adapter cannot hold (`peru inspect` shows it, too)")
+            console.line(f"beside it, {si_bytes(size_of(rest))}: {REST}, what the adapter cannot hold (`peru inspect` shows it, too)")
         most = max(module.rank for module in adapter.modules)
         ranks = [rank for rank in RANKS if rank < most]
         plans = rank_plans(spectra, [*ranks, most])

@@ -88,6 +88,7 @@ def svd_lora(
     options.check_base_id(base_id)
 
     from peru_cli.checkpoints.atomic import check_target
+    from peru_cli.checkpoints.places import size_of
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.jobs.how import streaming
 
@@ -110,7 +111,7 @@ def svd_lora(
     total = sum(m.down.entries + m.up.entries for job in resizes for m in job.adapter.modules)
     total += sum(weight.pair.entries for plan, _ in extractions for weight in plan.weights)
     for job in resizes:
-        console.note(f"{job.adapter.label}: {job.adapter.kind}, {si_bytes(job.adapter.weights.stat().st_size)}")
+        console.note(f"{job.adapter.label}: {job.adapter.kind}, {si_bytes(size_of(job.adapter.weights))}")
     for plan, _ in extractions:
         _say_plan(plan)
     if dry_run:
@@ -157,9 +158,10 @@ def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint
     """Add the adapters of a folder or file to the jobs; False if there are none. With a base, check that they fit it."""
     from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
     from peru_cli.checkpoints.adapters import Adapter, find_adapters, is_lora_file
+    from peru_cli.checkpoints.places import locate
     from peru_cli.jobs.svdlora import Resize
 
-    path = Path(model)
+    path = locate(model)
     found = {"": path} if is_lora_file(path) else find_adapters(path)
     for inner, folder in found.items():
         label = model if not inner else str(folder)

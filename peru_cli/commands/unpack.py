@@ -15,7 +15,7 @@ from peru_cli.errors import UsageError
 
 
 def unpack(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote, or a LoRA adapter.")],
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote, or a LoRA adapter.")],
     base: options.Base,
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
@@ -52,18 +52,21 @@ def unpack(
         raise UsageError("-o - writes a checkpoint to stdout, which is a terminal", "send it into a pipe or a file")
     console.data_on_stderr = to_pipe
 
+    from peru_cli.artifacts.container import find_artifact
     from peru_cli.artifacts.reader import SparseDelta
     from peru_cli.checkpoints.adapters import find_adapters, is_lora_file
     from peru_cli.checkpoints.atomic import check_target
     from peru_cli.checkpoints.header import TensorInfo
+    from peru_cli.checkpoints.places import locate, why_not_here
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
     from peru_cli.jobs import unpack as job
     from peru_cli.jobs.how import streaming
 
     target = Path(output)
-    if not artifact.is_file() and not find_adapters(artifact):
-        raise UsageError(f"{artifact}: no such artifact or adapter")
+    given = find_artifact(locate(artifact))
+    if not given.is_file() and not find_adapters(given):
+        raise UsageError(f"{artifact}: no such artifact or adapter", why_not_here(artifact)[1])
     to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
     if not to_pipe:
         check_target(target, force or dry_run)
@@ -82,12 +85,12 @@ def unpack(
     def finished(named: str = base) -> dict[str, Any]:
         return publish(place, [target], "unpack", (named,))
 
-    if artifact.is_dir() or is_lora_file(artifact):
+    if given.is_dir() or is_lora_file(given):
         from peru_cli.commands.unpackadapter import unpack_adapter
 
-        unpack_adapter(str(artifact), opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries), finished)
+        unpack_adapter(artifact, opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries), finished)
         return
-    opened = SparseDelta(artifact)
+    opened = SparseDelta(given)
     job.check_base(opened, opened_base)
     tensors = job.output_tensors(opened, wanted)
     files, missing = job.side_files(opened, opened_base)

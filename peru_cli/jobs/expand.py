@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
 from peru_cli.checkpoints.adapters import REST, find_adapters, is_adapter, is_lora_file
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
+from peru_cli.checkpoints.places import Place, locate
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
@@ -31,7 +31,7 @@ class ExpandedArtifact(Checkpoint):
 
     expanded = True
 
-    def __init__(self, path: Path, label: str, base: Checkpoint) -> None:
+    def __init__(self, path: Place, label: str, base: Checkpoint) -> None:
         self.artifact = SparseDelta(path)
         try:
             check_base(self.artifact, base)
@@ -155,7 +155,7 @@ def as_unpacked(model: Checkpoint) -> Checkpoint:
 
 def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
     """Open a model, an adapter or an artifact; the last two need their base, else UsageError."""
-    path = Path(model)
+    path = locate(model)
     if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
         return _open_adapter(path, model, base)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (several := find_adapters(path)):
@@ -172,7 +172,7 @@ def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
     return open_model(model)
 
 
-def _open_adapter(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
+def _open_adapter(path: Place, label: str, base: Checkpoint | None) -> Checkpoint:
     if base is None:
         raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
     if "peru.merge.method" in base.metadata:

@@ -5,7 +5,6 @@ Everything that headers show to be wrong is collected and reported at once, befo
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
+from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.jobs.taskvectors import TaskVector
@@ -69,8 +69,8 @@ def _in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
 def same_files(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether two checkpoints are the same files, under whatever names."""
 
-    def files(checkpoint: Checkpoint) -> list[tuple[int, int]]:
-        return sorted((stat.st_dev, stat.st_ino) for stat in map(os.stat, checkpoint.files))
+    def files(checkpoint: Checkpoint) -> list[object]:
+        return sorted((same_as(place) for place in checkpoint.files), key=repr)
 
     return bool(a.files) and files(a) == files(b)
 

@@ -19,6 +19,7 @@ from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
+from peru_cli.checkpoints.places import size_of
 from peru_cli.checkpoints.resolve import check_task, open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
@@ -98,7 +99,7 @@ def open_subject(model: str, task: str, base: Base | None) -> Subject:
         files = {name: file.read_bytes() for name, file in opened.side_files.items()}
         adapter = isinstance(opened, (LoraCheckpoint, Overlaid))
         mine = [f for f in opened.files if not adapter or base is None or f not in base.checkpoint.files]
-    subject = Subject(model, state, files, sum(file.stat().st_size for file in set(mine)))
+    subject = Subject(model, state, files, sum(size_of(file) for file in set(mine)))
     return _with_head(subject, path / HEADS, task) if (path / HEADS).is_dir() else subject
 
 
@@ -112,7 +113,7 @@ def _applied(artifact: SparseDelta, base: Base, label: str) -> Subject:
             ours = name if name is not None and name in base.table else record.info.name
             state[record.info.name] = base.table[ours].clone()
     files, _ = side_files(artifact, base.checkpoint)
-    return Subject(label, state, files, artifact.path.stat().st_size)
+    return Subject(label, state, files, size_of(artifact.path))
 
 
 def _with_head(merge: Subject, folder: Path, task: str) -> Subject:
@@ -125,7 +126,7 @@ def _with_head(merge: Subject, folder: Path, task: str) -> Subject:
     with open_file(file, str(file)) as head:
         merge.state |= read_tensors(head)
     merge.own_head = False
-    merge.head_bytes = file.stat().st_size
+    merge.head_bytes = size_of(file)
     return merge
 
 

@@ -27,6 +27,7 @@ from peru_cli.checkpoints.adapterwriter import (
 )
 from peru_cli.checkpoints.atomic import PartialDirectory
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.places import on_disk, size_of
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.writer import CheckpointWriter, FileWriter, header_bytes
 from peru_cli.errors import UsageError
@@ -251,13 +252,11 @@ def _resize(
         writer.commit()
     rest = adapter.path / REST
     if folder is not None and rest.is_file():  # of the base, not of the factors: it stays what it is
-        shutil.copyfile(rest, folder / REST)
+        shutil.copyfile(on_disk(rest), folder / REST)
     total = sum(info.nbytes for info in tensors)
     kept = total - sum(report.bytes for report in step.reports)
     size = header_bytes(tensors, metadata) + total
-    return AdapterReport(
-        job.name, target, size, step.reports, adapter.weights.stat().st_size, kept, rest.stat().st_size if rest.is_file() else 0
-    )
+    return AdapterReport(job.name, target, size, step.reports, size_of(adapter.weights), kept, size_of(rest) if rest.is_file() else 0)
 
 
 def _pieces(adapter: Adapter, name: str) -> Iterator[tuple[int, memoryview]]:

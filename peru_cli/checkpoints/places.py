@@ -1,0 +1,138 @@
+"""Where a model lies: a path on this machine, or one in a repo of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
+from urllib.parse import unquote
+
+from peru_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from peru_cli.checkpoints.hubrepo import HubPath, HubRepo
+
+Place: TypeAlias = Union[Path, "HubPath"]
+
+_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w])?"
+_REVISION = r"refs/(?:pr|convert)/[\w.-]+|[\w.%+-]+"
+_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>.*))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HubName:
+    """`org/name`, `org/name@revision`, and a path within; `revision` None is the repo's main branch."""
+
+    repo: str
+    revision: str | None = None
+    path: str = ""
+
+
+@dataclass
+class Reading:
+    """How models are read from the Hub, for a whole command: `stream` by ranges alone, else through the shared cache."""
+
+    stream: bool = False
+    repos: dict[tuple[str, str | None], HubRepo] = field(default_factory=dict)  # each revision is resolved once
+
+    def reset(self, stream: bool = False) -> None:
+        """Begin a command."""
+        for repo in self.repos.values():
+            repo.close()
+        self.stream, self.repos = stream, {}
+
+
+reading = Reading()
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """What a name says of the Hub; None if it cannot be the Hub's. UsageError for an `hf://` that is wrong."""
+    explicit = text.startswith("hf://")
+    rest = text.removeprefix("hf://").removeprefix("models/") if explicit else text
+    if explicit and rest.startswith(("datasets/", "spaces/", "buckets/", "kernels/")):
+        raise UsageError(f"{text} is no model repo", "write hf://models/ORG/NAME@REVISION/PATH")
+    match = _NAME.fullmatch(rest)
+    parts = (match["path"] or "").rstrip("/").split("/") if match else []
+    if match is None or ".." in match["repo"] or "--" in match["repo"] or any(part in (".", "..") or "\\" in part for part in parts):
+        if explicit:
+            raise UsageError(f"{text} does not name a model on the Hub", "write hf://models/ORG/NAME@REVISION/PATH")
+        return None
+    revision = match["revision"]
+    return HubName(match["repo"], unquote(revision) if revision else None, "/".join(parts))
+
+
+def is_on_hub(text: str) -> bool:
+    """Whether an argument means the Hub: no such path is here, and its first component is not here either."""
+    if text.startswith("hf://"):
+        return True
+    path = Path(text)
+    return not path.exists() and parse_hub_name(text) is not None and not Path(path.parts[0]).exists()
+
+
+def locate(text: str) -> Place:
+    """The place that an argument names; a path that need not exist, or a path in a repo whose revision is resolved.
+
+    Raises what the Hub answers as PeruError (checkpoints/huberrors.py).
+    """
+    name = parse_hub_name(text) if is_on_hub(text) else None
+    if name is None:
+        return Path(text)
+    from peru_cli.checkpoints.hubrepo import HubPath, HubRepo
+
+    key = (name.repo, name.revision)
+    if key not in reading.repos:
+        reading.repos[key] = HubRepo(name.repo, name.revision, reading.stream)
+    return HubPath(reading.repos[key], name.path)
+
+
+def children(folder: Place, pattern: str = "*") -> list[Place]:
+    """Files and folders in a folder whose name matches, by name; none if it is not there."""
+    found: list[Place] = list(folder.glob(pattern))
+    return sorted(found, key=lambda place: place.name)
+
+
+def size_of(place: Place) -> int:
+    """Size of a file in bytes."""
+    return place.stat().st_size if isinstance(place, Path) else place.size
+
+
+def fingerprint(place: Place) -> tuple[object, ...]:
+    """What changes when a file does; no path of this machine is in it."""
+    if isinstance(place, Path):
+        stat = place.stat()
+        return (stat.st_size, stat.st_mtime_ns)
+    return (place.public_name, place.size)
+
+
+def sha256(place: Place) -> str:
+    """SHA-256 of a file: what the Hub publishes of it, else taken from its bytes."""
+    if not isinstance(place, Path):
+        return place.sha256 or hashlib.sha256(place.read_bytes()).hexdigest()
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_as(place: Place) -> object:
+    """Equal for two names of one file."""
+    if isinstance(place, Path):
+        stat = place.stat()
+        return (stat.st_dev, stat.st_ino)
+    return place.public_name
+
+
+def on_disk(place: Place) -> Path:
+    """The file on this machine, fetched through the Hub's cache if need be."""
+    return place if isinstance(place, Path) else place.local()
+
+
+def why_not_here(text: str) -> tuple[str, str | None]:
+    """Message and hint for an argument that names nothing."""
+    parts = Path(text).parts
+    if len(parts) > 1 and Path(parts[0]).exists() and parse_hub_name(text) is not None:
+        return (
+            f"{text}: no such file or folder",
+            f"{parts[0]} is here, so this was not looked up on the Hub; hf://models/{text} would be",
+        )
+    return f"{text}: no such file or folder", None
