@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
+from peru_cli.checkpoints.places import reading
 from peru_cli.console import console
 from peru_cli.errors import UsageError
 
@@ -76,10 +77,18 @@ def _json(value: bool) -> bool:
     return value
 
 
+def _stream(value: bool) -> bool:
+    reading.stream = value
+    return value
+
+
 Base = Annotated[str, typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 OptionalBase = Annotated[Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes, no progress bar.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", callback=_stream, help="Read models on the Hub by ranges: nothing of them is written to disk.")
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where the tensor work runs.")]

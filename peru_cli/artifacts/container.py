@@ -16,7 +16,7 @@ from blake3 import blake3
 from peru_cli.checkpoints.atomic import PartialFile
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
-from peru_cli.checkpoints.local import RandomAccessFile, read_header
+from peru_cli.checkpoints.local import open_random, read_header
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile
 
@@ -105,7 +105,7 @@ class Container:
 
     def __init__(self, path: Place) -> None:
         self.path = path
-        self._file = RandomAccessFile(path)
+        self._file = open_random(path)
         with opening(path, self.close):
             self._open()
 
@@ -171,7 +171,7 @@ def is_artifact(path: Place) -> bool:
     """Whether a file is a peru artifact, sound or not; False for what is no safetensors file."""
     if not path.is_file() or path.suffix != ".safetensors":
         return False
-    file = RandomAccessFile(path)
+    file = open_random(path)
     try:
         return "peru.format" in read_header(file).metadata
     except BadFile:

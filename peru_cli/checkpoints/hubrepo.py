@@ -12,8 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import disable_progress_bars, httpx  # type: ignore[attr-defined]
 
 from peru_cli.checkpoints.huberrors import HubError, explain, explained, unreachable
+from peru_cli.checkpoints.hubranges import TRIES, RangeFile, backoff
+from peru_cli.checkpoints.places import reading
 from peru_cli.errors import BadFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_DOWNLOADS = 4  # files at once; the client makes several connections for each
-TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,13 @@ class HubFile:
     sha256: str | None = None
 
 
-def backoff(attempt: int, response: Any = None) -> float:
-    """Seconds to wait before trying again: what Retry-After says (at most ten minutes), else twice as long each time."""
-    after = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(after), 600.0) if re.fullmatch(r"\d+(\.\d+)?", after) else min(0.25 * 2.0**attempt, 20.0)
-
-
 class HubRepo:
     """A repo at one commit. `files` are those with sane names: a listing can hold anything."""
 
-    def __init__(self, name: str, revision: str | None, stream: bool) -> None:
-        self.name, self.revision, self.stream = name, revision, stream
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self.revision = name, revision
+        self._ranges: dict[str, RangeFile] = {}
+        self._small: dict[str, bytes] = {}
         self.renamed_from: str | None = None
         self.commit, self.files = self._resolve()
         if not sys.stderr.isatty():
@@ -86,7 +81,7 @@ class HubRepo:
         files = {
             s.rfilename: HubFile(s.size, s.lfs.sha256 if s.lfs is not None else None) for s in info.siblings or () if _is_sane(s.rfilename)
         }
-        if not self.stream:
+        if not reading.stream:
             self._remember(info.sha, files)
         return info.sha, files
 
@@ -156,8 +151,22 @@ class HubRepo:
             raise BadFile(f"{self}/{path}: {found.stat().st_size} bytes in the cache, the Hub has {size}", f"delete {found} and try again")
         return found
 
-    def close(self) -> None:
-        """Nothing is open yet."""
+    def streams(self, path: str) -> bool:
+        """Whether a file is to be read by ranges: if so the command says, and it is not in the cache anyway."""
+        return reading.stream and self.cached(path) is None
+
+    def ranges(self, path: HubPath) -> RangeFile:
+        """A file as ranges; the same object each time, which knows the header and where the Hub redirects."""
+        return self._ranges.setdefault(path.path, RangeFile(path))
+
+    def small(self, path: HubPath) -> bytes:
+        """All of a small file, asked for once, in memory."""
+        if path.path not in self._small:
+            content = bytearray(path.size)
+            if content:
+                self.ranges(path).read_into(0, memoryview(content))
+            self._small[path.path] = bytes(content)
+        return self._small[path.path]
 
 
 def _replace(path: Path, text: str) -> None:
@@ -241,21 +250,23 @@ class HubPath:
         known = self.repo.files[self.path].size
         return known if known is not None else self.local().stat().st_size
 
+    @property
+    def streams(self) -> bool:
+        """Whether it is to be read by ranges."""
+        return self.repo.streams(self.path)
+
+    def ranges(self) -> RangeFile:
+        """The file as ranges."""
+        return self.repo.ranges(self)
+
     def local(self) -> Path:
         """The file on this machine's disk, through the shared cache."""
         return self.repo.download(self.path)
 
     def read_bytes(self) -> bytes:
         """All of a small file."""
-        return self.local().read_bytes()
+        return self.repo.small(self) if self.streams else self.local().read_bytes()
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """All of a small file as text."""
         return self.read_bytes().decode(encoding)
-
-
-def fetch(files: Iterable[HubPath]) -> None:
-    """Bring several files into the cache at once."""
-    with ThreadPoolExecutor(_DOWNLOADS) as pool:
-        for _ in pool.map(HubPath.local, files):
-            pass

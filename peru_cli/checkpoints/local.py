@@ -6,18 +6,42 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
 
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
 from peru_cli.checkpoints.places import Place, children, on_disk
+from peru_cli.checkpoints.readahead import ReadAhead
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
+_SIDE_BY_SIDE = 8  # files on the Hub opened at once
 _HAS_PREADV = hasattr(os, "preadv")
+
+
+class RandomAccess(Protocol):
+    """An open file that any thread reads at any offset."""
+
+    size: int
+    header: Header | None
+
+    @property
+    def path(self) -> Place:
+        """The file."""
+        ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset`; BadFile if the file ends first."""
+        ...
+
+    def close(self) -> None:
+        """Release it."""
+        ...
 
 
 class RandomAccessFile:
@@ -27,6 +51,7 @@ class RandomAccessFile:
         self.path = path
         self._file = open(on_disk(path), "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._lock = threading.Lock()
+        self.header: Header | None = None  # once it was read
         self.size = os.fstat(self._file.fileno()).st_size
         if hasattr(os, "posix_fadvise"):
             # From a cold disk this reads 1.6 times as fast as asking for each tile ahead of time.
@@ -53,8 +78,19 @@ class RandomAccessFile:
         self._file.close()
 
 
-def read_header(file: RandomAccessFile) -> Header:
-    """Read and check the header of an open safetensors file; BadFile names the file."""
+def open_random(place: Place) -> RandomAccess:
+    """Open a file to be read at any offset; a file on the Hub by ranges, if so the command says."""
+    return RandomAccessFile(place) if isinstance(place, Path) or not place.streams else place.ranges()
+
+
+def read_header(file: RandomAccess) -> Header:
+    """Read and check the header of an open safetensors file, once; BadFile names the file."""
+    if file.header is None:
+        file.header = _read_header(file)
+    return file.header
+
+
+def _read_header(file: RandomAccess) -> Header:
     try:
         prefix = bytearray(min(8, file.size))
         file.read_into(0, memoryview(prefix))
@@ -70,14 +106,13 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.files = label, kind, side_files, [], files
-        self._files: list[RandomAccessFile] = []
-        self._where: dict[str, tuple[RandomAccessFile, int]] = {}
+        self._files: list[RandomAccess] = []
+        self._where: dict[str, tuple[RandomAccess, int]] = {}
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         try:
-            for path in files:
-                file = RandomAccessFile(path)
-                self._files.append(file)
+            self._files += _open_all(files)
+            for path, file in zip(files, self._files, strict=True):
                 header = read_header(file)
                 for name, info in header.tensors.items():
                     if name in tensors:
@@ -86,13 +121,26 @@ class SafetensorsCheckpoint(Checkpoint):
                     self._where[name] = (file, header.data_offset + info.begin)
                 metadata.update(header.metadata)
         except BaseException:
-            self.close()
+            for file in self._files:
+                file.close()
             raise
         self.tensors, self.metadata = tensors, metadata
+        self.ranged = any(not isinstance(file, RandomAccessFile) for file in self._files)
+        self._ahead = ReadAhead()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         file, begin = self._where[name]
-        file.read_into(begin + offset, buffer)
+        if self.ranged:
+            self._ahead.read_into(file, begin + offset, buffer)
+        else:
+            file.read_into(begin + offset, buffer)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
+        places = ((*self._where[name], offset, nbytes) for name, offset, nbytes in ranges)
+        self._ahead.expect(((file, begin + offset, begin + offset + nbytes) for file, begin, offset, nbytes in places), keep)
+
+    def forget(self) -> None:
+        self._ahead.forget()
 
     def keep_only(self, weight_map: Mapping[str, str], index: Place) -> None:
         """Hold the tensors to what a shard index says: all that it lists, where it lists them."""
@@ -111,8 +159,27 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._where[name][0].path.name if name in self._where else None
 
     def close(self) -> None:
+        self.forget()
         for file in self._files:
             file.close()
+
+
+def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
+    """Open files and read their headers; those on the Hub side by side, since each waits for answers."""
+
+    def open_one(place: Place) -> RandomAccess:
+        file = open_random(place)
+        try:
+            read_header(file)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    if len(files) == 1 or all(isinstance(file, Path) for file in files):
+        return [open_one(file) for file in files]
+    with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+        return list(pool.map(open_one, files))
 
 
 class TorchCheckpoint(Checkpoint):
@@ -135,6 +202,8 @@ class TorchCheckpoint(Checkpoint):
 
 
 def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
+    if not isinstance(path, Path) and path.streams:
+        raise UsageError(f"{path} is a PyTorch file, which cannot be read by ranges", "leave --stream out, or name one with safetensors")
     import torch
 
     try:

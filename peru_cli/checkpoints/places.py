@@ -39,8 +39,6 @@ class Reading:
 
     def reset(self, stream: bool = False) -> None:
         """Begin a command."""
-        for repo in self.repos.values():
-            repo.close()
         self.stream, self.repos = stream, {}
 
 
@@ -83,7 +81,7 @@ def locate(text: str) -> Place:
 
     key = (name.repo, name.revision)
     if key not in reading.repos:
-        reading.repos[key] = HubRepo(name.repo, name.revision, reading.stream)
+        reading.repos[key] = HubRepo(name.repo, name.revision)
     return HubPath(reading.repos[key], name.path)
 
 

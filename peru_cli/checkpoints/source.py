@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,6 +38,17 @@ class Checkpoint(ABC):
 
         Safe from many threads. Raises BadFile if the file ends too early, OSError if reading fails.
         """
+
+    ranged = False  # whether bytes come over the network, so that it pays to say beforehand which
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:  # noqa: B027 - a disk needs no telling
+        """What will be read next: tensor, offset and bytes, each once and in this order.
+
+        `keep` holds it for later passes, until `forget`. Between passes only.
+        """
+
+    def forget(self) -> None:  # noqa: B027
+        """Drop what was kept."""
 
     def close(self) -> None:  # noqa: B027 - not every source holds handles
         """Release file handles; the checkpoint cannot be read afterwards."""

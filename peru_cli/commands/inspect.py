@@ -29,6 +29,7 @@ def inspect(
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="With --base: tensors that prune would store whole.")
     ] = None,
+    stream: options.Stream = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
@@ -44,14 +45,17 @@ def inspect(
     """
     from peru_cli.artifacts.container import find_artifact, is_artifact
     from peru_cli.checkpoints.adapters import is_adapter, is_lora_file
-    from peru_cli.checkpoints.places import locate
+    from peru_cli.checkpoints.places import locate, reading
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.commands.inspectranks import show_adapter
     from peru_cli.evaluation.plots import check_plot
 
+    reading.stream = stream or base is None  # headers come as ranges in any case
     place = find_artifact(locate(model))
     artifact = is_artifact(place)
     adapter = not artifact and (is_adapter(place) or is_lora_file(place))
+    if artifact or adapter:
+        reading.stream = stream
     if plot is not None:
         check_plot(plot)
         if not artifact and not adapter and base is None:

@@ -47,6 +47,7 @@ def prune(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
+    stream: options.Stream = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     tile_entries: options.TileEntries = None,
@@ -93,8 +94,13 @@ def prune(
     console.note(f"base {base}: {opened_base.kind}, {plural(len(opened_base.tensors), 'tensor')}, {si_bytes(opened_base.nbytes)}")
     for task in planned:
         _say_plan(task, chosen)
+    fetched = job.fetch_bytes(opened_base, planned, chosen)
+    if fetched:
+        again = density is not None and scope == "global"
+        why = "; as much as half of it more if the sampled threshold misses, --scope tensor fetches less" if again else ""
+        console.note(f"fetching {si_bytes(fetched)} from the Hub in ranges{why}")
     if dry_run:
-        console.result([_planned(task, chosen) for task in planned])
+        console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
     if several:

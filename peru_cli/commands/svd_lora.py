@@ -63,6 +63,7 @@ def svd_lora(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
+    stream: options.Stream = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     json: options.Json = False,

@@ -31,6 +31,7 @@ def unpack(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
+    stream: options.Stream = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     tile_entries: options.TileEntries = None,

@@ -14,7 +14,7 @@ from peru_cli.jobs.inspect import BINS, Bound, binary_entropy, entropy_bits, sym
 from peru_cli.jobs.taskvectors import Aligned, Buffers, Family, How, TaskVector
 from peru_cli.methods.delta import round_difference, ulp_difference
 from peru_cli.streaming.aligned import read_bits
-from peru_cli.streaming.engine import run
+from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Tile
 
 DENSITIES = (0.01, 0.05, 0.10, 0.20)
@@ -87,6 +87,9 @@ class _Measure:
     def buffers(self) -> Buffers:
         return self._family.buffers()
 
+    def reads(self) -> Reads:
+        return self._family.reads(self._family.slots, range(len(self._family.tasks)))
+
     def _aligned(self, tile: Tile, buffers: Buffers) -> Aligned | None:
         slot = self._family.slots[tile.tensor]
         _, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
@@ -143,6 +146,9 @@ class _Values:
 
     def buffers(self) -> Buffers:
         return self._family.buffers()
+
+    def reads(self) -> Reads:
+        return self._family.reads(self._family.slots, range(len(self._family.tasks)))
 
     def apply(self, tile: Tile, buffers: Buffers) -> None:
         slot = self._family.slots[tile.tensor]

@@ -15,7 +15,7 @@ from peru_cli.jobs.taskvectors import How
 from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
 from peru_cli.streaming.aligned import TileBuffer, read_raw
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.streaming.engine import run
+from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Tile, TilePlan
 
 
@@ -30,6 +30,9 @@ class _Copy:
     def __init__(self, source: Checkpoint, writer: CheckpointWriter, names: Mapping[str, str], how: How) -> None:
         self._source, self._writer, self._how = source, writer, how
         self._inputs = [source.tensors[names.get(info.name, info.name)] for info in writer.order]
+
+    def reads(self) -> Reads:
+        return [(self._source, lambda tensor: self._inputs[tensor])]
 
     def buffers(self) -> TileBuffer:
         widest = max((info.dtype.bits for info in self._inputs), default=8)

@@ -95,6 +95,8 @@ def _thresholds(family: Family, rule: Rule, index: int) -> list[list[Threshold]]
         thresholds = find_thresholds(family, group, dict.fromkeys(numbers, k)) if k < n else {}
         for number in numbers:
             found[number].append(thresholds[number].threshold if number in thresholds else ALL_CHANGED)
+        if not family.fits(family.slots):
+            family.forget()
     return found
 
 

@@ -6,11 +6,13 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import BadFile
@@ -22,6 +24,7 @@ from peru_cli.methods.rules import Rule, Scratch
 from peru_cli.methods.rules import Tile as RuleTile
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU, Array
+from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import CHUNK, Tile
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -72,6 +75,10 @@ class Room:
         self.uncast: list[Array] = []  # the base in each task's dtype
 
 
+def _input(slots: Sequence[Slot], task: int, tensor: int) -> TensorInfo:
+    return slots[tensor].inputs[task]
+
+
 class _Walk:
     """Common part: read the tiles of all inputs, trim them in canonical order."""
 
@@ -104,6 +111,13 @@ class _Walk:
 
     def slot_number(self, tile: Tile) -> int:
         return self._slots[tile.tensor]
+
+    def reads(self) -> Reads:
+        slots = [self._plan.slots[number] for number in self._slots]
+        if self._reads_base and self._plan.base is not None:
+            yield self._plan.base, lambda tensor: slots[tensor].base
+        for task, vector in enumerate(self._plan.vectors):
+            yield vector.fine, partial(_input, slots, task)
 
     def buffers(self) -> Room:
         return Room(self._how, len(self._plan.vectors), self._width, self._kind)

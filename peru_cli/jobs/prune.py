@@ -20,15 +20,17 @@ from peru_cli.checkpoints.atomic import check_room, check_target
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
+from peru_cli.checkpoints.places import size_of
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.jobs.basename import BaseName
 from peru_cli.jobs.selection import Select, Sink
-from peru_cli.jobs.taskvectors import Family, How, TaskVector, find_thresholds
-from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
+from peru_cli.jobs.taskvectors import Family, How, TaskVector, counted_bytes, find_thresholds
+from peru_cli.methods.magnitude import ALL_CHANGED
+from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.streaming.engine import run
-from peru_cli.streaming.tiles import CHUNK
+from peru_cli.streaming.tiles import CHUNK, DEFAULT_TILE
 
 _PIECE = 16 * CHUNK  # entries read at once where a tensor is only copied or compared
 
@@ -116,57 +118,81 @@ def prune(
 ) -> list[PruneResult]:
     """Write the artifacts; all of them appear, or none."""
     family = Family(base, [task.vector for task in tasks], how)
-    note("finding thresholds" if options.density is not None else "comparing")
-    thresholds, changed = _thresholds(family, tasks, options)
     with ExitStack() as stack:
-        jobs = []
-        for task, found, n_changed in zip(tasks, thresholds, changed, strict=True):
-            job = _Job(base, task, options, found, n_changed, sync)
+        jobs = [_Job(base, task, options, sync) for task in tasks]
+        for job in jobs:
             stack.enter_context(job.sink.writer)
-            jobs.append(job)
         select = Select(family, [job.sink for job in jobs])
-        note("selecting and encoding")
-        run(select, family.plan(), how.threads, how.advance)
+        if options.density is None or options.scope == "global":
+            note("finding thresholds" if options.density is not None else "comparing")
+            _set_thresholds(family, jobs, range(len(family.slots)))
+            note("selecting and encoding")
+            run(select, family.plan(), how.threads, how.advance)
+        else:
+            # Tensor by tensor, so that what came over the network need not come twice.
+            note("selecting and encoding")
+            for slot in range(len(family.slots)):
+                _set_thresholds(family, jobs, range(slot, slot + 1))
+                run(select, family.tiles(slot), how.threads, how.advance)
+                family.forget()
+        family.forget()
         return [job.finish(select) for job in jobs]
 
 
-def _thresholds(family: Family, tasks: list[PruneTask], options: PruneOptions) -> tuple[list[list[Threshold]], list[int | None]]:
-    """Thresholds of each task (one, or one for each slot) and its number of changed entries, where known."""
-    numbers = range(len(tasks))
-    if options.density is None:
-        return [[ALL_CHANGED] for _ in numbers], [None for _ in numbers]
-    if options.scope == "global":
-        kept = {i: int(options.density * tasks[i].entries) for i in numbers}
-        found = find_thresholds(family, range(len(family.slots)), kept)
-        return [[found[i].threshold] for i in numbers], [found[i].changed for i in numbers]
-    thresholds: list[list[Threshold]] = [[] for _ in numbers]
-    changed = [0 for _ in numbers]
-    for slot in range(len(family.slots)):
-        pairs = {i: family.tasks[i].pairs.get(family.slots[slot].name) for i in numbers}
-        kept = {i: int(options.density * pair.entries) if pair else 0 for i, pair in pairs.items()}
-        found = find_thresholds(family, range(slot, slot + 1), kept)
-        for i in numbers:
-            thresholds[i].append(found[i].threshold)
-            changed[i] += found[i].changed
-    return thresholds, list(changed)
+def _set_thresholds(family: Family, jobs: list[_Job], slots: range) -> None:
+    """Find each task's threshold over some slots."""
+    density = jobs[0].options.density
+    if density is None:
+        for job in jobs:
+            job.sink.add_threshold(ALL_CHANGED)
+        return
+    names = [family.slots[slot].name for slot in slots]
+    entries = [sum(pair.entries for name in names if (pair := task.pairs.get(name)) is not None) for task in family.tasks]
+    found = find_thresholds(family, slots, {number: int(density * n) for number, n in enumerate(entries)})
+    for number, job in enumerate(jobs):
+        job.sink.add_threshold(found[number].threshold)
+        job.changed += found[number].changed
+
+
+def fetch_bytes(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> int:
+    """Bytes that pruning will fetch over the network if the sample predicts the thresholds well; 0 if it reads files."""
+    family = Family(base, [task.vector for task in tasks], How(CPU, 1, DEFAULT_TILE))
+    twice = (
+        []
+        if options.density is None
+        else [range(i, i + 1) for i in range(len(family.slots))]
+        if options.scope == "tensor"
+        else [range(len(family.slots))]
+    )
+    total = family.ranged_bytes(family.slots) + sum(
+        counted_bytes(family, slots) for slots in twice if not family.fits([family.slots[i] for i in slots])
+    )
+    for task in tasks:
+        fine, pairing = task.vector.fine, task.vector.pairing
+        if fine.ranged:
+            total += sum(info.nbytes for info in pairing.whole)
+            total += sum(pair.fine.nbytes - pair.fine.dtype.nbytes(pair.entries) for pair in pairing.pairs if pair.grown)
+        alike = [pair for pair in pairing.pairs if not pair.is_delta]
+        total += sum(pair.fine.nbytes * fine.ranged + pair.base.nbytes * base.ranged for pair in alike)
+        total += sum(size_of(file) for file in fine.side_files.values()) if fine.ranged else 0
+        total += sum(size_of(base.side_files[name]) for name in fine.side_files if name in base.side_files) if base.ranged else 0
+    return total
 
 
 class _Job:
     """One artifact in the making."""
 
-    def __init__(
-        self, base: Checkpoint, task: PruneTask, options: PruneOptions, thresholds: list[Threshold], changed: int | None, sync: bool
-    ) -> None:
-        self._base, self._task, self._options, self._changed = base, task, options, changed
-        self._thresholds = thresholds
+    def __init__(self, base: Checkpoint, task: PruneTask, options: PruneOptions, sync: bool) -> None:
+        self._base, self._task, self.options = base, task, options
+        self.changed = 0  # entries, where thresholds were looked for
         pairs = task.vector.pairs.values()
         dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
         streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
-        self.sink = Sink(SparseDeltaWriter(task.target, streams, self._metadata(None), sync), streams, thresholds)
+        self.sink = Sink(SparseDeltaWriter(task.target, streams, self._metadata(None), sync), streams)
 
     def _metadata(self, measured: dict[str, str] | None) -> dict[str, str]:
         """Metadata of the artifact; without measured values, the longest that it can become."""
-        task, options = self._task, self._options
+        task, options = self._task, self.options
         metadata = {
             "peru.task": task.vector.name,
             "peru.prefix": task.vector.pairing.prefix.encode(),
@@ -192,14 +218,14 @@ class _Job:
         records, whole = self._records(select, results)
         files = list(_side_files(fine, self._base))
         kept = sum(sink.kept.values())
-        changed = kept if self._changed is None else self._changed
+        changed = kept if self.options.density is None else self.changed
         measured = {
             "peru.kept": str(kept),
             "peru.changed": str(changed),
             "peru.result": checkpoint_digest(results).hex(),
         }
-        if self._options.scope == "global" and not self._thresholds[0].keeps_all:
-            measured["peru.threshold"] = repr(key_value(self._thresholds[0].key, task.vector.wide))
+        if self.options.scope == "global" and not sink.thresholds[0].keeps_all:
+            measured["peru.threshold"] = repr(key_value(sink.thresholds[0].key, task.vector.wide))
         if any(stream.values == ROUNDED for stream in sink.streams):
             measured["peru.largest_error"] = repr(sink.largest_error)
         size = sink.writer.finish(self._metadata(measured), records, files)
@@ -224,8 +250,7 @@ class _Job:
                 if pair.grown:
                     record.base_rows = pair.base.shape[0]
                     record.whole_digest = self._store(info, pair.entries)[:SHORT]
-            elif pair is not None and _same_bytes(vector.fine, self._base, pair):
-                digest = _digest(self._base, pair.base, lambda data: None)
+            elif pair is not None and (digest := _shared_digest(vector.fine, self._base, pair)) is not None:
                 record = TensorRecord(info, COPY_OF_BASE, base_dtype=pair.base.dtype, base_digest=digest[:SHORT])
                 results[name] = digest
             else:
@@ -250,6 +275,8 @@ def key_value(key: int, wide: bool) -> float:
 
 def _pieces(source: Checkpoint, info: TensorInfo, first: int = 0) -> Iterator[memoryview]:
     """A tensor's bytes from an entry on, piece by piece, in one reused buffer."""
+    if source.ranged and first < info.entries:
+        source.expect([(info.name, info.dtype.nbytes(first), info.dtype.nbytes(info.entries - first))])
     room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
     for start in range(first, info.entries, _PIECE):
         view = memoryview(room)[: info.dtype.nbytes(min(_PIECE, info.entries - start))]
@@ -267,11 +294,16 @@ def _digest(
     return digest.digest()
 
 
-def _same_bytes(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
+def _shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:
+    """The digest of a tensor that both have alike, None if they differ; reads both once."""
     if pair.fine.dtype is not pair.base.dtype:
-        return False
-    both = zip(_pieces(fine, pair.fine), _pieces(base, pair.base), strict=True)
-    return all(a == b for a, b in both)
+        return None
+    digest = TensorDigest(pair.base.dtype, pair.base.shape)
+    for a, b in zip(_pieces(fine, pair.fine), _pieces(base, pair.base), strict=True):
+        if a != b:
+            return None
+        digest.add(leaves(b, pair.base.dtype))
+    return digest.digest()
 
 
 def _side_files(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile, bytes]]:

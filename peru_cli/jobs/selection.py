@@ -14,6 +14,7 @@ from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
 from peru_cli.methods.magnitude import Threshold, take_equals
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.digests import TensorDigest, leaves
+from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import Tile
 
 
@@ -23,16 +24,18 @@ class Sink:
 
     writer: SparseDeltaWriter
     streams: list[Stream]
-    thresholds: list[Threshold]  # one for each slot, or one for all
-    quotas: list[int] = field(init=False)  # equals that may still be taken, by threshold
+    thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
+    quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
     result: dict[str, TensorDigest] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
     not_finite: int = 0  # kept entries whose difference is NaN or infinite
     largest_error: float = 0.0  # of values that were rounded
 
-    def __post_init__(self) -> None:
-        self.quotas = [threshold.equals or 0 for threshold in self.thresholds]
+    def add_threshold(self, threshold: Threshold) -> None:
+        """The threshold of the next slot, or of all."""
+        self.thresholds.append(threshold)
+        self.quotas.append(threshold.equals or 0)
 
     def stream_number(self, dtype: Dtype) -> int:
         """The stream of a dtype."""
@@ -78,6 +81,9 @@ class Select:
 
     def buffers(self) -> Buffers:
         return self._family.buffers()
+
+    def reads(self) -> Reads:
+        return self._family.reads(self._family.slots, range(len(self._family.tasks)))
 
     def apply(self, tile: Tile, buffers: Buffers) -> list[_Candidates]:
         slot = self._family.slots[tile.tensor]

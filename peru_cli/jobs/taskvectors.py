@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -14,11 +15,12 @@ from peru_cli.methods.delta import INFINITE_KEY, KeyRoom, cast_bits
 from peru_cli.methods.magnitude import Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
 from peru_cli.streaming.aligned import TileBuffer, read_bits, read_runs
 from peru_cli.streaming.arrays import Array, Arrays
-from peru_cli.streaming.engine import run
+from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
 
 SAMPLE_RUNS = 1024
 SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
+KEPT_BYTES = 128 << 20  # that came over the network and are wanted once more: all of a small model, or one tensor
 SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
 STRIP_RUNS = 32  # runs that one thread looks at together: a run alone costs more to ask for than to look at
 
@@ -73,6 +75,11 @@ class Aligned:
     grown: Array
 
 
+def _of_task(task: TaskVector, slots: Sequence[TensorInfo], tensor: int) -> TensorInfo | None:
+    pair = task.pairs.get(slots[tensor].name)
+    return pair.fine if pair is not None else None
+
+
 class Family:
     """A base and task vectors, slot by slot: a slot is a base tensor that any of them pairs with."""
 
@@ -86,6 +93,10 @@ class Family:
         """Tiles of all slots, each as long as its longest tensor."""
         return TilePlan(self.entries, self.how.tile_entries)
 
+    def tiles(self, slot: int) -> list[Tile]:
+        """Tiles of one slot."""
+        return [tile._replace(tensor=slot) for tile in TilePlan(self.entries[slot : slot + 1], self.how.tile_entries)]
+
     def buffers(self) -> Buffers:
         """One thread's room."""
         return Buffers(self.how, self.tasks)
@@ -97,6 +108,26 @@ class Family:
             pair = self.tasks[number].pairs.get(slot.name)
             if pair is not None and len(fine := read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffers.fine)):
                 yield Aligned(number, pair, cast_bits(self.how.xp, base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
+
+    def reads(self, slots: Sequence[TensorInfo], wanted: Iterable[int]) -> Reads:
+        """What a pass over these slots of the base and of the wanted tasks reads."""
+        yield self.base, lambda tensor: slots[tensor]
+        for number in wanted:
+            yield self.tasks[number].fine, partial(_of_task, self.tasks[number], slots)
+
+    def forget(self) -> None:
+        """Drop what passes kept."""
+        for source in (self.base, *(task.fine for task in self.tasks)):
+            source.forget()
+
+    def fits(self, slots: Sequence[TensorInfo]) -> bool:
+        """Whether what comes of these slots over the network may be kept between two passes."""
+        return self.ranged_bytes(slots) <= KEPT_BYTES
+
+    def ranged_bytes(self, slots: Sequence[TensorInfo]) -> int:
+        """Bytes of these slots that come over the network, of the base and of all tasks."""
+        pairs = [pair for slot in slots for task in self.tasks if task.fine.ranged and (pair := task.pairs.get(slot.name)) is not None]
+        return sum(slot.nbytes for slot in slots if self.base.ranged) + sum(pair.fine.nbytes for pair in pairs)
 
     def keys(self, aligned: Aligned, low: int, buffers: Buffers) -> Array:
         """Keys of one task's tile (see `KeyRoom.keys`)."""
@@ -113,7 +144,8 @@ class _Group:
 
     def __init__(self, family: Family, slots: range) -> None:
         self.family, self.slots = family, slots
-        self.entries = [family.slots[i].entries for i in slots]
+        self.tensors = [family.slots[i] for i in slots]
+        self.entries = [tensor.entries for tensor in self.tensors]
         self._sample = SAMPLE_RUN * (SAMPLE_RUNS if len(slots) > 1 else SLOT_RUNS)
 
     def slot(self, tile: Tile | Strip) -> TensorInfo:
@@ -142,6 +174,8 @@ class _Group:
 class _Sample:
     """Collects keys of all tasks, in order."""
 
+    keeps = True  # the next pass counts the same entries
+
     def __init__(self, group: _Group, wanted: Sequence[int]) -> None:
         self._group, self._wanted = group, wanted
         self.keys: dict[int, list[Keys]] = {number: [] for number in wanted}
@@ -159,19 +193,33 @@ class _Sample:
             for a in family.each(slot, tile, base_bits, buffers, self._wanted)
         ]
 
+    def reads(self) -> Reads:
+        return self._group.family.reads(self._group.tensors, self._wanted)
+
     def commit(self, tile: Strip, result: list[tuple[int, Keys, int]]) -> None:
         for number, keys, changed in result:
             self.keys[number].append(keys)
             self._tensors[number].append(tile.tensor)
             self.changed[number] += changed
 
-    def window(self, number: int, k: int) -> Window:
-        """Where the task's threshold very likely is; a sampled key stands for its share of its tensor."""
+    def window(self, number: int, k: int, within: tuple[int, int, int] | None = None) -> Window:
+        """Where the task's threshold very likely is; a sampled key stands for its share of its tensor.
+
+        With `within`, of the keys from a lowest to a highest alone, of which there are so many.
+        """
         sizes = np.array([len(keys) for keys in self.keys[number]])
         tensors = np.array(self._tensors[number])
         sampled = np.bincount(tensors, weights=sizes, minlength=len(self._group.entries))
         weights = np.repeat((np.array(self._group.entries) / np.maximum(sampled, 1))[tensors], sizes)
-        return predict_window(np.concatenate(self.keys[number]), weights, k, self._group.family.tasks[number].infinite_key)
+        keys = np.concatenate(self.keys[number])
+        if within is None:
+            return predict_window(keys, weights, k, self._group.family.tasks[number].infinite_key)
+        low, high, n = within
+        inside = (keys >= low) & (keys <= high)
+        if not inside.any():
+            return Window.over(low, high)
+        keys, weights = keys[inside], weights[inside]
+        return predict_window(keys, weights * (n / weights.sum()), k, high)
 
     def finish(self, tile: Strip, committed: None, buffers: Buffers) -> None:
         pass
@@ -183,6 +231,10 @@ class _Count:
     def __init__(self, group: _Group, windows: dict[int, Window]) -> None:
         self._group = group
         self.tallies = {number: Tally(window) for number, window in windows.items()}
+        self.keeps = group.family.fits(group.tensors)
+
+    def reads(self) -> Reads:
+        return self._group.family.reads(self._group.tensors, self.tallies)
 
     def buffers(self) -> Buffers:
         return self._group.family.buffers()
@@ -237,8 +289,8 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[
             found[number] = Found(exact_threshold(np.concatenate(keys), sample.changed[number], k), sample.changed[number])
         else:
             windows[number] = sample.window(number, k) if k else Window(task.infinite_key, 0, 1)
-    del sample
     plan = TilePlan(group.entries, how.tile_entries)
+    again = True
     while windows:
         count = _Count(group, windows)
         run(count, plan, how.threads, how.advance)
@@ -247,8 +299,24 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[
             task = family.tasks[number]
             decision = decide(tally, kept[number], task.infinite_key) if kept[number] else _nothing(task)
             if isinstance(decision, Window):
-                windows[number] = decision
+                missed = tally.missed(kept[number], task.infinite_key, sum(group.entries)) if again else None
+                windows[number] = decision if missed is None else sample.window(number, missed[0], missed[1:])
             else:
                 found[number] = Found(decision, tally.changed)
                 del windows[number]
+        again = False  # predicted anew from what was counted, once; then bisected
     return found
+
+
+def counted_bytes(family: Family, slots: range) -> int:
+    """Bytes over the network that looking for a threshold takes and the pass after it asks for again: all but the sample."""
+    group = _Group(family, slots)
+    strips, _ = group.sample()
+    total = family.ranged_bytes(group.tensors)
+    for source, info_of in family.reads(group.tensors, range(len(family.tasks))):
+        for strip in strips if source.ranged else ():
+            info = info_of(strip.tensor)
+            total -= (
+                sum(info.dtype.nbytes(max(0, min(stop, info.entries) - start)) for start, stop in strip.runs) if info is not None else 0
+            )
+    return total

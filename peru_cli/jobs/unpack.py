@@ -22,7 +22,7 @@ from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.streaming.aligned import TileBuffer, clip
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.digests import SHORT, TensorDigest, checkpoint_digest, leaves
-from peru_cli.streaming.engine import run
+from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Tile, TilePlan
 
 _FEW = 3  # tensors of a wrong base that are read before giving up
@@ -102,6 +102,10 @@ class _Unpack:
         self._kept = dict.fromkeys(self._left, 0)
         self._widest = max((r.info.dtype.bits for r in self._records), default=8)
         self._widest = max([self._widest] + [r.base_dtype.bits for r in self._records if r.base_dtype is not None])
+
+    def reads(self) -> Reads:
+        names = [self._artifact.base_name(record) if record.mode != WHOLE else None for record in self._records]
+        return [(self._base, lambda tensor: self._base.tensors[name] if (name := names[tensor]) is not None else None)]
 
     def buffers(self) -> tuple[TileBuffer, TileBuffer]:
         room = [TileBuffer(CPU, self._how.tile_entries, max(self._widest // 8, 1)) for _ in range(2)]

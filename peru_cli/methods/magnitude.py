@@ -95,6 +95,15 @@ class Tally:
             if self._waiting_size >= _FLUSH:
                 self._flush()
 
+    def missed(self, k: int, largest_key: int, n: int) -> tuple[int, int, int, int] | None:
+        """If the k-th largest of n keys is not in the window: its rank among the keys on its side, their bounds and number."""
+        inside = int(self.bins().sum())
+        if self.above >= k:
+            return k, self.window.low + (self.window.bins << self.window.shift), largest_key, self.above
+        if self.above + inside < k:
+            return k - self.above - inside, 0, self.window.low - 1, n - self.above - inside
+        return None
+
     def _flush(self) -> None:
         if self._waiting:
             np.add.at(self._bins, np.concatenate(self._waiting), 1)

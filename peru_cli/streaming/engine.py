@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.streaming.tiles import Strip, Tile
 
 T = TypeVar("T", bound=Tile | Strip, contravariant=True)
@@ -43,6 +45,35 @@ class Pass(Protocol[T, B, R, S]):
     def finish(self, tile: T, committed: S, buffers: B) -> None:
         """Whatever follows from the commit and needs no order."""
         ...
+
+
+Reads = Iterable[tuple[Checkpoint, Callable[[int], TensorInfo | None]]]
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """A pass that knows beforehand what it reads, so that it can be fetched ahead where bytes come over the network."""
+
+    def reads(self) -> Reads:
+        """Each source, and its tensor (if any) that the tiles of a tensor number read, as far as it goes."""
+        ...
+
+
+def announce(step: object, tiles: Sequence[Tile | Strip]) -> None:
+    """Tell the sources of a pass what they will be asked for; `keeps` of a pass says whether it will be wanted again."""
+    if not isinstance(step, Announcing):
+        return
+    for source, info_of in step.reads():
+        if source.ranged:
+            ranges = ((info, *run) for tile in tiles if (info := info_of(tile.tensor)) is not None for run in tile.runs)
+            source.expect(
+                (
+                    (info.name, info.dtype.nbytes(start), info.dtype.nbytes(min(stop, info.entries) - start))
+                    for info, start, stop in ranges
+                    if start < info.entries
+                ),
+                getattr(step, "keeps", False),
+            )
 
 
 class Aborted(Exception):
@@ -93,6 +124,7 @@ def run(step: Pass[T, B, R, S], tiles: Sequence[T], threads: int, advance: Calla
     """
     torch = sys.modules.get("torch")
     inner = torch.get_num_threads() if torch is not None else 1
+    announce(step, tiles)
     try:
         if torch is not None:
             torch.set_num_threads(1)

@@ -1,0 +1,199 @@
+"""Ranges of remote files fetched before they are wanted: in the order in which they will be, several at once, few bytes held.
+
+A pass says beforehand which ranges it will read. Neighbours are joined, long ranges cut, and threads fetch them while the pass computes;
+a fetched piece goes as soon as it has been taken. What was not announced, or is wanted before its turn, the reader fetches itself, so
+that no order of reading can block.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+CONNECTIONS = 8
+PIECE = 4 << 20  # bytes asked for at once
+HELD = 32 << 20  # bytes fetched ahead and not yet taken, for each checkpoint
+
+Range = tuple["Ranged", int, int]  # file, first byte, end
+
+
+class Ranged(Protocol):
+    """A file that is read by ranges."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from an offset."""
+        ...
+
+
+@dataclass
+class _Piece:
+    file: Ranged
+    begin: int
+    end: int
+    data: bytearray | None = None  # None before it is begun and after it was taken
+    begun: bool = False
+    ready: bool = False
+    keep: bool = False  # after it was taken
+    error: BaseException | None = None
+    left: int = field(init=False)  # bytes that nobody has taken
+
+    def __post_init__(self) -> None:
+        self.left = self.end - self.begin
+
+
+class _Map:
+    """Pieces of each file by where they begin; they do not overlap."""
+
+    def __init__(self, pieces: Iterable[_Piece]) -> None:
+        self._pieces: dict[int, list[_Piece]] = {}
+        for piece in pieces:
+            self._pieces.setdefault(id(piece.file), []).append(piece)
+        for several in self._pieces.values():
+            several.sort(key=lambda piece: piece.begin)
+        self._begins = {key: [piece.begin for piece in several] for key, several in self._pieces.items()}
+
+    def at(self, file: Ranged, offset: int) -> tuple[_Piece | None, int | None]:
+        """The piece that holds a byte, or None and where the next one begins, if there is one."""
+        several, begins = self._pieces.get(id(file), []), self._begins.get(id(file), [])
+        i = bisect_right(begins, offset) - 1
+        if i >= 0 and offset < several[i].end:
+            return several[i], None
+        return None, begins[i + 1] if i + 1 < len(begins) else None
+
+
+class ReadAhead:
+    """Reads of one checkpoint. Safe from many threads; `expect` and `forget` between passes only."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._pieces: list[_Piece] = []
+        self._map = _Map(())
+        self._kept: list[_Piece] = []
+        self._kept_map = _Map(())
+        self._next = self._held = self._plan = 0
+
+    def expect(self, ranges: Iterable[Range], keep: bool = False) -> None:
+        """Begin to fetch what will be read, each range once; `keep` holds it for later passes, until `forget`."""
+        with self._condition:
+            self._plan += 1  # what an earlier plan still fetches is dropped
+            self._kept += [piece for piece in self._pieces if piece.keep and piece.ready and piece.error is None]
+            self._kept_map = _Map(self._kept)
+            self._pieces = [piece for file, begin, end in _join(self._missing(ranges)) for piece in _cut(file, begin, end, keep)]
+            self._map, self._next, self._held = _Map(self._pieces), 0, 0
+            self._condition.notify_all()
+            for number in range(min(CONNECTIONS, len(self._pieces))):
+                threading.Thread(target=self._work, args=(self._plan,), name=f"ranges-{number}", daemon=True).start()
+
+    def forget(self) -> None:
+        """Drop what was kept, and what was expected and not read."""
+        self.expect(())
+        with self._condition:
+            self._kept, self._kept_map = [], _Map(())
+
+    def _missing(self, ranges: Iterable[Range]) -> Iterable[Range]:
+        """The parts of ranges that are not kept."""
+        for file, begin, end in ranges:
+            while begin < end:
+                piece, following = self._kept_map.at(file, begin)
+                stop = min(end, piece.end) if piece is not None else min(end, following or end)
+                if piece is None:
+                    yield file, begin, stop
+                begin = stop
+
+    def read_into(self, file: Ranged, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer from a file, out of what was fetched where it was."""
+        done = 0
+        while done < len(buffer):
+            rest = buffer[done:]
+            piece, following = self._kept_map.at(file, offset + done)
+            if piece is None:
+                piece, next_expected = self._map.at(file, offset + done)
+                following = min((n for n in (following, next_expected) if n is not None), default=None)
+            if piece is not None and self._take(piece, offset + done, rest[: piece.end - offset - done]):
+                done += min(len(rest), piece.end - offset - done)
+                continue
+            stop = piece.end if piece is not None else following
+            part = rest if stop is None else rest[: stop - offset - done]
+            file.read_into(offset + done, part)
+            done += len(part)
+
+    def _take(self, piece: _Piece, offset: int, buffer: memoryview) -> bool:
+        """Copy from a piece, waiting for it or fetching it; False if it was taken before."""
+        with self._condition:
+            mine = not piece.begun
+            piece.begun = True
+            if mine:
+                self._held += piece.end - piece.begin
+        if mine:
+            self._fetch(piece)
+        with self._condition:
+            while not piece.ready:
+                self._condition.wait()
+            if piece.error is not None:
+                raise piece.error
+            data = piece.data
+        if data is None:
+            return False
+        at = offset - piece.begin
+        buffer[:] = memoryview(data)[at : at + len(buffer)]
+        with self._condition:
+            piece.left -= len(buffer)
+            if piece.left <= 0 and not piece.keep and piece.data is not None:
+                piece.data = None
+                self._held -= piece.end - piece.begin
+                self._condition.notify_all()
+        return True
+
+    def _work(self, plan: int) -> None:
+        while True:
+            with self._condition:
+                while True:
+                    if plan != self._plan:
+                        return
+                    while self._next < len(self._pieces) and self._pieces[self._next].begun:
+                        self._next += 1
+                    if self._next == len(self._pieces):
+                        return
+                    piece = self._pieces[self._next]
+                    size = piece.end - piece.begin
+                    if piece.keep or not self._held or self._held + size <= HELD:
+                        break
+                    self._condition.wait()
+                piece.begun = True
+                self._held += size
+            self._fetch(piece)
+
+    def _fetch(self, piece: _Piece) -> None:
+        data: bytearray | None = bytearray(piece.end - piece.begin)
+        try:
+            assert data is not None
+            piece.file.read_into(piece.begin, memoryview(data))
+        except BaseException as error:
+            piece.error = error
+            data = None
+        with self._condition:
+            piece.data, piece.ready = data, True
+            self._condition.notify_all()
+
+
+def _join(ranges: Iterable[Range]) -> Iterable[Range]:
+    """Neighbours as one range."""
+    current: Range | None = None
+    for file, begin, end in ranges:
+        if begin == end:
+            continue
+        if current is not None and current[0] is file and current[2] == begin:
+            current = (file, current[1], end)
+            continue
+        if current is not None:
+            yield current
+        current = (file, begin, end)
+    if current is not None:
+        yield current
+
+
+def _cut(file: Ranged, begin: int, end: int, keep: bool) -> Iterable[_Piece]:
+    return (_Piece(file, at, min(at + PIECE, end), keep=keep) for at in range(begin, end, PIECE))
