@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 TOKEN = "hf_" + "SecretTokenOfTheTests"
+CUT = -1  # instead of a status: the connection breaks
 READ_TOKEN = "hf_" + "ThisOneMayOnlyRead"
 RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -127,6 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "").split(":")[0]
         self.server.log.append((method, path, "Authorization" in self.headers, host))
         status = self.server.before(method, path)
+        if status == CUT:
+            self.close_connection = True
+            self.connection.close()
+            return
         if status is not None:
             self._answer({"error": f"asked to fail with {status}"}, status)
             return
@@ -191,7 +196,12 @@ class _Handler(BaseHTTPRequestHandler):
     def model(self, name: str, revision: str | None = None) -> None:
         if found := self._repo(name, revision or "main"):
             repo, commit = found
-            files = [{"rfilename": path} for path in repo.commits[commit]]
+            files = []
+            for path, content in repo.commits[commit].items():
+                entry: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": blob_id(content)}
+                if is_lfs(path):
+                    entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                files.append(entry)
             self._answer({"id": name, "modelId": name, "sha": commit, "private": repo.private, "siblings": files, "tags": []})
 
     def tree(self, name: str, revision: str) -> None:

@@ -18,7 +18,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
 from peru_cli.checkpoints.local import open_random, read_header
 from peru_cli.checkpoints.places import Place, children
-from peru_cli.errors import BadFile
+from peru_cli.errors import BadFile, UsageError
 
 FORMAT = "1"
 ROLES = ("blocks", "whole", "files", "index")
@@ -161,9 +161,23 @@ class Container:
         self._file.close()
 
 
-def find_artifact(place: Place) -> Place:
-    """The one artifact in a folder or repo that holds no other weights; else the place itself."""
+def find_artifact(place: Place, task: str | None = None) -> Place:
+    """A task's artifact in a folder or repo, or the one that holds no other weights; else the place itself.
+
+    UsageError if several files could be meant, or the task is none of them.
+    """
     files = [file for file in children(place, "*.safetensors") if not file.name.startswith(".")]
+    if task is not None and place.is_dir():
+        mine = [file for file in files if file.name.removesuffix(".safetensors") == task] or (files if len(files) == 1 else [])
+        if not mine or not is_artifact(mine[0]):
+            tasks = ", ".join(file.name.removesuffix(".safetensors") for file in files)
+            raise UsageError(f"{place} has no artifact of the task {task!r}", f"it holds {tasks or 'none'}")
+        return mine[0]
+    if len(files) > 1 and not (place / "model.safetensors.index.json").is_file() and is_artifact(files[0]):
+        raise UsageError(
+            f"{place} holds {len(files)} artifacts: {', '.join(file.name.removesuffix('.safetensors') for file in files[:8])}",
+            "say which with --task, or name the file",
+        )
     return files[0] if len(files) == 1 and is_artifact(files[0]) else place
 
 

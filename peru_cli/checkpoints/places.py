@@ -120,6 +120,11 @@ def same_as(place: Place) -> object:
     return place.public_name
 
 
+def published_digest(place: Place) -> str | None:
+    """SHA-256 of a file in a repo, as far as the Hub says it."""
+    return None if isinstance(place, Path) else place.sha256
+
+
 def on_disk(place: Place) -> Path:
     """The file on this machine, fetched through the Hub's cache if need be."""
     return place if isinstance(place, Path) else place.local()

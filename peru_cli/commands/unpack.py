@@ -16,10 +16,15 @@ from peru_cli.errors import UsageError
 
 def unpack(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote, or a LoRA adapter.")],
-    base: options.Base,
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
     ],
+    base: Annotated[
+        Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The base. Default: the one on the Hub that the artifact names.")
+    ] = None,
+    task: Annotated[
+        Optional[str], typer.Option("--task", metavar="TASK", help="Whose artifact, in a folder or repo that holds several.")
+    ] = None,
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
     ] = None,
@@ -45,6 +50,8 @@ def unpack(
     peru unpack a.safetensors --base BASE -o restored.safetensors
 
     peru unpack a.safetensors --base BASE -o - | sha256sum
+
+    peru unpack org/artifact-repo --task a -o a/
     """
     wanted = options.parse_dtype(dtype) if dtype is not None else None
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
@@ -62,19 +69,19 @@ def unpack(
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.checkpoints.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
     from peru_cli.jobs import unpack as job
+    from peru_cli.jobs.basename import base_of_adapter, find_base
     from peru_cli.jobs.how import streaming
 
     target = Path(output)
-    given = find_artifact(locate(artifact))
-    if not given.is_file() and not find_adapters(given):
+    place = find_artifact(locate(artifact), task)
+    if not place.is_file() and not find_adapters(place):
         raise UsageError(f"{artifact}: no such artifact or adapter", why_not_here(artifact)[1])
     to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
     if not to_pipe:
         check_target(target, force or dry_run)
         if not to_folder and target.is_dir():
             raise UsageError(f"{output} is a folder, so no file can be written there", f"-o {output}/ writes a folder")
-    place = destination(push, private, revision, commit_message, force, output)
-    opened_base = open_model(base)
+    destined = destination(push, private, revision, commit_message, force, output)
 
     def make_writer(tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:
         if to_pipe:
@@ -83,15 +90,21 @@ def unpack(
             return DirectoryWriter(target, tensors, files, shard_bytes, not no_sync)
         return FileWriter(target, tensors, not no_sync)
 
-    def finished(named: str = base) -> dict[str, Any]:
-        return publish(place, [target], "unpack", (named,))
+    def finished(named: Optional[str]) -> dict[str, Any]:
+        return publish(destined, [target], "unpack", (named,) if named is not None else ())
 
-    if given.is_dir() or is_lora_file(given):
+    if place.is_dir() or is_lora_file(place):
         from peru_cli.commands.unpackadapter import unpack_adapter
 
-        unpack_adapter(artifact, opened_base, output, wanted, make_writer, dry_run, (device, threads, tile_entries), finished)
+        opened_base = open_model(base if base is not None else base_of_adapter(place))
+        how_to = (device, threads, tile_entries)
+        unpack_adapter(artifact, opened_base, output, wanted, make_writer, dry_run, how_to, lambda: finished(opened_base.public_name))
         return
-    opened = SparseDelta(given)
+    opened = SparseDelta(place)
+    if task not in (None, opened.metadata["peru.task"], place.name.removesuffix(".safetensors")):
+        raise UsageError(f"--task {task}: {place} holds {opened.metadata['peru.task']}", "leave --task out")
+    base = find_base(place, opened.metadata, base)
+    opened_base = open_model(base)
     job.check_base(opened, opened_base)
     tensors = job.output_tensors(opened, wanted)
     files, missing = job.side_files(opened, opened_base)
@@ -111,7 +124,7 @@ def unpack(
     if not to_pipe:
         console.note(f"wrote {output}: base and result verified")
         result = {"task": opened.metadata["peru.task"], "output": output, "bytes": nbytes, "result_digest": opened.result_digest.hex()}
-        console.result(result | finished(opened.metadata.get("peru.base", base)))
+        console.result(result | finished(opened.metadata.get("peru.base", opened_base.public_name)))
 
 
 def register(app: typer.Typer) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from peru_cli.checkpoints.adapterconfig import read_config
+from peru_cli.checkpoints.places import Place, children, is_on_hub, locate, parse_hub_name, published_digest
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch, PeruError, UsageError
 
 FILES = "peru.base.files"
-_HUB = re.compile(r"(?:hf://(?:models/)?)?([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w.-]+|refs/[\w./-]+?))?(?:/(.*))?", re.ASCII)
+MERGED = "merged"  # the folder of the merged model that artifacts beside it are deltas of
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,61 @@ def recorded(metadata: Mapping[str, str]) -> BaseName | None:
 
 def hub_repo(name: str) -> tuple[str, str | None] | None:
     """`org/name` and revision of a base's name; None if it is not one of the Hub's."""
-    match = _HUB.fullmatch(name)
-    if match is None or (match.group(3) is not None and not name.startswith("hf://")):
+    try:
+        parsed = parse_hub_name(name)
+    except UsageError:
         return None
-    return match.group(1), match.group(2)
+    if parsed is None or (parsed.path and not name.startswith("hf://")):
+        return None
+    return parsed.repo, parsed.revision
+
+
+def find_base(artifact: Place, metadata: Mapping[str, str], given: str | None) -> str:
+    """The base to unpack an artifact with: the one given, the one that it names, or the merged model beside it (PERU-FFT).
+
+    UsageError if there is none, Mismatch if the Hub says that the named base's files are others by now: nothing was downloaded then.
+    """
+    name = recorded(metadata)
+    if given is not None:
+        if name is not None and is_on_hub(given):
+            _refuse_moved(artifact, name, given)
+        return given
+    if name is not None and hub_repo(name.name) is not None:
+        where = name.name if name.name.startswith("hf://") else f"hf://models/{name.name}"
+        try:
+            _refuse_moved(artifact, name, where)
+        except Mismatch:
+            raise
+        except PeruError as error:
+            hint = f"{error.hint}\n  " if error.hint else ""
+            message = f"{artifact} was made from {name.name}, which cannot be read: {error.message}"
+            raise PeruError(message, f"{hint}or name the base yourself: --base BASE") from error
+        return where
+    merged = artifact.parent / MERGED
+    if name is None and merged.is_dir():
+        return str(merged) if isinstance(merged, Path) else merged.public_name
+    said = f"it names {name.name}, which is not on the Hub" if name is not None else "it does not name its base"
+    raise UsageError(f"{artifact} needs the base that it was made from; {said}", "add --base BASE")
+
+
+def _refuse_moved(artifact: Place, name: BaseName, where: str) -> None:
+    """Compare the digests that the Hub publishes with those that the artifact recorded, if both are of one repo."""
+    place, repo = locate(where), hub_repo(name.name)
+    if isinstance(place, Path) or repo is None or repo[0] not in (place.repo.name, place.repo.renamed_from):
+        return
+    files = [place] if place.is_file() else [file for file in children(place) if file.suffix in (".safetensors", ".bin")]
+    published = [published_digest(file) for file in files]
+    if name.digests and None not in published and not set(name.digests) <= set(published):
+        raise Mismatch(
+            f"{where} is not the base that {artifact} was made from: its weight files are others by now",
+            f"it was made from {name.name}; a copy of that can be given with --base",
+        )
+
+
+def base_of_adapter(adapter: Place) -> str:
+    """The base that a PEFT adapter names, with its revision; UsageError if that is none of the Hub's."""
+    config = read_config(adapter, str(adapter)) if adapter.is_dir() else {}
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or hub_repo(name) is None:
+        raise UsageError(f"{adapter} needs its base, and names none on the Hub", "add --base BASE")
+    return f"hf://models/{name}" + (f"@{revision}" if isinstance(revision, str) and revision else "")

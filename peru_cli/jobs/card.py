@@ -12,11 +12,10 @@ from peru_cli import __version__
 from peru_cli.artifacts.container import Container, is_artifact
 from peru_cli.artifacts.sparse_delta import KIND
 from peru_cli.console import count, si_bytes
-from peru_cli.jobs.basename import BaseName, hub_repo, recorded
+from peru_cli.jobs.basename import MERGED, BaseName, hub_repo, recorded
 
 PERU = f"[peru](https://pypi.org/project/peru-cli/) {__version__}"
 ADAPTER_CONFIG = "adapter_config.json"
-MERGED = "merged"
 
 
 @dataclass

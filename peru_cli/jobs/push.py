@@ -98,7 +98,7 @@ def check(place: Destination, taken: bool = True) -> None:
         owner = place.repo.split("/")[0]
         if role == "read":
             raise PeruError(f"{place.repo}: the token may only read", _NEW_TOKEN)
-        if owner.lower() not in {name.lower() for name in names}:
+        if who.get("name") and owner.lower() not in {name.lower() for name in names}:  # tokens of CI providers have no name
             raise PeruError(
                 f"{place.repo}: the token is {names[0]}'s, who is not in {owner}",
                 f"name a repo of {' or '.join(names)}: {names[0]}/{place.repo.split('/')[1]}",
