@@ -314,3 +314,48 @@ def take(ahead: readahead.ReadAhead, file: Counted, begin: int, end: int) -> byt
     buffer = bytearray(end - begin)
     ahead.read_into(file, begin, memoryview(buffer))
     return bytes(buffer)
+
+
+def test_a_killed_merge_goes_on_without_asking_for_finished_tensors(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    options = ("--method", "task-arithmetic", "--scale", "0.3", "--base-id", "x/y")
+    ok(run_peru("merge", f"a={pair[1]}", "-b", pair[0], "-o", tmp_path / "local", *options))
+    env = hub.env(tmp_path / "hf")
+    arguments = ("merge", f"a={FINE}", "-b", BASE, "-o", tmp_path / "out", "--stream", "--no-sync", "--threads", "1", *options)
+    stuck = threading.Event()
+
+    def stick(handler: Handler, request: Request) -> bool:
+        """The last tensor of the fine-tune does not come."""
+        if request.range is None or f"/{FINE}/" not in request.path or not request.range[0] <= last <= request.range[1]:
+            return False
+        stuck.set()
+        time.sleep(60)
+        return True
+
+    last = _begin(pair[1] / "model.safetensors", "norm")
+    hub.fault(stick)
+    process = subprocess.Popen([sys.executable, "-m", "peru_cli", *map(str, arguments)], env={**os.environ, **env})
+    assert stuck.wait(60)
+    journal = tmp_path / ".out.peru-partial" / ".peru-journal"
+    for _ in range(300):
+        if journal.exists() and journal.read_bytes().count(b"done") >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert journal.exists()
+    hub.faults.clear()
+    hub.clear()
+    ok(run_peru(*arguments, env=env))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "local/model.safetensors").read_bytes()
+    assert hub.fetched(".safetensors") < 50_000  # headers, the last tensor and the integers
+
+
+def _begin(path: Path, name: str) -> int:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return 8 + length + int(json.loads(data[8 : 8 + length])[name]["data_offsets"][0])

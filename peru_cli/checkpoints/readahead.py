@@ -37,6 +37,7 @@ class _Piece:
     begun: bool = False
     ready: bool = False
     keep: bool = False  # after it was taken
+    users: int = 0  # readers that copy from it
     error: BaseException | None = None
     left: int = field(init=False)  # bytes that nobody has taken
 
@@ -73,6 +74,7 @@ class ReadAhead:
         self._map = _Map(())
         self._kept: list[_Piece] = []
         self._kept_map = _Map(())
+        self._free: list[bytearray] = []  # of PIECE bytes or less
         self._next = self._held = self._plan = 0
 
     def expect(self, ranges: Iterable[Range], keep: bool = False) -> None:
@@ -135,13 +137,17 @@ class ReadAhead:
             if piece.error is not None:
                 raise piece.error
             data = piece.data
+            piece.users += 1
         if data is None:
             return False
         at = offset - piece.begin
         buffer[:] = memoryview(data)[at : at + len(buffer)]
         with self._condition:
             piece.left -= len(buffer)
+            piece.users -= 1
             if piece.left <= 0 and not piece.keep and piece.data is not None:
+                if not piece.users:  # who reads more than was announced may still be copying
+                    self._free.append(data)  # memory that comes and goes in many threads is not given back to the system
                 piece.data = None
                 self._held -= piece.end - piece.begin
                 self._condition.notify_all()
@@ -167,13 +173,15 @@ class ReadAhead:
             self._fetch(piece)
 
     def _fetch(self, piece: _Piece) -> None:
-        data: bytearray | None = bytearray(piece.end - piece.begin)
+        size = piece.end - piece.begin
+        with self._condition:
+            fits = [] if piece.keep else [i for i, room in enumerate(self._free) if len(room) >= size]
+            data = self._free.pop(fits[-1]) if fits else None
+        data = bytearray(size) if data is None else data
         try:
-            assert data is not None
-            piece.file.read_into(piece.begin, memoryview(data))
+            piece.file.read_into(piece.begin, memoryview(data)[:size])
         except BaseException as error:
             piece.error = error
-            data = None
         with self._condition:
             piece.data, piece.ready = data, True
             self._condition.notify_all()

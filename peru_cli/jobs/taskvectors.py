@@ -19,6 +19,7 @@ from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
 
 SAMPLE_RUNS = 1024
+RANGED_RUN = 4  # times as long, and as few, where each run is a request
 SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
 KEPT_BYTES = 128 << 20  # that came over the network and are wanted once more: all of a small model, or one tensor
 SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
@@ -159,7 +160,9 @@ class _Group:
         step = 1.0 if everything else total / self._sample
         due = 0.0  # runs are cut from SAMPLE_RUN-sized pieces; every step-th piece is taken
         tile = self.family.how.tile_entries
-        size, together = (tile, 1) if everything else (SAMPLE_RUN, min(STRIP_RUNS, tile // SAMPLE_RUN))
+        ranged = self.family.base.ranged or any(task.fine.ranged for task in self.family.tasks)
+        run = SAMPLE_RUN * (RANGED_RUN if ranged else 1)
+        size, together = (tile, 1) if everything else (run, min(STRIP_RUNS, tile // run))
         for tensor, entries in enumerate(self.entries):
             runs: list[tuple[int, int]] = []
             for start in range(0, entries, size):

@@ -1,0 +1,135 @@
+"""`peru prune --stream` from a Hub on loopback against curl fetching the same ranges: time, peak memory, files written.
+
+    python benchmarks/hub.py [--gigabytes 1]
+
+The server is tests/hub_server.py in a process of its own. curl fetches the ranges that peru asked for, in the same order and as many
+at once, into nothing. Both run in turn, three times; the ratio of medians counts, the machine's other load is in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from peru_cli.checkpoints.dtypes import BY_NAME  # noqa: E402
+from peru_cli.checkpoints.header import TensorInfo, build_header  # noqa: E402
+from peru_cli.checkpoints.readahead import CONNECTIONS  # noqa: E402
+
+SERVE = """
+import json, sys
+from pathlib import Path
+from hub_server import HubServer
+with HubServer() as hub:
+    hub.add("meta/base", Path(sys.argv[1])); hub.add("org/fine", Path(sys.argv[2]))
+    print(hub.url, flush=True)
+    for line in sys.stdin:
+        ranges = [(hub.cdn + r.path, *r.range) for r in hub.requests if r.status == 206 and r.range and r.origin == "cdn"]
+        print(json.dumps(ranges), flush=True)
+        hub.clear()
+"""
+
+
+def write_pair(folder: Path, nbytes: int) -> None:
+    """A bf16 base and a fine-tune in one file each, 64 MB a tensor."""
+    noise = np.random.default_rng(0)
+    rows = 1 << 25
+    infos = [TensorInfo(f"layers.{i}.weight", BY_NAME["BF16"], (rows,), 2 * rows * i) for i in range(max(nbytes // (2 * rows), 1))]
+    header = build_header(infos, {})
+    for name in ("base", "fine"):
+        (folder / name).mkdir()
+    with (folder / "base/model.safetensors").open("wb") as base, (folder / "fine/model.safetensors").open("wb") as fine:
+        base.write(header)
+        fine.write(header)
+        for _ in infos:
+            weights = (noise.standard_normal(rows, np.float32) * 0.02).view(np.uint32) >> 16
+            base.write(weights.astype(np.uint16).tobytes())
+            changed = noise.random(rows, np.float32) < 0.5
+            fine.write((weights + changed * noise.integers(0, 4, rows, np.uint32)).astype(np.uint16).tobytes())
+
+
+def peak_of(command: list[str], env: dict[str, str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command."""
+    began = time.perf_counter()
+    process, peak = subprocess.Popen(command, env=env), 0
+    while process.poll() is None:  # wait4 would count what this process holds, too
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{command[0]} failed")
+    return time.perf_counter() - began, peak * 1024
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of each model")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pair(folder, int(options.gigabytes * 1e9))
+        serve = [sys.executable, "-c", SERVE, str(folder / "base"), str(folder / "fine")]
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        server = subprocess.Popen(serve, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert server.stdin is not None and server.stdout is not None
+        url = server.stdout.readline().strip()
+        env |= {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        out = folder / "a.safetensors"
+        prune = [sys.executable, "-m", "peru_cli", "prune", "org/fine", "-b", "meta/base", "-o", str(out), "--keep", "5%", "--stream"]
+        files = [
+            sys.executable,
+            "-m",
+            "peru_cli",
+            "prune",
+            str(folder / "fine"),
+            "-b",
+            str(folder / "base"),
+            "-o",
+            str(out),
+            "--keep",
+            "5%",
+        ]
+        ours, curls, locals_, peaks, nbytes = [], [], [], [], 0
+        for _ in range(options.rounds):
+            seconds, peak = peak_of([*prune, "--force", "--quiet", "--no-sync"], env)
+            ours.append(seconds)
+            peaks.append(peak)
+            server.stdin.write("\n")
+            server.stdin.flush()
+            ranges = json.loads(server.stdout.readline())
+            nbytes = sum(last - first + 1 for _, first, last in ranges)
+            config = folder / "curl"
+            config.write_text(
+                "\nnext\n".join(f'url = "{u}"\nrange = "{first}-{last}"\noutput = "/dev/null"\nsilent\nfail' for u, first, last in ranges)
+            )
+            curl = ["curl", "--parallel", "--parallel-max", str(2 * CONNECTIONS), "--noproxy", "*", "--config", str(config), "--silent"]
+            curls.append(peak_of(curl, env)[0])
+            server.stdin.write("\n")
+            server.stdin.flush()
+            server.stdout.readline()
+            locals_.append(peak_of([*files, "--force", "--quiet", "--no-sync"], env)[0])
+        server.kill()
+        written = [path for path in (folder / "hf").rglob("*") if path.is_file()]
+        mine, theirs = statistics.median(ours), statistics.median(curls)
+        print(f"{nbytes / 1e9:.2f} GB in {len(ranges)} ranges, {len(written)} files written besides the output")
+        rates = [f"{seconds:.2f} s ({nbytes / seconds / 1e6:.0f} MB/s)" for seconds in (mine, theirs)]
+        print(f"peru {rates[0]}, curl {rates[1]}: {theirs / mine:.0%}")
+        print(f"from files {statistics.median(locals_):.2f} s")
+        print(f"peak memory {max(peaks) / 1e6:.0f} MB; rounds {[round(s, 2) for s in ours]}, curl {[round(s, 2) for s in curls]}")
+
+
+if __name__ == "__main__":
+    main()
