@@ -97,7 +97,8 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
     body += [*rows, "", f"Together {_bytes(found.nbytes)}.", "", "## Unpack", "", "```sh", "pip install peru-cli"]
     for file, name in zip(found.artifacts, names, strict=True):
         task = PurePosixPath(file).stem
-        which = f" --task {task}" if len(found.artifacts) > 1 else ""
+        pack = metadata[file]["peru.kind"] != KIND  # of several tasks
+        which = " --task TASK" if pack else f" --task {task}" if len(found.artifacts) > 1 else ""
         base = (
             "" if name is not None and hub_repo(name.name) else f" --base hf://models/{repo}/{MERGED}" if found.merged else " --base BASE"
         )
