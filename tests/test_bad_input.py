@@ -320,8 +320,8 @@ def test_things_that_are_no_model(tmp_path: Path, peru, pair) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for model, code, says in (
         (tmp_path / "nowhere", 2, "no such file"),
-        ("org/name", 2, ("org/name", "hf download")),
-        ("hf://org/name", 2, ("hf://org/name", "hf download")),
+        ("org/name", 1, ("org/name", "HF_HUB_OFFLINE")),
+        ("hf://org/name", 1, ("org/name", "HF_HUB_OFFLINE")),
         (tmp_path / "empty", 2, ("empty", "without model.safetensors")),
         (tmp_path / "several", 2, ("several", "one.safetensors, two.safetensors")),
         (tmp_path / "adapter", 2, ("adapter", "PEFT adapter", "peru unpack")),
