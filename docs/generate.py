@@ -17,7 +17,7 @@ from typer.completion import get_completion_script
 
 from peru_cli.methods.table import METHODS
 
-COMMANDS = ("merge", "prune", "svd-lora", "unpack", "push", "inspect", "eval", "demo")
+COMMANDS = ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "eval", "demo")
 COMPLETIONS = {"bash": "peru.bash", "zsh": "_peru", "fish": "peru.fish"}
 
 

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 
 from peru_cli import __version__
 from peru_cli.checkpoints.places import reading
-from peru_cli.commands import demo, eval, inspect, merge, prune, push, svd_lora, unpack
+from peru_cli.commands import demo, eval, inspect, merge, prune, push, shuffle_pack, svd_lora, unpack
 from peru_cli.console import console
 from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, from_os_error
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (prune, unpack, merge, svd_lora, push, inspect, eval, demo):
+for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, inspect, eval, demo):
     command.register(app)
 
 

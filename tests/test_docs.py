@@ -52,7 +52,7 @@ def test_readme_has_two_setup_commands_and_its_examples_run(family: Path) -> Non
 
 
 def test_every_command_is_in_the_readme_or_says_itself_what_it_does() -> None:
-    for command in ("merge", "prune", "svd-lora", "unpack", "push", "inspect", "eval", "demo"):
+    for command in ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "eval", "demo"):
         assert f"peru {command}" in README
 
 

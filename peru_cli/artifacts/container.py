@@ -181,14 +181,20 @@ def find_artifact(place: Place, task: str | None = None) -> Place:
     return files[0] if len(files) == 1 and is_artifact(files[0]) else place
 
 
-def is_artifact(path: Place) -> bool:
-    """Whether a file is a peru artifact, sound or not; False for what is no safetensors file."""
+def artifact_kind(path: Place) -> str | None:
+    """The kind that a peru artifact says it is, sound or not; None for anything else."""
     if not path.is_file() or path.suffix != ".safetensors":
-        return False
+        return None
     file = open_random(path)
     try:
-        return "peru.format" in read_header(file).metadata
+        metadata = read_header(file).metadata
+        return metadata.get("peru.kind", "") if "peru.format" in metadata else None
     except BadFile:
-        return False
+        return None
     finally:
         file.close()
+
+
+def is_artifact(path: Place) -> bool:
+    """Whether a file is a peru artifact, sound or not; False for what is no safetensors file."""
+    return artifact_kind(path) is not None

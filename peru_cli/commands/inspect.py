@@ -43,16 +43,19 @@ def inspect(
 
     peru inspect MODEL --base BASE --plot delta.png
     """
-    from peru_cli.artifacts.container import find_artifact, is_artifact
+    from peru_cli.artifacts.container import artifact_kind, find_artifact
+    from peru_cli.artifacts.superposed import KIND as PACK
     from peru_cli.checkpoints.adapters import is_adapter, is_lora_file
     from peru_cli.checkpoints.places import locate, reading
     from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.commands.inspectpack import show_pack
     from peru_cli.commands.inspectranks import show_adapter
     from peru_cli.evaluation.plots import check_plot
 
     reading.stream = stream or base is None  # headers come as ranges in any case
     place = find_artifact(locate(model))
-    artifact = is_artifact(place)
+    kind = artifact_kind(place)
+    artifact = kind is not None
     adapter = not artifact and (is_adapter(place) or is_lora_file(place))
     if artifact or adapter:
         reading.stream = stream
@@ -65,7 +68,7 @@ def inspect(
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
-        _artifact(place, plot)
+        (show_pack if kind == PACK else _artifact)(place, plot)
     elif base is None:
         with open_model(model) as checkpoint:
             _checkpoint(checkpoint)

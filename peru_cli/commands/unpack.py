@@ -15,7 +15,7 @@ from peru_cli.errors import UsageError
 
 
 def unpack(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `peru prune` wrote, or a LoRA adapter.")],
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `peru prune` or `peru shuffle-pack` wrote, or a LoRA adapter.")],
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
     ],
@@ -23,7 +23,7 @@ def unpack(
         Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The base. Default: the one on the Hub that the artifact names.")
     ] = None,
     task: Annotated[
-        Optional[str], typer.Option("--task", metavar="TASK", help="Whose artifact, in a folder or repo that holds several.")
+        Optional[str], typer.Option("--task", metavar="TASK", help="Which task of a pack, or of a folder or repo of artifacts.")
     ] = None,
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
@@ -43,7 +43,7 @@ def unpack(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Give a fine-tune back from its base and its artifact, or its LoRA adapter.
+    """Give a fine-tune back from its base and its artifact, its pack or its LoRA adapter.
 
     peru unpack a.safetensors --base BASE -o restored/
 
@@ -52,6 +52,8 @@ def unpack(
     peru unpack a.safetensors --base BASE -o - | sha256sum
 
     peru unpack org/artifact-repo --task a -o a/
+
+    peru unpack pack.safetensors --task a --base BASE -o a/
     """
     wanted = options.parse_dtype(dtype) if dtype is not None else None
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
@@ -60,8 +62,9 @@ def unpack(
         raise UsageError("-o - writes a checkpoint to stdout, which is a terminal", "send it into a pipe or a file")
     console.data_on_stderr = to_pipe
 
-    from peru_cli.artifacts.container import find_artifact
+    from peru_cli.artifacts.container import artifact_kind, find_artifact
     from peru_cli.artifacts.reader import SparseDelta
+    from peru_cli.artifacts.superposed import KIND as PACK
     from peru_cli.checkpoints.adapters import find_adapters, is_lora_file
     from peru_cli.checkpoints.atomic import check_target
     from peru_cli.checkpoints.header import TensorInfo
@@ -99,6 +102,11 @@ def unpack(
         opened_base = open_model(base if base is not None else base_of_adapter(place))
         how_to = (device, threads, tile_entries)
         unpack_adapter(artifact, opened_base, output, wanted, make_writer, dry_run, how_to, lambda: finished(opened_base.public_name))
+        return
+    if artifact_kind(place) == PACK:
+        from peru_cli.commands.unpackpack import unpack_task
+
+        unpack_task(place, task, base, output, wanted, make_writer, dry_run, (threads, tile_entries), finished)
         return
     opened = SparseDelta(place)
     if task not in (None, opened.metadata["peru.task"], place.name.removesuffix(".safetensors")):

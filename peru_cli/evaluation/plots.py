@@ -167,3 +167,23 @@ def _accuracies(axis: Any, ours: Sequence[Point], theirs: Sequence[Point]) -> No
     axis.set_xlabel("bytes" + (" (hollow: what it is compared with)" if theirs else ""))
     axis.set_ylabel("accuracy, %")
     axis.legend(frameon=False)
+
+
+def plot_cosines(path: Path, names: Sequence[str], pairs: Sequence[tuple[str, str, int, int]]) -> None:
+    """Cosines between task vectors of a pack, in 1/10,000: as they are on the left, moved apart on the right."""
+    with _figure(path, 1.6 + 0.9 * 2 * max(len(names), 3), 0.8 + 0.9 * max(len(names), 3), 2) as axes:
+        for axis, column, title in zip(axes, (2, 3), ("as they are", "moved apart"), strict=True):
+            table = [[float("nan")] * len(names) for _ in names]
+            for i in range(len(names)):
+                table[i][i] = 1.0
+            for pair in pairs:
+                i, j = names.index(pair[0]), names.index(pair[1])
+                table[i][j] = table[j][i] = int(pair[column]) / 10_000
+            axis.imshow(table, vmin=-1, vmax=1, cmap="RdBu")
+            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+            axis.set_yticks(range(len(names)), names, fontsize=7)
+            axis.set_title(f"cosine of task vectors, {title}", fontsize=9)
+            for i in range(len(names)):
+                for j in range(len(names)):
+                    if table[i][j] == table[i][j]:
+                        axis.text(j, i, f"{table[i][j]:.3f}", ha="center", va="center", fontsize=6)

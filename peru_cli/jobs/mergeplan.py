@@ -27,6 +27,7 @@ class Options:
     per_task: str | None = None
     merge_heads: bool = False
     dtype: Dtype | None = None
+    verb: str = "merged"  # what messages say of the models
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
         problems += planner.problems
     if problems:
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise Mismatch("these models cannot be merged:\n  " + "\n  ".join([*problems[:_SHOWN], *more]))
+        raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *more]))
     for name, model in tasks:
         chosen = {slot.base.name for slot in plan.slots}
         pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]

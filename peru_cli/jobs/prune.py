@@ -265,7 +265,7 @@ class _Job:
         fine = self._task.vector.fine
         rows = first // max(info.entries // info.shape[0], 1) if first else 0
         shape = (info.shape[0] - rows, *info.shape[1:]) if first else info.shape
-        return _digest(fine, info, self.sink.writer.append_whole, first, shape)
+        return stream_digest(fine, info, self.sink.writer.append_whole, first, shape)
 
 
 def key_value(key: int, wide: bool) -> float:
@@ -284,9 +284,14 @@ def _pieces(source: Checkpoint, info: TensorInfo, first: int = 0) -> Iterator[me
         yield view
 
 
-def _digest(
-    source: Checkpoint, info: TensorInfo, use: Callable[[memoryview], None], first: int = 0, shape: tuple[int, ...] | None = None
+def stream_digest(
+    source: Checkpoint,
+    info: TensorInfo,
+    use: Callable[[memoryview], None] = lambda data: None,
+    first: int = 0,
+    shape: tuple[int, ...] | None = None,
 ) -> bytes:
+    """Digest of a tensor from an entry on, as a tensor of that shape; every piece that is read goes to `use`, too."""
     digest = TensorDigest(info.dtype, info.shape if shape is None else shape)
     for view in _pieces(source, info, first):
         digest.add(leaves(view, info.dtype))

@@ -1,0 +1,88 @@
+"""`peru inspect` of a pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peru_cli.checkpoints.places import Place
+from peru_cli.console import console, count, plural, si_bytes
+
+
+def show_pack(path: Place, plot: Path | None) -> None:
+    """Tasks, groups, bytes, and cosines between task vectors as they are and moved apart."""
+    from peru_cli.artifacts.index import STORED
+    from peru_cli.artifacts.pack import Pack
+    from peru_cli.artifacts.superposed import UNKNOWN
+    from peru_cli.evaluation.plots import plot_cosines
+    from peru_cli.jobs.packplan import describe_groups
+
+    with Pack(path) as pack:
+        meta, index, container = pack.metadata, pack.index, pack.container
+        parts = {
+            "sums": container.sizes["blocks"],
+            "tasks' own tensors": container.sizes["whole"],
+            "side files": container.sizes["files"],
+            "index": container.sizes["index"],
+            "header": container.header_bytes,
+        }
+        entries = max(index.entries, 1)
+        groups = describe_groups(index.tensors, pack.arrangement.groups)
+        pairs = [(other, task.name, *cosines) for task in index.tasks for other, cosines in task.cosines.items()]
+        console.line(f"{path}: {meta['peru.kind']}, {plural(len(index.tasks), 'task')}, {si_bytes(container.file_bytes)}")
+        console.line(f"base:     {meta.get('peru.base', 'not named (shuffle-pack --base-id records it)')}")
+        how = f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, seed {meta['peru.seed']}"
+        console.line(f"how:      {how}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")
+        console.line()
+        rows = [[part, count(nbytes), f"{8 * nbytes / entries:.4f}" if part == "sums" else ""] for part, nbytes in parts.items()]
+        console.table(["part", ">bytes", ">bits/param"], rows)
+        console.line()
+        energies = {task.name: float(task.norm) ** 2 for task in index.tasks}
+        total = sum(energies.values())
+        tasks = []
+        for task in index.tasks:
+            own = energies[task.name]
+            scale = pack.scale
+            now = ((scale**2 * (total - own) + (1 - scale) ** 2 * own) / own) ** 0.5 if own else 0.0
+            side = sum(file.size for file in task.files if file.origin == STORED)
+            shift = [str(task.shift)] if meta["peru.decorrelate"] == "shift" else []
+            tasks.append([task.name, task.norm, f"{now:.3f}", task.error, str(task.together), task.rounding, si_bytes(task.whole_bytes),
+                          si_bytes(side), *shift])  # fmt: skip
+        columns = ["task", ">norm", ">expected error", ">measured", ">among", ">rounding", ">own tensors", ">side files"]
+        console.table(columns + ([">shift"] if meta["peru.decorrelate"] == "shift" else []), tasks)
+        console.line()
+        console.table(["targets", "shape", ">blocks", ">entries"], groups)
+        if pairs:
+            console.line()
+            shown = [[a, b, *("?" if c == UNKNOWN else f"{c / 10_000:.4f}" for c in found)] for a, b, *found in pairs]
+            console.table(["task", "and", ">cosine", ">moved apart"], shown)
+        console.result(
+            {
+                "metadata": meta,
+                "file_bytes": container.file_bytes,
+                "parts": parts,
+                "entries": index.entries,
+                "bits_per_parameter": 8 * parts["sums"] / entries,
+                "groups": [{"prefix": g.prefix, "members": list(g.members)} for g in pack.arrangement.groups],
+                "tasks": [
+                    {
+                        "task": task.name,
+                        "norm": float(task.norm),
+                        "error": float(task.error),
+                        "cosine": float(task.cosine),
+                        "rounding": float(task.rounding),
+                        "together": task.together,
+                        "shift": task.shift,
+                        "own_tensors": [tensor.info.name for tensor in task.tensors],
+                        "digest": task.digest.hex(),
+                    }
+                    for task in index.tasks
+                ],
+                "cosines": [
+                    {"tasks": [a, b], "before": None if x == UNKNOWN else x / 10_000, "after": None if y == UNKNOWN else y / 10_000}
+                    for a, b, x, y in pairs
+                ],
+            }
+        )
+        if plot is not None:
+            plot_cosines(plot, [task.name for task in index.tasks], [(a, b, x, y) for a, b, x, y in pairs if x != UNKNOWN])
+            console.note(f"drew {plot}")

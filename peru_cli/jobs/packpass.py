@@ -1,0 +1,196 @@
+"""The passes of packing: measure the task vectors where they are, then move, flip, round and add them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peru_cli.artifacts.pack import PackWriter, Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.superposed import TARGET, PackedTensor
+from peru_cli.errors import BadFile
+from peru_cli.jobs.packplan import PackPlan
+from peru_cli.jobs.taskvectors import How
+from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.superpose import LARGEST, flip
+from peru_cli.streaming.aligned import TileBuffer, read_bits
+from peru_cli.streaming.arrays import CPU
+from peru_cli.streaming.digests import TensorDigest, leaves
+from peru_cli.streaming.tiles import CHUNK, Tile
+
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+_PIECE = CHUNK // 2  # entries of one inner product: no linear algebra library uses several threads for so few
+
+
+def inner_products(rows: Doubles) -> list[Doubles]:
+    """Tables (rows, rows) of inner products, one for each piece of (rows, n): fixed pieces, whatever the tile."""
+    count, n = rows.shape
+    tables = []
+    for start in range(0, n, _PIECE):
+        table = np.empty((count, count))
+        for i in range(count):
+            for j in range(i + 1):
+                table[i, j] = table[j, i] = np.dot(rows[i, start : start + _PIECE], rows[j, start : start + _PIECE])
+        tables.append(table)
+    return tables
+
+
+class Room:
+    """One thread's buffers."""
+
+    def __init__(self, how: How, rows: int, width: int) -> None:
+        self.base, self.fine = (TileBuffer(CPU, how.tile_entries, width) for _ in range(2))
+        self.vectors = {kind: np.empty(how.tile_entries, kind) for kind in ("f4", "f8")}
+        self.cast = {kind: np.empty(how.tile_entries, kind) for kind in ("f4", "f8")}
+        self.rows = np.empty((rows, how.tile_entries))
+
+
+class _Walk:
+    """Common part: the task vectors of a tile, wherever in the model they come from."""
+
+    def __init__(self, plan: PackPlan, how: How) -> None:
+        self._plan, self._how = plan, how
+        self._sums = plan.sums
+        infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
+        self._width = max((info.dtype.bits // 8 for info in infos), default=4)
+
+    def buffers(self) -> Room:
+        return Room(self._how, len(self._plan.vectors) + 1, self._width)
+
+    def vector(self, number: int, source: str, tile: Tile, room: Room) -> tuple[memoryview, memoryview, Doubles]:
+        """Bytes of base and fine-tune, and a task's difference as float32 (float64 for F64), (n,)."""
+        vector = self._plan.vectors[number]
+        pair = vector.pairs[source]
+        base_raw, base_bits = read_bits(self._plan.base, pair.base, tile, room.base)
+        fine_raw, fine_bits = read_bits(vector.fine, pair.fine, tile, room.fine)
+        kind, n = "f8" if pair.fine.dtype.name == "F64" else "f4", tile.stop - tile.start
+        base = CPU.widen(cast_bits(CPU, base_bits, pair.base.dtype, pair.fine.dtype), pair.fine.dtype, room.cast[kind][:n])
+        fine = CPU.widen(fine_bits, pair.fine.dtype, room.vectors[kind][:n])
+        return base_raw, fine_raw, np.subtract(fine, base, out=room.vectors[kind][:n])
+
+    def refuse(self, number: int, source: str, tile: Tile, what: str) -> BadFile:
+        """What is wrong with a task's values."""
+        vector = self._plan.vectors[number]
+        name = vector.pairs[source].fine.name
+        return BadFile(f"{vector.fine.label}: {name!r} {what} (entries {tile.start:,} to {tile.stop:,})", "leave it out, or repair it")
+
+
+class Gather(_Walk):
+    """Inner products of the task vectors as they are, tensor by tensor."""
+
+    def __init__(self, plan: PackPlan, how: How) -> None:
+        super().__init__(plan, how)
+        tasks = len(plan.vectors)
+        self.tables = {tensor.info.name: np.zeros((tasks, tasks)) for tensor in self._sums}
+
+    def apply(self, tile: Tile, room: Room) -> list[Doubles]:
+        name, rows = self._sums[tile.tensor].info.name, room.rows[:-1, : tile.stop - tile.start]
+        for number in range(len(rows)):
+            rows[number] = self.vector(number, name, tile, room)[2]
+        tables = inner_products(rows)
+        for number in range(len(rows)):
+            if not math.isfinite(sum(table[number, number] for table in tables)):
+                raise self.refuse(number, name, tile, "differs from the base by NaN or infinity")
+        return tables
+
+    def commit(self, tile: Tile, result: list[Doubles]) -> None:
+        total = self.tables[self._sums[tile.tensor].info.name]
+        for table in result:
+            total += table
+
+    def finish(self, tile: Tile, committed: None, buffers: Room) -> None:
+        pass
+
+
+@dataclass
+class Added:
+    """A tile's sums, the inner products of what was added and of the sums (the last row), and squares of rounding errors, (T,)."""
+
+    sums: Sums
+    tables: list[Doubles]
+    rounding: Doubles
+
+
+class Superpose(_Walk):
+    """Move, flip, round and add (or take away) task vectors; digest everything that is read and written."""
+
+    def __init__(self, plan: PackPlan, how: How, writer: PackWriter) -> None:
+        super().__init__(plan, how)
+        self._writer = writer
+        self._sources = [plan.arrangement.sources(v.name, plan.shifts[v.name]) for v in plan.vectors]
+        self._lock = threading.Lock()
+        self._rows: dict[tuple[int, str], Any] = {}
+        self.products = np.zeros((len(plan.vectors) + 1,) * 2)
+        self.rounding = np.zeros(len(plan.vectors))
+        self.base_digests = {t.info.name: TensorDigest(t.base_dtype, t.info.shape) for t in self._sums}
+        self.sum_digests = {t.info.name: sums_digest(t.info) for t in self._sums}
+        self.results = [
+            {pair.fine.name: TensorDigest(pair.fine.dtype, pair.fine.shape) for pair in vector.pairs.values()} for vector in plan.vectors
+        ]
+
+    def apply(self, tile: Tile, room: Room) -> Added:
+        record, n = self._sums[tile.tensor], tile.stop - tile.start
+        old, removing = self._plan.old, self._plan.removing
+        sums = old.sums(old.records[record.info.name], tile.start, tile.stop).copy() if old is not None else np.zeros(n, np.int32)
+        rows = room.rows[:, :n]
+        rounding = np.zeros(len(self._plan.vectors))
+        for number, vector in enumerate(self._plan.vectors):
+            source = self._sources[number].get(record.info.name, record.info.name)
+            base_raw, fine_raw, steps = self.vector(number, source, tile, room)
+            pair = vector.pairs[source]
+            if number == 0:  # every task reads each base tensor once, in an order of its own
+                self.base_digests[source].add_at(tile.start, leaves(base_raw, pair.base.dtype))
+            self.results[number][pair.fine.name].add_at(tile.start, leaves(fine_raw, pair.fine.dtype))
+            if (signs := self._signs(number, record)) is not None:
+                flip(steps, signs, tile.start)
+            _in_steps(steps, record.exponent)
+            rows[number] = steps
+            np.rint(steps, out=steps)
+            self._check(number, source, tile, steps)
+            difference = rows[number] - steps
+            rounding[number] = np.dot(difference, difference)
+            (np.subtract if removing else np.add)(sums, steps.astype(np.int32), out=sums)
+        rows[-1] = sums
+        area = 4.0**record.exponent
+        tables = [] if removing else [table * area for table in inner_products(rows)]
+        self.sum_digests[record.info.name].add_at(tile.start, sum_leaves(sums))
+        return Added(sums, tables, rounding * area)
+
+    def _signs(self, number: int, record: PackedTensor) -> Any:
+        """Signs of a target tensor, made once."""
+        if record.mode != TARGET:
+            return None
+        key = number, record.info.name
+        with self._lock:
+            if key not in self._rows:
+                # Tiles come in order, so those of tensors before this one are hardly asked for again.
+                self._rows = {k: v for k, v in self._rows.items() if k[1] >= record.info.name}
+                self._rows[key] = self._plan.arrangement.row(self._plan.vectors[number].name, record.info)
+            return self._rows[key]
+
+    def _check(self, number: int, source: str, tile: Tile, steps: Doubles) -> None:
+        if len(steps) and not (float(steps.max()) <= LARGEST and float(steps.min()) >= -LARGEST):
+            finite = np.isfinite(steps).all()
+            what = "has changes too large for the pack's step: a coarser one (--precision) holds them" if finite else "is not finite"
+            raise self.refuse(number, source, tile, what)
+
+    def commit(self, tile: Tile, result: Added) -> list[tuple[int, Sums]]:
+        for table in result.tables:
+            self.products += table
+        self.rounding += result.rounding
+        return self._writer.add(result.sums)
+
+    def finish(self, tile: Tile, committed: list[tuple[int, Sums]], buffers: Room) -> None:
+        for block in committed:
+            self._writer.write(block)
+
+
+def _in_steps(values: Doubles, exponent: int) -> None:
+    """values / 2^exponent, exactly, in place."""
+    if -126 <= exponent <= 126:
+        np.multiply(values, values.dtype.type(2.0**-exponent), out=values)
+    else:
+        np.ldexp(values, -exponent, out=values)
