@@ -256,6 +256,15 @@ def test_error_follows_the_square_root_of_the_tasks(packs: Callable[..., Packs],
         assert fine["rounding"] < coarse["rounding"] / 100
 
 
+def test_the_size_grows_by_the_entropy_of_a_wider_sum_only(packs: Callable[..., Packs]) -> None:
+    made = packs("abcdefgh", size=40)
+    bits = {}
+    for tasks in ("ab", "abcdefgh"):
+        made.run(tasks, "--json", "--seed", 1)
+        bits[len(tasks)] = json.loads(made.text)["bits_per_parameter"]
+    assert bits[8] - bits[2] == pytest.approx(math.log2(math.sqrt(8 / 2)), abs=0.05)
+
+
 def test_superposition_removes_what_task_vectors_have_in_common(packs: Callable[..., Packs]) -> None:
     """T = 8, a shared variance of 0.3: plain sums miss sqrt(7 + 7 * 6 * 0.3) = 4.43, superposed ones sqrt(7) = 2.65."""
     names = "abcdefgh"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,10 @@ from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.methods.superpose import Arrangement, Group
 from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
+from peru_cli.streaming.engine import available_threads
 from peru_cli.streaming.tiles import CHUNK
 
-Sums = np.ndarray[Any, np.dtype[np.int32]]
+Sums = np.ndarray[Any, np.dtype[Any]]
 _CACHED_BLOCKS = 16
 _I32 = BY_NAME["I32"]
 
@@ -117,6 +120,14 @@ class Pack:
         with opening(path, self.close):
             self._open()
         self._cache: BlockCache[Sums] = BlockCache(_CACHED_BLOCKS)
+        self._loaded: list[Sums] = []
+
+    def load(self) -> Pack:
+        """Hold all sums in memory, decoded: 2 bytes each (4 where they are large). Tasks are then swapped in a moment."""
+        if not self._loaded:
+            with ThreadPoolExecutor(available_threads()) as pool:
+                self._loaded = list(pool.map(lambda number: _narrow(self._decode(number)), range(len(self.index.blocks))))
+        return self
 
     def _open(self) -> None:
         self.path, self.metadata = self.container.path, self.container.metadata
@@ -170,12 +181,12 @@ class Pack:
         return self.tasks[name]
 
     def sums(self, record: PackedTensor, start: int, stop: int) -> Sums:
-        """Sums of a tensor from entry `start` to `stop`; int32 (n,), not to be written to."""
+        """Sums of a tensor from entry `start` to `stop`; integers (n,), int32 if not loaded, not to be written to."""
         low = self._first[record.info.name] + start
         high, size = low + stop - start, self.index.block_entries
         parts = []
         for number in range(low // size, -(-high // size)):
-            block = self._cache.get(number, lambda number=number: self._decode(number))  # type: ignore[misc]
+            block = self._loaded[number] if self._loaded else self._cache.get(number, partial(self._decode, number))
             parts.append(block[max(low - number * size, 0) : high - number * size])
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
 
@@ -229,3 +240,9 @@ class Pack:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _narrow(sums: Sums) -> Sums:
+    """The same in 16 bits, where they fit."""
+    fits = not len(sums) or (sums.min() >= -(1 << 15) and sums.max() < 1 << 15)
+    return sums.astype(np.int16) if fits else sums

@@ -37,7 +37,7 @@ METADATA = {
     "peru.seed": "0|[1-9][0-9]{0,18}",
     "peru.decorrelate": "|".join(DECORRELATE),
     "peru.signs": "yes|no",
-    "peru.scale": "-?(" + _DECIMAL.removeprefix("inf|") + ")",
+    "peru.scale": "-?" + _DECIMAL.removeprefix("inf|"),
     "peru.precision": "[1-9]?[0-9]",
     "peru.entries": SPARSE_METADATA["peru.entries"],
     "peru.sums": "[0-9a-f]{64}",

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from peru_cli.artifacts.container import artifact_kind
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
+from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta, whole_shape
+from peru_cli.artifacts.superposed import KIND as PACK
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
-from peru_cli.errors import Mismatch
+from peru_cli.errors import Mismatch, UsageError
 from peru_cli.jobs.decode import decode_bits
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
@@ -38,12 +41,12 @@ _INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 
 
-def open_artifact(path: str | Path) -> SparseDelta:
-    """Open an artifact that `peru prune` wrote.
+def open_artifact(path: str | Path) -> SparseDelta | Pack:
+    """Open an artifact that `peru prune` or `peru shuffle-pack` wrote.
 
     Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
     """
-    return SparseDelta(Path(path))
+    return Pack(Path(path)) if artifact_kind(Path(path)) == PACK else SparseDelta(Path(path))
 
 
 class Applied:
@@ -67,7 +70,7 @@ class Applied:
             old.detach().copy_(value)
             self._entries.append((old.detach(), torch.empty(0), kept))
         elif old is not None:
-            for alias in [n for n, tensor in table.items() if isinstance(tensor, torch.Tensor) and _memory(tensor) == _memory(old)]:
+            for alias in [n for n, tensor in table.items() if isinstance(tensor, torch.Tensor) and memory(tensor) == memory(old)]:
                 self._replaced.append((table, alias, table[alias]))
                 table[alias] = value
         else:
@@ -95,13 +98,17 @@ class Applied:
         self.restore()
 
 
-def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta, *, verify: bool = True) -> Applied:
+def apply(
+    model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta | Pack, *, task: str | None = None, verify: bool = True
+) -> Applied:
     """Turn a base model in memory into the artifact's fine-tune.
 
     Args:
         model: a torch module, or a state dict, with the base's weights in the base's dtype and on any
             device. A module that already carries an artifact is restored first, so tasks can be swapped.
+            From one task of a pack to another it goes without the base being put back or verified again.
         artifact: from `open_artifact`.
+        task: which task of a pack; may be left out if there is one only.
         verify: check first that every tensor is the base's, by digest. Switch off only for speed.
 
     Returns:
@@ -112,14 +119,19 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta,
             module has no place of that shape and dtype for a tensor, or tied weights would have to
             differ. Nothing has been changed then, but that an earlier artifact has been taken off.
         BadFile: the artifact is damaged; what was changed is put back.
+        UsageError: the pack has no such task.
     """
+    if isinstance(artifact, Pack):
+        return _apply_pack(model, artifact, artifact.task(task).name, verify)
+    if task is not None:
+        raise UsageError(f"{artifact.path} is no pack, it holds one fine-tune", "leave task out")
     is_module = isinstance(model, torch.nn.Module)
     if is_module and (earlier := _applied.pop(model, None)) is not None:
         earlier.restore()
-    table: MutableMapping[str, Tensor] = _as_saved(model) if isinstance(model, torch.nn.Module) else model
-    names = _match(table, artifact, is_module)
+    table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
+    names = match(table, artifact, is_module)
     if verify:
-        _verify(table, names, artifact)
+        verify_base(table, names, artifact)
     _drop_tied(table, names, artifact)
     applied = Applied()
     try:
@@ -135,7 +147,24 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta,
     return applied
 
 
-def _as_saved(model: nn.Module) -> dict[str, Tensor]:
+def _apply_pack(model: nn.Module | MutableMapping[str, Tensor], pack: Pack, task: str, verify: bool) -> Applied:
+    from peru_cli.jobs.livepack import AppliedPack
+
+    is_module = isinstance(model, torch.nn.Module)
+    earlier = _applied.pop(model, None) if is_module else None
+    if isinstance(earlier, AppliedPack) and earlier.pack is pack and earlier.is_applied:
+        applied, verify = earlier, False
+    else:
+        if earlier is not None:
+            earlier.restore()
+        applied = AppliedPack(as_saved(model) if isinstance(model, torch.nn.Module) else model, pack, is_module)
+    applied.switch(task, verify)
+    if is_module:
+        _applied[model] = applied
+    return applied
+
+
+def as_saved(model: nn.Module) -> dict[str, Tensor]:
     """A module's own tensors under the names of its checkpoint, which transformers renames while loading.
 
     Where loading fused tensors (experts), saving would make new ones: then the names in memory stay.
@@ -161,7 +190,7 @@ def _infos(table: MutableMapping[str, Tensor]) -> dict[str, TensorInfo]:
     return infos
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
+def memory(tensor: Tensor) -> tuple[object, ...]:
     """Equal for tensors that are tied: the same memory seen in the same way."""
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -181,7 +210,7 @@ def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | Non
     return name
 
 
-def _match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module: bool) -> dict[str, str]:
+def match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module: bool) -> dict[str, str]:
     """The model's name for each of the fine-tune's tensors. Its names may be the base's or the fine-tune's.
 
     Left out are tensors that the model lacks and the artifact does not change: buffers of old
@@ -224,7 +253,7 @@ def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _verify(table: MutableMapping[str, Tensor], names: dict[str, str], artifact: SparseDelta) -> None:
+def verify_base(table: MutableMapping[str, Tensor], names: dict[str, str], artifact: SparseDelta) -> None:
     wrong, infos = [], _infos(table)
     for record in artifact.index.tensors:
         name = names.get(record.info.name)
@@ -275,7 +304,7 @@ def _drop_tied(table: MutableMapping[str, Tensor], names: dict[str, str], artifa
         tensor = table.get(names.get(record.info.name, ""))
         if tensor is None or not tensor.numel():
             continue
-        owner = first.setdefault(_memory(tensor), record)
+        owner = first.setdefault(memory(tensor), record)
         if owner is record:
             continue
         if not np.array_equal(_bytes(_result(tensor, owner, artifact)), _bytes(_result(tensor, record, artifact))):

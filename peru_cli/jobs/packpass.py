@@ -134,7 +134,7 @@ class Superpose(_Walk):
     def apply(self, tile: Tile, room: Room) -> Added:
         record, n = self._sums[tile.tensor], tile.stop - tile.start
         old, removing = self._plan.old, self._plan.removing
-        sums = old.sums(old.records[record.info.name], tile.start, tile.stop).copy() if old is not None else np.zeros(n, np.int32)
+        sums = old.sums(old.records[record.info.name], tile.start, tile.stop).astype(np.int32) if old is not None else np.zeros(n, np.int32)
         rows = room.rows[:, :n]
         rounding = np.zeros(len(self._plan.vectors))
         for number, vector in enumerate(self._plan.vectors):

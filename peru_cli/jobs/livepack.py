@@ -1,0 +1,164 @@
+"""Put a task of a pack onto weights in memory, another one in its place, and the base back, to the bit.
+
+    pack = peru_cli.open_artifact("pack.safetensors")
+    applied = peru_cli.apply(model, pack, task="a")
+    applied.switch("b")                              # or apply(model, pack, task="b"): the base is not read again
+    pack.load()                                      # not needed: holds the sums in memory, so that a switch is fast
+    applied.restore()                                # the model is the base again, bit for bit
+
+The base's tensors are kept aside while a task is applied: packs change every entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
+from peru_cli.artifacts.pack import Pack
+from peru_cli.artifacts.superposed import PackedTensor, TaskTensor
+from peru_cli.errors import Mismatch
+from peru_cli.jobs.live import Applied, match, memory, verify_base
+from peru_cli.jobs.retrieve import Retrieval
+from peru_cli.streaming.engine import available_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PIECE = 1 << 18  # entries worked on at once
+
+
+@dataclass
+class _Index:
+    tensors: list[TensorRecord]
+
+
+class _TaskView:
+    """A task of a pack as `match` and `verify_base` see artifacts: every packed tensor is a difference."""
+
+    def __init__(self, pack: Pack, retrieval: Retrieval) -> None:
+        self.path: Path = pack.path
+        task = retrieval.task
+        records = []
+        for record, info in zip(pack.index.tensors, retrieval.tensors(), strict=False):
+            mode = DELTA if record.is_sum else COPY
+            records.append(TensorRecord(info, mode, b"", record.base_dtype, 0, record.base_digest, record.info.entries))
+        records += [TensorRecord(tensor.info, WHOLE, tensor.digest) for tensor in task.tensors]
+        self.index = _Index(records)
+
+
+class AppliedPack(Applied):
+    """A pack's task on a model; `switch` puts another in its place, `restore` the base. Also a context manager."""
+
+    def __init__(self, table: MutableMapping[str, Tensor], pack: Pack, is_module: bool) -> None:
+        super().__init__()
+        self.pack, self._table, self._is_module = pack, table, is_module
+        self._kept: dict[str, Tensor] = {}  # the base's tensors, by their names in the model
+        self._own = Applied()  # the task's own tensors
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether a task is on the model."""
+        return bool(self._kept)
+
+    def switch(self, task: str, verify: bool = False) -> None:
+        """Turn the model into another task of the pack. Mismatch if the model has no place for it: then it is the base again."""
+        self._own.restore()
+        try:
+            self._switch(task, verify)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _switch(self, task: str, verify: bool) -> None:
+        retrieval = Retrieval(self.pack, self.pack.task(task))
+        view = _TaskView(self.pack, retrieval)
+        names = match(self._table, view, self._is_module)  # type: ignore[arg-type]
+        if verify:
+            verify_base(self._table, names, view)  # type: ignore[arg-type]
+        by_fine = {retrieval.task.fine_name(record.info.name): record for record in self.pack.index.tensors if record.is_sum}
+        chosen = {names[fine]: record for fine, record in by_fine.items() if fine in names and record.info.entries}
+        own = {tensor.info.name: self._whole(retrieval, tensor) for tensor in retrieval.task.tensors}
+        with torch.no_grad():
+            self._set(retrieval, self._untied(retrieval, chosen))
+            for name, value in own.items():
+                old = self._table.get(names[name])
+                self._own.set_tensor(self._table, names[name], value if old is None else value.to(old.device))
+
+    def _set(self, retrieval: Retrieval, chosen: dict[str, PackedTensor]) -> None:
+        """Base plus vector, written over the model's tensors, on all threads."""
+        for name, record in chosen.items():
+            tensor = self._table[name]
+            if record.info.dtype is not record.base_dtype:
+                raise Mismatch(f"{name}: the task has another dtype than the base", "unpack instead")
+            if not tensor.is_contiguous():
+                raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
+            if name not in self._kept:
+                self._kept[name] = tensor.detach().clone()
+        jobs = [(name, record, start) for name, record in chosen.items() for start in range(0, record.info.entries, _PIECE)]
+        with ThreadPoolExecutor(available_threads()) as pool:
+            for _ in pool.map(lambda job: self._piece(retrieval, *job), jobs):
+                pass
+
+    def _piece(self, retrieval: Retrieval, name: str, record: PackedTensor, start: int) -> None:
+        stop = min(start + _PIECE, record.info.entries)
+        sums = self.pack.sums(retrieval.place(record), start, stop)
+        base, tensor = (t.detach().view(-1)[start:stop] for t in (self._kept[name], self._table[name]))
+        if tensor.device.type == "cpu" and record.info.dtype.bits > 16:
+            vector = retrieval.vector(record, start, sums, tensor.numpy())
+            np.add(vector, base.numpy(), out=vector)
+            return
+        if tensor.device.type == "cpu":
+            integers = getattr(torch, f"int{record.info.dtype.bits}")
+            bits = retrieval.entries(record, start, sums, base.view(integers).numpy())
+            np.copyto(tensor.view(integers).numpy(), bits)
+            return
+        kind = "f8" if record.info.dtype.name == "F64" else "f4"
+        moved = torch.from_numpy(retrieval.vector(record, start, sums, np.empty(stop - start, kind))).to(tensor.device)
+        tensor.copy_(moved.add_(base.to(moved.dtype)))
+
+    def _untied(self, retrieval: Retrieval, chosen: dict[str, PackedTensor]) -> dict[str, PackedTensor]:
+        """Leave memory that several tensors share to the first; Mismatch if the task has different values there."""
+        first: dict[tuple[object, ...], str] = {}
+        untied = {}
+        for name, record in chosen.items():
+            other = first.setdefault(memory(self._table[name]), name)
+            if other == name:
+                untied[name] = record
+            elif any(
+                not np.array_equal(a, b) for a, b in zip(*(self._vectors(retrieval, r) for r in (chosen[other], record)), strict=True)
+            ):
+                raise Mismatch(
+                    f"{other} and {name} are tied in this model, in {retrieval.task.name} they differ", "load the base untied, or unpack"
+                )
+        return untied
+
+    def _vectors(self, retrieval: Retrieval, record: PackedTensor) -> Iterator[Any]:
+        for start in range(0, record.info.entries, _PIECE):
+            sums = self.pack.sums(retrieval.place(record), start, min(start + _PIECE, record.info.entries))
+            yield retrieval.vector(record, start, sums, np.empty(len(sums), "f8"))
+
+    def _whole(self, retrieval: Retrieval, tensor: TaskTensor) -> Tensor:
+        self.pack.verify_whole(retrieval.task, tensor)
+        kind = getattr(torch, tensor.info.dtype.torch_name or "", None)
+        if kind is None:
+            raise Mismatch(f"torch has no dtype for {tensor.info.name!r} ({tensor.info.dtype.name})")
+        data = bytearray(tensor.info.nbytes)
+        if not data:
+            return torch.empty(tensor.info.shape, dtype=kind)
+        self.pack.read_whole(retrieval.task, tensor, 0, memoryview(data))
+        return torch.frombuffer(data, dtype=kind).view(tensor.info.shape)
+
+    def restore(self) -> None:
+        """Put back what was there before; a second call does nothing."""
+        self._own.restore()
+        with torch.no_grad():
+            for name, kept in self._kept.items():
+                self._table[name].detach().copy_(kept)
+        self._kept = {}

@@ -1,0 +1,180 @@
+"""A reader of packs written from docs/packs.md, docs/format.md and docs/random.md alone: it shares no code with peru."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from format_reader import DTYPES, FLOAT, Array, Cursor, checkpoint_digest, read_safetensors, short, tensor_digest
+from pcodec import wrapped
+
+COPY, SUM, TARGET = 0, 1, 2
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def word(key: tuple[str, ...], number: int) -> int:
+    """docs/random.md with whole numbers."""
+    from test_superpose import plain_word
+
+    return plain_word(int(key[0]), list(key[1:]), number)
+
+
+class PackReader:
+    """Everything that a pack holds."""
+
+    def __init__(self, data: bytes) -> None:
+        self.metadata, roles, header = read_safetensors(data)
+        self.roles = {name: raw for name, (_, _, raw) in roles.items()}
+        index = self.roles["index"]
+        digest = self.metadata["peru.digest"].encode()
+        blank = header.replace(b'"peru.digest":"' + digest, b'"peru.digest":"' + b"0" * 64)
+        assert blake3(b"peru header 1\0" + blank + index).hexdigest().encode() == digest
+        assert self.metadata["peru.kind"] == "superposed" and len(header) % 8 == 0
+        self.cursor = Cursor(index)
+        assert self.cursor.byte() == 1
+        self.groups = [(self.text(), self.cursor.varint()) for _ in range(self.cursor.varint())]
+        self.tensors = self.read_tensors()
+        self.sums = self.read_sums()
+        self.contents = [(self.cursor.varint(), self.cursor.take(16)) for _ in range(self.cursor.varint())]
+        self.tasks = [self.read_task(number) for number in range(self.cursor.varint())]
+        assert self.cursor.at == len(index)
+
+    def text(self) -> str:
+        return self.cursor.take(self.cursor.varint()).decode()
+
+    def name(self, before: bytes) -> bytes:
+        shared = self.cursor.varint()
+        return before[:shared] + self.cursor.take(self.cursor.varint())
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.cursor.varint() for _ in range(self.cursor.varint()))
+
+    def read_tensors(self) -> list[dict[str, Any]]:
+        tensors, name = [], b""
+        for _ in range(self.cursor.varint()):
+            before, name = name, self.name(name)
+            assert name > before
+            t: dict[str, Any] = {
+                "name": name.decode(),
+                "mode": self.cursor.byte(),
+                "dtype": DTYPES[self.cursor.byte()],
+                "shape": self.shape(),
+            }
+            t["base_dtype"], t["digest"] = DTYPES[self.cursor.byte()], self.cursor.take(16)
+            if t["mode"] != COPY:
+                coded = self.cursor.varint()
+                t["exponent"] = -(coded + 1) // 2 if coded % 2 else coded // 2
+            if t["mode"] == TARGET:
+                t["group"], t["place"] = self.cursor.varint(), self.cursor.varint()
+            tensors.append(t)
+        return tensors
+
+    def read_sums(self) -> dict[str, Array]:
+        """Sums by tensor, flat; int32."""
+        codec, size, count = self.cursor.byte(), self.cursor.varint(), self.cursor.varint()
+        assert codec == 1
+        left = sum(math.prod(t["shape"]) for t in self.tensors if t["mode"] != COPY)
+        assert left == int(self.metadata["peru.entries"])
+        parts, at, blocks = [np.empty(0, np.int32)], 0, self.roles.get("blocks", b"")
+        for _ in range(count):
+            nbytes, digest = self.cursor.varint(), self.cursor.take(16)
+            data, at = blocks[at : at + nbytes], at + nbytes
+            assert short(data) == digest
+            out = np.empty(min(size, left), np.int32)
+            left -= len(out)
+            file, used = wrapped.FileDecompressor.new(data)
+            chunk, more = file.chunk_decompressor(data[used:], "i32")
+            chunk.read_page_into(data[used + more :], len(out), out)
+            parts.append(out)
+        assert not left and at == len(blocks)
+        flat, found, tensors = np.concatenate(parts), {}, {}
+        for t in self.tensors:
+            if t["mode"] != COPY:
+                n = math.prod(t["shape"])
+                found[t["name"]], flat = flat[:n], flat[n:]
+                tensors[t["name"]] = ("I32", t["shape"], found[t["name"]].astype("<i4").tobytes())
+        assert checkpoint_digest(tensors) == self.metadata["peru.sums"]
+        return found
+
+    def read_task(self, number: int) -> dict[str, Any]:
+        cursor = self.cursor
+        task: dict[str, Any] = {"name": self.text(), "prefix": self.text(), "shift": cursor.varint(), "digest": cursor.take(32)}
+        task["together"], task["decimals"] = cursor.varint(), [float(self.text()) for _ in range(4)]
+        task["cosines"] = np.frombuffer(cursor.take(4 * number), "<i2").reshape(number, 2)
+        task["own"], name = [], b""
+        for _ in range(cursor.varint()):
+            name = self.name(name)
+            task["own"].append((name.decode(), DTYPES[cursor.byte()], self.shape(), cursor.take(16)))
+        task["files"] = {}
+        for _ in range(cursor.varint()):
+            file, from_base = self.text(), cursor.byte()
+            task["files"][file] = None if from_base and (cursor.varint(), cursor.take(16)) else self.content(cursor.varint())
+        return task
+
+    def content(self, number: int) -> bytes:
+        at = sum(size for size, _ in self.contents[:number])
+        size, digest = self.contents[number]
+        data = self.roles["files"][at : at + size]
+        assert short(data) == digest
+        return data
+
+    def place(self, task: dict[str, Any], tensor: dict[str, Any]) -> dict[str, Any]:
+        """The tensor among whose sums a task's vector lies."""
+        if tensor["mode"] == SUM:
+            return tensor
+        prefix, depth = self.groups[tensor["group"]]
+        how, block = self.metadata["peru.decorrelate"], tensor["place"]
+        order = list(range(depth))
+        if how == "shift":
+            order = [(b + task["shift"]) % depth for b in order]
+        for k, i in enumerate(range(depth - 1, 0, -1) if how == "shuffle" else ()):
+            j = word((self.metadata["peru.seed"], task["name"], "order", prefix, str(depth)), k) * (i + 1) >> 32
+            order[i], order[j] = order[j], order[i]
+        return next(t for t in self.tensors if t["mode"] == TARGET and (t["group"], t["place"]) == (tensor["group"], order[block]))
+
+    def retrieve(self, name: str, base: Tensors) -> Tensors:
+        """A task's checkpoint; F32 and BF16, which are cast as far as the golden pack needs it."""
+        task = next(t for t in self.tasks if t["name"] == name)
+        result: Tensors = {}
+        for tensor in self.tensors:
+            dtype, shape, raw = base[tensor["name"]]
+            assert (dtype, shape) == (tensor["base_dtype"], tensor["shape"]) and tensor_digest(dtype, shape, raw)[:16] == tensor["digest"]
+            fine = task["prefix"][1:] + tensor["name"] if task["prefix"][:1] == "+" else tensor["name"].removeprefix(task["prefix"][1:])
+            if tensor["mode"] == COPY:
+                result[fine] = base[tensor["name"]]
+                continue
+            place = self.place(task, tensor)
+            vector = self.sums[place["name"]].astype(np.float32) * np.float32(float(self.metadata["peru.scale"]) * 2.0 ** place["exponent"])
+            if tensor["mode"] == TARGET and self.metadata["peru.signs"] == "yes":
+                width = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+                key = (self.metadata["peru.seed"], name, "signs", place["name"])
+                for j in range(width):
+                    if word(key, j // 32) >> j % 32 & 1:
+                        vector[j::width] *= np.float32(-1)
+            result[fine] = (tensor["dtype"], shape, narrow(widen(raw, dtype, tensor["dtype"]) + vector, tensor["dtype"]))
+        at = sum(math.prod(s) * {"F32": 4, "BF16": 2}[d] for t in self.tasks[: self.tasks.index(task)] for _, d, s, _ in t["own"])
+        for own, dtype, shape, digest in task["own"]:
+            size = math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]
+            raw, at = self.roles["whole"][at : at + size], at + size
+            assert tensor_digest(dtype, shape, raw)[:16] == digest
+            result[own] = (dtype, shape, raw)
+        return result
+
+
+def widen(raw: bytes, dtype: str, wanted: str) -> Array:
+    """A base's entries cast to a dtype, as float32."""
+    values = np.frombuffer(raw, "<u2").astype(np.uint32) << 16 if dtype == "BF16" else np.frombuffer(raw, "<u4")
+    floats = values.astype(np.uint32).view(np.float32)
+    if wanted == "BF16":
+        return (np.frombuffer(narrow(floats, "BF16"), "<u2").astype(np.uint32) << 16).view(np.float32)
+    return floats
+
+
+def narrow(floats: Array, dtype: str) -> bytes:
+    """Finite float32 in a dtype, to nearest even."""
+    if dtype == "F32":
+        return floats.astype(FLOAT["F32"]).tobytes()
+    u = floats.view(np.uint32).astype(np.uint64)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype("<u2").tobytes()
