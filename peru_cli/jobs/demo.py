@@ -20,6 +20,8 @@ DENSITIES = ("1%", "5%", "10%")
 RANKS = ("4", "16")
 HEAD = "classifier"  # all tasks have ten classes: only their names say that the heads are different
 FFT = ["--method", "task-arithmetic", "--scale", "0.3"]  # what PERU-FFT's deltas are taken against
+# Superposition without and with blocks that change places.
+PACKS = {"STA 0.5": ["--scale", "0.5", "--decorrelate", "none"], "STA + Shuffle 0.5": ["--scale", "0.5"]}
 
 Command = Callable[[list[str]], None]  # runs one peru command line; raises if it fails
 
@@ -73,6 +75,10 @@ def run_demo(work: Path, command: Command) -> Iterator[Row]:
         merged = work / method[1]
         command(["merge", *models, "-o", str(merged), *method])
         yield _merged(name, merged, parameters, work)
+    for name, options in PACKS.items():
+        pack = work / f"pack-{len(options)}.safetensors"
+        command(["shuffle-pack", *models, "-o", str(pack), *options])
+        yield _packed(name, pack, parameters, work, command)
     for density in DENSITIES:
         folder = work / f"fft-{density.rstrip('%')}"
         command(["merge", *models, "-o", str(folder), *FFT, "--compress", density])
@@ -101,6 +107,17 @@ def _restored(method: str, artifacts: Path, base: Path, parameters: int, work: P
     if base.parent == artifacts:  # the heads stand in the artifacts too: the merged weights are what is needed
         size += (base / "model.safetensors").stat().st_size
     return Row(method, size, parameters, found)
+
+
+def _packed(method: str, pack: Path, parameters: int, work: Path, command: Command) -> Row:
+    """Accuracy of every task of a pack."""
+    found = {}
+    for task in demo.tasks():
+        restored = work / "restored" / pack.stem / task
+        restored.parent.mkdir(parents=True, exist_ok=True)
+        command(["unpack", str(pack), "--task", task, "--base", str(demo.BASE), "-o", str(restored)])
+        found[task] = accuracy(restored, demo.images(task))
+    return Row(method, pack.stat().st_size, parameters, found)
 
 
 def _merged(method: str, merged: Path, parameters: int, work: Path) -> Row:
