@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +42,7 @@ class _TaskView:
     """A task of a pack as `match` and `verify_base` see artifacts: every packed tensor is a difference."""
 
     def __init__(self, pack: Pack, retrieval: Retrieval) -> None:
-        self.path: Path = pack.path
+        self.path = pack.path
         task = retrieval.task
         records = []
         for record, info in zip(pack.index.tensors, retrieval.tensors(), strict=False):
