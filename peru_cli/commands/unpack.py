@@ -15,7 +15,9 @@ from peru_cli.errors import UsageError
 
 
 def unpack(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `peru prune` or `peru shuffle-pack` wrote, or a LoRA adapter.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="What `peru prune`, `shuffle-pack` or `merge` wrote, or a LoRA adapter.")
+    ],
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
     ],
@@ -23,7 +25,10 @@ def unpack(
         Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The base. Default: the one on the Hub that the artifact names.")
     ] = None,
     task: Annotated[
-        Optional[str], typer.Option("--task", metavar="TASK", help="Which task of a pack, or of a folder or repo of artifacts.")
+        Optional[str],
+        typer.Option(
+            "--task", metavar="TASK", help="Which task of a pack, of a merge that keeps heads, or of a folder or repo of artifacts."
+        ),
     ] = None,
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
@@ -43,7 +48,7 @@ def unpack(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Give a fine-tune back from its base and its artifact, its pack or its LoRA adapter.
+    """Give a fine-tune back from its base and its artifact, its pack or its LoRA adapter; of a merge, the model under a task's head.
 
     peru unpack a.safetensors --base BASE -o restored/
 
@@ -54,6 +59,8 @@ def unpack(
     peru unpack org/artifact-repo --task a -o a/
 
     peru unpack pack.safetensors --task a --base BASE -o a/
+
+    peru unpack merged/ --task a -o a/
     """
     wanted = options.parse_dtype(dtype) if dtype is not None else None
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
@@ -74,10 +81,12 @@ def unpack(
     from peru_cli.jobs import unpack as job
     from peru_cli.jobs.basename import base_of_adapter, find_base
     from peru_cli.jobs.how import streaming
+    from peru_cli.jobs.underhead import tasks_of
 
     target = Path(output)
-    place = find_artifact(locate(artifact), task)
-    if not place.is_file() and not find_adapters(place):
+    is_merge = bool(tasks_of(Path(artifact)))
+    place = Path(artifact) if is_merge else find_artifact(locate(artifact), task)
+    if not is_merge and not place.is_file() and not find_adapters(place):
         raise UsageError(f"{artifact}: no such artifact or adapter", why_not_here(artifact)[1])
     to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
     if not to_pipe:
@@ -96,6 +105,11 @@ def unpack(
     def finished(named: Optional[str]) -> dict[str, Any]:
         return publish(destined, [target], "unpack", (named,) if named is not None else ())
 
+    if is_merge:
+        from peru_cli.commands.unpackhead import unpack_head
+
+        unpack_head(Path(artifact), task, output, wanted, make_writer, dry_run, (device, threads, tile_entries), lambda: finished(base))
+        return
     if place.is_dir() or is_lora_file(place):
         from peru_cli.commands.unpackadapter import unpack_adapter
 

@@ -26,6 +26,7 @@ from peru_cli.jobs.expand import AsUnpacked, as_unpacked
 from peru_cli.jobs.merge import merge
 from peru_cli.jobs.mergeplan import MergePlan
 from peru_cli.jobs.taskvectors import How
+from peru_cli.jobs.underhead import HEADS, head_metadata
 from peru_cli.jobs.unpack import config_with_dtype
 from peru_cli.methods.rules import Rule, Value
 from peru_cli.streaming.tiles import CHUNK
@@ -160,7 +161,7 @@ def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, h
     with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh) as writer:
         _say_resumed(writer, where)
         merge(plan, rule, writer, how, where.step)
-        write_heads(plan, writer.folder / "heads", sync)
+        write_heads(plan, writer.folder / HEADS, sync)
         writer.commit()
 
 
@@ -176,7 +177,8 @@ def write_heads(plan: MergePlan, folder: Path, sync: bool) -> None:
         if not heads:
             continue
         folder.mkdir(exist_ok=True)
-        with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, {"peru.task": vector.name}) as writer:
+        said = head_metadata(vector.name, vector.pairing.prefix, vector.fine)
+        with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, said) as writer:
             for info in heads:
                 for start, data in _pieces(vector.fine, info):
                     writer.write(info.name, info.dtype.nbytes(start), data)
