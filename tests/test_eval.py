@@ -102,6 +102,27 @@ def test_gates_end_with_exit_code_three(family: Path, peru: Peru, tmp_path: Path
     assert "exists already" in peru.stderr and "another --csv" in peru.stderr  # type: ignore[attr-defined]
 
 
+def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru) -> None:
+    tasks = {"digits": "digits", "fashion": "fashion_mnist"}
+    fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]
+    data = [part for task, name in tasks.items() for part in ("-d", f"{task}={demo.images(name)}")]
+    against = [part for given in fine for part in ("-a", given)]
+    pack, options = tmp_path / "pack.safetensors", ["--max-samples", 120]
+    peru("shuffle-pack", *fine, "-b", demo.BASE, "-o", pack, "--scale", 0.5, "--per-task", "classifier", "--no-sync")
+    packed = run(peru, pack, "-b", demo.BASE, *data, *against, *options)["tasks"]
+    for task in tasks:
+        peru("unpack", pack, "--task", task, "-b", demo.BASE, "-o", tmp_path / task, "--no-sync")
+    unpacked = run(peru, *(f"{task}={tmp_path / task}" for task in tasks), *data, *against, *options)["tasks"]
+    for ours, theirs in zip(packed, unpacked, strict=True):
+        assert ours["bytes"] == pack.stat().st_size and value(ours, "kl") > 0
+        for name in ("accuracy", "normalised", "agreement", "kl", "kl99"):
+            assert value(ours, name) == value(theirs, name)
+    peru("eval", pack, "-b", demo.BASE, *against, code=2)
+    assert "compared on outputs" in peru.stderr  # type: ignore[attr-defined]
+    peru("eval", pack, "-b", demo.BASE, "-d", f"letters={demo.images('digits')}", code=2)
+    assert "no 'letters'" in peru.stderr  # type: ignore[attr-defined]
+
+
 def test_several_tasks_one_merge_and_their_mean(tmp_path: Path, peru: Peru) -> None:
     tasks = {"digits": "digits", "fashion": "fashion_mnist"}
     fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]

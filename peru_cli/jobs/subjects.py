@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from peru_cli.artifacts.container import is_artifact
+from peru_cli.artifacts.container import artifact_kind, is_artifact
+from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.artifacts.superposed import KIND as PACK
 from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
@@ -27,6 +29,8 @@ from peru_cli.evaluation.data import Examples
 from peru_cli.evaluation.models import TEXT, Inputs, build_model, encode, fit_labels, kind_of, load_config
 from peru_cli.jobs.expand import Overlaid, open_fine_tune
 from peru_cli.jobs.live import apply
+from peru_cli.jobs.packplan import check_pack_base
+from peru_cli.jobs.retrieve import Retrieval
 from peru_cli.jobs.unpack import check_base, side_files
 
 HEADS = "heads"  # beside a merge: OUT/heads/TASK.safetensors
@@ -79,7 +83,7 @@ def open_subject(model: str, task: str, base: Base | None) -> Subject:
     """Read what a user names.
 
     Args:
-        model: a checkpoint, a merge with heads, a LoRA adapter or an artifact; the last two need a base.
+        model: a checkpoint, a merge with heads, a LoRA adapter, an artifact or a pack; the last three need a base.
         task: whose head is taken where a merge has several; "" where tasks have no names.
 
     Raises:
@@ -90,6 +94,9 @@ def open_subject(model: str, task: str, base: Base | None) -> Subject:
     if is_artifact(path):
         if base is None:
             raise UsageError(f"{model} is a peru artifact: it needs its base", "add --base BASE")
+        if artifact_kind(path) == PACK:
+            with Pack(path) as pack:
+                return _retrieved(pack, task, base, model)
         with SparseDelta(path) as artifact:
             return _applied(artifact, base, model)
     with open_fine_tune(model, None if base is None else base.checkpoint) as opened:
@@ -114,6 +121,20 @@ def _applied(artifact: SparseDelta, base: Base, label: str) -> Subject:
             state[record.info.name] = base.table[ours].clone()
     files, _ = side_files(artifact, base.checkpoint)
     return Subject(label, state, files, size_of(artifact.path))
+
+
+def _retrieved(pack: Pack, task: str, base: Base, label: str) -> Subject:
+    """What a pack gives back of a task: the base's tensors with it on them, copied off."""
+    retrieval = Retrieval(pack, pack.task(task or None))
+    check_pack_base(pack, base.checkpoint)
+    fine_name = retrieval.task.fine_name
+    with apply(base.table, pack, task=retrieval.task.name):
+        state = {fine_name(record.info.name): base.table[record.info.name].clone() for record in pack.index.tensors}
+        for name in (tensor.info.name for tensor in retrieval.task.tensors):
+            ours = name if name in base.table else next(key for key in base.table if fine_name(key) == name)
+            state[name] = base.table[ours].clone()
+    files, _ = retrieval.side_files(base.checkpoint)
+    return Subject(label, state, files, size_of(pack.path))
 
 
 def _with_head(merge: Subject, folder: Path, task: str) -> Subject:
