@@ -20,6 +20,12 @@ import transformers as tr
 from test_startup import probe
 
 from peru_cli import demo
+from peru_cli.errors import PeruError
+from peru_cli.evaluation.data import Examples
+from peru_cli.jobs import subjects
+from peru_cli.jobs.evalplan import Comparison
+from peru_cli.jobs.evaluate import evaluate
+from peru_cli.jobs.prepare import Settings
 
 Peru = Callable[..., str]
 
@@ -213,6 +219,26 @@ def test_mistakes_are_found_before_anything_runs(family: Path, peru: Peru, monke
         assert said in peru.stderr, peru.stderr  # type: ignore[attr-defined]
     peru("eval", family / "fine", "-d", family / "test.jsonl", "--device", "cuda:99", code=2)
     assert "there is no such GPU" in peru.stderr  # type: ignore[attr-defined]
+
+
+def test_a_later_tasks_mistake_is_found_before_the_first_task_runs(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one forward pass, not one tensor of the base: what is wrong with the last task shows in headers and side files."""
+
+    def never(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(subjects, "read_tensors", never)
+    monkeypatch.setattr(torch.nn.Linear, "forward", never)
+    fine, good = str(family / "fine"), Examples("good.jsonl", texts=["w1 w2"] * 3, labels=[0, 1, 0])
+    bare = Examples("bad.jsonl", texts=["w1"], labels=[99], places=["line 7"])
+    for model, examples, said in (
+        (fine, bare, "bad.jsonl, line 7: the model's head has no label 99"),
+        (str(family / "base"), good, "no weights for classifier"),
+        (fine, Examples("targets.jsonl", texts=["a"], targets=["b"]), "a language model is needed"),
+    ):
+        tasks = [Comparison("a", str(family / "a.safetensors"), good, fine), Comparison("b", model, examples)]
+        with pytest.raises(PeruError, match=said):
+            evaluate(tasks, str(family / "base"), Settings(), None, lambda n: None, lambda task: None)
 
 
 def test_weights_alone_are_compared_without_torch(tmp_path: Path, peru: Peru) -> None:

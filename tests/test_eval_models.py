@@ -19,7 +19,8 @@ from peru_cli import demo
 from peru_cli.errors import PeruError
 from peru_cli.evaluation.data import Examples, read_examples
 from peru_cli.evaluation.models import CAUSAL, IGNORED, SEQ2SEQ, class_logits
-from peru_cli.jobs.subjects import Base, Loaded, Settings, load, open_subject
+from peru_cli.jobs.prepare import Loaded, Settings, load, prepare
+from peru_cli.jobs.subjects import Base, open_subject
 
 
 def texts(count: int = 41, pairs: bool = False, labels: int | None = 3) -> Examples:
@@ -139,7 +140,7 @@ def test_language_models_get_windows_and_targets(tmp_path: Path) -> None:
 
 def refused(subject: Path, examples: Examples, base: Path | None = None) -> str:
     with pytest.raises(PeruError) as caught:
-        load(open_subject(str(subject), "", None if base is None else Base(str(base))), examples, [], Settings())
+        prepare(open_subject(str(subject), "", None if base is None else Base(str(base))), examples, [])  # no weights are read
     return str(caught.value)
 
 

@@ -210,7 +210,7 @@ def _run(
 
     from peru_cli.evaluation.models import pick_device
     from peru_cli.jobs.evaluate import evaluate
-    from peru_cli.jobs.subjects import Settings
+    from peru_cli.jobs.prepare import Settings
 
     settings = Settings(getattr(torch, COMPUTE[dtype]), pick_device(device), context, threads=threads)
     total = sum(len(c.examples) * (1 if c.against is None else 2) for c in comparisons)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,9 @@ _LONGEST = 1_000_000  # tokens; tokenizers say 1e30 for "no limit"
 IGNORED = -100  # a label that stands for no token
 
 Files = Mapping[str, bytes]
+Shapes = Mapping[str, tuple[int, ...]]
 Batch = dict[str, torch.Tensor]
+_T = TypeVar("_T")
 
 
 def pick_device(device: str) -> torch.device:
@@ -105,18 +107,46 @@ def kind_of(examples: Examples, config: Any, label: str) -> str:
     return CAUSAL if is_language else TEXT
 
 
-def fit_labels(config: Any, kind: str, state: Mapping[str, torch.Tensor]) -> None:
+def fit_labels(config: Any, kind: str, shapes: Shapes) -> None:
     """Give a config as many labels as the head among the tensors has: a base's or a merge's own config counts another head's."""
     if kind not in (TEXT, IMAGE):
         return
     expected, prefix = _expected(config, kind, "")
     for name, shape in expected.items():
-        found = state.get(name)
+        found = shapes.get(name)
         if found is None or not shape or name.startswith(prefix) or shape[0] != config.num_labels:
             continue
-        if found.shape[1:] == shape[1:] and found.shape[0] != shape[0]:
-            config.num_labels = found.shape[0]
+        if found[1:] == shape[1:] and found[0] != shape[0]:
+            config.num_labels = found[0]
             return
+
+
+def require_shapes(config: Any, kind: str, shapes: Shapes, label: str) -> None:
+    """Refuse, by names and shapes alone, tensors that do not make such a model: Mismatch.
+
+    Only a classifier's whole head is missed here: transformers renames tensors of some architectures while it loads them.
+    """
+    expected, prefix = _expected(config, kind, label)
+    named = _under_prefix(shapes, expected, prefix)
+    wrong = [f"{name}: {list(shape)}, the config says {list(expected[name])}" for name, shape in named.items()
+             if name in expected and shape != expected[name]]  # fmt: skip
+    if wrong:
+        raise Mismatch(f"{label}: {len(wrong)} tensor(s) are not as its config says\n  " + "\n  ".join(wrong[:5]))
+    head = [name for name in expected if not name.startswith(prefix) and not name.endswith(_OFTEN_ABSENT)]
+    if kind in (TEXT, IMAGE) and head and not any(name in named for name in head):
+        raise _missing(head, kind, config, label)
+
+
+def _under_prefix(found: Mapping[str, _T], expected: Mapping[str, torch.Size], prefix: str) -> dict[str, _T]:
+    """Tensors by the model's names; those of an encoder may lack the prefix."""
+    return {prefix + name if name not in expected and prefix + name in expected else name: value for name, value in found.items()}
+
+
+def _missing(names: list[str], kind: str, config: Any, label: str) -> Mismatch:
+    names = sorted(names)
+    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    hint = "a bare encoder has no head: name the fine-tune, or give it with --against" if kind in (TEXT, IMAGE) else None
+    return Mismatch(f"{label}: no weights for {listed}, which a {_model_class(config, kind, label).__name__} needs", hint)
 
 
 def _expected(config: Any, kind: str, label: str) -> tuple[dict[str, torch.Size], str]:
@@ -150,21 +180,14 @@ def build_model(
     Raises:
         Mismatch: the tensors do not make such a model: one is missing (a head, say), or has another shape.
     """
-    expected, prefix = _expected(config, kind, label)
-    named = {prefix + name if name not in expected and prefix + name in expected else name: t for name, t in state.items()}
-    wrong = [f"{name}: {list(t.shape)}, the config says {list(expected[name])}" for name, t in named.items()
-             if name in expected and t.shape != expected[name]]  # fmt: skip
-    if wrong:
-        raise Mismatch(f"{label}: {len(wrong)} tensor(s) are not as its config says\n  " + "\n  ".join(wrong[:5]))
+    require_shapes(config, kind, {name: tuple(tensor.shape) for name, tensor in state.items()}, label)
+    named = _under_prefix(state, *_expected(config, kind, label))
     cls = _model_class(config, kind, label)
     more = {} if attention is None else {"attn_implementation": attention}
     with quiet_transformers():
         model, info = cls.from_pretrained(None, config=config, state_dict=named, dtype=dtype, output_loading_info=True, **more)
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith(_OFTEN_ABSENT))
-    if missing:
-        listed = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        hint = "a bare encoder has no head: name the fine-tune, or give it with --against" if kind in (TEXT, IMAGE) else None
-        raise Mismatch(f"{label}: no weights for {listed}, which a {cls.__name__} needs", hint)
+    if missing := sorted(name for name in info["missing_keys"] if not name.endswith(_OFTEN_ABSENT)):
+        raise _missing(missing, kind, config, label)
     return model.eval().requires_grad_(False).to(device)
 
 

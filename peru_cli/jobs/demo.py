@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from peru_cli import demo
 from peru_cli.evaluation.data import read_examples
 from peru_cli.evaluation.models import class_logits
-from peru_cli.jobs.subjects import Settings, load, open_subject
+from peru_cli.jobs.prepare import Settings, load
+from peru_cli.jobs.subjects import open_subject
 
 BATCH = 250  # images
 DENSITIES = ("1%", "5%", "10%")

@@ -15,7 +15,8 @@ from peru_cli.evaluation.data import Array, Examples
 from peru_cli.evaluation.metrics import Compared, Estimate
 from peru_cli.evaluation.models import CAUSAL, IGNORED, IMAGE, SEQ2SEQ, TEXT, class_logits
 from peru_cli.jobs.evalplan import Comparison
-from peru_cli.jobs.subjects import Base, Loaded, Settings, load, open_subject
+from peru_cli.jobs.prepare import Loaded, Prepared, Settings, prepare
+from peru_cli.jobs.subjects import Base, open_subject
 from peru_cli.streaming.engine import available_threads
 
 Advance = Callable[[int], None]
@@ -51,49 +52,60 @@ def evaluate(
 ) -> list[Score]:
     """Run all comparisons. The base is read once; one task's models are in memory at a time.
 
-    Raises BadFile, Mismatch or UsageError before a task's first forward pass.
+    Raises BadFile, Mismatch or UsageError before the first forward pass of all, as far as headers and side files show it.
     """
     opened = Base(base) if base is not None else None
+    prepared = [_prepare(comparison, opened, settings) for comparison in comparisons]
     found, threads = [], torch.get_num_threads()
     try:
-        for comparison in comparisons:
+        for comparison, (ours, theirs) in zip(comparisons, prepared, strict=True):
             step(comparison.task)
-            found.append(_evaluate(comparison, opened, settings, batch_size, advance))
+            found.append(_evaluate(comparison, ours, theirs, settings, batch_size, advance))
     finally:
         torch.set_num_threads(threads)
     return found
 
 
-def _evaluate(comparison: Comparison, base: Base | None, settings: Settings, batch_size: int | None, advance: Advance) -> Score:
+def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> tuple[Prepared, Prepared | None]:
+    """A task's models by their headers, with its examples encoded."""
     examples, task = comparison.examples, comparison.task
     subject = open_subject(comparison.model, task, base)
     other = open_subject(comparison.against, task, base) if comparison.against is not None else None
     others = [other.files] if other is not None else []
     if base is not None:
         others.append({name: path.read_bytes() for name, path in base.checkpoint.side_files.items()})
-    ours = load(subject, examples, others, settings)
-    theirs = load(other, examples, others[1:], settings, like=ours) if other is not None else None
-    if theirs is not None and theirs.kind != ours.kind:
+    ours = prepare(subject, examples, others, settings.context)
+    if ours.kind in (TEXT, IMAGE) and ours.config.num_labels < 2:
+        raise Mismatch(f"{ours.label} has one output: a regression, not a classifier")
+    if other is None:
+        return ours, None
+    theirs = prepare(other, examples, others[1:], settings.context, like=ours)
+    if theirs.kind != ours.kind:
         raise Mismatch(f"{ours.label} is run as a {ours.kind}, {theirs.label} as a {theirs.kind}: they cannot be compared")
-    size = sum(tensor.numel() for tensor in subject.state.values())
-    torch.set_num_threads(settings.threads or (1 if size < _SMALL else available_threads()))
-    nbytes = subject.nbytes + subject.head_bytes
-    score = Score(task, comparison.model, comparison.against, ours.kind, len(examples), "examples", nbytes, other.nbytes if other else None)
-    del subject, other
+    if ours.kind in (TEXT, IMAGE) and theirs.config.num_labels != ours.config.num_labels:
+        raise Mismatch(f"{ours.label} has {ours.config.num_labels} labels, {theirs.label} has {theirs.config.num_labels}")
+    return ours, theirs
+
+
+def _evaluate(
+    comparison: Comparison, ours: Prepared, theirs: Prepared | None, settings: Settings, batch_size: int | None, advance: Advance
+) -> Score:
+    subject, examples = ours.subject, comparison.examples
+    torch.set_num_threads(settings.threads or (1 if subject.parameters < _SMALL else available_threads()))
+    score = Score(
+        comparison.task, comparison.model, comparison.against, ours.kind, len(examples), "examples",
+        subject.nbytes + subject.head_bytes, theirs.subject.nbytes if theirs is not None else None,
+    )  # fmt: skip
+    built = ours.build(settings), theirs.build(settings) if theirs is not None else None
     (_score_classes if ours.kind in (TEXT, IMAGE) else _score_tokens)(
-        score, ours, theirs, examples, batch_size or BATCH_SIZES[ours.kind], advance
+        score, *built, examples, batch_size or BATCH_SIZES[ours.kind], advance
     )
     return score
 
 
 def _score_classes(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
     labels = examples.class_numbers(ours.model.config)
-    classes = ours.model.config.num_labels
-    if classes < 2:
-        raise Mismatch(f"{ours.label} has one output: a regression, not a classifier")
-    if theirs is not None and theirs.model.config.num_labels != classes:
-        raise Mismatch(f"{ours.label} has {classes} labels, {theirs.label} has {theirs.model.config.num_labels}")
-    score.classes = classes
+    score.classes = classes = ours.model.config.num_labels
     got = class_logits(ours.model, ours.inputs, batch_size, advance)
     _require_finite(got, ours.label)
     predicted = got.argmax(-1)

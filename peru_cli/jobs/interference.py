@@ -15,7 +15,8 @@ from peru_cli.evaluation.data import Examples
 from peru_cli.evaluation.models import IMAGE, TEXT, class_logits
 from peru_cli.evaluation.taujp import change_norms
 from peru_cli.jobs.mergeplan import MergePlan, Options, plan_merge
-from peru_cli.jobs.subjects import Settings, Subject, load, read_tensors
+from peru_cli.jobs.prepare import Settings, load
+from peru_cli.jobs.subjects import in_memory, read_tensors
 from peru_cli.jobs.taskmodels import Running, TaskParts, load_task, read_floats, trace_names
 
 Advance = Callable[[int], None]
@@ -143,12 +144,13 @@ def load_base(vectors: Vectors, examples: Examples) -> TaskParts:
     """The base under its own head. Mismatch if it has none."""
     base = vectors.plan.base
     assert base is not None
-    subject = Subject(base.label, read_tensors(base), {name: path.read_bytes() for name, path in base.side_files.items()}, base.nbytes)
+    state = read_tensors(base)
+    subject = in_memory(base.label, state, {name: path.read_bytes() for name, path in base.side_files.items()}, base.nbytes)
     try:
         loaded = load(subject, examples, [], Settings(device=vectors.running.device))
     except Mismatch as error:
         raise Mismatch(f"the control task needs a head: {error.message}", "add --against control=MODEL") from error
-    own = trace_names(subject.state, loaded)
+    own = trace_names(state, loaded)
     parts = TaskParts(loaded, own, {name: ours for name, ours in own.items() if ours in vectors.base})
     _require_classifier(parts, base.label)
     return parts

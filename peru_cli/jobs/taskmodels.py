@@ -14,7 +14,8 @@ from peru_cli.evaluation.data import Examples, read_examples, split_data
 from peru_cli.evaluation.models import build_model, pick_device
 from peru_cli.jobs.expand import ExpandedArtifact
 from peru_cli.jobs.mergeplan import MergePlan
-from peru_cli.jobs.subjects import Loaded, Settings, Subject, load, read_tensors
+from peru_cli.jobs.prepare import Loaded, Settings, load
+from peru_cli.jobs.subjects import in_memory, read_tensors
 from peru_cli.jobs.taskvectors import TaskVector
 from peru_cli.jobs.unpack import side_files
 
@@ -108,7 +109,7 @@ def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: t
     called = {name: getattr(fine, "fine_name", str)(name) for name in fine.tensors}  # an adapter's tensors have the base's names
     state = {called[name]: tensor for name, tensor in read_tensors(fine).items()}
     others = [{name: path.read_bytes() for name, path in plan.reference.side_files.items()}]
-    subject = Subject(fine.label, state, own_files(fine, plan.base), fine.nbytes)
+    subject = in_memory(fine.label, state, own_files(fine, plan.base), fine.nbytes)
     loaded = load(subject, examples, others, Settings(device=device, attention=attention))
     called_back = {name: ours for ours, name in called.items()}
     own = {name: called_back[found] for name, found in trace_names(state, loaded).items()}
