@@ -68,14 +68,18 @@ class ContainerWriter:
         """Bytes of each role so far."""
         return dict(self._sizes)
 
-    def finish(self, metadata: Mapping[str, str], index: bytes) -> int:
-        """Append the index, write the header, put the file in place; returns the file's size in bytes."""
+    def finish(self, metadata: Mapping[str, str], index: bytes, before: Callable[[], None] = lambda: None) -> int:
+        """Append the index, write the header, put the file in place; returns the file's size in bytes.
+
+        `before` is called when all is written and only the file's name is to be changed: what belongs to it can follow suit.
+        """
         self.append("index", index)
         digest = _seal(_header(self._sizes, {**metadata, _DIGEST: _BLANK}, reserve=self._data_offset), index)
         header = _header(self._sizes, {**metadata, _DIGEST: digest}, reserve=self._data_offset)
         if len(header) != self._data_offset:
             raise AssertionError(f"header of {len(header)} bytes in room for {self._data_offset}")
         self._file.write_at(0, header)
+        before()
         self._file.commit()
         return self._at
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from peru_cli.artifacts.index import SideFile
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.artifacts.superposed import (
     BLOCK_ENTRIES,
+    COPY,
     KIND,
     TARGET,
     PackedTensor,
@@ -97,13 +98,15 @@ class PackWriter:
         """Append bytes of tasks' own tensors, in the index's order."""
         self._container.append("whole", data)
 
-    def finish(self, metadata: Mapping[str, str], index: PackIndex, contents: Sequence[bytes]) -> int:
-        """Write side files, index and header, and put the pack in place; returns its size in bytes."""
+    def finish(
+        self, metadata: Mapping[str, str], index: PackIndex, contents: Sequence[bytes], before: Callable[[], None] = lambda: None
+    ) -> int:
+        """Write side files, index and header, call `before`, and put the pack in place; returns its size in bytes."""
         assert not self._encoded, "a block was never written"
         index.blocks = self.blocks
         for content in contents:
             self._container.append("files", content)
-        return self._container.finish({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index))
+        return self._container.finish({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index), before)
 
     def __enter__(self) -> PackWriter:
         return self
@@ -157,6 +160,11 @@ class Pack:
         for role, size in (("blocks", self._block_at[-1]), ("whole", whole), ("files", sum(size for size, _ in self.index.contents))):
             if self.container.sizes[role] != size:
                 raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
+
+    @property
+    def has_own_base(self) -> bool:
+        """Whether the plain sums are in the base (`--merge-base`): of floating tensors, only these are the base's bytes."""
+        return any(record.mode == COPY and record.info.dtype.compressible for record in self.index.tensors)
 
     @property
     def arrangement(self) -> Arrangement:

@@ -73,6 +73,11 @@ class PackedTensor:
         """Whether it has entries in the stream of sums."""
         return self.mode != COPY
 
+    @property
+    def is_target(self) -> bool:
+        """Whether its sums are of vectors that were moved and flipped."""
+        return self.mode == TARGET
+
 
 @dataclass
 class BlockGroup:

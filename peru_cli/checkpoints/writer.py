@@ -140,6 +140,7 @@ class DirectoryWriter(CheckpointWriter):
         with ExitStack() as undo:
             self._folder = undo.enter_context(PartialDirectory(target, sync, resume))
             names = shard_names(len(shards))
+            self.shards = len(shards)
             layout: list[tuple[PartialFile, bytes, int]] = []
             for shard, name in zip(shards, names, strict=True):
                 path = self._folder.path / name
@@ -181,11 +182,16 @@ class DirectoryWriter(CheckpointWriter):
         file, begin = self._where[name]
         file.write_at(begin + offset, data)
 
+    def seal(self) -> None:
+        """All is written: the unfinished folder can be read as a checkpoint before `commit` puts it in place."""
+        for file in self._files:
+            file.commit()
+        self._files = []
+
     def commit(self) -> None:
         if self.journal is not None:
             self.journal.flush()
-        for file in self._files:
-            file.commit()
+        self.seal()
         if self.journal is not None:
             self.journal.remove()
         self._folder.commit()

@@ -31,6 +31,8 @@ def show_pack(path: Place, plot: Path | None) -> None:
         console.line(f"{path}: {meta['peru.kind']}, {plural(len(index.tasks), 'task')}, {si_bytes(container.file_bytes)}")
         console.line(f"base:     {meta.get('peru.base', 'not named (shuffle-pack --base-id records it)')}")
         how = f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, seed {meta['peru.seed']}"
+        if pack.has_own_base:
+            console.line("          with the plain sums of these tasks in it (--merge-base)")
         console.line(f"how:      {how}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")
         console.line()
         rows = [[part, count(nbytes), f"{8 * nbytes / entries:.4f}" if part == "sums" else ""] for part, nbytes in parts.items()]

@@ -55,6 +55,9 @@ def shuffle_pack(
         Optional[float],
         typer.Option("--max-error", min=0, metavar="E", help="Pack only tasks predicted to come back within E task vectors' lengths."),
     ] = None,
+    merge_base: Annotated[
+        Optional[str], typer.Option("--merge-base", metavar="DIR", help="Write the plain sums into a new base, which the pack then is of.")
+    ] = None,
     add_to: Annotated[Optional[Path], typer.Option("--add-to", metavar="PACK", help="OUT is PACK and these tasks.")] = None,
     remove_from: Annotated[
         Optional[Path], typer.Option("--remove-from", metavar="PACK", help="OUT is PACK without these tasks, given as they were packed.")
@@ -88,11 +91,14 @@ def shuffle_pack(
 
     peru shuffle-pack b=MODEL --remove-from pack2.safetensors --base BASE -o pack3.safetensors
 
+    peru shuffle-pack a=MODEL b=MODEL --base BASE -o pack.safetensors --merge-base merged/
+
     The default is STA + Shuffle. TA + Shuffle: --no-signs; STA: --decorrelate none; task arithmetic: both.
     """
     given = {
         "--seed": seed, "--decorrelate": decorrelate, "--signs": signs, "--skip": skip, "--scale": scale, "--precision": precision,
         "--target": target, "--exclude": exclude, "--per-task": per_task, "--dtype": dtype, "--base-id": base_id,
+        "--merge-base": merge_base,
     }  # fmt: skip
     change = add_to or remove_from
     if add_to is not None and remove_from is not None:
@@ -114,6 +120,7 @@ def shuffle_pack(
     from peru_cli.jobs.basename import name_base
     from peru_cli.jobs.expand import as_unpacked, open_fine_tune, verify_expanded
     from peru_cli.jobs.how import streaming
+    from peru_cli.jobs.packbase import MergeBase, check_plain
     from peru_cli.jobs.packplan import PackOptions, plan_change, plan_pack
     from peru_cli.methods.superpose import DECORRELATE
 
@@ -128,6 +135,11 @@ def shuffle_pack(
     if out.suffix != ".safetensors" or output.endswith("/"):
         raise UsageError(f"-o {output} should end in .safetensors")
     check_target(out, force or dry_run)
+    new_base = MergeBase(Path(merge_base), base_id) if merge_base is not None else None
+    if new_base is not None:
+        check_target(new_base.target, force or dry_run)
+        if new_base.target.is_file() or new_base.target.suffix == ".safetensors":
+            raise UsageError(f"--merge-base {merge_base} should be a folder")
     place = destination(push, private, revision, commit_message, force, output)
     arguments = [(a.task or default_task(a.model), a.model) for a in split_arguments(models)]
     old = Pack(change) if change is not None else None
@@ -136,6 +148,9 @@ def shuffle_pack(
     tasks = [(name, as_unpacked(model)) for (name, _), model in zip(arguments, opened, strict=True)]
     plan = plan_change(old, opened_base, tasks, remove_from is not None) if old is not None else plan_pack(opened_base, tasks, chosen)
     check_room(out, sum(info.nbytes for heads in plan.heads.values() for info in heads) + (old.container.file_bytes if old else 0))
+    if new_base is not None:
+        check_plain(plan)
+        check_room(new_base.target, opened_base.nbytes)
     for warning in [w for model in (opened_base, *(m for _, m in tasks)) for w in model.warnings] + plan.warnings:
         console.warn(warning)
     _say(plan)
@@ -143,14 +158,14 @@ def shuffle_pack(
         _groups(plan)
         console.result(_planned(plan, out))
         return
-    if old is None and (named := name_base(opened_base, base_id)) is not None:
+    if old is None and new_base is None and (named := name_base(opened_base, base_id)) is not None:
         plan.metadata |= named.metadata()
     tiles = tile_entries or job.default_tile(len(plan.vectors))
     passes = 1 if plan.removing else 2
     with console.progress(passes * plan.entries, "pack") as progress, streaming("cpu", threads, tiles, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
-        result = job.make_pack(plan, out, how, not no_sync, precision, max_error, progress.step)
-    _report(result, publish(place, [out], "shuffle-pack"))
+        result = job.make_pack(plan, out, how, not no_sync, precision, max_error, new_base, progress.step)
+    _report(result, merge_base, publish(place, [out], "shuffle-pack"))
 
 
 def _pattern(text: Optional[str], option: str) -> Optional[re.Pattern[str]]:
@@ -197,7 +212,7 @@ def _planned(plan: PackPlan, out: Path) -> dict[str, Any]:
     }
 
 
-def _report(result: PackResult, published: dict[str, Any]) -> None:
+def _report(result: PackResult, merge_base: Optional[str], published: dict[str, Any]) -> None:
     for task, error in result.left_out.items():
         console.warn(f"{task} is left out: it would miss {error:.4g} of its task vector's length")
     rows = [
@@ -218,6 +233,8 @@ def _report(result: PackResult, published: dict[str, Any]) -> None:
         f"{result.path}: {plural(len(result.all_tasks), 'task')}, {si_bytes(result.file_bytes)},"
         f" {result.bits_per_parameter:.3f} bits/param for all of them, precision {result.precision}"
     )
+    if merge_base is not None:
+        console.line(f"{merge_base}: the base with the plain sums; unpack takes it with --base")
     if result.best_scale is not None:
         console.line(f"scale {result.scale:g}; least squares would be {result.best_scale:.4g}")
     console.result(
@@ -230,6 +247,7 @@ def _report(result: PackResult, published: dict[str, Any]) -> None:
             "precision": result.precision,
             "scale": result.scale,
             "best_scale": result.best_scale,
+            "merge_base": merge_base,
             "tasks": result.all_tasks,
             "left_out": result.left_out,
             "packed": [

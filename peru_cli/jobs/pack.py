@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from peru_cli.artifacts.index import FROM_BASE, STORED, SideFile
 from peru_cli.artifacts.pack import PackWriter
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.artifacts.superposed import COPY, TARGET, UNKNOWN, BlockGroup, PackIndex, TaskRecord, TaskTensor
+from peru_cli.artifacts.superposed import COPY, UNKNOWN, BlockGroup, PackIndex, TaskRecord, TaskTensor
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
-from peru_cli.jobs.packpass import Doubles, Gather, Superpose
+from peru_cli.jobs.packbase import MergeBase, NewBase
+from peru_cli.jobs.packmeasure import Measured, measure, predict_errors, settle_steps
+from peru_cli.jobs.packpass import Doubles, Superpose
 from peru_cli.jobs.packplan import PackPlan, refuse_pack_base
 from peru_cli.jobs.prune import stream_digest
 from peru_cli.jobs.taskvectors import How
-from peru_cli.methods.superpose import Quality, best_scale, choose, default_precision, predict, quality, step_exponent
+from peru_cli.methods.superpose import Quality, best_scale, choose, quality
 from peru_cli.streaming.digests import SHORT, checkpoint_digest
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import CHUNK, TilePlan
@@ -64,21 +65,6 @@ class PackResult:
         return 8 * self.sums_bytes / max(self.entries, 1)
 
 
-@dataclass
-class _Measured:
-    """Inner products of the task vectors as they are: over all sums, and over those in which they are moved apart; (T, T)."""
-
-    everything: Doubles
-    apart: Doubles
-    tables: dict[str, Doubles]
-
-    def without(self, t: int) -> _Measured:
-        def cut(table: Doubles) -> Doubles:
-            return np.delete(np.delete(table, t, 0), t, 1)
-
-        return _Measured(cut(self.everything), cut(self.apart), {name: cut(table) for name, table in self.tables.items()})
-
-
 def make_pack(
     plan: PackPlan,
     target: Path,
@@ -86,6 +72,7 @@ def make_pack(
     sync: bool,
     precision: int | None = None,
     max_error: float | None = None,
+    merge_base: MergeBase | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> PackResult:
     """Write a new pack, or `plan.old` with tasks added or removed.
@@ -93,19 +80,20 @@ def make_pack(
     Args:
         precision: bits of the step below the task vectors' RMS; the default is the fewest that do not show.
         max_error: leave out tasks for which more than this is predicted, the worst first.
+        merge_base: write the plain sums into a new base, which the pack then is of; both appear, or none.
 
     Raises BadFile for values that cannot be packed, Mismatch for a base or a removed fine-tune that is not the pack's.
     """
     left_out: dict[str, float] = {}
     predicted: list[Quality] = []
     scale = float(plan.metadata["peru.scale"])
-    measured: _Measured | None = None
+    measured: Measured | None = None
     if not plan.removing:
         note("measuring")
-        measured = _measure(plan, how)
+        measured = measure(plan, how)
         while True:
-            bits = _settle_steps(plan, measured, precision)
-            predicted = _predict(plan, measured, scale)
+            bits = settle_steps(plan, measured, precision)
+            predicted = predict_errors(plan, measured, scale)
             errors = {vector.name: q.error for vector, q in zip(plan.vectors, predicted, strict=True)}
             worst = choose(errors, max_error) if max_error is not None else None
             if worst is None:
@@ -117,67 +105,27 @@ def make_pack(
             plan = plan.without(worst)
         plan.metadata["peru.precision"] = str(bits)
     note("adding" if not plan.removing else "removing")
-    largest = {**plan.metadata, "peru.sums": "0" * 64}
-    with PackWriter(target, largest, sync) as writer:
-        step = Superpose(plan, how, writer)
+    if merge_base is not None:
+        plan.metadata["peru.entries"] = str(sum(tensor.info.entries for tensor in plan.sums if tensor.is_target))
+    with ExitStack() as stack:
+        new_base = stack.enter_context(NewBase(plan, merge_base, sync)) if merge_base is not None else None
+        largest = {**plan.metadata, "peru.sums": "0" * 64, **(new_base.largest_name() if new_base is not None else {})}
+        writer = stack.enter_context(PackWriter(target, largest, sync))
+        step = Superpose(plan, how, writer, new_base)
         run(step, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance)
         for block in writer.rest():
             writer.write(block)
-        return _Finish(plan, step, writer, measured, predicted, left_out).finish(target, scale)
-
-
-def _measure(plan: PackPlan, how: How) -> _Measured:
-    gather = Gather(plan, how)
-    run(gather, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance)
-    apart = np.zeros((len(plan.vectors),) * 2)
-    everything = np.zeros_like(apart)
-    for tensor in plan.sums:
-        table = gather.tables[tensor.info.name]
-        everything += table
-        if tensor.mode == TARGET and plan.moved_apart:
-            apart += table
-    return _Measured(everything, apart, gather.tables)
-
-
-def _settle_steps(plan: PackPlan, measured: _Measured, precision: int | None) -> int:
-    """Fix each tensor's step, one for a group, unless the pack has them already; returns the bits."""
-    if plan.old is not None:
-        return int(plan.metadata["peru.precision"])
-    tasks = len(plan.vectors)
-    bits = default_precision(tasks) if precision is None else precision
-    grouped = {name: group.members for group in plan.arrangement.groups for name in group.members}
-    # Where nothing changed yet, a task that is added later may change something: such a tensor has the step of the whole.
-    overall = float(np.trace(measured.everything)) / max(tasks * plan.entries, 1)
-    for tensor in plan.sums:
-        members = grouped.get(tensor.info.name, (tensor.info.name,))
-        square = sum(float(np.trace(measured.tables[name])) for name in members)
-        tensor.exponent = step_exponent(square / (tasks * len(members) * tensor.info.entries) if square else overall, bits)
-    return bits
-
-
-def _predict(plan: PackPlan, measured: _Measured, scale: float) -> list[Quality]:
-    """Retrieval errors to come. Tasks that are in the pack already count with their norms, as independent of the new ones."""
-    tasks = len(plan.vectors)
-    changed = [tensor for tensor in plan.sums if np.trace(measured.tables[tensor.info.name])]
-    rounding = sum(tensor.info.entries * 4.0**tensor.exponent for tensor in changed) / 12
-    apart, everything = measured.apart, measured.everything
-    if plan.old is not None:
-        others = [float(task.norm) ** 2 for task in plan.old.index.tasks]
-        size = tasks + len(others)
-        apart, everything = np.zeros((size, size)), np.zeros((size, size))
-        apart[:tasks, :tasks], everything[:tasks, :tasks] = measured.apart, measured.everything
-        apart[range(tasks, size), range(tasks, size)] = everything[range(tasks, size), range(tasks, size)] = others
-    return predict(apart, everything - apart, rounding, scale)[:tasks]
+        return _Finish(plan, step, writer, measured, predicted, left_out, new_base).finish(target, scale)
 
 
 class _Finish:
     """What follows the sums: tasks' own tensors, side files, index, header."""
 
     def __init__(
-        self, plan: PackPlan, step: Superpose, writer: PackWriter, measured: _Measured | None,
-        predicted: Sequence[Quality], left_out: dict[str, float],
+        self, plan: PackPlan, step: Superpose, writer: PackWriter, measured: Measured | None,
+        predicted: Sequence[Quality], left_out: dict[str, float], new_base: NewBase | None,
     ) -> None:  # fmt: skip
-        self._plan, self._step, self._writer = plan, step, writer
+        self._plan, self._step, self._writer, self._new_base = plan, step, writer, new_base
         self._measured, self._predicted, self._left_out = measured, predicted, left_out
         self._contents: dict[bytes, bytes] = {}  # side files that are stored, by digest
         old = plan.old
@@ -185,7 +133,10 @@ class _Finish:
 
     def finish(self, target: Path, scale: float) -> PackResult:
         plan, step = self._plan, self._step
-        self._digest_base()
+        if self._new_base is None:
+            self._digest_base()
+        elif (name := self._new_base.settle()) is not None:
+            plan.metadata |= name.metadata()
         reports = []
         for number, vector in enumerate(plan.vectors):
             if plan.removing:
@@ -211,8 +162,9 @@ class _Finish:
             tasks,
             [(len(content), digest) for digest, content in contents],
         )
-        sums = checkpoint_digest({name: digest.digest() for name, digest in step.sum_digests.items()})
-        size = self._writer.finish(plan.metadata | {"peru.sums": sums.hex()}, index, [content for _, content in contents])
+        sums = checkpoint_digest({tensor.info.name: step.sum_digests[tensor.info.name].digest() for tensor in plan.sums})
+        before = self._new_base.commit if self._new_base is not None else lambda: None
+        size = self._writer.finish(plan.metadata | {"peru.sums": sums.hex()}, index, [content for _, content in contents], before)
         square, products = float(step.products[-1, -1]), [float(x) for x in step.products[-1, :-1]]
         return PackResult(
             target, reports, [task.name for task in tasks], self._left_out, size, sum(block.nbytes for block in index.blocks),
@@ -276,9 +228,10 @@ class _Finish:
 
     def _side_file(self, name: str, fine: Checkpoint) -> SideFile:
         content = fine.side_files[name].read_bytes()
-        other = self._plan.base.side_files.get(name)
+        place = self._plan.base.side_files.get(name)
+        other = self._new_base.files.get(name) if self._new_base is not None else place.read_bytes() if place is not None else None
         digest = short_digest(content)
-        if other is not None and other.read_bytes() == content:
+        if other == content:
             return SideFile(name, FROM_BASE, len(content), digest)
         self._contents[digest] = content
         return SideFile(name, STORED, len(content), digest)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peru_cli.artifacts.pack import PackWriter, Sums, sum_leaves, sums_digest
-from peru_cli.artifacts.superposed import TARGET, PackedTensor
+from peru_cli.artifacts.superposed import PackedTensor
 from peru_cli.errors import BadFile
 from peru_cli.jobs.packplan import PackPlan
 from peru_cli.jobs.taskvectors import How
@@ -20,6 +20,9 @@ from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.digests import TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK, Tile
+
+if TYPE_CHECKING:
+    from peru_cli.jobs.packbase import NewBase
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 _PIECE = CHUNK // 2  # entries of one inner product: no linear algebra library uses several threads for so few
@@ -117,10 +120,12 @@ class Added:
 class Superpose(_Walk):
     """Move, flip, round and add (or take away) task vectors; digest everything that is read and written."""
 
-    def __init__(self, plan: PackPlan, how: How, writer: PackWriter) -> None:
+    def __init__(self, plan: PackPlan, how: How, writer: PackWriter, new_base: NewBase | None = None) -> None:
+        """Plain sums go into `new_base`, if there is one."""
         super().__init__(plan, how)
-        self._writer = writer
+        self._writer, self._new_base = writer, new_base
         self._sources = [plan.arrangement.sources(v.name, plan.shifts[v.name]) for v in plan.vectors]
+        self._infos = {t.info.name: t.info for t in self._sums}
         self._lock = threading.Lock()
         self._rows: dict[tuple[int, str], Any] = {}
         self.products = np.zeros((len(plan.vectors) + 1,) * 2)
@@ -143,6 +148,8 @@ class Superpose(_Walk):
             pair = vector.pairs[source]
             if number == 0:  # every task reads each base tensor once, in an order of its own
                 self.base_digests[source].add_at(tile.start, leaves(base_raw, pair.base.dtype))
+                if self._new_base is not None and record.is_target:
+                    self._new_base.copy(self._infos[source], tile, base_raw)
             self.results[number][pair.fine.name].add_at(tile.start, leaves(fine_raw, pair.fine.dtype))
             if (signs := self._signs(number, record)) is not None:
                 flip(steps, signs, tile.start)
@@ -153,6 +160,8 @@ class Superpose(_Walk):
             difference = rows[number] - steps
             rounding[number] = np.dot(difference, difference)
             (np.subtract if removing else np.add)(sums, steps.astype(np.int32), out=sums)
+        if self._new_base is not None and not record.is_target:
+            self._new_base.merge(record, tile, base_raw, sums)
         rows[-1] = sums
         area = 4.0**record.exponent
         tables = [] if removing else [table * area for table in inner_products(rows)]
@@ -161,7 +170,7 @@ class Superpose(_Walk):
 
     def _signs(self, number: int, record: PackedTensor) -> Any:
         """Signs of a target tensor, made once."""
-        if record.mode != TARGET:
+        if not record.is_target:
             return None
         key = number, record.info.name
         with self._lock:
@@ -181,6 +190,8 @@ class Superpose(_Walk):
         for table in result.tables:
             self.products += table
         self.rounding += result.rounding
+        if self._new_base is not None and not self._sums[tile.tensor].is_target:
+            return []
         return self._writer.add(result.sums)
 
     def finish(self, tile: Tile, committed: list[tuple[int, Sums]], buffers: Room) -> None:

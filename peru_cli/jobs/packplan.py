@@ -133,15 +133,23 @@ def refuse_pack_base(problems: list[str], pack: Pack, label: str) -> None:
     """Raise Mismatch if there are problems, naming the first few."""
     if problems:
         wanted = pack.metadata.get("peru.base")
+        hint = f"it was made from {wanted}" if wanted else "the pack does not say where its base came from (--base-id records it)"
+        if pack.has_own_base:
+            hint = f"its base is the one that --merge-base wrote{f', {wanted}' if wanted else ''}"
         raise Mismatch(
             f"{label} is not the base that {pack.path} was made from: {len(problems)} tensor(s) differ\n  "
             + "\n  ".join(problems[:_SHOWN]),
-            f"it was made from {wanted}" if wanted else "the pack does not say where its base came from (--base-id records it)",
+            hint,
         )
 
 
 def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], removing: bool) -> PackPlan:
     """Settle adding tasks to a pack, or removing them; errors as `plan_pack` has them."""
+    if pack.has_own_base:
+        raise UsageError(
+            f"the plain sums of {pack.path} are in its base (--merge-base): tasks can be neither added nor removed",
+            "make a new pack; or keep one without --merge-base to change, and pack anew from it when it is published",
+        )
     names = {name.lower(): name for name in pack.tasks}
     for name, _ in tasks:
         if not removing and name.lower() in names:

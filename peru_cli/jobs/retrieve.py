@@ -34,6 +34,26 @@ _ROWS = 64  # tensors' signs that are kept
 Floats = np.ndarray[Any, np.dtype[Any]]
 
 
+def float_kind(dtype: Dtype) -> str:
+    """What is computed in for a dtype."""
+    return "f8" if dtype.name == "F64" else "f4"
+
+
+def scaled(sums: Sums, factor: float, out: Floats) -> Floats:
+    """Sums as floats times a factor, in `out`; (n,)."""
+    np.copyto(out, sums, casting="unsafe")
+    out *= out.dtype.type(factor)
+    return out
+
+
+def plus_vector(base: Bits, base_dtype: Dtype, dtype: Dtype, vector: Floats) -> Bits | None:
+    """Base (bits in its own dtype) plus a vector as bits of `dtype`, (n,); None if something does not fit. Overwrites the vector."""
+    cast = cast_bits(CPU, base, base_dtype, dtype)
+    np.add(CPU.widen(cast, dtype, np.empty(len(base), vector.dtype.str[1:])), vector, out=vector)
+    bits: Bits = CPU.narrow(vector, dtype)
+    return None if largest_magnitude(CPU, bits, dtype) >= infinity(dtype) else bits
+
+
 class Retrieval:
     """One task of a pack: where its vectors lie and how they are turned back. Safe from many threads."""
 
@@ -52,8 +72,7 @@ class Retrieval:
     def vector(self, record: PackedTensor, start: int, sums: Sums, out: Floats) -> Floats:
         """scale * tau^ from entry `start` on, out of the sums at its place; float32 or float64 (n,), in `out`."""
         place = self.place(record)
-        np.copyto(out, sums, casting="unsafe")
-        out *= out.dtype.type(self._scale * 2.0**place.exponent)
+        scaled(sums, self._scale * 2.0**place.exponent, out)
         if place.mode == TARGET and self._arrangement.signs:
             name = place.info.name
             flip(out, self._rows.get(name, lambda: self._arrangement.row(self.task.name, place.info)), start)
@@ -61,16 +80,11 @@ class Retrieval:
 
     def entries(self, record: PackedTensor, start: int, sums: Sums, base: Bits) -> Bits:
         """The task's entries as bits, given the base's; BadFile if one does not fit the dtype."""
-        dtype = record.info.dtype
-        kind = "f8" if dtype.name == "F64" else "f4"
-        vector = self.vector(record, start, sums, np.empty(len(base), kind))
-        cast = cast_bits(CPU, base, record.base_dtype, dtype)
-        np.add(CPU.widen(cast, dtype, np.empty(len(base), kind)), vector, out=vector)
-        bits: Bits = CPU.narrow(vector, dtype)
-        if largest_magnitude(CPU, bits, dtype) >= infinity(dtype):
-            raise BadFile(
-                f"{self.pack.path}: {record.info.name!r} of {self.task.name} does not fit {dtype.name}", "pack with a smaller --scale"
-            )
+        vector = self.vector(record, start, sums, np.empty(len(base), float_kind(record.info.dtype)))
+        bits = plus_vector(base, record.base_dtype, record.info.dtype, vector)
+        if bits is None:
+            message = f"{self.pack.path}: {record.info.name!r} of {self.task.name} does not fit {record.info.dtype.name}"
+            raise BadFile(message, "pack with a smaller --scale")
         return bits
 
     def tensors(self, dtype: Dtype | None = None) -> list[TensorInfo]:
