@@ -20,12 +20,14 @@ import transformers as tr
 from test_startup import probe
 
 from peru_cli import demo
+from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import PeruError
 from peru_cli.evaluation.data import Examples
 from peru_cli.jobs import subjects
 from peru_cli.jobs.evalplan import Comparison
 from peru_cli.jobs.evaluate import evaluate
 from peru_cli.jobs.prepare import Settings
+from peru_cli.jobs.subjects import read_tensors
 
 Peru = Callable[..., str]
 
@@ -108,7 +110,7 @@ def test_gates_end_with_exit_code_three(family: Path, peru: Peru, tmp_path: Path
     assert "exists already" in peru.stderr and "another --csv" in peru.stderr  # type: ignore[attr-defined]
 
 
-def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru) -> None:
+def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = {"digits": "digits", "fashion": "fashion_mnist"}
     fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]
     data = [part for task, name in tasks.items() for part in ("-d", f"{task}={demo.images(name)}")]
@@ -123,6 +125,15 @@ def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru) -> 
         assert ours["bytes"] == pack.stat().st_size and value(ours, "kl") > 0
         for name in ("accuracy", "normalised", "agreement", "kl", "kl99"):
             assert value(ours, name) == value(theirs, name)
+    read = Counter[str]()
+
+    def count(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        read[checkpoint.label] += 1
+        return read_tensors(checkpoint)
+
+    monkeypatch.setattr(subjects, "read_tensors", count)
+    run(peru, pack, "-b", demo.BASE, *data, *against, *options)
+    assert read.pop(str(demo.BASE)) == 1 and set(read.values()) == {1}, "the base is loaded once for all tasks"
     peru("eval", pack, "-b", demo.BASE, *against, code=2)
     assert "compared on outputs" in peru.stderr  # type: ignore[attr-defined]
     peru("eval", pack, "-b", demo.BASE, "-d", f"letters={demo.images('digits')}", code=2)

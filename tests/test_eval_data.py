@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,13 +169,27 @@ def test_data_is_given_by_task(tmp_path: Path) -> None:
         read_examples(str(tmp_path / "a.pickle"))
 
 
-def test_a_data_set_by_name_is_loaded_or_its_package_asked_for(tmp_path: Path) -> None:
-    try:
-        import datasets
-    except ImportError:
-        with pytest.raises(UsageError, match="need the package `datasets`"):
-            read_examples("glue:sst2@validation")
-        return
+def test_data_sets_by_name_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="need the package `datasets`"):
+        read_examples("glue:sst2@validation")
+
+
+def test_a_data_set_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set in a folder, read by the real package as it reads one from the Hub: config, split and class names count."""
+    datasets = pytest.importorskip("datasets", reason="needs `pip install datasets`")
     datasets.disable_progress_bars()
-    with pytest.raises(UsageError, match="cannot load it"):
-        read_examples("no-such-owner/no-such-set@test")
+    folder = tmp_path / "owner" / "reviews"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: short\n  data_files:\n  - split: validation\n    path: v.jsonl\n"
+        "dataset_info:\n- config_name: short\n  features:\n  - name: sentence\n    dtype: string\n"
+        "  - name: label\n    dtype:\n      class_label:\n        names:\n          '0': bad\n          '1': good\n---\n"
+    )
+    (folder / "v.jsonl").write_text('{"sentence": "fine", "label": 1}\n{"sentence": "dull", "label": 0}\n')
+    monkeypatch.chdir(tmp_path)
+    found = read_examples("owner/reviews:short@validation")
+    assert found.texts == ["fine", "dull"] and found.labels == [1, 0] and found.label_names == ["bad", "good"]
+    for source in ("owner/reviews:short@test", "owner/reviews:long@validation", "no-such-owner/no-such-set@test"):
+        with pytest.raises(UsageError, match="cannot load it"):
+            read_examples(source)

@@ -32,10 +32,9 @@ def _points(scores: Sequence[Score]) -> tuple[list[plots.Point], list[plots.Poin
     return ours, theirs
 
 
-def _errors(weights: dict[str, WeightsReport]) -> dict[str, float]:
-    """Error by tensor, of the task first; which task it is stands before the name if there are several."""
-    several = len(weights) > 1
-    return {f"{task}: {t.name}" if several else t.name: t.error for task, report in weights.items() for t in report.tensors}
+def _errors(weights: dict[str, WeightsReport]) -> dict[str, dict[str, float]]:
+    """Error by task and tensor."""
+    return {task: {tensor.name: tensor.error for tensor in report.tensors} for task, report in weights.items()}
 
 
 def draw(

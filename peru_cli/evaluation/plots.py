@@ -133,17 +133,34 @@ def plot_accuracies(path: Path | io.BytesIO, ours: Sequence[Point], theirs: Sequ
         _accuracies(axis, ours, theirs)
 
 
-def plot_errors(path: Path | io.BytesIO, errors: Mapping[str, float]) -> None:
-    """Error of the weights by tensor."""
-    with _figure(path, 7.5, _bars_height(len(errors)), 1) as (axis,):
-        _bars(axis, list(errors), list(errors.values()), _ERROR)
+Errors = Mapping[str, Mapping[str, float]]  # of the weights, by task and tensor
 
 
-def plot_evaluation(path: Path, ours: Sequence[Point], theirs: Sequence[Point], errors: Mapping[str, float]) -> None:
+def plot_errors(path: Path | io.BytesIO, errors: Errors) -> None:
+    """Error of the weights by tensor, a panel a task."""
+    with _figure(path, 7.5 if len(errors) == 1 else 5.5 * len(errors), _panels_height(errors), len(errors)) as axes:
+        _error_panels(axes, errors)
+
+
+def plot_evaluation(path: Path, ours: Sequence[Point], theirs: Sequence[Point], errors: Errors) -> None:
     """Both beside each other."""
-    with _figure(path, 12, max(4.2, _bars_height(len(errors))), 2) as (left, right):
+    with _figure(path, 6.5 + 5.5 * len(errors), max(4.2, _panels_height(errors)), 1 + len(errors)) as (left, *axes):
         _accuracies(left, ours, theirs)
-        _bars(right, list(errors), list(errors.values()), _ERROR)
+        _error_panels(axes, errors)
+
+
+def _error_panels(axes: Sequence[Any], errors: Errors) -> None:
+    """All panels on one scale, so that tasks can be compared."""
+    largest = max((error for found in errors.values() for error in found.values()), default=0.0)
+    for axis, (task, found) in zip(axes, errors.items(), strict=True):
+        _bars(axis, list(found), list(found.values()), _ERROR)
+        axis.set_xlim(0, 1.05 * largest or 1)
+        if len(errors) > 1:
+            axis.set_title(task, fontsize=9)
+
+
+def _panels_height(errors: Errors) -> float:
+    return max(_bars_height(len(found)) for found in errors.values())
 
 
 _ERROR = "error of the change, relative to the fine-tune's"
