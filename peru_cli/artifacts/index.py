@@ -7,6 +7,7 @@ codec and takes a third of their bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -127,19 +128,7 @@ def encode_index(index: Index) -> bytes:
     for record in index.tensors:
         previous = sink.name(record.info.name, previous)
         _encode_record(sink, record)
-    sink.number(len(index.streams))
-    for stream in index.streams:
-        sink.byte(stream.dtype.code)
-        sink.byte(stream.values)
-        sink.byte(stream.positions_codec)
-        sink.byte(stream.values_codec)
-        sink.number(stream.block_entries)
-        sink.number(stream.kept)
-    sink.number(len(index.blocks))
-    origins = [0] * len(index.streams)
-    for block in index.blocks:
-        _encode_block(sink, block, origins[block.stream], index.streams[block.stream])
-        origins[block.stream] = block.origin
+    encode_streams(sink, index.streams, index.blocks)
     sink.number(len(index.files))
     for file in index.files:
         sink.text(file.name.encode())
@@ -147,6 +136,23 @@ def encode_index(index: Index) -> bytes:
         sink.number(file.size)
         sink.data += file.digest
     return bytes(sink.data)
+
+
+def encode_streams(sink: Sink, streams: Sequence[Stream], blocks: Sequence[Block]) -> None:
+    """Streams, then blocks."""
+    sink.number(len(streams))
+    for stream in streams:
+        sink.byte(stream.dtype.code)
+        sink.byte(stream.values)
+        sink.byte(stream.positions_codec)
+        sink.byte(stream.values_codec)
+        sink.number(stream.block_entries)
+        sink.number(stream.kept)
+    sink.number(len(blocks))
+    origins = [0] * len(streams)
+    for block in blocks:
+        _encode_block(sink, block, origins[block.stream], streams[block.stream])
+        origins[block.stream] = block.origin
 
 
 def _encode_record(sink: Sink, record: TensorRecord) -> None:
@@ -181,8 +187,7 @@ def decode_index(data: bytes) -> Index:
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
     tensors = [_decode_record(cursor, name) for name in cursor.names()]
-    streams = [_decode_stream(cursor) for _ in range(cursor.count())]
-    blocks = _decode_blocks(cursor, streams)
+    streams, blocks = decode_streams(cursor)
     files = [_decode_file(cursor) for _ in range(cursor.count())]
     if not cursor.done():
         raise BadFile("the artifact's index goes on after its end")
@@ -212,6 +217,12 @@ def _decode_record(cursor: Cursor, name: str) -> TensorRecord:
     if mode == WHOLE or record.base_rows:
         record.whole_digest = cursor.take(SHORT)
     return record
+
+
+def decode_streams(cursor: Cursor) -> tuple[list[Stream], list[Block]]:
+    """Inverse of `encode_streams`; `check_streams` is to follow."""
+    streams = [_decode_stream(cursor) for _ in range(cursor.count())]
+    return streams, _decode_blocks(cursor, streams)
 
 
 def _decode_stream(cursor: Cursor) -> Stream:
@@ -259,20 +270,25 @@ def _decode_file(cursor: Cursor) -> SideFile:
     return SideFile(name, origin, cursor.number(MAX_SIDE_FILE_BYTES), cursor.take(SHORT))
 
 
-def _check(index: Index) -> None:
-    dtypes = [stream.dtype for stream in index.streams]
+def check_streams(tensors: Sequence[TensorRecord], streams: Sequence[Stream], blocks: Sequence[Block]) -> None:
+    """BadFile unless streams and blocks hold just what the tensors say."""
+    dtypes = [stream.dtype for stream in streams]
     if len(set(dtypes)) != len(dtypes):
         raise BadFile("the artifact's index has two streams of one dtype")
-    for record in index.tensors:
+    for record in tensors:
         if record.kept and record.info.dtype not in dtypes:
             raise BadFile(f"tensor {record.info.name!r} has kept entries and no stream")
-    for stream in index.streams:
-        kept = sum(record.kept for record in index.tensors if record.info.dtype is stream.dtype)
+    for stream in streams:
+        kept = sum(record.kept for record in tensors if record.info.dtype is stream.dtype)
         if kept != stream.kept:
             raise BadFile(f"the stream of {stream.dtype.name} holds {stream.kept} entries, its tensors {kept}")
-        length = sum(r.base_entries for r in index.tensors if r.mode == DELTA and r.info.dtype is stream.dtype)
-        if length > MAX_ENTRIES or any(block.origin >= length for block in index.blocks if index.streams[block.stream] is stream):
+        length = sum(r.base_entries for r in tensors if r.mode == DELTA and r.info.dtype is stream.dtype)
+        if length > MAX_ENTRIES or any(block.origin >= length for block in blocks if streams[block.stream] is stream):
             raise BadFile(f"the stream of {stream.dtype.name} is longer than can be, or has blocks beyond its end")
+
+
+def _check(index: Index) -> None:
+    check_streams(index.tensors, index.streams, index.blocks)
     names = [file.name for file in index.files]
     if any(a >= b for a, b in pairwise(names)):
         raise BadFile("the files that the artifact carries are not in order")

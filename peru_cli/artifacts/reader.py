@@ -1,18 +1,14 @@
-"""Read artifacts: any tensor's kept entries, decoded block by block, every byte checked before it is used."""
+"""Read artifacts of kind `sparse-delta`; every byte is checked before it is used."""
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-
-from peru_cli.artifacts.cache import BlockCache
-from peru_cli.artifacts.codecs import decode
 from peru_cli.artifacts.container import Container, opening
-from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, STORED, WHOLE, Block, SideFile, Stream, TensorRecord, decode_index
+from peru_cli.artifacts.index import DELTA, STORED, WHOLE, SideFile, Stream, TensorRecord, decode_index
+from peru_cli.artifacts.kept import KeptEntries
 from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata, short_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Prefix
@@ -20,22 +16,6 @@ from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK
-
-_CACHED_BLOCKS = 8  # decoded blocks kept: a block spans several tiles, and threads work on neighbours
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a block's bytes begin in the role `blocks`."""
-
-    block: Block
-    offset: int
-
-
-class _StreamReader:
-    def __init__(self, stream: Stream, places: list[_Place], length: int) -> None:
-        self.stream, self.places, self.length = stream, places, length
-        self.origins = [place.block.origin for place in places]
 
 
 class SparseDelta:
@@ -45,7 +25,6 @@ class SparseDelta:
         self.container = Container(path)
         with opening(path, self.close):
             self._open()
-        self._cache: BlockCache[Entries] = BlockCache(_CACHED_BLOCKS)
         self.lock = threading.Lock()
 
     def _open(self) -> None:
@@ -60,25 +39,15 @@ class SparseDelta:
                 raise BadFile(f"its metadata has {key!r} as {self.metadata[key]}, its index has {counted}")
         self.prefix = Prefix.decode(self.metadata.get("peru.prefix", ""))
         self.records = {record.info.name: record for record in self.index.tensors}
-        lengths = [0] * len(self.index.streams)
-        self._first: dict[str, int] = {}
         self._whole_at: dict[str, int] = {}
         whole = 0
         for record in self.index.tensors:
-            if record.mode == DELTA and any(s.dtype is record.info.dtype for s in self.index.streams):
-                number = self.index.stream_of(record.info.dtype)
-                self._first[record.info.name] = lengths[number]
-                lengths[number] += record.base_entries
             self._whole_at[record.info.name] = whole
             whole += record.whole_bytes
-        places: list[list[_Place]] = [[] for _ in self.index.streams]
-        at = 0
-        for block in self.index.blocks:
-            places[block.stream].append(_Place(block, at))
-            at += block.nbytes(self.index.streams[block.stream].dtype)
-        self._streams = [_StreamReader(*three) for three in zip(self.index.streams, places, lengths, strict=True)]
+        index = self.index
+        self._kept = KeptEntries(self.path, index.tensors, index.streams, index.blocks, partial(self.container.read, "blocks"))
         files = sum(file.size for file in self.index.files if file.origin == STORED)
-        for role, size in (("blocks", at), ("whole", whole), ("files", files)):
+        for role, size in (("blocks", self._kept.nbytes), ("whole", whole), ("files", files)):
             if self.container.sizes[role] != size:
                 raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
 
@@ -98,62 +67,13 @@ class SparseDelta:
         """The fine-tune's tensors in canonical order."""
         return [record.info for record in self.index.tensors]
 
-    # -- kept entries ---------------------------------------------------------------------------------
-
     def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
         """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
-        stop = min(stop, record.base_entries)
-        if record.mode != DELTA or not record.kept or start >= stop:
-            return None, Entries(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int16))
-        number = self.index.stream_of(record.info.dtype)
-        reader = self._streams[number]
-        low, high = self._first[record.info.name] + start, self._first[record.info.name] + stop
-        first = max(bisect_right(reader.origins, low) - 1, 0)
-        last = bisect_left(reader.origins, high)
-        found = [self._clip(self._decoded(number, i), reader.stream, low, high) for i in range(first, last)]
-        if len(found) == 1:
-            return reader.stream, found[0]
-        joined = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
-        return reader.stream, Entries(*joined)
-
-    @staticmethod
-    def _clip(entries: Entries, stream: Stream, low: int, high: int) -> Entries:
-        a, b = np.searchsorted(entries.positions, (low, high))
-        apart = entries.apart
-        if stream.values == ROUNDED and len(apart):
-            before = int(np.count_nonzero(entries.values[:a] == NOT_ROUNDED))
-            apart = apart[before : before + int(np.count_nonzero(entries.values[a:b] == NOT_ROUNDED))]
-        return Entries(entries.positions[a:b] - low, entries.values[a:b], apart)
-
-    def _decoded(self, number: int, i: int) -> Entries:
-        return self._cache.get((number, i), lambda: self._decode(self._streams[number], i))
-
-    def _decode(self, reader: _StreamReader, i: int) -> Entries:
-        place, stream = reader.places[i], reader.stream
-        block = place.block
-        data = self.container.read("blocks", place.offset, block.nbytes(stream.dtype))
-        if short_digest(data) != block.digest:
-            raise BadFile(f"{self.path}: a block of kept entries was altered (byte {place.offset} of its blocks)", "fetch or make it again")
-        cut = block.positions_bytes + block.values_bytes
-        try:
-            gaps = decode(data[: block.positions_bytes], stream.positions_codec, "uint64" if block.wide_gaps else "uint32", block.count)
-            values = decode(data[block.positions_bytes : cut], stream.values_codec, stream.value_type, block.count)
-        except BadFile as error:
-            raise BadFile(f"{self.path}: {error.message}", error.hint) from error
-        apart = np.frombuffer(data[cut:], dtype=f"<i{stream.dtype.bits // 8}").astype(f"i{stream.dtype.bits // 8}")
-        positions = np.cumsum(gaps, dtype=np.int64)
-        positions += np.arange(block.origin, block.origin + block.count)
-        end = reader.origins[i + 1] if i + 1 < len(reader.origins) else reader.length
-        if int(gaps.max()) > reader.length or positions[-1] >= end or int(positions.min()) < block.origin:
-            raise BadFile(f"{self.path}: a block's positions leave its stream")
-        if stream.values == ROUNDED and np.count_nonzero(values == NOT_ROUNDED) != block.apart:
-            raise BadFile(f"{self.path}: a block lacks values that it stores apart")
-        return Entries(positions, values, apart)
+        return self._kept.entries(record, start, stop)
 
     def values_of(self, number: int) -> Iterator[Array]:
         """Decoded values of a stream, block by block; those of entries kept apart are markers."""
-        for i in range(len(self._streams[number].places)):
-            yield self._decode(self._streams[number], i).values
+        return self._kept.values_of(number)
 
     # -- tensors stored whole, side files -------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,12 @@ class _Filler:
         return origin
 
 
-class SparseDeltaWriter:
-    """Writes one artifact. `add` in canonical order; `write` for what it returns, from any thread; then `finish`."""
+class BlockWriter:
+    """Encodes the streams of one fine-tune. `add` in canonical order; `write` for what it returns, from any thread."""
 
-    def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool) -> None:
-        self._container = ContainerWriter(target, largest_metadata, sync)
+    def __init__(self, streams: list[Stream], append: Callable[[bytes], None]) -> None:
+        """`append` takes the blocks' bytes in their order."""
+        self._append = append
         self._fillers = [_Filler(number, stream) for number, stream in enumerate(streams)]
         self._streams = streams
         self._blocks: list[Block] = []
@@ -154,7 +156,7 @@ class SparseDeltaWriter:
             self._encoded[filled.ticket] = (block, data)
             while (ready := self._encoded.pop(len(self._blocks), None)) is not None:
                 self._blocks.append(ready[0])
-                self._container.append("blocks", ready[1])
+                self._append(ready[1])
 
     def _encode(self, filled: FilledBlock) -> tuple[Block, bytes]:
         stream, entries = self._streams[filled.stream], filled.entries
@@ -170,27 +172,39 @@ class SparseDeltaWriter:
             data,
         )
 
+    def written(self) -> tuple[list[Stream], list[Block]]:
+        """When all is written: streams with entries, and their blocks."""
+        assert not self._encoded, "a block was never written"
+        used = [stream for stream in self._streams if stream.kept]
+        numbers = {self._streams.index(stream): i for i, stream in enumerate(used)}
+        for block in self._blocks:
+            block.stream = numbers[block.stream]
+        return used, self._blocks
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Blocks written so far, in the order of their bytes."""
+        return self._blocks
+
+
+class SparseDeltaWriter(BlockWriter):
+    """Writes one artifact: what BlockWriter does, then `finish`."""
+
+    def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool) -> None:
+        self._container = ContainerWriter(target, largest_metadata, sync)
+        super().__init__(streams, partial(self._container.append, "blocks"))
+
     def append_whole(self, data: memoryview) -> None:
         """Append bytes of tensors stored whole, in the index's order."""
         self._container.append("whole", data)
 
     def finish(self, metadata: Mapping[str, str], records: list[TensorRecord], files: list[tuple[SideFile, bytes]]) -> int:
         """Write side files, index and header, and put the artifact in place; returns its size in bytes."""
-        assert not self._encoded, "a block was never written"
         for file, content in files:
             if file.origin == STORED:
                 self._container.append("files", content)
-        used = [stream for stream in self._streams if stream.kept]
-        numbers = {self._streams.index(stream): i for i, stream in enumerate(used)}
-        for block in self._blocks:
-            block.stream = numbers[block.stream]
-        index = Index(records, used, self._blocks, [file for file, _ in files])
+        index = Index(records, *self.written(), [file for file, _ in files])
         return self._container.finish({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index))
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Blocks written so far, in the order of their bytes."""
-        return self._blocks
 
     def __enter__(self) -> SparseDeltaWriter:
         return self

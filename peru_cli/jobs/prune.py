@@ -121,7 +121,7 @@ def prune(
     with ExitStack() as stack:
         jobs = [_Job(base, task, options, sync) for task in tasks]
         for job in jobs:
-            stack.enter_context(job.sink.writer)
+            stack.enter_context(job.writer)
         select = Select(family, [job.sink for job in jobs])
         if options.density is None or options.scope == "global":
             note("finding thresholds" if options.density is not None else "comparing")
@@ -188,7 +188,8 @@ class _Job:
         pairs = task.vector.pairs.values()
         dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
         streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
-        self.sink = Sink(SparseDeltaWriter(task.target, streams, self._metadata(None), sync), streams)
+        self.writer = SparseDeltaWriter(task.target, streams, self._metadata(None), sync)
+        self.sink = Sink(self.writer, streams)
 
     def _metadata(self, measured: dict[str, str] | None) -> dict[str, str]:
         """Metadata of the artifact; without measured values, the longest that it can become."""
@@ -212,8 +213,8 @@ class _Job:
     def finish(self, select: Select) -> PruneResult:
         """Last blocks, tensors stored whole, side files, index, header."""
         sink, task, fine = self.sink, self._task, self._task.vector.fine
-        for block in sink.writer.rest():
-            sink.writer.write(block)
+        for block in self.writer.rest():
+            self.writer.write(block)
         results = {name: digest.digest() for name, digest in sink.result.items()}
         records, whole = self._records(select, results)
         files = list(_side_files(fine, self._base))
@@ -228,7 +229,7 @@ class _Job:
             measured["peru.threshold"] = repr(key_value(sink.thresholds[0].key, task.vector.wide))
         if any(stream.values == ROUNDED for stream in sink.streams):
             measured["peru.largest_error"] = repr(sink.largest_error)
-        size = sink.writer.finish(self._metadata(measured), records, files)
+        size = self.writer.finish(self._metadata(measured), records, files)
         whole_bytes = sum(record.whole_bytes for record in records)
         side = sum(file.size for file, _ in files if file.origin == STORED)
         return PruneResult(
@@ -265,7 +266,7 @@ class _Job:
         fine = self._task.vector.fine
         rows = first // max(info.entries // info.shape[0], 1) if first else 0
         shape = (info.shape[0] - rows, *info.shape[1:]) if first else info.shape
-        return stream_digest(fine, info, self.sink.writer.append_whole, first, shape)
+        return stream_digest(fine, info, self.writer.append_whole, first, shape)
 
 
 def key_value(key: int, wide: bool) -> float:

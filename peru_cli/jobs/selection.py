@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
-from peru_cli.artifacts.sparse_delta import Array, Entries, FilledBlock, SparseDeltaWriter
+from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledBlock
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.jobs.taskvectors import Aligned, Buffers, Family
 from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
@@ -22,7 +22,7 @@ from peru_cli.streaming.tiles import Tile
 class Sink:
     """Where one task's kept entries go, and what is counted on the way."""
 
-    writer: SparseDeltaWriter
+    writer: BlockWriter
     streams: list[Stream]
     thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
     quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold

@@ -1,0 +1,113 @@
+"""Kept entries of sparse deltas: any tensor's, decoded block by block, every byte checked before it is used."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peru_cli.artifacts.cache import BlockCache
+from peru_cli.artifacts.codecs import decode
+from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, Block, Stream, TensorRecord
+from peru_cli.artifacts.sparse_delta import Array, Entries, short_digest
+from peru_cli.checkpoints.places import Place
+from peru_cli.errors import BadFile
+
+_CACHED_BLOCKS = 8  # decoded blocks kept: a block spans several tiles, and threads work on neighbours
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a block's bytes begin in the role `blocks`."""
+
+    block: Block
+    offset: int
+
+
+class _StreamReader:
+    def __init__(self, stream: Stream, places: list[_Place], length: int) -> None:
+        self.stream, self.places, self.length = stream, places, length
+        self.origins = [place.block.origin for place in places]
+
+
+class KeptEntries:
+    """The streams of one fine-tune. Safe from many threads."""
+
+    def __init__(
+        self, path: Place, tensors: Sequence[TensorRecord], streams: Sequence[Stream], blocks: Sequence[Block],
+        read: Callable[[int, int], bytes],
+    ) -> None:  # fmt: skip
+        """`read` gives bytes of the blocks from an offset on, where 0 is the first block's."""
+        self._path, self._read = path, read
+        self._numbers = {stream.dtype.name: number for number, stream in enumerate(streams)}
+        lengths = [0] * len(streams)
+        self._first: dict[str, int] = {}
+        for record in tensors:
+            if record.mode == DELTA and record.info.dtype.name in self._numbers:
+                number = self._numbers[record.info.dtype.name]
+                self._first[record.info.name] = lengths[number]
+                lengths[number] += record.base_entries
+        places: list[list[_Place]] = [[] for _ in streams]
+        self.nbytes = 0  # of all blocks
+        for block in blocks:
+            places[block.stream].append(_Place(block, self.nbytes))
+            self.nbytes += block.nbytes(streams[block.stream].dtype)
+        self._streams = [_StreamReader(*three) for three in zip(streams, places, lengths, strict=True)]
+        self._cache: BlockCache[Entries] = BlockCache(_CACHED_BLOCKS)
+
+    def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
+        """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
+        stop = min(stop, record.base_entries)
+        if record.mode != DELTA or not record.kept or start >= stop:
+            return None, Entries(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int16))
+        number = self._numbers[record.info.dtype.name]
+        reader = self._streams[number]
+        low, high = self._first[record.info.name] + start, self._first[record.info.name] + stop
+        first = max(bisect_right(reader.origins, low) - 1, 0)
+        last = bisect_left(reader.origins, high)
+        found = [self._clip(self._decoded(number, i), reader.stream, low, high) for i in range(first, last)]
+        if len(found) == 1:
+            return reader.stream, found[0]
+        joined = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
+        return reader.stream, Entries(*joined)
+
+    @staticmethod
+    def _clip(entries: Entries, stream: Stream, low: int, high: int) -> Entries:
+        a, b = np.searchsorted(entries.positions, (low, high))
+        apart = entries.apart
+        if stream.values == ROUNDED and len(apart):
+            before = int(np.count_nonzero(entries.values[:a] == NOT_ROUNDED))
+            apart = apart[before : before + int(np.count_nonzero(entries.values[a:b] == NOT_ROUNDED))]
+        return Entries(entries.positions[a:b] - low, entries.values[a:b], apart)
+
+    def _decoded(self, number: int, i: int) -> Entries:
+        return self._cache.get((number, i), lambda: self._decode(self._streams[number], i))
+
+    def _decode(self, reader: _StreamReader, i: int) -> Entries:
+        place, stream = reader.places[i], reader.stream
+        block = place.block
+        data = self._read(place.offset, block.nbytes(stream.dtype))
+        if short_digest(data) != block.digest:
+            raise BadFile(f"{self._path}: a block of kept entries was altered (byte {place.offset} of them)", "fetch or make it again")
+        cut = block.positions_bytes + block.values_bytes
+        try:
+            gaps = decode(data[: block.positions_bytes], stream.positions_codec, "uint64" if block.wide_gaps else "uint32", block.count)
+            values = decode(data[block.positions_bytes : cut], stream.values_codec, stream.value_type, block.count)
+        except BadFile as error:
+            raise BadFile(f"{self._path}: {error.message}", error.hint) from error
+        apart = np.frombuffer(data[cut:], dtype=f"<i{stream.dtype.bits // 8}").astype(f"i{stream.dtype.bits // 8}")
+        positions = np.cumsum(gaps, dtype=np.int64)
+        positions += np.arange(block.origin, block.origin + block.count)
+        end = reader.origins[i + 1] if i + 1 < len(reader.origins) else reader.length
+        if int(gaps.max()) > reader.length or positions[-1] >= end or int(positions.min()) < block.origin:
+            raise BadFile(f"{self._path}: a block's positions leave its stream")
+        if stream.values == ROUNDED and np.count_nonzero(values == NOT_ROUNDED) != block.apart:
+            raise BadFile(f"{self._path}: a block lacks values that it stores apart")
+        return Entries(positions, values, apart)
+
+    def values_of(self, number: int) -> Iterator[Array]:
+        """Decoded values of a stream, block by block; those of entries kept apart are markers."""
+        for i in range(len(self._streams[number].places)):
+            yield self._decode(self._streams[number], i).values
