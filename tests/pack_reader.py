@@ -24,6 +24,8 @@ def word(key: tuple[str, ...], number: int) -> int:
 class PackReader:
     """Everything that a pack holds."""
 
+    kind = "superposed"
+
     def __init__(self, data: bytes) -> None:
         self.metadata, roles, header = read_safetensors(data)
         self.roles = {name: raw for name, (_, _, raw) in roles.items()}
@@ -31,15 +33,18 @@ class PackReader:
         digest = self.metadata["peru.digest"].encode()
         blank = header.replace(b'"peru.digest":"' + digest, b'"peru.digest":"' + b"0" * 64)
         assert blake3(b"peru header 1\0" + blank + index).hexdigest().encode() == digest
-        assert self.metadata["peru.kind"] == "superposed" and len(header) % 8 == 0
-        self.cursor = Cursor(index)
+        assert self.metadata["peru.kind"] == self.kind and len(header) % 8 == 0
+        self.cursor = self.open_index(index)
         assert self.cursor.byte() == 1
         self.groups = [(self.text(), self.cursor.varint()) for _ in range(self.cursor.varint())]
         self.tensors = self.read_tensors()
         self.sums = self.read_sums()
         self.contents = [(self.cursor.varint(), self.cursor.take(16)) for _ in range(self.cursor.varint())]
         self.tasks = [self.read_task(number) for number in range(self.cursor.varint())]
-        assert self.cursor.at == len(index)
+        assert self.cursor.at == len(self.cursor.data)
+
+    def open_index(self, index: bytes) -> Cursor:
+        return Cursor(index)
 
     def text(self) -> str:
         return self.cursor.take(self.cursor.varint()).decode()
@@ -82,12 +87,8 @@ class PackReader:
             nbytes, digest = self.cursor.varint(), self.cursor.take(16)
             data, at = blocks[at : at + nbytes], at + nbytes
             assert short(data) == digest
-            out = np.empty(min(size, left), np.int32)
-            left -= len(out)
-            file, used = wrapped.FileDecompressor.new(data)
-            chunk, more = file.chunk_decompressor(data[used:], "i32")
-            chunk.read_page_into(data[used + more :], len(out), out)
-            parts.append(out)
+            parts.append(decode(data, np.empty(min(size, left), np.int32)))
+            left -= len(parts[-1])
         assert not left and at == len(blocks)
         flat, found, tensors = np.concatenate(parts), {}, {}
         for t in self.tensors:
@@ -161,6 +162,86 @@ class PackReader:
             assert tensor_digest(dtype, shape, raw)[:16] == digest
             result[own] = (dtype, shape, raw)
         return result
+
+
+class MaskReader(PackReader):
+    """Everything that an artifact of kind `masks` holds: docs/masks.md."""
+
+    kind = "masks"
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        assert all(tensor["mode"] in (COPY, SUM) for tensor in self.tensors) and not self.groups
+        tables = {}
+        for task in self.tasks:
+            threshold, kept, digest = self.rest.take(self.rest.varint()).decode(), self.rest.varint(), self.rest.take(32)
+            blocks = [(self.rest.varint(), self.rest.varint(), self.rest.take(16)) for _ in self.table]
+            tables[task["name"]] = float(threshold), kept, digest, blocks
+        assert self.rest.at == len(self.rest.data)
+        self.thresholds = {name: table[0] for name, table in tables.items()}
+        self.masks = self.decode_blocks(tables)
+
+    def open_index(self, index: bytes) -> Cursor:
+        outer = Cursor(index)
+        assert outer.byte() == 1
+        inner = outer.take(outer.varint())
+        self.rest = Cursor(index[outer.at :])
+        return Cursor(inner)
+
+    def read_sums(self) -> dict[str, Array]:
+        codec, self.size, count = self.cursor.byte(), self.cursor.varint(), self.cursor.varint()
+        assert codec == 1
+        self.table = [(self.cursor.varint(), self.cursor.take(16)) for _ in range(count)]
+        return {}
+
+    def decode_blocks(self, tables: dict[str, Any]) -> dict[str, dict[str, Array]]:
+        """Fills the sums; the masks by task and tensor, flat, 0 and 1."""
+        blocks, at, left = self.roles.get("blocks", b""), 0, int(self.metadata["peru.entries"])
+        flat = {"": [np.empty(0, np.int32)]} | {name: [np.empty(0, np.uint8)] for name in tables}
+        for number, (nbytes, digest) in enumerate(self.table):
+            n = min(self.size, left)
+            assert short(blocks[at : at + nbytes]) == digest
+            flat[""].append(decode(blocks[at : at + nbytes], np.empty(n, np.int32)))
+            at, left = at + nbytes, left - n
+            for name, (_, _, _, masks) in tables.items():
+                ones, nbytes, digest = masks[number]
+                data, at = blocks[at : at + nbytes], at + nbytes
+                assert short(data) == digest and bool(data) == bool(ones)
+                mask, position = np.zeros(n, np.uint8), 0
+                for gap in decode(data, np.empty(ones, np.uint32)).tolist() if ones else []:
+                    mask[position + gap] = 1
+                    position += gap + 1
+                flat[name].append(mask)
+        assert not left and at == len(blocks)
+        found = {}
+        for name, parts in flat.items():
+            whole, found[name] = np.concatenate(parts), {}
+            for t in self.tensors:
+                if t["mode"] != COPY:
+                    n = math.prod(t["shape"])
+                    found[name][t["name"]], whole = whole[:n], whole[n:]
+            dtype = "BOOL" if name else "I32"
+            shapes = {t["name"]: t["shape"] for t in self.tensors}
+            digest = checkpoint_digest({n: (dtype, shapes[n], part.tobytes()) for n, part in found[name].items()})
+            assert digest == (tables[name][2].hex() if name else self.metadata["peru.sums"])
+            assert not name or sum(int(part.sum()) for part in found[name].values()) == tables[name][1]
+        self.sums = found.pop("")
+        return found
+
+    def retrieve(self, name: str, base: Tensors) -> Tensors:
+        sums, masks = self.sums, self.masks[name]
+        self.sums = {tensor: values * masks[tensor].astype(np.int32) for tensor, values in sums.items()}
+        result = super().retrieve(name, base)
+        self.sums = sums
+        return result
+
+
+def decode(data: bytes, out: Array) -> Array:
+    """A pcodec stream of so many numbers of a kind."""
+    file, used = wrapped.FileDecompressor.new(data)
+    chunk, more = file.chunk_decompressor(data[used:], {"int32": "i32", "uint32": "u32"}[str(out.dtype)])
+    chunk.read_page_into(data[used + more :], len(out), out)
+    return out
 
 
 def widen(raw: bytes, dtype: str, wanted: str) -> Array:

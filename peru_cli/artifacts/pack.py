@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from peru_cli.streaming.engine import available_threads
 from peru_cli.streaming.tiles import CHUNK
 
 Sums = np.ndarray[Any, np.dtype[Any]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 _CACHED_BLOCKS = 16
 _I32 = BY_NAME["I32"]
 
@@ -58,11 +59,15 @@ def sum_leaves(sums: Sums) -> bytes:
 class PackWriter:
     """Writes one pack. `add` in canonical order; `write` for what it returns, from any thread; then `finish`."""
 
-    def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool) -> None:
-        self._container = ContainerWriter(target, {"peru.format": FORMAT, "peru.kind": KIND, **largest_metadata}, sync)
+    def __init__(
+        self, target: Path, largest_metadata: Mapping[str, str], sync: bool, kind: str = KIND,
+        encode_index: Callable[[PackIndex], bytes] = encode_index,
+    ) -> None:  # fmt: skip
+        self._fixed, self._encode_index = {"peru.format": FORMAT, "peru.kind": kind}, encode_index
+        self._container = ContainerWriter(target, {**self._fixed, **largest_metadata}, sync)
         self._waiting: list[Sums] = []
         self._tickets = 0
-        self._encoded: dict[int, bytes] = {}
+        self._encoded: dict[int, list[bytes]] = {}
         self._lock = threading.Lock()
         self.blocks: list[SumBlock] = []
 
@@ -85,14 +90,15 @@ class PackWriter:
         self._tickets += 1
         return self._tickets - 1, sums
 
-    def write(self, block: tuple[int, Sums]) -> None:
-        """Encode a block and write it when its turn has come."""
+    def write(self, block: tuple[int, Sums], more: Sequence[bytes] = ()) -> None:
+        """Encode a block and write it when its turn has come, and after it `more`."""
         data = encode(np.ascontiguousarray(block[1]), PCO)
         with self._lock:
-            self._encoded[block[0]] = data
+            self._encoded[block[0]] = [data, *more]
             while (ready := self._encoded.pop(len(self.blocks), None)) is not None:
-                self.blocks.append(SumBlock(len(ready), short_digest(ready)))
-                self._container.append("blocks", ready)
+                self.blocks.append(SumBlock(len(ready[0]), short_digest(ready[0])))
+                for part in ready:
+                    self._container.append("blocks", part)
 
     def append_whole(self, data: memoryview) -> None:
         """Append bytes of tasks' own tensors, in the index's order."""
@@ -106,7 +112,7 @@ class PackWriter:
         index.blocks = self.blocks
         for content in contents:
             self._container.append("files", content)
-        return self._container.finish({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index), before)
+        return self._container.finish({**self._fixed, **metadata}, self._encode_index(index), before)
 
     def __enter__(self) -> PackWriter:
         return self
@@ -117,6 +123,8 @@ class PackWriter:
 
 class Pack:
     """An opened pack. Safe from many threads."""
+
+    kind = KIND
 
     def __init__(self, path: Place) -> None:
         self.container = Container(path)
@@ -134,10 +142,9 @@ class Pack:
 
     def _open(self) -> None:
         self.path, self.metadata = self.container.path, self.container.metadata
-        if (kind := self.metadata.get("peru.kind")) != KIND:
+        if (kind := self.metadata.get("peru.kind")) != self.kind:
             raise BadFile(f"an artifact of kind {kind!r}, where a pack is meant", "`peru shuffle-pack` makes packs")
-        check_metadata(self.metadata)
-        self.index = decode_index(self.container.index)
+        self._read_index()
         if int(self.metadata["peru.entries"]) != self.index.entries:
             raise BadFile(f"its metadata has 'peru.entries' as {self.metadata['peru.entries']}, its index has {self.index.entries}")
         self.records = {record.info.name: record for record in self.index.tensors}
@@ -148,18 +155,29 @@ class Pack:
         for record in self.index.tensors:
             self._first[record.info.name] = at
             at += record.info.entries if record.is_sum else 0
-        self._block_at = [0]
-        for block in self.index.blocks:
-            self._block_at.append(self._block_at[-1] + block.nbytes)
+        self._block_at: list[int] = []
+        blocks = self._lay_out()
         self._whole_at: dict[tuple[str, str], int] = {}
         whole = 0
         for task in self.index.tasks:
             for tensor in task.tensors:
                 self._whole_at[task.name, tensor.info.name] = whole
                 whole += tensor.info.nbytes
-        for role, size in (("blocks", self._block_at[-1]), ("whole", whole), ("files", sum(size for size, _ in self.index.contents))):
+        for role, size in (("blocks", blocks), ("whole", whole), ("files", sum(size for size, _ in self.index.contents))):
             if self.container.sizes[role] != size:
                 raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
+
+    def _read_index(self) -> None:
+        check_metadata(self.metadata)
+        self.index: PackIndex = decode_index(self.container.index)
+
+    def _lay_out(self) -> int:
+        """Find where each block begins; the bytes of all."""
+        at = 0
+        for block in self.index.blocks:
+            self._block_at.append(at)
+            at += block.nbytes
+        return at
 
     @property
     def has_own_base(self) -> bool:
@@ -197,6 +215,10 @@ class Pack:
             block = self._loaded[number] if self._loaded else self._cache.get(number, partial(self._decode, number))
             parts.append(block[max(low - number * size, 0) : high - number * size])
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
+
+    def mask(self, task: str, record: PackedTensor, start: int, stop: int) -> Flags | None:
+        """Which sums from entry `start` to `stop` a task has, the others counting as 0; None: all."""
+        return None
 
     def _decode(self, number: int) -> Sums:
         block, size = self.index.blocks[number], self.index.block_entries
@@ -243,7 +265,7 @@ class Pack:
         """Release the file."""
         self.container.close()
 
-    def __enter__(self) -> Pack:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

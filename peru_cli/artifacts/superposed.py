@@ -6,7 +6,7 @@ Byte layout: docs/packs.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -47,10 +47,10 @@ METADATA = {
 OPTIONAL = {"peru.base", "peru.base.files"}
 
 
-def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuse metadata that packs cannot have; unknown keys are left alone."""
-    for key, form in METADATA.items():
-        if key not in metadata and key not in OPTIONAL:
+def check_metadata(metadata: Mapping[str, str], forms: Mapping[str, str] = METADATA, optional: Collection[str] = OPTIONAL) -> None:
+    """Refuse metadata that packs (or another kind, with its forms) cannot have; unknown keys are left alone."""
+    for key, form in forms.items():
+        if key not in metadata and key not in optional:
             raise BadFile(f"its metadata lacks {key!r}")
         if key in metadata and not re.fullmatch(form, metadata[key]):
             raise BadFile(f"its metadata has {key!r} as {metadata[key][:80]!r}")
@@ -275,7 +275,8 @@ def _check_groups(groups: list[BlockGroup], tensors: list[PackedTensor]) -> None
             raise BadFile(f"the group {group.prefix!r} of the pack's index holds tensors of several shapes")
 
 
-def _decimal(cursor: Cursor) -> str:
+def decimal(cursor: Cursor) -> str:
+    """A decimal as it is written; BadFile for anything else."""
     text = cursor.text()
     if not re.fullmatch(f"-?({_DECIMAL})", text):
         raise BadFile(f"the pack's index has {text[:80]!r} where a decimal is meant")
@@ -289,7 +290,7 @@ def _decode_task(cursor: Cursor, index: PackIndex) -> TaskRecord:
     if not re.fullmatch(SPARSE_METADATA["peru.prefix"], prefix):
         raise BadFile(f"the pack's task {name} has the prefix {prefix[:80]!r}")
     task = TaskRecord(name, Prefix.decode(prefix), cursor.number(MOST_TASKS), cursor.take(32), cursor.number(MOST_TASKS))
-    task.norm, task.error, task.cosine, task.rounding = (_decimal(cursor) for _ in range(4))
+    task.norm, task.error, task.cosine, task.rounding = (decimal(cursor) for _ in range(4))
     for other in index.tasks:
         before, apart = (int.from_bytes(cursor.take(2), "little", signed=True) for _ in range(2))
         task.cosines[other.name] = before, apart

@@ -115,7 +115,7 @@ def evaluate_command(
         need_matplotlib("--report") if plot is None else check_plot(plot)
 
     from peru_cli.artifacts.container import artifact_kind
-    from peru_cli.artifacts.superposed import KIND as PACK
+    from peru_cli.artifacts.masks import KINDS
     from peru_cli.checkpoints.resolve import default_task, split_arguments
     from peru_cli.commands import evalshow
     from peru_cli.evaluation.data import split_data
@@ -147,7 +147,7 @@ def evaluate_command(
     examples = _read(files, text or [], max_samples)
     check_gates(gates, examples, bool(others), base is not None)
     pairs = weight_pairs(named, others) if base is not None else {}
-    packs = {task for task, (model, _) in pairs.items() if artifact_kind(Path(model)) == PACK}
+    packs = {task for task, (model, _) in pairs.items() if artifact_kind(Path(model)) in KINDS}
     if packs and not files:
         raise UsageError("what a pack gives back is compared on outputs", "add --data TASK=FILE; `peru inspect` has the errors of weights")
     pairs = {task: pair for task, pair in pairs.items() if task not in packs}

@@ -44,10 +44,12 @@ def inspect(
     peru inspect MODEL --base BASE --plot delta.png
     """
     from peru_cli.artifacts.container import artifact_kind, find_artifact
-    from peru_cli.artifacts.superposed import KIND as PACK
+    from peru_cli.artifacts.masks import KIND as MASKS
+    from peru_cli.artifacts.masks import KINDS
     from peru_cli.checkpoints.adapters import is_adapter, is_lora_file
     from peru_cli.checkpoints.places import locate, reading
     from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.commands.inspectmasks import show_masks
     from peru_cli.commands.inspectpack import show_pack
     from peru_cli.commands.inspectranks import show_adapter
     from peru_cli.evaluation.plots import check_plot
@@ -68,7 +70,7 @@ def inspect(
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
-        (show_pack if kind == PACK else _artifact)(place, plot)
+        (show_masks if kind == MASKS else show_pack if kind in KINDS else _artifact)(place, plot)
     elif base is None:
         with open_model(model) as checkpoint:
             _checkpoint(checkpoint)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from peru_cli import options
+from peru_cli.commands import packmasks
 from peru_cli.commands.push import destination, publish
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
@@ -25,6 +26,17 @@ def shuffle_pack(
     ],
     base: options.Base,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The pack, a .safetensors file.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="METHOD", help="superpose, tall-masks or magnitude-masks.")
+    ] = "superpose",
+    threshold: Annotated[
+        Optional[list[str]],
+        typer.Option("--threshold", metavar="[TASK=]L", help="Of tall-masks. Default: for each task the best of .2, .3, .4, .5, .6."),
+    ] = None,
+    keep: Annotated[
+        Optional[str],
+        typer.Option("--keep", "-k", metavar="SHARE", help="Of magnitude-masks: share of a task's entries. Default 10%."),
+    ] = None,
     seed: Annotated[Optional[int], typer.Option("--seed", min=0, metavar="N", help="Of blocks' places and signs. Default 0.")] = None,
     decorrelate: Annotated[
         Optional[str],
@@ -93,6 +105,8 @@ def shuffle_pack(
 
     peru shuffle-pack a=MODEL b=MODEL --base BASE -o pack.safetensors --merge-base merged/
 
+    peru shuffle-pack a=MODEL b=MODEL --base BASE -o masks.safetensors --method tall-masks --threshold a=0.3
+
     The default is STA + Shuffle. TA + Shuffle: --no-signs; STA: --decorrelate none; task arithmetic: both.
     """
     given = {
@@ -101,6 +115,8 @@ def shuffle_pack(
         "--merge-base": merge_base,
     }  # fmt: skip
     change = add_to or remove_from
+    apart = {name: given[name] for name in ("--seed", "--decorrelate", "--signs", "--skip", "--target", "--exclude", "--merge-base")}
+    masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change)
     if add_to is not None and remove_from is not None:
         raise UsageError("--add-to and --remove-from are two things", "do one after the other")
     if change is not None and (fixed := [name for name, value in given.items() if value is not None]):
@@ -120,6 +136,7 @@ def shuffle_pack(
     from peru_cli.jobs.basename import name_base
     from peru_cli.jobs.expand import as_unpacked, open_fine_tune, verify_expanded
     from peru_cli.jobs.how import streaming
+    from peru_cli.jobs.masks import make_masks, plan_masks
     from peru_cli.jobs.packbase import MergeBase, check_plain
     from peru_cli.jobs.packplan import PackOptions, plan_change, plan_pack
     from peru_cli.methods.superpose import DECORRELATE
@@ -142,11 +159,16 @@ def shuffle_pack(
             raise UsageError(f"--merge-base {merge_base} should be a folder")
     place = destination(push, private, revision, commit_message, force, output)
     arguments = [(a.task or default_task(a.model), a.model) for a in split_arguments(models)]
+    if change is not None:
+        packmasks.refuse_masks(change)
     old = Pack(change) if change is not None else None
     opened_base = open_model(base)
     opened = [open_fine_tune(model, opened_base) for _, model in arguments]
     tasks = [(name, as_unpacked(model)) for (name, _), model in zip(arguments, opened, strict=True)]
-    plan = plan_change(old, opened_base, tasks, remove_from is not None) if old is not None else plan_pack(opened_base, tasks, chosen)
+    if masks is not None:
+        plan = plan_masks(opened_base, tasks, chosen, masks)
+    else:
+        plan = plan_change(old, opened_base, tasks, remove_from is not None) if old is not None else plan_pack(opened_base, tasks, chosen)
     check_room(out, sum(info.nbytes for heads in plan.heads.values() for info in heads) + (old.container.file_bytes if old else 0))
     if new_base is not None:
         check_plain(plan)
@@ -154,6 +176,9 @@ def shuffle_pack(
     for warning in [w for model in (opened_base, *(m for _, m in tasks)) for w in model.warnings] + plan.warnings:
         console.warn(warning)
     _say(plan)
+    if dry_run and masks is not None:
+        console.result(packmasks.planned(plan, masks, out))
+        return
     if dry_run:
         _groups(plan)
         console.result(_planned(plan, out))
@@ -161,9 +186,13 @@ def shuffle_pack(
     if old is None and new_base is None and (named := name_base(opened_base, base_id)) is not None:
         plan.metadata |= named.metadata()
     tiles = tile_entries or job.default_tile(len(plan.vectors))
-    passes = 1 if plan.removing else 2
+    passes = masks.passes if masks is not None else 1 if plan.removing else 2
     with console.progress(passes * plan.entries, "pack") as progress, streaming("cpu", threads, tiles, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
+        if masks is not None:
+            masked = make_masks(plan, masks, out, how, not no_sync, precision, progress.step)
+            packmasks.report(masked, publish(place, [out], "shuffle-pack"))
+            return
         result = job.make_pack(plan, out, how, not no_sync, precision, max_error, new_base, progress.step)
     _report(result, merge_base, publish(place, [out], "shuffle-pack"))
 
@@ -184,6 +213,9 @@ def _say(plan: PackPlan) -> None:
         if heads := plan.heads[vector.name]:
             listed = ", ".join(info.name for info in heads[:4]) + (", ..." if len(heads) > 4 else "")
             console.note(f"  kept for the task, {si_bytes(sum(info.nbytes for info in heads))}: {listed}")
+    if (method := plan.metadata.get("peru.method")) is not None:
+        console.note(f"{count(plan.entries)} entries; {method}, scale {plan.metadata['peru.scale']}")
+        return
     targets = [tensor for tensor in plan.sums if tensor.mode == TARGET]
     share = 100 * sum(t.info.entries for t in targets) / max(plan.entries, 1)
     meta = plan.metadata

@@ -70,8 +70,8 @@ def unpack(
     console.data_on_stderr = to_pipe
 
     from peru_cli.artifacts.container import artifact_kind, find_artifact
+    from peru_cli.artifacts.masks import KINDS
     from peru_cli.artifacts.reader import SparseDelta
-    from peru_cli.artifacts.superposed import KIND as PACK
     from peru_cli.checkpoints.adapters import find_adapters, is_lora_file
     from peru_cli.checkpoints.atomic import check_target
     from peru_cli.checkpoints.header import TensorInfo
@@ -117,7 +117,7 @@ def unpack(
         how_to = (device, threads, tile_entries)
         unpack_adapter(artifact, opened_base, output, wanted, make_writer, dry_run, how_to, lambda: finished(opened_base.public_name))
         return
-    if artifact_kind(place) == PACK:
+    if artifact_kind(place) in KINDS:
         from peru_cli.commands.unpackpack import unpack_task
 
         unpack_task(place, task, base, output, wanted, make_writer, dry_run, (threads, tile_entries), finished)

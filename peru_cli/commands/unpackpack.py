@@ -29,7 +29,7 @@ def unpack_task(
 
     `finished` is told the base's name when the output is in place, and adds to what --json says.
     """
-    from peru_cli.artifacts.pack import Pack
+    from peru_cli.artifacts.masks import open_pack
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.jobs.basename import find_base
     from peru_cli.jobs.how import streaming
@@ -37,7 +37,7 @@ def unpack_task(
     from peru_cli.jobs.retrieve import Retrieval, retrieve_to
     from peru_cli.jobs.unpack import config_with_dtype
 
-    with Pack(path) as pack:
+    with open_pack(path) as pack:
         retrieval = Retrieval(pack, pack.task(task))
         base = open_model(find_base(path, pack.metadata, base_name))
         check_pack_base(pack, base)

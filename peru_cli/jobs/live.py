@@ -20,9 +20,9 @@ import torch
 
 from peru_cli.artifacts.container import artifact_kind
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
+from peru_cli.artifacts.masks import KINDS, open_pack
 from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta, whole_shape
-from peru_cli.artifacts.superposed import KIND as PACK
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
@@ -46,7 +46,7 @@ def open_artifact(path: str | Path) -> SparseDelta | Pack:
 
     Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
     """
-    return Pack(Path(path)) if artifact_kind(Path(path)) == PACK else SparseDelta(Path(path))
+    return open_pack(Path(path)) if artifact_kind(Path(path)) in KINDS else SparseDelta(Path(path))
 
 
 class Applied:

@@ -115,10 +115,10 @@ def make_pack(
         run(step, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance)
         for block in writer.rest():
             writer.write(block)
-        return _Finish(plan, step, writer, measured, predicted, left_out, new_base).finish(target, scale)
+        return Finish(plan, step, writer, measured, predicted, left_out, new_base).finish(target, scale)
 
 
-class _Finish:
+class Finish:
     """What follows the sums: tasks' own tensors, side files, index, header."""
 
     def __init__(
@@ -210,7 +210,7 @@ class _Finish:
         plan, vector, products = self._plan, self._plan.vectors[number], self._step.products
         own = {info.name: stream_digest(vector.fine, info) for info in plan.heads[vector.name]}
         energy = float(products[number, number])
-        found = quality(energy, float(products[-1, -1]), float(products[-1, number]), scale)
+        found = quality(energy, *self._step.came_back(number), scale)
         norm = energy**0.5
         rounding = float(self._step.rounding[number]) ** 0.5 / norm if norm else 0.0
         together = len(plan.vectors) + (len(plan.old.tasks) if plan.old is not None else 0)

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from peru_cli.jobs.packbase import NewBase
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
-_PIECE = CHUNK // 2  # entries of one inner product: no linear algebra library uses several threads for so few
+PIECE = CHUNK // 2  # entries of one inner product: no linear algebra library uses several threads for so few
 
 
 def inner_products(rows: Doubles) -> list[Doubles]:
     """Tables (rows, rows) of inner products, one for each piece of (rows, n): fixed pieces, whatever the tile."""
     count, n = rows.shape
     tables = []
-    for start in range(0, n, _PIECE):
+    for start in range(0, n, PIECE):
         table = np.empty((count, count))
         for i in range(count):
             for j in range(i + 1):
-                table[i, j] = table[j, i] = np.dot(rows[i, start : start + _PIECE], rows[j, start : start + _PIECE])
+                table[i, j] = table[j, i] = np.dot(rows[i, start : start + PIECE], rows[j, start : start + PIECE])
         tables.append(table)
     return tables
 
@@ -54,8 +54,9 @@ class Room:
 class _Walk:
     """Common part: the task vectors of a tile, wherever in the model they come from."""
 
-    def __init__(self, plan: PackPlan, how: How) -> None:
-        self._plan, self._how = plan, how
+    def __init__(self, plan: PackPlan, how: How, wide: bool = False) -> None:
+        """With `wide`, differences are float64 in all tensors of a task that has an F64 one, as keys are."""
+        self._plan, self._how, self._wide = plan, how, wide
         self._sums = plan.sums
         infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
         self._width = max((info.dtype.bits // 8 for info in infos), default=4)
@@ -69,7 +70,8 @@ class _Walk:
         pair = vector.pairs[source]
         base_raw, base_bits = read_bits(self._plan.base, pair.base, tile, room.base)
         fine_raw, fine_bits = read_bits(vector.fine, pair.fine, tile, room.fine)
-        kind, n = "f8" if pair.fine.dtype.name == "F64" else "f4", tile.stop - tile.start
+        kind = "f8" if pair.fine.dtype.name == "F64" or (self._wide and vector.wide) else "f4"
+        n = tile.stop - tile.start
         base = CPU.widen(cast_bits(CPU, base_bits, pair.base.dtype, pair.fine.dtype), pair.fine.dtype, room.cast[kind][:n])
         fine = CPU.widen(fine_bits, pair.fine.dtype, room.vectors[kind][:n])
         return base_raw, fine_raw, np.subtract(fine, base, out=room.vectors[kind][:n])
@@ -84,8 +86,8 @@ class _Walk:
 class Gather(_Walk):
     """Inner products of the task vectors as they are, tensor by tensor."""
 
-    def __init__(self, plan: PackPlan, how: How) -> None:
-        super().__init__(plan, how)
+    def __init__(self, plan: PackPlan, how: How, wide: bool = False) -> None:
+        super().__init__(plan, how, wide)
         tasks = len(plan.vectors)
         self.tables = {tensor.info.name: np.zeros((tasks, tasks)) for tensor in self._sums}
 
@@ -120,9 +122,9 @@ class Added:
 class Superpose(_Walk):
     """Move, flip, round and add (or take away) task vectors; digest everything that is read and written."""
 
-    def __init__(self, plan: PackPlan, how: How, writer: PackWriter, new_base: NewBase | None = None) -> None:
+    def __init__(self, plan: PackPlan, how: How, writer: PackWriter, new_base: NewBase | None = None, wide: bool = False) -> None:
         """Plain sums go into `new_base`, if there is one."""
-        super().__init__(plan, how)
+        super().__init__(plan, how, wide)
         self._writer, self._new_base = writer, new_base
         self._sources = [plan.arrangement.sources(v.name, plan.shifts[v.name]) for v in plan.vectors]
         self._infos = {t.info.name: t.info for t in self._sums}
@@ -187,12 +189,20 @@ class Superpose(_Walk):
             raise self.refuse(number, source, tile, what)
 
     def commit(self, tile: Tile, result: Added) -> list[tuple[int, Sums]]:
-        for table in result.tables:
-            self.products += table
-        self.rounding += result.rounding
+        self.tally(result)
         if self._new_base is not None and not self._sums[tile.tensor].is_target:
             return []
         return self._writer.add(result.sums)
+
+    def tally(self, result: Added) -> None:
+        """Count what was measured of a tile, in canonical order."""
+        for table in result.tables:
+            self.products += table
+        self.rounding += result.rounding
+
+    def came_back(self, number: int) -> tuple[float, float]:
+        """Of a task's vector as it comes back, unscaled: its square, and the inner product with the task vector."""
+        return float(self.products[-1, -1]), float(self.products[-1, number])
 
     def finish(self, tile: Tile, committed: list[tuple[int, Sums]], buffers: Room) -> None:
         for block in committed:

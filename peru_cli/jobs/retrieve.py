@@ -10,6 +10,7 @@ import numpy as np
 
 from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.index import STORED
+from peru_cli.artifacts.masks import MaskPack, mask_digest, mask_leaves
 from peru_cli.artifacts.pack import Pack, Sums, sum_leaves, sums_digest
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.artifacts.superposed import COPY, TARGET, PackedTensor, TaskRecord
@@ -72,6 +73,8 @@ class Retrieval:
     def vector(self, record: PackedTensor, start: int, sums: Sums, out: Floats) -> Floats:
         """scale * tau^ from entry `start` on, out of the sums at its place; float32 or float64 (n,), in `out`."""
         place = self.place(record)
+        if (mask := self.pack.mask(self.task.name, place, start, start + len(sums))) is not None:
+            sums = sums * mask
         scaled(sums, self._scale * 2.0**place.exponent, out)
         if place.mode == TARGET and self._arrangement.signs:
             name = place.info.name
@@ -121,6 +124,7 @@ class _Retrieve:
         self._own = {tensor.info.name: tensor for tensor in task.tensors}
         self._base_digests = {r.info.name: TensorDigest(r.base_dtype, r.info.shape) for r in pack.index.tensors}
         self._sum_digests = {r.info.name: sums_digest(r.info) for r in pack.index.tensors if r.is_sum}
+        self._mask_digests = {r.info.name: mask_digest(r.info) for r in pack.index.tensors if r.is_sum and isinstance(pack, MaskPack)}
         self._left = {info.name: info.entries for info in order}
         self._lock = threading.Lock()
         self._wrong: list[str] = []
@@ -154,6 +158,8 @@ class _Retrieve:
         place = retrieval.place(record)
         sums = retrieval.pack.sums(place, tile.start, tile.stop)
         self._sum_digests[place.info.name].add_at(tile.start, sum_leaves(sums))
+        if (mask := retrieval.pack.mask(retrieval.task.name, place, tile.start, tile.stop)) is not None:
+            self._mask_digests[place.info.name].add_at(tile.start, mask_leaves(mask))
         bits = retrieval.entries(record, tile.start, sums, buffer.bits(len(raw), record.base_dtype.bits))
         return record.info.dtype, bits.data.cast("B")
 
@@ -189,6 +195,9 @@ class _Retrieve:
         refuse_pack_base([*self._wrong, *(f"{r.info.name}: other contents" for r in empty)], pack, self._base.label)
         if checkpoint_digest({name: digest.digest() for name, digest in self._sum_digests.items()}).hex() != pack.metadata["peru.sums"]:
             raise BadFile(f"{pack.path}: its sums are not those that were packed", "please report this with the file's name")
+        masks, name = {name: digest.digest() for name, digest in self._mask_digests.items()}, self._retrieval.task.name
+        if isinstance(pack, MaskPack) and checkpoint_digest(masks) != pack.masks[name].digest:
+            raise BadFile(f"{pack.path}: the mask of {name} is not the one that was written", "please report this with the file's name")
 
 
 def retrieve(retrieval: Retrieval, base: Checkpoint, order: Sequence[TensorInfo], writer: CheckpointWriter | None, how: How) -> None:

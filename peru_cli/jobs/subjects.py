@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from peru_cli.artifacts.container import artifact_kind, is_artifact
+from peru_cli.artifacts.masks import KINDS, open_pack
 from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.artifacts.superposed import KIND as PACK
 from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
@@ -105,8 +105,8 @@ def open_subject(model: str, task: str, base: Base | None) -> Subject:
     if is_artifact(path):
         if base is None:
             raise UsageError(f"{model} is a peru artifact: it needs its base", "add --base BASE")
-        if artifact_kind(path) == PACK:
-            with Pack(path) as pack:
+        if artifact_kind(path) in KINDS:
+            with open_pack(path) as pack:
                 return _packed(pack, task, base, model)
         with SparseDelta(path) as artifact:
             return _artifact(artifact, base, model)
@@ -155,7 +155,7 @@ def _packed(pack: Pack, task: str, base: Base, label: str) -> Subject:
     path, name = pack.path, retrieval.task.name
 
     def read() -> Tensors:
-        with Pack(path) as pack, apply(base.table, pack, task=name):
+        with open_pack(path) as pack, apply(base.table, pack, task=name):
             packed = pack.task(name)
             state = {packed.fine_name(r.info.name): base.table[r.info.name].clone() for r in pack.index.tensors}
             for own in (tensor.info.name for tensor in packed.tensors):

@@ -1,0 +1,80 @@
+"""Masks on a multi-task vector: which entries of the sum of all task vectors a task uses.
+
+    tau_MT = sum_t tau_t        retrieve   theta_t^ = theta_0 + scale * m_t * tau_MT
+
+TALL-masks: m_t = [|tau_t| > l_t |tau_MT - tau_t|]. Source: Wang et al., Localizing Task Information for Improved Model Merging
+and Compression (2024), https://arxiv.org/abs/2405.07813, equation 4; the authors try l_t in {.2, .3, .4, .5, .6}.
+Magnitude masking, the paper's baseline: m_t = [tau_t is among its own largest entries].
+
+An entry that a task does not change is in no mask of it. All arrays are 1-D runs of one tensor's entries, float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peru_cli.methods.superpose import ALONE_PRECISION
+
+TALL, MAGNITUDE = "tall-masks", "magnitude-masks"
+METHODS = (TALL, MAGNITUDE)
+GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
+PRECISION = 5  # default bits; see `default_precision`
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def tall_mask(own: Doubles, rest: Doubles, threshold: float) -> Flags:
+    """[own > threshold * rest], own = |tau_t| and rest = |tau_MT - tau_t|; bools (n,). Equals are left out, hence also 0 > 0."""
+    return np.greater(own, threshold * rest)
+
+
+def magnitude_mask(own: Doubles, threshold: float, equals: bool) -> Flags:
+    """The entries of own = |tau_t| above a threshold, with or without its equals; never those that are 0; bools (n,)."""
+    return np.greater_equal(own, threshold) if equals and threshold else np.greater(own, threshold)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of one mask: ||m tau_MT||^2, <m tau_MT, tau_t>, and how many entries are kept."""
+
+    square: float
+    product: float
+    kept: float
+
+
+def missed(own: float, overlap: Overlap, scale: float) -> float:
+    """||scale * m tau_MT - tau_t||^2, given ||tau_t||^2."""
+    return own - 2 * scale * overlap.product + scale * scale * overlap.square
+
+
+def choose_threshold(own: float, overlaps: Sequence[Overlap], scale: float) -> int:
+    """Which of the grid's masks misses least in squares; equals: the first."""
+    return min(range(len(overlaps)), key=lambda i: (missed(own, overlaps[i], scale), i))
+
+
+def best_scale(overlaps: Sequence[Overlap]) -> float:
+    """The one scale that misses least in squares over all tasks: sum <m tau_MT, tau> / sum ||m tau_MT||^2; 0 of nothing."""
+    square = math.fsum(overlap.square for overlap in overlaps)
+    return math.fsum(overlap.product for overlap in overlaps) / square if square else 0.0
+
+
+def default_precision(tasks: int) -> int:
+    """The fewest bits of a step that leave the error of what comes back as it is to three digits.
+
+    One more than superposition takes, because masks miss less: of independent, heavy-tailed task vectors (Student's t, 4
+    degrees of freedom; 2 to 64 tasks, thresholds .2 to .6) the error grows by at most 0.03% at 5 bits, by up to 0.13% at 4.
+    """
+    return PRECISION if tasks > 1 else ALONE_PRECISION
+
+
+def entropy(kept: int, entries: int) -> float:
+    """Bits an entry that a mask costs at least if nothing is known but how many entries it keeps (order 0)."""
+    if not 0 < kept < entries:
+        return 0.0
+    share = kept / entries
+    return -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
