@@ -14,6 +14,7 @@ class PeruError(Exception):
     """A failure that the user can act on: a message, and a hint about what to do next."""
 
     exit_code = EXIT_FAILED
+    passes = False  # whether the same command may well succeed later: then what was done is kept for it
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

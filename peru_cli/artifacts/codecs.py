@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
-from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
 
 from peru_cli.errors import BadFile
+
+# Ctrl-C waits until this is imported: its initialisation makes a panic of a KeyboardInterrupt.
+_BLOCKED = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}) if hasattr(signal, "pthread_sigmask") else None
+try:
+    from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
+finally:
+    if _BLOCKED is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _BLOCKED)
 
 RAW = 0  # little-endian integers
 PCO = 1  # pcodec 1.x, wrapped format: header, metadata of one chunk, its one page

@@ -7,6 +7,7 @@ bytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,9 +46,12 @@ def _seal(blank_header: bytes, index: bytes) -> str:
 class ContainerWriter:
     """Appends roles in their order, then seals the file with its header. A context manager, as PartialFile is."""
 
-    def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool) -> None:
-        """`largest_metadata` has every key that `finish` will be given, with a value at least as long."""
-        self._file = PartialFile(target, sync)
+    def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool, resume: bool = False) -> None:
+        """`largest_metadata` has every key that `finish` will be given, with a value at least as long.
+
+        With `resume`, what an earlier run left is there for `skip`.
+        """
+        self.file = PartialFile(target, sync, resume)
         self._sizes = dict.fromkeys(ROLES, 0)
         worst = _header(dict.fromkeys(ROLES, MAX_ENTRIES // 8), {**largest_metadata, _DIGEST: _BLANK})
         self._data_offset = -(-len(worst) // 64) * 64
@@ -59,9 +63,19 @@ class ContainerWriter:
         number = ROLES.index(role)
         assert number >= self._last, f"{role} after {ROLES[self._last]}"
         self._last = number
-        self._file.write_at(self._at, data)
+        self.file.write_at(self._at, data)
         self._at += len(data)
         self._sizes[role] += len(data)
+
+    def skip(self, role: str, nbytes: int) -> None:
+        """Append bytes that an earlier run has written there."""
+        self.append(role, b"")
+        self._at += nbytes
+        self._sizes[role] += nbytes
+
+    def holds(self, nbytes: int) -> bool:
+        """Whether an earlier run left at least so many bytes of roles."""
+        return os.fstat(self.file.fd).st_size >= (self._data_offset + nbytes if nbytes else 0)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,25 +83,35 @@ class ContainerWriter:
         return dict(self._sizes)
 
     def finish(self, metadata: Mapping[str, str], index: bytes, before: Callable[[], None] = lambda: None) -> int:
-        """Append the index, write the header, put the file in place; returns the file's size in bytes.
+        """`seal` and `commit`; returns the file's size in bytes.
 
         `before` is called when all is written and only the file's name is to be changed: what belongs to it can follow suit.
         """
+        self.seal(metadata, index)
+        before()
+        self.commit()
+        return self._at
+
+    def seal(self, metadata: Mapping[str, str], index: bytes) -> tuple[int, str]:
+        """Append the index and write the header; returns the file's size in bytes and the digest in its header."""
         self.append("index", index)
         digest = _seal(_header(self._sizes, {**metadata, _DIGEST: _BLANK}, reserve=self._data_offset), index)
         header = _header(self._sizes, {**metadata, _DIGEST: digest}, reserve=self._data_offset)
         if len(header) != self._data_offset:
             raise AssertionError(f"header of {len(header)} bytes in room for {self._data_offset}")
-        self._file.write_at(0, header)
-        before()
-        self._file.commit()
-        return self._at
+        self.file.write_at(0, header)
+        os.ftruncate(self.file.fd, self._at)
+        return self._at, digest
+
+    def commit(self) -> None:
+        """Put the sealed file in place."""
+        self.file.commit()
 
     def __enter__(self) -> ContainerWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.__exit__(*exc)
+        self.file.__exit__(*exc)
 
 
 @contextmanager
@@ -193,6 +217,20 @@ def artifact_kind(path: Place) -> str | None:
     try:
         metadata = read_header(file).metadata
         return metadata.get("peru.kind", "") if "peru.format" in metadata else None
+    except BadFile:
+        return None
+    finally:
+        file.close()
+
+
+def seal_of(path: Path) -> str | None:
+    """The digest in an artifact's header; None for anything else."""
+    try:
+        file = open_random(path)
+    except OSError:
+        return None
+    try:
+        return read_header(file).metadata.get(_DIGEST)
     except BadFile:
         return None
     finally:

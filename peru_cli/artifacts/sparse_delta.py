@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,19 @@ class FilledBlock:
     entries: Entries
 
 
+@dataclass
+class News:
+    """How a stream has changed since it was last asked: entries that are in no block yet, `all` of those or the last of them.
+
+    `origin` is where the next block's gaps count from, `kept` how many entries the stream has.
+    """
+
+    all: bool
+    origin: int = 0
+    kept: int = 0
+    entries: list[Entries] = field(default_factory=list)
+
+
 class _Filler:
     """Cuts one stream into blocks."""
 
@@ -89,9 +102,11 @@ class _Filler:
         self._waiting: list[Entries] = []
         self._size = 0
         self._origin = 0
+        self._news = News(all=False)
 
     def add(self, entries: Entries) -> list[Entries]:
         self._waiting.append(entries)
+        self._news.entries.append(entries)
         self._size += len(entries.positions)
         self.stream.kept += len(entries.positions)
         if self._size < self.stream.block_entries:
@@ -111,7 +126,18 @@ class _Filler:
             full.append(Entries(positions[:size], values[:size], apart[:marked]))
             positions, values, apart = positions[size:], values[size:], apart[marked:]
         self._waiting, self._size = [Entries(positions.copy(), values.copy(), apart.copy())], len(positions)
+        self._news = News(all=True, entries=list(self._waiting))
         return full
+
+    def news(self) -> News:
+        news, self._news = self._news, News(all=False)
+        news.origin, news.kept = self._origin, self.stream.kept
+        return news
+
+    def go_on(self, news: News) -> None:
+        self._waiting = ([] if news.all else self._waiting) + news.entries
+        self._size = sum(len(e.positions) for e in self._waiting)
+        self._origin, self.stream.kept = news.origin, news.kept
 
     def count_apart(self, values: Array) -> int:
         return 0 if self.stream.values == EXACT else int(np.count_nonzero(values == NOT_ROUNDED))
@@ -158,6 +184,17 @@ class BlockWriter:
                 self._blocks.append(ready[0])
                 self._append(ready[1])
 
+    def news(self) -> tuple[int, list[News]]:
+        """How many blocks are full, and how each stream has changed since the last call. In canonical order, as `add`."""
+        return self._tickets, [filler.news() for filler in self._fillers]
+
+    def go_on(self, blocks: list[Block], news: list[News]) -> None:
+        """Take over what an earlier run wrote and held, news by news."""
+        self._blocks += blocks
+        self._tickets = len(self._blocks)
+        for filler, each in zip(self._fillers, news, strict=True):
+            filler.go_on(each)
+
     def _encode(self, filled: FilledBlock) -> tuple[Block, bytes]:
         stream, entries = self._streams[filled.stream], filled.entries
         gaps = np.diff(entries.positions, prepend=filled.origin - 1) - 1
@@ -190,24 +227,34 @@ class BlockWriter:
 class SparseDeltaWriter(BlockWriter):
     """Writes one artifact: what BlockWriter does, then `finish`."""
 
-    def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool) -> None:
-        self._container = ContainerWriter(target, largest_metadata, sync)
-        super().__init__(streams, partial(self._container.append, "blocks"))
+    def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool, resume: bool = False) -> None:
+        self.container = ContainerWriter(target, largest_metadata, sync, resume)
+        super().__init__(streams, partial(self.container.append, "blocks"))
+
+    def go_on(self, blocks: list[Block], news: list[News]) -> None:
+        super().go_on(blocks, news)
+        self.container.skip("blocks", sum(block.nbytes(self._streams[block.stream].dtype) for block in blocks))
 
     def append_whole(self, data: memoryview) -> None:
         """Append bytes of tensors stored whole, in the index's order."""
-        self._container.append("whole", data)
+        self.container.append("whole", data)
 
     def finish(self, metadata: Mapping[str, str], records: list[TensorRecord], files: list[tuple[SideFile, bytes]]) -> int:
-        """Write side files, index and header, and put the artifact in place; returns its size in bytes."""
+        """`seal`, and put the artifact in place; returns its size in bytes."""
+        size, _ = self.seal(metadata, records, files)
+        self.container.commit()
+        return size
+
+    def seal(self, metadata: Mapping[str, str], records: list[TensorRecord], files: list[tuple[SideFile, bytes]]) -> tuple[int, str]:
+        """Write side files, index and header; returns the artifact's size in bytes and the digest in its header."""
         for file, content in files:
             if file.origin == STORED:
-                self._container.append("files", content)
+                self.container.append("files", content)
         index = Index(records, *self.written(), [file for file, _ in files])
-        return self._container.finish({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index))
+        return self.container.seal({"peru.format": FORMAT, "peru.kind": KIND, **metadata}, encode_index(index))
 
     def __enter__(self) -> SparseDeltaWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._container.__exit__(*exc)
+        self.container.__exit__(*exc)

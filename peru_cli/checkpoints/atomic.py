@@ -87,9 +87,9 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def is_interrupt(exc: tuple[object, ...]) -> bool:
-    """Whether a context is left because somebody pressed Ctrl-C or asked the process to end."""
-    return bool(exc) and exc[0] is KeyboardInterrupt
+def may_go_on(exc: tuple[object, ...]) -> bool:
+    """Whether a context is left because of Ctrl-C, a request to end, or trouble that passes: what was done is of use to the next run."""
+    return len(exc) > 1 and (isinstance(exc[1], KeyboardInterrupt) or (isinstance(exc[1], PeruError) and exc[1].passes))
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -106,7 +106,7 @@ class PartialFile:
     """A file that appears under its name when committed. A context manager: leaving it uncommitted removes it."""
 
     def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
-        """With `resume`, what an earlier run left is not emptied, and an interrupt leaves it."""
+        """With `resume`, what an earlier run left is not emptied, and an interrupt (`may_go_on`) leaves it."""
         self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self.fd = _open_locked(self.path, target)
@@ -151,7 +151,7 @@ class PartialFile:
 
     def __exit__(self, *exc: object) -> None:
         if self._open:
-            if not (self._resume and is_interrupt(exc)):
+            if not (self._resume and may_go_on(exc)):
                 with contextlib.suppress(OSError):
                     os.unlink(self.path)
             self._close()
@@ -209,7 +209,7 @@ class PartialDirectory:
 
     def __exit__(self, *exc: object) -> None:
         if self._lock_fd is not None:
-            if not (self._resume and is_interrupt(exc)):
+            if not (self._resume and may_go_on(exc)):
                 shutil.rmtree(self.path, ignore_errors=True)
             self._release()
 

@@ -15,6 +15,8 @@ from peru_cli.errors import PeruError
 class HubError(PeruError):
     """The Hub did not give what was asked for."""
 
+    passes = True
+
 
 def unreachable(error: BaseException) -> bool:
     """Whether the Hub could not be asked at all: offline, no connection, no answer."""

@@ -101,7 +101,7 @@ def fingerprint(place: Place) -> tuple[object, ...]:
     if isinstance(place, Path):
         stat = place.stat()
         return (stat.st_size, stat.st_mtime_ns)
-    return (place.public_name, place.size)
+    return (place.public_name, place.size, place.sha256)
 
 
 def sha256(place: Place) -> str:

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from peru_cli.checkpoints.atomic import PartialDirectory, PartialFile, check_room, is_interrupt, partial_path, remove
+from peru_cli.checkpoints.atomic import PartialDirectory, PartialFile, check_room, may_go_on, partial_path, remove
 from peru_cli.checkpoints.header import TensorInfo, build_header
-from peru_cli.checkpoints.journal import Journal
+from peru_cli.checkpoints.journal import Journal, fits
 
 METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 
@@ -91,7 +91,7 @@ class FileWriter(CheckpointWriter):
         try:
             if resume_key is not None:
                 path = self._file.path.with_name(self._file.path.name + "-journal")
-                self.journal = Journal(path, resume_key, [(self._file, header, size)], sync, fresh)
+                self.journal = Journal(path, resume_key, [self._file], sync, lambda _: not fresh and fits(self._file, header, size))
             self._file.write_at(0, header)
             os.ftruncate(self._file.fd, size)
         except BaseException:
@@ -112,7 +112,7 @@ class FileWriter(CheckpointWriter):
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(*exc)
         if self.journal is not None:
-            self.journal.close() if is_interrupt(exc) else self.journal.remove()
+            self.journal.close() if may_go_on(exc) else self.journal.remove()
 
 
 class DirectoryWriter(CheckpointWriter):
@@ -152,7 +152,8 @@ class DirectoryWriter(CheckpointWriter):
                 self._files.append(file)
                 self._where.update({info.name: (file, len(header) + info.begin) for info in shard})
             if resume_key is not None:
-                self.journal = Journal(self._folder.path / ".peru-journal", resume_key, layout, sync, fresh)
+                path = self._folder.path / ".peru-journal"
+                self.journal = Journal(path, resume_key, self._files, sync, lambda _: not fresh and all(fits(*f) for f in layout))
                 self._remove_strangers(names)
             for file, header, size in layout:
                 file.write_at(0, header)

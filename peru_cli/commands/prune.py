@@ -61,6 +61,8 @@ def prune(
     peru prune sst2=MODEL_A news=MODEL_B --base BASE -o deltas/ --keep 5%
 
     peru prune MODEL --base BASE -o a.safetensors --lossless
+
+    A prune that was killed goes on where it was when the same command is typed again; --force starts afresh.
     """
     if (keep is None) == (not lossless):
         raise UsageError("say how much to keep: either --keep DENSITY or --lossless", "for example --keep 10%")
@@ -109,7 +111,7 @@ def prune(
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
     with console.progress(total, "prune") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
-        results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step)
+        results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step, console.note, fresh=force)
     _report(results, publish(place, targets, "prune"))
 
 

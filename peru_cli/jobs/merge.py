@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from peru_cli.checkpoints.journal import Journal
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import UsageError
+from peru_cli.jobs.countlog import CountLog
 from peru_cli.jobs.mergepass import Decided, Elect, Merge, Products
 from peru_cli.jobs.mergeplan import MergePlan
 from peru_cli.jobs.taskvectors import Family, How, find_thresholds
@@ -41,12 +43,12 @@ def merge(plan: MergePlan, rule: Rule, writer: CheckpointWriter, how: How, note:
     """
     journal = writer.journal
     done = journal.done if journal is not None else {}
-    if journal is not None and journal.decided is not None:
-        decided = Decided.decode(journal.decided)
+    if journal is not None and "decided" in journal.notes:
+        decided = Decided.decode(journal.notes["decided"])
     else:
-        decided = decide(plan, rule, how, note)
+        decided = decide(plan, rule, how, note, journal)
         if journal is not None:
-            journal.decide(decided.encode())
+            journal.note("decided", decided.encode())
     if rule.wants_products:
         rule.decide(decided.products)
     note("merging")
@@ -60,7 +62,7 @@ def merge(plan: MergePlan, rule: Rule, writer: CheckpointWriter, how: How, note:
     _copy(plan, writer)
 
 
-def decide(plan: MergePlan, rule: Rule, how: How, note: Callable[[str], None]) -> Decided:
+def decide(plan: MergePlan, rule: Rule, how: How, note: Callable[[str], None], journal: Journal | None = None) -> Decided:
     """All passes before the last one: thresholds, sign counts, inner products."""
     decided = Decided()
     slots = list(range(len(plan.slots)))
@@ -69,7 +71,7 @@ def decide(plan: MergePlan, rule: Rule, how: How, note: Callable[[str], None]) -
         assert plan.base is not None
         # These passes hold one task's tile at a time, the others all of them.
         family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)))
-        decided.thresholds = [_thresholds(family, rule, index) for index in range(len(rule.trims))]
+        decided.thresholds = [_thresholds(family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
     if rule.wants_signs:
         note("counting signs")
@@ -84,7 +86,7 @@ def decide(plan: MergePlan, rule: Rule, how: How, note: Callable[[str], None]) -
     return decided
 
 
-def _thresholds(family: Family, rule: Rule, index: int) -> list[list[Threshold]]:
+def _thresholds(family: Family, rule: Rule, index: int, journal: Journal | None) -> list[list[Threshold]]:
     """For each task its threshold over everything, or one for each slot."""
     numbers = range(len(family.tasks))
     groups = [range(len(family.slots))] if rule.scope == "global" else [range(i, i + 1) for i in range(len(family.slots))]
@@ -92,7 +94,8 @@ def _thresholds(family: Family, rule: Rule, index: int) -> list[list[Threshold]]
     for group in groups:
         n = sum(family.slots[i].entries for i in group)
         k = int(rule.trims[index] * n)
-        thresholds = find_thresholds(family, group, dict.fromkeys(numbers, k)) if k < n else {}
+        log = CountLog(journal, f"trim {index} group {group.start}", family.ranged) if journal is not None else None
+        thresholds = find_thresholds(family, group, dict.fromkeys(numbers, k), log) if k < n else {}
         for number in numbers:
             found[number].append(thresholds[number].threshold if number in thresholds else ALL_CHANGED)
         if not family.fits(family.slots):

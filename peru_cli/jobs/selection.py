@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Sink:
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
     result: dict[str, TensorDigest] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
+    changed: int = 0  # entries, where thresholds were looked for
     not_finite: int = 0  # kept entries whose difference is NaN or infinite
     largest_error: float = 0.0  # of values that were rounded
 
@@ -63,11 +65,24 @@ class _Candidates:
                 setattr(self, name, array[stays])
 
 
+class Watcher(Protocol):
+    """Is told how far the pass has come."""
+
+    def reached(self, tile: Tile) -> None:
+        """A tile was committed: in canonical order."""
+        ...
+
+    def finished(self, tile: Tile) -> None:
+        """Everything that follows from a tile is done: from any thread."""
+        ...
+
+
 class Select:
     """One pass over the base and all tasks. `sinks` is parallel to the family's tasks."""
 
     def __init__(self, family: Family, sinks: list[Sink]) -> None:
         self._family, self._sinks = family, sinks
+        self.watcher: Watcher | None = None
         self.base_digests = {slot.name: TensorDigest(slot.dtype, slot.shape) for slot in family.slots}
         for task, sink in zip(family.tasks, sinks, strict=True):
             lengths = [0] * len(sink.streams)
@@ -126,7 +141,10 @@ class Select:
         return candidates
 
     def commit(self, tile: Tile, result: list[_Candidates]) -> list[tuple[_Candidates, list[FilledBlock]]]:
-        return [(c, self._commit_one(tile, c)) for c in result]
+        committed = [(c, self._commit_one(tile, c)) for c in result]
+        if self.watcher is not None:
+            self.watcher.reached(tile)
+        return committed
 
     def _commit_one(self, tile: Tile, c: _Candidates) -> list[FilledBlock]:
         sink, pair = self._sinks[c.aligned.task], c.aligned.pair
@@ -156,6 +174,8 @@ class Select:
             sink.result[pair.fine.name].add_at(tile.start, leaves(raw, pair.fine.dtype))
             for block in blocks:
                 sink.writer.write(block)
+        if self.watcher is not None:
+            self.watcher.finished(tile)
 
 
 def _threshold_number(sink: Sink, tile: Tile) -> int:

@@ -11,8 +11,9 @@ import numpy as np
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.jobs.countlog import CountLog, Found
 from peru_cli.methods.delta import INFINITE_KEY, KeyRoom, cast_bits
-from peru_cli.methods.magnitude import Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
+from peru_cli.methods.magnitude import Counted, Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
 from peru_cli.streaming.aligned import TileBuffer, read_bits, read_runs
 from peru_cli.streaming.arrays import Array, Arrays
 from peru_cli.streaming.engine import Reads, run
@@ -88,11 +89,12 @@ class Family:
         self.base, self.tasks, self.how = base, tasks, how
         names = sorted({name for task in tasks for name in task.pairs})
         self.slots: list[TensorInfo] = [base.tensors[name] for name in names]
+        self.ranged = base.ranged or any(task.fine.ranged for task in tasks)  # whether anything comes over the network
         self.entries = [max([s.entries] + [t.pairs[s.name].fine.entries for t in tasks if s.name in t.pairs]) for s in self.slots]
 
-    def plan(self) -> TilePlan:
-        """Tiles of all slots, each as long as its longest tensor."""
-        return TilePlan(self.entries, self.how.tile_entries)
+    def plan(self, first: int = 0) -> TilePlan:
+        """Tiles of all slots, or of those from one on, each as long as its longest tensor."""
+        return TilePlan([0 if i < first else n for i, n in enumerate(self.entries)], self.how.tile_entries)
 
     def tiles(self, slot: int) -> list[Tile]:
         """Tiles of one slot."""
@@ -160,8 +162,7 @@ class _Group:
         step = 1.0 if everything else total / self._sample
         due = 0.0  # runs are cut from SAMPLE_RUN-sized pieces; every step-th piece is taken
         tile = self.family.how.tile_entries
-        ranged = self.family.base.ranged or any(task.fine.ranged for task in self.family.tasks)
-        run = SAMPLE_RUN * (RANGED_RUN if ranged else 1)
+        run = SAMPLE_RUN * (RANGED_RUN if self.family.ranged else 1)
         size, together = (tile, 1) if everything else (run, min(STRIP_RUNS, tile // run))
         for tensor, entries in enumerate(self.entries):
             runs: list[tuple[int, int]] = []
@@ -229,12 +230,20 @@ class _Sample:
 
 
 class _Count:
-    """Tallies the windows of several tasks."""
+    """Tallies the windows of several tasks over the slots from `first` on; `tallies` begins with what the log has."""
 
-    def __init__(self, group: _Group, windows: dict[int, Window]) -> None:
-        self._group = group
+    def __init__(self, group: _Group, windows: dict[int, Window], log: CountLog | None) -> None:
+        self._group, self._log = group, log
         self.tallies = {number: Tally(window) for number, window in windows.items()}
         self.keeps = group.family.fits(group.tensors)
+        self.first = 0
+        if log is not None:
+            self.first = log.counted(self.tallies)
+
+    def plan(self) -> TilePlan:
+        """Tiles of what the log does not have."""
+        entries = [0 if i < self.first else n for i, n in enumerate(self._group.entries)]
+        return TilePlan(entries, self._group.family.how.tile_entries)
 
     def reads(self) -> Reads:
         return self._group.family.reads(self._group.tensors, self.tallies)
@@ -242,26 +251,23 @@ class _Count:
     def buffers(self) -> Buffers:
         return self._group.family.buffers()
 
-    def apply(self, tile: Tile, buffers: Buffers) -> None:
+    def apply(self, tile: Tile, buffers: Buffers) -> dict[int, Counted]:
         family, slot = self._group.family, self._group.slot(tile)
         _, base_bits = read_bits(family.base, slot, tile, buffers.base)
+        found = {}
         for a in family.each(slot, tile, base_bits, buffers, list(self.tallies)):
             keys = family.keys(a, self.tallies[a.task].window.low, buffers)
-            self.tallies[a.task].add_keys(family.how.xp, keys, family.changed(a))
+            found[a.task] = self.tallies[a.task].count(family.how.xp, keys, family.changed(a))
+        return found
 
-    def commit(self, tile: Tile, result: None) -> None:
-        pass
+    def commit(self, tile: Tile, result: dict[int, Counted]) -> None:
+        for number, counted in result.items():
+            self.tallies[number].add(counted)
+        if self._log is not None:
+            self._log.count(result, tile.tensor, last=tile.stop == self._group.entries[tile.tensor])
 
     def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class Found:
-    """A task's threshold over a group, and how many of the group's entries changed."""
-
-    threshold: Threshold
-    changed: int
 
 
 def _nothing(task: TaskVector) -> Threshold:
@@ -269,19 +275,18 @@ def _nothing(task: TaskVector) -> Threshold:
     return Threshold(task.infinite_key + 1, 0)
 
 
-def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[int, Found]:
-    """The threshold of each task over some slots, such that it keeps exactly so many entries.
-
-    Args:
-        kept: for each task (number), how many of its entries of these slots to keep.
-
-    Reads a sample, then usually everything once; exact whatever the data (methods/magnitude.py).
-    """
-    group = _Group(family, slots)
-    how = family.how
-    sample = _Sample(group, list(kept))
+def _sampled(group: _Group, wanted: Sequence[int]) -> tuple[_Sample, bool]:
+    """A sample of some tasks' keys, and whether it is all of them."""
+    how = group.family.how
+    sample = _Sample(group, wanted)
     strips, everything = group.sample()
     run(sample, strips, how.threads, how.advance if everything else lambda entries: None)
+    return sample, everything
+
+
+def _predict(group: _Group, sample: _Sample, everything: bool, kept: dict[int, int]) -> tuple[dict[int, Found], dict[int, Window]]:
+    """Thresholds that a sample settles, and windows for the others."""
+    family = group.family
     found: dict[int, Found] = {}
     windows: dict[int, Window] = {}
     for number, k in kept.items():
@@ -292,23 +297,47 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int]) -> dict[
             found[number] = Found(exact_threshold(np.concatenate(keys), sample.changed[number], k), sample.changed[number])
         else:
             windows[number] = sample.window(number, k) if k else Window(task.infinite_key, 0, 1)
-    plan = TilePlan(group.entries, how.tile_entries)
-    again = True
-    while windows:
-        count = _Count(group, windows)
-        run(count, plan, how.threads, how.advance)
+    return found, windows
+
+
+def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: CountLog | None = None) -> dict[int, Found]:
+    """The threshold of each task over some slots, such that it keeps exactly so many entries.
+
+    Args:
+        kept: for each task (number), how many of its entries of these slots to keep.
+        log: what an earlier run found out, which is not looked for again, and where to note what this one does.
+
+    Reads a sample, then usually everything once; exact whatever the data (methods/magnitude.py).
+    """
+    group = _Group(family, slots)
+    how = family.how
+    sample: _Sample | None = None
+    known = log.known() if log is not None else None
+    if known is None:
+        sample, everything = _sampled(group, list(kept))
+        known = (*_predict(group, sample, everything, kept), 0)
+    found, windows, counts = known
+    while True:
+        if log is not None:
+            log.begin(found, windows, counts)
+        if not windows:
+            return found
+        count = _Count(group, windows, log)
+        how.advance(sum(group.entries[: count.first]))
+        run(count, count.plan(), how.threads, how.advance)
         for number in list(windows):
             tally = count.tallies[number]
             task = family.tasks[number]
             decision = decide(tally, kept[number], task.infinite_key) if kept[number] else _nothing(task)
             if isinstance(decision, Window):
-                missed = tally.missed(kept[number], task.infinite_key, sum(group.entries)) if again else None
-                windows[number] = decision if missed is None else sample.window(number, missed[0], missed[1:])
+                missed = tally.missed(kept[number], task.infinite_key, sum(group.entries)) if not counts else None
+                if missed is not None and sample is None:
+                    sample, _ = _sampled(group, list(windows))
+                windows[number] = decision if missed is None or sample is None else sample.window(number, missed[0], missed[1:])
             else:
                 found[number] = Found(decision, tally.changed)
                 del windows[number]
-        again = False  # predicted anew from what was counted, once; then bisected
-    return found
+        counts += 1  # predicted anew from what was counted, once; then bisected
 
 
 def counted_bytes(family: Family, slots: range) -> int:

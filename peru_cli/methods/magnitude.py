@@ -60,6 +60,29 @@ class Window:
         return cls(low, shift, ((high - low) >> shift) + 1)
 
 
+@dataclass
+class Counted:
+    """What a run of entries adds to a tally: keys above the window, changed entries, the bins of keys within it (k,).
+
+    `times` says how many keys each of the bins stands for, (k,); None for one each.
+    """
+
+    above: int
+    changed: int
+    bins: Keys
+    times: Keys | None = None
+
+    @classmethod
+    def together(cls, parts: list[Counted]) -> Counted:
+        """Several as one, each bin once, ascending."""
+        bins = np.concatenate([part.bins for part in parts])
+        times = np.concatenate([np.ones(len(part.bins), np.int64) if part.times is None else part.times for part in parts])
+        distinct, where = np.unique(bins, return_inverse=True)
+        summed = np.zeros(len(distinct), np.int64)
+        np.add.at(summed, where, times)
+        return cls(sum(part.above for part in parts), sum(part.changed for part in parts), distinct, summed)
+
+
 class Tally:
     """Statistics of one window that add up: keys above it, keys in each bin, changed entries.
 
@@ -75,8 +98,8 @@ class Tally:
         self._waiting_size = 0
         self._lock = threading.Lock()
 
-    def add_keys(self, xp: Arrays, keys: Array, changed: int) -> None:
-        """Count a tile's keys (n,), of which `changed` entries differ from the base."""
+    def count(self, xp: Arrays, keys: Array, changed: int) -> Counted:
+        """Count a tile's keys (n,), of which `changed` entries differ from the base; for `add`."""
         window = self.window
         reaching = xp.greater_equal(keys, window.low)
         beyond = window.low + (window.bins << window.shift)
@@ -87,13 +110,24 @@ class Tally:
         bins = xp.download(xp.take(keys, xp.where(within))) - window.low
         if window.shift:
             bins >>= window.shift
+        return Counted(above, changed, bins)
+
+    def add(self, counted: Counted) -> None:
+        """Add what was counted."""
         with self._lock:
-            self.above += above
-            self.changed += changed
-            self._waiting.append(bins)
-            self._waiting_size += len(bins)
+            self.above += counted.above
+            self.changed += counted.changed
+            if counted.times is not None:
+                np.add.at(self._bins, counted.bins, counted.times)
+                return
+            self._waiting.append(counted.bins)
+            self._waiting_size += len(counted.bins)
             if self._waiting_size >= _FLUSH:
                 self._flush()
+
+    def add_keys(self, xp: Arrays, keys: Array, changed: int) -> None:
+        """Count a tile's keys (n,), of which `changed` entries differ from the base, and add that."""
+        self.add(self.count(xp, keys, changed))
 
     def missed(self, k: int, largest_key: int, n: int) -> tuple[int, int, int, int] | None:
         """If the k-th largest of n keys is not in the window: its rank among the keys on its side, their bounds and number."""
