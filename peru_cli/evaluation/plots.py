@@ -163,7 +163,7 @@ def _panels_height(errors: Errors) -> float:
     return max(_bars_height(len(found)) for found in errors.values())
 
 
-_ERROR = "error of the change, relative to the fine-tune's"
+_ERROR = "error / norm of the fine-tune's change"
 
 
 def _bars_height(count: int) -> float:
