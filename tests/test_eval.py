@@ -134,8 +134,11 @@ def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru, mon
     monkeypatch.setattr(subjects, "read_tensors", count)
     run(peru, pack, "-b", demo.BASE, *data, *against, *options)
     assert read.pop(str(demo.BASE)) == 1 and set(read.values()) == {1}, "the base is loaded once for all tasks"
-    peru("eval", pack, "-b", demo.BASE, *against, code=2)
-    assert "compared on outputs" in peru.stderr  # type: ignore[attr-defined]
+    weights = run(peru, pack, "-b", demo.BASE, *against)["weights"]
+    assert weights == run(peru, *(f"{task}={tmp_path / task}" for task in tasks), "-b", demo.BASE, *against)["weights"]
+    assert 0 < weights["digits"]["total"]["error"] < 1 and weights["digits"]["heads_equal"]
+    peru("eval", pack, "-b", demo.BASE, "-a", f"letters={demo.fine_tune('digits')}", code=2)
+    assert "no 'letters'" in peru.stderr  # type: ignore[attr-defined]
     peru("eval", pack, "-b", demo.BASE, "-d", f"letters={demo.images('digits')}", code=2)
     assert "no 'letters'" in peru.stderr  # type: ignore[attr-defined]
 

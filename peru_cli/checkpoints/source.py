@@ -19,7 +19,8 @@ class Checkpoint(ABC):
     `label` is how messages name it. `kind` says in words what the argument was taken for. `side_files`
     maps plain file names (config.json, tokenizer.json, ...) to where they lie. `warnings` are things a
     user should hear once. `files` are where the bytes lie. `expanded` says that they were computed (an
-    adapter, an artifact), so that the dtype is no choice of whoever made the model.
+    adapter, an artifact), so that the dtype is no choice of whoever made the model. `part` tells apart what
+    comes out of the same files (a pack's task).
     """
 
     label: str
@@ -30,6 +31,7 @@ class Checkpoint(ABC):
     warnings: list[str]
     files: Sequence[Place] = ()
     expanded = False
+    part: str | None = None
     public_name: str | None = None  # where everybody finds it: org/name@commit of what was read from the Hub
 
     @abstractmethod
@@ -74,7 +76,11 @@ class Checkpoint(ABC):
     def identity(self) -> str:
         """A digest that changes when the files do: sizes, times of change, all headers; no path is in it."""
         parts: list[object] = [[fingerprint(file) for file in self.files]]
-        parts += [[(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())], sorted(self.metadata.items())]
+        parts += [
+            [(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())],
+            sorted(self.metadata.items()),
+            self.part,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def file_digests(self) -> list[str]:

@@ -114,15 +114,14 @@ def evaluate_command(
 
         need_matplotlib("--report") if plot is None else check_plot(plot)
 
-    from peru_cli.artifacts.container import artifact_kind
-    from peru_cli.artifacts.masks import KINDS
     from peru_cli.checkpoints.resolve import default_task, split_arguments
     from peru_cli.commands import evalshow
     from peru_cli.evaluation.data import split_data
     from peru_cli.jobs.evalplan import check_comparisons, check_gates, parse_gate, weight_pairs
+    from peru_cli.jobs.expandpack import only_task
 
     gates = [parse_gate(given, True) for given in fail_below or []] + [parse_gate(given, False) for given in fail_above or []]
-    named = {a.task or default_task(a.model): a.model for a in split_arguments(models)}
+    named = {a.task or only_task(a.model) or default_task(a.model): a.model for a in split_arguments(models)}
     others = split_data(against or [], "--against")
     files = split_data([*(data or []), *(text or [])], "--data")
     if tau_jp or negate:
@@ -147,10 +146,6 @@ def evaluate_command(
     examples = _read(files, text or [], max_samples)
     check_gates(gates, examples, bool(others), base is not None)
     pairs = weight_pairs(named, others) if base is not None else {}
-    packs = {task for task, (model, _) in pairs.items() if artifact_kind(Path(model)) in KINDS}
-    if packs and not files:
-        raise UsageError("what a pack gives back is compared on outputs", "add --data TASK=FILE; `peru inspect` has the errors of weights")
-    pairs = {task: pair for task, pair in pairs.items() if task not in packs}
     comparisons = check_comparisons(named, examples, others) if files else []
     weights = _weights(pairs, base, device, threads) if base is not None and pairs else {}
     scores = _run(comparisons, base, dtype, device, threads, batch_size, context) if files else []
@@ -196,7 +191,10 @@ def _weights(pairs: dict[str, tuple[str, str]], base: str, device: str, threads:
     from peru_cli.jobs.weights import Weights
 
     opened = open_model(base)
-    planned = {task: Weights(open_fine_tune(m, opened), open_fine_tune(other, opened), opened) for task, (m, other) in pairs.items()}
+    planned = {
+        task: Weights(open_fine_tune(ours, opened, task), open_fine_tune(theirs, opened, task), opened)
+        for task, (ours, theirs) in pairs.items()
+    }
     total = sum(plan.entries for plan in planned.values())
     with console.progress(total, "weights") as progress, streaming(device, threads, None, progress.advance) as how:
         return {task: plan.measure(how) for task, plan in planned.items()}

@@ -154,7 +154,7 @@ def merge(
     place = destination(push, private, revision, commit_message, force, output)
 
     opened_base = open_model(base) if base is not None else None
-    tasks = [(name, open_fine_tune(a.model, opened_base)) for name, a in zip(names, arguments, strict=True)]
+    tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted))
     check_trims(plan, rule)
     if as_file and any(plan.heads.values()):

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from peru_cli.artifacts.container import artifact_kind
 from peru_cli.artifacts.index import COPY, STORED
+from peru_cli.artifacts.masks import KINDS
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
 from peru_cli.checkpoints.adapters import REST, find_adapters, is_adapter, is_lora_file
@@ -18,6 +20,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.jobs.copy import refuse_overflow
 from peru_cli.jobs.decode import decode_bits
+from peru_cli.jobs.expandpack import ExpandedTask
 from peru_cli.jobs.taskvectors import How
 from peru_cli.jobs.unpack import check_base, reconstruct
 from peru_cli.methods.delta import cast_bits
@@ -153,8 +156,8 @@ def as_unpacked(model: Checkpoint) -> Checkpoint:
     return AsUnpacked(model) if isinstance(model, (LoraCheckpoint, Overlaid)) else model
 
 
-def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
-    """Open a model, an adapter or an artifact; the last two need their base, else UsageError."""
+def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None) -> Checkpoint:
+    """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError."""
     path = locate(model)
     if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
         return _open_adapter(path, model, base)
@@ -167,7 +170,7 @@ def open_fine_tune(model: str, base: Checkpoint | None) -> Checkpoint:
             opened.close()
             if base is None:
                 raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
-            return ExpandedArtifact(path, model, base)
+            return ExpandedTask(path, model, task, base) if artifact_kind(path) in KINDS else ExpandedArtifact(path, model, base)
         return opened
     return open_model(model)
 
@@ -191,9 +194,12 @@ def _open_adapter(path: Place, label: str, base: Checkpoint | None) -> Checkpoin
         raise
 
 
+VERIFIABLE = (ExpandedArtifact, ExpandedTask, Overlaid)
+
+
 def verify_expanded(models: Sequence[Checkpoint], how: How, note: Callable[[str], None]) -> None:
     """Check the artifacts among these fine-tunes, and those beside adapters, by their digests: Mismatch or BadFile as unpack has them."""
     for model in models:
-        if isinstance(model, (ExpandedArtifact, Overlaid)):
+        if isinstance(model, VERIFIABLE):
             note(f"verifying {model.label}")
             model.verify(how)

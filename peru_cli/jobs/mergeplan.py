@@ -68,12 +68,12 @@ def _in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
 
 
 def same_files(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether two checkpoints are the same files, under whatever names."""
+    """Whether two checkpoints are the same files, and the same part of them, under whatever names."""
 
     def files(checkpoint: Checkpoint) -> list[object]:
         return sorted((same_as(place) for place in checkpoint.files), key=repr)
 
-    return bool(a.files) and files(a) == files(b)
+    return bool(a.files) and a.part == b.part and files(a) == files(b)
 
 
 def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]], on_vectors: bool, options: Options) -> MergePlan:

@@ -13,6 +13,7 @@ from peru_cli.errors import Mismatch, UsageError
 from peru_cli.evaluation.data import Examples, read_examples, split_data
 from peru_cli.evaluation.models import build_model, pick_device
 from peru_cli.jobs.expand import ExpandedArtifact
+from peru_cli.jobs.expandpack import ExpandedTask
 from peru_cli.jobs.mergeplan import MergePlan
 from peru_cli.jobs.prepare import Loaded, Settings, load
 from peru_cli.jobs.subjects import in_memory, read_tensors
@@ -78,6 +79,8 @@ def own_files(fine: Checkpoint, base: Checkpoint | None) -> dict[str, bytes]:
     """A fine-tune's config, tokenizer and so on."""
     if isinstance(fine, ExpandedArtifact) and base is not None:
         return side_files(fine.artifact, base)[0]
+    if isinstance(fine, ExpandedTask):
+        return fine.own_files()
     return {name: path.read_bytes() for name, path in fine.side_files.items()}
 
 

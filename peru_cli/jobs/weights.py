@@ -10,7 +10,7 @@ import numpy as np
 from peru_cli.checkpoints.pairing import pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
-from peru_cli.jobs.expand import ExpandedArtifact, Overlaid
+from peru_cli.jobs.expand import VERIFIABLE
 from peru_cli.jobs.taskvectors import Buffers, Family, How, TaskVector
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.arrays import Host
@@ -125,7 +125,7 @@ class Weights:
     def measure(self, how: How) -> WeightsReport:
         """Read both models and the base once (an artifact twice: it is verified first)."""
         for model in self.models:
-            if isinstance(model, (ExpandedArtifact, Overlaid)):
+            if isinstance(model, VERIFIABLE):
                 model.verify(how)
         family = Family(self.base, self.vectors, how)
         step = _Measure(family)
