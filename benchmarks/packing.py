@@ -3,9 +3,10 @@
     python benchmarks/papers/finetunes.py --out CACHE --data ../shared/data/text --only full --tasks sst2 clinc_domains hate_davidson
     python benchmarks/packing.py CACHE --tasks sst2 clinc_domains hate_davidson [--examples 500]
 
-CACHE holds base/, full/TASK/ and data/TASK.{dev,test}.jsonl. Each variant is packed once with `peru shuffle-pack`; the scale, which
-changes no sum, is chosen on dev and reported on test. Tasks are swapped in memory (`peru_cli.apply`). Accuracy is
-normalised by the fine-tune's own on the same examples. PERU-FFT is `peru merge --compress` at about a pack's bytes. Prints a table.
+CACHE holds base/, full/TASK/ and data/TASK.{dev,test}.jsonl. Each variant is packed once with `peru shuffle-pack` (TALL-masks with
+thresholds by reconstruction error at scale 1); the scale, which changes no sum, is chosen on dev and reported on test. Tasks are
+swapped in memory (`peru_cli.apply`). Accuracy is normalised by the fine-tune's own on the same examples. PERU-FFT is
+`peru merge --compress` at about a pack's bytes. Prints a table.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ VARIANTS = {
     "STA + Shuffle, skip 3": ["--skip", "3"],
     "STA + Shuffle, skip 4": ["--skip", "4"],
     "STA + Shuffle, all tensors": ["--target", "."],
+    "TALL-masks": ["--method", "tall-masks"],
+    "magnitude masks 10%": ["--method", "magnitude-masks"],
 }
 
 
@@ -122,18 +125,18 @@ def main() -> None:
         scratch = Path(folder)
         for variant, options in VARIANTS.items():
             path = scratch / "pack.safetensors"
-            report = peru(
-                "shuffle-pack", *models, "-b", cache / "base", "-o", path, "-f", "--per-task", "^classifier", "--seed", 7, *options
-            )
+            seed = [] if "--method" in options else ["--seed", 7]
+            report = peru("shuffle-pack", *models, "-b", cache / "base", "-o", path, "-f", "--per-task", "^classifier", *seed, *options)
             with peru_cli.open_artifact(path) as pack:
                 pack.load()
                 scale = pack.scale = best_scale(tasks, pack, arguments.scales)
                 found = tasks.mean(pack, "test")
             error = sum(task["error"] for task in report["packed"]) / len(names)
+            bits = report["bits_per_parameter"] + sum(task.get("mask_bits_per_parameter", 0) for task in report["packed"])
             cells = [
                 variant,
                 f"{report['file_bytes']:,}",
-                f"{report['bits_per_parameter']:.2f}",
+                f"{bits:.2f}",
                 f"{error:.2f}",
                 f"{scale:g}",
                 f"{100 * found:.2f}",

@@ -30,6 +30,7 @@ DENSITIES = ("1%", "5%", "10%")
 RANKS = (4, 8, 12)
 SCALES = (0.2, 0.3, 0.5, 0.7, 1.0)
 PACK_SCALES = (0.3, 0.5, 0.7, 1.0)
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)  # of TALL-masks, the paper's
 DEV_EXAMPLES = 200
 PREFIX = "bert."  # of a classifier's names, in front of the bare encoder's
 
@@ -248,27 +249,35 @@ def table_curves(bench: Bench) -> Iterator[Row]:
 
 
 def table_packing(bench: Bench) -> Iterator[Row]:
-    """The packing paper's table: superposed task vectors, with the sizes of whole packs."""
+    """The packing paper's table: superposed task vectors and masks on their sum, with the sizes of whole packs."""
     yield from reference(bench)
+    seed = ["--seed", 7]
     for name, options in (
-        ("TA", ["--decorrelate", "none", "--no-signs"]),
-        ("TA + Shift", ["--decorrelate", "shift", "--no-signs"]),
-        ("TA + Shuffle", ["--decorrelate", "shuffle", "--no-signs"]),
-        ("STA", ["--decorrelate", "none"]),
-        ("STA + Shift", ["--decorrelate", "shift"]),
-        ("STA + Shuffle", ["--decorrelate", "shuffle"]),
-        ("STA + Shuffle, every 2nd block", ["--decorrelate", "shuffle", "--skip", 2]),
+        ("TA", [*seed, "--decorrelate", "none", "--no-signs"]),
+        ("TA + Shift", [*seed, "--decorrelate", "shift", "--no-signs"]),
+        ("TA + Shuffle", [*seed, "--decorrelate", "shuffle", "--no-signs"]),
+        ("STA", [*seed, "--decorrelate", "none"]),
+        ("STA + Shift", [*seed, "--decorrelate", "shift"]),
+        ("STA + Shuffle", [*seed, "--decorrelate", "shuffle"]),
+        ("STA + Shuffle, every 2nd block", [*seed, "--decorrelate", "shuffle", "--skip", 2]),
+        ("magnitude masks 10%", ["--method", "magnitude-masks", "--keep", "10%"]),
     ):
         found = {scale: _packed(bench, scale, options, "dev") for scale in PACK_SCALES}
         best = {task: bench.accuracy(task, bench.full(task), "dev") for task in bench.tasks}
         scale = max(found, key=lambda s: sum(found[s][1][task] / best[task] for task in bench.tasks))
         yield (f"{name}, scale {scale:g}", *_packed(bench, scale, options, "test"))
+    tall = ["--method", "tall-masks"]
+    yield ("TALL-masks, thresholds by reconstruction error", *_packed(bench, 1, tall, "test"))
+    dev = {threshold: _packed(bench, 1, [*tall, "--threshold", threshold], "dev")[1] for threshold in THRESHOLDS}
+    for task in bench.tasks:
+        tall += ["--threshold", f"{task}={max(THRESHOLDS, key=lambda threshold: dev[threshold][task])}"]
+    yield ("TALL-masks, thresholds by accuracy on dev", *_packed(bench, 1, tall, "test"))
 
 
 def _packed(bench: Bench, scale: float, options: Sequence[object], part: str) -> tuple[int, dict[str, float]]:
     """A pack's bytes, and the accuracy of each task that comes back."""
     pack, found = bench.scratch / "pack.safetensors", {}
-    bench.peru("shuffle-pack", *bench.models(), "-o", pack, "--seed", 7, "--scale", scale, *options)
+    bench.peru("shuffle-pack", *bench.models(), "-o", pack, "--scale", scale, *options)
     for task in bench.tasks:
         bench.peru("unpack", pack, "--task", task, "--base", bench.base, "-o", bench.scratch / "restored")
         found[task] = bench.accuracy(task, bench.scratch / "restored", part)

@@ -21,8 +21,12 @@ DENSITIES = ("1%", "5%", "10%")
 RANKS = ("4", "16")
 HEAD = "classifier"  # all tasks have ten classes: only their names say that the heads are different
 FFT = ["--method", "task-arithmetic", "--scale", "0.3"]  # what PERU-FFT's deltas are taken against
-# Superposition without and with blocks that change places.
-PACKS = {"STA 0.5": ["--scale", "0.5", "--decorrelate", "none"], "STA + Shuffle 0.5": ["--scale", "0.5"]}
+# Superposition without and with blocks that change places; masks, with thresholds by reconstruction error.
+PACKS = {
+    "STA 0.5": ["--scale", "0.5", "--decorrelate", "none"],
+    "STA + Shuffle 0.5": ["--scale", "0.5"],
+    "TALL-masks": ["--method", "tall-masks"],
+}
 
 Command = Callable[[list[str]], None]  # runs one peru command line; raises if it fails
 
@@ -76,8 +80,8 @@ def run_demo(work: Path, command: Command) -> Iterator[Row]:
         merged = work / method[1]
         command(["merge", *models, "-o", str(merged), *method])
         yield _merged(name, merged, parameters, work)
-    for name, options in PACKS.items():
-        pack = work / f"pack-{len(options)}.safetensors"
+    for number, (name, options) in enumerate(PACKS.items()):
+        pack = work / f"pack-{number}.safetensors"
         command(["shuffle-pack", *models, "-o", str(pack), *options])
         yield _packed(name, pack, parameters, work, command)
     for density in DENSITIES:
