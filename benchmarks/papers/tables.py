@@ -55,7 +55,8 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self._parts: dict[tuple[str, str], Examples] = {}
         self._models: dict[str, Any] = {}
-        self._scales: dict[tuple[str, ...], float] = {}  # that were the best, so that no table searches again
+        self._chosen = cache / "scales.json"  # that were the best, so that no table searches again
+        self._scales: dict[str, float] = json.loads(self._chosen.read_text()) if self._chosen.exists() else {}
         self.best = {task: self.accuracy(task, self.full(task)) for task in self.tasks}
 
     def full(self, task: str) -> Path:
@@ -118,7 +119,7 @@ class Bench:
 
     def best_scale(self, name: str, *options: object, kind: str = "full") -> tuple[Path, float]:
         """The merge with the scale of the highest mean normalised accuracy on the development parts."""
-        key = (kind, *self.tasks, *map(str, options))
+        key = " ".join([kind, *self.tasks, *map(str, options)])
         if key not in self._scales:
             best = {task: self.accuracy(task, self.full(task), "dev") for task in self.tasks}
             scores = {}
@@ -126,6 +127,7 @@ class Bench:
                 found = self.merged(self.merge(name, *options, "--scale", scale, kind=kind), "dev")
                 scores[scale] = sum(found[task] / best[task] for task in self.tasks)
             self._scales[key] = max(scores, key=lambda s: scores[s])
+            self._chosen.write_text(json.dumps(self._scales, indent=1) + "\n")
         return self.merge(name, *options, "--scale", self._scales[key], kind=kind), self._scales[key]
 
 
