@@ -110,8 +110,15 @@ def test_tau_jp_and_disentanglement_error(family: Path, peru) -> None:
         together = predictions(family, with_weights(family, j, dict.fromkeys(TASKS, 0.8)), j)
         expected = sum(x != y for x, y in zip(alone, together, strict=True)) / len(alone)
         assert found["disentanglement_error"][j] == pytest.approx(expected)
-    table = peru(*command(family, "--tau-jp"))
+    page, plot = family / "r.html", family / "p.svg"
+    table = peru(*command(family, "--tau-jp", "--report", page, "--plot", plot, "--batch-size", 5))
     assert "tau-Jp" in table and "disentanglement error" in table
+    html, drawn = page.read_text("utf-8"), plot.read_text("utf-8")
+    for i in TASKS:
+        for j in TASKS:  # drawn as glyphs, so each number stands in a comment beside them
+            assert f"<!-- {found['tau_jp'][i][j]:.3g} -->" in drawn
+            assert f"{found['tau_jp'][i][j]:.4g}</td>" in html
+    assert html.count("<svg") == 1 and "src=" not in html
 
 
 def test_negation_keeps_the_control_task(family: Path, peru, tmp_path: Path) -> None:
@@ -127,7 +134,9 @@ def test_negation_keeps_the_control_task(family: Path, peru, tmp_path: Path) -> 
             assert point[name] == pytest.approx(sum(right) / len(right))
     kept = [p for p in found["points"] if p["control"] >= 0.95 * found["points"][0]["control"]]
     assert found["best"] == min(kept, key=lambda p: p["target"])
-    assert "best" in peru("eval", *models_, *data, "--negate")
+    page = tmp_path / "r.html"
+    assert "best" in peru("eval", *models_, *data, "--negate", "--plot", tmp_path / "n.png", "--report", page)
+    assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG") and f"{100 * found['best']['target']:.2f}</td>" in page.read_text()
 
 
 def test_what_cannot_be_measured(family: Path, peru, tmp_path: Path) -> None:

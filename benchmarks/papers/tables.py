@@ -276,6 +276,32 @@ def table_packing(bench: Bench) -> Iterator[Row]:
     yield ("TALL-masks, thresholds by accuracy on dev", *_packed(bench, 1, tall, "test"))
 
 
+def table_interference(bench: Bench) -> Iterator[Row]:
+    """tau-Jp paper: how far the other tasks' vectors move a task's features, and what becomes of the sum of all vectors."""
+    yield from reference(bench)
+    for kind in ("full", "regularised"):
+        if not all((bench.cache / kind / f"{task}.done").exists() for task in bench.tasks):
+            continue
+        if kind != "full":
+            folders = {task: bench.cache / kind / task for task in bench.tasks}
+            found = {task: bench.accuracy(task, folder) for task, folder in folders.items()}
+            yield f"{kind} fine-tunes", sum(size(folder) for folder in folders.values()), found
+        effect = _mean_tau_jp(bench, kind)
+        for scale in SCALES:
+            folder = bench.merge("sum", "--method", "task-arithmetic", "--scale", scale, kind=kind)
+            yield f"{kind}, tau-Jp {effect:.3g}: Task-Arithmetic, scale {scale:g}", size(folder), bench.merged(folder)
+
+
+def _mean_tau_jp(bench: Bench, kind: str) -> float:
+    """Mean over all pairs of different tasks, on development inputs."""
+    data = [word for task in bench.tasks for word in ("--data", f"{task}={bench.cache / 'data' / f'{task}.dev.jsonl'}")]
+    command = ["eval", *bench.models(kind), "--tau-jp", *data, "--max-samples", str(DEV_EXAMPLES), "--json", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "peru_cli", *command], check=True, stdout=subprocess.PIPE)
+    matrix = json.loads(done.stdout)["tau_jp"]
+    others = [matrix[i][j] for i in matrix for j in matrix if i != j]
+    return float(sum(others) / len(others))
+
+
 def _packed(bench: Bench, scale: float, options: Sequence[object], part: str) -> tuple[int, dict[str, float]]:
     """A pack's bytes, and the accuracy of each task that comes back."""
     pack, found = bench.scratch / "pack.safetensors", {}
@@ -293,6 +319,7 @@ TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "tasks": table_tasks,
     "weights": table_weights,
     "packing": table_packing,
+    "interference": table_interference,
     "curves": table_curves,
 }
 

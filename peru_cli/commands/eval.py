@@ -80,7 +80,8 @@ def evaluate_command(
     ] = "fp32",
     csv: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write all numbers as a table, one metric a line.")] = None,
     plot: Annotated[
-        Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Draw accuracy against bytes, and the error of each tensor.")
+        Optional[Path],
+        typer.Option("--plot", metavar="FILE.png|svg", help="Draw accuracy against bytes and errors by tensor; or tau-Jp."),
     ] = None,
     report: Annotated[
         Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one page that needs nothing else.")
@@ -127,17 +128,22 @@ def evaluate_command(
     if tau_jp or negate:
         if tau_jp and negate:
             raise UsageError("--tau-jp and --negate are two measurements", "ask for one of them")
-        if gates or csv is not None:
-            raise UsageError("--tau-jp and --negate know no gates and no --csv", "use --json")
+        if gates or csv is not None or dtype != "fp32":
+            raise UsageError("--tau-jp and --negate know no gates, no --csv and no --dtype", "use --json; they compute in float32")
         from peru_cli.commands import evalinterference as interference
         from peru_cli.commands.methodoptions import parse_range
 
         read = _read(files, text or [], max_samples)
         if tau_jp:
-            interference.tau_jp(named, base, read, scale, device, batch_size)
+            drawing = interference.tau_jp(named, base, read, scale, device, batch_size)
         else:
             points = [float(point) for point in parse_range(scales, "--scales")]
-            interference.negate(named, base, others, read, points, device, batch_size)
+            drawing = interference.negate(named, base, others, read, points, device, batch_size)
+        if plot is not None or report is not None:
+            from peru_cli.commands import evaldraw
+
+            for path, said in evaldraw.draw_one(plot, report, drawing, named.values()):
+                console.note(f"{said} {path}")
         return
     if not files and not others:
         raise UsageError("nothing to compare with and nothing to run on", "add --against MODEL, --data FILE, or both")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from peru_cli.evaluation import plots
 from peru_cli.evaluation.report import write_report
 
 if TYPE_CHECKING:
+    from peru_cli.commands.evalinterference import Drawing
     from peru_cli.jobs.evaluate import Score
     from peru_cli.jobs.weights import WeightsReport
 
@@ -72,6 +73,23 @@ def _svg(plot: Callable[[io.BytesIO], None]) -> str:
     return text[text.index("<svg") :]
 
 
+def draw_one(plot: Path | None, report: Path | None, drawing: Drawing, models: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    """The same of one measurement with a plot of its own."""
+    if plot is not None:
+        drawing.plot(plot)
+        yield plot, "drew"
+    if report is not None:
+        drawn = [(drawing.caption, _svg(drawing.plot))]
+        title = f"peru eval, {drawing.title}: {', '.join(models)}"
+        write_report(report, title, _command(), drawing.tables, [], drawn, [], [], [])
+        yield report, "wrote"
+
+
+def _command() -> str:
+    """What was typed."""
+    return "peru " + shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["eval"] else "peru eval"
+
+
 def _page(path: Path, scores: Sequence[Score], weights: dict[str, WeightsReport], gates: list[str], missed: list[str]) -> None:
     """The report."""
     (ours, theirs), errors = _points(scores), _errors(weights)
@@ -90,6 +108,5 @@ def _page(path: Path, scores: Sequence[Score], weights: dict[str, WeightsReport]
     said = notes(scores, bool(weights))
     if (mean := mean_of(scores)) is not None:
         said.insert(0, f"mean normalised accuracy {cell('normalised', mean)} %")
-    command = "peru " + shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["eval"] else "peru eval"
     names = ", ".join(dict.fromkeys([*(score.model for score in scores), *([] if scores else weights)]))
-    write_report(path, f"peru eval: {names}", command, tables, folded, drawn, gates, missed, said)
+    write_report(path, f"peru eval: {names}", _command(), tables, folded, drawn, gates, missed, said)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
 from peru_cli.console import console
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    import io
+    from pathlib import Path
+
     from peru_cli.evaluation.data import Examples
     from peru_cli.jobs.interference import Vectors
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What --plot and --report make of a measurement: tables (title, columns, rows) and one plot, drawn into a file or memory."""
+
+    title: str
+    tables: list[tuple[str, list[str], list[list[str]]]]
+    caption: str
+    plot: Callable[[Path | io.BytesIO], None]
+
+
 def tau_jp(
     models: Mapping[str, str], base: Optional[str], examples: Mapping[str, Examples], scale: float, device: str, batch_size: Optional[int]
-) -> None:
+) -> Drawing:
     """Print tau-Jp(i -> j) of all tasks and the disentanglement error of each."""
+    from peru_cli.evaluation.plots import plot_tau_jp
     from peru_cli.jobs.interference import measure_interference
 
     for task in models:
@@ -28,18 +43,23 @@ def tau_jp(
         found = measure_interference(vectors, scale, progress.advance)
     names = found.tasks
     rows = [[i, *(f"{found.tau_jp[i, j]:.4g}" for j in names)] for i in names]
-    console.table(["tau-Jp, vector of", *(f">inputs of {j}" for j in names)], rows)
+    effects = ("", ["tau-Jp, vector of", *(f">inputs of {j}" for j in names)], rows)
+    errors = (f"scale {scale:g}", ["task", ">disentanglement error, %"], [[j, f"{100 * found.error[j]:.2f}"] for j in names])
+    console.table(*effects[1:])
     console.line()
-    console.table(["task", ">disentanglement error, %"], [[j, f"{100 * found.error[j]:.2f}"] for j in names], f"scale {scale:g}")
+    console.table(*errors[1:], errors[0])
     matrix = {i: {j: found.tau_jp[i, j] for j in names} for i in names}
     console.result({"tau_jp": matrix, "disentanglement_error": found.error, "scale": scale})
+    caption = "tau-Jp: how far each task vector moves the features of each task's inputs, to first order."
+    return Drawing("tau-Jp", [effects, errors], caption, lambda path: plot_tau_jp(path, names, matrix))
 
 
 def negate(
     models: Mapping[str, str], base: Optional[str], against: Mapping[str, str], examples: Mapping[str, Examples], scales: list[float],
     device: str, batch_size: Optional[int],
-) -> None:  # fmt: skip
+) -> Drawing:  # fmt: skip
     """Print accuracies of the base minus a task vector, and the best scale of the negation protocol."""
+    from peru_cli.evaluation.plots import plot_negation
     from peru_cli.jobs.interference import KEPT, load_base, measure_negation
 
     if len(models) != 1:
@@ -61,9 +81,14 @@ def negate(
         [f"{p.scale:g}", f"{100 * p.target:.2f}", f"{100 * p.control:.2f}", "best" if p is best else ""]
         for p in points
     ]  # fmt: skip
-    console.table(["scale", ">target, %", ">control, %", ""], rows, f"base - scale x {task}; control keeps {100 * KEPT:g}% of the base's")
+    title = f"base - scale x {task}; control keeps {100 * KEPT:g}% of the base's"
+    table = (title, ["scale", ">target, %", ">control, %", ""], rows)
+    console.table(*table[1:], title)
     listed = [{"scale": p.scale, "target": p.target, "control": p.control} for p in points]
     console.result({"points": listed, "best": listed[points.index(best)]})
+    columns = [p.scale for p in points], [p.target for p in points], [p.control for p in points]
+    caption = "Accuracy of the base minus the task vector; the dotted line is the scale that is taken."
+    return Drawing("negation", [table], caption, lambda path: plot_negation(path, *columns, points.index(best)))
 
 
 def _vectors(

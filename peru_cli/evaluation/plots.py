@@ -186,6 +186,35 @@ def _accuracies(axis: Any, ours: Sequence[Point], theirs: Sequence[Point]) -> No
     axis.legend(frameon=False)
 
 
+def plot_tau_jp(path: Path | io.BytesIO, names: Sequence[str], matrix: Mapping[str, Mapping[str, float]]) -> None:
+    """tau-Jp as a heat map: a row for each task vector, a column for each task's inputs."""
+    with _figure(path, 2.2 + 0.9 * max(len(names), 2), 1.2 + 0.7 * max(len(names), 2), 1) as (axis,):
+        table = [[matrix[i][j] for j in names] for i in names]
+        largest = max(map(max, table))
+        axis.imshow(table, vmin=0, vmax=largest or 1, cmap="Blues", aspect="auto")
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_xlabel("inputs of")
+        axis.set_ylabel("vector of")
+        axis.set_title("tau-Jp", fontsize=9)
+        for i, row in enumerate(table):
+            for j, value in enumerate(row):
+                colour = "white" if value > 0.6 * largest else "black"
+                axis.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def plot_negation(path: Path | io.BytesIO, scales: Sequence[float], target: Sequence[float], control: Sequence[float], best: int) -> None:
+    """Accuracies (0 to 1) of the base minus a task vector, over its scale; `best` is the number of the point that is taken."""
+    with _figure(path, 7.5, 4.2, 1) as (axis,):
+        axis.plot(scales, [100 * value for value in target], marker="o", color="#b5533c", label="target")
+        axis.plot(scales, [100 * value for value in control], marker="o", color="#3b6ea5", label="control")
+        axis.axvline(scales[best], color="#6b7280", linewidth=1, linestyle=":")
+        axis.set_xlabel("scale")
+        axis.set_ylabel("accuracy, %")
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+
+
 def plot_cosines(path: Path, names: Sequence[str], pairs: Sequence[tuple[str, str, int, int]]) -> None:
     """Cosines between task vectors of a pack, in 1/10,000: as they are on the left, moved apart on the right."""
     with _figure(path, 1.6 + 0.9 * 2 * max(len(names), 3), 0.8 + 0.9 * max(len(names), 3), 2) as axes:
