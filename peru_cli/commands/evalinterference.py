@@ -103,5 +103,5 @@ def _vectors(
     if base is None:
         raise UsageError("task vectors are differences from a base", "add --base BASE")
     opened = open_model(base)
-    tasks = [(task, open_fine_tune(model, opened)) for task, model in models.items()]
+    tasks = [(task, open_fine_tune(model, opened, task)) for task, model in models.items()]
     return Vectors(opened, tasks, Running(dict(examples), pick_device(device), batch_size or 32))

@@ -84,8 +84,10 @@ def unpack(
     from peru_cli.jobs.underhead import tasks_of
 
     target = Path(output)
-    is_merge = bool(tasks_of(Path(artifact)))
-    place = Path(artifact) if is_merge else find_artifact(locate(artifact), task)
+    place = locate(artifact)
+    is_merge = bool(tasks_of(place))
+    if not is_merge:
+        place = find_artifact(place, task)
     if not is_merge and not place.is_file() and not find_adapters(place):
         raise UsageError(f"{artifact}: no such artifact or adapter", why_not_here(artifact)[1])
     to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
@@ -108,7 +110,7 @@ def unpack(
     if is_merge:
         from peru_cli.commands.unpackhead import unpack_head
 
-        unpack_head(Path(artifact), task, output, wanted, make_writer, dry_run, (device, threads, tile_entries), lambda: finished(base))
+        unpack_head(place, task, output, wanted, make_writer, dry_run, (device, threads, tile_entries), lambda: finished(base))
         return
     if place.is_dir() or is_lora_file(place):
         from peru_cli.commands.unpackadapter import unpack_adapter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peru_cli.console import console, plural, si_bytes
@@ -11,11 +10,12 @@ from peru_cli.console import console, plural, si_bytes
 if TYPE_CHECKING:
     from peru_cli.checkpoints.dtypes import Dtype
     from peru_cli.checkpoints.header import TensorInfo
+    from peru_cli.checkpoints.places import Place
     from peru_cli.checkpoints.writer import CheckpointWriter
 
 
 def unpack_head(
-    folder: Path,
+    folder: Place,
     task: str | None,
     output: str,
     dtype: Dtype | None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from peru_cli.artifacts.container import artifact_kind
+from peru_cli.artifacts.container import artifact_kind, find_artifact
 from peru_cli.artifacts.index import COPY, STORED
 from peru_cli.artifacts.masks import KINDS
 from peru_cli.artifacts.reader import SparseDelta
@@ -157,10 +157,14 @@ def as_unpacked(model: Checkpoint) -> Checkpoint:
 
 
 def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None) -> Checkpoint:
-    """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError."""
+    """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError.
+
+    A folder or repo that holds one artifact stands for it; of several, the one of the task.
+    """
     path = locate(model)
     if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
         return _open_adapter(path, model, base)
+    path = artifact_for(path, task)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (several := find_adapters(path)):
         names = ", ".join(str(folder) for folder in several.values())
         raise UsageError(f"{model} holds several adapters: {names}", "name one of them")
@@ -173,6 +177,16 @@ def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None)
             return ExpandedTask(path, model, task, base) if artifact_kind(path) in KINDS else ExpandedArtifact(path, model, base)
         return opened
     return open_model(model)
+
+
+def artifact_for(place: Place, task: str | None) -> Place:
+    """The artifact that a folder or repo stands for: its only one, or of several the one of the task; else the place itself."""
+    try:
+        return find_artifact(place)
+    except UsageError:
+        if task is None:
+            raise
+        return find_artifact(place, task)
 
 
 def _open_adapter(path: Place, label: str, base: Checkpoint | None) -> Checkpoint:

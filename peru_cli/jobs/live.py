@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peru_cli.artifacts.container import artifact_kind
+from peru_cli.artifacts.container import artifact_kind, find_artifact
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.masks import KINDS, open_pack
 from peru_cli.artifacts.pack import Pack
@@ -26,6 +26,7 @@ from peru_cli.artifacts.reader import SparseDelta, whole_shape
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
+from peru_cli.checkpoints.places import locate
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.jobs.decode import decode_bits
 from peru_cli.methods.delta import cast_bits
@@ -42,11 +43,12 @@ _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 
 
 def open_artifact(path: str | Path) -> SparseDelta | Pack:
-    """Open an artifact that `peru prune` or `peru shuffle-pack` wrote.
+    """Open an artifact that `peru prune` or `peru shuffle-pack` wrote: a path, or a name on the Hub.
 
     Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
     """
-    return open_pack(Path(path)) if artifact_kind(Path(path)) in KINDS else SparseDelta(Path(path))
+    place = find_artifact(locate(str(path)))
+    return open_pack(place) if artifact_kind(place) in KINDS else SparseDelta(place)
 
 
 class Applied:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -18,13 +17,14 @@ from peru_cli.artifacts.masks import KINDS, open_pack
 from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.adapterexpand import LoraCheckpoint
+from peru_cli.checkpoints.adapters import is_adapter
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_file
-from peru_cli.checkpoints.places import size_of
+from peru_cli.checkpoints.places import Place, children, locate, size_of
 from peru_cli.checkpoints.resolve import check_task, open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
-from peru_cli.jobs.expand import Overlaid, open_fine_tune
+from peru_cli.jobs.expand import Overlaid, artifact_for, open_fine_tune
 from peru_cli.jobs.live import apply
 from peru_cli.jobs.packplan import check_pack_base
 from peru_cli.jobs.retrieve import Retrieval
@@ -101,7 +101,9 @@ def open_subject(model: str, task: str, base: Base | None) -> Subject:
         UsageError: no such file, no base where one is needed, or a merge without a head for this task.
         Mismatch: the base is another one. BadFile: a file is damaged.
     """
-    path = Path(model)
+    path = locate(model)
+    if not (path.is_dir() and is_adapter(path)):
+        path = artifact_for(path, task or None)
     if is_artifact(path):
         if base is None:
             raise UsageError(f"{model} is a peru artifact: it needs its base", "add --base BASE")
@@ -167,9 +169,9 @@ def _packed(pack: Pack, task: str, base: Base, label: str) -> Subject:
     return Subject(label, shapes, retrieval.side_files(base.checkpoint)[0], size_of(path), read)
 
 
-def _with_head(merge: Subject, folder: Path, task: str) -> Subject:
+def _with_head(merge: Subject, folder: Place, task: str) -> Subject:
     """A merge under one task's head."""
-    known = sorted(file.stem for file in folder.glob("*.safetensors"))
+    known = [file.name.removesuffix(".safetensors") for file in children(folder, "*.safetensors")]
     if task not in known:
         said = f"{merge.label} has no head for {task!r}" if task else f"{merge.label} has a head for each task"
         raise UsageError(said, f"name the task of the data: --data TASK=FILE; it has {', '.join(known) or 'none'}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import open_directory, open_file
 from peru_cli.checkpoints.pairing import Prefix
+from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 
@@ -17,15 +16,16 @@ CONFIG_KEY, PREFIX_KEY = (
 )  # metadata of a head's file: the fine-tune's config.json, and how its names become the merge's
 
 
-def tasks_of(folder: Path) -> list[str]:
+def tasks_of(folder: Place) -> list[str]:
     """The tasks that a merge keeps heads of; none if it is no merge, or its tasks differ in nothing but what was merged."""
-    return sorted(file.stem for file in (folder / HEADS).glob("*.safetensors")) if (folder / HEADS).is_dir() else []
+    heads = children(folder / HEADS, "*.safetensors") if (folder / HEADS).is_dir() else []
+    return [file.name.removesuffix(".safetensors") for file in heads]
 
 
 class UnderHead(Checkpoint):
     """The merged tensors under the fine-tune's names, and the head's own."""
 
-    def __init__(self, folder: Path, task: str | None) -> None:
+    def __init__(self, folder: Place, task: str | None) -> None:
         """Open both. UsageError, with the names of all tasks, if there is no such task."""
         known = tasks_of(folder)
         if task not in known:
