@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from format_reader import DTYPES, FLOAT, Array, Cursor, checkpoint_digest, read_safetensors, short, tensor_digest
+from format_reader import (
+    BITS,
+    DTYPES,
+    FLOAT,
+    MARKER,
+    Array,
+    Cursor,
+    checkpoint_digest,
+    kept_entries,
+    put_in,
+    read_safetensors,
+    short,
+    tensor_digest,
+)
 from pcodec import wrapped
 
 COPY, SUM, TARGET = 0, 1, 2
@@ -35,13 +49,16 @@ class PackReader:
         assert blake3(b"peru header 1\0" + blank + index).hexdigest().encode() == digest
         assert self.metadata["peru.kind"] == self.kind and len(header) % 8 == 0
         self.cursor = self.open_index(index)
-        assert self.cursor.byte() == 1
+        version = self.cursor.byte()
+        assert version in (1, 2)
         self.groups = [(self.text(), self.cursor.varint()) for _ in range(self.cursor.varint())]
         self.tensors = self.read_tensors()
+        self.blocks_at = len(self.roles.get("blocks", b""))  # as far as they were read
         self.sums = self.read_sums()
         self.contents = [(self.cursor.varint(), self.cursor.take(16)) for _ in range(self.cursor.varint())]
         self.tasks = [self.read_task(number) for number in range(self.cursor.varint())]
-        assert self.cursor.at == len(self.cursor.data)
+        self.residuals = {task["name"]: self.read_residual() for task in self.tasks} if version == 2 else {}
+        assert self.cursor.at == len(self.cursor.data) and self.blocks_at == len(self.roles.get("blocks", b""))
 
     def open_index(self, index: bytes) -> Cursor:
         return Cursor(index)
@@ -89,7 +106,8 @@ class PackReader:
             assert short(data) == digest
             parts.append(decode(data, np.empty(min(size, left), np.int32)))
             left -= len(parts[-1])
-        assert not left and at == len(blocks)
+        assert not left
+        self.blocks_at = at
         flat, found, tensors = np.concatenate(parts), {}, {}
         for t in self.tensors:
             if t["mode"] != COPY:
@@ -113,6 +131,57 @@ class PackReader:
             file, from_base = self.text(), cursor.byte()
             task["files"][file] = None if from_base and (cursor.varint(), cursor.take(16)) else self.content(cursor.varint())
         return task
+
+    def read_residual(self) -> dict[str, tuple[Array, Array, Array, bool]]:
+        """Of each tensor with corrections: positions, values, values apart, whether they are rounded."""
+        cursor = self.cursor
+        density, _ = self.text(), float(self.text())
+        floating = [t for t in self.tensors if t["dtype"] in ("F16", "BF16", "F32", "F64")]
+        kept = [cursor.varint() for _ in floating]
+        total = sum(math.prod(t["shape"]) for t in floating)
+        assert sum(kept) <= int(Fraction(density) * total)
+        streams = []
+        for _ in range(cursor.varint()):
+            s = {"dtype": DTYPES[cursor.byte()], "rounded": cursor.byte(), "positions": cursor.byte(), "values": cursor.byte()}
+            s["block"], s["kept"] = cursor.varint(), cursor.varint()
+            assert s["kept"] == sum(k for k, t in zip(kept, floating, strict=True) if t["dtype"] == s["dtype"]) > 0
+            streams.append(s)
+        blocks, left, origins = [], [s["kept"] for s in streams], [0] * len(streams)
+        for _ in range(cursor.varint()):
+            number = cursor.byte()
+            origins[number] += cursor.varint()
+            b = {"stream": number, "origin": origins[number], "count": min(left[number], streams[number]["block"])}
+            left[number] -= b["count"]
+            b["wide"], b["positions"], b["values"] = cursor.byte(), cursor.varint(), cursor.varint()
+            b["apart"] = cursor.varint() if streams[number]["rounded"] else 0
+            b["digest"] = cursor.take(16)
+            blocks.append(b)
+        assert not any(left)
+        size = sum(b["positions"] + b["values"] + b["apart"] * BITS[streams[b["stream"]]["dtype"]] // 8 for b in blocks)
+        found = kept_entries(self.roles["blocks"][self.blocks_at : self.blocks_at + size], streams, blocks)
+        self.blocks_at += size
+        result, at = {}, dict.fromkeys(DTYPES.values(), 0)
+        for count, t in zip(kept, floating, strict=True):
+            begin = at[t["dtype"]]
+            at[t["dtype"]] += math.prod(t["shape"])
+            if count:
+                number = next(i for i, s in enumerate(streams) if s["dtype"] == t["dtype"])
+                positions, values, apart = found[number]
+                i, j = np.searchsorted(positions, (begin, at[t["dtype"]]))
+                assert j - i == count
+                a, b = (int(np.count_nonzero(values[:k] == MARKER)) for k in (i, j))
+                result[t["name"]] = positions[i:j] - begin, values[i:j], apart[a:b], bool(streams[number]["rounded"])
+        return result
+
+    def correct(self, task: str, tensor: dict[str, Any], raw: bytes) -> bytes:
+        """What comes back, with the residual's entries put in."""
+        entries = self.residuals.get(task, {}).get(tensor["name"])
+        if entries is None:
+            return raw
+        bits = np.frombuffer(bytearray(raw), f"<i{BITS[tensor['dtype']] // 8}")
+        *three, rounded = entries
+        put_in(bits, *three, tensor["dtype"], rounded)
+        return bits.tobytes()
 
     def content(self, number: int) -> bytes:
         at = sum(size for size, _ in self.contents[:number])
@@ -144,7 +213,7 @@ class PackReader:
             assert (dtype, shape) == (tensor["base_dtype"], tensor["shape"]) and tensor_digest(dtype, shape, raw)[:16] == tensor["digest"]
             fine = task["prefix"][1:] + tensor["name"] if task["prefix"][:1] == "+" else tensor["name"].removeprefix(task["prefix"][1:])
             if tensor["mode"] == COPY:
-                result[fine] = base[tensor["name"]]
+                result[fine] = (dtype, shape, self.correct(name, tensor, raw))
                 continue
             place = self.place(task, tensor)
             vector = self.sums[place["name"]].astype(np.float32) * np.float32(float(self.metadata["peru.scale"]) * 2.0 ** place["exponent"])
@@ -154,7 +223,8 @@ class PackReader:
                 for j in range(width):
                     if word(key, j // 32) >> j % 32 & 1:
                         vector[j::width] *= np.float32(-1)
-            result[fine] = (tensor["dtype"], shape, narrow(widen(raw, dtype, tensor["dtype"]) + vector, tensor["dtype"]))
+            back = narrow(widen(raw, dtype, tensor["dtype"]) + vector, tensor["dtype"])
+            result[fine] = (tensor["dtype"], shape, self.correct(name, tensor, back))
         at = sum(math.prod(s) * {"F32": 4, "BF16": 2}[d] for t in self.tasks[: self.tasks.index(task)] for _, d, s, _ in t["own"])
         for own, dtype, shape, digest in task["own"]:
             size = math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]

@@ -77,6 +77,10 @@ class ContainerWriter:
         """Whether an earlier run left at least so many bytes of roles."""
         return os.fstat(self.file.fd).st_size >= (self._data_offset + nbytes if nbytes else 0)
 
+    def read_first(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of the first role, which have been written already."""
+        return self.file.read_at(self._data_offset + offset, nbytes)
+
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each role so far."""

@@ -18,7 +18,8 @@ from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.codecs import PCO, decode, encode
 from peru_cli.artifacts.container import artifact_kind
-from peru_cli.artifacts.pack import Pack, PackWriter, Sums
+from peru_cli.artifacts.pack import Pack, Sums
+from peru_cli.artifacts.packwriter import PackWriter
 from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.artifacts.superposed import KIND as SUPERPOSED
@@ -130,6 +131,8 @@ def decode_masks(data: bytes) -> tuple[PackIndex, list[MaskRecord]]:
     index = decode_index(cursor.take(cursor.count()))
     if index.groups or any(tensor.mode == TARGET for tensor in index.tensors):
         raise BadFile("tensors of masks change places, which only those of packs do")
+    if index.residuals:
+        raise BadFile("masks have residuals, which only packs have")
     masks = []
     for _ in index.tasks:
         mask = MaskRecord(decimal(cursor), cursor.number(index.entries), cursor.take(32))

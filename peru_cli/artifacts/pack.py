@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from peru_cli.artifacts.cache import BlockCache
-from peru_cli.artifacts.codecs import PCO, decode, encode
-from peru_cli.artifacts.container import FORMAT, Container, ContainerWriter, opening
-from peru_cli.artifacts.index import SideFile
+from peru_cli.artifacts.codecs import decode
+from peru_cli.artifacts.container import Container, opening
+from peru_cli.artifacts.index import SideFile, TensorRecord
+from peru_cli.artifacts.kept import KeptEntries
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.artifacts.superposed import (
-    BLOCK_ENTRIES,
     COPY,
     KIND,
     TARGET,
     PackedTensor,
     PackIndex,
-    SumBlock,
     TaskRecord,
     TaskTensor,
     check_metadata,
     decode_index,
-    encode_index,
 )
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
@@ -56,69 +53,12 @@ def sum_leaves(sums: Sums) -> bytes:
     return leaves(little.data.cast("B") if len(little) else memoryview(b""), _I32)
 
 
-class PackWriter:
-    """Writes one pack. `add` in canonical order; `write` for what it returns, from any thread; then `finish`."""
+@dataclass(frozen=True)
+class Corrections:
+    """A task's residual: `records` by the base's names say how many entries of each tensor are corrected, `entries` has them."""
 
-    def __init__(
-        self, target: Path, largest_metadata: Mapping[str, str], sync: bool, kind: str = KIND,
-        encode_index: Callable[[PackIndex], bytes] = encode_index,
-    ) -> None:  # fmt: skip
-        self._fixed, self._encode_index = {"peru.format": FORMAT, "peru.kind": kind}, encode_index
-        self._container = ContainerWriter(target, {**self._fixed, **largest_metadata}, sync)
-        self._waiting: list[Sums] = []
-        self._tickets = 0
-        self._encoded: dict[int, list[bytes]] = {}
-        self._lock = threading.Lock()
-        self.blocks: list[SumBlock] = []
-
-    def add(self, sums: Sums) -> list[tuple[int, Sums]]:
-        """Append sums; returns the blocks that are full now, with their numbers."""
-        self._waiting.append(sums)
-        full = []
-        while sum(map(len, self._waiting)) >= BLOCK_ENTRIES:
-            joined = np.concatenate(self._waiting)
-            full.append(self._block(joined[:BLOCK_ENTRIES]))
-            self._waiting = [joined[BLOCK_ENTRIES:]]
-        return full
-
-    def rest(self) -> list[tuple[int, Sums]]:
-        """The last block, which need not be full."""
-        joined, self._waiting = np.concatenate([np.empty(0, np.int32), *self._waiting]), []
-        return [self._block(joined)] if len(joined) else []
-
-    def _block(self, sums: Sums) -> tuple[int, Sums]:
-        self._tickets += 1
-        return self._tickets - 1, sums
-
-    def write(self, block: tuple[int, Sums], more: Sequence[bytes] = ()) -> None:
-        """Encode a block and write it when its turn has come, and after it `more`."""
-        data = encode(np.ascontiguousarray(block[1]), PCO)
-        with self._lock:
-            self._encoded[block[0]] = [data, *more]
-            while (ready := self._encoded.pop(len(self.blocks), None)) is not None:
-                self.blocks.append(SumBlock(len(ready[0]), short_digest(ready[0])))
-                for part in ready:
-                    self._container.append("blocks", part)
-
-    def append_whole(self, data: memoryview) -> None:
-        """Append bytes of tasks' own tensors, in the index's order."""
-        self._container.append("whole", data)
-
-    def finish(
-        self, metadata: Mapping[str, str], index: PackIndex, contents: Sequence[bytes], before: Callable[[], None] = lambda: None
-    ) -> int:
-        """Write side files, index and header, call `before`, and put the pack in place; returns its size in bytes."""
-        assert not self._encoded, "a block was never written"
-        index.blocks = self.blocks
-        for content in contents:
-            self._container.append("files", content)
-        return self._container.finish({**self._fixed, **metadata}, self._encode_index(index), before)
-
-    def __enter__(self) -> PackWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._container.__exit__(*exc)
+    records: Mapping[str, TensorRecord]
+    entries: KeptEntries
 
 
 class Pack:
@@ -130,8 +70,61 @@ class Pack:
         self.container = Container(path)
         with opening(path, self.close):
             self._open()
+
+    def _open(self) -> None:
+        self.path, self.metadata = self.container.path, self.container.metadata
+        if (kind := self.metadata.get("peru.kind")) != self.kind:
+            raise BadFile(f"an artifact of kind {kind!r}, where a pack is meant", "`peru shuffle-pack` makes packs")
+        self._read_index()
+        index = self.index
+        if int(self.metadata["peru.entries"]) != index.entries:
+            raise BadFile(f"its metadata has 'peru.entries' as {self.metadata['peru.entries']}, its index has {index.entries}")
+        blocks, whole = self._find_parts(partial(self.container.read, "blocks"))
+        for role, size in (("blocks", blocks), ("whole", whole), ("files", sum(size for size, _ in index.contents))):
+            if self.container.sizes[role] != size:
+                raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
+
+    def _read_index(self) -> None:
+        check_metadata(self.metadata)
+        self.index: PackIndex = decode_index(self.container.index)
+
+    def _find_parts(self, read: Callable[[int, int], bytes]) -> tuple[int, int]:
+        """Find where everything lies; `read` gives bytes of the blocks. The bytes of all blocks, and of all tasks' own tensors."""
+        index, self._read = self.index, read
         self._cache: BlockCache[Sums] = BlockCache(_CACHED_BLOCKS)
         self._loaded: list[Sums] = []
+        self.records = {record.info.name: record for record in index.tensors}
+        self.tasks = {task.name: task for task in index.tasks}
+        self.scale = float(self.metadata["peru.scale"])
+        self._first: dict[str, int] = {}
+        at = 0
+        for record in index.tensors:
+            self._first[record.info.name] = at
+            at += record.info.entries if record.is_sum else 0
+        self._block_at: list[int] = []
+        blocks = self._lay_out()
+        self._whole_at: dict[tuple[str, str], int] = {}
+        whole = 0
+        for task in index.tasks:
+            for tensor in task.tensors:
+                self._whole_at[task.name, tensor.info.name] = whole
+                whole += tensor.info.nbytes
+        self._corrections: dict[str, Corrections] = {}
+        infos = index.floating
+        for task, residual in zip(index.tasks, index.residuals, strict=False):
+            records = residual.records(infos)
+            kept = KeptEntries(self.path, records, residual.streams, residual.blocks, partial(_read_from, read, blocks))
+            self._corrections[task.name] = Corrections({record.info.name: record for record in records}, kept)
+            blocks += residual.nbytes
+        return blocks, whole
+
+    def _lay_out(self) -> int:
+        """Find where each block of sums begins; the bytes of all."""
+        at = 0
+        for block in self.index.blocks:
+            self._block_at.append(at)
+            at += block.nbytes
+        return at
 
     def load(self) -> Pack:
         """Hold all sums in memory, decoded: 2 bytes each (4 where they are large). Tasks are then swapped in a moment."""
@@ -140,44 +133,9 @@ class Pack:
                 self._loaded = list(pool.map(lambda number: _narrow(self._decode(number)), range(len(self.index.blocks))))
         return self
 
-    def _open(self) -> None:
-        self.path, self.metadata = self.container.path, self.container.metadata
-        if (kind := self.metadata.get("peru.kind")) != self.kind:
-            raise BadFile(f"an artifact of kind {kind!r}, where a pack is meant", "`peru shuffle-pack` makes packs")
-        self._read_index()
-        if int(self.metadata["peru.entries"]) != self.index.entries:
-            raise BadFile(f"its metadata has 'peru.entries' as {self.metadata['peru.entries']}, its index has {self.index.entries}")
-        self.records = {record.info.name: record for record in self.index.tensors}
-        self.tasks = {task.name: task for task in self.index.tasks}
-        self.scale = float(self.metadata["peru.scale"])
-        self._first: dict[str, int] = {}
-        at = 0
-        for record in self.index.tensors:
-            self._first[record.info.name] = at
-            at += record.info.entries if record.is_sum else 0
-        self._block_at: list[int] = []
-        blocks = self._lay_out()
-        self._whole_at: dict[tuple[str, str], int] = {}
-        whole = 0
-        for task in self.index.tasks:
-            for tensor in task.tensors:
-                self._whole_at[task.name, tensor.info.name] = whole
-                whole += tensor.info.nbytes
-        for role, size in (("blocks", blocks), ("whole", whole), ("files", sum(size for size, _ in self.index.contents))):
-            if self.container.sizes[role] != size:
-                raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
-
-    def _read_index(self) -> None:
-        check_metadata(self.metadata)
-        self.index: PackIndex = decode_index(self.container.index)
-
-    def _lay_out(self) -> int:
-        """Find where each block begins; the bytes of all."""
-        at = 0
-        for block in self.index.blocks:
-            self._block_at.append(at)
-            at += block.nbytes
-        return at
+    def corrections(self, task: TaskRecord) -> Corrections | None:
+        """What a task's residual corrects; None if there is none."""
+        return self._corrections.get(task.name)
 
     @property
     def has_own_base(self) -> bool:
@@ -222,7 +180,7 @@ class Pack:
 
     def _decode(self, number: int) -> Sums:
         block, size = self.index.blocks[number], self.index.block_entries
-        data = self.container.read("blocks", self._block_at[number], block.nbytes)
+        data = self._read(self._block_at[number], block.nbytes)
         if short_digest(data) != block.digest:
             raise BadFile(f"{self.path}: block {number} of its sums was altered", "fetch or make it again")
         try:
@@ -270,6 +228,10 @@ class Pack:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _read_from(read: Callable[[int, int], bytes], begin: int, offset: int, nbytes: int) -> bytes:
+    return read(begin + offset, nbytes)
 
 
 def _narrow(sums: Sums) -> Sums:

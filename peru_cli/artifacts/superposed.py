@@ -13,6 +13,7 @@ from itertools import pairwise
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
 from peru_cli.artifacts.index import FROM_BASE, MAX_BLOCK_ENTRIES, STORED, SideFile
+from peru_cli.artifacts.residual import Residual, decode_residual, encode_residual
 from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
@@ -23,7 +24,7 @@ from peru_cli.methods.superpose import DECORRELATE, MOST_TASKS
 from peru_cli.streaming.digests import SHORT
 
 KIND = "superposed"
-INDEX_VERSION = 1
+INDEX_VERSION, WITH_RESIDUALS = 1, 2  # the index's versions
 COPY, SUM, TARGET = 0, 1, 2  # the base's bytes; a plain sum; a sum of vectors that were moved and flipped
 BLOCK_ENTRIES = 1 << 17
 MOST_EXPONENT = 1074
@@ -141,17 +142,23 @@ class PackIndex:
     contents: list[tuple[int, bytes]]
     codec: int = PCO
     block_entries: int = BLOCK_ENTRIES
+    residuals: list[Residual] = field(default_factory=list)  # none, or one for each task
 
     @property
     def entries(self) -> int:
         """How many sums there are."""
         return sum(tensor.info.entries for tensor in self.tensors if tensor.is_sum)
 
+    @property
+    def floating(self) -> list[TensorInfo]:
+        """Tensors that residuals may correct."""
+        return [tensor.info for tensor in self.tensors if tensor.info.dtype.compressible]
+
 
 def encode_index(index: PackIndex) -> bytes:
     """Serialise; tensors, tasks and contents must be in order."""
     sink = Sink()
-    sink.byte(INDEX_VERSION)
+    sink.byte(WITH_RESIDUALS if index.residuals else INDEX_VERSION)
     sink.number(len(index.groups))
     for group in index.groups:
         sink.text(group.prefix.encode("utf-8"))
@@ -174,6 +181,8 @@ def encode_index(index: PackIndex) -> bytes:
     sink.number(len(index.tasks))
     for number, task in enumerate(index.tasks):
         _encode_task(sink, task, [other.name for other in index.tasks[:number]], index)
+    for residual in index.residuals:
+        encode_residual(sink, residual)
     return bytes(sink.data)
 
 
@@ -222,8 +231,10 @@ def _encode_task(sink: Sink, task: TaskRecord, before: list[str], index: PackInd
 def decode_index(data: bytes) -> PackIndex:
     """Parse and check an index; BadFile if anything in it cannot be."""
     cursor = Cursor(data)
-    if (version := cursor.byte()) != INDEX_VERSION:
-        raise BadFile(f"the pack's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
+    if (version := cursor.byte()) not in (INDEX_VERSION, WITH_RESIDUALS):
+        raise BadFile(
+            f"the pack's index has version {version}, this peru reads {INDEX_VERSION} and {WITH_RESIDUALS}", "pip install -U peru-cli"
+        )
     groups = [BlockGroup(cursor.text(), cursor.number()) for _ in range(cursor.count())]
     tensors = [_decode_tensor(cursor, name, len(groups)) for name in cursor.names()]
     _check_groups(groups, tensors)
@@ -238,6 +249,9 @@ def decode_index(data: bytes) -> PackIndex:
         raise BadFile("the files that the pack carries are not in order")
     for _ in range(cursor.number(MOST_TASKS)):
         index.tasks.append(_decode_task(cursor, index))
+    if version == WITH_RESIDUALS:
+        infos = index.floating
+        index.residuals = [decode_residual(cursor, infos, f"-?({_DECIMAL})") for _ in index.tasks]
     if not cursor.done():
         raise BadFile("the pack's index goes on after its end")
     _check_tasks(index)

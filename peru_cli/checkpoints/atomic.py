@@ -132,6 +132,15 @@ class PartialFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
             view, offset = view[written:], offset + written
 
+    def read_at(self, offset: int, nbytes: int) -> bytes:
+        """What was written at a byte offset; safe from many threads."""
+        data = b""
+        while len(data) < nbytes:
+            if not (more := os.pread(self.fd, nbytes - len(data), offset + len(data))):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.path))
+            data += more
+        return data
+
     def commit(self) -> None:
         """Sync and rename into place."""
         if self._sync:

@@ -19,7 +19,8 @@ def show_pack(path: Place, plot: Path | None) -> None:
     with Pack(path) as pack:
         meta, index, container = pack.metadata, pack.index, pack.container
         parts = {
-            "sums": container.sizes["blocks"],
+            "sums": sum(block.nbytes for block in index.blocks),
+            **({"residuals": sum(residual.nbytes for residual in index.residuals)} if index.residuals else {}),
             "tasks' own tensors": container.sizes["whole"],
             "side files": container.sizes["files"],
             "index": container.sizes["index"],
@@ -40,17 +41,20 @@ def show_pack(path: Place, plot: Path | None) -> None:
         console.line()
         energies = {task.name: float(task.norm) ** 2 for task in index.tasks}
         total = sum(energies.values())
+        residuals = {task.name: residual for task, residual in zip(index.tasks, index.residuals, strict=False)}
         tasks = []
         for task in index.tasks:
             own = energies[task.name]
             scale = pack.scale
             now = ((scale**2 * (total - own) + (1 - scale) ** 2 * own) / own) ** 0.5 if own else 0.0
             side = sum(file.size for file in task.files if file.origin == STORED)
+            mended = [residuals[task.name].error, si_bytes(residuals[task.name].nbytes)] if residuals else []
             shift = [str(task.shift)] if meta["peru.decorrelate"] == "shift" else []
             tasks.append([task.name, task.norm, f"{now:.3f}", task.error, str(task.together), task.rounding, si_bytes(task.whole_bytes),
-                          si_bytes(side), *shift])  # fmt: skip
+                          si_bytes(side), *shift, *mended])  # fmt: skip
         columns = ["task", ">norm", ">expected error", ">measured", ">among", ">rounding", ">own tensors", ">side files"]
-        console.table(columns + ([">shift"] if meta["peru.decorrelate"] == "shift" else []), tasks)
+        columns += [">shift"] if meta["peru.decorrelate"] == "shift" else []
+        console.table(columns + ([">with residual", ">residual"] if residuals else []), tasks)
         console.line()
         console.table(["targets", "shape", ">blocks", ">entries"], groups)
         if pairs:
@@ -76,6 +80,14 @@ def show_pack(path: Place, plot: Path | None) -> None:
                         "shift": task.shift,
                         "own_tensors": [tensor.info.name for tensor in task.tensors],
                         "digest": task.digest.hex(),
+                        "residual": None
+                        if task.name not in residuals
+                        else {
+                            "density": str(residuals[task.name].density),
+                            "error": float(residuals[task.name].error),
+                            "kept": sum(residuals[task.name].kept),
+                            "bytes": residuals[task.name].nbytes,
+                        },
                     }
                     for task in index.tasks
                 ],

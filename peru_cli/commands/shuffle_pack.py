@@ -16,7 +16,7 @@ from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from peru_cli.jobs.pack import PackResult
+    from peru_cli.jobs.packfinish import PackResult
     from peru_cli.jobs.packplan import PackPlan
 
 
@@ -70,6 +70,10 @@ def shuffle_pack(
     merge_base: Annotated[
         Optional[str], typer.Option("--merge-base", metavar="DIR", help="Write the plain sums into a new base, which the pack then is of.")
     ] = None,
+    residual: Annotated[
+        Optional[str],
+        typer.Option("--residual", metavar="DENSITY", help="Keep the largest of what is lost: 1% of each task's entries."),
+    ] = None,
     add_to: Annotated[Optional[Path], typer.Option("--add-to", metavar="PACK", help="OUT is PACK and these tasks.")] = None,
     remove_from: Annotated[
         Optional[Path], typer.Option("--remove-from", metavar="PACK", help="OUT is PACK without these tasks, given as they were packed.")
@@ -112,10 +116,13 @@ def shuffle_pack(
     given = {
         "--seed": seed, "--decorrelate": decorrelate, "--signs": signs, "--skip": skip, "--scale": scale, "--precision": precision,
         "--target": target, "--exclude": exclude, "--per-task": per_task, "--dtype": dtype, "--base-id": base_id,
-        "--merge-base": merge_base,
+        "--merge-base": merge_base, "--residual": residual,
     }  # fmt: skip
     change = add_to or remove_from
-    apart = {name: given[name] for name in ("--seed", "--decorrelate", "--signs", "--skip", "--target", "--exclude", "--merge-base")}
+    apart = {
+        name: given[name]
+        for name in ("--seed", "--decorrelate", "--signs", "--skip", "--target", "--exclude", "--merge-base", "--residual")
+    }
     masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change)
     if add_to is not None and remove_from is not None:
         raise UsageError("--add-to and --remove-from are two things", "do one after the other")
@@ -128,6 +135,7 @@ def shuffle_pack(
     if seed is not None and seed >= 10**19:
         raise UsageError(f"--seed {seed} has more than 19 digits")
     options.check_base_id(base_id)
+    density = options.parse_density(residual, "--residual") if residual is not None else None
 
     from peru_cli.artifacts.pack import Pack
     from peru_cli.checkpoints.atomic import check_room, check_target
@@ -139,6 +147,7 @@ def shuffle_pack(
     from peru_cli.jobs.masks import make_masks, plan_masks
     from peru_cli.jobs.packbase import MergeBase, check_plain
     from peru_cli.jobs.packplan import PackOptions, plan_change, plan_pack
+    from peru_cli.jobs.packresidual import check_residual
     from peru_cli.methods.superpose import DECORRELATE
 
     if decorrelate is not None and decorrelate not in DECORRELATE:
@@ -170,6 +179,8 @@ def shuffle_pack(
     else:
         plan = plan_change(old, opened_base, tasks, remove_from is not None) if old is not None else plan_pack(opened_base, tasks, chosen)
     check_room(out, sum(info.nbytes for heads in plan.heads.values() for info in heads) + (old.container.file_bytes if old else 0))
+    if density is not None:
+        check_residual(plan, density)
     if new_base is not None:
         check_plain(plan)
         check_room(new_base.target, opened_base.nbytes)
@@ -187,13 +198,14 @@ def shuffle_pack(
         plan.metadata |= named.metadata()
     tiles = tile_entries or job.default_tile(len(plan.vectors))
     passes = masks.passes if masks is not None else 1 if plan.removing else 2
+    passes += 2 * len(plan.vectors) if density is not None else 0
     with console.progress(passes * plan.entries, "pack") as progress, streaming("cpu", threads, tiles, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
         if masks is not None:
             masked = make_masks(plan, masks, out, how, not no_sync, precision, progress.step)
             packmasks.report(masked, publish(place, [out], "shuffle-pack"))
             return
-        result = job.make_pack(plan, out, how, not no_sync, precision, max_error, new_base, progress.step)
+        result = job.make_pack(plan, out, how, not no_sync, precision, max_error, new_base, density, progress.step)
     _report(result, merge_base, publish(place, [out], "shuffle-pack"))
 
 
@@ -247,6 +259,7 @@ def _planned(plan: PackPlan, out: Path) -> dict[str, Any]:
 def _report(result: PackResult, merge_base: Optional[str], published: dict[str, Any]) -> None:
     for task, error in result.left_out.items():
         console.warn(f"{task} is left out: it would miss {error:.4g} of its task vector's length")
+    columns = ["task", ">norm", ">predicted error", ">error", ">cosine", ">rounding", ">own tensors"]
     rows = [
         [
             task.name,
@@ -259,8 +272,12 @@ def _report(result: PackResult, merge_base: Optional[str], published: dict[str, 
         ]
         for task in result.tasks
     ]
+    if any(task.residual_error is not None for task in result.tasks):
+        columns += [">error with residual", ">residual"]
+        for row, packed in zip(rows, result.tasks, strict=True):
+            row += [f"{packed.residual_error:.3f}", si_bytes(packed.residual_bytes)]
     if rows:
-        console.table(["task", ">norm", ">predicted error", ">error", ">cosine", ">rounding", ">own tensors"], rows)
+        console.table(columns, rows)
     console.line(
         f"{result.path}: {plural(len(result.all_tasks), 'task')}, {si_bytes(result.file_bytes)},"
         f" {result.bits_per_parameter:.3f} bits/param for all of them, precision {result.precision}"
@@ -292,6 +309,8 @@ def _report(result: PackResult, merge_base: Optional[str], published: dict[str, 
                     "cosine": task.measured.cosine,
                     "rounding": task.rounding,
                     "whole_bytes": task.whole_bytes,
+                    "residual_error": task.residual_error,
+                    "residual_bytes": task.residual_bytes,
                 }
                 for task in result.tasks
             ],

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from peru_cli.artifacts.container import artifact_kind, is_artifact
 from peru_cli.artifacts.index import STORED
 from peru_cli.artifacts.masks import KINDS, open_pack
-from peru_cli.artifacts.superposed import COPY
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.jobs.packplan import check_pack_base
 from peru_cli.jobs.retrieve import Retrieval, retrieve
 from peru_cli.jobs.taskvectors import How
-from peru_cli.streaming.arrays import BITS
 
 
 def only_task(model: str) -> str | None:
@@ -68,15 +64,11 @@ class ExpandedTask(Checkpoint):
             self.pack.read_whole(self._retrieval.task, self._own[name], offset, buffer)
             return
         record = self._records[name]
-        if record.mode == COPY:
+        if not record.info.dtype.compressible:
             self._base.read_into(record.info.name, offset, buffer)
-            return
-        start, n = offset * 8 // record.info.dtype.bits, len(buffer) * 8 // record.info.dtype.bits
-        room = memoryview(bytearray(record.base_dtype.nbytes(n)))
-        self._base.read_into(record.info.name, record.base_dtype.nbytes(start), room)
-        sums = self.pack.sums(self._retrieval.place(record), start, start + n)
-        bits = self._retrieval.entries(record, start, sums, np.frombuffer(room, BITS[record.base_dtype.bits]))
-        buffer[:] = bits.data.cast("B")
+        elif len(buffer):
+            start, stop = (at * 8 // record.info.dtype.bits for at in (offset, offset + len(buffer)))
+            buffer[:] = self._retrieval.read(record, start, stop, self._base).data.cast("B")
 
     def close(self) -> None:
         self.pack.close()

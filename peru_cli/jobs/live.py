@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PIECE = 1 << 22  # entries decoded at once
-_INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 
@@ -327,7 +327,7 @@ def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: st
         return
     if not tensor.is_contiguous():
         raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
-    _overwrite(applied, tensor.detach().view(-1).view(_INTEGERS[dtype.bits]), record, artifact)
+    _overwrite(applied, tensor.detach().view(-1).view(INTEGERS[dtype.bits]), record, artifact)
 
 
 def _overwrite(applied: Applied | None, flat: Tensor, record: TensorRecord, artifact: SparseDelta) -> None:

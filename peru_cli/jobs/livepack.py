@@ -23,8 +23,8 @@ from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.superposed import PackedTensor, TaskTensor
 from peru_cli.errors import Mismatch
-from peru_cli.jobs.live import Applied, match, memory, verify_base
-from peru_cli.jobs.retrieve import Retrieval
+from peru_cli.jobs.live import INTEGERS, Applied, match, memory, verify_base
+from peru_cli.jobs.retrieve import Retrieval, float_kind
 from peru_cli.streaming.engine import available_threads
 
 if TYPE_CHECKING:
@@ -46,10 +46,15 @@ class _TaskView:
         task = retrieval.task
         records = []
         for record, info in zip(pack.index.tensors, retrieval.tensors(), strict=False):
-            mode = DELTA if record.is_sum else COPY
+            mode = DELTA if _changes(pack, record) else COPY
             records.append(TensorRecord(info, mode, b"", record.base_dtype, 0, record.base_digest, record.info.entries))
         records += [TensorRecord(tensor.info, WHOLE, tensor.digest) for tensor in task.tensors]
         self.index = _Index(records)
+
+
+def _changes(pack: Pack, record: PackedTensor) -> bool:
+    """Whether a task may have other values there than the base."""
+    return record.is_sum or (bool(pack.index.residuals) and record.info.dtype.compressible)
 
 
 class AppliedPack(Applied):
@@ -81,7 +86,7 @@ class AppliedPack(Applied):
         names = match(self._table, view, self._is_module)  # type: ignore[arg-type]
         if verify:
             verify_base(self._table, names, view)  # type: ignore[arg-type]
-        by_fine = {retrieval.task.fine_name(record.info.name): record for record in self.pack.index.tensors if record.is_sum}
+        by_fine = {retrieval.task.fine_name(record.info.name): record for record in self.pack.index.tensors if _changes(self.pack, record)}
         chosen = {names[fine]: record for fine, record in by_fine.items() if fine in names and record.info.entries}
         own = {tensor.info.name: self._whole(retrieval, tensor) for tensor in retrieval.task.tensors}
         with torch.no_grad():
@@ -107,20 +112,29 @@ class AppliedPack(Applied):
 
     def _piece(self, retrieval: Retrieval, name: str, record: PackedTensor, start: int) -> None:
         stop = min(start + _PIECE, record.info.entries)
-        sums = self.pack.sums(retrieval.place(record), start, stop)
         base, tensor = (t.detach().view(-1)[start:stop] for t in (self._kept[name], self._table[name]))
-        if tensor.device.type == "cpu" and record.info.dtype.bits > 16:
-            vector = retrieval.vector(record, start, sums, tensor.numpy())
+        dtype = record.info.dtype
+        integers = INTEGERS[dtype.bits]
+        if not record.is_sum:
+            tensor.copy_(base)
+        elif tensor.device.type == "cpu" and dtype.bits > 16:
+            vector = retrieval.vector(record, start, self._sums(retrieval, record, start, stop), tensor.numpy())
             np.add(vector, base.numpy(), out=vector)
-            return
-        if tensor.device.type == "cpu":
-            integers = getattr(torch, f"int{record.info.dtype.bits}")
-            bits = retrieval.entries(record, start, sums, base.view(integers).numpy())
-            np.copyto(tensor.view(integers).numpy(), bits)
-            return
-        kind = "f8" if record.info.dtype.name == "F64" else "f4"
-        moved = torch.from_numpy(retrieval.vector(record, start, sums, np.empty(stop - start, kind))).to(tensor.device)
-        tensor.copy_(moved.add_(base.to(moved.dtype)))
+        elif tensor.device.type == "cpu":
+            sums = self._sums(retrieval, record, start, stop)
+            np.copyto(tensor.view(integers).numpy(), retrieval.entries(record, start, sums, base.view(integers).numpy()))
+        else:
+            sums = self._sums(retrieval, record, start, stop)
+            vector = retrieval.vector(record, start, sums, np.empty(stop - start, float_kind(dtype)))
+            moved = torch.from_numpy(vector).to(tensor.device)
+            tensor.copy_(moved.add_(base.to(moved.dtype)))
+        if retrieval.corrected(record):
+            bits = tensor.view(integers).cpu()  # the same memory, if it is there already
+            retrieval.correct(record, start, bits.numpy())
+            tensor.view(integers).copy_(bits)
+
+    def _sums(self, retrieval: Retrieval, record: PackedTensor, start: int, stop: int) -> Any:
+        return self.pack.sums(retrieval.place(record), start, stop)
 
     def _untied(self, retrieval: Retrieval, chosen: dict[str, PackedTensor]) -> dict[str, PackedTensor]:
         """Leave memory that several tensors share to the first; Mismatch if the task has different values there."""
@@ -139,9 +153,15 @@ class AppliedPack(Applied):
         return untied
 
     def _vectors(self, retrieval: Retrieval, record: PackedTensor) -> Iterator[Any]:
+        """What is added to the base, and how that is corrected, piece by piece."""
         for start in range(0, record.info.entries, _PIECE):
-            sums = self.pack.sums(retrieval.place(record), start, min(start + _PIECE, record.info.entries))
+            stop = min(start + _PIECE, record.info.entries)
+            sums = self._sums(retrieval, record, start, stop) if record.is_sum else np.zeros(stop - start, np.int32)
             yield retrieval.vector(record, start, sums, np.empty(len(sums), "f8"))
+            if retrieval.corrections is not None:
+                changed = np.zeros(stop - start, f"i{record.info.dtype.bits // 8}")
+                retrieval.correct(record, start, changed)
+                yield changed
 
     def _whole(self, retrieval: Retrieval, tensor: TaskTensor) -> Tensor:
         self.pack.verify_whole(retrieval.task, tensor)

@@ -14,7 +14,7 @@ from peru_cli.artifacts.masks import MaskWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.jobs.maskpass import Cut, MaskGather, WriteMasks
-from peru_cli.jobs.pack import Finish, PackResult
+from peru_cli.jobs.packfinish import Finish, PackResult
 from peru_cli.jobs.packmeasure import Measured, settle_steps
 from peru_cli.jobs.packplan import PackOptions, PackPlan, plan_pack
 from peru_cli.jobs.prune import key_value
@@ -125,7 +125,7 @@ def make_masks(
         for record, cut, overlap, digests in zip(writer.masks, cuts, overlaps, step.mask_digests, strict=True):
             record.threshold, record.kept = repr(cut.threshold), int(overlap.kept)
             record.digest = checkpoint_digest({name: digest.digest() for name, digest in digests.items()})
-        result = Finish(plan, step.inner, writer.pack, measured, predicted, {}, None).finish(target, scale)
+        result = Finish(plan, step.inner, writer.pack, measured, predicted, {}, None, None, how).finish(target, scale)
     result.best_scale = masking.best_scale(overlaps)
     return MaskResult(result, masks.method, _report(plan, candidates, cuts, writer))
 

@@ -119,8 +119,12 @@ class NewBase:
         self._writer.seal()
         if self._wanted.base_id is None:
             return None
-        with open_directory(self._writer.folder, str(self._wanted.target)) as written:
+        with self.opened() as written:
             return name_base(written, self._wanted.base_id)
+
+    def opened(self) -> Checkpoint:
+        """The new base, to be read before it is in place; after `settle`."""
+        return open_directory(self._writer.folder, str(self._wanted.target))
 
     def _copy_whole(self, base: Checkpoint, info: TensorInfo) -> bytes:
         at = 0

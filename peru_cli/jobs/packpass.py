@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peru_cli.artifacts.pack import PackWriter, Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.pack import Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.packwriter import PackWriter
 from peru_cli.artifacts.superposed import PackedTensor
 from peru_cli.errors import BadFile
 from peru_cli.jobs.packplan import PackPlan

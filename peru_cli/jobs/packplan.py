@@ -179,6 +179,8 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
         shifts[name] = pack.tasks[name].shift if removing else free
     plan = _plan(base, merged, [record for record in pack.index.tensors if record.is_sum], pack.arrangement, shifts)
     plan.tensors, plan.metadata, plan.old, plan.removing = pack.index.tensors, dict(pack.metadata), pack, removing
+    if pack.index.residuals:
+        plan.warnings.append(f"the residuals of {', '.join(pack.tasks)} are left out: they correct what the sums of {pack.path} give back")
     return plan
 
 

@@ -13,13 +13,14 @@ from peru_cli.artifacts.index import STORED
 from peru_cli.artifacts.masks import MaskPack, mask_digest, mask_leaves
 from peru_cli.artifacts.pack import Pack, Sums, sum_leaves, sums_digest
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.artifacts.superposed import COPY, TARGET, PackedTensor, TaskRecord
+from peru_cli.artifacts.superposed import TARGET, PackedTensor, TaskRecord
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import BadFile
 from peru_cli.jobs.copy import in_dtype
+from peru_cli.jobs.decode import decode_bits
 from peru_cli.jobs.packplan import refuse_pack_base
 from peru_cli.jobs.taskvectors import How
 from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
@@ -65,6 +66,7 @@ class Retrieval:
         self._arrangement = pack.arrangement
         self._places = {source: place for place, source in self._arrangement.sources(task.name, task.shift).items()}
         self._rows: BlockCache[Any] = BlockCache(_ROWS)
+        self.corrections = pack.corrections(task)
 
     def place(self, record: PackedTensor) -> PackedTensor:
         """The tensor among whose sums a tensor's vector lies."""
@@ -88,6 +90,30 @@ class Retrieval:
         if bits is None:
             message = f"{self.pack.path}: {record.info.name!r} of {self.task.name} does not fit {record.info.dtype.name}"
             raise BadFile(message, "pack with a smaller --scale")
+        return bits
+
+    def corrected(self, record: PackedTensor) -> int:
+        """How many entries of a tensor the task's residual corrects."""
+        found = self.corrections.records.get(record.info.name) if self.corrections is not None else None
+        return found.kept if found is not None else 0
+
+    def correct(self, record: PackedTensor, start: int, bits: Bits) -> int:
+        """Put the residual's entries into bits that come back from entry `start` on, in place; how many there are."""
+        if self.corrections is None or not self.corrected(record):
+            return 0
+        delta = self.corrections.records[record.info.name]
+        stream, entries = self.corrections.entries.entries(delta, start, start + len(bits))
+        if stream is not None:
+            bits[entries.positions] = decode_bits(bits.take(entries.positions), entries, stream.values, record.info.dtype)
+        return len(entries.positions)
+
+    def read(self, record: PackedTensor, start: int, stop: int, base: Checkpoint) -> Bits:
+        """The task's entries of a floating tensor as bits, (stop - start,); nothing is checked against digests."""
+        bits: Bits = np.empty(stop - start, BITS[record.base_dtype.bits])
+        base.read_into(record.info.name, record.base_dtype.nbytes(start), bits.data.cast("B"))
+        if record.is_sum:
+            bits = self.entries(record, start, self.pack.sums(self.place(record), start, stop), bits)
+        self.correct(record, start, bits)
         return bits
 
     def tensors(self, dtype: Dtype | None = None) -> list[TensorInfo]:
@@ -126,6 +152,7 @@ class _Retrieve:
         self._sum_digests = {r.info.name: sums_digest(r.info) for r in pack.index.tensors if r.is_sum}
         self._mask_digests = {r.info.name: mask_digest(r.info) for r in pack.index.tensors if r.is_sum and isinstance(pack, MaskPack)}
         self._left = {info.name: info.entries for info in order}
+        self._corrected = dict.fromkeys(self._base_digests, 0)
         self._lock = threading.Lock()
         self._wrong: list[str] = []
 
@@ -153,14 +180,20 @@ class _Retrieve:
         raw = buffer.view(record.base_dtype.nbytes(n))
         self._base.read_into(record.info.name, record.base_dtype.nbytes(tile.start), raw)
         self._base_digests[record.info.name].add_at(tile.start, leaves(raw, record.base_dtype))
-        if record.mode == COPY:
+        if record.is_sum:
+            place = retrieval.place(record)
+            sums = retrieval.pack.sums(place, tile.start, tile.stop)
+            self._sum_digests[place.info.name].add_at(tile.start, sum_leaves(sums))
+            if (mask := retrieval.pack.mask(retrieval.task.name, place, tile.start, tile.stop)) is not None:
+                self._mask_digests[place.info.name].add_at(tile.start, mask_leaves(mask))
+            bits = retrieval.entries(record, tile.start, sums, buffer.bits(len(raw), record.base_dtype.bits))
+        elif retrieval.corrected(record):
+            bits = buffer.bits(len(raw), record.base_dtype.bits)
+        else:
             return record.info.dtype, raw
-        place = retrieval.place(record)
-        sums = retrieval.pack.sums(place, tile.start, tile.stop)
-        self._sum_digests[place.info.name].add_at(tile.start, sum_leaves(sums))
-        if (mask := retrieval.pack.mask(retrieval.task.name, place, tile.start, tile.stop)) is not None:
-            self._mask_digests[place.info.name].add_at(tile.start, mask_leaves(mask))
-        bits = retrieval.entries(record, tile.start, sums, buffer.bits(len(raw), record.base_dtype.bits))
+        if found := retrieval.correct(record, tile.start, bits):
+            with self._lock:
+                self._corrected[record.info.name] += found
         return record.info.dtype, bits.data.cast("B")
 
     def commit(self, tile: Tile, result: memoryview) -> memoryview:
@@ -198,6 +231,9 @@ class _Retrieve:
         masks, name = {name: digest.digest() for name, digest in self._mask_digests.items()}, self._retrieval.task.name
         if isinstance(pack, MaskPack) and checkpoint_digest(masks) != pack.masks[name].digest:
             raise BadFile(f"{pack.path}: the mask of {name} is not the one that was written", "please report this with the file's name")
+        for record in self._records.values():
+            if (found := self._corrected[record.info.name]) != (kept := self._retrieval.corrected(record)):
+                raise BadFile(f"{pack.path}: the residual of {record.info.name!r} has {found} entries, the index says {kept}")
 
 
 def retrieve(retrieval: Retrieval, base: Checkpoint, order: Sequence[TensorInfo], writer: CheckpointWriter | None, how: How) -> None:

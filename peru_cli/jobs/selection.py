@@ -45,7 +45,7 @@ class Sink:
 
 
 @dataclass
-class _Candidates:
+class Candidates:
     """What one task may keep of a tile. All arrays are (candidates,) unless said otherwise, on the CPU."""
 
     aligned: Aligned
@@ -100,7 +100,7 @@ class Select:
     def reads(self) -> Reads:
         return self._family.reads(self._family.slots, range(len(self._family.tasks)))
 
-    def apply(self, tile: Tile, buffers: Buffers) -> list[_Candidates]:
+    def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
         slot = self._family.slots[tile.tensor]
         raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
         if len(raw):
@@ -108,7 +108,7 @@ class Select:
         wanted = range(len(self._family.tasks))
         return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted)]
 
-    def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> _Candidates:
+    def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> Candidates:
         sink, dtype, xp = self._sinks[aligned.task], aligned.pair.fine.dtype, self._family.how.xp
         threshold = sink.thresholds[_threshold_number(sink, tile)]
         infinite = equal = None
@@ -128,7 +128,7 @@ class Select:
             result = np.concatenate((result, xp.download(aligned.grown)))
         elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
             result = result.copy()
-        candidates = _Candidates(aligned, result, xp.download(positions), equal, ulp_difference(base, fine), fine, infinite=infinite)
+        candidates = Candidates(aligned, result, xp.download(positions), equal, ulp_difference(base, fine), fine, infinite=infinite)
         if sink.streams[sink.stream_number(dtype)].values != EXACT:
             candidates.exact = candidates.values
             candidates.values, apart = round_difference(base, fine, dtype)
@@ -140,13 +140,13 @@ class Select:
             candidates.errors[apart] = 0.0
         return candidates
 
-    def commit(self, tile: Tile, result: list[_Candidates]) -> list[tuple[_Candidates, list[FilledBlock]]]:
+    def commit(self, tile: Tile, result: list[Candidates]) -> list[tuple[Candidates, list[FilledBlock]]]:
         committed = [(c, self._commit_one(tile, c)) for c in result]
         if self.watcher is not None:
             self.watcher.reached(tile)
         return committed
 
-    def _commit_one(self, tile: Tile, c: _Candidates) -> list[FilledBlock]:
+    def _commit_one(self, tile: Tile, c: Candidates) -> list[FilledBlock]:
         sink, pair = self._sinks[c.aligned.task], c.aligned.pair
         if c.equal is not None:
             number = _threshold_number(sink, tile)
@@ -166,7 +166,7 @@ class Select:
         entries = Entries(c.positions + (sink.offsets[pair.base.name] + tile.start), c.values, apart)
         return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
 
-    def finish(self, tile: Tile, committed: list[tuple[_Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
+    def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
         for c, blocks in committed:
             sink, pair = self._sinks[c.aligned.task], c.aligned.pair
             c.result[c.positions] = c.bits

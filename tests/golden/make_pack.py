@@ -20,6 +20,7 @@ from golden.make import BITS, Tensors, from_bf16, steps, to_bf16, weights, write
 from pack_reader import PackReader  # noqa: E402
 
 OPTIONS = ["--seed", "3", "--scale", "0.5", "--base-id", "example/base@0123abc"]
+PACKS: dict[str, list[str]] = {"pack": [], "residual": ["--residual", "10%"]}  # the second one has an index of version 2
 SHAPES = {"embed.weight": (20, 6), "norm": (6,), "empty": (0, 2)} | {
     f"layer.{i}.{k}": s for i in range(4) for k, s in (("w", (6, 5)), ("v", (3, 2, 6)))
 }
@@ -49,6 +50,11 @@ def fine_tune(number: int) -> Tensors:
 FILES = [{"config.json": '{"task": 1}\n', "vocab.txt": "a\nb\n"}, {"config.json": '{"task": 2}\n', "vocab.txt": "a\nb\n"}]
 
 
+def expected(pack: str, task: str) -> str:
+    """The file of what a golden pack gives back."""
+    return task if pack == "pack" else f"{pack}-{task}"
+
+
 def as_read(tensors: Tensors) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {n: (d, a.shape, a.astype(a.dtype.newbyteorder("<")).tobytes()) for n, (d, a) in tensors.items()}
 
@@ -66,17 +72,17 @@ def main() -> None:
     if HERE.exists():
         shutil.rmtree(HERE)
     HERE.mkdir()
-    with tempfile.TemporaryDirectory() as scratch:
-        command = write_family(Path(scratch))
-        subprocess.run([sys.executable, "-m", "peru_cli", *command, "-o", HERE / "pack.safetensors"], check=True)
     write_model(HERE / "base", base(), {"generation_config.json": "{}\n"})
-    reader = PackReader((HERE / "pack.safetensors").read_bytes())
     kinds = {16: np.uint16, 32: np.float32, 64: np.int64}
-    for task in "ab":
-        found = reader.retrieve(task, as_read(base()))
-        write_safetensors(
-            HERE / f"{task}.safetensors", {n: (d, np.frombuffer(raw, kinds[BITS[d]]).reshape(s)) for n, (d, s, raw) in found.items()}
-        )
+    for pack, more in PACKS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [*write_family(Path(scratch)), *more]
+            subprocess.run([sys.executable, "-m", "peru_cli", *command, "-o", HERE / f"{pack}.safetensors"], check=True)
+        reader = PackReader((HERE / f"{pack}.safetensors").read_bytes())
+        for task in "ab":
+            found = reader.retrieve(task, as_read(base()))
+            tensors = {n: (d, np.frombuffer(raw, kinds[BITS[d]]).reshape(s)) for n, (d, s, raw) in found.items()}
+            write_safetensors(HERE / f"{expected(pack, task)}.safetensors", tensors)
 
 
 if __name__ == "__main__":
