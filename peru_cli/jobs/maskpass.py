@@ -31,15 +31,15 @@ def _add_up(rows: Doubles) -> Doubles:
     return total
 
 
-def _overlaps(total: Doubles, vector: Doubles, mask: Flags) -> Doubles:
-    """||m total||^2, <m total, vector> and the number kept, for each piece; (pieces, 3)."""
+def _pieces(n: int) -> list[slice]:
+    """Fixed pieces of a tile: what is summed over them is the same whatever the tile, and they fit the CPU's cache."""
+    return [slice(start, start + PIECE) for start in range(0, n, PIECE)]
+
+
+def _overlap(total: Doubles, vector: Doubles, mask: Flags) -> tuple[float, float, int]:
+    """Of one piece: ||m total||^2, <m total, vector> and the number kept."""
     kept = total * mask
-    found = np.empty((-(-len(total) // PIECE), 3))
-    for number, start in enumerate(range(0, len(total), PIECE)):
-        piece = kept[start : start + PIECE]
-        flags = mask[start : start + PIECE]
-        found[number] = np.dot(piece, piece), np.dot(piece, vector[start : start + PIECE]), np.count_nonzero(flags)
-    return found
+    return float(np.dot(kept, kept)), float(np.dot(kept, vector)), int(np.count_nonzero(mask))
 
 
 class MaskGather:
@@ -56,15 +56,17 @@ class MaskGather:
 
     def apply(self, tile: Tile, room: Room) -> tuple[list[Doubles], Doubles]:
         tables = self.inner.apply(tile, room)
-        rows = room.rows[:-1, : tile.stop - tile.start]
-        total = _add_up(rows)
-        found = np.zeros((len(tables), *next(iter(self.overlaps.values())).shape))
-        for task, cuts in enumerate(self._candidates):
-            own = np.abs(rows[task])
-            rest = np.abs(total - rows[task]) if self._method == TALL else own
-            for number, cut in enumerate(cuts):
-                mask = tall_mask(own, rest, cut.threshold) if self._method == TALL else magnitude_mask(own, cut.threshold, True)
-                found[:, task, number] = _overlaps(total, rows[task], mask)
+        found = np.zeros((len(tables), *self.overlaps[self._sums[tile.tensor].info.name].shape))
+        vectors = room.rows[:-1, : tile.stop - tile.start]
+        for piece, part in enumerate(_pieces(tile.stop - tile.start)):
+            rows = vectors[:, part]
+            total = _add_up(rows)
+            for task, cuts in enumerate(self._candidates):
+                own = np.abs(rows[task])
+                rest = np.abs(total - rows[task]) if self._method == TALL else own
+                for number, cut in enumerate(cuts):
+                    mask = tall_mask(own, rest, cut.threshold) if self._method == TALL else magnitude_mask(own, cut.threshold, True)
+                    found[piece, task, number] = _overlap(total, rows[task], mask)
         return tables, found
 
     def commit(self, tile: Tile, result: tuple[list[Doubles], Doubles]) -> None:
@@ -87,6 +89,11 @@ class Masked:
     equals: dict[int, Flags]  # by task
     overlaps: Doubles  # (tasks, pieces, 3)
     rows: Doubles
+
+    def measure(self, task: int) -> None:
+        """What a task's mask keeps of the sums."""
+        for piece, part in enumerate(_pieces(self.masks.shape[1])):
+            self.overlaps[task, piece] = _overlap(self.rows[-1, part], self.rows[task, part], self.masks[task, part])
 
 
 class _Sums(Superpose):
@@ -115,20 +122,23 @@ class WriteMasks:
         added = self.inner.apply(tile, room)
         n, exponent = tile.stop - tile.start, self._sums[tile.tensor].exponent
         rows = room.rows[:, :n]  # of task vectors in steps, not rounded; the last one has the sums
-        total = _add_up(rows[:-1])
-        result = Masked(added, np.empty((len(self._cuts), n), np.bool_), {}, np.empty((len(self._cuts), 0, 3)), rows)
-        for task, cut in enumerate(self._cuts):
-            own = np.abs(rows[task])
-            if self._method == TALL:
-                result.masks[task] = tall_mask(own, np.abs(total - rows[task]), cut.threshold)
-                continue
-            threshold = float(np.ldexp(cut.threshold, -exponent))
-            # Once no equals may be kept any more, that stays so: whoever sees it need not look at them.
-            some = self._quotas[task] > 0
-            result.masks[task] = magnitude_mask(own, threshold, some)
-            if some:
-                result.equals[task] = own == threshold
-        result.overlaps = np.stack([_overlaps(rows[-1], row, mask) for row, mask in zip(rows[:-1], result.masks, strict=True)])
+        pieces = _pieces(n)
+        result = Masked(added, np.empty((len(self._cuts), n), np.bool_), {}, np.empty((len(self._cuts), len(pieces), 3)), rows)
+        if self._method == TALL:
+            for part in pieces:
+                total = _add_up(rows[:-1, part])
+                for task, cut in enumerate(self._cuts):
+                    result.masks[task, part] = tall_mask(np.abs(rows[task, part]), np.abs(total - rows[task, part]), cut.threshold)
+        else:
+            for task, cut in enumerate(self._cuts):
+                own, threshold = np.abs(rows[task]), float(np.ldexp(cut.threshold, -exponent))
+                # Once no equals may be kept any more, that stays so: whoever sees it need not look at them.
+                some = self._quotas[task] > 0
+                result.masks[task] = magnitude_mask(own, threshold, some)
+                if some:
+                    result.equals[task] = own == threshold
+        for task in range(len(self._cuts)):
+            result.measure(task)
         return result
 
     def commit(self, tile: Tile, result: Masked) -> tuple[Masked, list[Block]]:
@@ -136,7 +146,7 @@ class WriteMasks:
             positions = np.flatnonzero(equals)
             if len(positions) > self._quotas[task]:
                 result.masks[task, positions[self._quotas[task] :]] = False
-                result.overlaps[task] = _overlaps(result.rows[-1], result.rows[task], result.masks[task])
+                result.measure(task)
             self._quotas[task] -= min(len(positions), self._quotas[task])
         area = 4.0 ** self._sums[tile.tensor].exponent
         for piece in range(result.overlaps.shape[1]):
