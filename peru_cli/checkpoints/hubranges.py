@@ -6,6 +6,7 @@ token, until it expires. A range that breaks off goes on where it broke. An answ
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
 
 TRIES = 6  # in a row without progress
 _PROGRESS = 1 << 16  # bytes that count as progress
+_TIMEOUT = 30  # seconds without a byte; storage takes longer to begin than the API
 _MAX_REDIRECTS = 5
+_NEW_ADDRESSES = 3  # asked for in a row, of storage that refuses them
 _EXPIRED = {401, 403, 404, 410}  # what storage says of an address whose signature is too old
+
+
+class NoRanges(HubError):
+    """The server gives whole files only."""
+
+    passes = False
 
 
 def backoff(attempt: int, response: Any = None) -> float:
@@ -54,6 +63,7 @@ class RangeFile:
     def __init__(self, path: HubPath) -> None:
         self.path, self.size = path, path.size
         self._url = hf_hub_url(path.repo.name, path.path, revision=path.repo.commit)
+        self._refusals = 0  # of storage, in a row
         self._storage: str | None = None  # where the Hub redirected to, if that is another origin
         self._etags: dict[tuple[str, str | None, int | None], str] = {}
         self._lock = threading.Lock()
@@ -89,7 +99,7 @@ class RangeFile:
             headers = build_hf_headers(library_name="peru", headers={"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"})
             if foreign:
                 headers.pop("authorization", None)
-            timeout = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, 30)
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else _TIMEOUT
             with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=timeout) as response:
                 if response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
                     self._check_linked(response)
@@ -112,15 +122,15 @@ class RangeFile:
 
     def _check(self, response: Any, url: str, start: int, stop: int) -> None:
         status = response.status_code
-        if status in _EXPIRED and url == self._storage:
-            self._storage = None  # ask the Hub for a new address
+        if status in _EXPIRED and _origin(url) != _origin(constants.ENDPOINT) and self._refusals < _NEW_ADDRESSES:
+            self._storage, self._refusals = None, self._refusals + 1  # ask the Hub for a new address
             raise _Again(HubError(f"{self.path}: the storage of {constants.ENDPOINT} refuses access ({status})"))
         if status == 429 or status >= 500 or status == 408:
             raise _Again(self._error(response), response)
         if status >= 400:
             raise explain(self._error(response), str(self.path), self.path.repo.revision)
         if status != 206:
-            raise HubError(f"{self.path}: the server ignores ranges (status {status})", "leave --stream out to read through the cache")
+            raise NoRanges(f"{self.path}: the server ignores ranges (status {status})", "leave --stream out to read through the cache")
         whole = (response.headers.get("Content-Range"), response.headers.get("Content-Length", str(stop - start)))
         if whole != (f"bytes {start}-{stop - 1}/{self.size}", str(stop - start)):
             raise _Again(HubError(f"{self.path}: the server answers another range than it was asked for, or for a file of another size"))
@@ -128,6 +138,7 @@ class RangeFile:
         with self._lock:
             if self._etags.setdefault(_origin(url), etag) != etag:
                 raise BadFile(f"{self.path}: the file on the server changed between two ranges", "type the command again")
+            self._refusals = 0
 
     def _error(self, response: Any) -> BaseException:
         response.read()

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from huggingface_hub import HfApi, cached_assets_path, constants, hf_hub_downloa
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import disable_progress_bars, httpx  # type: ignore[attr-defined]
 
+from peru_cli.checkpoints.hubdownload import LEAST, fetch_blob
 from peru_cli.checkpoints.huberrors import HubError, explain, explained, unreachable
-from peru_cli.checkpoints.hubranges import TRIES, RangeFile, backoff
-from peru_cli.checkpoints.places import reading
+from peru_cli.checkpoints.hubranges import TRIES, NoRanges, RangeFile, backoff
+from peru_cli.checkpoints.places import reading, sha256
 from peru_cli.errors import BadFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -144,11 +146,22 @@ class HubRepo:
 
     def download(self, path: str) -> Path:
         """A file by way of the shared cache, fetched if it is not there."""
+        listed = self.files.get(path, HubFile(None))
+        check = listed.sha256 if self.cached(path) is None and not constants.HF_HUB_OFFLINE else None
         with explained(f"{self}/{path}", self.revision):
+            if check is not None and (listed.size or 0) >= LEAST and not (blob := self._folder / "blobs" / check).exists():
+                with suppress(NoRanges):  # then huggingface_hub fetches it in one go
+                    fetch_blob(HubPath(self, path), check, blob)
+                    check = None
             found = Path(hf_hub_download(self.name, path, revision=self.commit, library_name="peru"))
-        size = self.files[path].size if path in self.files else None
-        if size is not None and found.stat().st_size != size:
-            raise BadFile(f"{self}/{path}: {found.stat().st_size} bytes in the cache, the Hub has {size}", f"delete {found} and try again")
+        if listed.size is not None and found.stat().st_size != listed.size:
+            raise BadFile(
+                f"{self}/{path}: {found.stat().st_size} bytes in the cache, the Hub has {listed.size}", f"delete {found} and try again"
+            )
+        if check is not None and sha256(found) != check:
+            found.resolve().unlink()
+            found.unlink(missing_ok=True)
+            raise BadFile(f"{self}/{path}: the Hub sent other bytes than it lists", "type the command again")
         return found
 
     def streams(self, path: str) -> bool:
