@@ -3,7 +3,9 @@
     python benchmarks/hub.py [--gigabytes 1]
 
 The server is tests/hub_server.py in a process of its own. curl fetches the ranges that peru asked for, in the same order and as many
-at once, into nothing. Both run in turn, three times; the ratio of medians counts, the machine's other load is in both.
+at once, into nothing. Both run in turn, three times, and the same prune from files; the ratio of medians counts, the machine's other
+load is in all. Seconds of processor time say what a command costs without that load: curl's are few, so that on few processors it is
+the computing that takes the time, not the fetching.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -59,9 +62,9 @@ def write_pair(folder: Path, nbytes: int) -> None:
             fine.write((weights + changed * noise.integers(0, 4, rows, np.uint32)).astype(np.uint16).tobytes())
 
 
-def peak_of(command: list[str], env: dict[str, str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command."""
-    began = time.perf_counter()
+def peak_of(command: list[str], env: dict[str, str]) -> tuple[float, int, float]:
+    """Seconds, peak resident bytes and processor seconds of a command."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process, peak = subprocess.Popen(command, env=env), 0
     while process.poll() is None:  # wait4 would count what this process holds, too
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -69,7 +72,9 @@ def peak_of(command: list[str], env: dict[str, str]) -> tuple[float, int]:
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{command[0]} failed")
-    return time.perf_counter() - began, peak * 1024
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - began, peak * 1024, spent
 
 
 def main() -> None:
@@ -102,9 +107,9 @@ def main() -> None:
             "--keep",
             "5%",
         ]
-        ours, curls, locals_, peaks, nbytes = [], [], [], [], 0
+        ours, curls, locals_, peaks, nbytes, spent = [], [], [], [], 0, [0.0, 0.0, 0.0]
         for _ in range(options.rounds):
-            seconds, peak = peak_of([*prune, "--force", "--quiet", "--no-sync"], env)
+            seconds, peak, spent[0] = peak_of([*prune, "--force", "--quiet", "--no-sync"], env)
             ours.append(seconds)
             peaks.append(peak)
             server.stdin.write("\n")
@@ -116,18 +121,21 @@ def main() -> None:
                 "\nnext\n".join(f'url = "{u}"\nrange = "{first}-{last}"\noutput = "/dev/null"\nsilent\nfail' for u, first, last in ranges)
             )
             curl = ["curl", "--parallel", "--parallel-max", str(2 * CONNECTIONS), "--noproxy", "*", "--config", str(config), "--silent"]
-            curls.append(peak_of(curl, env)[0])
+            seconds, _, spent[1] = peak_of(curl, env)
+            curls.append(seconds)
             server.stdin.write("\n")
             server.stdin.flush()
             server.stdout.readline()
-            locals_.append(peak_of([*files, "--force", "--quiet", "--no-sync"], env)[0])
+            seconds, _, spent[2] = peak_of([*files, "--force", "--quiet", "--no-sync"], env)
+            locals_.append(seconds)
         server.kill()
         written = [path for path in (folder / "hf").rglob("*") if path.is_file()]
         mine, theirs = statistics.median(ours), statistics.median(curls)
         print(f"{nbytes / 1e9:.2f} GB in {len(ranges)} ranges, {len(written)} files written besides the output")
         rates = [f"{seconds:.2f} s ({nbytes / seconds / 1e6:.0f} MB/s)" for seconds in (mine, theirs)]
         print(f"peru {rates[0]}, curl {rates[1]}: {theirs / mine:.0%}")
-        print(f"from files {statistics.median(locals_):.2f} s")
+        print(f"from files {statistics.median(locals_):.2f} s: by ranges in {mine / statistics.median(locals_):.2f} times that")
+        print("processor seconds: peru {:.1f}, curl {:.1f}, from files {:.1f}".format(*spent))
         print(f"peak memory {max(peaks) / 1e6:.0f} MB; rounds {[round(s, 2) for s in ours]}, curl {[round(s, 2) for s in curls]}")
 
 

@@ -94,6 +94,7 @@ def shuffle_pack(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     no_sync: options.NoSync = False,
+    stream: options.Stream = False,
     threads: options.Threads = None,
     tile_entries: options.TileEntries = None,
     json: options.Json = False,
