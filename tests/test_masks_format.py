@@ -218,6 +218,7 @@ def test_options_and_models_that_cannot_be(made: Path, peru: Peru) -> None:
         ([a, b, *at, *tall, "--threshold", "0.2", "--threshold", "0.3"], 2, "twice for all tasks"),
         ([a, b, *at, *tall, "--seed", 3, "--no-signs"], 2, "--seed, --signs: no meaning with --method tall-masks"),
         ([a, b, *at, *tall, "--max-error", 3], 2, "--max-error: no meaning"),
+        ([a, b, *at, *tall, "--merge-base", made / "new", "--residual", "1%"], 2, "--merge-base, --residual: no meaning"),
         ([c, *at, *tall, "--add-to", made / "p.safetensors"], 2, "change packs, not masks"),
         ([c, *at, "--add-to", made / "m.safetensors"], 2, "holds masks: with another task the sum of all task vectors is another"),
         ([a, *at, "--remove-from", made / "m.safetensors"], 2, "mask anew, with all fine-tunes"),
