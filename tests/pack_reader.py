@@ -24,7 +24,7 @@ from format_reader import (
 )
 from pcodec import wrapped
 
-COPY, SUM, TARGET = 0, 1, 2
+COPY, SUM, TARGET, WHOLE = 0, 1, 2, 3
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
@@ -88,7 +88,7 @@ class PackReader:
             if t["mode"] != COPY:
                 coded = self.cursor.varint()
                 t["exponent"] = -(coded + 1) // 2 if coded % 2 else coded // 2
-            if t["mode"] == TARGET:
+            if t["mode"] in (TARGET, WHOLE):
                 t["group"], t["place"] = self.cursor.varint(), self.cursor.varint()
             tensors.append(t)
         return tensors
@@ -202,7 +202,7 @@ class PackReader:
         for k, i in enumerate(range(depth - 1, 0, -1) if how == "shuffle" else ()):
             j = word((self.metadata["peru.seed"], task["name"], "order", prefix, str(depth)), k) * (i + 1) >> 32
             order[i], order[j] = order[j], order[i]
-        return next(t for t in self.tensors if t["mode"] == TARGET and (t["group"], t["place"]) == (tensor["group"], order[block]))
+        return next(t for t in self.tensors if t["mode"] == tensor["mode"] and (t["group"], t["place"]) == (tensor["group"], order[block]))
 
     def retrieve(self, name: str, base: Tensors) -> Tensors:
         """A task's checkpoint; F32 and BF16, which are cast as far as the golden pack needs it."""
@@ -217,13 +217,14 @@ class PackReader:
                 continue
             place = self.place(task, tensor)
             vector = self.sums[place["name"]].astype(np.float32) * np.float32(float(self.metadata["peru.scale"]) * 2.0 ** place["exponent"])
-            if tensor["mode"] == TARGET and self.metadata["peru.signs"] == "yes":
+            if tensor["mode"] != SUM and self.metadata["peru.signs"] == "yes":
                 width = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
                 key = (self.metadata["peru.seed"], name, "signs", place["name"])
                 for j in range(width):
                     if word(key, j // 32) >> j % 32 & 1:
                         vector[j::width] *= np.float32(-1)
-            back = narrow(widen(raw, dtype, tensor["dtype"]) + vector, tensor["dtype"])
+            added = widen(raw, dtype, tensor["dtype"]) if tensor["mode"] != WHOLE else np.float32(0)
+            back = narrow(added + vector, tensor["dtype"])
             result[fine] = (tensor["dtype"], shape, self.correct(name, tensor, back))
         at = sum(math.prod(s) * {"F32": 4, "BF16": 2}[d] for t in self.tasks[: self.tasks.index(task)] for _, d, s, _ in t["own"])
         for own, dtype, shape, digest in task["own"]:

@@ -24,7 +24,7 @@ from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.artifacts.superposed import KIND as SUPERPOSED
 from peru_cli.artifacts.superposed import METADATA as PACK_METADATA
-from peru_cli.artifacts.superposed import TARGET, PackedTensor, PackIndex, check_metadata, decimal, decode_index, encode_index
+from peru_cli.artifacts.superposed import PackedTensor, PackIndex, check_metadata, decimal, decode_index, encode_index
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
@@ -129,7 +129,7 @@ def decode_masks(data: bytes) -> tuple[PackIndex, list[MaskRecord]]:
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the index of masks has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
     index = decode_index(cursor.take(cursor.count()))
-    if index.groups or any(tensor.mode == TARGET for tensor in index.tensors):
+    if index.groups or any(tensor.is_target for tensor in index.tensors):
         raise BadFile("tensors of masks change places, which only those of packs do")
     if index.residuals:
         raise BadFile("masks have residuals, which only packs have")

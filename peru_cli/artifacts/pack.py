@@ -19,7 +19,6 @@ from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.artifacts.superposed import (
     COPY,
     KIND,
-    TARGET,
     PackedTensor,
     PackIndex,
     TaskRecord,
@@ -147,7 +146,7 @@ class Pack:
         """How tasks were moved apart."""
         members: list[list[PackedTensor]] = [[] for _ in self.index.groups]
         for record in self.index.tensors:
-            if record.mode == TARGET:
+            if record.is_target:
                 members[record.group].append(record)
         groups = [
             Group(group.prefix, tuple(t.info.name for t in sorted(found, key=lambda t: t.place)))

@@ -26,6 +26,7 @@ from peru_cli.streaming.digests import SHORT
 KIND = "superposed"
 INDEX_VERSION, WITH_RESIDUALS = 1, 2  # the index's versions
 COPY, SUM, TARGET = 0, 1, 2  # the base's bytes; a plain sum; a sum of vectors that were moved and flipped
+WHOLE = 3  # as TARGET, but of whole weights (PSP): the base is not added
 BLOCK_ENTRIES = 1 << 17
 MOST_EXPONENT = 1074
 UNKNOWN = 32767  # a cosine that nobody measured: the two tasks were not at hand together
@@ -65,9 +66,9 @@ class PackedTensor:
     mode: int
     base_dtype: Dtype
     base_digest: bytes = b""
-    exponent: int = 0  # SUM, TARGET: the step is 2^exponent
-    group: int = 0  # TARGET: its number
-    place: int = 0  # TARGET: which block of the group
+    exponent: int = 0  # of sums: the step is 2^exponent
+    group: int = 0  # targets: its number
+    place: int = 0  # targets: which block of the group
 
     @property
     def is_sum(self) -> bool:
@@ -77,7 +78,7 @@ class PackedTensor:
     @property
     def is_target(self) -> bool:
         """Whether its sums are of vectors that were moved and flipped."""
-        return self.mode == TARGET
+        return self.mode in (TARGET, WHOLE)
 
 
 @dataclass
@@ -194,7 +195,7 @@ def _encode_tensor(sink: Sink, tensor: PackedTensor) -> None:
     sink.data += tensor.base_digest
     if tensor.is_sum:
         sink.signed(tensor.exponent)
-    if tensor.mode == TARGET:
+    if tensor.is_target:
         sink.number(tensor.group)
         sink.number(tensor.place)
 
@@ -259,7 +260,7 @@ def decode_index(data: bytes) -> PackIndex:
 
 
 def _decode_tensor(cursor: Cursor, name: str, groups: int) -> PackedTensor:
-    mode = cursor.one_of((COPY, SUM, TARGET), "tensor mode")
+    mode = cursor.one_of((COPY, SUM, TARGET, WHOLE), "tensor mode")
     dtype = cursor.dtype()
     info = TensorInfo(name, dtype, cursor.shape(name, dtype))
     tensor = PackedTensor(info, mode, cursor.dtype(), cursor.take(SHORT))
@@ -269,7 +270,7 @@ def _decode_tensor(cursor: Cursor, name: str, groups: int) -> PackedTensor:
         raise BadFile(f"tensor {name!r} is a copy of another dtype")
     if tensor.is_sum:
         tensor.exponent = cursor.signed(MOST_EXPONENT)
-    if mode == TARGET:
+    if tensor.is_target:
         if not groups:
             raise BadFile(f"tensor {name!r} belongs to a group that is not there")
         tensor.group, tensor.place = cursor.number(groups - 1), cursor.number()
@@ -280,7 +281,7 @@ def _check_groups(groups: list[BlockGroup], tensors: list[PackedTensor]) -> None
     """Every place of every group is taken once, by tensors of one shape."""
     members: list[list[PackedTensor]] = [[] for _ in groups]
     for tensor in tensors:
-        if tensor.mode == TARGET:
+        if tensor.is_target:
             members[tensor.group].append(tensor)
     for group, found in zip(groups, members, strict=True):
         if sorted(t.place for t in found) != list(range(len(found))) or len(found) != group.depth or not found:

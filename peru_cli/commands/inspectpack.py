@@ -12,7 +12,7 @@ def show_pack(path: Place, plot: Path | None) -> None:
     """Tasks, groups, bytes, and cosines between task vectors as they are and moved apart."""
     from peru_cli.artifacts.index import STORED
     from peru_cli.artifacts.pack import Pack
-    from peru_cli.artifacts.superposed import UNKNOWN
+    from peru_cli.artifacts.superposed import UNKNOWN, WHOLE
     from peru_cli.evaluation.plots import plot_cosines
     from peru_cli.jobs.packplan import describe_groups
 
@@ -32,6 +32,8 @@ def show_pack(path: Place, plot: Path | None) -> None:
         console.line(f"{path}: {meta['peru.kind']}, {plural(len(index.tasks), 'task')}, {si_bytes(container.file_bytes)}")
         console.line(f"base:     {meta.get('peru.base', 'not named (shuffle-pack --base-id records it)')}")
         how = f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, seed {meta['peru.seed']}"
+        if any(record.mode == WHOLE for record in index.tensors):
+            console.line("          superposed are whole weights, not differences from it (--whole-weights)")
         if pack.has_own_base:
             console.line("          with the plain sums of these tasks in it (--merge-base)")
         console.line(f"how:      {how}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")

@@ -49,7 +49,10 @@ def shuffle_pack(
         Optional[int], typer.Option("--skip", min=1, metavar="K", help="Superpose every K-th block only, sum the others. Default 1.")
     ] = None,
     scale: Annotated[
-        Optional[float], typer.Option("--scale", "-s", metavar="S", help="Factor of every task vector that comes back. Default 1.")
+        Optional[str],
+        typer.Option(
+            "--scale", "-s", metavar="S|auto", help="Factor of every task vector that comes back; auto: least squares. Default 1."
+        ),
     ] = None,
     precision: Annotated[
         Optional[int],
@@ -67,6 +70,9 @@ def shuffle_pack(
         Optional[float],
         typer.Option("--max-error", min=0, metavar="E", help="Pack only tasks predicted to come back within E task vectors' lengths."),
     ] = None,
+    whole_weights: Annotated[
+        bool, typer.Option("--whole-weights", help="Superpose whole weights, not differences (PSP): a baseline, and a poor one.")
+    ] = False,
     merge_base: Annotated[
         Optional[str], typer.Option("--merge-base", metavar="DIR", help="Write the plain sums into a new base, which the pack then is of.")
     ] = None,
@@ -117,13 +123,11 @@ def shuffle_pack(
     given = {
         "--seed": seed, "--decorrelate": decorrelate, "--signs": signs, "--skip": skip, "--scale": scale, "--precision": precision,
         "--target": target, "--exclude": exclude, "--per-task": per_task, "--dtype": dtype, "--base-id": base_id,
-        "--merge-base": merge_base, "--residual": residual,
+        "--merge-base": merge_base, "--residual": residual, "--whole-weights": whole_weights or None,
     }  # fmt: skip
     change = add_to or remove_from
-    apart = {
-        name: given[name]
-        for name in ("--seed", "--decorrelate", "--signs", "--skip", "--target", "--exclude", "--merge-base", "--residual")
-    }
+    of_packs = ("seed", "decorrelate", "signs", "skip", "target", "exclude", "merge-base", "residual", "whole-weights")
+    apart = {f"--{name}": given[f"--{name}"] for name in of_packs}
     masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change)
     if add_to is not None and remove_from is not None:
         raise UsageError("--add-to and --remove-from are two things", "do one after the other")
@@ -131,8 +135,9 @@ def shuffle_pack(
         raise UsageError(f"{', '.join(fixed)}: settled when {change} was made", "leave it out, or pack anew")
     if remove_from is not None and max_error is not None:
         raise UsageError("--max-error has no meaning with --remove-from", "leave it out")
-    if scale is not None and not (math.isfinite(scale) and scale):
-        raise UsageError(f"--scale {scale} is not a finite number other than 0")
+    factor = 1.0 if scale is None else _scale(scale)
+    if factor is None and masks is not None:
+        raise UsageError("--scale auto is for superposition", "masks print the least-squares scale: give it as --scale S")
     if seed is not None and seed >= 10**19:
         raise UsageError(f"--seed {seed} has more than 19 digits")
     options.check_base_id(base_id)
@@ -154,9 +159,9 @@ def shuffle_pack(
     if decorrelate is not None and decorrelate not in DECORRELATE:
         raise UsageError(f"--decorrelate {decorrelate!r} is not {', '.join(DECORRELATE[:-1])} or {DECORRELATE[-1]}")
     chosen = PackOptions(
-        seed or 0, decorrelate or "shuffle", signs is not False, skip or 1, 1.0 if scale is None else scale, precision,
+        seed or 0, decorrelate or "shuffle", signs is not False, skip or 1, factor, precision,
         _pattern(target, "--target"), _pattern(exclude, "--exclude"), per_task,
-        options.parse_dtype(dtype) if dtype is not None else None,
+        options.parse_dtype(dtype) if dtype is not None else None, whole_weights,
     )  # fmt: skip
     out = Path(output)
     if out.suffix != ".safetensors" or output.endswith("/"):
@@ -210,6 +215,17 @@ def shuffle_pack(
     _report(result, merge_base, publish(place, [out], "shuffle-pack"))
 
 
+def _scale(text: str) -> Optional[float]:
+    """The number; None for `auto`."""
+    try:
+        value = float(text) if text != "auto" else None
+    except ValueError:
+        value = 0.0
+    if value is not None and not (math.isfinite(value) and value):
+        raise UsageError(f"--scale {text} is not a finite number other than 0, nor auto")
+    return value
+
+
 def _pattern(text: Optional[str], option: str) -> Optional[re.Pattern[str]]:
     try:
         return re.compile(text) if text is not None else None
@@ -218,7 +234,7 @@ def _pattern(text: Optional[str], option: str) -> Optional[re.Pattern[str]]:
 
 
 def _say(plan: PackPlan) -> None:
-    from peru_cli.artifacts.superposed import TARGET
+    from peru_cli.artifacts.superposed import WHOLE
 
     console.note(f"base {plan.base.label}: {plan.base.kind}, {plural(len(plan.base.tensors), 'tensor')}, {si_bytes(plan.base.nbytes)}")
     for vector in plan.vectors:
@@ -229,13 +245,15 @@ def _say(plan: PackPlan) -> None:
     if (method := plan.metadata.get("peru.method")) is not None:
         console.note(f"{count(plan.entries)} entries; {method}, scale {plan.metadata['peru.scale']}")
         return
-    targets = [tensor for tensor in plan.sums if tensor.mode == TARGET]
+    targets = [tensor for tensor in plan.sums if tensor.is_target]
     share = 100 * sum(t.info.entries for t in targets) / max(plan.entries, 1)
     meta = plan.metadata
     console.note(f"{count(plan.entries)} entries; {plural(len(targets), 'target')} with {share:.3g}% of them, the rest is a plain sum")
     console.note(
         f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, scale {meta['peru.scale']}, seed {meta['peru.seed']}"
     )
+    if any(tensor.mode == WHOLE for tensor in targets):
+        console.warn("whole weights are superposed, so each task disturbs the others by its whole weights: a baseline, not for use")
     if not targets and plan.moved_apart:
         console.warn("nothing repeats in these models, so nothing is moved apart: this is task arithmetic (--target REGEX names tensors)")
 

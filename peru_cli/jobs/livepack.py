@@ -21,6 +21,7 @@ import torch
 
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.pack import Pack
+from peru_cli.artifacts.superposed import WHOLE as WHOLE_WEIGHTS
 from peru_cli.artifacts.superposed import PackedTensor, TaskTensor
 from peru_cli.errors import Mismatch
 from peru_cli.jobs.live import INTEGERS, Applied, match, memory, verify_base
@@ -113,6 +114,8 @@ class AppliedPack(Applied):
     def _piece(self, retrieval: Retrieval, name: str, record: PackedTensor, start: int) -> None:
         stop = min(start + _PIECE, record.info.entries)
         base, tensor = (t.detach().view(-1)[start:stop] for t in (self._kept[name], self._table[name]))
+        if record.mode == WHOLE_WEIGHTS:
+            base = torch.zeros_like(base)
         dtype = record.info.dtype
         integers = INTEGERS[dtype.bits]
         if not record.is_sum:

@@ -11,7 +11,7 @@ from peru_cli.artifacts.packwriter import PackWriter
 from peru_cli.errors import Mismatch
 from peru_cli.jobs.packbase import MergeBase, NewBase
 from peru_cli.jobs.packfinish import Finish, PackResult
-from peru_cli.jobs.packmeasure import Measured, measure, predict_errors, settle_steps
+from peru_cli.jobs.packmeasure import Measured, measure, predict_errors, predicted_scale, settle_steps
 from peru_cli.jobs.packpass import Superpose
 from peru_cli.jobs.packplan import PackPlan
 from peru_cli.jobs.taskvectors import How
@@ -50,13 +50,15 @@ def make_pack(
     """
     left_out: dict[str, float] = {}
     predicted: list[Quality] = []
-    scale = float(plan.metadata["peru.scale"])
+    auto = plan.metadata["peru.scale"] == "auto"
+    scale = 1.0 if auto else float(plan.metadata["peru.scale"])
     measured: Measured | None = None
     if not plan.removing:
         note("measuring")
         measured = measure(plan, how)
         while True:
             bits = settle_steps(plan, measured, precision)
+            scale = predicted_scale(plan, measured) if auto else scale
             predicted = predict_errors(plan, measured, scale)
             errors = {vector.name: q.error for vector, q in zip(plan.vectors, predicted, strict=True)}
             worst = choose(errors, max_error) if max_error is not None else None
@@ -67,7 +69,7 @@ def make_pack(
                 raise Mismatch(f"no task stays below --max-error {max_error:g}", f"the best misses {errors[worst]:.4g}")
             measured = measured.without([v.name for v in plan.vectors].index(worst))
             plan = plan.without(worst)
-        plan.metadata["peru.precision"] = str(bits)
+        plan.metadata |= {"peru.precision": str(bits), "peru.scale": repr(scale)}
     note("adding" if not plan.removing else "removing")
     if merge_base is not None:
         plan.metadata["peru.entries"] = str(sum(tensor.info.entries for tensor in plan.sums if tensor.is_target))

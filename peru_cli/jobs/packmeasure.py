@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peru_cli.artifacts.superposed import TARGET
 from peru_cli.jobs.packpass import Doubles, Gather
 from peru_cli.jobs.packplan import PackPlan
 from peru_cli.jobs.taskvectors import How
-from peru_cli.methods.superpose import Quality, default_precision, predict, step_exponent
+from peru_cli.methods.superpose import Quality, best_scale, default_precision, predict, predicted_products, step_exponent
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import TilePlan
 
@@ -41,7 +40,7 @@ def measure(plan: PackPlan, how: How) -> Measured:
     for tensor in plan.sums:
         table = gather.tables[tensor.info.name]
         everything += table
-        if tensor.mode == TARGET and plan.moved_apart:
+        if tensor.is_target and plan.moved_apart:
             apart += table
     return Measured(everything, apart, gather.tables)
 
@@ -62,11 +61,23 @@ def settle_steps(plan: PackPlan, measured: Measured, precision: int | None) -> i
     return bits
 
 
+def predicted_scale(plan: PackPlan, measured: Measured) -> float:
+    """The scale that is predicted to miss least in squares over all tasks, to four digits (`--scale auto`)."""
+    plain = measured.everything - measured.apart
+    rounding = _rounding(plan, measured)
+    return float(f"{best_scale(*predicted_products(measured.apart, plain, rounding)):.4g}") or 1.0
+
+
+def _rounding(plan: PackPlan, measured: Measured) -> float:
+    """What rounding one task adds to the square of the distance."""
+    changed = [tensor for tensor in plan.sums if np.trace(measured.tables[tensor.info.name])]
+    return sum(tensor.info.entries * 4.0**tensor.exponent for tensor in changed) / 12
+
+
 def predict_errors(plan: PackPlan, measured: Measured, scale: float) -> list[Quality]:
     """Retrieval errors to come. Tasks that are in the pack already count with their norms, as independent of the new ones."""
     tasks = len(plan.vectors)
-    changed = [tensor for tensor in plan.sums if np.trace(measured.tables[tensor.info.name])]
-    rounding = sum(tensor.info.entries * 4.0**tensor.exponent for tensor in changed) / 12
+    rounding = _rounding(plan, measured)
     apart, everything = measured.apart, measured.everything
     if plan.old is not None:
         others = [float(task.norm) ** 2 for task in plan.old.index.tasks]

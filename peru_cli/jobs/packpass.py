@@ -11,7 +11,7 @@ import numpy as np
 
 from peru_cli.artifacts.pack import Sums, sum_leaves, sums_digest
 from peru_cli.artifacts.packwriter import PackWriter
-from peru_cli.artifacts.superposed import PackedTensor
+from peru_cli.artifacts.superposed import WHOLE, PackedTensor
 from peru_cli.errors import BadFile
 from peru_cli.jobs.packplan import PackPlan
 from peru_cli.jobs.taskvectors import How
@@ -59,6 +59,7 @@ class _Walk:
         """With `wide`, differences are float64 in all tensors of a task that has an F64 one, as keys are."""
         self._plan, self._how, self._wide = plan, how, wide
         self._sums = plan.sums
+        self._whole = {tensor.info.name for tensor in self._sums if tensor.mode == WHOLE}
         infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
         self._width = max((info.dtype.bits // 8 for info in infos), default=4)
 
@@ -66,7 +67,7 @@ class _Walk:
         return Room(self._how, len(self._plan.vectors) + 1, self._width)
 
     def vector(self, number: int, source: str, tile: Tile, room: Room) -> tuple[memoryview, memoryview, Doubles]:
-        """Bytes of base and fine-tune, and a task's difference as float32 (float64 for F64), (n,)."""
+        """Bytes of base and fine-tune, and a task's difference (or its weights) as float32 (float64 for F64), (n,)."""
         vector = self._plan.vectors[number]
         pair = vector.pairs[source]
         base_raw, base_bits = read_bits(self._plan.base, pair.base, tile, room.base)
@@ -75,6 +76,9 @@ class _Walk:
         n = tile.stop - tile.start
         base = CPU.widen(cast_bits(CPU, base_bits, pair.base.dtype, pair.fine.dtype), pair.fine.dtype, room.cast[kind][:n])
         fine = CPU.widen(fine_bits, pair.fine.dtype, room.vectors[kind][:n])
+        if source in self._whole:
+            np.copyto(room.vectors[kind][:n], fine)
+            return base_raw, fine_raw, room.vectors[kind][:n]
         return base_raw, fine_raw, np.subtract(fine, base, out=room.vectors[kind][:n])
 
     def refuse(self, number: int, source: str, tile: Tile, what: str) -> BadFile:

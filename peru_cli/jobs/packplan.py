@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peru_cli.artifacts.pack import Pack
-from peru_cli.artifacts.superposed import COPY, SUM, TARGET, PackedTensor
+from peru_cli.artifacts.superposed import COPY, SUM, TARGET, WHOLE, PackedTensor
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
@@ -28,12 +28,13 @@ class PackOptions:
     decorrelate: str = "shuffle"
     signs: bool = True
     skip: int = 1
-    scale: float = 1.0
+    scale: float | None = 1.0  # None: least squares of what is predicted
     precision: int | None = None
     target: re.Pattern[str] | None = None
     exclude: re.Pattern[str] | None = None
     per_task: str | None = None
     dtype: Dtype | None = None
+    whole_weights: bool = False
 
 
 @dataclass
@@ -90,7 +91,8 @@ def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options
         given = [info.dtype for info, (_, model) in zip(slot.inputs, tasks, strict=True) if not model.expanded]
         dtype = options.dtype or (given or [slot.base.dtype])[0]
         info = TensorInfo(slot.base.name, dtype, slot.base.shape)
-        record = PackedTensor(info, TARGET if info.name in where else SUM, slot.base.dtype)
+        target = WHOLE if options.whole_weights else TARGET
+        record = PackedTensor(info, target if info.name in where else SUM, slot.base.dtype)
         record.group, record.place = where.get(info.name, (0, 0))
         tensors.append(record)
     shifts = {name: number if options.decorrelate == "shift" else 0 for number, (name, _) in enumerate(tasks)}
@@ -100,7 +102,7 @@ def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options
         "peru.seed": str(options.seed),
         "peru.decorrelate": options.decorrelate,
         "peru.signs": "yes" if options.signs else "no",
-        "peru.scale": repr(options.scale),
+        "peru.scale": "auto" if options.scale is None else repr(options.scale),
         "peru.entries": str(plan.entries),
     }
     return plan

@@ -13,7 +13,7 @@ from peru_cli.artifacts.index import STORED
 from peru_cli.artifacts.masks import MaskPack, mask_digest, mask_leaves
 from peru_cli.artifacts.pack import Pack, Sums, sum_leaves, sums_digest
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.artifacts.superposed import TARGET, PackedTensor, TaskRecord
+from peru_cli.artifacts.superposed import WHOLE, PackedTensor, TaskRecord
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
@@ -78,7 +78,7 @@ class Retrieval:
         if (mask := self.pack.mask(self.task.name, place, start, start + len(sums))) is not None:
             sums = sums * mask
         scaled(sums, self._scale * 2.0**place.exponent, out)
-        if place.mode == TARGET and self._arrangement.signs:
+        if place.is_target and self._arrangement.signs:
             name = place.info.name
             flip(out, self._rows.get(name, lambda: self._arrangement.row(self.task.name, place.info)), start)
         return out
@@ -86,6 +86,8 @@ class Retrieval:
     def entries(self, record: PackedTensor, start: int, sums: Sums, base: Bits) -> Bits:
         """The task's entries as bits, given the base's; BadFile if one does not fit the dtype."""
         vector = self.vector(record, start, sums, np.empty(len(base), float_kind(record.info.dtype)))
+        if record.mode == WHOLE:
+            base = np.zeros_like(base)
         bits = plus_vector(base, record.base_dtype, record.info.dtype, vector)
         if bits is None:
             message = f"{self.pack.path}: {record.info.name!r} of {self.task.name} does not fit {record.info.dtype.name}"

@@ -190,6 +190,13 @@ def quality(own: float, square: float, product: float, scale: float) -> Quality:
     return Quality(error, product / math.sqrt(own * square) if own and square else 0.0)
 
 
+def predicted_products(decorrelated: Floats, plain: Floats, rounding: float) -> tuple[list[float], float]:
+    """Inner products <S, tau_t> of each task and ||S||^2, arguments as `predict` has them."""
+    energies, tasks = np.diag(decorrelated), len(plain)
+    square = float(energies.sum() + plain.sum()) + tasks * rounding
+    return [float(energies[t] + plain[t].sum()) for t in range(tasks)], square
+
+
 def predict(decorrelated: Floats, plain: Floats, rounding: float, scale: float) -> list[Quality]:
     """What retrieval will miss, before anything is packed.
 
@@ -199,9 +206,8 @@ def predict(decorrelated: Floats, plain: Floats, rounding: float, scale: float) 
         plain: the same over tensors that are a plain sum.
         rounding: what rounding one task adds to the square of the distance.
     """
-    energies, tasks = np.diag(decorrelated), len(plain)
-    square = float(energies.sum() + plain.sum()) + tasks * rounding
-    return [quality(float(energies[t] + plain[t, t]), square, float(energies[t] + plain[t].sum()), scale) for t in range(tasks)]
+    products, square = predicted_products(decorrelated, plain, rounding)
+    return [quality(float(decorrelated[t, t] + plain[t, t]), square, product, scale) for t, product in enumerate(products)]
 
 
 def best_scale(products: Sequence[float], square: float) -> float:
