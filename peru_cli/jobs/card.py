@@ -10,7 +10,8 @@ from typing import Any
 
 from peru_cli import __version__
 from peru_cli.artifacts.container import Container, is_artifact
-from peru_cli.artifacts.sparse_delta import KIND
+from peru_cli.artifacts.masks import KINDS, open_pack
+from peru_cli.artifacts.pack import Pack
 from peru_cli.console import count, si_bytes
 from peru_cli.jobs.basename import MERGED, BaseName, hub_repo, recorded
 
@@ -78,11 +79,17 @@ def card(found: Contents, repo: str, bases: Sequence[str] = ()) -> str:
 
 def _artifacts_card(found: Contents, repo: str) -> list[str]:
     metadata, rows, names = {}, [], []
+    packed: dict[str, list[str]] = {}  # tasks of files that hold several
     for file, path in found.artifacts.items():
         container = Container(path)
         try:
             metadata[file] = container.metadata
-            rows.append(_artifact_row(file, container))
+            if container.metadata["peru.kind"] in KINDS:
+                with open_pack(path) as pack:
+                    packed[file] = list(pack.tasks)
+                    rows.append(_pack_row(file, pack))
+            else:
+                rows.append(_artifact_row(file, container))
         finally:
             container.close()
         names.append(recorded(container.metadata))
@@ -96,14 +103,16 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
     ]
     body += [*rows, "", f"Together {_bytes(found.nbytes)}.", "", "## Unpack", "", "```sh", "pip install peru-cli"]
     for file, name in zip(found.artifacts, names, strict=True):
-        task = PurePosixPath(file).stem
-        pack = metadata[file]["peru.kind"] != KIND  # of several tasks
-        which = " --task TASK" if pack else f" --task {task}" if len(found.artifacts) > 1 else ""
         base = (
             "" if name is not None and hub_repo(name.name) else f" --base hf://models/{repo}/{MERGED}" if found.merged else " --base BASE"
         )
-        body.append(f"peru unpack {repo}{which}{base} -o {task}/")
+        tasks, name_one = packed.get(file), len(found.artifacts) > 1
+        for task in [PurePosixPath(file).stem] if tasks is None else tasks:
+            which = f" --task {task}" if tasks is not None or name_one else ""
+            body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {task}/")
     body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
+    if packed:
+        body.append("Tasks of a pack share one sum of their differences, so each comes back nearly: `peru inspect` says how near.")
     if not bases and not found.merged:
         body.append("The artifacts do not name their base; they hold digests of its tensors, so that another one is refused.")
     return body
@@ -126,8 +135,6 @@ def link(name: str) -> str:
 
 def _artifact_row(file: str, container: Container) -> str:
     meta = container.metadata
-    if meta["peru.kind"] != KIND:
-        return f"| `{file}` | {meta.get('peru.task', meta['peru.kind'])} | {container.file_bytes:,} | | | | |"
     entries, kept = int(meta["peru.entries"]), int(meta["peru.kept"])
     delta = container.file_bytes - container.sizes["whole"] - container.sizes["files"]
     density = "lossless" if meta["peru.density"] == "lossless" else f"{100 * kept / max(entries, 1):.3g}%"
@@ -135,6 +142,20 @@ def _artifact_row(file: str, container: Container) -> str:
     task, whole = meta["peru.task"], container.sizes["whole"]
     return (
         f"| `{file}` | {task} | {container.file_bytes:,} | {count(kept)} of {count(entries)} | {density} | {bits:.3f} | {whole:,} bytes |"
+    )
+
+
+def artifact_of(repo: str, file: str, apart: bool) -> str:
+    """How an artifact is named: by its repo, or as a file of it."""
+    return f"hf://models/{repo}/{file}" if apart else repo
+
+
+def _pack_row(file: str, pack: Pack) -> str:
+    container = pack.container
+    bits = 8 * container.sizes["blocks"] / max(pack.index.entries, 1)
+    return (
+        f"| `{file}` | {', '.join(pack.tasks)} | {container.file_bytes:,} | {count(pack.index.entries)} for all tasks |"
+        f" | {bits:.3f} | {container.sizes['whole']:,} bytes |"
     )
 
 
