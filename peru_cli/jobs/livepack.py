@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.pack import Pack
 from peru_cli.artifacts.superposed import WHOLE as WHOLE_WEIGHTS
@@ -31,7 +32,9 @@ from peru_cli.streaming.engine import available_threads
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PIECE = 1 << 18  # entries worked on at once
+_PIECE = 1 << 16  # entries worked on at once: they stay in a core's cache
+_BATCH = 1 << 18  # entries that one thread takes at once: asking for more costs more than a small tensor
+_RETRIEVALS = 8  # tasks whose places and signs are kept
 
 
 @dataclass
@@ -58,6 +61,21 @@ def _changes(pack: Pack, record: PackedTensor) -> bool:
     return record.is_sum or (bool(pack.index.residuals) and record.info.dtype.compressible)
 
 
+def _batches(chosen: dict[str, PackedTensor]) -> Iterator[list[tuple[str, PackedTensor, int]]]:
+    """Pieces of all tensors, some at a time."""
+    batch: list[tuple[str, PackedTensor, int]] = []
+    size = 0
+    for name, record in chosen.items():
+        for start in range(0, record.info.entries, _PIECE):
+            batch.append((name, record, start))
+            size += min(_PIECE, record.info.entries - start)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
 class AppliedPack(Applied):
     """A pack's task on a model; `switch` puts another in its place, `restore` the base. Also a context manager."""
 
@@ -66,6 +84,8 @@ class AppliedPack(Applied):
         self.pack, self._table, self._is_module = pack, table, is_module
         self._kept: dict[str, Tensor] = {}  # the base's tensors, by their names in the model
         self._own = Applied()  # the task's own tensors
+        self._names: dict[str, tuple[list[Any], dict[str, str]]] = {}  # by task: the model's tensors, and what `match` made of them
+        self._retrievals: BlockCache[Retrieval] = BlockCache(_RETRIEVALS)
 
     @property
     def is_applied(self) -> bool:
@@ -82,11 +102,9 @@ class AppliedPack(Applied):
             raise
 
     def _switch(self, task: str, verify: bool) -> None:
-        retrieval = Retrieval(self.pack, self.pack.task(task))
-        view = _TaskView(self.pack, retrieval)
-        names = match(self._table, view, self._is_module)  # type: ignore[arg-type]
-        if verify:
-            verify_base(self._table, names, view)  # type: ignore[arg-type]
+        found = self.pack.task(task)
+        retrieval = self._retrievals.get((task, self.pack.scale), lambda: Retrieval(self.pack, found))
+        names = self._matched(retrieval, verify)
         by_fine = {retrieval.task.fine_name(record.info.name): record for record in self.pack.index.tensors if _changes(self.pack, record)}
         chosen = {names[fine]: record for fine, record in by_fine.items() if fine in names and record.info.entries}
         own = {tensor.info.name: self._whole(retrieval, tensor) for tensor in retrieval.task.tensors}
@@ -95,6 +113,19 @@ class AppliedPack(Applied):
             for name, value in own.items():
                 old = self._table.get(names[name])
                 self._own.set_tensor(self._table, names[name], value if old is None else value.to(old.device))
+
+    def _matched(self, retrieval: Retrieval, verify: bool) -> dict[str, str]:
+        """The model's name for each of the task's tensors; looked for again only if the model's tensors are others by now."""
+        seen = [(name, t.shape, t.dtype, t.data_ptr()) for name, t in self._table.items() if isinstance(t, torch.Tensor)]
+        known = self._names.get(retrieval.task.name)
+        if known is not None and known[0] == seen and not verify:
+            return known[1]
+        view = _TaskView(self.pack, retrieval)
+        names = match(self._table, view, self._is_module)  # type: ignore[arg-type]
+        if verify:
+            verify_base(self._table, names, view)  # type: ignore[arg-type]
+        self._names[retrieval.task.name] = seen, names
+        return names
 
     def _set(self, retrieval: Retrieval, chosen: dict[str, PackedTensor]) -> None:
         """Base plus vector, written over the model's tensors, on all threads."""
@@ -106,10 +137,13 @@ class AppliedPack(Applied):
                 raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
             if name not in self._kept:
                 self._kept[name] = tensor.detach().clone()
-        jobs = [(name, record, start) for name, record in chosen.items() for start in range(0, record.info.entries, _PIECE)]
         with ThreadPoolExecutor(available_threads()) as pool:
-            for _ in pool.map(lambda job: self._piece(retrieval, *job), jobs):
+            for _ in pool.map(lambda batch: self._pieces(retrieval, batch), _batches(chosen)):
                 pass
+
+    def _pieces(self, retrieval: Retrieval, batch: list[tuple[str, PackedTensor, int]]) -> None:
+        for name, record, start in batch:
+            self._piece(retrieval, name, record, start)
 
     def _piece(self, retrieval: Retrieval, name: str, record: PackedTensor, start: int) -> None:
         stop = min(start + _PIECE, record.info.entries)

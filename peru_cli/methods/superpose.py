@@ -110,7 +110,7 @@ def signs(seed: int, task: str, tensor: str, count: int) -> Floats:
 
 
 def flip(values: Floats, row: Floats, start: int) -> Floats:
-    """values * signs, in place, for entries `start`... of a tensor whose columns have the signs `row`; (n,)."""
+    """values * signs (or multiples of them), in place, for entries `start`... of a tensor whose columns have the signs `row`; (n,)."""
     width, n = len(row), len(values)
     head = min(-start % width, n)
     if head:
