@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "clinc_domains", "hate_davidson"])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--test-samples", type=int, help="the first so many test examples only")
-    parser.add_argument("--quick", action="store_true", help="an average and regmean on 200 examples a task, nothing searched")
+    parser.add_argument("--quick", action="store_true", help="nothing is searched, and regmean looks at 200 examples a task")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="by default all: linear, fisher, regmean, ...")
     arguments = parser.parse_args()
     names = tuple(arguments.tasks)
     base = open_directory(arguments.cache / "base", "base")
@@ -57,7 +58,8 @@ def main() -> None:
         ("adamerging", {"steps": arguments.steps}, None, []),
     ]
     if arguments.quick:
-        cases = [("linear", {}, None, []), ("regmean", {"max-samples": 200}, None, [])]
+        cases = [(name, given | ({"max-samples": 200} if name == "regmean" else {}), None, []) for name, given, _, _ in cases]
+    cases = [case for case in cases if arguments.methods is None or case[0] in arguments.methods]
     print("| method | chosen |", " | ".join(names), "| mean | normalised | seconds |")
     print("| --- | --- |" + " ---: |" * (len(names) + 3))
     with tempfile.TemporaryDirectory() as folder, console.progress(0, "") as bar, streaming("auto", None, None, bar.advance) as how:

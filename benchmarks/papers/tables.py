@@ -166,6 +166,7 @@ def _with_base(bench: Bench, task: str) -> float:
 def pruned(bench: Bench, density: str, base: Path | None = None, name: str = "pruned") -> tuple[int, dict[str, float]]:
     """Post-Pruning at a density: bytes and accuracies; of differences from another base where one is given."""
     folder = bench.scratch / name
+    shutil.rmtree(folder, ignore_errors=True)  # of other tasks, whose bytes would count
     models = bench.models()[:-1]
     bench.peru("prune", *models, base or bench.base, "-o", f"{folder}/", "--keep", density)
     return size(folder), bench.unpacked(folder, base or bench.base)
@@ -222,8 +223,6 @@ def table_tasks(bench: Bench) -> Iterator[Row]:
         yield (f"{count} tasks: Post-Pruning 5%", *pruned(few, "5%"))
         nbytes, found = pruned(few, "5%", folder, "fft")
         yield f"{count} tasks: PERU-FFT 5%", nbytes + (folder / "model.safetensors").stat().st_size, found
-        shutil.rmtree(bench.scratch / "pruned")
-        shutil.rmtree(bench.scratch / "fft")
 
 
 def table_weights(bench: Bench) -> Iterator[Row]:
