@@ -77,7 +77,7 @@ def test_a_cache_behind_a_server_that_ignores_ranges(hub: HubServer, pair: tuple
 
 
 WRONG = {
-    "changed etag": (lambda h, r: part(h, r, 1.0, ETag='"other"'), "changed between two ranges"),
+    "changed etag": (lambda h, r: part(h, r, 1.0, ETag='"other"' if r.range[0] else ""), "changed between two ranges"),
     "another size": (lambda h, r: part(h, r, 1.0, total=77), "another size"),
     "endless 503": (lambda h, r: h.answer(503, Retry_After="0"), "status 503"),
     "never ends": (lambda h, r: part(h, r, 1.0, **{"Content-Length": "99999999"}), "another range"),

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from peru_cli.errors import BadFile
 
-# Ctrl-C waits until this is imported: its initialisation makes a panic of a KeyboardInterrupt.
-_BLOCKED = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}) if hasattr(signal, "pthread_sigmask") else None
-try:
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are heard afterwards. Blocking them in this thread is not enough: another of the process takes them."""
+    caught: list[int] = []
+    mine = threading.current_thread() is threading.main_thread()  # only there can handlers be set, and do they run
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if mine else {}
+    for number, handler in before.items():
+        if handler is not None:  # None: set from C, and could not be put back
+            signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+with _interrupts_wait():  # pcodec's initialisation makes a panic of a KeyboardInterrupt
     from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
-finally:
-    if _BLOCKED is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _BLOCKED)
 
 RAW = 0  # little-endian integers
 PCO = 1  # pcodec 1.x, wrapped format: header, metadata of one chunk, its one page
