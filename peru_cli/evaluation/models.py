@@ -36,6 +36,7 @@ Files = Mapping[str, bytes]
 Shapes = Mapping[str, tuple[int, ...]]
 Batch = dict[str, torch.Tensor]
 _T = TypeVar("_T")
+_SHAPES: dict[str, dict[str, torch.Size]] = {}  # of models that were asked about: making one takes longer than a batch
 
 
 def pick_device(device: str) -> torch.device:
@@ -152,9 +153,11 @@ def _missing(names: list[str], kind: str, config: Any, label: str) -> Mismatch:
 def _expected(config: Any, kind: str, label: str) -> tuple[dict[str, torch.Size], str]:
     """Names and shapes of the tensors of a model of this kind, and what stands before its encoder's names."""
     cls = _model_class(config, kind, label)
-    with torch.device("meta"), quiet_transformers():
-        model = cls(config)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}, f"{cls.base_model_prefix}."
+    key = f"{cls.__name__} {config.to_json_string()}"
+    if key not in _SHAPES:
+        with torch.device("meta"), quiet_transformers():
+            _SHAPES[key] = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+    return _SHAPES[key], f"{cls.base_model_prefix}."
 
 
 def _model_class(config: Any, kind: str, label: str) -> Any:
