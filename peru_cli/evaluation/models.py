@@ -85,7 +85,7 @@ def load_config(files: Files, label: str) -> Any:
         try:
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         except (ValueError, OSError, KeyError) as error:
-            raise BadFile(f"{label}: transformers does not know its config.json ({str(error).splitlines()[0]})") from error
+            raise BadFile(f"{label}: transformers does not know its config.json ({_reason(error)})") from error
 
 
 def kind_of(examples: Examples, config: Any, label: str) -> str:
@@ -252,10 +252,14 @@ def _tokenizer(folder: Path, label: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its tokenizers' own code raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(
-            f"{label}: no tokenizer that transformers loads ({reason})", "put tokenizer.json beside the model or its base"
+            f"{label}: no tokenizer that transformers loads ({_reason(error)})", "put tokenizer.json beside the model or its base"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _longest(tokenizer: Any, config: Any) -> int | None:
@@ -333,7 +337,7 @@ def _encode_images(examples: Examples, files: Files, config: Any, label: str) ->
         try:
             processor: Any = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         except (ValueError, OSError, KeyError, ImportError) as error:
-            raise BadFile(f"{label}: no image processor that transformers loads ({str(error).splitlines()[0]})") from error
+            raise BadFile(f"{label}: no image processor that transformers loads ({_reason(error)})") from error
     if size and not processor.do_resize and not getattr(processor, "do_center_crop", False):
         _check_sizes(examples, size, label)
 
