@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from peru_cli.artifacts.container import artifact_kind, is_artifact
 from peru_cli.artifacts.index import STORED
 from peru_cli.artifacts.masks import KINDS, open_pack
-from peru_cli.checkpoints.places import Place
+from peru_cli.checkpoints.places import Place, locate
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.jobs.packplan import check_pack_base
@@ -17,7 +15,7 @@ from peru_cli.jobs.taskvectors import How
 
 def only_task(model: str) -> str | None:
     """The task of a pack that holds no other; None for everything else."""
-    path = Path(model)
+    path = locate(model)
     if not is_artifact(path) or artifact_kind(path) not in KINDS:
         return None
     with open_pack(path) as pack:

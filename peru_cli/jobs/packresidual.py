@@ -21,6 +21,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
+from peru_cli.jobs.packpass import PIECE
 from peru_cli.jobs.packplan import PackPlan
 from peru_cli.jobs.retrieve import Retrieval
 from peru_cli.jobs.selection import Candidates, Select, Sink
@@ -28,9 +29,7 @@ from peru_cli.jobs.taskvectors import Buffers, Family, How, TaskVector, find_thr
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
-from peru_cli.streaming.tiles import CHUNK, Tile
-
-_PIECE = CHUNK // 2  # entries of one sum: no linear algebra library uses several threads for so few
+from peru_cli.streaming.tiles import Tile
 
 
 class _Computed(Checkpoint):
@@ -101,7 +100,7 @@ class _Measure:
             dtype = c.aligned.pair.fine.dtype
             fine, back = (CPU.widen(bits, dtype, np.empty(len(bits))) for bits in (c.aligned.fine, c.result))
             missed = fine - back
-            pieces = (missed[at : at + _PIECE] for at in range(0, len(missed), _PIECE))
+            pieces = (missed[at : at + PIECE] for at in range(0, len(missed), PIECE))
             self._squares[tile.number] = [float(np.dot(piece, piece)) for piece in pieces]
 
 

@@ -77,14 +77,14 @@ class Retrieval:
         place = self.place(record)
         if (mask := self.pack.mask(self.task.name, place, start, start + len(sums))) is not None:
             sums = sums * mask
-        factor = out.dtype.type(self._scale * 2.0**place.exponent)
-        np.copyto(out, sums, casting="unsafe")
+        factor = self._scale * 2.0**place.exponent
         if place.is_target and self._arrangement.signs:
             # Signs and factor in one: (c m) S is c (m S) to the bit, and saves going through the entries once more.
             key = place.info.name, out.dtype.str
-            return flip(out, self._rows.get(key, lambda: factor * self._arrangement.row(self.task.name, place.info)), start)
-        out *= factor
-        return out
+            row = self._rows.get(key, lambda: out.dtype.type(factor) * self._arrangement.row(self.task.name, place.info))
+            np.copyto(out, sums, casting="unsafe")
+            return flip(out, row, start)
+        return scaled(sums, factor, out)
 
     def entries(self, record: PackedTensor, start: int, sums: Sums, base: Bits) -> Bits:
         """The task's entries as bits, given the base's; BadFile if one does not fit the dtype."""
