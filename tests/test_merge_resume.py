@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save
+from damage import files, run_and_kill
 
-from peru_cli import cli
-from peru_cli.checkpoints import atomic, journal
+from peru_cli.checkpoints import journal
 
 LAYERS = 24
 
@@ -32,35 +31,6 @@ def models(tmp_path: Path) -> Path:
 def arguments(folder: Path, out: Path, *options: object) -> list[str]:
     given = ["merge", f"a={folder / 'a.safetensors'}", f"b={folder / 'b.safetensors'}", "-b", folder / "base.safetensors", "-o", out]
     return [str(a) for a in (*given, "-m", "ties", "--no-sync", "--threads", 1, "--tile-entries", 16384, *options)]
-
-
-def run_and_kill(event: int, command: list[str]) -> int:
-    """Run a merge in a forked process that kills itself at its n-th event: a write, a line of the journal, a rename."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    left = event
-
-    def count(function):
-        def counted(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return counted
-
-    atomic.PartialFile.write_at = count(atomic.PartialFile.write_at)
-    journal.Journal._append = count(journal.Journal._append)
-    os.replace, os.rename = count(os.replace), count(os.rename)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = cli.run(command)
-    os._exit(code)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("compress", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_peru, save
+from damage import files, run_and_kill
 from hub_server import Handler, HubServer, Request
 
 from peru_cli import cli
-from peru_cli.checkpoints import atomic, journal
+from peru_cli.checkpoints import journal
 from peru_cli.jobs import countlog, taskvectors
 
 LAYERS = 12
@@ -62,36 +62,6 @@ def arguments(folder: Path, out: Path, *options: object) -> list[str]:
     given = ["prune", *(f"{t}={folder / t}.safetensors" for t in ("ab" if several else "a")), "-b", folder / "base.safetensors", "-o"]
     more = [f"{out}/" if several else out, "--no-sync", "--threads", 2, "--tile-entries", 16384, "--base-id", "x/y", *options]
     return [str(a) for a in (*given, *more)]
-
-
-def run_and_kill(event: int, command: list[str], line: str | None = None) -> int:
-    """Run in a forked process that kills itself at its n-th event: a write, a line of the journal, a rename, a removal; or such line."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    left = event
-
-    def count(function):
-        def counted(*args, **kwargs):
-            nonlocal left
-            left -= line is None or line in str(args[1:])
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return counted
-
-    atomic.PartialFile.write_at = count(atomic.PartialFile.write_at)
-    journal.Journal._append = count(journal.Journal._append)
-    journal.Journal.remove = count(journal.Journal.remove)
-    os.replace = count(os.replace)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        code = cli.run(command)
-    os._exit(code)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
