@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import peru_cli
 from peru_cli.errors import BadFile, Mismatch, UsageError
+from peru_cli.jobs import livepack, subjects
+from peru_cli.jobs.subjects import Base, open_subject
 
 Peru = Callable[..., str]
 CONFIG = tr.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, num_labels=3)
@@ -100,6 +105,38 @@ def test_a_state_dict_gains_and_loses_the_head(family: Family) -> None:
         applied.switch("b")
         assert raw(state["encoder.layer.0.output.dense.weight"]) == family.expected["b"]["bert.encoder.layer.0.output.dense.weight"]
     assert bits(state) == before
+
+
+@pytest.mark.parametrize("kind", ["superposed", "masks"])
+def test_tasks_are_computed_beside_a_base_that_stays(family: Family, peru: Peru, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, path = family.folder, family.path
+    if kind == "masks":
+        path = folder / "masks.safetensors"
+        peru("shuffle-pack", folder / "a", folder / "b", "-b", folder / "base", "-o", path, "--method", "tall-masks", "--no-sync")
+        for task in TASKS:
+            peru("unpack", path, "--task", task, "-b", folder / "base", "-o", folder / f"out-{task}", "--no-sync", "--force")
+    calls = Counter[str]()
+    for module, name in ((subjects, "open_pack"), (livepack, "verify_base"), (subjects, "read_tensors")):
+        monkeypatch.setattr(module, name, partial(_counted, calls, getattr(module, name)))
+    with Base(str(folder / "base")) as base:
+        before = bits(base.table)
+        states = {task: open_subject(str(path), task, base).read() for task in TASKS}
+        again = open_subject(str(path), "a", base).read()
+        assert bits(base.table) == before
+        wanted = {task: bits(load_file(folder / f"out-{task}" / "model.safetensors")) for task in TASKS}
+        assert {task: bits(state) for task, state in states.items()} == wanted and bits(again) == wanted["a"] != wanted["b"]
+    assert calls == {"open_pack": 1, "verify_base": 1, "read_tensors": 1}
+    other = load_file(folder / "base" / "model.safetensors")
+    other["encoder.layer.2.output.dense.bias"][3] += 1
+    (folder / "other").mkdir()
+    save_file(other, folder / "other" / "model.safetensors")
+    with Base(str(folder / "other")) as base, pytest.raises(Mismatch, match=r"not the base of .*encoder.layer.2.output.dense.bias"):
+        open_subject(str(path), "a", base).read()
+
+
+def _counted(calls: Counter[str], function: Callable[..., Any], *arguments: Any) -> Any:
+    calls[function.__name__] += 1
+    return function(*arguments)
 
 
 def test_an_artifact_and_a_pack_take_turns(family: Family, peru: Peru) -> None:

@@ -224,7 +224,7 @@ class MaskPack(Pack):
 
     def load(self) -> MaskPack:
         """Hold all sums and masks in memory, decoded: 2 bytes a sum (4 where they are large), one bit an entry and task."""
-        super().load()
+        self.load_sums()
         if not self._loaded_masks:
             with ThreadPoolExecutor(available_threads()) as pool:
                 for task in self.masks:

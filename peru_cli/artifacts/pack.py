@@ -126,7 +126,11 @@ class Pack:
         return at
 
     def load(self) -> Pack:
-        """Hold all sums in memory, decoded: 2 bytes each (4 where they are large). Tasks are then swapped in a moment."""
+        """Hold all in memory, decoded, so that tasks are swapped in a moment: see `load_sums`."""
+        return self.load_sums()
+
+    def load_sums(self) -> Self:
+        """Hold all sums in memory, decoded: 2 bytes each (4 where they are large)."""
         if not self._loaded:
             with ThreadPoolExecutor(available_threads()) as pool:
                 self._loaded = list(pool.map(lambda number: _narrow(self._decode(number)), range(len(self.index.blocks))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,15 +55,15 @@ def evaluate(
 
     Raises BadFile, Mismatch or UsageError before the first forward pass of all, as far as headers and side files show it.
     """
-    opened = Base(base) if base is not None else None
-    prepared = [_prepare(comparison, opened, settings) for comparison in comparisons]
     found, threads = [], torch.get_num_threads()
-    try:
-        for comparison, (ours, theirs) in zip(comparisons, prepared, strict=True):
-            step(comparison.task)
-            found.append(_evaluate(comparison, ours, theirs, settings, batch_size, advance))
-    finally:
-        torch.set_num_threads(threads)
+    with Base(base) if base is not None else nullcontext() as opened:
+        prepared = [_prepare(comparison, opened, settings) for comparison in comparisons]
+        try:
+            for comparison, (ours, theirs) in zip(comparisons, prepared, strict=True):
+                step(comparison.task)
+                found.append(_evaluate(comparison, ours, theirs, settings, batch_size, advance))
+        finally:
+            torch.set_num_threads(threads)
     return found
 
 

@@ -11,7 +11,7 @@ The base's tensors are kept aside while a task is applied: packs change every en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,103 @@ def _batches(chosen: dict[str, PackedTensor]) -> Iterator[list[tuple[str, Packed
         yield batch
 
 
+class _Writer:
+    """Writes a task's vectors, each on its base, on all threads. `base` and `out` have tensors under the model's names."""
+
+    def __init__(self, retrieval: Retrieval, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        self._retrieval, self._base, self._out = retrieval, base, out
+
+    def write(self, chosen: dict[str, PackedTensor]) -> None:
+        """Fill the chosen tensors of `out`. BadFile if the pack is damaged."""
+        with ThreadPoolExecutor(available_threads()) as pool:
+            for _ in pool.map(self._pieces, _batches(chosen)):
+                pass
+
+    def _pieces(self, batch: list[tuple[str, PackedTensor, int]]) -> None:
+        for name, record, start in batch:
+            self._piece(name, record, start)
+
+    def _piece(self, name: str, record: PackedTensor, start: int) -> None:
+        retrieval = self._retrieval
+        stop = min(start + _PIECE, record.info.entries)
+        base, tensor = (t.detach().view(-1)[start:stop] for t in (self._base[name], self._out[name]))
+        if record.mode == WHOLE_WEIGHTS:
+            base = torch.zeros_like(base)
+        dtype = record.info.dtype
+        integers = INTEGERS[dtype.bits]
+        if not record.is_sum:
+            tensor.copy_(base)
+        elif tensor.device.type == "cpu" and dtype.bits > 16:
+            vector = retrieval.vector(record, start, _sums(retrieval, record, start, stop), tensor.numpy())
+            np.add(vector, base.numpy(), out=vector)
+        elif tensor.device.type == "cpu":
+            sums = _sums(retrieval, record, start, stop)
+            np.copyto(tensor.view(integers).numpy(), retrieval.entries(record, start, sums, base.view(integers).numpy()))
+        else:
+            sums = _sums(retrieval, record, start, stop)
+            vector = retrieval.vector(record, start, sums, np.empty(stop - start, float_kind(dtype)))
+            moved = torch.from_numpy(vector).to(tensor.device)
+            tensor.copy_(moved.add_(base.to(moved.dtype)))
+        if retrieval.corrected(record):
+            bits = tensor.view(integers).cpu()  # the same memory, if it is there already
+            retrieval.correct(record, start, bits.numpy())
+            tensor.view(integers).copy_(bits)
+
+
+def _sums(retrieval: Retrieval, record: PackedTensor, start: int, stop: int) -> Any:
+    return retrieval.pack.sums(retrieval.place(record), start, stop)
+
+
+def _whole(retrieval: Retrieval, tensor: TaskTensor) -> Tensor:
+    """A task's own tensor."""
+    pack = retrieval.pack
+    pack.verify_whole(retrieval.task, tensor)
+    kind = getattr(torch, tensor.info.dtype.torch_name or "", None)
+    if kind is None:
+        raise Mismatch(f"torch has no dtype for {tensor.info.name!r} ({tensor.info.dtype.name})")
+    data = bytearray(tensor.info.nbytes)
+    if not data:
+        return torch.empty(tensor.info.shape, dtype=kind)
+    pack.read_whole(retrieval.task, tensor, 0, memoryview(data))
+    return torch.frombuffer(data, dtype=kind).view(tensor.info.shape)
+
+
+def _vectors_at(retrieval: Retrieval, names: dict[str, str]) -> dict[str, PackedTensor]:
+    """What a task changes, by the model's names; `names` gives those for the task's."""
+    by_fine = {
+        retrieval.task.fine_name(record.info.name): record for record in retrieval.pack.index.tensors if _changes(retrieval.pack, record)
+    }
+    return {names[fine]: record for fine, record in by_fine.items() if fine in names and record.info.entries}
+
+
+def _require_dtype(name: str, record: PackedTensor) -> None:
+    if record.info.dtype is not record.base_dtype:
+        raise Mismatch(f"{name}: the task has another dtype than the base", "unpack instead")
+
+
+def task_tensors(table: dict[str, Tensor], pack: Pack, task: str, *, verify: bool) -> dict[str, Tensor]:
+    """A task's tensors under its own names. Those that it changes are new, the others are the base's themselves.
+
+    Args:
+        table: the base's tensors under its checkpoint's names; they stay as they are.
+        verify: check first that every one of them is the base's, by digest.
+
+    Raises Mismatch for another base or a task of another dtype, BadFile if the pack is damaged, UsageError for no such task.
+    """
+    retrieval = Retrieval(pack, pack.task(task))
+    view: Any = _TaskView(pack, retrieval)
+    names = match(table, view, False)
+    if verify:
+        verify_base(table, names, view)
+    chosen = _vectors_at(retrieval, names)
+    for name, record in chosen.items():
+        _require_dtype(name, record)
+    new = {name: torch.empty_like(table[name]) for name in chosen}
+    _Writer(retrieval, table, new).write(chosen)
+    own = {tensor.info.name: _whole(retrieval, tensor) for tensor in retrieval.task.tensors}
+    return {fine: new.get(name, table[name]) for fine, name in names.items() if fine not in own} | own
+
+
 class AppliedPack(Applied):
     """A pack's task on a model; `switch` puts another in its place, `restore` the base. Also a context manager."""
 
@@ -105,9 +202,8 @@ class AppliedPack(Applied):
         found = self.pack.task(task)
         retrieval = self._retrievals.get((task, self.pack.scale), lambda: Retrieval(self.pack, found))
         names = self._matched(retrieval, verify)
-        by_fine = {retrieval.task.fine_name(record.info.name): record for record in self.pack.index.tensors if _changes(self.pack, record)}
-        chosen = {names[fine]: record for fine, record in by_fine.items() if fine in names and record.info.entries}
-        own = {tensor.info.name: self._whole(retrieval, tensor) for tensor in retrieval.task.tensors}
+        chosen = _vectors_at(retrieval, names)
+        own = {tensor.info.name: _whole(retrieval, tensor) for tensor in retrieval.task.tensors}
         with torch.no_grad():
             self._set(retrieval, self._untied(retrieval, chosen))
             for name, value in own.items():
@@ -128,50 +224,15 @@ class AppliedPack(Applied):
         return names
 
     def _set(self, retrieval: Retrieval, chosen: dict[str, PackedTensor]) -> None:
-        """Base plus vector, written over the model's tensors, on all threads."""
+        """Base plus vector, written over the model's tensors."""
         for name, record in chosen.items():
             tensor = self._table[name]
-            if record.info.dtype is not record.base_dtype:
-                raise Mismatch(f"{name}: the task has another dtype than the base", "unpack instead")
+            _require_dtype(name, record)
             if not tensor.is_contiguous():
                 raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
             if name not in self._kept:
                 self._kept[name] = tensor.detach().clone()
-        with ThreadPoolExecutor(available_threads()) as pool:
-            for _ in pool.map(lambda batch: self._pieces(retrieval, batch), _batches(chosen)):
-                pass
-
-    def _pieces(self, retrieval: Retrieval, batch: list[tuple[str, PackedTensor, int]]) -> None:
-        for name, record, start in batch:
-            self._piece(retrieval, name, record, start)
-
-    def _piece(self, retrieval: Retrieval, name: str, record: PackedTensor, start: int) -> None:
-        stop = min(start + _PIECE, record.info.entries)
-        base, tensor = (t.detach().view(-1)[start:stop] for t in (self._kept[name], self._table[name]))
-        if record.mode == WHOLE_WEIGHTS:
-            base = torch.zeros_like(base)
-        dtype = record.info.dtype
-        integers = INTEGERS[dtype.bits]
-        if not record.is_sum:
-            tensor.copy_(base)
-        elif tensor.device.type == "cpu" and dtype.bits > 16:
-            vector = retrieval.vector(record, start, self._sums(retrieval, record, start, stop), tensor.numpy())
-            np.add(vector, base.numpy(), out=vector)
-        elif tensor.device.type == "cpu":
-            sums = self._sums(retrieval, record, start, stop)
-            np.copyto(tensor.view(integers).numpy(), retrieval.entries(record, start, sums, base.view(integers).numpy()))
-        else:
-            sums = self._sums(retrieval, record, start, stop)
-            vector = retrieval.vector(record, start, sums, np.empty(stop - start, float_kind(dtype)))
-            moved = torch.from_numpy(vector).to(tensor.device)
-            tensor.copy_(moved.add_(base.to(moved.dtype)))
-        if retrieval.corrected(record):
-            bits = tensor.view(integers).cpu()  # the same memory, if it is there already
-            retrieval.correct(record, start, bits.numpy())
-            tensor.view(integers).copy_(bits)
-
-    def _sums(self, retrieval: Retrieval, record: PackedTensor, start: int, stop: int) -> Any:
-        return self.pack.sums(retrieval.place(record), start, stop)
+        _Writer(retrieval, self._kept, self._table).write(chosen)
 
     def _untied(self, retrieval: Retrieval, chosen: dict[str, PackedTensor]) -> dict[str, PackedTensor]:
         """Leave memory that several tensors share to the first; Mismatch if the task has different values there."""
@@ -193,23 +254,12 @@ class AppliedPack(Applied):
         """What is added to the base, and how that is corrected, piece by piece."""
         for start in range(0, record.info.entries, _PIECE):
             stop = min(start + _PIECE, record.info.entries)
-            sums = self._sums(retrieval, record, start, stop) if record.is_sum else np.zeros(stop - start, np.int32)
+            sums = _sums(retrieval, record, start, stop) if record.is_sum else np.zeros(stop - start, np.int32)
             yield retrieval.vector(record, start, sums, np.empty(len(sums), "f8"))
             if retrieval.corrections is not None:
                 changed = np.zeros(stop - start, f"i{record.info.dtype.bits // 8}")
                 retrieval.correct(record, start, changed)
                 yield changed
-
-    def _whole(self, retrieval: Retrieval, tensor: TaskTensor) -> Tensor:
-        self.pack.verify_whole(retrieval.task, tensor)
-        kind = getattr(torch, tensor.info.dtype.torch_name or "", None)
-        if kind is None:
-            raise Mismatch(f"torch has no dtype for {tensor.info.name!r} ({tensor.info.dtype.name})")
-        data = bytearray(tensor.info.nbytes)
-        if not data:
-            return torch.empty(tensor.info.shape, dtype=kind)
-        self.pack.read_whole(retrieval.task, tensor, 0, memoryview(data))
-        return torch.frombuffer(data, dtype=kind).view(tensor.info.shape)
 
     def restore(self) -> None:
         """Put back what was there before; a second call does nothing."""

@@ -1,6 +1,7 @@
 """What `peru eval` looks at: models, adapters, artifacts and merges, from their headers first and then as tensors in memory.
 
-Nothing is written: an artifact is put onto the base's tensors (jobs/live.py), copied off, and taken away again.
+Nothing is written: an artifact is put onto the base's tensors (jobs/live.py), copied off, and taken away again; a pack's
+task is computed beside them (jobs/livepack.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.jobs.expand import Overlaid, artifact_for, open_fine_tune
 from peru_cli.jobs.live import apply
+from peru_cli.jobs.livepack import task_tensors
 from peru_cli.jobs.packplan import check_pack_base
 from peru_cli.jobs.retrieve import Retrieval
 from peru_cli.jobs.unpack import check_base, side_files
@@ -63,15 +65,50 @@ def in_memory(label: str, state: Tensors, files: dict[str, bytes], nbytes: int) 
 
 
 class Base:
-    """A base whose tensors are read once, when first needed."""
+    """A base whose tensors are read once, when first needed, with the packs of it that were looked at. Also a context manager."""
 
     def __init__(self, model: str) -> None:
         self.checkpoint = open_model(model)
+        self._packs: dict[str, Pack] = {}
+        self._verified: set[str] = set()
 
     @cached_property
     def table(self) -> dict[str, torch.Tensor]:
         """All tensors, in the dtypes of the files."""
         return read_tensors(self.checkpoint)
+
+    def pack(self, path: Place) -> Pack:
+        """A pack, opened once for all its tasks. BadFile if it is damaged, Mismatch if it is of another base."""
+        known = self._packs.get(str(path))
+        if known is not None:
+            return known
+        pack = open_pack(path)
+        try:
+            check_pack_base(pack, self.checkpoint)
+        except BaseException:
+            pack.close()
+            raise
+        self._packs[str(path)] = pack
+        return pack
+
+    def task_tensors(self, path: Place, task: str) -> Tensors:
+        """A pack's task. The first one verifies the base; the pack's sums stay decoded for the next ones, 2 bytes each."""
+        found = task_tensors(self.table, self.pack(path).load_sums(), task, verify=str(path) not in self._verified)
+        self._verified.add(str(path))
+        return found
+
+    def close(self) -> None:
+        """Release the files."""
+        for pack in self._packs.values():
+            pack.close()
+        self._packs = {}
+        self.checkpoint.close()
+
+    def __enter__(self) -> Base:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -108,8 +145,7 @@ def open_subject(model: str, task: str, base: Base | None) -> Subject:
         if base is None:
             raise UsageError(f"{model} is a peru artifact: it needs its base", "add --base BASE")
         if artifact_kind(path) in KINDS:
-            with open_pack(path) as pack:
-                return _packed(pack, task, base, model)
+            return _packed(base.pack(path), task, base, model)
         with SparseDelta(path) as artifact:
             return _artifact(artifact, base, model)
     under = None if base is None else base.checkpoint
@@ -151,22 +187,11 @@ def _artifact(artifact: SparseDelta, base: Base, label: str) -> Subject:
 
 
 def _packed(pack: Pack, task: str, base: Base, label: str) -> Subject:
-    """What a pack gives back of a task: the base's tensors with it on them, copied off."""
+    """What a pack gives back of a task."""
     retrieval = Retrieval(pack, pack.task(task or None))
-    check_pack_base(pack, base.checkpoint)
     path, name = pack.path, retrieval.task.name
-
-    def read() -> Tensors:
-        with open_pack(path) as pack, apply(base.table, pack, task=name):
-            packed = pack.task(name)
-            state = {packed.fine_name(r.info.name): base.table[r.info.name].clone() for r in pack.index.tensors}
-            for own in (tensor.info.name for tensor in packed.tensors):
-                ours = own if own in base.table else next(key for key in base.table if packed.fine_name(key) == own)
-                state[own] = base.table[ours].clone()
-        return state
-
     shapes = {info.name: info.shape for info in retrieval.tensors()}
-    return Subject(label, shapes, retrieval.side_files(base.checkpoint)[0], size_of(path), read)
+    return Subject(label, shapes, retrieval.side_files(base.checkpoint)[0], size_of(path), lambda: base.task_tensors(path, name))
 
 
 def _with_head(merge: Subject, folder: Place, task: str) -> Subject:
