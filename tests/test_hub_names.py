@@ -66,6 +66,8 @@ def test_eval(hub: HubServer, family: Path, name: str) -> None:
     there = ok(run_peru("eval", remote, "-b", "org/base", "--against", "org/fine", *data, env=env))
     assert numbers(here) == numbers(there)
     assert numbers(here)[0][0]["bytes"] == (family / "both/a.safetensors").stat().st_size
+    ranged = ok(run_peru("eval", remote, "-b", "org/base", "--against", "org/fine", *data, "--stream", env=hub.env(family / "empty")))
+    assert numbers(ranged) == numbers(there) and not [path for path in (family / "empty").rglob("*") if path.is_file()]
     hub.clear()
     again = ok(run_peru("eval", remote, "-b", "org/base", "--against", "org/fine", *data, env=hub.env(family / "hf", HF_HUB_OFFLINE="1")))
     assert numbers(again) == numbers(there) and not hub.requests
@@ -110,7 +112,10 @@ def test_a_pack_is_inspected_unpacked_and_compared(hub: HubServer, family: Path)
         ok(run_peru("unpack", name, "--task", "a", "-b", family / "base", "-o", family / out, env=env))
     assert (family / "here/model.safetensors").read_bytes() == (family / "there/model.safetensors").read_bytes()
     data = ("--data", f"a={family / 'test.jsonl'}", "--json", "-b", family / "base", "--against", f"a={family / 'fine'}")
-    assert numbers(ok(run_peru("eval", pack, *data))) == numbers(ok(run_peru("eval", "org/pack", *data, env=env)))
+    on_disk = numbers(ok(run_peru("eval", pack, *data)))
+    assert on_disk == numbers(ok(run_peru("eval", "org/pack", *data, env=env)))
+    assert on_disk == numbers(ok(run_peru("eval", "org/pack", *data, "--stream", env=hub.env(family / "empty"))))
+    assert not [path for path in (family / "empty").rglob("*") if path.is_file()]
 
 
 def test_a_merge_in_a_repo_is_a_base(hub: HubServer, family: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import models
 import pytest
 import torch
-import transformers as tr
+from data_family import TASKS, command, fine_tune, gpt2, merged, one_thread, sentences, tokens, write_family, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.func import functional_call, grad, vmap
@@ -17,74 +16,12 @@ from torch.func import functional_call, grad, vmap
 from peru_cli.methods import adamerging, fisher, regmean
 from peru_cli.methods.statistics import TaskModel
 
-TASKS = ("a", "b")
-
-
-def gpt2() -> tr.GPT2ForSequenceClassification:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
-    return tr.GPT2ForSequenceClassification(tr.GPT2Config(vocab_size=len(models.WORDS), num_labels=3, pad_token_id=0, **sizes))
-
-
-def write_rows(path: Path, count: int, seed: int, labels: bool = True) -> Path:
-    rows = [{"text": text, **({"label": i % 3} if labels else {})} for i, text in enumerate(models.sentences(count, seed))]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_family(folder: Path, make: object = models.bert, count: int = 12) -> Path:
-    """A bare encoder as base, two classifiers made from it, and sentences for each."""
-    torch.manual_seed(0)
-    model = models.enlarge(make(), 6.0)  # type: ignore[operator]
-    getattr(model, model.base_model_prefix).save_pretrained(folder / "base")
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for number, task in enumerate(TASKS):
-        model.load_state_dict(start)
-        noise = torch.Generator().manual_seed(number + 1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
-        model.save_pretrained(folder / task)
-        write_rows(folder / f"{task}.jsonl", count, number)
-    for name in ("base", *TASKS):
-        models.tokenizer().save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For models of 20,000 parameters, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_family(tmp_path_factory.mktemp("family"))
-
-
-def command(family: Path, method: str, *options: object, base: bool = True, data: bool = True) -> list[object]:
-    at = ["--base", family / "base"] if base else ["--per-task", "classifier"]
-    given = [word for task in TASKS for word in ("--data", f"{task}={family / task}.jsonl")] if data else []
-    return ["merge", *(f"{task}={family / task}" for task in TASKS), *at, *given, "-m", method, "--no-sync", "--device", "cpu", *options]
-
-
-def merged(out: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.double() for name, tensor in load_file(out / "model.safetensors").items()}
-
-
-def fine_tune(family: Path, task: str) -> torch.nn.Module:
-    with open(os.devnull, "w"):
-        return tr.AutoModelForSequenceClassification.from_pretrained(family / task, attn_implementation="eager").eval()
-
-
-def sentences(family: Path, task: str) -> list[str]:
-    return [json.loads(line)["text"] for line in (family / f"{task}.jsonl").read_text().splitlines()]
-
-
-def tokens(family: Path, texts: list[str]) -> dict[str, torch.Tensor]:
-    return dict(tr.AutoTokenizer.from_pretrained(family / "base")(texts, padding=True, return_tensors="pt"))
 
 
 # Fisher
@@ -358,83 +295,6 @@ def test_methods_without_a_base_need_none(family: Path, peru, tmp_path: Path) ->
     ours, theirs = load_file(tmp_path / "without" / "model.safetensors"), load_file(tmp_path / "with" / "model.safetensors")
     assert dict.fromkeys(ours, True) == {f"bert.{name}": True for name in theirs}
     assert all(torch.equal(ours[f"bert.{name}"], tensor) for name, tensor in theirs.items())
-
-
-# Search
-
-
-def test_search_takes_the_best_value_and_measures_as_transformers_does(family: Path, peru, tmp_path: Path) -> None:
-    found = json.loads(peru(*command(family, "task-arithmetic", "--search", "scale=0:1:0.25", "-o", tmp_path / "best", "--json")))
-    points = found["search"]["points"]
-    assert [point["value"] for point in points] == ["0", "0.25", "0.5", "0.75", "1"]
-    best = max(points, key=lambda point: point["normalised"])
-    assert found["options"]["scale"] == best["value"]
-    peru(*command(family, "task-arithmetic", "--scale", best["value"], "-o", tmp_path / "same", data=False))
-    ours, theirs = ((tmp_path / n / "model.safetensors") for n in ("best", "same"))
-    assert all(torch.equal(tensor, load_file(theirs)[name]) for name, tensor in load_file(ours).items())
-    for task in TASKS:
-        rows = [json.loads(line) for line in (family / f"{task}.jsonl").read_text().splitlines()]
-        model = fine_tune(family, task)
-        for out, reported in ((None, found["search"]["fine_tunes"][task]), (ours, best["accuracy"][task])):
-            if out is not None:
-                model.load_state_dict({f"bert.{name}": tensor for name, tensor in load_file(out).items()}, strict=False)
-            right = [int(model(**tokens(family, [row["text"]])).logits.argmax()) == row["label"] for row in rows]
-            assert reported == pytest.approx(sum(right) / len(rows), abs=1e-12)
-
-
-def test_search_over_other_options(family: Path, peru, tmp_path: Path) -> None:
-    for method, text, words in (
-        ("ties", "keep=20%:60%:20%", ["20%", "40%", "60%"]),
-        ("regmean", "alpha=0:1:0.5", ["0", "0.5", "1"]),
-        ("adamerging", "steps=0:1:1", ["0", "1"]),
-    ):
-        out = peru(*command(family, method, "--search", text, "-o", tmp_path / method, "--json"))
-        assert [point["value"] for point in json.loads(out)["search"]["points"]] == words
-    table = peru(*command(family, "ties", "--search", "scale=0:0.5:0.5", "-o", tmp_path / "table"))
-    assert "normalised" in table and "best" in table and "fine-tunes" in table
-
-
-# What cannot be
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["-m", "ties", "--search", "scale=0:1"], "FROM:TO:STEP"),
-        (["-m", "ties", "--search", "scope=0:1:1"], "no numeric option --scope"),
-        (["-m", "ties", "--search", "alpha=0:1:1"], "no numeric option --alpha"),
-        (["-m", "ties", "--search", "scale=0:x:1"], "three numbers"),
-        (["-m", "ties", "--search", "scale=1:0:0.1"], "goes nowhere"),
-        (["-m", "ties", "--search", "scale=0:1:0"], "goes nowhere"),
-        (["-m", "ties", "--search", "scale=0:1:1e-9"], "STEP larger"),
-        (["-m", "ties", "--search", "keep=0%:10%:5%"], "share above 0"),
-        (["-m", "consensus", "--search", "min-tasks=1:2:0.5"], "whole number"),
-        (["-m", "consensus", "--search", "min-tasks=0:2:1"], "at least 1"),
-        (["-m", "ties", "--scale", "1", "--search", "scale=0:1:1"], "both given and searched"),
-        (["-m", "ties"], "looks at no data"),
-        (["-m", "fisher", "--expectation", "both"], "exact or sampled"),
-        (["-m", "fisher", "--alpha", "1"], "fisher does not know --alpha"),
-    ],
-)
-def test_options_that_cannot_be(family: Path, peru, tmp_path: Path, options: list[str], words: str) -> None:
-    peru(*command(family, "ties", "-o", tmp_path / "out", *options), code=2)
-    assert words in peru.stderr and not (tmp_path / "out").exists()
-
-
-def test_data_that_cannot_be(family: Path, peru, tmp_path: Path) -> None:
-    out = ["-o", tmp_path / "out"]
-    peru(*command(family, "regmean", *out, data=False), code=2)
-    assert "--data TASK=FILE" in peru.stderr
-    peru(*command(family, "regmean", *out, "--data", f"a={family}/a.jsonl", data=False), code=2)
-    assert "--data b=FILE" in peru.stderr
-    peru(*command(family, "regmean", *out, "--data", f"c={family}/a.jsonl"), code=2)
-    assert "no model is called 'c'" in peru.stderr
-    bare = write_rows(tmp_path / "bare.jsonl", 3, 0, labels=False)
-    peru(*command(family, "ties", *out, "--search", "scale=0:1:1", "--data", f"a={bare}", "--data", f"b={bare}", data=False), code=1)
-    assert "bare.jsonl has no labels" in peru.stderr
-    (tmp_path / "file").write_text("")
-    peru(*command(family, "regmean", *out, "--stats", tmp_path / "file"), code=2)
-    assert "is a file" in peru.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher", "adamerging"])

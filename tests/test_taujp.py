@@ -8,8 +8,8 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from data_family import TASKS, fine_tune, gpt2, one_thread, sentences, tokens, write_family, write_rows
 from safetensors.torch import load_file
-from test_merge_data import TASKS, fine_tune, gpt2, one_thread, sentences, tokens, write_family, write_rows
 
 from peru_cli.evaluation.taujp import change_norms, features
 

@@ -87,6 +87,7 @@ def evaluate_command(
         Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one page that needs nothing else.")
     ] = None,
     force: options.Force = False,
+    stream: options.Stream = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     json: options.Json = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -109,6 +110,9 @@ def merge(
     """
     chosen = find_method(method)
     given = given_values(typed)
+    samples = given.get("max-samples")
+    if search is not None and "max-samples" not in chosen.options:
+        given.pop("max-samples", None)  # the search looks at data, the method does not
     if weight and "weight" not in chosen.options:
         effective_values(chosen, {"weight": 1.0})
     values = effective_values(chosen, given)
@@ -165,6 +169,7 @@ def merge(
     extra += [*(["--dtype", wanted.torch_name or ""] if wanted else []), *(["--compress", out.show(density)] if density else [])]
     if data:
         extra += [word for text in data for word in ("--data", f"{text.partition('=')[0]}={Path(text).name}")]
+        extra += ["--max-samples", str(samples)] if samples is not None and "max-samples" not in values else []
     base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
     recipe = out.Recipe(
         method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
@@ -177,7 +182,8 @@ def merge(
         from peru_cli.jobs import mergedata
         from peru_cli.jobs.taskmodels import read_data
 
-        running = read_data(data, names, device, batch_size, method if chosen.statistics else "--search")
+        limit = int(samples) if samples is not None else None
+        running = read_data(data, names, device, batch_size, method if chosen.statistics else "--search", limit)
     if dry_run:
         console.result(_summary(plan, recipe, target))
         return
@@ -185,16 +191,16 @@ def merge(
     looked = None
     total = 3 * plan.entries if rule.trims else plan.entries
     tiles = tile_entries or DEFAULT_TILE
+    collects = chosen.statistics is not None and stats is None
     with (
-        TemporaryDirectory(prefix="peru-statistics-") as scratch,
+        TemporaryDirectory(prefix="peru-statistics-") if collects else nullcontext(stats or "") as folder,
         console.progress(total, "merge") as progress,
         streaming(device, threads, tiles, progress.advance) as how,
     ):
         verify_expanded([model for _, model in tasks], how, progress.step)
         if running is not None:
             wanted_values = (searched.option, searched.points) if searched is not None else None
-            folder = Path(stats or scratch)
-            looked = mergedata.look(plan, chosen, parameters, running, folder, wanted_values, how, console.note, progress)
+            looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
             rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
         where = out.Where(target, not no_sync, force, progress.step, console.note)
         if density is not None:

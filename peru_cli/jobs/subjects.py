@@ -113,6 +113,8 @@ class Base:
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors in memory. BadFile for dtypes that torch lacks."""
+    if checkpoint.ranged:
+        checkpoint.expect([(name, 0, info.nbytes) for name, info in checkpoint.tensors.items()])
     return {name: _tensor(checkpoint, info) for name, info in checkpoint.tensors.items()}
 
 

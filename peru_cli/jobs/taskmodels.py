@@ -46,8 +46,8 @@ class TaskParts:
                 tensors[name].data = weights[merged]
 
 
-def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str) -> Running:
-    """Read the examples of every task. UsageError if a task has none, or a name is no task's."""
+def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str, most: int | None = None) -> Running:
+    """Read the examples of every task, the first `most` of each. UsageError if a task has none, or a name is no task's."""
     files = split_data(texts)
     if list(files) == [""] and len(tasks) == 1:
         files = {tasks[0]: files[""]}
@@ -56,7 +56,7 @@ def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size:
         raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {', '.join(tasks)}")
     if lacking:
         raise UsageError(f"{why} looks at examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
-    return Running({task: read_examples(file) for task, file in files.items()}, pick_device(device), batch_size)
+    return Running({task: read_examples(file, most) for task, file in files.items()}, pick_device(device), batch_size)
 
 
 def digest_inputs(examples: Examples) -> str:

@@ -41,7 +41,7 @@ FLAGS: Mapping[str, Flag] = {
     "min-tasks": Flag(int, "K", "Tasks that must use an entry for consensus to keep it.", least=1),
     "t": Flag(float, "T", "Where slerp stops: 0 the first model, 1 the second."),
     "normalize": Flag(bool, "", "Whether linear divides by the sum of the weights, fisher by each task's norm."),
-    "max-samples": Flag(int, "N", "Examples of each task that a method with data looks at: the first N.", least=1),
+    "max-samples": Flag(int, "N", "The first N examples of each task, for methods with data and for --search.", least=1),
     "expectation": Flag(str, "exact|sampled", "Fisher's sum over all labels, or one label drawn for each example."),
     "floor": Flag(float, "F", "Least Fisher information of an entry.", least=0),
     "alpha": Flag(float, "A", "Factor of what is off the diagonal in regmean's matrices, 0 to 1.", least=0),
