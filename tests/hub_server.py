@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ Fault = Callable[["Handler", Request], bool]  # True if it has answered
 class HubServer:
     """Start with `with HubServer() as hub:`; `env(home)` is what a process needs to talk to it."""
 
-    def __init__(self, token: str = "hf_secretsecretsecret") -> None:
+    def __init__(self, token: str = "hf_secretsecretsecret", tls: ssl.SSLContext | None = None) -> None:
         self.token = token
         self.repos: dict[str, Repo] = {}
         self.renamed: dict[str, str] = {}
@@ -81,8 +82,11 @@ class HubServer:
         self._servers = [_Server(("127.0.0.1", 0), Handler) for _ in range(2)]
         for server, origin in zip(self._servers, ("hub", "cdn"), strict=True):
             server.hub, server.origin = self, origin
-        self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
-        self.cdn = f"http://localhost:{self._servers[1].server_port}"
+            if tls is not None:
+                server.socket = tls.wrap_socket(server.socket, server_side=True)
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._servers[0].server_port}"
+        self.cdn = f"{scheme}://localhost:{self._servers[1].server_port}"
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
@@ -146,6 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     """Routes requests; `answer` and `send_file` are what faults build upon."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as storage on the web does: else the end of each body waits for an acknowledgement
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:

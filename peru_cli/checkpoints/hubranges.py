@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -17,6 +18,7 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx  # type: ignore[attr-defined]
 
+from peru_cli.checkpoints import hubsocket
 from peru_cli.checkpoints.header import Header
 from peru_cli.checkpoints.huberrors import HubError, explain
 from peru_cli.errors import BadFile
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 TRIES = 6  # in a row without progress
 _PROGRESS = 1 << 16  # bytes that count as progress
+_STEP = 1 << 18  # bytes that a broken connection loses at most
 _TIMEOUT = 30  # seconds without a byte; storage takes longer to begin than the API
 _MAX_REDIRECTS = 5
 _NEW_ADDRESSES = 3  # asked for in a row, of storage that refuses them
@@ -66,6 +69,8 @@ class RangeFile:
         self._refusals = 0  # of storage, in a row
         self._storage: str | None = None  # where the Hub redirected to, if that is another origin
         self._etags: dict[tuple[str, str | None, int | None], str] = {}
+        self._to_hub = build_hf_headers(library_name="peru", headers={"Accept-Encoding": "identity"})
+        self._to_storage = {name: value for name, value in self._to_hub.items() if name.lower() != "authorization"}
         self._lock = threading.Lock()
         self.header: Header | None = None  # once it was read
 
@@ -77,11 +82,8 @@ class RangeFile:
         while done < len(buffer):
             before = done
             try:
-                for chunk in self._chunks(offset + done, offset + len(buffer)):
-                    if done + len(chunk) > len(buffer):
-                        raise BadFile(f"{self.path}: the server sent more bytes than the range has")
-                    buffer[done : done + len(chunk)] = chunk
-                    done += len(chunk)
+                for got in self._receive(offset + done, buffer[done:]):
+                    done += got
                 if done < len(buffer):
                     raise _Again(HubError(f"{self.path}: the server sent fewer bytes than the range has"))
             except (_Again, httpx.TransportError) as error:
@@ -91,16 +93,19 @@ class RangeFile:
                     raise (cause if isinstance(cause, HubError) else explain(cause, str(self.path), self.path.repo.revision)) from error
                 time.sleep(backoff(attempt, getattr(error, "response", None)))
 
-    def _chunks(self, start: int, stop: int) -> Any:
-        """Pieces of a range as they come."""
-        url, redirects = self._storage or self._url, 0
+    def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
+        """Fill a buffer from byte `start`, giving the number of bytes of each step; fewer in all if the body ends early."""
+        url, redirects, stop = self._storage or self._url, 0, start + len(buffer)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else _TIMEOUT
         while True:
             foreign = _origin(url) != _origin(constants.ENDPOINT)
-            headers = build_hf_headers(library_name="peru", headers={"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"})
-            if foreign:
-                headers.pop("authorization", None)
-            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else _TIMEOUT
-            with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=timeout) as response:
+            headers = {**(self._to_storage if foreign else self._to_hub), "Range": f"bytes={start}-{stop - 1}"}
+            direct = foreign and not hubsocket.declines(urlsplit(url).scheme, urlsplit(url).hostname or "")
+            with (
+                hubsocket.get(url, headers, timeout)
+                if direct
+                else get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=timeout)
+            ) as response:
                 if response.status_code in (301, 302, 303, 307, 308) and "Location" in response.headers:
                     self._check_linked(response)
                     url, redirects = urljoin(url, response.headers["Location"]), redirects + 1
@@ -110,8 +115,30 @@ class RangeFile:
                 self._check(response, url, start, stop)
                 if foreign:
                     self._storage = url
-                yield from response.iter_raw()
+                yield from self._read(response, buffer) if direct else self._copy(response, buffer)
                 return
+
+    def _read(self, response: Any, buffer: memoryview) -> Iterator[int]:
+        """The body from the socket."""
+        done = 0
+        while done < len(buffer) and (got := response.read_into(buffer[done : done + _STEP])):
+            done += got
+            yield got
+        if done == len(buffer) and not response.ended():
+            raise self._too_much()
+
+    def _copy(self, response: Any, buffer: memoryview) -> Iterator[int]:
+        """The body from huggingface_hub's client."""
+        done = 0
+        for chunk in response.iter_raw():
+            if done + len(chunk) > len(buffer):
+                raise self._too_much()
+            buffer[done : done + len(chunk)] = chunk
+            done += len(chunk)
+            yield len(chunk)
+
+    def _too_much(self) -> BadFile:
+        return BadFile(f"{self.path}: the server sent more bytes than the range has")
 
     def _check_linked(self, response: Any) -> None:
         """What the Hub says of a file that it redirects for must be what its listing said."""
@@ -141,6 +168,8 @@ class RangeFile:
             self._refusals = 0
 
     def _error(self, response: Any) -> BaseException:
+        if isinstance(response, hubsocket.Answer):
+            response = response.as_usual()
         response.read()
         try:
             hf_raise_for_status(response)

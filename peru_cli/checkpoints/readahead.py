@@ -35,7 +35,7 @@ class _Piece:
     end: int
     data: bytearray | None = None  # None before it is begun and after it was taken
     begun: bool = False
-    ready: bool = False
+    ready: threading.Event = field(default_factory=threading.Event)
     keep: bool = False  # after it was taken
     users: int = 0  # readers that copy from it
     error: BaseException | None = None
@@ -69,7 +69,8 @@ class ReadAhead:
     """Reads of one checkpoint. Safe from many threads; `expect` and `forget` between passes only."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)  # to fetch more; each piece wakes its own readers, so that nobody wakes in vain
         self._pieces: list[_Piece] = []
         self._map = _Map(())
         self._kept: list[_Piece] = []
@@ -79,20 +80,20 @@ class ReadAhead:
 
     def expect(self, ranges: Iterable[Range], keep: bool = False) -> None:
         """Begin to fetch what will be read, each range once; `keep` holds it for later passes, until `forget`."""
-        with self._condition:
+        with self._lock:
             self._plan += 1  # what an earlier plan still fetches is dropped
-            self._kept += [piece for piece in self._pieces if piece.keep and piece.ready and piece.error is None]
+            self._kept += [piece for piece in self._pieces if piece.keep and piece.ready.is_set() and piece.error is None]
             self._kept_map = _Map(self._kept)
             self._pieces = [piece for file, begin, end in _join(self._missing(ranges)) for piece in _cut(file, begin, end, keep)]
             self._map, self._next, self._held = _Map(self._pieces), 0, 0
-            self._condition.notify_all()
+            self._room.notify_all()
             for number in range(min(CONNECTIONS, len(self._pieces))):
                 threading.Thread(target=self._work, args=(self._plan,), name=f"ranges-{number}", daemon=True).start()
 
     def forget(self) -> None:
         """Drop what was kept, and what was expected and not read."""
         self.expect(())
-        with self._condition:
+        with self._lock:
             self._kept, self._kept_map = [], _Map(())
 
     def _missing(self, ranges: Iterable[Range]) -> Iterable[Range]:
@@ -124,16 +125,15 @@ class ReadAhead:
 
     def _take(self, piece: _Piece, offset: int, buffer: memoryview) -> bool:
         """Copy from a piece, waiting for it or fetching it; False if it was taken before."""
-        with self._condition:
+        with self._lock:
             mine = not piece.begun
             piece.begun = True
             if mine:
                 self._held += piece.end - piece.begin
         if mine:
             self._fetch(piece)
-        with self._condition:
-            while not piece.ready:
-                self._condition.wait()
+        piece.ready.wait()
+        with self._lock:
             if piece.error is not None:
                 raise piece.error
             data = piece.data
@@ -142,7 +142,7 @@ class ReadAhead:
             return False
         at = offset - piece.begin
         buffer[:] = memoryview(data)[at : at + len(buffer)]
-        with self._condition:
+        with self._lock:
             piece.left -= len(buffer)
             piece.users -= 1
             if piece.left <= 0 and not piece.keep and piece.data is not None:
@@ -150,12 +150,12 @@ class ReadAhead:
                     self._free.append(data)  # memory that comes and goes in many threads is not given back to the system
                 piece.data = None
                 self._held -= piece.end - piece.begin
-                self._condition.notify_all()
+                self._room.notify()
         return True
 
     def _work(self, plan: int) -> None:
         while True:
-            with self._condition:
+            with self._lock:
                 while True:
                     if plan != self._plan:
                         return
@@ -167,14 +167,14 @@ class ReadAhead:
                     size = piece.end - piece.begin
                     if piece.keep or not self._held or self._held + size <= HELD:
                         break
-                    self._condition.wait()
+                    self._room.wait()
                 piece.begun = True
                 self._held += size
             self._fetch(piece)
 
     def _fetch(self, piece: _Piece) -> None:
         size = piece.end - piece.begin
-        with self._condition:
+        with self._lock:
             fits = [] if piece.keep else [i for i, room in enumerate(self._free) if len(room) >= size]
             data = self._free.pop(fits[-1]) if fits else None
         data = bytearray(size) if data is None else data
@@ -182,9 +182,8 @@ class ReadAhead:
             piece.file.read_into(piece.begin, memoryview(data)[:size])
         except BaseException as error:
             piece.error = error
-        with self._condition:
-            piece.data, piece.ready = data, True
-            self._condition.notify_all()
+        piece.data = data
+        piece.ready.set()
 
 
 def _join(ranges: Iterable[Range]) -> Iterable[Range]:

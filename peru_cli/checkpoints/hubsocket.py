@@ -1,0 +1,118 @@
+"""GET requests to the Hub's storage whose bodies go straight from the socket into the reader's buffer.
+
+huggingface_hub's client hands a body over in small pieces of Python objects: of a stream of gigabytes that is most of the work. The
+standard library's client copies each byte once. It stands in for ranges of addresses that the Hub gave, which take no token; where a
+proxy is set it declines, and errors come as the usual client's do.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+_PER_ORIGIN = 16  # idle connections that are kept
+_Origin = tuple[str, str, int | None]
+
+_idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
+_lock = threading.Lock()
+
+
+@lru_cache
+def declines(scheme: str, host: str) -> bool:
+    """Whether a proxy stands between this machine and a host."""
+    proxies = getproxies()
+    return bool((proxies.get(scheme) or proxies.get("all")) and not proxy_bypass(host))
+
+
+class Answer:
+    """A response: its status, its headers, and its body as it comes."""
+
+    def __init__(self, url: str, response: http.client.HTTPResponse) -> None:
+        self._url, self._response = url, response
+        self.status_code, self.headers = response.status, response.headers
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill the buffer; fewer bytes if the body ends before."""
+        return self._response.readinto(buffer)
+
+    def ended(self) -> bool:
+        """Whether the body holds no more; reads a byte if there is one."""
+        return self._response.isclosed() or not self._response.read(1)
+
+    def as_usual(self) -> httpx.Response:
+        """The response as huggingface_hub knows it, with the beginning of its body."""
+        content = self._response.read(1 << 16)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "content-length")}
+        return httpx.Response(self.status_code, headers=headers, content=content, request=httpx.Request("GET", self._url))
+
+
+@contextmanager
+def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer]:
+    """Ask for an address; `timeout` is in seconds without a byte. The connection is kept for the next one if the body was read to its end.
+
+    Raises httpx.TransportError, as huggingface_hub's client does.
+    """
+    parts = urlsplit(url)
+    origin = (parts.scheme, parts.hostname or "", parts.port)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    connection, kept = _idle_one(origin), False
+    try:
+        try:
+            response = _ask(connection, target, headers, timeout) if connection is not None else None
+            if connection is None or response is None:  # a connection that lay idle may have been closed by the server
+                connection = _new(origin, timeout)
+                connection.connect()
+                connection.request("GET", target, headers=dict(headers))
+                response = connection.getresponse()
+            yield Answer(url, response)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(str(error)) from error
+        except (http.client.HTTPException, OSError) as error:
+            raise (httpx.ConnectError if connection is None or connection.sock is None else httpx.ReadError)(str(error)) from error
+        if response.isclosed() and not response.will_close:
+            with _lock:
+                if kept := len(idle := _idle.setdefault(origin, [])) < _PER_ORIGIN:
+                    idle.append(connection)
+    finally:
+        if connection is not None and not kept:
+            connection.close()
+
+
+def _idle_one(origin: _Origin) -> http.client.HTTPConnection | None:
+    with _lock:
+        return _idle[origin].pop() if _idle.get(origin) else None
+
+
+def _ask(
+    connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str], timeout: float
+) -> http.client.HTTPResponse | None:
+    """Ask over a connection that lay idle; None if the server has left it."""
+    try:
+        connection.sock.settimeout(timeout)
+        connection.request("GET", target, headers=dict(headers))
+        return connection.getresponse()
+    except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError):
+        connection.close()
+        return None
+
+
+def _new(origin: _Origin, timeout: float) -> http.client.HTTPConnection:
+    scheme, host, port = origin
+    if scheme == "https":
+        return http.client.HTTPSConnection(host, port, timeout=timeout, context=_trusted())
+    return http.client.HTTPConnection(host, port, timeout=timeout)
+
+
+@lru_cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that huggingface_hub's client trusts."""
+    context: ssl.SSLContext = httpx.create_ssl_context()
+    return context
