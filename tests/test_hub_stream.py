@@ -138,6 +138,24 @@ def test_how_often_each_byte_is_asked_for(
         assert fetched == planned + headers + index
 
 
+@pytest.mark.parametrize(("kind", "kept", "times"), [("adapter", 128 << 20, 1), ("adapter", 0, 2), ("artifact", 0, 3)])
+def test_what_stands_on_a_base_asks_for_no_byte_of_it_again(
+    hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, kind: str, kept: int, times: int
+) -> None:
+    """A pass reads the base, and so does the adapter or artifact on it: once a pass, and once to verify an artifact."""
+    made = tmp_path / ("lora" if kind == "adapter" else "delta.safetensors")
+    verb, *options = ("svd-lora", "--rank", 2) if kind == "adapter" else ("prune", "--keep", "20%")
+    changed = {name: t * 1.01 if "layers" in name else t for name, t in tensors(0).items()}  # nothing that an adapter cannot hold
+    ok(run_peru(verb, model(tmp_path / "changed", changed), "-b", pair[0], "-o", made, *options))
+    given = ("prune", made, "--base-id", "x/y", "--keep", "5%")
+    ok(run_peru(*given, "-b", pair[0], "-o", tmp_path / "local.safetensors"))
+    run_small(kept, "hit", *given, "-b", BASE, "-o", tmp_path / "hub.safetensors", "--stream", env=hub.env(tmp_path / "hf"))
+    assert (tmp_path / "hub.safetensors").read_bytes() == (tmp_path / "local.safetensors").read_bytes()
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        ranges = [(first, last + 1) for first, last in hub.ranges(name)]
+        assert times_asked(ranges, (pair[0] / name).stat().st_size) == (1, times)
+
+
 # -- faults ---------------------------------------------------------------------------------------------
 
 

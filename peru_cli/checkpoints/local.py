@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
 from peru_cli.checkpoints.places import Place, children, on_disk
-from peru_cli.checkpoints.readahead import ReadAhead
+from peru_cli.checkpoints.readahead import Echo, ReadAhead
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
@@ -126,7 +126,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise
         self.tensors, self.metadata = tensors, metadata
         self.ranged = any(not isinstance(file, RandomAccessFile) for file in self._files)
-        self._ahead = ReadAhead()
+        self._ahead: ReadAhead | Echo = ReadAhead()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         file, begin = self._where[name]
@@ -138,6 +138,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
         places = ((*self._where[name], offset, nbytes) for name, offset, nbytes in ranges)
         self._ahead.expect(((file, begin + offset, begin + offset + nbytes) for file, begin, offset, nbytes in places), keep)
+
+    def echo(self) -> None:
+        if isinstance(self._ahead, ReadAhead):
+            self._ahead = Echo(self._ahead)
 
     def forget(self) -> None:
         self._ahead.forget()

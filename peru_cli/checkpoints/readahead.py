@@ -16,6 +16,7 @@ from typing import Protocol
 CONNECTIONS = 8
 PIECE = 4 << 20  # bytes asked for at once
 HELD = 32 << 20  # bytes fetched ahead and not yet taken, for each checkpoint
+ECHOED = 8 << 20  # bytes that a thread has just read: those of a tile, with all its runs
 
 Range = tuple["Ranged", int, int]  # file, first byte, end
 
@@ -184,6 +185,26 @@ class ReadAhead:
             piece.error = error
         piece.data = data
         piece.ready.set()
+
+
+class Echo:
+    """Reads ahead, and gives a thread what it has just read once more without fetching it again."""
+
+    def __init__(self, ahead: ReadAhead) -> None:
+        self.expect, self.forget = ahead.expect, ahead.forget
+        self._ahead, self._local = ahead, threading.local()
+
+    def read_into(self, file: Ranged, offset: int, buffer: memoryview) -> None:
+        """As ReadAhead has it."""
+        recent: dict[tuple[int, int, int], bytes] = self._local.__dict__.setdefault("recent", {})
+        key = (id(file), offset, len(buffer))
+        if (same := recent.get(key)) is not None:
+            buffer[:] = same
+            return
+        self._ahead.read_into(file, offset, buffer)
+        recent[key] = bytes(buffer)
+        while sum(map(len, recent.values())) > ECHOED and len(recent) > 1:
+            del recent[next(iter(recent))]
 
 
 def _join(ranges: Iterable[Range]) -> Iterable[Range]:

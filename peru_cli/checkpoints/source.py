@@ -49,6 +49,9 @@ class Checkpoint(ABC):
         `keep` holds it for later passes, until `forget`. Between passes only.
         """
 
+    def echo(self) -> None:  # noqa: B027
+        """Say that what stands on these tensors, an adapter or an artifact, reads each range again right after the pass has."""
+
     def forget(self) -> None:  # noqa: B027
         """Drop what was kept."""
 

@@ -161,6 +161,13 @@ def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None)
 
     A folder or repo that holds one artifact stands for it; of several, the one of the task.
     """
+    opened = _open(model, base, task)
+    if opened.expanded and base is not None:
+        base.echo()
+    return opened
+
+
+def _open(model: str, base: Checkpoint | None, task: str | None) -> Checkpoint:
     path = locate(model)
     if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
         return _open_adapter(path, model, base)

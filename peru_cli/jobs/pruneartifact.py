@@ -246,10 +246,10 @@ def _shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | No
     if pair.fine.dtype is not pair.base.dtype:
         return None
     digest = TensorDigest(pair.base.dtype, pair.base.shape)
-    for a, b in zip(_pieces(fine, pair.fine), _pieces(base, pair.base), strict=True):
+    for a, b in zip(_pieces(base, pair.base), _pieces(fine, pair.fine), strict=True):  # an adapter's come out of what the base just gave
         if a != b:
             return None
-        digest.add(leaves(b, pair.base.dtype))
+        digest.add(leaves(a, pair.base.dtype))
     return digest.digest()
 
 
