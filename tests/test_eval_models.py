@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peru_cli import demo
 from peru_cli.errors import PeruError
+from peru_cli.evaluation import models as evaluation_models
 from peru_cli.evaluation.data import Examples, read_examples
 from peru_cli.evaluation.models import CAUSAL, IGNORED, SEQ2SEQ, class_logits
 from peru_cli.jobs.prepare import Loaded, Settings, load, prepare
@@ -58,6 +59,35 @@ def test_logits_are_those_of_a_plain_loop(tmp_path: Path, pairs: bool) -> None:
     assert np.ptp(wanted, axis=0).min() > 0.1 and len(set(wanted.argmax(1))) > 1  # it tells inputs apart
     np.testing.assert_allclose(logits(loaded), wanted, **CLOSE)
     np.testing.assert_array_equal(logits(loaded, 1000).argmax(1), wanted.argmax(1))
+
+
+def test_a_tokenizer_is_read_again_only_where_it_may_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels have no part in it; a vocabulary in another order has, and what a config may say of its tokenizer."""
+    _, fine = models.pair(models.bert, tmp_path)
+    renamed, shuffled, older = (shutil.copytree(fine, tmp_path / name) for name in ("renamed", "shuffled", "older"))
+    config = json.loads((fine / "config.json").read_text())
+    named = {"id2label": {"0": "x", "1": "y", "2": "z"}, "label2id": {"x": 0, "y": 1, "z": 2}}
+    (renamed / "config.json").write_text(json.dumps(config | named))
+    (older / "config.json").write_text(json.dumps(config | {"transformers_version": "4.40.0"}))
+    vocabulary = json.loads((fine / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    vocabulary["model"]["vocab"] = {word: n if word.startswith("[") else len(ids) + 3 - n for word, n in ids.items()}
+    (shuffled / "tokenizer.json").write_text(json.dumps(vocabulary))
+    read, examples = [], texts()
+    from_pretrained = tr.AutoTokenizer.from_pretrained
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        read.append(arguments)
+        return from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(evaluation_models, "_TOKENIZER", [])
+    monkeypatch.setattr(tr.AutoTokenizer, "from_pretrained", count)
+    for folder, times in ((fine, 1), (renamed, 1), (shuffled, 2), (fine, 3), (older, 4)):
+        inputs = prepare(open_subject(str(folder), "", None), examples, []).inputs
+        assert len(read) == times
+        ids = {int(number): batch["input_ids"][0] for (number,), batch in inputs.batches(1, torch.device("cpu"))}
+        wanted = from_pretrained(folder)(examples.texts)["input_ids"]
+        assert [ids[n].tolist() for n in range(len(wanted))] == wanted
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -6,6 +6,7 @@ Nothing here knows of artifacts: jobs/subjects.py turns what a user names into t
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Batch = dict[str, torch.Tensor]
 _T = TypeVar("_T")
 _SHAPES: dict[str, dict[str, torch.Size]] = {}  # of models that were asked about: making one takes longer than a batch
+_TOKENIZER: list[Any] = []  # what the last one was read from, and itself: reading one takes longer than a batch
 
 
 def pick_device(device: str) -> torch.device:
@@ -227,8 +229,7 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
         return _encode_images(examples, files, config, label)
     if not any(_VOCABULARY.fullmatch(name) for name in files):  # transformers would make up an empty one
         raise BadFile(f"{label}: no tokenizer beside it or its base", "put tokenizer.json beside the model or its base")
-    with _folder(files) as folder:
-        tokenizer = _tokenizer(folder, label)
+    tokenizer = _tokenizer(files, label)
     longest = _longest(tokenizer, config)
     if kind == TEXT:
         if tokenizer.pad_token is None:
@@ -248,13 +249,19 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
     return _encode_causal(examples, tokenizer, min(context or 1024, longest or _LONGEST))
 
 
-def _tokenizer(folder: Path, label: str) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its tokenizers' own code raises
-        raise BadFile(
-            f"{label}: no tokenizer that transformers loads ({_reason(error)})", "put tokenizer.json beside the model or its base"
-        ) from error
+def _tokenizer(files: Files, label: str) -> Any:
+    """The tokenizer among side files; the last one again if they are the same but for the names of labels, as a pack's tasks have them."""
+    settings = {name: value for name, value in json.loads(files["config.json"]).items() if name not in ("id2label", "label2id")}
+    key = settings, {name: content for name, content in files.items() if name != "config.json"}
+    if not _TOKENIZER or _TOKENIZER[0] != key:
+        with _folder(files) as folder:
+            try:
+                _TOKENIZER[:] = [key, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)]
+            except Exception as error:  # transformers raises whatever its tokenizers' own code raises
+                raise BadFile(
+                    f"{label}: no tokenizer that transformers loads ({_reason(error)})", "put tokenizer.json beside the model or its base"
+                ) from error
+    return _TOKENIZER[1]
 
 
 def _reason(error: Exception) -> str:
