@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -131,3 +135,49 @@ def test_a_body_in_chunks_whose_length_nobody_says(hub: HubServer, tmp_path: Pat
     else:
         ok(done)
         assert made(tmp_path) == local(pair, tmp_path)
+
+
+# In a process that asks for small pieces: all connections of a file are in use.
+MANY = """
+import sys
+from peru_cli.checkpoints import readahead
+readahead.PIECE = 1 << 16
+from peru_cli import cli
+raise SystemExit(cli.run(sys.argv[1:]))
+"""
+
+
+def test_an_address_that_expires_under_all_connections_at_once(hub: HubServer, tmp_path: Path) -> None:
+    """Eight requests are under way when the storage's signature expires: all are refused, and one new address serves them all."""
+    pair, expired = both(hub, tmp_path), threading.Event()
+    seen: list[Request] = []
+    refused: list[Request] = []
+
+    def expire(handler: Handler, request: Request) -> bool:
+        if f"/{FINE}/" not in request.path or request.range is None:
+            return False
+        if request.origin == "hub" and expired.is_set():
+            handler.answer(302, Location=f"{hub.cdn}{request.path.replace('/resolve/', '/')}?signature=new")
+            return True
+        if request.origin == "hub" or request.query["signature"] == "new":
+            return False
+        with hub.lock:
+            seen.append(request)
+            if len(seen) <= 4:
+                return False
+            refused.append(request)
+            if len(refused) == 8:
+                expired.set()
+        expired.wait(5)
+        handler.answer(403)
+        return True
+
+    hub.fault(expire)
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, *map(str, command(tmp_path, "stream"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **hub.env(tmp_path / "hf")},
+    )
+    ok(done)
+    assert len(refused) >= 8 and (tmp_path / "hub.safetensors").read_bytes() == local(pair, tmp_path)

@@ -31,7 +31,6 @@ _PROGRESS = 1 << 16  # bytes that count as progress
 _STEP = 1 << 18  # bytes that a broken connection loses at most
 _TIMEOUT = 30  # seconds without a byte; storage takes longer to begin than the API
 _MAX_REDIRECTS = 5
-_NEW_ADDRESSES = 3  # asked for in a row, of storage that refuses them
 _EXPIRED = {401, 403, 404, 410}  # what storage says of an address whose signature is too old
 
 
@@ -66,7 +65,6 @@ class RangeFile:
     def __init__(self, path: HubPath) -> None:
         self.path, self.size = path, path.size
         self._url = hf_hub_url(path.repo.name, path.path, revision=path.repo.commit)
-        self._refusals = 0  # of storage, in a row
         self._storage: str | None = None  # where the Hub redirected to, if that is another origin
         self._etags: dict[tuple[str, str | None, int | None], str] = {}
         self._to_hub = build_hf_headers(library_name="peru", headers={"Accept-Encoding": "identity"})
@@ -149,9 +147,11 @@ class RangeFile:
 
     def _check(self, response: Any, url: str, start: int, stop: int) -> None:
         status = response.status_code
-        if status in _EXPIRED and _origin(url) != _origin(constants.ENDPOINT) and self._refusals < _NEW_ADDRESSES:
-            self._storage, self._refusals = None, self._refusals + 1  # ask the Hub for a new address
-            raise _Again(HubError(f"{self.path}: the storage of {constants.ENDPOINT} refuses access ({status})"))
+        if status in _EXPIRED and _origin(url) != _origin(constants.ENDPOINT):
+            with self._lock:
+                if self._storage == url:  # else another thread, whose request expired with this one, has a new address already
+                    self._storage = None
+            raise _Again(HubError(f"{self.path}: the storage of {constants.ENDPOINT} refuses access ({status})", "type the command again"))
         if status == 429 or status >= 500 or status == 408:
             raise _Again(self._error(response), response)
         if status >= 400:
@@ -165,7 +165,6 @@ class RangeFile:
         with self._lock:
             if self._etags.setdefault(_origin(url), etag) != etag:
                 raise BadFile(f"{self.path}: the file on the server changed between two ranges", "type the command again")
-            self._refusals = 0
 
     def _error(self, response: Any) -> BaseException:
         if isinstance(response, hubsocket.Answer):
