@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -33,9 +34,9 @@ class Console:
         print(f"error: {text}", file=sys.stderr, flush=True)
 
     def result(self, value: Any) -> None:
-        """The machine-readable result, if --json was given."""
+        """The machine-readable result, if --json was given; null stands for infinity and NaN, which JSON has not."""
         if self.json:
-            self._out(json.dumps(value, indent=2, ensure_ascii=False))
+            self._out(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
     def line(self, text: str = "") -> None:
         """A line of human-readable data."""
@@ -131,6 +132,15 @@ class Progress:
 
 
 console = Console()
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null in place of numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def si_bytes(n: int) -> str:

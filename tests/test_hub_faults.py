@@ -120,6 +120,27 @@ def test_other_bytes_than_the_hub_lists_never_reach_the_cache(hub: HubServer, pa
     assert made(tmp_path) == local(pair, tmp_path)
 
 
+def test_a_cached_file_that_lost_its_end(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Once what the error names is deleted, the file is fetched again."""
+    env = hub.env(tmp_path / "hf")
+    ok(run_peru(*command(tmp_path, "cache"), env=env))
+    cached = next((tmp_path / "hf").rglob("snapshots/*/model.safetensors"))
+    os.truncate(cached, 1000)
+    failed = run_peru(*command(tmp_path, "cache", "--force"), env=env)
+    assert failed.returncode == 1 and "1000 bytes in the cache" in failed.stderr, failed.stderr
+    named = re.search(r"delete (.*) and try again", failed.stderr)
+    assert named
+    Path(named[1]).unlink()
+    ok(run_peru(*command(tmp_path, "cache", "--force"), env=env))
+    assert made(tmp_path) == local(pair, tmp_path)
+
+
+def test_a_cache_on_a_full_disk(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, small_disk: Path) -> None:
+    failed = run_peru(*command(tmp_path, "cache"), env=hub.env(small_disk / "hf"))
+    assert failed.returncode == 1 and "needs 2,5" in failed.stderr and "set HF_HOME" in failed.stderr, failed.stderr
+    assert not hub.fetched(".safetensors")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_redirect_from_storage_to_a_third_origin(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
     with HubServer() as third:

@@ -38,13 +38,13 @@ def check_target(target: Path, force: bool, new_folder: bool = False) -> None:
         raise UsageError(f"{parent} is not writable", "choose another -o")
 
 
-def check_room(target: Path, nbytes: int) -> None:
-    """Refuse, before any work, a disk that cannot hold `nbytes` more bytes."""
+def check_room(target: Path, nbytes: int, elsewhere: str = "write to another disk with -o") -> None:
+    """Refuse, before any work, a disk that cannot hold `nbytes` more bytes; `elsewhere` says how to use another."""
     free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.is_dir())).free
     if free < nbytes:
         raise PeruError(
             f"{target} needs {nbytes:,} bytes, the disk has {free:,} free",
-            "free some room, or write to another disk with -o",
+            f"free some room, or {elsewhere}",
         )
 
 
@@ -127,7 +127,10 @@ class PartialFile:
         """Write all of `data` at a byte offset; safe from many threads."""
         view = memoryview(data)
         while len(view):
-            written = os.pwrite(self.fd, view, offset)
+            try:
+                written = os.pwrite(self.fd, view, offset)
+            except OSError as error:  # names no file
+                raise OSError(error.errno, error.strerror, str(self.target)) from error
             if written == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
             view, offset = view[written:], offset + written

@@ -64,7 +64,7 @@ def _fetch(path: HubPath, fd: int, partial: Path) -> str:
         total.update(room[:got])
         at += got
     os.ftruncate(fd, at)
-    check_room(partial, size - at)
+    check_room(partial, size - at, "set HF_HOME to a folder on another disk, or read with --stream")
     ahead = ReadAhead()
     ahead.expect([(source, at, size)])
     try:

@@ -156,7 +156,8 @@ class HubRepo:
             found = Path(hf_hub_download(self.name, path, revision=self.commit, library_name="peru"))
         if listed.size is not None and found.stat().st_size != listed.size:
             raise BadFile(
-                f"{self}/{path}: {found.stat().st_size} bytes in the cache, the Hub has {listed.size}", f"delete {found} and try again"
+                f"{self}/{path}: {found.stat().st_size} bytes in the cache, the Hub has {listed.size}",
+                f"delete {found.resolve()} and try again",
             )
         if check is not None and sha256(found) != check:
             found.resolve().unlink()

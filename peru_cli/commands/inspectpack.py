@@ -15,6 +15,7 @@ def show_pack(path: Place, plot: Path | None) -> None:
     from peru_cli.artifacts.superposed import UNKNOWN, WHOLE
     from peru_cli.evaluation.plots import plot_cosines
     from peru_cli.jobs.packplan import describe_groups
+    from peru_cli.methods.superpose import quality
 
     with Pack(path) as pack:
         meta, index, container = pack.metadata, pack.index, pack.container
@@ -47,8 +48,7 @@ def show_pack(path: Place, plot: Path | None) -> None:
         tasks = []
         for task in index.tasks:
             own = energies[task.name]
-            scale = pack.scale
-            now = ((scale**2 * (total - own) + (1 - scale) ** 2 * own) / own) ** 0.5 if own else 0.0
+            now = quality(own, total, own, pack.scale).error  # as if all vectors were independent
             side = sum(file.size for file in task.files if file.origin == STORED)
             mended = [residuals[task.name].error, si_bytes(residuals[task.name].nbytes)] if residuals else []
             shift = [str(task.shift)] if meta["peru.decorrelate"] == "shift" else []
