@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,31 @@ def test_other_bytes_than_the_hub_lists_never_reach_the_cache(hub: HubServer, pa
         hub.faults.clear()
     ok(run_peru(*command(tmp_path, "cache"), env=hub.env(tmp_path / "hf")))
     assert made(tmp_path) == local(pair, tmp_path)
+
+
+def test_ctrl_c_ends_a_download_of_shards_at_once(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Storage does not answer for a shard: an interrupt waits neither for it nor for the shards after it."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(handler: Handler, request: Request) -> bool:
+        if request.origin == "cdn" and request.path.endswith("model-1.safetensors"):
+            asked.set()
+            answer.wait(60)
+        return False
+
+    hub.fault(hang)
+    words = [sys.executable, "-m", "peru_cli", *map(str, command(tmp_path, "cache"))]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, **hub.env(tmp_path / "hf")})
+    try:
+        assert asked.wait(60)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=10)
+    finally:
+        answer.set()
+        process.kill()
+    assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr, stderr
+    assert not hub.fetched("model-2.safetensors")
 
 
 def test_a_cached_file_that_lost_its_end(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
-    """Open files and read their headers; those on the Hub side by side, since each waits for answers."""
+    """Open files and read their headers; those read by ranges side by side, since each waits for answers."""
 
     def open_one(place: Place) -> RandomAccess:
         file = open_random(place)
@@ -180,7 +180,8 @@ def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
             raise
         return file
 
-    if len(files) == 1 or all(isinstance(file, Path) for file in files):
+    # Whole files are downloaded one at a time anyway (hubdownload.py), and in this thread, which hears Ctrl-C.
+    if len(files) == 1 or not any(not isinstance(file, Path) and file.streams for file in files):
         return [open_one(file) for file in files]
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
         return list(pool.map(open_one, files))
