@@ -52,12 +52,15 @@ def main(
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt  # clean up as for Ctrl-C: remove what is half done
+    reading.interrupt()
+    raise KeyboardInterrupt  # clean up: remove what is half done
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; prints what failed."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, _terminate)
     reading.reset()
     try:
         code = app(arguments, prog_name="peru", standalone_mode=False)

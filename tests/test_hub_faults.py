@@ -121,29 +121,34 @@ def test_other_bytes_than_the_hub_lists_never_reach_the_cache(hub: HubServer, pa
     assert made(tmp_path) == local(pair, tmp_path)
 
 
-def test_ctrl_c_ends_a_download_of_shards_at_once(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Storage does not answer for a shard: an interrupt waits neither for it nor for the shards after it."""
-    asked, answer = threading.Event(), threading.Event()
+@pytest.mark.parametrize(("mode", "skip"), [("cache", 0), ("stream", 0), ("stream", 6)])
+def test_ctrl_c_is_heard_while_storage_does_not_answer(
+    hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, skip: int
+) -> None:
+    """In a download, among headers, in a pass: an interrupt waits for no request of any thread, nor for those after it."""
+    asked, answer, seen = threading.Event(), threading.Event(), []
 
     def hang(handler: Handler, request: Request) -> bool:
-        if request.origin == "cdn" and request.path.endswith("model-1.safetensors"):
-            asked.set()
-            answer.wait(60)
+        if request.origin == "cdn" and request.path.endswith(".safetensors"):
+            seen.append(request)
+            if len(seen) > skip:
+                asked.set()
+                answer.wait(60)
         return False
 
     hub.fault(hang)
-    words = [sys.executable, "-m", "peru_cli", *map(str, command(tmp_path, "cache"))]
+    words = [sys.executable, "-m", "peru_cli", *map(str, command(tmp_path, mode))]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, **hub.env(tmp_path / "hf")})
     try:
         assert asked.wait(60)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=10)
+        _, stderr = process.communicate(timeout=15)
     finally:
         answer.set()
         process.kill()
     assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr, stderr
-    assert not hub.fetched("model-2.safetensors")
+    assert not (tmp_path / "hub.safetensors").exists()
 
 
 def test_a_cached_file_that_lost_its_end(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:

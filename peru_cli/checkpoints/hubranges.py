@@ -21,6 +21,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from peru_cli.checkpoints import hubsocket
 from peru_cli.checkpoints.header import Header
 from peru_cli.checkpoints.huberrors import HubError, explain
+from peru_cli.checkpoints.places import reading
 from peru_cli.errors import BadFile
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def backoff(attempt: int, response: Any = None) -> float:
     """Seconds to wait before trying again: what Retry-After says (at most ten minutes), else twice as long each time."""
     after = response.headers.get("Retry-After", "") if response is not None else ""
     return min(float(after), 600.0) if re.fullmatch(r"\d+(\.\d+)?", after) else min(0.25 * 2.0**attempt, 20.0)
+
+
+def _pause(seconds: float) -> None:
+    """Sleep, in any thread no longer than until an interrupt."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not reading.interrupted:
+        time.sleep(min(left, 0.2))
 
 
 class _Again(Exception):
@@ -78,6 +86,8 @@ class RangeFile:
             raise BadFile(f"{self.path}: the file ends at byte {self.size}")
         done = attempt = 0
         while done < len(buffer):
+            if reading.interrupted:
+                raise KeyboardInterrupt
             before = done
             try:
                 for got in self._receive(offset + done, buffer[done:]):
@@ -86,10 +96,10 @@ class RangeFile:
                     raise _Again(HubError(f"{self.path}: the server sent fewer bytes than the range has"))
             except (_Again, httpx.TransportError) as error:
                 attempt = 0 if done - before >= _PROGRESS else attempt + 1
-                if attempt >= TRIES:
+                if attempt >= TRIES and not reading.interrupted:
                     cause = error.error if isinstance(error, _Again) else error
                     raise (cause if isinstance(cause, HubError) else explain(cause, str(self.path), self.path.repo.revision)) from error
-                time.sleep(backoff(attempt, getattr(error, "response", None)))
+                _pause(backoff(attempt, getattr(error, "response", None)))
 
     def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
         """Fill a buffer from byte `start`, giving the number of bytes of each step; fewer in all if the body ends early."""

@@ -8,21 +8,36 @@ proxy is set it declines, and errors come as the usual client's do.
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+from peru_cli.checkpoints.places import reading
+
 _PER_ORIGIN = 16  # idle connections that are kept
 _Origin = tuple[str, str, int | None]
 
 _idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
 _lock = threading.Lock()
+_busy: set[http.client.HTTPConnection] = set()  # those that somebody waits for
+
+
+def break_off() -> None:
+    """End all requests that are under way. For signal handlers: takes no lock."""
+    for connection in list(_busy):
+        if connection.sock is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own shutdown would talk to the server
+
+
+reading.wake = break_off
 
 
 @lru_cache
@@ -66,10 +81,14 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
     connection, kept = _idle_one(origin), False
     try:
         try:
-            response = _ask(connection, target, headers, timeout) if connection is not None else None
+            response = None
+            if connection is not None:
+                _make_busy(connection)
+                response = _ask(connection, target, headers, timeout)
             if connection is None or response is None:  # a connection that lay idle may have been closed by the server
                 connection = _new(origin, timeout)
                 connection.connect()
+                _make_busy(connection)
                 connection.request("GET", target, headers=dict(headers))
                 response = connection.getresponse()
             yield Answer(url, response)
@@ -82,8 +101,16 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
                 if kept := len(idle := _idle.setdefault(origin, [])) < _PER_ORIGIN:
                     idle.append(connection)
     finally:
-        if connection is not None and not kept:
-            connection.close()
+        if connection is not None:
+            _busy.discard(connection)
+            if not kept:
+                connection.close()
+
+
+def _make_busy(connection: http.client.HTTPConnection) -> None:
+    _busy.add(connection)
+    if reading.interrupted:  # looked at after adding: `break_off` sees it, or this does
+        raise ConnectionAbortedError("interrupted")
 
 
 def _idle_one(origin: _Origin) -> http.client.HTTPConnection | None:

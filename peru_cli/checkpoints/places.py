@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -36,10 +37,17 @@ class Reading:
 
     stream: bool = False
     repos: dict[tuple[str, str | None], HubRepo] = field(default_factory=dict)  # each revision is resolved once
+    interrupted: bool = False  # whoever waits for the Hub gives up
+    wake: Callable[[], None] = lambda: None  # breaks off what threads wait for
 
     def reset(self, stream: bool = False) -> None:
         """Begin a command."""
-        self.stream, self.repos = stream, {}
+        self.stream, self.repos, self.interrupted = stream, {}, False
+
+    def interrupt(self) -> None:
+        """End all reading from the Hub: only the main thread hears a signal, and others may wait minutes for a server. Takes no lock."""
+        self.interrupted = True
+        self.wake()
 
 
 reading = Reading()
