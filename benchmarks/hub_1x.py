@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [*sorted(map(str, ROOT.glob("tests/test_hub*.py"))), "tests/test_prune_resume.py", "tests/test_push.py"]
+TESTS = sorted(str(path) for name in ("hub", "push", "prune_resume") for path in ROOT.glob(f"tests/test_{name}*.py"))
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--test-samples", type=int, help="the first so many test examples only")
     parser.add_argument("--quick", action="store_true", help="nothing is searched, and regmean looks at 200 examples a task")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="by default all: linear, fisher, regmean, ...")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="part of a row's name, as fisher or sampled; by default all")
     arguments = parser.parse_args()
     names = tuple(arguments.tasks)
     base = open_directory(arguments.cache / "base", "base")
@@ -59,7 +59,8 @@ def main() -> None:
     ]
     if arguments.quick:
         cases = [(name, given | ({"max-samples": 200} if name == "regmean" else {}), None, []) for name, given, _, _ in cases]
-    cases = [case for case in cases if arguments.methods is None or case[0] in arguments.methods]
+    if arguments.methods is not None:
+        cases = [case for case in cases if any(wanted in f"{case[0]} {_shown(case[1])}" for wanted in arguments.methods)]
     print("| method | chosen |", " | ".join(names), "| mean | normalised | seconds |")
     print("| --- | --- |" + " ---: |" * (len(names) + 3))
     with tempfile.TemporaryDirectory() as folder, console.progress(0, "") as bar, streaming("auto", None, None, bar.advance) as how:
@@ -76,13 +77,16 @@ def main() -> None:
             seconds = time.perf_counter() - start
             trial = trial or Trial(plan, parts["test"])  # plans differ in nothing that it looks at
             point = trial.try_merge(0, found.rule, how)
-            options = ", ".join(f"{k} {v}" for k, v in given.items())
             chosen = f"{searched} {found.parameters.values[searched]:g}" if searched else ""
             cells = [f"{100 * a:.2f}" for a in (*point.accuracies.values(), sum(point.accuracies.values()) / len(names), point.normalised)]
-            print(f"| {name} {options} | {chosen} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+            print(f"| {name} {_shown(given)} | {chosen} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
         assert trial is not None
         cells = [f"{100 * a:.2f}" for a in (*trial.fine.values(), sum(trial.fine.values()) / len(names), 1.0)]
         print(f"| fine-tunes | | {' | '.join(cells)} | |")
+
+
+def _shown(given: dict[str, Value]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in given.items())
 
 
 if __name__ == "__main__":

@@ -243,6 +243,8 @@ def table_curves(bench: Bench) -> Iterator[Row]:
         yield (f"Post-Pruning {density}", *pruned(bench, density))
         nbytes, found = pruned(bench, density, arithmetic, "fft")
         yield f"PERU-FFT {density}", nbytes + (arithmetic / "model.safetensors").stat().st_size, found
+    if not all((bench.cache / "lora" / f"{task}.done").exists() for task in bench.tasks):
+        return
     for rank in (1, 2, 4, 8, 12, 16):
         folder = bench.scratch / f"rank-{rank}"
         bench.peru("svd-lora", *bench.models("lora")[:-2], "-o", f"{folder}/", "--rank", rank)
@@ -347,6 +349,8 @@ def plot(rows: Sequence[Row], best: dict[str, float], folder: Path) -> None:
         kind, at = name.removesuffix("%").replace(", rank", "").rsplit(" ", 1)
         lines.setdefault(kind, []).append((float(at), 100 * sum(found[t] / best[t] for t in found) / len(found)))
     for figure, kinds, label in (("figure6", ["PERU-LoRA"], "rank"), ("figure7", ["Post-Pruning", "PERU-FFT"], "density, %")):
+        if not set(kinds) <= set(lines):
+            continue
         picture, axes = pyplot.subplots(figsize=(6, 4))
         for kind in kinds:
             axes.plot(*zip(*lines[kind], strict=True), marker="o", label=kind)
@@ -377,7 +381,11 @@ def main() -> None:
         for name in arguments.tables:
             key = f"{name} {arguments.examples} {' '.join(tasks)}"
             if key not in done:
-                done[key] = list(TABLES[name](bench))
+                rows = []
+                for row in TABLES[name](bench):
+                    rows.append(row)
+                    print(list(markdown([row], tasks, bench.best))[-1], file=sys.stderr, flush=True)  # what is found if it is cut off
+                done[key] = rows
                 stored.write_text(json.dumps(done, indent=1) + "\n")
             print(f"\n{(TABLES[name].__doc__ or '').strip()}\n")
             print("\n".join(markdown(done[key], tasks, bench.best)), flush=True)
