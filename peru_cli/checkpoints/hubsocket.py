@@ -86,6 +86,8 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
                 _make_busy(connection)
                 response = _ask(connection, target, headers, timeout)
             if connection is None or response is None:  # a connection that lay idle may have been closed by the server
+                if connection is not None:
+                    _busy.discard(connection)
                 connection = _new(origin, timeout)
                 connection.connect()
                 _make_busy(connection)
