@@ -151,6 +151,26 @@ def test_ctrl_c_is_heard_while_storage_does_not_answer(
     assert not (tmp_path / "hub.safetensors").exists()
 
 
+# In a process whose file system has no locks.
+NO_LOCKS = """
+import errno, fcntl, os, sys
+def flock(fd, how):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+from peru_cli import cli
+raise SystemExit(cli.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_file_systems_without_locks(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
+    """As Lustre has it unless it is mounted with flock: huggingface_hub downloads, with locks of another kind, and peru checks."""
+    words = [sys.executable, "-c", NO_LOCKS, *map(str, command(tmp_path, mode))]
+    ok(subprocess.run(words, capture_output=True, text=True, env={**os.environ, **hub.env(tmp_path / "hf")}))
+    assert made(tmp_path) == local(pair, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if "incomplete" in path.name or "partial" in path.name]
+
+
 def test_a_cached_file_that_lost_its_end(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Once what the error names is deleted, the file is fetched again."""
     env = hub.env(tmp_path / "hf")

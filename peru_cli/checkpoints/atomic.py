@@ -18,8 +18,10 @@ from peru_cli.errors import PeruError, UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, the exclusive rename still holds
+except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what file systems say that have none (Lustre, some NFS)
 
 
 def check_target(target: Path, force: bool, new_folder: bool = False) -> None:
@@ -71,7 +73,9 @@ def _open_locked(path: Path, target: Path) -> int:
         except BlockingIOError as error:
             os.close(fd)
             raise PeruError(f"{target} is being written by another peru", "wait for it, or choose another -o") from error
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                return fd
             os.close(fd)
             raise
         os.close(fd)

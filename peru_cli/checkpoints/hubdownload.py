@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from peru_cli.checkpoints.atomic import check_room
+from peru_cli.checkpoints.atomic import NO_LOCKS, check_room
 from peru_cli.checkpoints.readahead import PIECE, ReadAhead
 from peru_cli.errors import BadFile
 
@@ -23,17 +23,21 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # Windows: two at once ask for the same bytes twice, and both find them right
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LEAST = 1 << 20  # bytes; smaller files are left to huggingface_hub
 _one_at_a_time = threading.Lock()  # each has several connections
 
 
+class NoLocks(Exception):
+    """Files of the cache cannot be locked, so two processes could spoil each other's: huggingface_hub has means of its own."""
+
+
 def fetch_blob(path: HubPath, digest: str, blob: Path) -> None:
     """Fetch a file whose SHA-256 the Hub publishes to `blob`, going on with what an earlier run left of it.
 
-    Raises what RangeFile raises, and BadFile if the bytes are others than the digest says.
+    Raises what RangeFile raises, BadFile if the bytes are others than the digest says, and NoLocks before anything is fetched.
     """
     partial = blob.with_name(f"{blob.name}.peru-incomplete")
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +47,7 @@ def fetch_blob(path: HubPath, digest: str, blob: Path) -> None:
             if blob.exists():  # by another peru meanwhile
                 partial.unlink()
                 return
-            with os.fdopen(os.dup(fd), "r+b", buffering=0) as file:
-                found = _fetch(path, file.fileno(), partial)
+            found = _fetch(path, fd, partial)
             if found != digest:
                 partial.unlink()
                 raise BadFile(
@@ -88,19 +91,23 @@ def _write(fd: int, data: memoryview, at: int) -> None:
 
 
 def _open_locked(path: Path) -> int:
-    """Open or make a file that no other process then has, waiting for one that has it."""
+    """Open or make a file that no other process then has, waiting for one that has it. NoLocks where that cannot be said."""
+    if fcntl is None:
+        raise NoLocks
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            if fcntl is None:
-                return fd
             fcntl.flock(fd, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         except FileNotFoundError:  # it was finished and renamed while this waited
             os.close(fd)
             continue
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                path.unlink(missing_ok=True)
+                os.close(fd)
+                raise NoLocks from error
             os.close(fd)
             raise
         os.close(fd)

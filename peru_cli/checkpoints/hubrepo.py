@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, cached_assets_path, constants, hf_hub_downloa
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import disable_progress_bars, httpx  # type: ignore[attr-defined]
 
-from peru_cli.checkpoints.hubdownload import LEAST, fetch_blob
+from peru_cli.checkpoints.hubdownload import LEAST, NoLocks, fetch_blob
 from peru_cli.checkpoints.huberrors import HubError, explain, explained, unreachable
 from peru_cli.checkpoints.hubranges import TRIES, NoRanges, RangeFile, backoff
 from peru_cli.checkpoints.places import reading, sha256
@@ -150,7 +150,7 @@ class HubRepo:
         check = listed.sha256 if self.cached(path) is None and not constants.HF_HUB_OFFLINE else None
         with explained(f"{self}/{path}", self.revision):
             if check is not None and (listed.size or 0) >= LEAST and not (blob := self._folder / "blobs" / check).exists():
-                with suppress(NoRanges):  # then huggingface_hub fetches it in one go
+                with suppress(NoRanges, NoLocks):  # then huggingface_hub fetches it in one go
                     fetch_blob(HubPath(self, path), check, blob)
                     check = None
             found = Path(hf_hub_download(self.name, path, revision=self.commit, library_name="peru"))
