@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,20 @@ def test_the_first_examples_alone_are_as_a_file_that_ends_there(family: Path, pe
     cut, tensors = search("cut", *(word for task in TASKS for word in ("--data", f"{task}={tmp_path / task}.jsonl")))
     few, same = search("few", "--max-samples", 5)
     assert few == cut != search("all")[0] and all(torch.equal(tensor, tensors[name]) for name, tensor in same.items())
-    assert "--max-samples 5" in (tmp_path / "few" / "README.md").read_text()
+    card = (tmp_path / "few" / "README.md").read_text()
+    assert f"{option.replace('=', ', the best of ', 1)} on a=a.jsonl, b=b.jsonl, the first 5 examples of each." in card
+    assert ("--data" in card) is (method == "regmean")
+
+
+def test_the_command_on_the_card_makes_the_same_merge(family: Path, peru, tmp_path: Path) -> None:
+    peru(*command(family, "ties", "--search", "keep=20%:60%:20%", "-o", tmp_path / "searched"))
+    card = (tmp_path / "searched" / "README.md").read_text()
+    words = shlex.split(card.partition("```sh\n")[2].partition("\n")[0])
+    models = [f"{task}={family / task}" for task in TASKS]
+    assert words[:6] == ["peru", "merge", *TASKS, "--base", "base"]
+    peru("merge", *models, "--base", family / "base", *words[6:], "-o", tmp_path / "typed", "--no-sync", "--device", "cpu")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("searched", "typed"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_a_folder_for_statistics_is_made_only_where_some_are_collected(family: Path, peru, tmp_path: Path, monkeypatch) -> None:

@@ -167,13 +167,16 @@ def merge(
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [*(["--dtype", wanted.torch_name or ""] if wanted else []), *(["--compress", out.show(density)] if density else [])]
-    if data:
-        extra += [word for text in data for word in ("--data", f"{text.partition('=')[0]}={Path(text).name}")]
-        extra += ["--max-samples", str(samples)] if samples is not None and "max-samples" not in values else []
+    seen = [f"{text.partition('=')[0]}={Path(text).name}" for text in data or ()]
+    if chosen.statistics is not None:
+        extra += [word for text in seen for word in ("--data", text)]
     base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
     recipe = out.Recipe(
         method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
     )  # fmt: skip
+    if searched is not None:
+        first = f", the first {samples} examples of each" if samples is not None else ""
+        recipe = replace(recipe, searched=f"{searched.option}, the best of {searched.text} on {', '.join(seen)}{first}")
     _say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
     for warning in check_same(plan):
         console.warn(warning)

@@ -50,6 +50,7 @@ class Recipe:
     extra: tuple[str, ...] = ()  # further options of the command line, as words
     max_shard_bytes: int = 5 * 10**9
     statistics: tuple[str, ...] = ()  # keys of what methods with data collected, by task
+    searched: str = ""  # which option's value was chosen, out of which, on what
 
     def words(self) -> dict[str, str]:
         """Effective options as they would be typed."""
@@ -62,7 +63,7 @@ class Recipe:
 
     def command(self) -> str:
         """The command line, every option spelled out, local paths reduced to the tasks' names."""
-        parts = ["peru merge", *self.tasks, *(["--base", self.base_name] if self.base_name else []), "--method", self.method]
+        parts = ["peru", "merge", *self.tasks, *(["--base", self.base_name] if self.base_name else []), "--method", self.method]
         for name, value in self.values.items():
             parts += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", show(value)]
         if self.weights is not None:
@@ -77,7 +78,9 @@ class Recipe:
             "peru.merge.tasks": json.dumps(list(self.tasks)),
             "peru.merge.options": json.dumps(self.words(), sort_keys=True),
             "peru.merge.version": __version__,
-        } | ({"peru.merge.statistics": json.dumps(list(self.statistics))} if self.statistics else {})
+        } | ({"peru.merge.statistics": json.dumps(list(self.statistics))} if self.statistics else {}) | (
+            {"peru.merge.searched": self.searched} if self.searched else {}
+        )  # fmt: skip
 
     def card(self, plan: MergePlan, side_files: list[str]) -> str:
         """The model card."""
@@ -95,11 +98,12 @@ class Recipe:
             )
         named = [f"- {task}: {link(name)}" for task, name in zip(self.tasks, models, strict=True) if name is not None]
         options = [f"| {name} | {value} |" for name, value in self.words().items()]
+        chosen = [f"Chosen by accuracy: {self.searched}.", ""] if self.searched else []
         body = [
             "# Merged model", "",
             f"Merged by {PERU} with the method [{self.method}]({self.paper}) out of {', '.join(self.tasks)}.", *held, "",
             *([f"Base: {link(self.base_name)}", "", *named, ""] if self.base_name and hub_repo(self.base_name) else named),
-            "```sh", self.command(), "```", "", "| option | value |", "| --- | --- |", *options, "",
+            "```sh", self.command(), "```", "", *chosen, "| option | value |", "| --- | --- |", *options, "",
         ]  # fmt: skip
         return "\n".join(head + body)
 
