@@ -181,3 +181,17 @@ def test_an_address_that_expires_under_all_connections_at_once(hub: HubServer, t
     )
     ok(done)
     assert len(refused) >= 8 and (tmp_path / "hub.safetensors").read_bytes() == local(pair, tmp_path)
+
+
+def test_a_name_with_a_space_in_the_address_of_storage(hub: HubServer, tmp_path: Path) -> None:
+    """The test server, as others do, puts names into `Location` as they are."""
+    pair = both(hub, tmp_path)
+    alone = tmp_path / "alone" / "fine tune é.safetensors"
+    alone.parent.mkdir()
+    alone.write_bytes((pair[1] / "model.safetensors").read_bytes())
+    hub.add("org/spaced", alone.parent)
+    options = ("-b", BASE, "--base-id", "x/y", "--keep", "5%", "--stream")
+    for fine, out in ((f"hf://models/org/spaced/{alone.name}", "hub"), (alone, "local")):
+        ok(run_peru("prune", f"fine={fine}", *options, "-o", tmp_path / f"{out}.safetensors", env=hub.env(tmp_path / "hf")))
+    assert made(tmp_path) == (tmp_path / "local.safetensors").read_bytes()
+    assert hub.ranges(alone.name)

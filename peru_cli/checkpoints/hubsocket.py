@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
     """
     parts = urlsplit(url)
     origin = (parts.scheme, parts.hostname or "", parts.port)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="%/?:@!$&'()*+,;=-._~[]")
     connection, kept = _idle_one(origin), False
     try:
         try:
