@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tr
+from safetensors.torch import load_file, save_file
 from test_startup import probe
 
 from peru_cli import demo
@@ -195,6 +197,39 @@ def test_language_models_perplexity_is_transformers_loss(tmp_path: Path, peru: P
     )
     (same,) = run(peru, fine, *given)["tasks"]
     assert (value(same, "kl"), value(same, "agreement")) == (0, 1)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(tmp_path: Path, peru: Peru) -> None:
+    _, fine = models.pair(models.llama, tmp_path, marks=False)
+    table = load_file(fine / "model.safetensors")
+    save_file(table | {"lm_head.weight": table["lm_head.weight"] * 1e5}, fine / "model.safetensors", {"format": "pt"})
+    (tmp_path / "wiki.txt").write_text(" ".join(models.sentences(30)))
+    (task,) = run(peru, fine, "--text", tmp_path / "wiki.txt")["tasks"]
+    assert task["metrics"]["perplexity"]["value"] is None
+    peru("eval", fine, "--text", tmp_path / "wiki.txt", "--fail-above", "perplexity=1000", code=3)
+    assert "perplexity is inf" in peru.stderr  # type: ignore[attr-defined]
+
+
+def test_models_whose_labels_are_in_another_order_are_compared_by_name(family: Path, peru: Peru) -> None:
+    """The same model with its classes moved: every prediction agrees."""
+    names, order = ["negative", "neutral", "positive"], [1, 2, 0]
+    rows = [json.loads(line) for line in (family / "test.jsonl").read_text().splitlines()]
+    (family / "named.jsonl").write_text("".join(json.dumps({**row, "label": names[row["label"]]}) + "\n" for row in rows))
+    for folder, moved in (("plain", [0, 1, 2]), ("moved", order)):
+        shutil.copytree(family / "fine", family / folder)
+        table = load_file(family / folder / "model.safetensors")
+        heads = {name: tensor[moved].contiguous() for name, tensor in table.items() if name.startswith("classifier")}
+        save_file(table | heads, family / folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((family / folder / "config.json").read_text())
+        config["id2label"] = {str(i): names[k] for i, k in enumerate(moved)}
+        config["label2id"] = {names[k]: i for i, k in enumerate(moved)}
+        (family / folder / "config.json").write_text(json.dumps(config))
+    (task,) = run(peru, family / "moved", "-a", family / "plain", "-d", family / "named.jsonl")["tasks"]
+    (plain,) = run(peru, family / "plain", "-d", family / "named.jsonl")["tasks"]
+    assert value(task, "agreement") == 1 and value(task, "kl") == pytest.approx(0, abs=1e-12)  # rounding of a sum in another order
+    assert value(task, "accuracy") == value(task, "against_accuracy") == value(plain, "accuracy") > 0.4
+    peru("eval", family / "moved", "-a", family / "plain", "-d", family / "test.jsonl", code=1)
+    assert "same labels in another order" in peru.stderr and "test.jsonl" in peru.stderr  # type: ignore[attr-defined]
 
 
 def test_seq2seq_models_are_run_on_targets(tmp_path: Path, peru: Peru) -> None:

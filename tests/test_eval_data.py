@@ -154,6 +154,23 @@ def test_labels_outside_the_head_are_found_with_their_line(tmp_path: Path) -> No
         assert f"b.jsonl, line 3: the model's head has {said}" in str(caught.value) and "it has 2 labels" in str(caught.value)
 
 
+def test_a_data_sets_class_numbers_go_by_its_names_where_the_model_has_them(tmp_path: Path) -> None:
+    """As MNLI's: roberta-large-mnli has contradiction first, the data set entailment."""
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 2}]
+    read = read_examples(str(lines(tmp_path / "a.jsonl", rows)))
+    read.label_names = ["entailment", "neutral", "contradiction"]
+    for names, wanted in (
+        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [2, 0]),
+        (["x", "y", "z"], [0, 2]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [0, 2]),
+    ):
+        config = SimpleNamespace(num_labels=3, label2id={name: number for number, name in enumerate(names)})
+        assert list(read.class_numbers(config)) == wanted
+    read.labels = [0, 3]
+    with pytest.raises(BadFile, match="line 2: the model's head has no label 3"):
+        read.class_numbers(SimpleNamespace(num_labels=3, label2id={"contradiction": 0, "neutral": 1, "entailment": 2}))
+
+
 def test_data_is_given_by_task(tmp_path: Path) -> None:
     assert split_data(["a=x.jsonl", "b=y.jsonl"]) == {"a": "x.jsonl", "b": "y.jsonl"} and split_data(["x.jsonl"]) == {"": "x.jsonl"}
     for texts, said in ((["a=x", "a=y"], "given twice for 'a'"), (["x", "y"], "given several times"), (["x", "a=y"], "x names no task")):

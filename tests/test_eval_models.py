@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from peru_cli import demo
 from peru_cli.errors import PeruError
-from peru_cli.evaluation import models as evaluation_models
+from peru_cli.evaluation import inputs as evaluation_inputs
 from peru_cli.evaluation.data import Examples, read_examples
-from peru_cli.evaluation.models import CAUSAL, IGNORED, SEQ2SEQ, class_logits
+from peru_cli.evaluation.inputs import IGNORED, class_logits
+from peru_cli.evaluation.models import CAUSAL, SEQ2SEQ
 from peru_cli.jobs.prepare import Loaded, Settings, load, prepare
 from peru_cli.jobs.subjects import Base, open_subject
 
@@ -80,7 +81,7 @@ def test_a_tokenizer_is_read_again_only_where_it_may_be_another(tmp_path: Path, 
         read.append(arguments)
         return from_pretrained(*arguments, **options)
 
-    monkeypatch.setattr(evaluation_models, "_TOKENIZER", [])
+    monkeypatch.setattr(evaluation_inputs, "_TOKENIZER", [])
     monkeypatch.setattr(tr.AutoTokenizer, "from_pretrained", count)
     for folder, times in ((fine, 1), (renamed, 1), (shuffled, 2), (fine, 3), (older, 4)):
         inputs = prepare(open_subject(str(folder), "", None), examples, []).inputs

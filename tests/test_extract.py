@@ -332,3 +332,16 @@ def test_models_whose_names_are_said_to_be_the_same(kind: str) -> None:
     for table in tables:
         if kind in table:
             assert ask_transformers(table[kind], kind, config) == ({}, None)
+
+
+def test_nan_in_the_base_names_the_base(tmp_path: Path, peru) -> None:
+    base, fine = {"q.weight": torch.randn(16, 16)}, {"q.weight": torch.randn(16, 16)}
+    base["q.weight"][1, 2] = float("nan")
+    for folder, table in (("base", base), ("fine", fine)):
+        (tmp_path / folder).mkdir()
+        save(table, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text("{}")
+    given = ["-b", tmp_path / "base", "-o", tmp_path / "out", "--rank", 2, "--no-sync"]
+    peru("svd-lora", tmp_path / "fine", *given, code=1)
+    assert f"{tmp_path / 'base'}: q.weight is NaN or infinite at entry 18" in peru.stderr
+    assert r"--per-task '^q\.weight$' keeps it whole" in peru.stderr

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +274,20 @@ def test_effective_parameters_are_printed_and_recorded(tmp_path: Path, peru) -> 
     card = (tmp_path / "dir" / "README.md").read_text()
     assert 'base_model: "org/base"\n' in card and "at `abc`" in card and "base_model_relation: merge" in card and "--weight t1=-2" in card
     assert str(tmp_path) not in card and os.sep + "f0" not in card
+
+
+def test_the_cards_command_makes_the_same_merge(tmp_path: Path, peru, monkeypatch) -> None:
+    case = Merged(tmp_path, peru, *family(2))
+    for name, path in (("t0", case.models[0]), ("t1", case.models[1]), ("base", tmp_path / "base.safetensors")):
+        (tmp_path / "again" / name).mkdir(parents=True)
+        shutil.copy(str(path).partition("=")[2] or path, tmp_path / "again" / name / "model.safetensors")
+    monkeypatch.chdir(tmp_path / "again")
+    peru(
+        "merge", "t0", "t1", "-b", "base", "-o", "first", "-m", "ties", "--keep", "30%", "--weight", "t1=-2", "--dtype", "bf16", "--no-sync"
+    )
+    (line,) = [line for line in Path("first/README.md").read_text().splitlines() if line.startswith("peru merge ")]
+    peru(*shlex.split(line)[1:], "--no-sync")
+    assert Path("merged/model.safetensors").read_bytes() == Path("first/model.safetensors").read_bytes()
 
 
 def test_list_methods(peru) -> None:

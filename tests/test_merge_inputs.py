@@ -276,6 +276,15 @@ def test_nan_in_one_input_is_never_merged(pair: Path, peru, method: str, value: 
     assert "b.safetensors: '2.weight' is NaN or infinite at entry 124" in said
 
 
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties", "dare"])
+def test_nan_in_the_base_names_the_base(pair: Path, peru, method: str) -> None:
+    broken = load_file(pair / "base.safetensors")
+    broken["2.weight"][3, 4] = float("nan")
+    save_file(broken, pair / "base.safetensors")
+    said = problem(pair, peru, "-m", method, code=1)
+    assert "base.safetensors: '2.weight' is NaN or infinite at entry 124" in said
+
+
 @pytest.mark.parametrize("method", ["task-arithmetic", "linear", "ties", "dare", "breadcrumbs", "consensus"])
 def test_infinities_that_all_models_share_stay(pair: Path, peru, method: str) -> None:
     for name in ("base", "a", "b"):
@@ -335,3 +344,26 @@ def test_a_shape_error_names_every_problem_before_anything_is_read(pair: Path, p
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read_into", fail)
     assert "0.weight: in a, not in b" in problem(pair, peru, "-m", "ties", code=1)
+
+
+def named(folder: Path, labels: list[str]) -> Path:
+    """A classifier's folder, its head with a row of its own number for each class."""
+    folder.mkdir()
+    torch.manual_seed(len(list(folder.parent.iterdir())))
+    save({"encoder.weight": torch.randn(4, 4), "classifier.weight": torch.randn(3, 4)}, folder / "model.safetensors")
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": {str(i): name for i, name in enumerate(labels)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_heads_with_the_same_classes_in_another_order_are_not_averaged(tmp_path: Path, peru) -> None:
+    names = ["negative", "neutral", "positive"]
+    base, a, b = named(tmp_path / "base", names), named(tmp_path / "a", names), named(tmp_path / "b", names[::-1])
+    given = [f"a={a}", f"b={b}", "--no-sync"]
+    for options in (["-m", "linear", "--merge-heads"], ["-m", "task-arithmetic", "-b", base]):
+        peru("merge", *given, *options, "-o", tmp_path / "m", code=1)
+        assert "classes are in different orders: negative, neutral, positive in" in peru.stderr and "--per-task" in peru.stderr
+    peru("merge", *given, "-m", "task-arithmetic", "-b", base, "--per-task", "^classifier", "-o", tmp_path / "m")
+    assert raw(load_file(tmp_path / "m" / "heads" / "b.safetensors")["classifier.weight"]) == raw(
+        load_file(b / "model.safetensors")["classifier.weight"]
+    )

@@ -163,6 +163,7 @@ def test_wrong_tasks_checkpoints_and_bases_leave_the_old_pack_alone(made: Path, 
     other_base = change(made, "base", embed=torch.randn(30, 8))
     half = change(made, "c", embed=torch.randn(30, 8).half())
     broken = change(made, "b", embed=torch.full((30, 8), float("nan")))
+    broken_base = change(made, "base", "broken", embed=torch.full((30, 8), float("nan")))
     longer = change(made, "c", "longer", embed=torch.randn(31, 8))
     cases: list[tuple[list[object], int, str]] = [
         ([f"x={made}/c.safetensors", "--remove-from", old, "-b", base_path], 2, "has no task 'x'"),
@@ -174,6 +175,7 @@ def test_wrong_tasks_checkpoints_and_bases_leave_the_old_pack_alone(made: Path, 
         ([f"c={half}", "--add-to", old, "-b", base_path], 1, "embed: F16 in c, F32 in the pack"),
         ([f"c={longer}", "--add-to", old, "-b", base_path], 1, "embed: the pack has it"),
         ([f"c={made}/c.safetensors", f"b={broken}", "-b", base_path], 1, "differs from the base by NaN or infinity"),
+        ([f"c={made}/c.safetensors", "-b", broken_base], 1, f"{broken_base}: 'embed' is NaN or infinite at entry 0"),
         ([f"c={made}/c.safetensors", f"d={made}/c.safetensors", "-b", base_path], 1, "are the same model"),
         ([f"c={base_path}", "-b", base_path], 1, "is the base itself"),
         ([f"c={made}/c.safetensors", "--add-to", old, "-b", base_path, "--seed", 4], 2, "--seed: settled when"),
@@ -187,7 +189,9 @@ def test_wrong_tasks_checkpoints_and_bases_leave_the_old_pack_alone(made: Path, 
         assert says in peru.stderr and "defect" not in peru.stderr, peru.stderr  # type: ignore[attr-defined]
         assert not out.exists()
     assert {name: (made / name).read_bytes() for name in before} == before
-    assert {path.name for path in made.iterdir()} - set(before) == {p.name for p in (other_a, other_base, half, broken)} | {longer.name}
+    assert {path.name for path in made.iterdir()} - set(before) == {
+        p.name for p in (other_a, other_base, half, broken, broken_base, longer)
+    }
 
 
 def test_unpacking_what_is_not_there(made: Path, peru: Peru) -> None:

@@ -166,7 +166,7 @@ def merge(
     if not partial_path(target).exists():  # else a killed run has taken the room already
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
-    extra += [*(["--dtype", wanted.torch_name or ""] if wanted else []), *(["--compress", out.show(density)] if density else [])]
+    extra += [*(["--dtype", dtype] if dtype else []), *(["--compress", out.show(density)] if density else [])]
     seen = [f"{text.partition('=')[0]}={Path(text).name}" for text in data or ()]
     if chosen.statistics is not None:
         extra += [word for text in seen for word in ("--data", text)]

@@ -64,6 +64,11 @@ class Examples:
         }
         return replace(self, places=self.places[:count], **cut)
 
+    def by_number(self, config: Any) -> bool:
+        """Whether labels are a model's own class numbers, not names, nor numbers of classes that the data names as the model does."""
+        numbers = any(isinstance(label, int) for label in self.labels or ())
+        return numbers and sorted(name.lower() for name in self.label_names or ()) != sorted(_classes(config))
+
     def class_numbers(self, config: Any) -> Array | None:
         """Labels as class numbers of a model, int64 (n,); None without labels.
 
@@ -75,11 +80,14 @@ class Examples:
         """
         if self.labels is None:
             return None
-        names = {str(name).lower(): int(number) for name, number in (config.label2id or {}).items()}
-        if self.label_names and len(self.label_names) == config.num_labels and all(re.fullmatch(r"label_\d+", name) for name in names):
-            names = {name.lower(): number for number, name in enumerate(self.label_names)}
+        names, called = _classes(config), [name.lower() for name in self.label_names or ()]
+        if called and len(called) == config.num_labels and not _named_classes(config):
+            names = {name: number for number, name in enumerate(called)}
+        translated = sorted(called) == sorted(names)
         numbers = np.empty(len(self.labels), np.int64)
         for i, label in enumerate(self.labels):
+            if translated and isinstance(label, int) and 0 <= label < len(called):
+                label = called[label]
             number = names.get(label.lower()) if isinstance(label, str) else label
             if number is None or not 0 <= number < config.num_labels:
                 known = ", ".join(sorted(names, key=lambda name: names[name])[:6]) + (", ..." if len(names) > 6 else "")
@@ -87,6 +95,26 @@ class Examples:
                 raise BadFile(f"{self.place(i)}: the model's head has no label {label!r}", f"it has {config.num_labels} labels: {has}")
             numbers[i] = number
         return numbers
+
+
+def _classes(config: Any) -> dict[str, int]:
+    """A classifier's classes by their names, in lower case."""
+    return {str(name).lower(): int(number) for name, number in (config.label2id or {}).items()}
+
+
+def _named_classes(config: Any) -> dict[str, int] | None:
+    """The same, or None where they have no names but transformers' own LABEL_0 and so on."""
+    names = _classes(config)
+    return None if all(re.fullmatch(r"label_\d+", name) for name in names) else names
+
+
+def label_order(ours: Any, theirs: Any) -> list[int] | None:
+    """Where the classes of one config are in another that has the same names in another order; None for any other two."""
+    mine, other = _named_classes(ours), _named_classes(theirs)
+    if mine is None or other is None or mine == other or sorted(mine) != sorted(other):
+        return None
+    order = [other[name] for name, _ in sorted(mine.items(), key=lambda item: item[1])]
+    return order if sorted(order) == list(range(len(order))) else None
 
 
 def split_data(texts: Sequence[str], option: str = "--data") -> dict[str, str]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peru_cli import demo
 from peru_cli.evaluation.data import read_examples
-from peru_cli.evaluation.models import class_logits
+from peru_cli.evaluation.inputs import class_logits
 from peru_cli.jobs.prepare import Settings, load
 from peru_cli.jobs.subjects import open_subject
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ import torch
 
 from peru_cli.errors import Mismatch
 from peru_cli.evaluation import metrics
-from peru_cli.evaluation.data import Array, Examples
+from peru_cli.evaluation.data import Array, Examples, label_order
+from peru_cli.evaluation.inputs import IGNORED, class_logits
 from peru_cli.evaluation.metrics import Compared, Estimate
-from peru_cli.evaluation.models import CAUSAL, IGNORED, IMAGE, SEQ2SEQ, TEXT, class_logits
+from peru_cli.evaluation.models import CAUSAL, IMAGE, SEQ2SEQ, TEXT
 from peru_cli.jobs.evalplan import Comparison
 from peru_cli.jobs.prepare import Loaded, Prepared, Settings, prepare
 from peru_cli.jobs.subjects import Base, open_subject
@@ -23,6 +25,7 @@ from peru_cli.streaming.engine import available_threads
 Advance = Callable[[int], None]
 BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}
 _SMALL = 4_000_000  # parameters; of smaller models, threads that wait for each other take longer than one alone
+_MOST_NATS = math.log(sys.float_info.max)  # whose exponential is still a number
 _SLICE = 1 << 24  # logits that are looked at together
 
 
@@ -85,6 +88,11 @@ def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> t
         raise Mismatch(f"{ours.label} is run as a {ours.kind}, {theirs.label} as a {theirs.kind}: they cannot be compared")
     if ours.kind in (TEXT, IMAGE) and theirs.config.num_labels != ours.config.num_labels:
         raise Mismatch(f"{ours.label} has {ours.config.num_labels} labels, {theirs.label} has {theirs.config.num_labels}")
+    if ours.kind in (TEXT, IMAGE) and examples.by_number(ours.config) and label_order(ours.config, theirs.config) is not None:
+        raise Mismatch(
+            f"{ours.label} and {theirs.label} have the same labels in another order, so {examples.source}'s numbers mean two things",
+            "write the labels' names instead of their numbers",
+        )
     return ours, theirs
 
 
@@ -118,6 +126,8 @@ def _score_classes(score: Score, ours: Loaded, theirs: Loaded | None, examples: 
     if theirs is None:
         return
     wanted = class_logits(theirs.model, theirs.inputs, batch_size, advance)
+    if (order := label_order(ours.model.config, theirs.model.config)) is not None:
+        wanted = wanted[:, order]
     _require_finite(wanted, theirs.label)
     decided = wanted.argmax(-1)
     if labels is not None:
@@ -201,4 +211,4 @@ def _score_tokens(score: Score, ours: Loaded, theirs: Loaded | None, examples: E
 
 
 def _exponential(mean: Estimate) -> Estimate:
-    return Estimate(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high))
+    return Estimate(*(math.exp(nats) if nats < _MOST_NATS else math.inf for nats in (mean.value, mean.low, mean.high)))

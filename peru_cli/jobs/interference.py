@@ -12,7 +12,8 @@ import torch
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.evaluation.data import Examples
-from peru_cli.evaluation.models import IMAGE, TEXT, class_logits
+from peru_cli.evaluation.inputs import class_logits
+from peru_cli.evaluation.models import IMAGE, TEXT
 from peru_cli.evaluation.taujp import change_norms
 from peru_cli.jobs.mergeplan import MergePlan, Options, plan_merge
 from peru_cli.jobs.prepare import Settings, load

@@ -63,7 +63,8 @@ class Recipe:
 
     def command(self) -> str:
         """The command line, every option spelled out, local paths reduced to the tasks' names."""
-        parts = ["peru", "merge", *self.tasks, *(["--base", self.base_name] if self.base_name else []), "--method", self.method]
+        parts = ["peru", "merge", *self.tasks, *(["--base", self.base_name] if self.base_name else [])]
+        parts += ["-o", "merged/", "--method", self.method]
         for name, value in self.values.items():
             parts += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", show(value)]
         if self.weights is not None:

@@ -316,15 +316,17 @@ class Merge(_Walk):
             same = [_doubles(b, d).view(np.int64) == _doubles(value, source).view(np.int64) for _, d, b in found]
         alike = np.logical_and.reduce(same)
         if not alike.all():
+            if self._reads_base and self._plan.base is not None:
+                found.insert(0, (self._plan.base, source, value))
             self._refuse(slot, tile, at, int(np.flatnonzero(~alike)[0]), found)
         bits[at] = cast_bits(CPU, value, source, dtype)
 
     def _refuse(self, slot: Slot, tile: Tile, at: Bits, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
         where = f"entry {tile.start + int(at[i]):,}"
-        for fine, dtype, bits in found:
+        for model, dtype, bits in found:
             if not np.isfinite(_doubles(bits, dtype)[i]):
                 raise BadFile(
-                    f"{fine.label}: {slot.info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
+                    f"{model.label}: {slot.info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
                     "a model with such weights is broken: leave it out, or repair it",
                 )
         raise BadFile(

@@ -159,6 +159,8 @@ class _Planner:
             self.problems.append(f"{kinds} in {len(names)} tensor(s), such as {names[0]}: say --dtype to merge them nevertheless")
         if plan.base is None and self._own is None and not self._options.merge_heads and (reason := self._doubtful_heads()):
             self.problems.append(f"{reason}: say --per-task REGEX to keep heads apart, or --merge-heads to average them")
+        if (reason := self._reordered_heads()) is not None:
+            self.problems.append(f"{reason}: say --per-task REGEX to keep heads apart")
         if not plan.slots and not self.problems:
             self.problems.append("there is no floating-point tensor left to merge")
         for heads in plan.heads.values():
@@ -214,6 +216,21 @@ class _Planner:
         else:
             plan.copied.append(base)
             plan.same += list(found.values())
+
+    def _reordered_heads(self) -> str | None:
+        """Which models' merged heads have the same classes in different orders; None if none have."""
+        orders: dict[str, list[str]] = {}
+        base = {} if self._plan.base is None else {self._plan.base.label: self._plan.base}
+        for task, model in (base | self._models).items():
+            table = model.config().get("id2label")
+            if isinstance(table, dict) and all(str(number).isdecimal() for number in table):
+                orders[task] = [str(name).lower() for _, name in sorted(table.items(), key=lambda item: int(item[0]))]
+        for task, order in orders.items():
+            first, known = next(iter(orders.items()))
+            heads = any(slot.info.shape[:1] == (len(order),) for slot in self._plan.slots)
+            if heads and order != known and sorted(order) == sorted(known):
+                return f"classes are in different orders: {', '.join(known[:6])} in {first}, {', '.join(order[:6])} in {task}"
+        return None
 
     def _doubtful_heads(self) -> str | None:
         """Why heads might be of different tasks though their shapes agree; None if nothing says so."""

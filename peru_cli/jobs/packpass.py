@@ -81,10 +81,14 @@ class _Walk:
             return base_raw, fine_raw, room.vectors[kind][:n]
         return base_raw, fine_raw, np.subtract(fine, base, out=room.vectors[kind][:n])
 
-    def refuse(self, number: int, source: str, tile: Tile, what: str) -> BadFile:
-        """What is wrong with a task's values."""
+    def refuse(self, number: int, source: str, tile: Tile, what: str, room: Room) -> BadFile:
+        """What is wrong with a task's values, or with the base's."""
         vector = self._plan.vectors[number]
-        name = vector.pairs[source].fine.name
+        pair, name = vector.pairs[source], vector.pairs[source].fine.name
+        base = CPU.widen(read_bits(self._plan.base, pair.base, tile, room.base)[1], pair.base.dtype, np.empty(tile.stop - tile.start))
+        if not np.isfinite(base).all():
+            where = tile.start + int(np.flatnonzero(~np.isfinite(base))[0])
+            return BadFile(f"{self._plan.base.label}: {pair.base.name!r} is NaN or infinite at entry {where:,}", "repair the base")
         return BadFile(f"{vector.fine.label}: {name!r} {what} (entries {tile.start:,} to {tile.stop:,})", "leave it out, or repair it")
 
 
@@ -103,7 +107,7 @@ class Gather(_Walk):
         tables = inner_products(rows)
         for number in range(len(rows)):
             if not math.isfinite(sum(table[number, number] for table in tables)):
-                raise self.refuse(number, name, tile, "differs from the base by NaN or infinity")
+                raise self.refuse(number, name, tile, "differs from the base by NaN or infinity", room)
         return tables
 
     def commit(self, tile: Tile, result: list[Doubles]) -> None:
@@ -163,7 +167,7 @@ class Superpose(_Walk):
             _in_steps(steps, record.exponent)
             rows[number] = steps
             np.rint(steps, out=steps)
-            self._check(number, source, tile, steps)
+            self._check(number, source, tile, steps, room)
             difference = rows[number] - steps
             rounding[number] = np.dot(difference, difference)
             (np.subtract if removing else np.add)(sums, steps.astype(np.int32), out=sums)
@@ -187,11 +191,11 @@ class Superpose(_Walk):
                 self._rows[key] = self._plan.arrangement.row(self._plan.vectors[number].name, record.info)
             return self._rows[key]
 
-    def _check(self, number: int, source: str, tile: Tile, steps: Doubles) -> None:
+    def _check(self, number: int, source: str, tile: Tile, steps: Doubles, room: Room) -> None:
         if len(steps) and not (float(steps.max()) <= LARGEST and float(steps.min()) >= -LARGEST):
             finite = np.isfinite(steps).all()
             what = "has changes too large for the pack's step: a coarser one (--precision) holds them" if finite else "is not finite"
-            raise self.refuse(number, source, tile, what)
+            raise self.refuse(number, source, tile, what, room)
 
     def commit(self, tile: Tile, result: Added) -> list[tuple[int, Sums]]:
         self.tally(result)

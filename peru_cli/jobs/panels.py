@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,14 +66,16 @@ class TaskMatrix(Matrix):
             part, entry = out[at : at + _TILE], self.start + start + at
             minuend = CPU.widen(_bits(self.fine, fine, entry, len(part)), fine.dtype, part)
             cast = cast_bits(CPU, _bits(self.base, base, entry, len(part)), base.dtype, fine.dtype)
-            np.subtract(minuend, CPU.widen(cast, fine.dtype, room[: len(part)]), out=part)
+            subtrahend = CPU.widen(cast, fine.dtype, room[: len(part)])
+            np.subtract(minuend, subtrahend, out=part)
             # a sum shows NaN and infinity faster than looking for them does
             if not np.isfinite(part.sum()) and not np.isfinite(part).all():
-                where = entry + int(np.flatnonzero(~np.isfinite(part))[0])
-                raise BadFile(
-                    f"{self.fine.label}: {fine.name} differs from the base by NaN or infinity at entry {where}",
-                    f"--per-task '^{fine.name}$' keeps it whole",
-                )
+                first = int(np.flatnonzero(~np.isfinite(part))[0])
+                if np.isfinite(subtrahend[first]):
+                    wrong = f"{self.fine.label}: {fine.name} differs from the base by NaN or infinity"
+                else:
+                    wrong = f"{self.base.label}: {base.name} is NaN or infinite"
+                raise BadFile(f"{wrong} at entry {entry + first}", f"--per-task '^{re.escape(fine.name)}$' keeps it whole")
 
 
 def _raw(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:

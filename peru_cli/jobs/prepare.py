@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from peru_cli.evaluation.data import Examples
-from peru_cli.evaluation.models import IMAGE, TEXT, Inputs, build_model, encode, fit_labels, kind_of, load_config, require_shapes
+from peru_cli.evaluation.inputs import Inputs, encode
+from peru_cli.evaluation.models import IMAGE, TEXT, build_model, fit_labels, kind_of, load_config, require_shapes
 from peru_cli.jobs.subjects import Subject
 
 _CONFIG = re.compile(r"(generation_)?config\.json")

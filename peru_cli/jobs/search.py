@@ -11,7 +11,8 @@ import torch
 
 from peru_cli.checkpoints.writer import CheckpointWriter
 from peru_cli.errors import BadFile, Mismatch
-from peru_cli.evaluation.models import IMAGE, TEXT, class_logits
+from peru_cli.evaluation.inputs import class_logits
+from peru_cli.evaluation.models import IMAGE, TEXT
 from peru_cli.jobs.merge import merge
 from peru_cli.jobs.mergeplan import MergePlan
 from peru_cli.jobs.taskmodels import Running, TaskParts, load_task

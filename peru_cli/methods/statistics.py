@@ -46,7 +46,7 @@ def whole(statistics: Statistics, role: str, name: str) -> Host | None:
 
 
 class Examples(Protocol):
-    """Examples as a model's keyword arguments (evaluation/models.py has them)."""
+    """Examples as a model's keyword arguments (evaluation/inputs.py has them)."""
 
     def __len__(self) -> int: ...
 
