@@ -107,6 +107,12 @@ def test_fisher_merge_is_the_weighted_mean(family: Path, peru, tmp_path: Path, n
 # RegMean
 
 
+def test_no_information_without_a_floor_is_said_as_it_is(family: Path, peru, tmp_path: Path) -> None:
+    """Positions that no sentence reaches have no Fisher information: their weighted mean is 0 / 0."""
+    peru(*command(family, "fisher", "-o", tmp_path / "m", "--floor", "0"), code=1)
+    assert "is not a number at entry" in peru.stderr and "raise --floor" in peru.stderr and "wider" not in peru.stderr
+
+
 def test_mixing_matrices_are_least_squares_and_add_up() -> None:
     noise = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 9, generator=noise, dtype=torch.float64) for n in (40, 30)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from conftest import assert_same_tensors
 from push_user import User, hub, user
 from safetensors.torch import load_file
@@ -22,11 +24,24 @@ def test_what_was_pushed_comes_back_by_name(user: User) -> None:
     for name in "ab":
         assert (at / "hub" / f"{name}.safetensors").read_bytes() == (at / "local" / f"{name}.safetensors").read_bytes()
     several = user.peru("unpack", "me/deltas", "-o", at / "x", code=2).stderr
-    assert "holds 2 artifacts: a, b" in several and "--task" in several
+    assert "holds 2 artifacts: a, b" in several and "--task" in several and "such as hf://models/me/deltas@" in several
     user.hub.log.clear()
     user.peru("unpack", "me/deltas", "--task", "a", "-o", at / "back/", "--no-sync")
     assert_same_tensors(at / "back" / "model.safetensors", load_file(at / "a.safetensors"))
     assert not any("b.safetensors" in path for _, path, _, _ in user.hub.log)
+
+
+def test_the_card_of_a_branch_names_the_branch(user: User) -> None:
+    """Its command is typed as it stands; the main branch holds nothing."""
+    at = user.folder
+    first = user.hub.make("org/base", {"model.safetensors": (at / "base.safetensors").read_bytes()}).refs["main"]
+    user.peru("prune", f"a={at / 'a.safetensors'}", f"b={at / 'b.safetensors'}", "-b", f"org/base@{first}", "-o", at / "d/", "--lossless",
+              "--no-sync", "--push", "me/deltas", "--revision", "v2")  # fmt: skip
+    text = user.hub.repos["me/deltas"].files("v2")["README.md"].decode()
+    command = shlex.split(next(line for line in text.splitlines() if line.startswith("peru unpack") and "--task b" in line))
+    out = command.index("-o") + 1
+    user.peru(*command[1:out], at / "back/", *command[out + 1 :], "--no-sync")
+    assert_same_tensors(at / "back" / "model.safetensors", load_file(at / "b.safetensors"))
 
 
 def test_a_base_that_moved_is_refused_before_it_is_downloaded(user: User) -> None:
@@ -61,7 +76,7 @@ def test_without_a_named_base(user: User) -> None:
     user.here("unpack", at / "fft", "--task", "x", "-o", at / "x", "--no-sync")  # the merged model beside it
     assert_same_tensors(at / "x" / "model.safetensors", load_file(at / "a.safetensors"))
     user.here("unpack", at / "fft", "--task", "z", "-o", at / "z", code=2)
-    assert "no artifact of the task 'z'\n  it holds x, y" in user.here.stderr  # type: ignore[attr-defined]
+    assert "no artifact of the task 'z'\n  it holds x, y: name one of these, or its file" in user.here.stderr  # type: ignore[attr-defined]
     user.peru("push", at / "fft", "me/fft")
     user.peru("unpack", "me/fft", "--task", "y", "-o", at / "y", "--no-sync")
     assert_same_tensors(at / "y" / "model.safetensors", load_file(at / "b.safetensors"))

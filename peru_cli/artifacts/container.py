@@ -203,12 +203,12 @@ def find_artifact(place: Place, task: str | None = None) -> Place:
         mine = [file for file in files if file.name.removesuffix(".safetensors") == task] or (files if len(files) == 1 else [])
         if not mine or not is_artifact(mine[0]):
             tasks = ", ".join(file.name.removesuffix(".safetensors") for file in files)
-            raise UsageError(f"{place} has no artifact of the task {task!r}", f"it holds {tasks or 'none'}")
+            raise UsageError(f"{place} has no artifact of the task {task!r}", f"it holds {tasks or 'none'}: name one of these, or its file")
         return mine[0]
     if len(files) > 1 and not (place / "model.safetensors.index.json").is_file() and is_artifact(files[0]):
         raise UsageError(
             f"{place} holds {len(files)} artifacts: {', '.join(file.name.removesuffix('.safetensors') for file in files[:8])}",
-            "say which with --task, or name the file",
+            f"name the file, such as {getattr(files[0], 'public_name', files[0])}; `peru unpack` takes --task, too",
         )
     return files[0] if len(files) == 1 and is_artifact(files[0]) else place
 

@@ -67,7 +67,10 @@ def front_matter(bases: Iterable[str], relation: str, library: str | None, tags:
 
 
 def card(found: Contents, repo: str, bases: Sequence[str] = ()) -> str:
-    """The card of artifacts, adapters or a model, as it is published in `repo`; `bases` are those of a model, which does not name them."""
+    """The card of artifacts, adapters or a model, as it is published in `repo`: ORG/NAME or ORG/NAME@BRANCH.
+
+    `bases` are those of a model, which does not name them.
+    """
     if found.artifacts:
         lines = _artifacts_card(found, repo)
     elif found.adapters:

@@ -318,10 +318,13 @@ class Merge(_Walk):
         if not alike.all():
             if self._reads_base and self._plan.base is not None:
                 found.insert(0, (self._plan.base, source, value))
-            self._refuse(slot, tile, at, int(np.flatnonzero(~alike)[0]), found)
+            i = int(np.flatnonzero(~alike)[0])
+            self._refuse(slot, tile, at, i, found)
+            self._refuse_result(slot, f"entry {tile.start + int(at[i]):,}", bits[at[i] : at[i] + 1])
         bits[at] = cast_bits(CPU, value, source, dtype)
 
     def _refuse(self, slot: Slot, tile: Tile, at: Bits, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
+        """The first input that is not finite there, if any is."""
         where = f"entry {tile.start + int(at[i]):,}"
         for model, dtype, bits in found:
             if not np.isfinite(_doubles(bits, dtype)[i]):
@@ -329,6 +332,14 @@ class Merge(_Walk):
                     f"{model.label}: {slot.info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
                     "a model with such weights is broken: leave it out, or repair it",
                 )
+
+    def _refuse_result(self, slot: Slot, where: str, bits: Bits) -> None:
+        """All inputs are finite, and what was made of them is not."""
+        if np.isnan(_doubles(bits, slot.info.dtype)[0]):
+            raise BadFile(
+                f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are",
+                "the method divides zero by zero there: with fisher, raise --floor",
+            )
         raise BadFile(
             f"the merged {slot.info.name!r} does not fit {slot.info.dtype.name} at {where}",
             "write a wider dtype (--dtype bf16 or fp32), or lower the weights and the scale",

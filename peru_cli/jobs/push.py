@@ -120,6 +120,7 @@ def publish(paths: Sequence[Path], place: Destination, made_by: str, bases: tupl
     except PeruError as error:
         options = ["--private"] if place.private else []
         options += (["--revision", place.revision] if place.revision != "main" else []) + (["--force"] if place.force else [])
+        options += ["--commit-message", place.message] if place.message is not None else []
         again = shlex.join(["peru", "push", *map(str, paths), place.repo, *options])
         hint = f"{error.hint}\n  " if error.hint else ""
         raise type(error)(f"{_names(paths)} is complete, but not published: {error.message}", f"{hint}then: {again}") from error
@@ -138,7 +139,7 @@ def _publish(paths: Sequence[Path], place: Destination, made_by: str, bases: tup
     files = collect(paths)
     additions: dict[str, Path | bytes] = dict(files)
     if _CARD not in files:
-        additions[_CARD] = card(contents(files), place.repo, bases).encode()
+        additions[_CARD] = card(contents(files), str(place), bases).encode()
     api = _api()
     if not _exists(api, place):
         api.create_repo(place.repo, private=place.private or None, exist_ok=True)

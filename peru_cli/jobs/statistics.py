@@ -161,7 +161,10 @@ class Statistics:
         with FileWriter(path, infos, True, metadata) as writer:
             for name, tensor in found.items():
                 if not bool(torch.isfinite(tensor).all()):
-                    raise BadFile(f"{model.task}: the {self._method.name} statistics of {name.partition('/')[2]!r} are not finite")
+                    raise BadFile(
+                        f"{model.task}: the {self._method.name} statistics of {name.partition('/')[2]!r} are not finite",
+                        "its outputs are NaN or infinite on some example: leave the model out, or repair it",
+                    )
                 writer.write(name, 0, tensor.cpu().contiguous().view(-1).numpy().data.cast("B"))
             writer.commit()
 
