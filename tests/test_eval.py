@@ -210,6 +210,23 @@ def test_a_perplexity_beyond_all_numbers_is_infinite(tmp_path: Path, peru: Peru)
     assert "perplexity is inf" in peru.stderr  # type: ignore[attr-defined]
 
 
+def test_a_head_that_is_neither_there_nor_tied_is_not_made_up(tmp_path: Path, peru: Peru) -> None:
+    _, fine = models.pair(models.llama, tmp_path, marks=False)
+    table = load_file(fine / "model.safetensors")
+    del table["lm_head.weight"]
+    save_file(table, fine / "model.safetensors", {"format": "pt"})
+    (tmp_path / "wiki.txt").write_text(words := "w1 w2 w3 w1 w5 w8 w2")
+    peru("eval", fine, "--text", tmp_path / "wiki.txt", code=1)
+    assert "no weights for lm_head.weight" in peru.stderr  # type: ignore[attr-defined]
+    config = json.loads((fine / "config.json").read_text())
+    (fine / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    (task,) = run(peru, fine, "--text", tmp_path / "wiki.txt")["tasks"]
+    ids = torch.tensor(models.tokenizer(False)(words)["input_ids"])[None]
+    model = tr.AutoModelForCausalLM.from_pretrained(fine, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert math.log(value(task, "perplexity")) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+
+
 def test_models_whose_labels_are_in_another_order_are_compared_by_name(family: Path, peru: Peru) -> None:
     """The same model with its classes moved: every prediction agrees."""
     names, order = ["negative", "neutral", "positive"], [1, 2, 0]

@@ -182,7 +182,10 @@ def build_model(
     more = {} if attention is None else {"attn_implementation": attention}
     with quiet_transformers():
         model, info = cls.from_pretrained(None, config=config, state_dict=named, dtype=dtype, output_loading_info=True, **more)
-    if missing := sorted(name for name in info["missing_keys"] if not name.endswith(_OFTEN_ABSENT)):
+    # A tied head is no tensor of its own; one that the config does not tie would be random numbers, others in every run.
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    read = {weight.data_ptr() for name, weight in weights.items() if name not in info["missing_keys"]}
+    if missing := sorted(name for name in info["missing_keys"] if name in weights and weights[name].data_ptr() not in read):
         raise _missing(missing, kind, config, label)
     return model.eval().requires_grad_(False).to(device)
 
