@@ -103,6 +103,7 @@ def test_gates_end_with_exit_code_three(family: Path, peru: Peru, tmp_path: Path
         (["--fail-below", "acuracy=1"], "'acuracy' is not one of accuracy"),
         (["--fail-below", "kl=1"], "smaller it is: --fail-above"),
         (["--fail-above", "kl=much"], "'much' is not a number"),
+        (["--fail-above", "kl=nan"], "'nan' is not a number"),
         (["--fail-below", "sign=1"], None),
         (["--fail-above", "perplexity=9"], "it needs --text, or data with targets"),
     ):

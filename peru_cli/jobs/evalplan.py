@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,7 +58,10 @@ def parse_gate(text: str, below: bool) -> Gate:
         )
         raise UsageError(f"{option} {text}: {metric!r} is not one of {', '.join(known)}", hint)
     try:
-        return Gate(metric, float(number.removesuffix("%")) / (100 if number.endswith("%") else 1), below)
+        bound = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+        if math.isnan(bound):
+            raise ValueError
+        return Gate(metric, bound, below)
     except ValueError as error:
         raise UsageError(f"{option} {text}: {number!r} is not a number", f"write {option} {metric}=0.99 or {metric}=99%") from error
 
