@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -33,11 +34,19 @@ def tensors(seed: int, rows: int = 900, layers: int = 3) -> dict[str, torch.Tens
     }  # fmt: skip
 
 
+def changed(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A fine-tune: the same one each time."""
+    noise = torch.Generator().manual_seed(1)
+    return {
+        name: (t + torch.randn(t.shape, generator=noise) * 0.01).to(t.dtype) if t.is_floating_point() else t for name, t in base.items()
+    }
+
+
 @pytest.fixture
 def pair(hub: HubServer, tmp_path: Path) -> tuple[Path, Path]:
     """A base in shards and a fine-tune in one file."""
     base = tensors(0)
-    fine = {name: (t + torch.randn(t.shape) * 0.01).to(t.dtype) if t.is_floating_point() else t for name, t in base.items()}
+    fine = changed(base)
     folders = model(tmp_path / "base", base, shards=2), model(tmp_path / "fine", fine, own=1)
     hub.add(BASE, folders[0])
     hub.add(FINE, folders[1])
@@ -48,10 +57,17 @@ def command(tmp_path: Path, *more: object) -> tuple[object, ...]:
     return ("prune", FINE, "-b", BASE, "-o", tmp_path / "hub.safetensors", "--base-id", "x/y", "--stream", "--keep", "5%", *more)
 
 
+_LOCAL: dict[object, bytes] = {}  # what local files give, once for equal files and options
+
+
 def local(pair: tuple[Path, Path], tmp_path: Path, *more: object) -> bytes:
-    target = tmp_path / "local.safetensors"
-    ok(run_peru("prune", f"fine={pair[1]}", "-b", pair[0], "-o", target, "--base-id", "x/y", "--keep", "5%", "--force", *more))
-    return target.read_bytes()
+    files = [path for folder in pair for path in sorted(folder.glob("*.*"))]
+    key = (more, *((path.name, hashlib.sha256(path.read_bytes()).digest()) for path in files))
+    if key not in _LOCAL:
+        target = tmp_path / "local.safetensors"
+        ok(run_peru("prune", f"fine={pair[1]}", "-b", pair[0], "-o", target, "--base-id", "x/y", "--keep", "5%", "--force", *more))
+        _LOCAL[key] = target.read_bytes()
+    return _LOCAL[key]
 
 
 def asked(hub: HubServer, name: str) -> list[tuple[int, int]]:
@@ -145,8 +161,8 @@ def test_what_stands_on_a_base_asks_for_no_byte_of_it_again(
     """A pass reads the base, and so does the adapter or artifact on it: once a pass, and once to verify an artifact."""
     made = tmp_path / ("lora" if kind == "adapter" else "delta.safetensors")
     verb, *options = ("svd-lora", "--rank", 2) if kind == "adapter" else ("prune", "--keep", "20%")
-    changed = {name: t * 1.01 if "layers" in name else t for name, t in tensors(0).items()}  # nothing that an adapter cannot hold
-    ok(run_peru(verb, model(tmp_path / "changed", changed), "-b", pair[0], "-o", made, *options))
+    scaled = {name: t * 1.01 if "layers" in name else t for name, t in tensors(0).items()}  # nothing that an adapter cannot hold
+    ok(run_peru(verb, model(tmp_path / "scaled", scaled), "-b", pair[0], "-o", made, *options))
     given = ("prune", made, "--base-id", "x/y", "--keep", "5%")
     ok(run_peru(*given, "-b", pair[0], "-o", tmp_path / "local.safetensors"))
     run_small(kept, "hit", *given, "-b", BASE, "-o", tmp_path / "hub.safetensors", "--stream", env=hub.env(tmp_path / "hf"))
