@@ -12,25 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from packing import PERU
+from packing import VARIANTS as ALL
+
 from peru_cli import demo
 
-PERU = [sys.executable, "-m", "peru_cli"]
-VARIANTS = {
-    "task arithmetic": ["--decorrelate", "none", "--no-signs"],
-    "TA + Shuffle": ["--no-signs"],
-    "TA + Shift": ["--no-signs", "--decorrelate", "shift"],
-    "STA": ["--decorrelate", "none"],
-    "STA + Shuffle": [],
-    "STA + Shuffle, skip 2": ["--skip", "2"],
-    "STA + Shuffle, skip 3": ["--skip", "3"],
-    "STA + Shuffle, skip 4": ["--skip", "4"],
-    "TALL-masks": ["--method", "tall-masks"],
-}
+LEFT_OUT = {"STA + Shuffle, all tensors", "magnitude masks 10%"}
+VARIANTS = {name: options for name, options in ALL.items() if name not in LEFT_OUT}
 HEADS = ["--base", demo.BASE, "--per-task", "^(vit\\.)?classifier"]
 
 
