@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peru_cli.evaluation.data import read_examples
-from peru_cli.jobs import evaluate as job
-from peru_cli.jobs.evalplan import Comparison
-from peru_cli.jobs.prepare import Settings
+from peru_cli.evaluate import run as job
+from peru_cli.evaluate.plan import Comparison
+from peru_cli.inference.data import read_examples
+from peru_cli.inference.prepare import Settings
 
 PERU = [sys.executable, "-m", "peru_cli"]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/hub.py [--gigabytes 1]
 
-The server is tests/hub_server.py in a process of its own. curl fetches the ranges that peru asked for, in the same order and as many
-at once, into nothing. Both run in turn, three times, and the same prune from files; the ratio of medians counts, the machine's other
+The server is tests/support/hub_server.py in a process of its own. curl fetches the ranges that peru asked for, in the same order, as
+many at once, into nothing. Both run in turn, three times, and the same prune from files; the ratio of medians counts, the machine's other
 load is in all. Seconds of processor time say what a command costs without that load: curl's are few, so that on few processors it is
 the computing that takes the time, not the fetching.
 """
@@ -24,16 +24,16 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from peru_cli.checkpoints.dtypes import BY_NAME  # noqa: E402
 from peru_cli.checkpoints.header import TensorInfo, build_header  # noqa: E402
-from peru_cli.checkpoints.readahead import CONNECTIONS  # noqa: E402
+from peru_cli.checkpoints.local.readahead import CONNECTIONS  # noqa: E402
 
 SERVE = """
 import json, sys
 from pathlib import Path
-from hub_server import HubServer
+from tests.support.hub_server import HubServer
 with HubServer() as hub:
     hub.add("meta/base", Path(sys.argv[1])); hub.add("org/fine", Path(sys.argv[2]))
     print(hub.url, flush=True)
@@ -87,7 +87,7 @@ def main() -> None:
         folder = Path(name)
         write_pair(folder, int(options.gigabytes * 1e9))
         serve = [sys.executable, "-c", SERVE, str(folder / "base"), str(folder / "fine")]
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         server = subprocess.Popen(serve, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         assert server.stdin is not None and server.stdout is not None
         url = server.stdout.readline().strip()

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = sorted(str(path) for name in ("hub", "push", "prune_resume") for path in ROOT.glob(f"tests/test_{name}*.py"))
+TESTS = [str(ROOT / "tests" / name) for name in ("checkpoints/hub", "publish", "prune/test_resume.py")]
 
 
 def main() -> None:

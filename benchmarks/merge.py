@@ -98,7 +98,7 @@ def main() -> None:
         names = [*([base] if reads_base else []), *models]
         command = [sys.executable, "-c", FLOOR, str(out), *map(str, names)]
         floors[reads_base] = median(command, out, arguments.runs)[0]
-    start, _ = median([sys.executable, "-c", "import peru_cli.jobs.mergeoutput"], out, arguments.runs)
+    start, _ = median([sys.executable, "-c", "import peru_cli.merge.output"], out, arguments.runs)
     print(f"floor {floors[False]:.2f} s for three models, {floors[True]:.2f} s with the base; starting takes {start:.2f} s")
     print(f"{'method':18}{'peru s':>9}{'MB':>7}{'x floor':>9}{'limit':>7}{'mergekit s':>12}{'MB':>8}{'x faster':>10}{'least':>7}")
     times = {}

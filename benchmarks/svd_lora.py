@@ -32,7 +32,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.writer import FileWriter
+from peru_cli.checkpoints.local.writer import FileWriter
 
 HIDDEN, INTERMEDIATE, RANK, KEPT, EXTRACTED = 4096, 11008, 128, 16, 32
 BLOCKS = 4  # of the 22 that the 1.1B pair has, for extraction

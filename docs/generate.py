@@ -2,7 +2,7 @@
 
     python docs/generate.py [FOLDER]
 
-tests/test_docs.py compares the result with what is checked in.
+tests/house/test_docs.py compares the result with what is checked in.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from peru_cli.version import __version__
 
 if TYPE_CHECKING:
-    from peru_cli.jobs.live import apply as apply
-    from peru_cli.jobs.live import open_artifact as open_artifact
+    from peru_cli.live.apply import apply as apply
+    from peru_cli.live.apply import open_artifact as open_artifact
 
 __all__ = ["__version__", "apply", "open_artifact"]
 
@@ -16,7 +16,7 @@ __all__ = ["__version__", "apply", "open_artifact"]
 def __getattr__(name: str) -> Any:
     # Imported on first use: `peru --version` must not wait for torch.
     if name in ("apply", "open_artifact"):
-        from peru_cli.jobs import live
+        from peru_cli.live import apply as live
 
         return getattr(live, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import sys
 def main() -> None:
     """Run the command line; exits with its code."""
     if sys.argv[1:] == ["--version"]:  # answered without loading the command line's machinery
-        from peru_cli import __version__
+        from peru_cli.version import __version__
 
         print(f"peru {__version__}")
         return

@@ -11,11 +11,19 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from peru_cli import __version__
-from peru_cli.checkpoints.places import reading
-from peru_cli.commands import demo, eval, inspect, merge, prune, push, shuffle_pack, svd_lora, unpack
+from peru_cli.checkpoints.hub.session import reading
 from peru_cli.console import console
+from peru_cli.demo import command as demo
 from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, from_os_error
+from peru_cli.evaluate import command as eval
+from peru_cli.inspect import command as inspect
+from peru_cli.lora import command as svd_lora
+from peru_cli.merge import command as merge
+from peru_cli.pack import command as shuffle_pack
+from peru_cli.prune import command as prune
+from peru_cli.publish import command as push
+from peru_cli.unpack import command as unpack
+from peru_cli.version import __version__
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 a quality gate was missed, 130 interrupted."
 

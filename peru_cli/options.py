@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
-from peru_cli.checkpoints.places import reading
+from peru_cli.checkpoints.hub.session import reading
 from peru_cli.console import console
 from peru_cli.errors import UsageError
 

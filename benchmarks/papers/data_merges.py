@@ -13,17 +13,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from peru_cli.checkpoints.local import open_directory
+from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.console import console
-from peru_cli.evaluation.data import read_examples
-from peru_cli.evaluation.models import pick_device
-from peru_cli.jobs.how import streaming
-from peru_cli.jobs.mergedata import look
-from peru_cli.jobs.mergeplan import Options, plan_merge
-from peru_cli.jobs.search import Trial
-from peru_cli.jobs.taskmodels import Running
-from peru_cli.methods.rules import Parameters, Value
+from peru_cli.inference.data import read_examples
+from peru_cli.inference.models import pick_device
+from peru_cli.merge.data import look
+from peru_cli.merge.plan import Options, plan_merge
+from peru_cli.merge.search import Trial
+from peru_cli.merge.task_models import Running
+from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.table import effective_values, find_method
+from peru_cli.vectors.settings import streaming
 
 GRID = [i / 10 for i in range(11)]
 

@@ -1,1 +1,1 @@
-"""The file format (docs/format.md): container, index, codecs, and one module a kind."""
+"""peru's file format: the container, the index, codecs, and one module for each kind of artifact."""

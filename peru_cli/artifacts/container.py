@@ -14,10 +14,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from peru_cli.checkpoints.atomic import PartialFile
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
-from peru_cli.checkpoints.local import open_random, read_header
+from peru_cli.checkpoints.local.atomic import PartialFile
+from peru_cli.checkpoints.local.checkpoint import open_random, read_header
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
 

@@ -1,1 +1,1 @@
-"""Where tensors come from and go to. Knows files, not methods."""
+"""Where tensors come from and go to: names, headers and bytes, and nothing about methods."""

@@ -3,70 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
-from urllib.parse import unquote
 
-from peru_cli.errors import UsageError
+from peru_cli.checkpoints.hub.names import parse_hub_name
+from peru_cli.checkpoints.hub.session import reading
 
 if TYPE_CHECKING:
-    from peru_cli.checkpoints.hubrepo import HubPath, HubRepo
+    from peru_cli.checkpoints.hub.repo import HubPath
 
 Place: TypeAlias = Union[Path, "HubPath"]
-
-_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w])?"
-_REVISION = r"refs/(?:pr|convert)/[\w.-]+|[\w.%+-]+"
-_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>.*))?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class HubName:
-    """`org/name`, `org/name@revision`, and a path within; `revision` None is the repo's main branch."""
-
-    repo: str
-    revision: str | None = None
-    path: str = ""
-
-
-@dataclass
-class Reading:
-    """How models are read from the Hub, for a whole command: `stream` by ranges alone, else through the shared cache."""
-
-    stream: bool = False
-    repos: dict[tuple[str, str | None], HubRepo] = field(default_factory=dict)  # each revision is resolved once
-    interrupted: bool = False  # whoever waits for the Hub gives up
-    wake: Callable[[], None] = lambda: None  # breaks off what threads wait for
-
-    def reset(self, stream: bool = False) -> None:
-        """Begin a command."""
-        self.stream, self.repos, self.interrupted = stream, {}, False
-
-    def interrupt(self) -> None:
-        """End all reading from the Hub: only the main thread hears a signal, and others may wait minutes for a server. Takes no lock."""
-        self.interrupted = True
-        self.wake()
-
-
-reading = Reading()
-
-
-def parse_hub_name(text: str) -> HubName | None:
-    """What a name says of the Hub; None if it cannot be the Hub's. UsageError for an `hf://` that is wrong."""
-    explicit = text.startswith("hf://")
-    rest = text.removeprefix("hf://").removeprefix("models/") if explicit else text
-    if explicit and rest.startswith(("datasets/", "spaces/", "buckets/", "kernels/")):
-        raise UsageError(f"{text} is no model repo", "write hf://models/ORG/NAME@REVISION/PATH")
-    match = _NAME.fullmatch(rest)
-    parts = (match["path"] or "").rstrip("/").split("/") if match else []
-    if match is None or ".." in match["repo"] or "--" in match["repo"] or any(part in (".", "..") or "\\" in part for part in parts):
-        if explicit:
-            raise UsageError(f"{text} does not name a model on the Hub", "write hf://models/ORG/NAME@REVISION/PATH")
-        return None
-    revision = match["revision"]
-    return HubName(match["repo"], unquote(revision) if revision else None, "/".join(parts))
 
 
 def is_on_hub(text: str) -> bool:
@@ -80,12 +26,12 @@ def is_on_hub(text: str) -> bool:
 def locate(text: str) -> Place:
     """The place that an argument names; a path that need not exist, or a path in a repo whose revision is resolved.
 
-    Raises what the Hub answers as PeruError (checkpoints/huberrors.py).
+    Raises what the Hub answers as PeruError (checkpoints/hub/errors.py).
     """
     name = parse_hub_name(text) if is_on_hub(text) else None
     if name is None:
         return Path(text)
-    from peru_cli.checkpoints.hubrepo import HubPath, HubRepo
+    from peru_cli.checkpoints.hub.repo import HubPath, HubRepo
 
     key = (name.repo, name.revision)
     if key not in reading.repos:

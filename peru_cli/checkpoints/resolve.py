@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from peru_cli.checkpoints.local import open_directory, open_file
-from peru_cli.checkpoints.places import Place, is_on_hub, locate, parse_hub_name, why_not_here
+from peru_cli.checkpoints.hub.names import parse_hub_name
+from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
+from peru_cli.checkpoints.places import Place, is_on_hub, locate, why_not_here
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 

@@ -1,1 +1,1 @@
-"""Published methods, one file each: pure functions on tensors. Knows no file."""
+"""The published methods as pure functions on arrays. Nothing here knows of files."""

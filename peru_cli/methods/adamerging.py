@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peru_cli.errors import UsageError
+from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key, words
-from peru_cli.methods.rules import Parameters, Rule, Tile, onto_base, weighted_sum
+from peru_cli.methods.rules import Rule, RuleInput, onto_base, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
 from peru_cli.streaming.arrays import Array
 
@@ -34,7 +35,7 @@ class AdaMerging(Rule):
         found = whole(self.statistics[task], ROLE, name)
         return self.parameters.number("scale") if found is None else float(found)
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         scales = [self._scale(task, tile.name) for task in range(tile.tasks)]
         return onto_base(tile, weighted_sum(tile, scales), 1.0)
 

@@ -9,7 +9,8 @@ order. If keep + gamma exceeds 1, fewer of the largest go, as in mergekit.
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
 from peru_cli.streaming.arrays import Array
 
 
@@ -23,7 +24,7 @@ class Breadcrumbs(Rule):
         self.trims = (keep + outliers, outliers) if outliers else (keep,)
         self.scope = parameters.text("scope")
 
-    def _part(self, tile: Tile, number: int) -> Array:
+    def _part(self, tile: RuleInput, number: int) -> Array:
         """What stays of a task's vector, weighted; (n,)."""
         large = tile.kept(number, 0)
         if len(self.trims) > 1:  # the largest are among the large
@@ -31,6 +32,6 @@ class Breadcrumbs(Rule):
             large = tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
         return scaled(masked(tile.inputs(number), large, tile), self.parameters.weights[number], tile)
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         vector = add_up(tile, (self._part(tile, number) for number in range(tile.tasks)))
         return onto_base(tile, vector, self.parameters.number("scale"))

@@ -8,7 +8,7 @@ Weighted task vectors w_t tau_t take the place of tau_t throughout.
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
 from peru_cli.streaming.arrays import Array
 
 
@@ -17,7 +17,7 @@ class Consensus(Rule):
 
     holds_all = True
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         xp, n, share = tile.xp, tile.n, self.parameters.number("mask-lambda")
         vectors = [scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(self.parameters.weights)]
         total = add_up(tile, vectors)  # of two or more, so in memory of its own

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key, words
-from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
 from peru_cli.methods.ties import disjoint_merge, elected_signs
 from peru_cli.streaming.arrays import Array, Arrays
 
@@ -33,14 +34,14 @@ class Dare(Rule):
         self._density = parameters.share("keep")
         self._rescale = float(1 / self._density)
 
-    def _dropped(self, tile: Tile, number: int) -> Array:
+    def _dropped(self, tile: RuleInput, number: int) -> Array:
         """What stays of a task's vector, rescaled and weighted; (n,)."""
         seed, task = int(self.parameters.number("seed")), self.parameters.tasks[number]
         stays = survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._density)
         rescaled = scaled(masked(tile.inputs(number), stays, tile), self._rescale, tile)
         return scaled(rescaled, self.parameters.weights[number], tile)
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         vector = add_up(tile, (self._dropped(tile, number) for number in range(tile.tasks)))
         return onto_base(tile, vector, self.parameters.number("scale"))
 
@@ -50,7 +51,7 @@ class DareTies(Dare):
 
     holds_all = True
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         entries = [self._dropped(tile, number) for number in range(tile.tasks)]
         signs = elected_signs(add_up(tile, entries), None, tile)
         mean = self.parameters.text("reduce") == "mean"

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peru_cli.errors import UsageError
+from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key, words
-from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, scaled
+from peru_cli.methods.rules import Rule, RuleInput, add_up, scaled
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
 from peru_cli.streaming.arrays import Array
 
@@ -32,7 +33,7 @@ class Fisher(Rule):
 
     on_vectors = False
 
-    def _importance(self, tile: Tile, task: int) -> Array:
+    def _importance(self, tile: RuleInput, task: int) -> Array:
         """w_t F_t of a tile; (n,)."""
         xp, out = tile.xp, tile.room("importance", tile.n)
         found, weight = self.statistics[task], self.parameters.weights[task]
@@ -45,7 +46,7 @@ class Fisher(Rule):
             weight /= max(float(norm), 1e-30) if norm is not None else 1.0
         return scaled(out, weight, tile)
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         xp = tile.xp
         divisor = xp.fill(tile.room("divisor", tile.n), 0.0)
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 
 from peru_cli.errors import UsageError
-from peru_cli.methods.rules import Parameters, Rule, Tile, scaled, weighted_sum
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.rules import Rule, RuleInput, scaled, weighted_sum
 from peru_cli.streaming.arrays import Array
 
 
@@ -31,5 +32,5 @@ class Linear(Rule):
         super().__init__(parameters)
         self._factor = share_of_sum(parameters.weights) if parameters.values["normalize"] else 1.0
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         return scaled(weighted_sum(tile, self.parameters.weights), self._factor, tile)

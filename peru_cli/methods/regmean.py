@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from peru_cli.methods.linear import share_of_sum
-from peru_cli.methods.rules import Parameters, Rule, Tile, scaled, weighted_sum
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.rules import Rule, RuleInput, scaled, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
 from peru_cli.streaming.arrays import Array
 
@@ -72,7 +73,7 @@ class RegMean(Rule):
         role = self._role(name)
         return 1 if role is None else shape[1] if role == ROWS else shape[0] * shape[1]
 
-    def _mixing(self, role: str, tile: Tile) -> list[torch.Tensor]:
+    def _mixing(self, role: str, tile: RuleInput) -> list[torch.Tensor]:
         with self._lock:
             if tile.name not in self._matrices:
                 grams = [torch.from_numpy(found) for s in self.statistics if (found := whole(s, role, tile.name)) is not None]
@@ -85,7 +86,7 @@ class RegMean(Rule):
                 del self._matrices[tile.name]
         return matrices
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         role = self._role(tile.name)
         if role is None:
             return scaled(weighted_sum(tile, self.parameters.weights), self._average, tile)

@@ -14,40 +14,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
+from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Statistics
 from peru_cli.streaming.arrays import Array, Arrays
-
-Value = Fraction | float | int | str | bool
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Effective options of one merge: task names and weights in the order of the command line, and the rest."""
-
-    tasks: tuple[str, ...]
-    weights: tuple[float, ...]
-    values: Mapping[str, Value] = field(default_factory=dict)
-
-    def number(self, name: str) -> float:
-        """An option's value as a float."""
-        value = self.values[name]
-        assert not isinstance(value, str)
-        return float(value)
-
-    def share(self, name: str) -> Fraction:
-        """An exact share of the entries."""
-        value = self.values[name]
-        assert isinstance(value, Fraction)
-        return value
-
-    def text(self, name: str) -> str:
-        """An option's value as a word."""
-        value = self.values[name]
-        assert isinstance(value, str)
-        return value
 
 
 class Scratch:
@@ -65,7 +37,7 @@ class Scratch:
 
 
 @dataclass
-class Tile:
+class RuleInput:
     """What a rule sees of one tile; every array is (n,).
 
     `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its
@@ -94,7 +66,7 @@ class Rule(ABC):
     holds_all = False  # needs the inputs of all tasks at once
     trims: Sequence[Fraction] = ()  # shares of largest entries whose exact thresholds are wanted
     scope = "global"  # of the trims: "global" or "tensor"
-    wants_signs = False  # `elect` is called on all tiles first, and its sum's sign becomes `Tile.majority`
+    wants_signs = False  # `elect` is called on all tiles first, and its sum's sign becomes `RuleInput.majority`
     wants_products = False  # inner products of all inputs, for each tensor
     statistics: Sequence[Statistics] = ()  # of each task, for methods with data: set before the first tile
 
@@ -105,7 +77,7 @@ class Rule(ABC):
         """Tiles of this tensor are multiples of so many entries: a row, for rules on matrices. Then `--tile-entries` is not heard."""
         return 1
 
-    def elect(self, tile: Tile) -> int:
+    def elect(self, tile: RuleInput) -> int:
         """Sum of this tile's signs, for `wants_signs`; a rule that sets it must have its own."""
         raise TypeError(f"{type(self).__name__} wants signs and does not say how to elect them")
 
@@ -114,16 +86,16 @@ class Rule(ABC):
         raise TypeError(f"{type(self).__name__} wants products and does not say what to decide from them")
 
     @abstractmethod
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         """Merged weights of a tile; (n,), valid until the room's next use."""
 
 
-def weighted_sum(tile: Tile, weights: Sequence[float]) -> Array:
+def weighted_sum(tile: RuleInput, weights: Sequence[float]) -> Array:
     """Sum over tasks of weight * input, in the order of the tasks; (n,)."""
     return add_up(tile, (scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(weights)))
 
 
-def add_up(tile: Tile, parts: Iterable[Array]) -> Array:
+def add_up(tile: RuleInput, parts: Iterable[Array]) -> Array:
     """Sum of arrays in their order; (n,). A part must outlive the coming of the next; the sum of one is itself."""
     total: Array | None = None
     for part in parts:
@@ -131,18 +103,18 @@ def add_up(tile: Tile, parts: Iterable[Array]) -> Array:
     return total
 
 
-def scaled(value: Array, weight: float, tile: Tile) -> Array:
+def scaled(value: Array, weight: float, tile: RuleInput) -> Array:
     """weight * value, in the memory of `value`; (n,)."""
     return value if weight == 1.0 else tile.xp.multiply(value, weight, out=value)
 
 
-def masked(value: Array, flags: Array | None, tile: Tile) -> Array:
+def masked(value: Array, flags: Array | None, tile: RuleInput) -> Array:
     """`value` where the bools are true (None: everywhere), else 0, in the memory of `value`; (n,)."""
     if flags is None:
         return value
     return tile.xp.multiply(value, tile.xp.copy(flags, tile.room("ones", tile.n)), out=value)
 
 
-def onto_base(tile: Tile, vector: Array, scale: float) -> Array:
+def onto_base(tile: RuleInput, vector: Array, scale: float) -> Array:
     """base + scale * vector, in the vector's memory; (n,)."""
     return tile.xp.add(scaled(vector, scale, tile), tile.base, out=vector)

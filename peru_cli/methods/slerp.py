@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from peru_cli.methods.rules import Parameters, Rule, Tile, weighted_sum
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.rules import Rule, RuleInput, weighted_sum
 from peru_cli.streaming.arrays import Array
 
 PARALLEL = 0.9995
@@ -44,5 +45,5 @@ class Slerp(Rule):
         t = self.parameters.number("t")
         self._factors = {slot: coefficients(table, t) for slot, table in products.items()}
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         return weighted_sum(tile, self._factors[tile.slot])

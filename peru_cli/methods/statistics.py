@@ -1,7 +1,7 @@
 """What merges that look at data need to know of each task: how it is collected, and how a rule reads it.
 
 A method with data names a `Collector` in the table. It is given tasks' models in memory with examples, and returns arrays
-by role and tensor name; jobs/statistics.py keeps them in a safetensors file for each task (`ROLE/TENSOR`), under a key
+by role and tensor name; merge/statistics.py keeps them in a safetensors file for each task (`ROLE/TENSOR`), under a key
 made of the model's digest, the examples' digest and the options named in the table, so that they are collected once.
 """
 
@@ -17,7 +17,7 @@ from peru_cli.streaming.arrays import Host
 if TYPE_CHECKING:
     import torch
 
-    from peru_cli.methods.rules import Parameters
+    from peru_cli.methods.parameters import Parameters
 
 Found = dict[str, "torch.Tensor"]  # by ROLE/TENSOR, with the tensor's name in the task's own checkpoint
 
@@ -46,7 +46,7 @@ def whole(statistics: Statistics, role: str, name: str) -> Host | None:
 
 
 class Examples(Protocol):
-    """Examples as a model's keyword arguments (evaluation/inputs.py has them)."""
+    """Examples as a model's keyword arguments (inference/inputs.py has them)."""
 
     def __len__(self) -> int: ...
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from peru_cli.methods.rules import Parameters, Rule, Value
+    from peru_cli.methods.parameters import Parameters, Value
+    from peru_cli.methods.rules import Rule
     from peru_cli.methods.statistics import Collector
 
 

@@ -6,12 +6,12 @@ A negative scale is negation (forgetting), scale 1/T with unit weights a model s
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, Tile, onto_base, weighted_sum
+from peru_cli.methods.rules import Rule, RuleInput, onto_base, weighted_sum
 from peru_cli.streaming.arrays import Array
 
 
 class TaskArithmetic(Rule):
     """See the module."""
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         return onto_base(tile, weighted_sum(tile, self.parameters.weights), self.parameters.number("scale"))

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from peru_cli.methods.rules import Parameters, Rule, Tile, add_up, masked, onto_base, scaled
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
 from peru_cli.streaming.arrays import Array
 
 
-def elected_signs(total: Array, majority: int | None, tile: Tile) -> Array:
+def elected_signs(total: Array, majority: int | None, tile: RuleInput) -> Array:
     """+1 or -1 for each entry: the sign of its sum over tasks; (n,) -> (n,).
 
     Args:
@@ -35,7 +36,7 @@ def elected_signs(total: Array, majority: int | None, tile: Tile) -> Array:
 
 
 def disjoint_merge(
-    entries: Sequence[Array], weights: Sequence[float], signs: Array, mean: bool, divide_by: Sequence[float], tile: Tile
+    entries: Sequence[Array], weights: Sequence[float], signs: Array, mean: bool, divide_by: Sequence[float], tile: RuleInput
 ) -> Array:
     """Sum or mean over tasks of weight * entry where the entry's sign is the elected one; (n,).
 
@@ -60,7 +61,7 @@ def disjoint_merge(
     return xp.multiply(total, signs, out=total)
 
 
-def _divisor(agree: Sequence[Array], divide_by: Sequence[float], tile: Tile) -> Array:
+def _divisor(agree: Sequence[Array], divide_by: Sequence[float], tile: RuleInput) -> Array:
     """Sum of `divide_by` over the tasks that agree, 1 where that is 0; (n,)."""
     xp, divisor = tile.xp, tile.room("divisor", tile.n)
     if all(share == 1.0 for share in divide_by) and len(agree) < 256:  # counted in bytes, which is four times as fast
@@ -87,16 +88,16 @@ class Ties(Rule):
         self.scope = parameters.text("scope")
         self.wants_signs = self._variant == "authors" and len(parameters.tasks) > 1
 
-    def _trimmed(self, tile: Tile) -> list[Array]:
+    def _trimmed(self, tile: RuleInput) -> list[Array]:
         plain = self._variant == "peft"
         entries = [masked(tile.inputs(number), tile.kept(number, 0), tile) for number in range(tile.tasks)]
         return [entry if plain else scaled(entry, w, tile) for entry, w in zip(entries, self.parameters.weights, strict=True)]
 
-    def elect(self, tile: Tile) -> int:
+    def elect(self, tile: RuleInput) -> int:
         total = add_up(tile, self._trimmed(tile))
         return tile.xp.count(tile.xp.greater(total, 0)) - tile.xp.count(tile.xp.less(total, 0))
 
-    def merge(self, tile: Tile) -> Array:
+    def merge(self, tile: RuleInput) -> Array:
         entries = self._trimmed(tile)
         majority = tile.majority if self._variant == "authors" else None
         signs = elected_signs(add_up(tile, entries), majority, tile)

@@ -1,1 +1,1 @@
-"""Tiles: plan, read, compute, commit in order, with a bounded number of buffers. Knows no method."""
+"""The engine that streams aligned tiles of tensors through CPU threads or CUDA."""

@@ -9,14 +9,11 @@ Floating entries of a checkpoint are "bits": integers of the dtype's width, sinc
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import Any, Protocol
 
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.errors import UsageError
 
 Array = Any  # np.ndarray, or torch.Tensor on a GPU
 Host = np.ndarray[Any, np.dtype[Any]]
@@ -224,25 +221,3 @@ def _narrow_bf16(floats: Host) -> Host:
 
 
 CPU = Cpu()
-
-
-def pick_arrays(device: str) -> Arrays:
-    """The namespace of `auto`, `cpu`, `cuda` or `cuda:N`; UsageError if there is no such device."""
-    if device == "cpu" or (device == "auto" and not _has_driver()):
-        return CPU
-    from peru_cli.streaming.gpu import Gpu, find_gpu
-
-    found = find_gpu(device)
-    if found is None and device != "auto":
-        raise UsageError(f"--device {device!r} is not auto, cpu, cuda or cuda:N, or there is no such GPU", "use --device cpu")
-    return CPU if found is None else Gpu(found)
-
-
-def _has_driver() -> bool:
-    """Whether NVIDIA's driver knows of a GPU, found out without torch."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        number = ctypes.c_int(0)
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(number)) == 0 and number.value > 0
-    except (OSError, AttributeError):
-        return False

@@ -2,7 +2,7 @@
 
 Inputs come from integer arithmetic, expected results from the plain NumPy below, which shares no code with
 peru. Only the artifacts come from `peru prune`. To be run again only when format 1 is given up: the files
-say what it is, and tests/test_format.py compares them literally.
+say what it is, and tests/artifacts/test_format.py compares them literally.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Makes the golden masks beside this file: `python tests/golden/make_masks.py`.
 
-The family is that of make_pack.py, with a third task. Expected results come from tests/pack_reader.py, which shares no code
+The family is that of make_pack.py, with a third task. Expected results come from tests/support/pack_reader.py, which shares no code
 with peru; only the artifact comes from `peru shuffle-pack`. To be run again only when the format is given up.
 """
 
@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent / "masks"
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(HERE.parents[2]))
 
 import numpy as np  # noqa: E402
-from golden.make import BITS, write_model, write_safetensors  # noqa: E402
-from golden.make_pack import FILES, as_read, base, fine_tune  # noqa: E402
-from pack_reader import MaskReader  # noqa: E402
+
+from tests.golden.make import BITS, write_model, write_safetensors  # noqa: E402
+from tests.golden.make_pack import FILES, as_read, base, fine_tune  # noqa: E402
+from tests.support.pack_reader import MaskReader  # noqa: E402
 
 OPTIONS = ["--method", "tall-masks", "--threshold", "a=0.25", "--scale", "0.75", "--base-id", "example/base@0123abc"]
 

@@ -1,0 +1,1 @@
+"""The kinds of artifact that hold several tasks: superposed sums, and masks on one sum."""

@@ -1,0 +1,100 @@
+"""Write packs block by block; what is written can be read again before the pack is finished."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from peru_cli.artifacts.codecs import PCO, encode
+from peru_cli.artifacts.container import FORMAT, ContainerWriter
+from peru_cli.artifacts.packs.pack import Pack, Sums
+from peru_cli.artifacts.packs.superposed import BLOCK_ENTRIES, KIND, PackIndex, SumBlock, encode_index
+from peru_cli.artifacts.sparse_delta import short_digest
+
+
+class PackWriter:
+    """Writes one pack. `add` in canonical order; `write` for what it returns, from any thread; then `finish`."""
+
+    def __init__(
+        self, target: Path, largest_metadata: Mapping[str, str], sync: bool, kind: str = KIND,
+        encode_index: Callable[[PackIndex], bytes] = encode_index,
+    ) -> None:  # fmt: skip
+        self._fixed, self._encode_index = {"peru.format": FORMAT, "peru.kind": kind}, encode_index
+        self._container = ContainerWriter(target, {**self._fixed, **largest_metadata}, sync)
+        self.target = target
+        self._waiting: list[Sums] = []
+        self._tickets = 0
+        self._encoded: dict[int, list[bytes]] = {}
+        self._lock = threading.Lock()
+        self.blocks: list[SumBlock] = []
+
+    def add(self, sums: Sums) -> list[tuple[int, Sums]]:
+        """Append sums; returns the blocks that are full now, with their numbers."""
+        self._waiting.append(sums)
+        full = []
+        while sum(map(len, self._waiting)) >= BLOCK_ENTRIES:
+            joined = np.concatenate(self._waiting)
+            full.append(self._block(joined[:BLOCK_ENTRIES]))
+            self._waiting = [joined[BLOCK_ENTRIES:]]
+        return full
+
+    def rest(self) -> list[tuple[int, Sums]]:
+        """The last block, which need not be full."""
+        joined, self._waiting = np.concatenate([np.empty(0, np.int32), *self._waiting]), []
+        return [self._block(joined)] if len(joined) else []
+
+    def _block(self, sums: Sums) -> tuple[int, Sums]:
+        self._tickets += 1
+        return self._tickets - 1, sums
+
+    def write(self, block: tuple[int, Sums], more: Sequence[bytes] = ()) -> None:
+        """Encode a block and write it when its turn has come, and after it `more`."""
+        data = encode(np.ascontiguousarray(block[1]), PCO)
+        with self._lock:
+            self._encoded[block[0]] = [data, *more]
+            while (ready := self._encoded.pop(len(self.blocks), None)) is not None:
+                self.blocks.append(SumBlock(len(ready[0]), short_digest(ready[0])))
+                for part in ready:
+                    self._container.append("blocks", part)
+
+    def append_residual(self, data: bytes) -> None:
+        """Append a block of a residual: after all sums."""
+        self._container.append("blocks", data)
+
+    def read_block(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of blocks that have been written."""
+        return self._container.read_first(offset, nbytes)
+
+    def append_whole(self, data: memoryview) -> None:
+        """Append bytes of tasks' own tensors, in the index's order."""
+        self._container.append("whole", data)
+
+    def finish(
+        self, metadata: Mapping[str, str], index: PackIndex, contents: Sequence[bytes], before: Callable[[], None] = lambda: None
+    ) -> int:
+        """Write side files, index and header, call `before`, and put the pack in place; returns its size in bytes."""
+        assert not self._encoded, "a block was never written"
+        index.blocks = self.blocks
+        for content in contents:
+            self._container.append("files", content)
+        return self._container.finish({**self._fixed, **metadata}, self._encode_index(index), before)
+
+    def __enter__(self) -> PackWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._container.__exit__(*exc)
+
+
+class UnfinishedPack(Pack):
+    """A pack whose sums are written and whose index is not."""
+
+    def __init__(self, target: Path, metadata: Mapping[str, str], index: PackIndex, writer: PackWriter) -> None:
+        self.path, self.metadata, self.index = target, dict(metadata), index
+        self._find_parts(writer.read_block)
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,110 @@
+"""Weights on their way into the shared cache: by ranges, so that a download that broke goes on where it was, and checked by their digest.
+
+huggingface_hub begins a broken file anew, and believes whatever bytes come. A file that lies in its cache under the name of a finished
+one, it takes as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+from peru_cli.checkpoints.hub.ranges import RangeFile
+from peru_cli.checkpoints.local.atomic import NO_LOCKS, check_room
+from peru_cli.checkpoints.local.readahead import PIECE, ReadAhead
+from peru_cli.errors import BadFile
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LEAST = 1 << 20  # bytes; smaller files are left to huggingface_hub
+_one_at_a_time = threading.Lock()  # each has several connections
+
+
+class NoLocks(Exception):
+    """Files of the cache cannot be locked, so two processes could spoil each other's: huggingface_hub has means of its own."""
+
+
+def fetch_blob(source: RangeFile, digest: str, blob: Path) -> None:
+    """Fetch a file whose SHA-256 the Hub publishes to `blob`, going on with what an earlier run left of it.
+
+    Raises what RangeFile raises, BadFile if the bytes are others than the digest says, and NoLocks before anything is fetched.
+    """
+    partial = blob.with_name(f"{blob.name}.peru-incomplete")
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time:
+        fd = _open_locked(partial)
+        try:
+            if blob.exists():  # by another peru meanwhile
+                partial.unlink()
+                return
+            found = _fetch(source, fd, partial)
+            if found != digest:
+                partial.unlink()
+                raise BadFile(
+                    f"{source.path}: the Hub sends other bytes than it lists: their SHA-256 is {found[:16]}...", "type the command again"
+                )
+            os.replace(partial, blob)
+        finally:
+            os.close(fd)
+
+
+def _fetch(source: RangeFile, fd: int, partial: Path) -> str:
+    """Fetch what is missing; the SHA-256 of all of it."""
+    size, total = source.size, hashlib.sha256()
+    room = memoryview(bytearray(min(PIECE, max(size, 1))))
+    at = 0
+    while at < size and (got := os.preadv(fd, [room[: size - at]], at)):
+        total.update(room[:got])
+        at += got
+    os.ftruncate(fd, at)
+    check_room(partial, size - at, "set HF_HOME to a folder on another disk, or read with --stream")
+    ahead = ReadAhead()
+    ahead.expect([(source, at, size)])
+    try:
+        with tqdm(total=size, initial=at, unit="B", unit_scale=True, desc=source.path.name) as progress:  # type: ignore[no-untyped-call]
+            while at < size:
+                piece = room[: size - at]
+                ahead.read_into(source, at, piece)
+                total.update(piece)
+                _write(fd, piece, at)
+                at += len(piece)
+                progress.update(len(piece))
+    finally:
+        ahead.forget()
+    return total.hexdigest()
+
+
+def _write(fd: int, data: memoryview, at: int) -> None:
+    while len(data):
+        written = os.pwrite(fd, data, at)
+        data, at = data[written:], at + written
+
+
+def _open_locked(path: Path) -> int:
+    """Open or make a file that no other process then has, waiting for one that has it. NoLocks where that cannot be said."""
+    if fcntl is None:
+        raise NoLocks
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:  # it was finished and renamed while this waited
+            os.close(fd)
+            continue
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                path.unlink(missing_ok=True)
+                os.close(fd)
+                raise NoLocks from error
+            os.close(fd)
+            raise
+        os.close(fd)

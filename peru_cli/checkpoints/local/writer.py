@@ -1,0 +1,240 @@
+"""Write a checkpoint whose sizes are known beforehand: every tensor goes to its final offset at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from peru_cli.checkpoints.header import TensorInfo, build_header
+from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile, check_room, may_go_on, partial_path, remove
+from peru_cli.checkpoints.local.journal import Journal, fits
+
+METADATA = {"format": "pt"}  # transformers refuses files that do not say so
+
+
+def data_order(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """The order in which tensors lie in a file: wide dtypes first, so that each is aligned, then by name."""
+    return sorted(tensors, key=lambda t: (-t.dtype.bits, t.name))
+
+
+def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    at, placed = 0, []
+    for info in tensors:
+        placed.append(TensorInfo(info.name, info.dtype, info.shape, at))
+        at += info.nbytes
+    return placed
+
+
+def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None) -> int:
+    """How long the header of a file of these tensors is."""
+    return len(build_header(_placed(data_order(tensors)), METADATA | dict(metadata or {})))
+
+
+def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
+    """Cut tensors into shards of at most `max_shard_bytes` of data (a larger tensor has one to itself)."""
+    shards: list[list[TensorInfo]] = [[]]
+    size = 0
+    for info in tensors:
+        if shards[-1] and size + info.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return [_placed(data_order(shard)) for shard in shards]
+
+
+class CheckpointWriter(ABC):
+    """Takes the bytes of tensors. `order` is the order in which `ordered` writers want them."""
+
+    order: list[TensorInfo]
+    journal: Journal | None = None  # of tensors that an earlier run has written, for writers that resume
+    ordered = False  # whether write() must be called in `order`, without gaps
+
+    @abstractmethod
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Write bytes of one tensor from byte `offset` on."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Put the output in place."""
+
+    @abstractmethod
+    def __enter__(self) -> CheckpointWriter: ...
+
+    @abstractmethod
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class FileWriter(CheckpointWriter):
+    """One safetensors file."""
+
+    def __init__(
+        self,
+        target: Path,
+        tensors: Sequence[TensorInfo],
+        sync: bool,
+        metadata: Mapping[str, str] | None = None,
+        resume_key: str | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self.order = _placed(data_order(tensors))
+        header = build_header(self.order, METADATA | dict(metadata or {}))
+        size = len(header) + sum(info.nbytes for info in self.order)
+        check_room(target, 0 if partial_path(target).exists() else size)
+        self._file = PartialFile(target, sync, resume=resume_key is not None)
+        self._at = {info.name: len(header) + info.begin for info in self.order}
+        try:
+            if resume_key is not None:
+                path = self._file.path.with_name(self._file.path.name + "-journal")
+                self.journal = Journal(path, resume_key, [self._file], sync, lambda _: not fresh and fits(self._file, header, size))
+            self._file.write_at(0, header)
+            os.ftruncate(self._file.fd, size)
+        except BaseException:
+            self._file.__exit__()
+            raise
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        self._file.write_at(self._at[name] + offset, data)
+
+    def commit(self) -> None:
+        self._file.commit()
+        if self.journal is not None:
+            self.journal.remove()
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.__exit__(*exc)
+        if self.journal is not None:
+            self.journal.close() if may_go_on(exc) else self.journal.remove()
+
+
+class DirectoryWriter(CheckpointWriter):
+    """A directory that transformers loads: model.safetensors or shards with an index, and side files."""
+
+    def __init__(
+        self,
+        target: Path,
+        tensors: Sequence[TensorInfo],
+        side_files: Mapping[str, bytes],
+        max_shard_bytes: int,
+        sync: bool,
+        metadata: Mapping[str, str] | None = None,
+        resume_key: str | None = None,
+        fresh: bool = False,
+    ) -> None:
+        """With `resume_key`, tensors that an earlier run with the same key wrote are in `journal.done`, unless `fresh`."""
+        shards = split_shards(sorted(tensors, key=lambda t: t.name), max_shard_bytes)
+        total = sum(info.nbytes for info in tensors)
+        resume = resume_key is not None
+        check_room(target, 0 if resume and partial_path(target).exists() else total + sum(map(len, side_files.values())))
+        self.order = [info for shard in shards for info in shard]
+        self._where: dict[str, tuple[PartialFile, int]] = {}
+        self._files: list[PartialFile] = []
+        with ExitStack() as undo:
+            self._folder = undo.enter_context(PartialDirectory(target, sync, resume))
+            names = shard_names(len(shards))
+            self.shards = len(shards)
+            layout: list[tuple[PartialFile, bytes, int]] = []
+            for shard, name in zip(shards, names, strict=True):
+                path = self._folder.path / name
+                if resume and path.exists():  # killed while the shards got their names
+                    os.replace(path, partial_path(path))
+                file = undo.enter_context(PartialFile(path, sync, resume))
+                header = build_header(shard, METADATA | dict(metadata or {}))
+                layout.append((file, header, len(header) + sum(info.nbytes for info in shard)))
+                self._files.append(file)
+                self._where.update({info.name: (file, len(header) + info.begin) for info in shard})
+            if resume_key is not None:
+                path = self._folder.path / ".peru-journal"
+                self.journal = Journal(path, resume_key, self._files, sync, lambda _: not fresh and all(fits(*f) for f in layout))
+                self._remove_strangers(names)
+            for file, header, size in layout:
+                file.write_at(0, header)
+                os.ftruncate(file.fd, size)
+            if len(shards) > 1:
+                weight_map = {info.name: name for shard, name in zip(shards, names, strict=True) for info in shard}
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+                (self._folder.path / "model.safetensors.index.json").write_text(text, "utf-8")
+            for file_name, content in side_files.items():
+                (self._folder.path / file_name).write_bytes(content)
+            self._undo = undo.pop_all()
+
+    @property
+    def folder(self) -> Path:
+        """The unfinished folder, for files that come along."""
+        return self._folder.path
+
+    def _remove_strangers(self, names: Sequence[str]) -> None:
+        """Remove what an earlier run left besides the journal and the shards of this one."""
+        ours = {partial_path(self._folder.path / name).name for name in names} | {".peru-journal"}
+        for path in self._folder.path.iterdir():
+            if path.name not in ours:
+                remove(path)
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        file, begin = self._where[name]
+        file.write_at(begin + offset, data)
+
+    def seal(self) -> None:
+        """All is written: the unfinished folder can be read as a checkpoint before `commit` puts it in place."""
+        for file in self._files:
+            file.commit()
+        self._files = []
+
+    def commit(self) -> None:
+        if self.journal is not None:
+            self.journal.flush()
+        self.seal()
+        if self.journal is not None:
+            self.journal.remove()
+        self._folder.commit()
+
+    def __enter__(self) -> DirectoryWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.journal is not None:
+            self.journal.close()
+        self._undo.__exit__(*exc)  # type: ignore[arg-type]
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as transformers gives them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+class PipeWriter(CheckpointWriter):
+    """One safetensors file into a pipe: bytes in order, nothing to take back."""
+
+    ordered = True
+
+    def __init__(self, pipe: BinaryIO, tensors: Sequence[TensorInfo]) -> None:
+        self.order = _placed(data_order(tensors))
+        self._pipe = pipe
+        self._header = build_header(self.order, METADATA)
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        if self._header:
+            self._pipe.write(self._header)
+            self._header = b""
+        self._pipe.write(data)
+
+    def commit(self) -> None:
+        self.write("", 0, memoryview(b""))
+        self._pipe.flush()
+
+    def __enter__(self) -> PipeWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass

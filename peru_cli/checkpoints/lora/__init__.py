@@ -1,0 +1,1 @@
+"""LoRA adapters: their configuration and keys, the updates they stand for, and writing them."""

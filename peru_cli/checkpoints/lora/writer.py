@@ -1,0 +1,87 @@
+"""Adapters written so that they load everywhere: the scale in the factors, alpha = r, keys as their layout has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.writer import FileWriter
+from peru_cli.checkpoints.lora.adapter import DIFFUSERS_METADATA, EMBEDDING, WEIGHTS, Adapter, LoraModule
+from peru_cli.checkpoints.lora.config import CONFIG, encode_config
+from peru_cli.checkpoints.lora.keys import DIFFUSERS, KOHYA, OUTER, PEFT
+from peru_cli.version import __version__
+
+
+def factor_names(module: LoraModule, layout: str) -> tuple[str, str]:
+    """What A and B are called: as PEFT does, or as the file did."""
+    if layout != PEFT:
+        return module.down.name, module.up.name
+    if module.kind == EMBEDDING:
+        return f"{OUTER}{module.path}.lora_embedding_A", f"{OUTER}{module.path}.lora_embedding_B"
+    return f"{OUTER}{module.path}.lora_A.weight", f"{OUTER}{module.path}.lora_B.weight"
+
+
+def copied_tensors(adapter: Adapter) -> dict[str, str]:
+    """What is neither a factor nor a scale: the output's name -> the input's."""
+    names = {stored: stored for stored in adapter.whole.values()}
+    for module in adapter.modules:
+        if module.magnitude is not None:
+            peft = f"{OUTER}{module.path}.lora_magnitude_vector"
+            names[peft if adapter.layout == PEFT else module.magnitude] = module.magnitude
+    return names
+
+
+def bias_name(module: LoraModule) -> str:
+    """What the bias of lora_B is called (only PEFT has one)."""
+    return f"{OUTER}{module.path}.lora_B.bias"
+
+
+def resized_tensors(adapter: Adapter, ranks: Sequence[int], dtypes: Sequence[Dtype]) -> list[TensorInfo]:
+    """All tensors of the output; ranks and dtypes are those of the adapter's modules."""
+    tensors = [_like(adapter, source, name) for name, source in copied_tensors(adapter).items()]
+    for module, rank, dtype in zip(adapter.modules, ranks, dtypes, strict=True):
+        names, shapes = factor_names(module, adapter.layout), module.shapes(rank)
+        tensors += [TensorInfo(name, dtype, shape) for name, shape in zip(names, shapes, strict=True)]
+        if module.bias is not None:
+            tensors.append(_like(adapter, module.bias, bias_name(module)))
+        if module.alpha is not None:
+            tensors.append(_like(adapter, module.alpha, module.alpha))
+    return tensors
+
+
+def _like(adapter: Adapter, source: str, name: str) -> TensorInfo:
+    info = adapter.file.tensors[source]
+    return TensorInfo(name, info.dtype, info.shape)
+
+
+def resized_metadata(adapter: Adapter, ranks: Sequence[int], options: str) -> dict[str, str]:
+    """The input's metadata where it still holds, and how the file was made."""
+    metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": options}
+    if adapter.layout == KOHYA:
+        kept = {key: value for key, value in adapter.file.metadata.items() if not key.startswith("sshs_")}
+        if "ss_network_dim" in kept:
+            shown = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # as sd-scripts' resize_lora writes
+            kept |= {"ss_network_dim": shown, "ss_network_alpha": shown}
+        return kept | metadata
+    if adapter.layout == DIFFUSERS:
+        return {key: value for key, value in adapter.file.metadata.items() if key != DIFFUSERS_METADATA} | metadata
+    return metadata
+
+
+def adapter_writer(
+    folder: Path,
+    tensors: Sequence[TensorInfo],
+    config: Mapping[str, Any],
+    small_files: Mapping[str, bytes],
+    metadata: Mapping[str, str],
+    sync: bool,
+) -> FileWriter:
+    """Write a PEFT adapter's small files into a new folder; the writer of its weights, for the caller to enter and commit."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / CONFIG).write_bytes(encode_config(config))
+    for name, content in small_files.items():
+        (folder / name).write_bytes(content)
+    return FileWriter(folder / WEIGHTS, tensors, sync, metadata)

@@ -1,1 +1,0 @@
-"""One file a subcommand: its signature, its checks, then one call into the layers below."""

@@ -1,0 +1,228 @@
+"""`peru eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console
+from peru_cli.errors import EXIT_GATE, UsageError
+
+if TYPE_CHECKING:
+    from peru_cli.evaluate.plan import Comparison
+    from peru_cli.evaluate.run import Score
+    from peru_cli.evaluate.weights import WeightsReport
+    from peru_cli.inference.data import Examples
+
+COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def evaluate_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[TASK=]X...", help="Artifacts, adapters, merges or checkpoints. One alone is run on all data.", show_default=False
+        ),
+    ],
+    base: options.OptionalBase = None,
+    against: Annotated[
+        Optional[list[str]], typer.Option("--against", "-a", metavar="[TASK=]MODEL", help="What X should come close to. Repeatable.")
+    ] = None,
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="[TASK=]FILE",
+            help="Examples: .jsonl, .csv, .parquet, .npz, a folder of images, NAME@SPLIT of `datasets`. Repeatable.",
+        ),
+    ] = None,
+    text: Annotated[
+        Optional[list[str]], typer.Option("--text", metavar="[TASK=]FILE", help="Plain text for language models. Repeatable.")
+    ] = None,
+    tau_jp: Annotated[
+        bool, typer.Option("--tau-jp", help="How much each task vector disturbs each task: tau-Jp, and the disentanglement error.")
+    ] = False,
+    scale: Annotated[
+        float, typer.Option("--scale", "-s", metavar="S", help="Of the task vectors in --tau-jp's disentanglement error.")
+    ] = 1.0,
+    negate: Annotated[
+        bool, typer.Option("--negate", help="Base minus the task vector: accuracy on --data target=FILE and --data control=FILE.")
+    ] = False,
+    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Scales that --negate tries.")] = "0:1:0.05",
+    fail_below: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--fail-below",
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if any task is below: accuracy, f1, matthews, normalised, difference, agreement, cosine, sign. Repeatable.",
+        ),
+    ] = None,
+    fail_above: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--fail-above", metavar="METRIC=VALUE", help="Exit with 3 if any task is above: kl, kl99, perplexity, error. Repeatable."
+        ),
+    ] = None,
+    max_samples: Annotated[
+        Optional[int], typer.Option("--max-samples", min=1, metavar="N", help="The first N examples of each file.")
+    ] = None,
+    batch_size: Annotated[Optional[int], typer.Option("--batch-size", min=1, metavar="N", help="Examples at once.")] = None,
+    context: Annotated[
+        Optional[int],
+        typer.Option("--context", min=2, metavar="N", help="Tokens in a window of --text. Default: 1024, or what the model has."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="What models compute in, whatever their weights.")
+    ] = "fp32",
+    csv: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write all numbers as a table, one metric a line.")] = None,
+    plot: Annotated[
+        Optional[Path],
+        typer.Option("--plot", metavar="FILE.png|svg", help="Draw accuracy against bytes and errors by tensor; or tau-Jp."),
+    ] = None,
+    report: Annotated[
+        Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one page that needs nothing else.")
+    ] = None,
+    force: options.Force = False,
+    stream: options.Stream = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Say how close an artifact, an adapter or a merge comes to the fine-tune: on weights, on outputs, on tasks.
+
+    peru eval a.safetensors --base BASE --against MODEL
+
+    peru eval a.safetensors --base BASE --against MODEL --data test.jsonl --fail-below normalised=99%
+
+    peru eval merged/ --data a=a.jsonl --data b=b.jsonl --against a=MODEL_A --against b=MODEL_B
+
+    peru eval lm.safetensors --base BASE --against MODEL --text wiki.txt
+
+    peru eval a=MODEL_A b=MODEL_B --base BASE --tau-jp --data a=a.jsonl --data b=b.jsonl
+
+    peru eval a=MODEL_A --base BASE --negate --data target=a.jsonl --data control=b.jsonl --against control=MODEL_B
+    """
+    if dtype not in COMPUTE:
+        raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(COMPUTE)}")
+    _check_output(csv, "--csv", force)
+    _check_output(report, "--report", force)
+    if plot is not None or report is not None:
+        from peru_cli.reports.plots import check_plot, need_matplotlib
+
+        need_matplotlib("--report") if plot is None else check_plot(plot)
+
+    from peru_cli.checkpoints.resolve import default_task, split_arguments
+    from peru_cli.evaluate import show as evalshow
+    from peru_cli.evaluate.plan import check_comparisons, check_gates, parse_gate, weight_pairs
+    from peru_cli.finetunes.pack_task import only_task
+    from peru_cli.inference.data import split_data
+
+    gates = [parse_gate(given, True) for given in fail_below or []] + [parse_gate(given, False) for given in fail_above or []]
+    named = {a.task or only_task(a.model) or default_task(a.model): a.model for a in split_arguments(models)}
+    others = split_data(against or [], "--against")
+    files = split_data([*(data or []), *(text or [])], "--data")
+    if tau_jp or negate:
+        if tau_jp and negate:
+            raise UsageError("--tau-jp and --negate are two measurements", "ask for one of them")
+        if gates or csv is not None or dtype != "fp32":
+            raise UsageError("--tau-jp and --negate know no gates, no --csv and no --dtype", "use --json; they compute in float32")
+        from peru_cli.evaluate import interference_command as interference
+        from peru_cli.merge.options import parse_range
+
+        read = _read(files, text or [], max_samples)
+        if tau_jp:
+            drawing = interference.tau_jp(named, base, read, scale, device, batch_size)
+        else:
+            points = [float(point) for point in parse_range(scales, "--scales")]
+            drawing = interference.negate(named, base, others, read, points, device, batch_size)
+        if plot is not None or report is not None:
+            from peru_cli.evaluate import draw as evaldraw
+
+            for path, said in evaldraw.draw_one(plot, report, drawing, named.values()):
+                console.note(f"{said} {path}")
+        return
+    if not files and not others:
+        raise UsageError("nothing to compare with and nothing to run on", "add --against MODEL, --data FILE, or both")
+    if not files and base is None:
+        raise UsageError("weights are compared as changes of their base", "add --base BASE, or --data FILE to compare outputs")
+    examples = _read(files, text or [], max_samples)
+    check_gates(gates, examples, bool(others), base is not None)
+    pairs = weight_pairs(named, others) if base is not None else {}
+    comparisons = check_comparisons(named, examples, others) if files else []
+    weights = _weights(pairs, base, device, threads) if base is not None and pairs else {}
+    scores = _run(comparisons, base, dtype, device, threads, batch_size, context) if files else []
+    evalshow.show(scores, weights)
+    rows = evalshow.numbers(scores, weights)
+    missed = evalshow.missed(gates, rows)
+    console.result(evalshow.as_json(scores, weights, missed))
+    if csv is not None:
+        evalshow.write_csv(csv, rows)
+    if plot is not None or report is not None:
+        from peru_cli.evaluate import draw as evaldraw
+
+        for path, said in evaldraw.draw(plot, report, scores, weights, [gate.option for gate in gates], missed):
+            console.note(f"{said} {path}")
+    for line in missed:
+        console.error(line)
+    if missed:
+        raise typer.Exit(EXIT_GATE)
+
+
+def _check_output(path: Optional[Path], option: str, force: bool) -> None:
+    from peru_cli.checkpoints.local.atomic import check_target
+
+    if path is not None:
+        try:
+            check_target(path, force)
+        except UsageError as error:
+            raise UsageError(error.message.replace("-o", option), (error.hint or "").replace("-o", option) or None) from error
+
+
+def _read(files: dict[str, str], texts: list[str], most: Optional[int]) -> dict[str, Examples]:
+    from peru_cli.inference.data import read_examples, read_text, split_data
+
+    plain = set(split_data(texts, "--text").values())
+    return {task: read_text(file) if file in plain else read_examples(file, most) for task, file in files.items()}
+
+
+def _weights(pairs: dict[str, tuple[str, str]], base: str, device: str, threads: Optional[int]) -> dict[str, WeightsReport]:
+    """Closeness of weights, by task; planned for all before anything is read."""
+    from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.evaluate.weights import Weights
+    from peru_cli.finetunes.expand import open_fine_tune
+    from peru_cli.vectors.settings import streaming
+
+    opened = open_model(base)
+    planned = {
+        task: Weights(open_fine_tune(ours, opened, task), open_fine_tune(theirs, opened, task), opened)
+        for task, (ours, theirs) in pairs.items()
+    }
+    total = sum(plan.entries for plan in planned.values())
+    with console.progress(total, "weights") as progress, streaming(device, threads, None, progress.advance) as how:
+        return {task: plan.measure(how) for task, plan in planned.items()}
+
+
+def _run(
+    comparisons: list[Comparison], base: Optional[str], dtype: str, device: str, threads: Optional[int], batch_size: Optional[int],
+    context: Optional[int],
+) -> list[Score]:  # fmt: skip
+    import torch
+
+    from peru_cli.evaluate.run import evaluate
+    from peru_cli.inference.models import pick_device
+    from peru_cli.inference.prepare import Settings
+
+    settings = Settings(getattr(torch, COMPUTE[dtype]), pick_device(device), context, threads=threads)
+    total = sum(len(c.examples) * (1 if c.against is None else 2) for c in comparisons)
+    with console.progress(total, "eval", "examples") as progress:
+        return evaluate(comparisons, base, settings, batch_size, progress.advance, progress.step)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("eval")(evaluate_command)

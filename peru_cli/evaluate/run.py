@@ -1,0 +1,214 @@
+"""`peru eval`: plan what is compared, look at everything that can be looked at, then run the models task by task."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from peru_cli.errors import Mismatch
+from peru_cli.evaluate.plan import Comparison
+from peru_cli.inference import metrics
+from peru_cli.inference.data import Array, Examples, label_order
+from peru_cli.inference.eval_model import Base, open_eval_model
+from peru_cli.inference.inputs import IGNORED, class_logits
+from peru_cli.inference.metrics import Compared, Estimate
+from peru_cli.inference.models import CAUSAL, IMAGE, SEQ2SEQ, TEXT
+from peru_cli.inference.prepare import Loaded, Prepared, Settings, prepare
+from peru_cli.streaming.engine import available_threads
+
+Advance = Callable[[int], None]
+BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}
+_SMALL = 4_000_000  # parameters; of smaller models, threads that wait for each other take longer than one alone
+_MOST_NATS = math.log(sys.float_info.max)  # whose exponential is still a number
+_SLICE = 1 << 24  # logits that are looked at together
+
+
+@dataclass
+class Score:
+    """What was found for a task. Metrics by the names that --fail-below takes; shares are between 0 and 1, KL in nats."""
+
+    task: str
+    model: str
+    against: str | None
+    kind: str
+    n: int  # examples, or tokens of a language model
+    unit: str
+    nbytes: int
+    against_bytes: int | None
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    compared: Compared | None = None
+    classes: int = 0  # of a classifier
+
+
+def evaluate(
+    comparisons: Sequence[Comparison],
+    base: str | None,
+    settings: Settings,
+    batch_size: int | None,
+    advance: Advance,
+    step: Callable[[str], None],
+) -> list[Score]:
+    """Run all comparisons. The base is read once; one task's models are in memory at a time.
+
+    Raises BadFile, Mismatch or UsageError before the first forward pass of all, as far as headers and side files show it.
+    """
+    found, threads = [], torch.get_num_threads()
+    with Base(base) if base is not None else nullcontext() as opened:
+        prepared = [_prepare(comparison, opened, settings) for comparison in comparisons]
+        try:
+            for comparison, (ours, theirs) in zip(comparisons, prepared, strict=True):
+                step(comparison.task)
+                found.append(_evaluate(comparison, ours, theirs, settings, batch_size, advance))
+        finally:
+            torch.set_num_threads(threads)
+    return found
+
+
+def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> tuple[Prepared, Prepared | None]:
+    """A task's models by their headers, with its examples encoded."""
+    examples, task = comparison.examples, comparison.task
+    subject = open_eval_model(comparison.model, task, base)
+    other = open_eval_model(comparison.against, task, base) if comparison.against is not None else None
+    others = [other.files] if other is not None else []
+    if base is not None:
+        others.append({name: path.read_bytes() for name, path in base.checkpoint.side_files.items()})
+    ours = prepare(subject, examples, others, settings.context)
+    if ours.kind in (TEXT, IMAGE) and ours.config.num_labels < 2:
+        raise Mismatch(f"{ours.label} has one output: a regression, not a classifier")
+    if other is None:
+        return ours, None
+    theirs = prepare(other, examples, others[1:], settings.context, like=ours)
+    if theirs.kind != ours.kind:
+        raise Mismatch(f"{ours.label} is run as a {ours.kind}, {theirs.label} as a {theirs.kind}: they cannot be compared")
+    if ours.kind in (TEXT, IMAGE) and theirs.config.num_labels != ours.config.num_labels:
+        raise Mismatch(f"{ours.label} has {ours.config.num_labels} labels, {theirs.label} has {theirs.config.num_labels}")
+    if ours.kind in (TEXT, IMAGE) and examples.by_number(ours.config) and label_order(ours.config, theirs.config) is not None:
+        raise Mismatch(
+            f"{ours.label} and {theirs.label} have the same labels in another order, so {examples.source}'s numbers mean two things",
+            "write the labels' names instead of their numbers",
+        )
+    return ours, theirs
+
+
+def _evaluate(
+    comparison: Comparison, ours: Prepared, theirs: Prepared | None, settings: Settings, batch_size: int | None, advance: Advance
+) -> Score:
+    subject, examples = ours.subject, comparison.examples
+    torch.set_num_threads(settings.threads or (1 if subject.parameters < _SMALL else available_threads()))
+    score = Score(
+        comparison.task, comparison.model, comparison.against, ours.kind, len(examples), "examples",
+        subject.nbytes + subject.head_bytes, theirs.subject.nbytes if theirs is not None else None,
+    )  # fmt: skip
+    built = ours.build(settings), theirs.build(settings) if theirs is not None else None
+    (_score_classes if ours.kind in (TEXT, IMAGE) else _score_tokens)(
+        score, *built, examples, batch_size or BATCH_SIZES[ours.kind], advance
+    )
+    return score
+
+
+def _score_classes(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
+    labels = examples.class_numbers(ours.model.config)
+    score.classes = classes = ours.model.config.num_labels
+    got = class_logits(ours.model, ours.inputs, batch_size, advance)
+    _require_finite(got, ours.label)
+    predicted = got.argmax(-1)
+    if labels is not None:
+        table = metrics.confusion(predicted, labels, classes)
+        score.metrics["accuracy"] = metrics.wilson(int(np.trace(table)), len(labels))
+        score.metrics["f1"] = Estimate(metrics.f1(table))
+        score.metrics["matthews"] = Estimate(metrics.matthews(table))
+    if theirs is None:
+        return
+    wanted = class_logits(theirs.model, theirs.inputs, batch_size, advance)
+    if (order := label_order(ours.model.config, theirs.model.config)) is not None:
+        wanted = wanted[:, order]
+    _require_finite(wanted, theirs.label)
+    decided = wanted.argmax(-1)
+    if labels is not None:
+        score.compared = metrics.compare_right(predicted == labels, decided == labels)
+        score.metrics["against_accuracy"] = metrics.wilson(score.compared.both + score.compared.theirs, len(labels))
+        score.metrics["difference"] = score.compared.difference()
+        score.metrics["normalised"] = score.compared.normalised()
+    score.metrics["agreement"] = metrics.wilson(int(np.count_nonzero(predicted == decided)), len(predicted))
+    _add_kl(score, metrics.kl_divergence(wanted, got))
+
+
+def _add_kl(score: Score, kl: Array) -> None:
+    score.metrics["kl"] = metrics.bootstrap_mean(kl)
+    score.metrics["kl99"] = Estimate(float(np.quantile(kl, 0.99)))
+
+
+def _require_finite(logits: Array, label: str) -> None:
+    if not np.isfinite(logits).all():
+        raise Mismatch(f"{label}: some outputs are NaN or infinite", "try --dtype fp32; or the weights themselves are broken")
+
+
+def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, vocabulary) and the tokens that came (n,), of a batch's n tokens that count."""
+    given = batch if loaded.kind != CAUSAL else {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits, labels = loaded.model(**given).logits, batch["labels"]
+    if loaded.kind == CAUSAL:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED
+    return logits[counted], labels[counted]
+
+
+class _TokenSums:
+    """Per token: negative log-likelihood of both models, KL divergence, whether their first choices agree."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Array]] = {"ours": [], "theirs": [], "kl": [], "same": []}
+
+    def add(self, came: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None) -> None:
+        """Add some tokens, in float64: a KL near zero is a difference of near equals."""
+        step = max(1, _SLICE // ours.shape[1])
+        for start in range(0, len(came), step):
+            part, tokens = slice(start, start + step), came[start : start + step].unsqueeze(1)
+            mine = torch.log_softmax(ours[part].double(), dim=-1)
+            self._put("ours", -mine.gather(1, tokens))
+            if theirs is not None:
+                logs = torch.log_softmax(theirs[part].double(), dim=-1)
+                self._put("theirs", -logs.gather(1, tokens))
+                self._put("kl", (logs.exp() * (logs - mine)).sum(-1))
+                self._put("same", logs.argmax(-1) == mine.argmax(-1))
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        self.columns[name].append(values.flatten().cpu().numpy())
+
+    def all(self, name: str) -> Array:
+        """One column."""
+        return np.concatenate(self.columns[name])
+
+
+def _score_tokens(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
+    """Both models see each batch together: nobody could keep the probabilities of a whole vocabulary for every token."""
+    device = next(ours.model.parameters()).device
+    sums = _TokenSums()
+    with torch.inference_mode():
+        for numbers, batch in ours.inputs.batches(batch_size, device):
+            mine, came = _token_logits(ours, batch)
+            reference = _token_logits(theirs, batch)[0] if theirs is not None else None
+            if reference is not None and reference.shape != mine.shape:
+                raise Mismatch(f"{ours.label} has a vocabulary of {mine.shape[1]} tokens, the other of {reference.shape[1]}")
+            sums.add(came, mine, reference)
+            advance(len(numbers))
+    loss = sums.all("ours")
+    _require_finite(loss, ours.label)
+    score.n, score.unit = len(loss), "tokens"
+    score.metrics["perplexity"] = _exponential(metrics.bootstrap_mean(loss))
+    if theirs is not None:
+        _require_finite(sums.all("theirs"), theirs.label)
+        score.metrics["against_perplexity"] = _exponential(metrics.bootstrap_mean(sums.all("theirs")))
+        agreed = sums.all("same")
+        score.metrics["agreement"] = metrics.wilson(int(agreed.sum()), len(agreed))
+        _add_kl(score, sums.all("kl"))
+
+
+def _exponential(mean: Estimate) -> Estimate:
+    return Estimate(*(math.exp(nats) if nats < _MOST_NATS else math.inf for nats in (mean.value, mean.low, mean.high)))

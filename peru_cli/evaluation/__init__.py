@@ -1,1 +1,0 @@
-"""Tasks, metrics and plots."""

@@ -1,0 +1,80 @@
+"""A merge under one task's head: the complete model of that task, out of `MERGED/` and `MERGED/heads/TASK.safetensors`."""
+
+from __future__ import annotations
+
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
+from peru_cli.checkpoints.pairing import Prefix
+from peru_cli.checkpoints.places import Place, children
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+
+HEADS = "heads"
+CONFIG_KEY, PREFIX_KEY = (
+    "peru.config",
+    "peru.prefix",
+)  # metadata of a head's file: the fine-tune's config.json, and how its names become the merge's
+
+
+def tasks_of(folder: Place) -> list[str]:
+    """The tasks that a merge keeps heads of; none if it is no merge, or its tasks differ in nothing but what was merged."""
+    heads = children(folder / HEADS, "*.safetensors") if (folder / HEADS).is_dir() else []
+    return [file.name.removesuffix(".safetensors") for file in heads]
+
+
+class UnderHead(Checkpoint):
+    """The merged tensors under the fine-tune's names, and the head's own."""
+
+    def __init__(self, folder: Place, task: str | None) -> None:
+        """Open both. UsageError, with the names of all tasks, if there is no such task."""
+        known = tasks_of(folder)
+        if task not in known:
+            said = f"{folder} has no head for {task!r}" if task is not None else f"{folder} is a merge that keeps a head for each task"
+            raise UsageError(said, f"say --task TASK: {', '.join(known)}")
+        self._merged = open_directory(folder, str(folder))
+        path = folder / HEADS / f"{task}.safetensors"
+        try:
+            self._head = open_file(path, str(path))
+        except BaseException:
+            self._merged.close()
+            raise
+        self.label, self.kind, self.metadata = str(folder), f"{self._merged.kind} under the head of {task}", self._merged.metadata
+        self.warnings, self.side_files = self._merged.warnings, self._merged.side_files
+        self.files = [*self._merged.files, path]
+        prefix = Prefix.decode(self._head.metadata.get(PREFIX_KEY, ""))
+        self._merged_name: dict[str, str] = {}
+        tensors = dict(self._head.tensors)
+        for name, info in self._merged.tensors.items():
+            ours = prefix.added + name.removeprefix(prefix.removed)
+            if ours not in tensors:
+                tensors[ours] = TensorInfo(ours, info.dtype, info.shape)
+                self._merged_name[ours] = name
+        self.tensors = tensors
+
+    def contents(self) -> dict[str, bytes]:
+        """Side files by name: the merge's, and the fine-tune's own config, which says what its head's outputs mean."""
+        own = self._head.metadata.get(CONFIG_KEY)
+        files = {name: path.read_bytes() for name, path in self.side_files.items()}
+        return files | ({"config.json": own.encode("utf-8")} if own is not None else {})
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        if name in self._merged_name:
+            self._merged.read_into(self._merged_name[name], offset, buffer)
+        else:
+            self._head.read_into(name, offset, buffer)
+
+    def close(self) -> None:
+        self._merged.close()
+        self._head.close()
+
+
+def head_metadata(task: str, prefix: Prefix, fine: Checkpoint) -> dict[str, str]:
+    """What the file of a head says besides its tensors."""
+    metadata = {"peru.task": task, PREFIX_KEY: prefix.encode()}
+    path = fine.side_files.get("config.json")
+    if path is not None:
+        try:
+            metadata[CONFIG_KEY] = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:  # no config that anything could read
+            return metadata
+    return metadata

@@ -1,0 +1,1 @@
+"""Models run on examples: data sets, inputs, the models themselves, and metrics."""

@@ -1,0 +1,195 @@
+"""Models in memory, as transformers runs them: built from tensors, and what they are and need by names and shapes alone.
+
+Nothing here knows of artifacts: inference/eval_model.py turns what a user names into tensors and side files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+from peru_cli.errors import BadFile, Mismatch, UsageError
+from peru_cli.inference.data import Examples
+
+TEXT, IMAGE, CAUSAL, SEQ2SEQ = "text classification", "image classification", "causal language model", "seq2seq language model"
+_AUTO = {
+    TEXT: transformers.AutoModelForSequenceClassification,
+    IMAGE: transformers.AutoModelForImageClassification,
+    CAUSAL: transformers.AutoModelForCausalLM,
+    SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
+}
+_OFTEN_ABSENT = ("position_ids", "lm_head.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
+
+Files = Mapping[str, bytes]
+Shapes = Mapping[str, tuple[int, ...]]
+_T = TypeVar("_T")
+_SHAPES: dict[str, dict[str, torch.Size]] = {}  # of models that were asked about: making one takes longer than a batch
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; UsageError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        if picked.type not in ("cpu", "cuda") or (picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count()):
+            raise RuntimeError
+    except RuntimeError as error:
+        raise UsageError(f"--device {device!r} is not auto, cpu, cuda or cuda:N, or there is no such GPU", "use --device cpu") from error
+    return picked
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers; as it was, afterwards."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def folder(files: Files) -> Iterator[Path]:
+    """Side files where transformers looks for them; never weights."""
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="peru-") as place:
+        for name, content in files.items():
+            (Path(place) / name).write_bytes(content)
+        yield Path(place)
+
+
+def load_config(files: Files, label: str) -> Any:
+    """The transformers config among side files. BadFile if there is none, or none that transformers knows."""
+    if "config.json" not in files:
+        raise BadFile(f"{label}: no config.json, so transformers cannot tell what the model is", "name the model's folder")
+    with folder({"config.json": files["config.json"]}) as place:
+        try:
+            return transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+        except (ValueError, OSError, KeyError) as error:
+            raise BadFile(f"{label}: transformers does not know its config.json ({reason(error)})") from error
+
+
+def kind_of(examples: Examples, config: Any, label: str) -> str:
+    """What the examples need and the model is: one of TEXT, IMAGE, CAUSAL, SEQ2SEQ. Mismatch if those differ."""
+    if examples.images is not None:
+        return IMAGE
+    named = " ".join(config.architectures or [])
+    language = SEQ2SEQ if config.is_encoder_decoder else CAUSAL
+    is_language = any(part in named for part in ("CausalLM", "LMHead", "ConditionalGeneration", "Seq2SeqLM"))
+    if examples.targets is not None:
+        if not is_language:
+            raise Mismatch(f"{examples.source} has targets, so a language model is needed; {label} is a {named or config.model_type}")
+        return language
+    if examples.labels is not None:
+        if is_language:
+            raise Mismatch(f"{examples.source} has labels, so a classifier is needed; {label} is a language model, {named}")
+        return TEXT
+    if is_language and language == SEQ2SEQ:
+        raise Mismatch(f"{label} is {named}: it needs targets, and {examples.source} has none", 'write {"text": "...", "target": "..."}')
+    return CAUSAL if is_language else TEXT
+
+
+def fit_labels(config: Any, kind: str, shapes: Shapes) -> None:
+    """Give a config as many labels as the head among the tensors has: a base's or a merge's own config counts another head's."""
+    if kind not in (TEXT, IMAGE):
+        return
+    expected, prefix = _expected(config, kind, "")
+    for name, shape in expected.items():
+        found = shapes.get(name)
+        if found is None or not shape or name.startswith(prefix) or shape[0] != config.num_labels:
+            continue
+        if found[1:] == shape[1:] and found[0] != shape[0]:
+            config.num_labels = found[0]
+            return
+
+
+def require_shapes(config: Any, kind: str, shapes: Shapes, label: str) -> None:
+    """Refuse, by names and shapes alone, tensors that do not make such a model: Mismatch.
+
+    Only a classifier's whole head is missed here: transformers renames tensors of some architectures while it loads them.
+    """
+    expected, prefix = _expected(config, kind, label)
+    named = _under_prefix(shapes, expected, prefix)
+    wrong = [f"{name}: {list(shape)}, the config says {list(expected[name])}" for name, shape in named.items()
+             if name in expected and shape != expected[name]]  # fmt: skip
+    if wrong:
+        raise Mismatch(f"{label}: {len(wrong)} tensor(s) are not as its config says\n  " + "\n  ".join(wrong[:5]))
+    head = [name for name in expected if not name.startswith(prefix) and not name.endswith(_OFTEN_ABSENT)]
+    if kind in (TEXT, IMAGE) and head and not any(name in named for name in head):
+        raise _missing(head, kind, config, label)
+
+
+def _under_prefix(found: Mapping[str, _T], expected: Mapping[str, torch.Size], prefix: str) -> dict[str, _T]:
+    """Tensors by the model's names; those of an encoder may lack the prefix."""
+    return {prefix + name if name not in expected and prefix + name in expected else name: value for name, value in found.items()}
+
+
+def _missing(names: list[str], kind: str, config: Any, label: str) -> Mismatch:
+    names = sorted(names)
+    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    hint = "a bare encoder has no head: name the fine-tune, or give it with --against" if kind in (TEXT, IMAGE) else None
+    return Mismatch(f"{label}: no weights for {listed}, which a {_model_class(config, kind, label).__name__} needs", hint)
+
+
+def _expected(config: Any, kind: str, label: str) -> tuple[dict[str, torch.Size], str]:
+    """Names and shapes of the tensors of a model of this kind, and what stands before its encoder's names."""
+    cls = _model_class(config, kind, label)
+    key = f"{cls.__name__} {config.to_json_string()}"
+    if key not in _SHAPES:
+        with torch.device("meta"), quiet_transformers():
+            _SHAPES[key] = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+    return _SHAPES[key], f"{cls.base_model_prefix}."
+
+
+def _model_class(config: Any, kind: str, label: str) -> Any:
+    auto: Any = _AUTO[kind]
+    try:
+        return auto._model_mapping[type(config)]
+    except KeyError as error:
+        raise Mismatch(f"{label} is a {config.model_type}, of which transformers makes no model for {kind}") from error
+
+
+def build_model(
+    state: Mapping[str, torch.Tensor], config: Any, kind: str, label: str, *, dtype: torch.dtype, device: torch.device,
+    attention: str | None = None,
+) -> Any:  # fmt: skip
+    """A transformers model in evaluation mode.
+
+    Args:
+        state: tensors under their checkpoint's names; those of an encoder may lack the model's prefix (`bert.`),
+            as beside the head of a merge. Tensors of this dtype may be shared with the model.
+        config: see `load_config`. `kind`: see `kind_of`.
+        attention: transformers' `attn_implementation`, its own choice if None.
+
+    Raises:
+        Mismatch: the tensors do not make such a model: one is missing (a head, say), or has another shape.
+    """
+    require_shapes(config, kind, {name: tuple(tensor.shape) for name, tensor in state.items()}, label)
+    named = _under_prefix(state, *_expected(config, kind, label))
+    cls = _model_class(config, kind, label)
+    more = {} if attention is None else {"attn_implementation": attention}
+    with quiet_transformers():
+        model, info = cls.from_pretrained(None, config=config, state_dict=named, dtype=dtype, output_loading_info=True, **more)
+    # A tied head is no tensor of its own; one that the config does not tie would be random numbers, others in every run.
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    read = {weight.data_ptr() for name, weight in weights.items() if name not in info["missing_keys"]}
+    if missing := sorted(name for name in info["missing_keys"] if name in weights and weights[name].data_ptr() not in read):
+        raise _missing(missing, kind, config, label)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def reason(error: Exception) -> str:
+    """The first line that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""`peru inspect`: what a checkpoint, an adapter or an artifact holds."""

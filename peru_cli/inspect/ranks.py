@@ -1,0 +1,116 @@
+"""`peru inspect` of ranks: an adapter's spectra, and what an adapter out of a fine-tune would keep and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.lora.spectra import RankPlan, Spectrum
+
+
+def show_adapter(model: str, base: str | None, plot: Path | None, device: str, threads: int | None) -> None:
+    """Ranks, scales, spectra and the error by rank of an adapter."""
+    from peru_cli.checkpoints.lora.adapter import REST, Adapter
+    from peru_cli.checkpoints.places import locate, size_of
+    from peru_cli.lora.spectra import RANKS, adapter_spectra, rank_plans
+    from peru_cli.reports.plots import plot_spectra
+    from peru_cli.vectors.settings import streaming
+
+    if base is not None:
+        raise UsageError(f"{model} is an adapter; --base goes with a checkpoint", "`peru unpack` folds it into its base")
+    with Adapter(locate(model), model) as adapter:
+        total = sum(module.down.entries + module.up.entries for module in adapter.modules)
+        with console.progress(total, "inspect") as progress, streaming(device, threads, None, progress.advance) as how:
+            spectra = adapter_spectra(adapter, how)
+        size = size_of(adapter.weights)
+        console.line(f"{model}: {adapter.kind}, {si_bytes(size)}")
+        facts = {
+            "base": adapter.config.get("base_model_name_or_path"),
+            "r": adapter.config.get("r"),
+            "alpha": adapter.config.get("lora_alpha"),
+            "rsLoRA": adapter.config.get("use_rslora") or None,
+        }
+        if shown := ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None):
+            console.line(shown)
+        whole = sum(adapter.file.tensors[name].nbytes for name in adapter.whole.values())
+        if whole:
+            console.line(
+                f"held whole, {si_bytes(whole)}: {', '.join(sorted(adapter.whole)[:4])}{', ...' if len(adapter.whole) > 4 else ''}"
+            )
+        rest = locate(model) / REST
+        if rest.is_file():
+            console.line(f"beside it, {si_bytes(size_of(rest))}: {REST}, what the adapter cannot hold (`peru inspect` shows it, too)")
+        most = max(module.rank for module in adapter.modules)
+        ranks = [rank for rank in RANKS if rank < most]
+        plans = rank_plans(spectra, [*ranks, most])
+        console.line()
+        _spectra(spectra, ranks, with_scale=True)
+        console.line()
+        _plans(plans, size - sum(module.nbytes for module in adapter.modules), size)
+        console.result(
+            {
+                "kind": adapter.kind,
+                "layout": adapter.layout,
+                "file_bytes": size,
+                "whole_bytes": whole,
+                **facts,
+                "modules": [spectrum.json() for spectrum in spectra],
+                "rank_plans": [vars(plan) for plan in plans],
+            }
+        )
+        if plot is not None:
+            values = [[float(energy) ** 0.5 for energy in spectrum.energies if energy > 0] for spectrum in spectra]
+            plot_spectra(
+                plot, [s.name for s in spectra], values, [p.rank for p in plans], [p.bytes / 1e6 for p in plans], [p.error for p in plans]
+            )
+            console.note(f"drew {plot}")
+
+
+def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device: str, threads: int | None) -> dict[str, Any]:
+    """Effective ranks of a fine-tune's task vectors, cost and error of ranks 4 to 64; what --json adds for it."""
+    from peru_cli.lora.extract_plan import plan_extraction
+    from peru_cli.lora.spectra import RANKS, rank_plans, task_spectra
+    from peru_cli.vectors.settings import streaming
+
+    try:
+        plan = plan_extraction("fine-tune", fine, base, per_task, for_peft=False)
+    except UsageError:  # no weight matrix: there are no ranks
+        return {"ranks": [], "rank_plans": []}
+    total = sum(weight.pair.entries for weight in plan.weights)
+    with console.progress(total, "ranks") as progress, streaming(device, threads, None, progress.advance) as how:
+        spectra = task_spectra(plan, how)
+    plans = rank_plans(spectra)
+    console.line()
+    _spectra(spectra, RANKS, with_scale=False)
+    console.line()
+    _plans(plans, 0, fine.nbytes)
+    others = sum(info.nbytes for info in fine.tensors.values()) - sum(weight.pair.fine.nbytes for weight in plan.weights)
+    console.line(
+        f"factors of {plural(len(spectra), 'weight')} alone; {si_bytes(others)} of other tensors are kept whole where they changed"
+    )
+    return {"ranks": [spectrum.json() for spectrum in spectra], "rank_plans": [vars(plan) for plan in plans]}
+
+
+def _spectra(spectra: Sequence[Spectrum], ranks: Sequence[int], with_scale: bool) -> None:
+    rows = []
+    for s in spectra:
+        row = [s.name, "x".join(map(str, [*([s.blocks] if s.blocks > 1 else []), s.rows, s.columns]))]
+        row += [str(s.rank), f"{s.scale:.4g}"] if with_scale else []
+        row += [f"{s.norm:.4g}", f"{s.effective_rank:.1f}"]
+        rows.append([*row, *("" if s.rank is not None and rank >= s.rank else f"{s.error(rank):.3f}" for rank in ranks)])
+    names = ["module", ">shape", *([">rank", ">scale"] if with_scale else []), ">norm", ">effective rank"]
+    console.table([*names, *(f">error at {rank}" for rank in ranks)], rows)
+
+
+def _plans(plans: Sequence[RankPlan], more: int, before: int) -> None:
+    rows = [
+        [f"--rank {p.rank}", count(p.bytes), f"{before / max(p.bytes + more, 1):.1f}x", f"{p.error:.3f}"]
+        for p in plans
+    ]  # fmt: skip
+    console.table(["peru svd-lora", ">bytes of factors", ">smaller", ">relative error"], rows)

@@ -1,1 +1,0 @@
-"""What a command does, free of the command line: checkpoints, methods and artifacts put together."""

@@ -1,0 +1,330 @@
+"""`peru svd-lora MODEL --base BASE`: a full fine-tune as an adapter, its task vector's best low-rank approximation.
+
+Every weight's task vector is streamed in panels, several weights at once. Where all singular values are wanted or the
+smaller side is short, its Gram matrix is decomposed; else the leading ones are found by power iterations. Either way
+the error is measured on the factors as they are stored.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peru_cli.checkpoints.base_name import BaseName, hub_repo
+from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.atomic import PartialDirectory
+from peru_cli.checkpoints.local.writer import CheckpointWriter, header_bytes
+from peru_cli.checkpoints.lora.adapter import LINEAR, PARAMETER
+from peru_cli.checkpoints.lora.config import new_config
+from peru_cli.checkpoints.lora.keys import OUTER
+from peru_cli.checkpoints.lora.writer import adapter_writer
+from peru_cli.checkpoints.pairing import Pair
+from peru_cli.errors import UsageError
+from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
+from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
+from peru_cli.lora.remainder import copy_tensor, write_delta
+from peru_cli.methods.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.family import StreamSettings
+from peru_cli.vectors.task_matrix import TaskMatrix, is_changed
+from peru_cli.version import __version__
+
+_FIRST_GUESS = 64  # singular values looked for at first, where their number is not given
+_ALONE = 1024  # Gram matrices beyond this side are decomposed one at a time: they need room
+
+
+@dataclass
+class Options:
+    """What the command line says besides ranks."""
+
+    in_modules: bool = True
+    base_name: BaseName | None = None
+
+
+class _Weights:
+    """What all passes over weights share: a tile is a weight."""
+
+    def __init__(self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings) -> None:
+        self.plan, self.weights, self.wanted, self.device = plan, weights, wanted, torch.device(how.xp.name)
+        self._alone = threading.Lock()
+
+    def tiles(self) -> list[Tile]:
+        """One a weight, as long as it has entries."""
+        return [Tile(i, i, 0, weight.pair.entries) for i, weight in enumerate(self.weights)]
+
+    def buffers(self) -> None:
+        return None
+
+    def matrices(self, weight: Weight) -> list[TaskMatrix]:
+        """One a block."""
+        rows, columns = weight.stored_shape
+        starts = range(0, weight.blocks * rows * columns, rows * columns)
+        plan = self.plan
+        return [TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.device) for start in starts]
+
+    def leading(self, matrix: TaskMatrix, rank: int, name: str) -> Subspace:
+        """At least `rank` singular values and their vectors, by the route that is cheapest and good enough."""
+        side = min(matrix.rows, matrix.columns)
+        if self.wanted.exact:
+            whole = torch.empty(matrix.rows, matrix.columns, dtype=torch.float64, device=self.device)
+            for start, panel in matrix.row_panels():
+                whole[start : start + len(panel)] = panel
+            found = DenseSvd(whole)
+            return Subspace(found.values, found.vt.T, True, float(found.values.square().sum()))
+        if side <= GRAM_SIDE or 4 * rank > side:
+            if side <= _ALONE:
+                return gram(matrix)
+            with self._alone:
+                return gram(matrix)
+        return find_range(matrix, rank, name)
+
+
+class Energies(_Weights):
+    """Squared singular values of every weight, as many as are asked for, blocks added up."""
+
+    def __init__(
+        self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings, enough: int = _FIRST_GUESS
+    ) -> None:
+        super().__init__(plan, weights, wanted, how)
+        self.enough: list[int] = [enough] * len(weights)
+        self.energies: list[Array] = [np.zeros(0)] * len(weights)
+        self.squared = [0.0] * len(weights)
+        self.left = list(range(len(weights)))
+
+    def tiles(self) -> list[Tile]:
+        return [Tile(i, number, 0, self.weights[number].pair.entries) for i, number in enumerate(self.left)]
+
+    def apply(self, tile: Tile, buffers: None) -> tuple[Array, float]:
+        weight = self.weights[tile.tensor]
+        most = min(self.enough[tile.tensor], weight.rows, weight.columns)
+        total, squared = np.zeros(most), 0.0
+        for matrix in self.matrices(weight):
+            found = self.leading(matrix, most, weight.name)
+            values = found.values.square().cpu().numpy()[:most]
+            total[: len(values)] += values
+            squared += found.squared
+        return total, squared
+
+    def commit(self, tile: Tile, result: tuple[Array, float]) -> None:
+        self.energies[tile.tensor], self.squared[tile.tensor] = result
+
+    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
+        pass
+
+    def more(self, numbers: Sequence[int]) -> bool:
+        """Ask for twice as many values of some weights, where there are more; whether there are any."""
+        self.left = [n for n in numbers if self.enough[n] < min(self.weights[n].rows, self.weights[n].columns)]
+        for number in self.left:
+            self.enough[number] *= 2
+        return bool(self.left)
+
+
+def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: Dtype, fixed_bytes: int, how: StreamSettings) -> list[int]:
+    """The rank of each weight; 0 where its factors would be no smaller than itself."""
+    if wanted.rank is not None:
+        ranks = [min(wanted.rank, weight.rows, weight.columns) for weight in weights]
+        return [rank if rank <= weight.largest_rank else 0 for rank, weight in zip(ranks, weights, strict=True)]
+    search = Energies(plan, weights, wanted, how)
+    costs = [dtype.nbytes(weight.blocks * (weight.rows + weight.columns)) for weight in weights]
+    while True:
+        run(search, search.tiles(), how.threads, how.advance)
+        energies = search.energies
+        if wanted.energy is not None:
+            # what was not looked for is one more value: it is chosen only if all that were are not enough
+            padded = [np.append(e, max(s - e.sum(), 0.0)) for e, s in zip(energies, search.squared, strict=True)]
+            ranks = choose_ranks(wanted, padded, costs, fixed_bytes, plan.fine.label)
+            short = [i for i, rank in enumerate(ranks) if rank > len(energies[i])]
+        else:
+            capped = [e[: weight.largest_rank] for e, weight in zip(energies, weights, strict=True)]
+            ranks = choose_ranks(wanted, capped, costs, fixed_bytes, plan.fine.label)
+            short = [i for i, rank in enumerate(ranks) if rank == len(energies[i]) < weights[i].largest_rank]
+        if not search.more(short):
+            break
+    ranks = [min(rank, weight.rows, weight.columns) for rank, weight in zip(ranks, weights, strict=True)]
+    return [rank if rank <= weight.largest_rank else 0 for rank, weight in zip(ranks, weights, strict=True)]
+
+
+class _Write(_Weights):
+    """Finds the factors of every weight, writes them and measures what they miss."""
+
+    def __init__(
+        self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, ranks: Sequence[int], stored: Sequence[int], dtype: Dtype,
+        writer: CheckpointWriter, how: StreamSettings,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, weights, wanted, how)
+        self._ranks, self._stored, self._dtype, self._writer = ranks, stored, dtype, writer
+        self.reports: list[ModuleReport] = []
+
+    def apply(self, tile: Tile, buffers: None) -> ModuleReport:
+        weight, rank, stored = self.weights[tile.tensor], self._ranks[tile.tensor], self._stored[tile.tensor]
+        nbytes = self._dtype.nbytes(stored * weight.blocks * (weight.rows + weight.columns))
+        report = ModuleReport(weight.name, weight.rows, weight.columns, weight.blocks, None, stored, nbytes)
+        downs, ups, kept = [], [], 0.0
+        for matrix in self.matrices(weight):
+            found = self.leading(matrix, rank, weight.name)
+            fitted = fit(matrix, found, min(rank, len(found.values)), lambda t: round_to(t, self._dtype, weight.name).double())
+            left, right = (fitted.right.T, fitted.left.T) if weight.transposed else (fitted.left, fitted.right)
+            missing = stored - left.shape[1]
+            ups.append(torch.nn.functional.pad(left, (0, missing)).cpu())
+            downs.append(torch.nn.functional.pad(right, (0, 0, 0, missing)).cpu())
+            report.squared += fitted.squared
+            report.squared_error += fitted.squared_error
+            kept += float(found.values[:rank].square().sum())
+        report.energy = min(kept / report.squared, 1.0) if report.squared else 1.0
+        down_shape, up_shape = weight.shapes(stored)
+        down = torch.cat(downs).reshape(down_shape)
+        up = torch.stack(ups, dim=2).reshape(up_shape)  # experts innermost, as peft has it
+        for name, factor in zip(_factor_names(weight, self.plan), (down, up), strict=True):
+            self._writer.write(name, 0, as_bytes(round_to(factor, self._dtype, weight.name)))
+        return report
+
+    def commit(self, tile: Tile, result: ModuleReport) -> None:
+        self.reports.append(result)
+
+    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
+        pass
+
+
+def _factor_names(weight: Weight, plan: Extraction) -> tuple[str, str]:
+    path = weight.name
+    if weight.kind == PARAMETER:
+        path = _nested(weight, plan)
+    return f"{OUTER}{path}.lora_A.weight", f"{OUTER}{path}.lora_B.weight"
+
+
+def _nested(weight: Weight, plan: Extraction) -> str:
+    """The path under which PEFT keeps a parameter's factors: one `.base_layer` for each parameter that is wrapped later."""
+    module = weight.name.rpartition(".")[0]
+    leaves = [w.name.rpartition(".")[2] for w in plan.weights if w.kind == PARAMETER and w.name.rpartition(".")[0] == module]
+    leaves.sort(key=lambda leaf: ("down" in leaf, leaf))
+    return module + ".base_layer" * (len(leaves) - 1 - leaves.index(weight.name.rpartition(".")[2]))
+
+
+# -- the job --------------------------------------------------------------------------------------------
+
+
+def factor_dtype(plan: Extraction, wanted: Wanted) -> Dtype:
+    """Of the factors: as asked for, or that of most of the weights, at most float32."""
+    if wanted.dtype is not None:
+        return wanted.dtype
+    dtypes = [weight.pair.fine.dtype for weight in plan.weights]
+    most = max(dict.fromkeys(dtypes), key=dtypes.count)
+    return BY_NAME["F32"] if most.bits > 32 else most
+
+
+def extract(
+    plan: Extraction, target: Path, wanted: Wanted, options: Options, how: StreamSettings, sync: bool, note: Callable[[str], None]
+) -> AdapterReport:
+    """Write one adapter into a folder that is not there yet (below a PartialDirectory)."""
+    note(f"{plan.name}: comparing")
+    changed = {info.name for info in plan.pairing.whole}
+    changed |= {pair.fine.name for pair in plan.pairing.pairs if pair.grown or is_changed(plan.fine, plan.base, pair)}
+    weights = [weight for weight in plan.weights if weight.tensor in changed]
+    dtype = factor_dtype(plan, wanted)
+    note(f"{plan.name}: choosing ranks")
+    fixed = _fixed_bytes(plan, weights, changed, options, dtype) if wanted.max_bytes is not None else 0
+    ranks = choose(plan, weights, wanted, dtype, fixed, how)
+    weights, ranks = [w for w, r in zip(weights, ranks, strict=True) if r], [r for r in ranks if r]
+    if not weights:
+        raise UsageError(f"{plan.fine.label}: no weight matrix changed that is larger than its factors would be", "use `peru prune`")
+    stored = [max(ranks)] * len(ranks) if wanted.uniform else ranks
+    rest = plan_rest(plan, weights, changed, options.in_modules)
+    tensors = _tensors(plan, weights, stored, rest, dtype)
+    config = _config(plan, weights, stored, rest, options)
+    metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": wanted.words()}
+    note(f"{plan.name}: factoring")
+    with adapter_writer(target, tensors, config, _small_files(plan), metadata, sync) as writer:
+        step = _Write(plan, weights, wanted, ranks, stored, dtype, writer, how)
+        run(step, step.tiles(), how.threads, how.advance)
+        for info in rest.saved:
+            copy_tensor(plan.fine, info, writer, OUTER + plan.in_memory(info.name))
+        for pair in rest.biases:
+            matrix = TaskMatrix(plan.fine, plan.base, pair, pair.entries, 1, 0, torch.device("cpu"))
+            difference = torch.cat([panel.view(-1) for _, panel in matrix.row_panels()])
+            writer.write(_bias_name(plan, pair), 0, as_bytes(round_to(difference, dtype, pair.fine.name)))
+        writer.commit()
+    total = sum(info.nbytes for info in tensors)
+    report = AdapterReport(plan.name, target, header_bytes(tensors, metadata) + total, step.reports, plan.fine.nbytes)
+    report.kept_bytes = sum(info.nbytes for info in rest.saved) + sum(dtype.nbytes(pair.entries) for pair in rest.biases)
+    report.rest_bytes = write_delta(plan, rest.delta, target, options.base_name, how, sync) if rest.delta else 0
+    report.notes = {
+        "modules_to_save": list(rest.modules),
+        "modules_to_save_bytes": sum(info.nbytes for info in rest.saved),
+        "biases": len(rest.biases),
+        "delta_tensors": [info.name for info in rest.delta],
+        "unchanged": len(plan.fine.tensors) - len(changed),
+    }
+    return report
+
+
+def _bias_name(plan: Extraction, pair: Pair) -> str:
+    return f"{OUTER}{plan.in_memory(pair.fine.name).removesuffix('.bias')}.lora_B.bias"
+
+
+def _tensors(plan: Extraction, weights: Sequence[Weight], ranks: Sequence[int], rest: Rest, dtype: Dtype) -> list[TensorInfo]:
+    tensors = [TensorInfo(OUTER + plan.in_memory(info.name), info.dtype, info.shape) for info in rest.saved]
+    tensors += [TensorInfo(_bias_name(plan, pair), dtype, pair.fine.shape) for pair in rest.biases]
+    for weight, rank in zip(weights, ranks, strict=True):
+        names = _factor_names(weight, plan)
+        tensors += [TensorInfo(name, dtype, shape) for name, shape in zip(names, weight.shapes(rank), strict=True)]
+    return tensors
+
+
+def _fixed_bytes(plan: Extraction, weights: Sequence[Weight], changed: set[str], options: Options, dtype: Dtype) -> int:
+    """Bytes of the adapter that do not depend on ranks."""
+    rest = plan_rest(plan, weights, changed, options.in_modules)
+    tensors = _tensors(plan, weights, [w.largest_rank for w in weights], rest, dtype)
+    biases = sum(dtype.nbytes(pair.entries) for pair in rest.biases)
+    return header_bytes(tensors, {"peru.svd-lora.options": " " * 200}) + sum(info.nbytes for info in rest.saved) + biases
+
+
+def _config(plan: Extraction, weights: Sequence[Weight], ranks: Sequence[int], rest: Rest, options: Options) -> dict[str, Any]:
+    modules = [weight.name for weight in weights if weight.kind != PARAMETER]
+    parameters = [weight.name for weight in weights if weight.kind == PARAMETER]
+    architectures = plan.config.get("architectures")
+    causal = isinstance(architectures, list) and any(isinstance(a, str) and a.endswith("ForCausalLM") for a in architectures)
+    name = options.base_name.name if options.base_name is not None else None
+    repo, revision = (hub_repo(name) if name is not None else None) or (name, None)
+    return new_config(
+        {weight.name: rank for weight, rank in zip(weights, ranks, strict=True)},
+        modules,
+        parameters,
+        repo,
+        revision=revision,
+        modules_to_save=list(rest.modules) or None,
+        lora_bias=bool(rest.biases),
+        fan_in_fan_out=any(weight.transposed and weight.kind == LINEAR for weight in weights),
+        task_type="CAUSAL_LM" if causal else None,
+    )
+
+
+def _small_files(plan: Extraction) -> dict[str, bytes]:
+    """Config and tokenizer where they are not the base's."""
+    found = {}
+    for name, path in plan.fine.side_files.items():
+        other = plan.base.side_files.get(name)
+        content = path.read_bytes()
+        if other is None or other.read_bytes() != content:
+            found[name] = content
+    return found
+
+
+def extract_all(
+    plans: Sequence[tuple[Extraction, Path]], target: Path, wanted: Wanted, options: Options, how: StreamSettings, sync: bool,
+    note: Callable[[str], None],
+) -> list[AdapterReport]:  # fmt: skip
+    """Write several adapters below a folder (`.` for the folder itself); they appear at once."""
+    with PartialDirectory(target, sync) as folder:
+        reports = [extract(plan, folder.path / where, wanted, options, how, sync, note) for plan, where in plans]
+        folder.commit()
+    for report, (_, where) in zip(reports, plans, strict=True):
+        report.path = target / where
+    return reports

@@ -1,0 +1,1 @@
+"""`peru merge`: one checkpoint out of several."""

@@ -1,0 +1,289 @@
+"""`peru merge`."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.errors import UsageError
+from peru_cli.merge.options import given_values, parse_search, with_method_options
+from peru_cli.methods.table import METHODS, Method, effective_values, find_method
+from peru_cli.publish.command import destination, publish
+
+if TYPE_CHECKING:
+    from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.merge.data import Looked
+    from peru_cli.merge.output import Recipe
+    from peru_cli.merge.plan import MergePlan
+
+
+def _list_methods(value: bool) -> None:
+    if not value:
+        return
+    rows = [[m.name, m.title, " ".join(f"--{o}" for o in m.options), m.paper] for m in METHODS.values()]
+    console.table(["method", "what it does", "options", "paper"], rows)
+    console.result([{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper} for m in METHODS.values()])
+    raise typer.Exit()
+
+
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="A folder, or a single file.safetensors.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="METHOD", help=f"{', '.join(METHODS)}. See --list-methods.", show_default=False)
+    ],
+    base: options.OptionalBase = None,
+    weight: Annotated[
+        Optional[list[str]], typer.Option("--weight", "-w", metavar="TASK=W", help="A task's weight, 1 if not given. Repeat it.")
+    ] = None,
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option("--data", "-d", metavar="TASK=FILE", help="Examples of a task, for methods with data and --search. Repeat it."),
+    ] = None,
+    stats: Annotated[
+        Optional[str], typer.Option("--stats", metavar="DIR", help="Keep what methods with data collect in DIR, and take it from there.")
+    ] = None,
+    search: Annotated[
+        Optional[str],
+        typer.Option("--search", metavar="OPTION=FROM:TO:STEP", help="Try values of a numeric option on --data and take the best one."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Examples run through a model at once.")] = 16,
+    compress: Annotated[
+        Optional[str],
+        typer.Option("--compress", metavar="DENSITY", help="PERU-FFT: OUT/merged/ and OUT/TASK.safetensors pruned against it."),
+    ] = None,
+    per_task: Annotated[
+        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
+    ] = None,
+    merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Average classifiers' heads too, where there is no base.")] = False,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this type.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Cut OUT into shards of this size.")] = "5GB",
+    base_id: Annotated[
+        Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name for the model card, e.g. org/name.")
+    ] = None,
+    list_methods: Annotated[
+        bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
+    ] = False,
+    push: options.Push = None,
+    private: options.Private = False,
+    revision: options.PushRevision = None,
+    commit_message: options.CommitMessage = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    no_sync: options.NoSync = False,
+    stream: options.Stream = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    tile_entries: options.TileEntries = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    **typed: Any,
+) -> None:
+    """Merge several models into one; with --compress, store the models as small deltas of it (PERU-FFT).
+
+    peru merge a=MODEL b=MODEL --base BASE -o merged/ --method task-arithmetic --scale 0.3
+
+    peru merge a=MODEL b=MODEL --base BASE -o merged/ --method ties --keep 20%
+
+    peru merge a=MODEL b=MODEL -o soup/ --method linear --weight a=0.7 --weight b=0.3
+
+    peru merge a=MODEL b=MODEL --base BASE -o fft/ --method ties --compress 5%
+
+    peru merge a=MODEL b=MODEL --base BASE -o m/ --method fisher --data a=a.jsonl --data b=b.jsonl --stats stats/
+
+    peru merge a=MODEL b=MODEL --base BASE -o m/ --method ties --search scale=0:1:0.05 --data a=a.jsonl --data b=b.jsonl
+
+    A merge that was killed goes on where it was when the same command is typed again; --force starts afresh.
+    """
+    chosen = find_method(method)
+    given = given_values(typed)
+    samples = given.get("max-samples")
+    if search is not None and "max-samples" not in chosen.options:
+        given.pop("max-samples", None)  # the search looks at data, the method does not
+    if weight and "weight" not in chosen.options:
+        effective_values(chosen, {"weight": 1.0})
+    values = effective_values(chosen, given)
+    searched = parse_search(search, chosen, given) if search is not None else None
+    if searched is not None:
+        values[searched.option] = searched.points[0]
+    if data and chosen.statistics is None and searched is None:
+        raise UsageError(f"{method} looks at no data", "leave --data out, or choose an option by it: --search OPTION=FROM:TO:STEP")
+    if not data and (chosen.statistics is not None or searched is not None):
+        what = f"{method}" if chosen.statistics is not None else "--search"
+        raise UsageError(f"{what} looks at examples of every task", "name them: --data TASK=FILE, once for each task")
+    density = options.parse_density(compress, "--compress") if compress is not None else None
+    if base is None and (chosen.needs_base or density is not None):
+        raise UsageError(f"{method if chosen.needs_base else '--compress'} works on differences from a base", "add --base BASE")
+    options.check_base_id(base_id)
+    shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
+    wanted = options.parse_dtype(dtype) if dtype is not None else None
+
+    from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path
+    from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
+    from peru_cli.finetunes.expand import open_fine_tune, verify_expanded
+    from peru_cli.merge import output as out
+    from peru_cli.merge.plan import Options, check_same, plan_merge
+    from peru_cli.merge.run import DEFAULT_TILE, check_trims
+    from peru_cli.methods.parameters import Parameters
+    from peru_cli.vectors.settings import streaming
+
+    arguments = split_arguments(models)
+    names = tuple(a.task or default_task(a.model) for a in arguments)
+    least, most = chosen.tasks
+    if len(names) < least or (most is not None and len(names) > most):
+        raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
+    weights = _weights(weight or [], names)
+    parameters = Parameters(names, weights, values)
+    rule = chosen.build(parameters)
+    target = Path(output)
+    as_file = target.suffix == ".safetensors"
+    if as_file and density is not None:
+        raise UsageError("--compress writes a folder with merged/ and one artifact a task", "let -o end in /")
+    if density is not None and any(name.lower() == "merged" for name in names):
+        raise UsageError("with --compress the name 'merged' is the merged model's", "give that task another name")
+    check_target(target, force or dry_run)
+    place = destination(push, private, revision, commit_message, force, output)
+
+    opened_base = open_model(base) if base is not None else None
+    tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
+    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted))
+    check_trims(plan, rule)
+    if as_file and any(plan.heads.values()):
+        raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
+    if not partial_path(target).exists():  # else a killed run has taken the room already
+        check_room(target, sum(info.nbytes for info in plan.outputs))
+    extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
+    extra += [*(["--dtype", dtype] if dtype else []), *(["--compress", out.show(density)] if density else [])]
+    seen = [f"{text.partition('=')[0]}={Path(text).name}" for text in data or ()]
+    if chosen.statistics is not None:
+        extra += [word for text in seen for word in ("--data", text)]
+    base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
+    recipe = out.Recipe(
+        method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
+    )  # fmt: skip
+    if searched is not None:
+        first = f", the first {samples} examples of each" if samples is not None else ""
+        recipe = replace(recipe, searched=f"{searched.option}, the best of {searched.text} on {', '.join(seen)}{first}")
+    _say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
+    for warning in check_same(plan):
+        console.warn(warning)
+    running = None
+    if data:
+        from peru_cli.merge import data as mergedata
+        from peru_cli.merge.task_models import read_data
+
+        limit = int(samples) if samples is not None else None
+        running = read_data(data, names, device, batch_size, method if chosen.statistics else "--search", limit)
+    if dry_run:
+        console.result(_summary(plan, recipe, target))
+        return
+    results = []
+    looked = None
+    total = 3 * plan.entries if rule.trims else plan.entries
+    tiles = tile_entries or DEFAULT_TILE
+    collects = chosen.statistics is not None and stats is None
+    with (
+        TemporaryDirectory(prefix="peru-statistics-") if collects else nullcontext(stats or "") as folder,
+        console.progress(total, "merge") as progress,
+        streaming(device, threads, tiles, progress.advance) as how,
+    ):
+        verify_expanded([model for _, model in tasks], how, progress.step)
+        if running is not None:
+            wanted_values = (searched.option, searched.points) if searched is not None else None
+            looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
+            rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
+        where = out.Where(target, not no_sync, force, progress.step, console.note)
+        if density is not None:
+            results = out.write_compressed(plan, rule, recipe, where, density, how)
+        else:
+            (out.write_file if as_file else out.write_directory)(plan, rule, recipe, where, how)
+    if looked is not None and looked.points:
+        _print_curve(looked, names)
+    console.line(f"{target}: {plural(len(plan.outputs), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.outputs))}")
+    for result in results:
+        bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
+        console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
+    artifacts = [{"task": r.task, "path": str(r.path), "file_bytes": r.file_bytes, "kept": r.kept} for r in results]
+    summary = _summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {})
+    if looked is not None and looked.points:
+        curve = [{"value": out.show(p.value), "accuracy": p.accuracies, "normalised": p.normalised} for p in looked.points]
+        summary["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
+    console.result(summary | publish(place, [target], "merge"))
+
+
+def _print_curve(looked: Looked, names: tuple[str, ...]) -> None:
+    """The searched values with accuracies in %, the best one marked."""
+    from peru_cli.merge.output import show
+
+    best = looked.parameters.values[looked.searched]
+    rows = [["fine-tunes", *(f"{100 * looked.fine[name]:.2f}" for name in names), "100.00", ""]]
+    for point in looked.points:
+        cells = [f"{100 * point.accuracies[name]:.2f}" for name in names]
+        rows.append([show(point.value), *cells, f"{100 * point.normalised:.2f}", "best" if point.value == best else ""])
+    console.table([looked.searched, *(f">{name}" for name in names), ">normalised", ""], rows)
+
+
+def _weights(given: list[str], names: tuple[str, ...]) -> tuple[float, ...]:
+    weights = dict.fromkeys(names, 1.0)
+    seen = set()
+    for text in given:
+        task, _, number = text.partition("=")
+        if task not in weights:
+            raise UsageError(f"--weight {text}: no model is called {task!r}", f"write TASK=W; the tasks are {', '.join(names)}")
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", number, re.IGNORECASE) or not math.isfinite(float(number)):
+            raise UsageError(f"--weight {text}: {number!r} is not a number", "write it as --weight a=0.7")
+        if task in seen:
+            raise UsageError(f"--weight is given twice for {task}")
+        seen.add(task)
+        weights[task] = float(number)
+    return tuple(weights.values())
+
+
+def _say(plan: MergePlan, recipe: Recipe, method: Method, base: Optional[Checkpoint], tasks: list[tuple[str, Checkpoint]]) -> None:
+    for model in ([base] if base is not None else []) + [model for _, model in tasks]:
+        for warning in model.warnings:
+            console.warn(warning)
+    if base is not None:
+        console.note(f"base {base.label}: {base.kind}, {plural(len(base.tensors), 'tensor')}, {si_bytes(base.nbytes)}")
+    for vector, (name, model) in zip(plan.vectors, tasks, strict=True):
+        console.note(f"{name}: {model.label}, {model.kind}, {plural(len(model.tensors), 'tensor')} ({vector.pairing.prefix})")
+        if heads := plan.heads[name]:
+            listed = ", ".join(info.name for info in heads[:4]) + (", ..." if len(heads) > 4 else "")
+            console.note(f"  kept for the task, {si_bytes(sum(info.nbytes for info in heads))}: {listed}")
+    if len(tasks) == 1:
+        console.note("one model only: there is nothing to merge it with")
+    same = {info.name for info in plan.copied}
+    console.note(f"merging {plural(len(plan.slots), 'tensor')}, {count(plan.entries)} entries" + (f"; copying {len(same)}" if same else ""))
+    console.note(f"{recipe.method} ({method.paper}): " + ", ".join(f"{name} {value}" for name, value in recipe.words().items()))
+
+
+def _summary(plan: MergePlan, recipe: Recipe, target: Path) -> dict[str, object]:
+    return {
+        "output": str(target),
+        "method": recipe.method,
+        "tasks": list(recipe.tasks),
+        "options": recipe.words(),
+        "merged": len(plan.slots),
+        "entries": plan.entries,
+        "copied": [info.name for info in plan.copied],
+        "heads": {task: [info.name for info in heads] for task, heads in plan.heads.items()},
+        "bytes": sum(info.nbytes for info in plan.outputs),
+    }
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(with_method_options(merge, after="weight"))

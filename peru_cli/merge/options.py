@@ -1,0 +1,117 @@
+"""Options of merge methods on the command line: declared in the methods' table, so that a method brings its own."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.errors import UsageError
+from peru_cli.methods.table import FLAGS, Flag, Method
+
+if TYPE_CHECKING:
+    from peru_cli.methods.parameters import Value
+
+_MOST_POINTS = 1000
+_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)(%?)", re.IGNORECASE)
+
+
+def with_method_options(command: Callable[..., None], after: str) -> Callable[..., None]:
+    """The command with an option for each of the table's flags, all None by default; they come as its `**typed`."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            parameters.append(parameter)
+        if parameter.name == after:
+            parameters += [_parameter(name, flag) for name, flag in FLAGS.items()]
+
+    @wraps(command)
+    def typed(*arguments: Any, **keywords: Any) -> None:
+        command(*arguments, **keywords)
+
+    del typed.__wrapped__  # its annotations are not these
+    typed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    typed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return typed
+
+
+def _parameter(name: str, flag: Flag) -> inspect.Parameter:
+    kind: Any = str if flag.kind is Fraction else flag.kind
+    option = f"--{name}/--no-{name}" if flag.kind is bool else f"--{name}"
+    names = [option, *([flag.short] if flag.short else [])]
+    declared = typer.Option(*names, metavar=flag.metavar or None, min=flag.least, help=flag.help, show_default=False)
+    annotation = Annotated[Optional[kind], declared]
+    return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+
+
+def given_values(typed: Mapping[str, Any]) -> dict[str, Value]:
+    """What was typed, by the option's name; UsageError for numbers and shares that are none."""
+    found: dict[str, Value] = {}
+    for name, flag in FLAGS.items():
+        value = typed[name.replace("-", "_")]
+        if value is None:
+            continue
+        if flag.kind is Fraction:
+            value = options.parse_density(value, f"--{name}")
+        elif flag.kind is float and not math.isfinite(value):
+            raise UsageError(f"--{name} {value} is not a finite number")
+        found[name] = value
+    return found
+
+
+@dataclass(frozen=True)
+class Searched:
+    """An option whose value is to be found: the values to try, and how they were typed."""
+
+    option: str
+    points: tuple[Value, ...]
+    text: str
+
+
+def parse_search(text: str, method: Method, given: Mapping[str, Value]) -> Searched:
+    """`scale=0:1:0.05` as values of an option of the method; UsageError otherwise, with what could be typed."""
+    name, _, bounds = text.partition("=")
+    numeric = [option for option in method.options if option in FLAGS and FLAGS[option].kind in (float, int, Fraction)]
+    if name not in numeric:
+        raise UsageError(f"--search: {method.name} has no numeric option --{name}", f"it has {', '.join(numeric)}")
+    if name in given:
+        raise UsageError(f"--{name} is both given and searched for", "leave one of the two out")
+    return Searched(name, tuple(_point(name, number, text) for number in parse_range(bounds, f"--search {name}")), bounds)
+
+
+def parse_range(text: str, option: str) -> list[Fraction]:
+    """`0:1:0.05` as numbers from FROM to TO; UsageError otherwise."""
+    numbers = [_NUMBER.fullmatch(part.strip()) for part in text.split(":")]
+    if len(numbers) != 3 or not all(numbers):
+        raise UsageError(f"{option} {text!r} is not FROM:TO:STEP in numbers", "write three numbers, as 0:1:0.05")
+    start, stop, step = (Fraction(match.group(1)) / (100 if match.group(2) else 1) for match in numbers if match is not None)
+    if step <= 0 or stop < start:
+        raise UsageError(f"{option} {text} goes nowhere", "FROM is at most TO, and STEP above 0")
+    steps = (stop - start) // step + 1
+    if steps > _MOST_POINTS:
+        raise UsageError(f"{option} {text} has {steps:,} values", "make the STEP larger")
+    return [start + i * step for i in range(steps)]
+
+
+def _point(name: str, number: Fraction, text: str) -> Value:
+    flag = FLAGS[name]
+    if flag.least is not None and number < flag.least:
+        raise UsageError(f"--search {text}: --{name} is at least {flag.least}")
+    if flag.kind is Fraction:
+        if not 0 < number <= 1:
+            raise UsageError(f"--search {text}: --{name} is a share above 0, at most 100%")
+        return number
+    if flag.kind is int:
+        if number.denominator != 1:
+            raise UsageError(f"--search {text}: --{name} is a whole number")
+        return int(number)
+    return float(number)

@@ -1,0 +1,246 @@
+"""Where a merge goes: a file or a folder with heads and model card, or merge and artifacts together (PERU-FFT)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from peru_cli.checkpoints.base_name import hub_repo
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, remove
+from peru_cli.checkpoints.local.checkpoint import open_directory
+from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.finetunes.expand import RoundedAdapter, as_unpacked
+from peru_cli.finetunes.head import HEADS, head_metadata
+from peru_cli.finetunes.rebuild import config_with_dtype
+from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.run import merge
+from peru_cli.methods.parameters import Value
+from peru_cli.methods.rules import Rule
+from peru_cli.prune import run as pruning
+from peru_cli.publish.card import PERU, front_matter, link
+from peru_cli.streaming.tiles import CHUNK
+from peru_cli.vectors.family import StreamSettings
+from peru_cli.version import __version__
+
+_PIECE = 16 * CHUNK
+_KEY = ".peru-merge-key"
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is recorded of a merge, and all that decides its bytes besides the inputs. Holds no path."""
+
+    method: str
+    paper: str
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...] | None  # None where the method has none
+    values: dict[str, Value]
+    base_name: str | None
+    extra: tuple[str, ...] = ()  # further options of the command line, as words
+    max_shard_bytes: int = 5 * 10**9
+    statistics: tuple[str, ...] = ()  # keys of what methods with data collected, by task
+    searched: str = ""  # which option's value was chosen, out of which, on what
+
+    def words(self) -> dict[str, str]:
+        """Effective options as they would be typed."""
+        shown = {}
+        for name, value in self.values.items():
+            shown[name] = ("yes" if value else "no") if isinstance(value, bool) else show(value)
+        if self.weights is not None:
+            shown |= {f"weight {task}": show(weight) for task, weight in zip(self.tasks, self.weights, strict=True)}
+        return shown
+
+    def command(self) -> str:
+        """The command line, every option spelled out, local paths reduced to the tasks' names."""
+        parts = ["peru", "merge", *self.tasks, *(["--base", self.base_name] if self.base_name else [])]
+        parts += ["-o", "merged/", "--method", self.method]
+        for name, value in self.values.items():
+            parts += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", show(value)]
+        if self.weights is not None:
+            for task, weight in zip(self.tasks, self.weights, strict=True):
+                parts += ["--weight", f"{task}={show(weight)}"]
+        return shlex.join([*parts, *self.extra])
+
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the output's safetensors files."""
+        return {
+            "peru.merge.method": self.method,
+            "peru.merge.tasks": json.dumps(list(self.tasks)),
+            "peru.merge.options": json.dumps(self.words(), sort_keys=True),
+            "peru.merge.version": __version__,
+        } | ({"peru.merge.statistics": json.dumps(list(self.statistics))} if self.statistics else {}) | (
+            {"peru.merge.searched": self.searched} if self.searched else {}
+        )  # fmt: skip
+
+    def card(self, plan: MergePlan, side_files: list[str]) -> str:
+        """The model card."""
+        models = [vector.fine.public_name for vector in plan.vectors]
+        sources = [name for name in (self.base_name, *models) if name is not None]
+        head = front_matter(sources, "merge", "transformers" if "config.json" in side_files else None, ["merge", "peru"])
+        nbytes = sum(info.nbytes for info in plan.outputs)
+        heads = {task: sum(info.nbytes for info in infos) for task, infos in plan.heads.items() if infos}
+        held = [f"{len(plan.outputs)} tensors, {nbytes:,} bytes."]
+        if heads:
+            held.append(
+                "Tensors that belong to one task lie apart: "
+                + ", ".join(f"`heads/{t}.safetensors` ({n:,} bytes)" for t, n in heads.items())
+                + "."
+            )
+        named = [f"- {task}: {link(name)}" for task, name in zip(self.tasks, models, strict=True) if name is not None]
+        options = [f"| {name} | {value} |" for name, value in self.words().items()]
+        chosen = [f"Chosen by accuracy: {self.searched}.", ""] if self.searched else []
+        body = [
+            "# Merged model", "",
+            f"Merged by {PERU} with the method [{self.method}]({self.paper}) out of {', '.join(self.tasks)}.", *held, "",
+            *([f"Base: {link(self.base_name)}", "", *named, ""] if self.base_name and hub_repo(self.base_name) else named),
+            "```sh", self.command(), "```", "", *chosen, "| option | value |", "| --- | --- |", *options, "",
+        ]  # fmt: skip
+        return "\n".join(head + body)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the output goes and how: `fresh` forgets what a killed run left, `step` and `say` tell the user."""
+
+    target: Path
+    sync: bool
+    fresh: bool
+    step: Note
+    say: Note
+
+
+def show(value: Value) -> str:
+    """A number as it would be typed: shares as percentages where those are short."""
+    if isinstance(value, Fraction):
+        percent = value * 100
+        return f"{percent.numerator}%" if percent.denominator == 1 else repr(float(value))
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def resume_key(plan: MergePlan, recipe: Recipe) -> str:
+    """A digest of all that decides the output's bytes."""
+    parts = [
+        __version__, recipe.command(), recipe.statistics, recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
+        [vector.fine.identity() for vector in plan.vectors],
+        [(t.name, t.dtype.name, t.shape) for t in plan.outputs],
+        {task: [t.name for t in heads] for task, heads in plan.heads.items()},
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
+    """Config, tokenizer and so on of the base (without one: of the first model)."""
+    contents = {name: path.read_bytes() for name, path in plan.reference.side_files.items()}
+    if dtype is not None and "config.json" in contents:
+        contents["config.json"] = config_with_dtype(contents["config.json"], dtype)
+    return contents
+
+
+def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: StreamSettings) -> None:
+    """The merge as one safetensors file."""
+    with FileWriter(where.target, plan.outputs, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh) as writer:
+        _say_resumed(writer, where)
+        merge(plan, rule, writer, how, where.step)
+        writer.commit()
+
+
+def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: StreamSettings) -> None:
+    """The merge as a folder that transformers loads, with heads/TASK.safetensors and README.md."""
+    contents = side_files(plan, plan.dtype)
+    contents["README.md"] = recipe.card(plan, list(contents)).encode()
+    key = resume_key(plan, recipe)
+    shards, sync = recipe.max_shard_bytes, where.sync
+    with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh) as writer:
+        _say_resumed(writer, where)
+        merge(plan, rule, writer, how, where.step)
+        write_heads(plan, writer.folder / HEADS, sync)
+        writer.commit()
+
+
+def _say_resumed(writer: CheckpointWriter, where: Where) -> None:
+    if writer.journal is not None and writer.journal.done:
+        where.say(f"going on after {len(writer.journal.done)} tensors of an earlier run")
+
+
+def write_heads(plan: MergePlan, folder: Path, sync: bool) -> None:
+    """Each task's own tensors under their own names, bit for bit, in TASK.safetensors."""
+    for vector in plan.vectors:
+        heads = plan.heads[vector.name]
+        if not heads:
+            continue
+        folder.mkdir(exist_ok=True)
+        said = head_metadata(vector.name, vector.pairing.prefix, vector.fine)
+        with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, said) as writer:
+            for info in heads:
+                for start, data in _pieces(vector.fine, info):
+                    writer.write(info.name, info.dtype.nbytes(start), data)
+            writer.commit()
+
+
+def _pieces(source: Checkpoint, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
+    for start in range(0, info.entries, _PIECE):
+        room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries - start)))
+        source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+        yield start, memoryview(room)
+
+
+def write_compressed(
+    plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, keep: Fraction, how: StreamSettings
+) -> list[pruning.PruneResult]:
+    """PERU-FFT: `merged/` and one artifact a task against it; all of it appears at once."""
+    key = resume_key(plan, recipe)
+    with PartialDirectory(where.target, where.sync, resume=True) as folder:
+        marker, merged = folder.path / _KEY, folder.path / "merged"
+        if where.fresh or not (marker.is_file() and marker.read_text("ascii") == key and merged.is_dir()):
+            marker.unlink(missing_ok=True)
+            _clear(folder.path)
+            write_directory(plan, rule, recipe, replace(where, target=merged), how)
+            marker.write_text(key, "ascii")
+        results = []
+        with _opened(merged) as base:
+            options = pruning.PruneOptions(keep)
+            planned = []
+            for vector in plan.vectors:
+                fine = as_unpacked(vector.fine)
+                ours = {name: ours for ours, name in fine.names.items()} if isinstance(fine, RoundedAdapter) else {}
+                names = [ours.get(info.name, info.name) for info in plan.heads[vector.name]]
+                own = "^(" + "|".join(map(re.escape, names)) + ")$" if names else None
+                task = (vector.name, fine, folder.path / f"{vector.name}.safetensors")
+                planned += pruning.plan_prune(base, [task], pruning.PruneOptions(keep, per_task=own), force=True)
+            results = pruning.prune(base, planned, options, how, where.sync, where.step)
+        marker.unlink()
+        folder.commit()
+    for result in results:
+        result.path = where.target / result.path.name
+    return results
+
+
+def _clear(folder: Path) -> None:
+    """Remove what another merge left, but for the unfinished merged/, which its own journal judges."""
+    unfinished = partial_path(folder / "merged").name
+    for path in folder.iterdir():
+        if not path.name.startswith(unfinished):
+            remove(path)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Checkpoint]:
+    checkpoint = open_directory(folder, "merged")
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()

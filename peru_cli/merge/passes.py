@@ -1,0 +1,355 @@
+"""The passes of a merge over aligned tiles of all inputs: trim in order, then elect, measure or merge and write."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.writer import CheckpointWriter
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile
+from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.magnitude import Threshold
+from peru_cli.methods.rules import Rule, RuleInput, Scratch
+from peru_cli.streaming.aligned import TileBuffer, read_bits
+from peru_cli.streaming.arrays import CPU, Array
+from peru_cli.streaming.engine import Reads
+from peru_cli.streaming.tiles import CHUNK, Tile
+from peru_cli.vectors.family import StreamSettings
+
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass
+class Decided:
+    """What the passes before the last one found: thresholds by trim, task and group; signs; products by slot."""
+
+    thresholds: list[list[list[Threshold]]] = field(default_factory=list)
+    majority: int = 0
+    products: dict[int, list[list[float]]] = field(default_factory=dict)
+
+    def encode(self) -> Any:
+        """As JSON."""
+        thresholds = [[[[t.key, t.equals] for t in task] for task in trim] for trim in self.thresholds]
+        return {"thresholds": thresholds, "majority": self.majority, "products": list(self.products.items())}
+
+    @classmethod
+    def decode(cls, value: Any) -> Decided:
+        """Inverse of `encode`."""
+        thresholds = [[[Threshold(*pair) for pair in task] for task in trim] for trim in value["thresholds"]]
+        return cls(thresholds, value["majority"], dict(value["products"]))
+
+
+@dataclass
+class Trimmed:
+    """One trim of one task's tile: bools of the entries above the threshold and of those at or above it; (n,).
+
+    Both are None where the trim keeps everything, `at_least` where no equals may be taken any more.
+    """
+
+    above: Array | None
+    at_least: Array | None
+    equals: int
+
+
+class MergeBuffers:
+    """One thread's buffers."""
+
+    def __init__(self, how: StreamSettings, tasks: int, width: int, kind: str) -> None:
+        self.base = TileBuffer(how.xp, how.tile_entries, width)
+        self.inputs = [TileBuffer(how.xp, how.tile_entries, width) for _ in range(tasks)]
+        self.scratch = Scratch(how.xp, how.tile_entries, kind)
+        self.base_bits: Array = None
+        self.base_weights: Array = None
+        self.bits: list[Array] = []
+        self.uncast: list[Array] = []  # the base in each task's dtype
+
+
+def _input(slots: Sequence[Slot], task: int, tensor: int) -> TensorInfo:
+    return slots[tensor].inputs[task]
+
+
+class _Walk:
+    """Common part: read the tiles of all inputs, trim them in canonical order."""
+
+    def __init__(
+        self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int], done: dict[str, Any]
+    ) -> None:
+        """`slots` are those to walk over; `done` has for every other one how many equals it had, by task and trim."""
+        self._plan, self._rule, self._how, self._decided, self._slots = plan, rule, how, decided, slots
+        tasks, trims = range(len(plan.vectors)), range(len(rule.trims))
+        # Equals that may still be taken, by task, trim and group: everything together, or each slot.
+        self._quotas = [[[threshold.equals or 0 for threshold in decided.thresholds[i][t]] for i in trims] for t in tasks]
+        self._equals: dict[int, list[list[int]]] = {}  # of each slot so far
+        self._owed = self._count_owed(done)
+        infos = [info for slot in plan.slots for info in (*slot.inputs, slot.base)]
+        self._width = max((info.dtype.bits // 8 for info in infos), default=4)
+        self._kind = "f8" if any(info.dtype.name == "F64" for info in infos) else "f4"
+        self._xp = how.xp
+        self._reads_base = rule.on_vectors
+
+    def _count_owed(self, done: dict[str, Any]) -> dict[int, list[list[int]]]:
+        """Equals of tensors written by an earlier run, summed before the next slot that is walked over."""
+        owed, waiting = {}, [[0 for _ in self._rule.trims] for _ in self._plan.vectors]
+        walked = set(self._slots)
+        for number, slot in enumerate(self._plan.slots):
+            if number in walked:
+                owed[number] = waiting
+                waiting = [[0 for _ in self._rule.trims] for _ in self._plan.vectors]
+            elif slot.info.name in done:
+                for mine, theirs in zip(waiting, done[slot.info.name], strict=True):
+                    mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
+        return owed
+
+    def slot_number(self, tile: Tile) -> int:
+        return self._slots[tile.tensor]
+
+    def reads(self) -> Reads:
+        slots = [self._plan.slots[number] for number in self._slots]
+        if self._reads_base and self._plan.base is not None:
+            yield self._plan.base, lambda tensor: slots[tensor].base
+        for task, vector in enumerate(self._plan.vectors):
+            yield vector.fine, partial(_input, slots, task)
+
+    def buffers(self) -> MergeBuffers:
+        return MergeBuffers(self._how, len(self._plan.vectors), self._width, self._kind)
+
+    def apply(self, tile: Tile, room: MergeBuffers) -> list[list[Trimmed]]:
+        slot = self._plan.slots[self.slot_number(tile)]
+        room.bits, room.uncast = [], []
+        if self._reads_base:
+            assert self._plan.base is not None
+            _, room.base_bits = read_bits(self._plan.base, slot.base, tile, room.base)
+            n = len(room.base_bits)
+            room.base_weights = self._xp.widen(room.base_bits, slot.base.dtype, room.scratch("base", n))
+        for vector, info, buffer in zip(self._plan.vectors, slot.inputs, room.inputs, strict=True):
+            room.bits.append(read_bits(vector.fine, info, tile, buffer)[1])
+            if self._reads_base:
+                room.uncast.append(cast_bits(self._xp, room.base_bits, slot.base.dtype, info.dtype))
+        if not self._rule.trims:
+            return []
+        return [self._trim(tile, slot, number, room) for number in range(len(room.bits))]
+
+    def _input(self, slot: Slot, number: int, room: MergeBuffers, name: str) -> Array:
+        """A task's difference from the base, or its weights, in room of that name; (n,)."""
+        xp, info, bits = self._xp, slot.inputs[number], room.bits[number]
+        n = len(bits)
+        out = room.scratch(name, n)
+        weights = xp.widen(bits, info.dtype, out)
+        if not self._reads_base:
+            return weights if weights is out else xp.copy(weights, out)
+        base = room.base_weights
+        if info.dtype is not slot.base.dtype:
+            base = xp.widen(room.uncast[number], info.dtype, room.scratch("cast", n))
+        return xp.subtract(weights, base, out=out)
+
+    def _trim(self, tile: Tile, slot: Slot, number: int, room: MergeBuffers) -> list[Trimmed]:
+        xp, vector = self._xp, self._input(slot, number, room, f"input{number}")
+        keys = xp.view(xp.absolute(vector, out=room.scratch("keys", len(vector))), "i8" if self._kind == "f8" else "i4")
+        result = []
+        for trim, quotas in zip(self._decided.thresholds, self._quotas[number], strict=True):
+            group = self.slot_number(tile) if len(trim[number]) > 1 else 0
+            threshold = trim[number][group]
+            if threshold.keeps_all:
+                result.append(Trimmed(None, None, 0))
+            elif not quotas[group]:  # once no equals may be taken any more, that stays so
+                result.append(Trimmed(xp.greater(keys, threshold.key), None, 0))
+            else:
+                above, at_least = xp.greater(keys, threshold.key), xp.greater_equal(keys, threshold.key)
+                result.append(Trimmed(above, at_least, xp.count(at_least) - xp.count(above)))
+        return result
+
+    def commit(self, tile: Tile, result: list[list[Trimmed]]) -> list[list[Array | None]]:
+        """Settle which equals stay; a flag for each entry, None for all of them."""
+        number = self.slot_number(tile)
+        if tile.start == 0 and result:
+            self._begin(number)
+        flags: list[list[Array | None]] = []
+        for task, trims in enumerate(result):
+            flags.append([])
+            for index, trim in enumerate(trims):
+                quotas = self._quotas[task][index]
+                group = number if len(quotas) > 1 else 0
+                taken = min(trim.equals, quotas[group])
+                quotas[group] -= taken
+                self._equals[number][task][index] += trim.equals
+                if trim.at_least is not None and taken == trim.equals:
+                    flags[task].append(trim.at_least)
+                elif trim.at_least is None or not taken:
+                    flags[task].append(trim.above)
+                else:
+                    flags[task].append(self._first_equals(trim, taken))
+        return flags
+
+    def _first_equals(self, trim: Trimmed, quota: int) -> Array:
+        """What is above the threshold and the first of its equals, so many."""
+        xp = self._xp
+        equal = xp.not_equal(trim.at_least, trim.above)
+        return xp.logical_or(trim.above, xp.logical_and(equal, xp.running_count(equal) <= quota))
+
+    def _begin(self, number: int) -> None:
+        self._equals[number] = [[0 for _ in self._rule.trims] for _ in self._plan.vectors]
+        for quotas, owed in zip(self._quotas, self._owed[number], strict=True):
+            for trim, equals in zip(quotas, owed, strict=True):
+                if len(trim) == 1:
+                    trim[0] = max(trim[0] - equals, 0)
+
+    def view(self, tile: Tile, flags: list[list[Array | None]], room: MergeBuffers) -> RuleInput:
+        """The tile as rules see it."""
+        number = self.slot_number(tile)
+        slot, rule, n = self._plan.slots[number], self._rule, tile.stop - tile.start
+
+        def inputs(task: int) -> Array:
+            if rule.trims:  # trimming has made it
+                return room.scratch(f"input{task}", n)
+            return self._input(slot, task, room, f"input{task if rule.holds_all else task % 2}")
+
+        base = room.base_weights if self._reads_base else None
+        return RuleInput(
+            slot.info.name, number, tile.start, n, len(self._plan.vectors), self._xp, base, inputs,
+            lambda task, index: flags[task][index], room.scratch, slot.info.shape, self._decided.majority,
+        )  # fmt: skip
+
+
+class Elect(_Walk):
+    """Sums elected signs over everything."""
+
+    def __init__(self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int]) -> None:
+        super().__init__(plan, rule, how, decided, slots, {})
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def finish(self, tile: Tile, committed: list[list[Array | None]], room: MergeBuffers) -> None:
+        signs = self._rule.elect(self.view(tile, committed, room))
+        with self._lock:
+            self.total += signs
+
+
+class Products(_Walk):
+    """Inner products of all inputs, tensor by tensor, summed in a fixed order whatever the tiles."""
+
+    def __init__(self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int]) -> None:
+        super().__init__(plan, rule, how, decided, slots, {})
+        self._chunks: dict[int, dict[int, list[list[list[float]]]]] = {number: {} for number in slots}
+        self._lock = threading.Lock()
+
+    def finish(self, tile: Tile, committed: list[list[Array | None]], room: MergeBuffers) -> None:
+        view = self.view(tile, committed, room)
+        values = [self._xp.download(view.inputs(task)).astype(np.float64) for task in range(view.tasks)]
+        found = [[_chunk_sums(a, b) for b in values] for a in values]
+        for task, value in enumerate(values):
+            if not all(map(math.isfinite, found[task][task])):
+                finite = np.isfinite(value)
+                entry = f"entry {tile.start + int(np.flatnonzero(~finite)[0]):,}" if not finite.all() else "some entry, squared"
+                raise BadFile(f"{self._plan.vectors[task].fine.label}: {view.name!r} is NaN or infinite at {entry}", "repair the model")
+        with self._lock:
+            self._chunks[self.slot_number(tile)][tile.start] = found
+
+    def tables(self) -> dict[int, list[list[float]]]:
+        """For each slot a table (tasks, tasks)."""
+        tasks = range(len(self._plan.vectors))
+        return {
+            number: [[_in_order(value for _, found in sorted(tiles.items()) for value in found[i][j]) for j in tasks] for i in tasks]
+            for number, tiles in self._chunks.items()
+        }
+
+
+def _in_order(values: Any) -> float:
+    total = 0.0
+    for value in values:  # not sum(), which compensates since Python 3.12
+        total += value
+    return total
+
+
+def _chunk_sums(a: Doubles, b: Doubles) -> list[float]:
+    """Sums of a * b over chunks of 2^14 entries, each by halving: the same on every processor."""
+    chunks = np.zeros(-(-len(a) // CHUNK) * CHUNK)
+    np.multiply(a, b, out=chunks[: len(a)])
+    rows = chunks.reshape(-1, CHUNK)
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return [float(value) for value in rows[:, 0]]
+
+
+class Merge(_Walk):
+    """The last pass: merge, round once, write."""
+
+    def __init__(
+        self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int], writer: CheckpointWriter
+    ) -> None:
+        super().__init__(plan, rule, how, decided, slots, writer.journal.done if writer.journal is not None else {})
+        self._writer = writer
+        self._left = {number: plan.slots[number].info.entries for number in slots}
+        self._lock = threading.Lock()
+
+    def finish(self, tile: Tile, committed: list[list[Array | None]], room: MergeBuffers) -> None:
+        number = self.slot_number(tile)
+        slot = self._plan.slots[number]
+        merged = self._rule.merge(self.view(tile, committed, room))
+        bits = self._xp.download(self._xp.narrow(merged, slot.info.dtype))
+        if largest_magnitude(CPU, bits, slot.info.dtype) >= infinity(slot.info.dtype):
+            self._settle(tile, slot, bits, room)
+        self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), bits.data.cast("B"))
+        with self._lock:
+            self._left[number] -= tile.stop - tile.start
+            done = not self._left[number]
+        if done and self._writer.journal is not None:
+            self._writer.journal.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]))
+
+    def _settle(self, tile: Tile, slot: Slot, bits: Bits, room: MergeBuffers) -> None:
+        """Entries that are not finite and the same in all inputs stay (masks of -inf); any other is an error."""
+        dtype, download = slot.info.dtype, self._xp.download
+        at = np.flatnonzero((bits & ((1 << (dtype.bits - 1)) - 1)) >= infinity(dtype))
+        found = [(v.fine, i.dtype, download(b)[at]) for v, i, b in zip(self._plan.vectors, slot.inputs, room.bits, strict=True)]
+        if self._reads_base:
+            same = [b == download(uncast)[at] for (_, _, b), uncast in zip(found, room.uncast, strict=True)]
+            value, source = download(room.base_bits)[at], slot.base.dtype
+        else:
+            value, source = found[0][2], found[0][1]
+            same = [_doubles(b, d).view(np.int64) == _doubles(value, source).view(np.int64) for _, d, b in found]
+        alike = np.logical_and.reduce(same)
+        if not alike.all():
+            if self._reads_base and self._plan.base is not None:
+                found.insert(0, (self._plan.base, source, value))
+            i = int(np.flatnonzero(~alike)[0])
+            self._refuse(slot, tile, at, i, found)
+            self._refuse_result(slot, f"entry {tile.start + int(at[i]):,}", bits[at[i] : at[i] + 1])
+        bits[at] = cast_bits(CPU, value, source, dtype)
+
+    def _refuse(self, slot: Slot, tile: Tile, at: Bits, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
+        """The first input that is not finite there, if any is."""
+        where = f"entry {tile.start + int(at[i]):,}"
+        for model, dtype, bits in found:
+            if not np.isfinite(_doubles(bits, dtype)[i]):
+                raise BadFile(
+                    f"{model.label}: {slot.info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
+                    "a model with such weights is broken: leave it out, or repair it",
+                )
+
+    def _refuse_result(self, slot: Slot, where: str, bits: Bits) -> None:
+        """All inputs are finite, and what was made of them is not."""
+        if np.isnan(_doubles(bits, slot.info.dtype)[0]):
+            raise BadFile(
+                f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are",
+                "the method divides zero by zero there: with fisher, raise --floor",
+            )
+        raise BadFile(
+            f"the merged {slot.info.name!r} does not fit {slot.info.dtype.name} at {where}",
+            "write a wider dtype (--dtype bf16 or fp32), or lower the weights and the scale",
+        )
+
+
+def _doubles(bits: Bits, dtype: Dtype) -> Doubles:
+    """Bits as float64; (n,)."""
+    doubles: Doubles = CPU.widen(bits, dtype, np.empty(len(bits)))
+    return doubles

@@ -1,0 +1,282 @@
+"""What a merge will do, settled from headers alone: which tensors merge, which are copied, which belong to one task.
+
+Everything that headers show to be wrong is collected and reported at once, before any tensor is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
+from peru_cli.checkpoints.places import same_as
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch, UsageError
+from peru_cli.vectors.family import TaskVector
+
+_SHOWN = 12  # problems listed
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about tensors. `dtype` replaces that of floating tensors."""
+
+    per_task: str | None = None
+    merge_heads: bool = False
+    dtype: Dtype | None = None
+    verb: str = "merged"  # what messages say of the models
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One merged tensor: what is written, what each task has, what the base has."""
+
+    info: TensorInfo
+    inputs: tuple[TensorInfo, ...]
+    base: TensorInfo
+
+
+@dataclass
+class MergePlan:
+    """All output tensors. `reference` gives names and what is copied: the base, or without one the first model."""
+
+    base: Checkpoint | None
+    reference: Checkpoint
+    vectors: list[TaskVector]
+    dtype: Dtype | None
+    slots: list[Slot] = field(default_factory=list)  # canonical order
+    copied: list[TensorInfo] = field(default_factory=list)
+    same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
+    heads: dict[str, list[TensorInfo]] = field(default_factory=dict)  # by task
+
+    @property
+    def entries(self) -> int:
+        """n: entries of all merged tensors."""
+        return sum(slot.info.entries for slot in self.slots)
+
+    @property
+    def outputs(self) -> list[TensorInfo]:
+        """Everything that is written but heads."""
+        return [slot.info for slot in self.slots] + [_in_dtype(info, self.dtype) for info in self.copied]
+
+
+def _in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
+    return TensorInfo(info.name, dtype if dtype is not None and info.dtype.compressible else info.dtype, info.shape)
+
+
+def same_files(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether two checkpoints are the same files, and the same part of them, under whatever names."""
+
+    def files(checkpoint: Checkpoint) -> list[object]:
+        return sorted((same_as(place) for place in checkpoint.files), key=repr)
+
+    return bool(a.files) and a.part == b.part and files(a) == files(b)
+
+
+def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]], on_vectors: bool, options: Options) -> MergePlan:
+    """Settle what happens to every tensor.
+
+    Raises Mismatch with all problems at once; UsageError for options that cannot be.
+    """
+    try:
+        own = re.compile(options.per_task) if options.per_task is not None else None
+    except re.error as error:
+        raise UsageError(f"--per-task {options.per_task!r} is not a regular expression: {error}") from error
+    if own is not None and not any(own.search(name) for _, model in tasks for name in model.tensors):
+        raise UsageError(f"--per-task {options.per_task!r} matches no tensor of any model", "`peru inspect` lists the names")
+    problems = _twice(base, tasks, on_vectors)
+    reference = base if base is not None else tasks[0][1]
+    pairings: dict[str, Pairing] = {}
+    for name, model in tasks:
+        matches = own is not None and any(own.search(n) for n in model.tensors)
+        try:
+            pairings[name] = pair_checkpoints(model, reference, options.per_task if matches else None)
+        except Mismatch as error:
+            problems.append(error.message)
+    plan = MergePlan(base, reference, [], options.dtype)
+    if len(pairings) == len(tasks):
+        planner = _Planner(plan, dict(tasks), pairings, own, options)
+        planner.settle()
+        problems += planner.problems
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *more]))
+    for name, model in tasks:
+        chosen = {slot.base.name for slot in plan.slots}
+        pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]
+        plan.vectors.append(TaskVector(name, model, Pairing(pairings[name].prefix, pairs)))
+    wide = any(vector.wide for vector in plan.vectors)
+    for vector in plan.vectors:
+        vector.wide = wide
+    return plan
+
+
+def _twice(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]], on_vectors: bool) -> list[str]:
+    problems = []
+    for i, (name, model) in enumerate(tasks):
+        problems += [f"{other} and {name} are the same model: {model.label}" for other, m in tasks[:i] if same_files(m, model)]
+        if base is not None and on_vectors and same_files(base, model):
+            problems.append(f"{name} is the base itself: {model.label}")
+    return problems
+
+
+class _Planner:
+    """Sorts the tensors of all models into the plan, and collects what is wrong."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        models: dict[str, Checkpoint],
+        pairings: dict[str, Pairing],
+        own: re.Pattern[str] | None,
+        options: Options,
+    ) -> None:
+        self._plan, self._models, self._pairings, self._own, self._options = plan, models, pairings, own, options
+        self._dtypes: dict[str, list[str]] = {}  # tensors by how the models' dtypes differ
+        self.problems: list[str] = []
+
+    def settle(self) -> None:
+        plan = self._plan
+        plan.heads = {task: [] for task in self._models}
+        pairs = {task: {pair.base.name: pair for pair in pairing.pairs} for task, pairing in self._pairings.items()}
+        reserved = self._sort_whole()
+        for name in sorted(plan.reference.tensors):
+            found = {task: table[name] for task, table in pairs.items() if name in table}
+            if name in reserved or not found:
+                for task, pair in found.items():
+                    plan.heads[task].append(pair.fine)
+                if plan.base is not None:
+                    plan.copied.append(plan.reference.tensors[name])
+            elif len(found) < len(self._models):
+                lacking = ", ".join(task for task in self._models if task not in found)
+                self.problems.append(f"{name}: in {', '.join(found)}, not in {lacking}{self._keep(name)}")
+            else:
+                self._tensor(plan.reference.tensors[name], found)
+        for kinds, names in self._dtypes.items():
+            self.problems.append(f"{kinds} in {len(names)} tensor(s), such as {names[0]}: say --dtype to merge them nevertheless")
+        if plan.base is None and self._own is None and not self._options.merge_heads and (reason := self._doubtful_heads()):
+            self.problems.append(f"{reason}: say --per-task REGEX to keep heads apart, or --merge-heads to average them")
+        if (reason := self._reordered_heads()) is not None:
+            self.problems.append(f"{reason}: say --per-task REGEX to keep heads apart")
+        if not plan.slots and not self.problems:
+            self.problems.append("there is no floating-point tensor left to merge")
+        for heads in plan.heads.values():
+            heads.sort(key=lambda info: info.name)
+
+    def _keep(self, name: str) -> str:
+        return f" (--per-task '^{re.escape(name)}$' keeps it for each task)"
+
+    def _sort_whole(self) -> set[str]:
+        """Tensors of single tasks that pair with nothing; returns the reference's names that no task merges."""
+        plan = self._plan
+        reserved: set[str] = set()
+        for task, pairing in self._pairings.items():
+            reshaped = {info.name: other for info, other in pairing.reshaped}
+            for info in pairing.whole:
+                base_name = pairing.prefix.base_name(info.name)
+                if self._own is not None and self._own.search(info.name):
+                    if base_name is not None and base_name in plan.reference.tensors:
+                        reserved.add(base_name)
+                elif info.name in reshaped:
+                    other = reshaped[info.name]
+                    if plan.base is None or not _is_head(info, other):
+                        what = "vocabularies differ: " if _is_vocabulary(info, other) else ""
+                        shapes = f"{list(info.shape)} in {task}, {list(other.shape)} in {plan.reference.label}"
+                        self.problems.append(f"{what}{info.name}: {shapes}{self._keep(info.name)}")
+                        continue
+                    reserved.add(other.name)
+                elif plan.base is None:
+                    self.problems.append(f"{info.name}: in {task}, not in {plan.reference.label}{self._keep(info.name)}")
+                    continue
+                plan.heads[task].append(info)
+        return reserved
+
+    def _tensor(self, base: TensorInfo, found: dict[str, Pair]) -> None:
+        plan, name = self._plan, base.name
+        grown = [f"{task} {pair.fine.shape[0]:,}" for task, pair in found.items() if pair.grown]
+        if grown:
+            self.problems.append(f"vocabularies differ: {name} has {', '.join(grown)} rows, {plan.reference.label} {base.shape[0]:,}")
+            return
+        infos = [pair.fine for pair in found.values()]
+        kinds = {info.dtype.compressible for info in [*infos, base]}
+        if kinds == {True}:
+            given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
+            if len(set(given.values())) > 1 and self._options.dtype is None:
+                text = "dtypes differ: " + ", ".join(f"{task} {dtype}" for task, dtype in given.items())
+                self._dtypes.setdefault(text, []).append(name)
+            plan.slots.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base))
+        elif len(kinds) == 2 or len({info.dtype.name for info in [*infos, base]}) > 1:
+            dtypes = ", ".join(f"{task} {pair.fine.dtype.name}" for task, pair in found.items())
+            self.problems.append(f"{name}: {dtypes}, {plan.reference.label} {base.dtype.name} cannot be merged{self._keep(name)}")
+        elif base.dtype.name.startswith(("F8", "F6", "F4", "C")):
+            self.problems.append(f"{name}: {base.dtype.name} cannot be merged: convert the models to bf16, fp16 or fp32 first")
+        else:
+            plan.copied.append(base)
+            plan.same += list(found.values())
+
+    def _reordered_heads(self) -> str | None:
+        """Which models' merged heads have the same classes in different orders; None if none have."""
+        orders: dict[str, list[str]] = {}
+        base = {} if self._plan.base is None else {self._plan.base.label: self._plan.base}
+        for task, model in (base | self._models).items():
+            table = model.config().get("id2label")
+            if isinstance(table, dict) and all(str(number).isdecimal() for number in table):
+                orders[task] = [str(name).lower() for _, name in sorted(table.items(), key=lambda item: int(item[0]))]
+        for task, order in orders.items():
+            first, known = next(iter(orders.items()))
+            heads = any(slot.info.shape[:1] == (len(order),) for slot in self._plan.slots)
+            if heads and order != known and sorted(order) == sorted(known):
+                return f"classes are in different orders: {', '.join(known[:6])} in {first}, {', '.join(order[:6])} in {task}"
+        return None
+
+    def _doubtful_heads(self) -> str | None:
+        """Why heads might be of different tasks though their shapes agree; None if nothing says so."""
+        labels, unnamed = [], False
+        for model in self._models.values():
+            config = model.config()
+            architectures = config.get("architectures")
+            first = architectures[0] if isinstance(architectures, list) and architectures else ""
+            if isinstance(first, str) and re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)", first):
+                table = config.get("id2label")
+                unnamed |= not isinstance(table, dict) or any(str(v).startswith("LABEL_") for v in table.values())
+                labels.append(table)
+        if labels and (unnamed or any(table != labels[0] for table in labels)):
+            return "these are classifiers, and nothing says that their heads have the same classes"
+        return None
+
+
+def _is_head(info: TensorInfo, other: TensorInfo) -> bool:
+    """Whether another number of classes explains two shapes."""
+    return (
+        bool(info.shape)
+        and len(info.shape) == len(other.shape)
+        and info.shape[1:] == other.shape[1:]
+        and max(info.shape[0], other.shape[0]) < MIN_VOCABULARY_ROWS
+    )
+
+
+def _is_vocabulary(info: TensorInfo, other: TensorInfo) -> bool:
+    return bool(info.shape) and info.shape[1:] == other.shape[1:] and max(info.shape[0], other.shape[0]) >= MIN_VOCABULARY_ROWS
+
+
+def check_same(plan: MergePlan) -> list[str]:
+    """Read what is not floating-point and must be equal; warnings for counters that differ.
+
+    Raises Mismatch for a tensor that differs and could not be merged.
+    """
+    warnings, problems = [], []
+    for vector in plan.vectors:
+        for pair in (p for p in plan.same if vector.fine.tensors.get(p.fine.name) is p.fine):
+            if vector.fine.read(pair.fine.name) != plan.reference.read(pair.base.name):
+                if pair.base.entries == 1:
+                    warnings.append(f"{pair.base.name} differs in {vector.name}; that of {plan.reference.label} is written")
+                else:
+                    problems.append(f"{pair.base.name}: {pair.base.dtype.name}, differs in {vector.name}")
+    if problems:
+        raise Mismatch(
+            "tensors that cannot be averaged differ:\n  " + "\n  ".join(problems[:_SHOWN]), "--per-task REGEX keeps them for each task"
+        )
+    return warnings

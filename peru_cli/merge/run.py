@@ -1,0 +1,119 @@
+"""`peru merge`: one checkpoint out of several, tile by tile; the same bytes for any tiles, threads and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from peru_cli.checkpoints.local.journal import Journal
+from peru_cli.checkpoints.local.writer import CheckpointWriter
+from peru_cli.errors import UsageError
+from peru_cli.merge.passes import Decided, Elect, Merge, Products
+from peru_cli.merge.plan import MergePlan
+from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
+from peru_cli.methods.rules import Rule
+from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import CHUNK, TilePlan
+from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
+from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
+from peru_cli.vectors.threshold_journal import ThresholdJournal
+
+_PIECE = 16 * CHUNK  # entries copied at once
+DEFAULT_TILE = 1 << 18  # entries; smaller tiles fit caches better, but threads then wait for each other at every operation
+
+
+def check_trims(plan: MergePlan, rule: Rule) -> None:
+    """Refuse a density that keeps nothing; UsageError."""
+    largest = max((slot.info.entries for slot in plan.slots), default=0)
+    n = plan.entries if rule.scope == "global" else largest
+    if rule.trims and int(rule.trims[0] * n) == 0:
+        raise UsageError(f"--keep {float(rule.trims[0]):g} of {n:,} entries keeps nothing", "keep more")
+
+
+def merge(
+    plan: MergePlan, rule: Rule, writer: CheckpointWriter, how: StreamSettings, note: Callable[[str], None] = lambda text: None
+) -> None:
+    """Write all merged and copied tensors. The caller enters and commits the writer.
+
+    A writer with a journal is not given what an earlier run wrote.
+
+    Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype.
+    """
+    journal = writer.journal
+    done = journal.done if journal is not None else {}
+    if journal is not None and "decided" in journal.notes:
+        decided = Decided.decode(journal.notes["decided"])
+    else:
+        decided = decide(plan, rule, how, note, journal)
+        if journal is not None:
+            journal.note("decided", decided.encode())
+    if rule.wants_products:
+        rule.decide(decided.products)
+    note("merging")
+    left = [number for number, slot in enumerate(plan.slots) if slot.info.name not in done]
+    infos = [plan.slots[i].info for i in left]
+    units = [rule.unit(info.name, info.shape) for info in infos]
+    size = how.tile_entries if max(units, default=1) == 1 else DEFAULT_TILE
+    tiles = TilePlan([info.entries for info in infos], size, units)
+    step = Merge(plan, rule, replace(how, tile_entries=max(tiles.longest, CHUNK)), decided, left, writer)
+    run(step, tiles, how.threads, how.advance)
+    _copy(plan, writer)
+
+
+def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str], None], journal: Journal | None = None) -> Decided:
+    """All passes before the last one: thresholds, sign counts, inner products."""
+    decided = Decided()
+    slots = list(range(len(plan.slots)))
+    if rule.trims:
+        note("finding thresholds")
+        assert plan.base is not None
+        # These passes hold one task's tile at a time, the others all of them.
+        family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)))
+        decided.thresholds = [_thresholds(family, rule, index, journal) for index in range(len(rule.trims))]
+    tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
+    if rule.wants_signs:
+        note("counting signs")
+        elect = Elect(plan, rule, how, decided, slots)
+        run(elect, tiles, how.threads, how.advance)
+        decided.majority = (elect.total > 0) - (elect.total < 0)
+    if rule.wants_products:
+        note("measuring angles")
+        products = Products(plan, rule, how, decided, slots)
+        run(products, tiles, how.threads, how.advance)
+        decided.products = products.tables()
+    return decided
+
+
+def _thresholds(family: Family, rule: Rule, index: int, journal: Journal | None) -> list[list[Threshold]]:
+    """For each task its threshold over everything, or one for each slot."""
+    numbers = range(len(family.tasks))
+    groups = [range(len(family.slots))] if rule.scope == "global" else [range(i, i + 1) for i in range(len(family.slots))]
+    found: list[list[Threshold]] = [[] for _ in numbers]
+    for group in groups:
+        n = sum(family.slots[i].entries for i in group)
+        k = int(rule.trims[index] * n)
+        log = ThresholdJournal(journal, f"trim {index} group {group.start}", family.ranged) if journal is not None else None
+        thresholds = find_thresholds(family, group, dict.fromkeys(numbers, k), log) if k < n else {}
+        for number in numbers:
+            found[number].append(thresholds[number].threshold if number in thresholds else ALL_CHANGED)
+        if not family.fits(family.slots):
+            family.forget()
+    return found
+
+
+def _copy(plan: MergePlan, writer: CheckpointWriter) -> None:
+    """Tensors that come from the reference as they are, in the output's dtype."""
+    outputs = {info.name: info for info in plan.outputs}
+    for info in plan.copied:
+        wanted = outputs[info.name].dtype
+        room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
+        for start in range(0, info.entries, _PIECE):
+            view = memoryview(room)[: info.dtype.nbytes(min(_PIECE, info.entries - start))]
+            plan.reference.read_into(info.name, info.dtype.nbytes(start), view)
+            if wanted is not info.dtype:
+                view = cast_bits(CPU, np.frombuffer(view, BITS[info.dtype.bits]), info.dtype, wanted).data.cast("B")
+            writer.write(info.name, wanted.nbytes(start), view)

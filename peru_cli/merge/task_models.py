@@ -1,0 +1,131 @@
+"""A merge's fine-tunes as models in memory, each with the examples of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch, UsageError
+from peru_cli.finetunes.expand import ExpandedArtifact
+from peru_cli.finetunes.pack_task import ExpandedTask
+from peru_cli.finetunes.rebuild import side_files
+from peru_cli.inference.data import Examples, read_examples, split_data
+from peru_cli.inference.eval_model import in_memory, read_tensors
+from peru_cli.inference.models import build_model, pick_device
+from peru_cli.inference.prepare import Loaded, Settings, load
+from peru_cli.merge.plan import MergePlan
+from peru_cli.vectors.family import TaskVector
+
+
+@dataclass(frozen=True)
+class Running:
+    """What models run on and how. Labels are read only where they are needed."""
+
+    examples: Mapping[str, Examples]
+    device: torch.device
+    batch_size: int
+
+
+@dataclass
+class TaskParts:
+    """A fine-tune's model, the names of its checkpoint's tensors and of the merge's by those in the model."""
+
+    loaded: Loaded
+    own: dict[str, str]
+    merged: dict[str, str]
+
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use merged weights, by the merge's names; the model shares their memory. What they lack stays."""
+        tensors: Mapping[str, torch.Tensor] = dict(self.loaded.model.named_parameters()) | dict(self.loaded.model.named_buffers())
+        for name, merged in self.merged.items():
+            if name in tensors and merged in weights:
+                tensors[name].data = weights[merged]
+
+
+def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str, most: int | None = None) -> Running:
+    """Read the examples of every task, the first `most` of each. UsageError if a task has none, or a name is no task's."""
+    files = split_data(texts)
+    if list(files) == [""] and len(tasks) == 1:
+        files = {tasks[0]: files[""]}
+    strangers, lacking = [task for task in files if task not in tasks], [task for task in tasks if task not in files]
+    if strangers:
+        raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {', '.join(tasks)}")
+    if lacking:
+        raise UsageError(f"{why} looks at examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
+    return Running({task: read_examples(file, most) for task, file in files.items()}, pick_device(device), batch_size)
+
+
+def digest_inputs(examples: Examples) -> str:
+    """A digest of what models are given of the examples: no labels, no file names."""
+    total = blake3(b"peru examples 1\0")
+    for part in (examples.texts, examples.pairs, examples.targets):
+        total.update(b"-" if part is None else len(part).to_bytes(8, "little"))
+        for text in part or ():
+            encoded = text.encode("utf-8", "surrogatepass")
+            total.update(len(encoded).to_bytes(8, "little") + encoded)
+    if isinstance(examples.images, list):
+        for path in examples.images:
+            total.update(blake3(path.read_bytes()).digest())
+    elif examples.images is not None:
+        total.update(f"{examples.images.dtype} {examples.images.shape}".encode() + examples.images.tobytes())
+    return total.hexdigest()
+
+
+def own_files(fine: Checkpoint, base: Checkpoint | None) -> dict[str, bytes]:
+    """A fine-tune's config, tokenizer and so on."""
+    if isinstance(fine, ExpandedArtifact) and base is not None:
+        return side_files(fine.artifact, base)[0]
+    if isinstance(fine, ExpandedTask):
+        return fine.own_files()
+    return {name: path.read_bytes() for name, path in fine.side_files.items()}
+
+
+def trace_names(state: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, str]:
+    """Which of a checkpoint's tensors became which of its model's, by the model's names.
+
+    transformers renames tensors while it loads them, architecture by architecture. So a second model is loaded from tensors
+    that are each filled with a number of their own. Mismatch where tensors were joined or cut.
+    """
+    names = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()]
+    dyed = dict(state) | {name: torch.full(state[name].shape, float(number)) for number, name in enumerate(names, 1)}
+    model, traced = loaded.model, {}
+    config = type(model.config).from_dict(model.config.to_dict())
+    probe = build_model(dyed, config, loaded.kind, loaded.label, dtype=torch.float32, device=torch.device("cpu"))
+    for name, tensor in probe.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            number = float(tensor.flatten()[0])
+            if not bool((tensor == number).all()) or not number.is_integer() or not 1 <= number <= len(names):
+                raise Mismatch(
+                    f"{loaded.label}: transformers joins or cuts tensors to make {name!r}", "methods with data cannot follow them"
+                )
+            traced[name] = names[int(number) - 1]
+    return traced
+
+
+def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: torch.device, attention: str | None = None) -> TaskParts:
+    """Build a fine-tune's model in float32. Mismatch or BadFile where model and examples do not fit."""
+    fine = vector.fine
+    called = {name: getattr(fine, "fine_name", str)(name) for name in fine.tensors}  # an adapter's tensors have the base's names
+    state = {called[name]: tensor for name, tensor in read_tensors(fine).items()}
+    others = [{name: path.read_bytes() for name, path in plan.reference.side_files.items()}]
+    subject = in_memory(fine.label, state, own_files(fine, plan.base), fine.nbytes)
+    loaded = load(subject, examples, others, Settings(device=device, attention=attention))
+    called_back = {name: ours for ours, name in called.items()}
+    own = {name: called_back[found] for name, found in trace_names(state, loaded).items()}
+    number = plan.vectors.index(vector)
+    merged = {slot.inputs[number].name: slot.base.name for slot in plan.slots}
+    return TaskParts(loaded, own, {name: merged[ours] for name, ours in own.items() if ours in merged})
+
+
+def read_floats(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A floating tensor in float32."""
+    info = checkpoint.tensors[name]
+    data = bytearray(info.nbytes)
+    if not data:
+        return torch.empty(info.shape)
+    checkpoint.read_into(name, 0, memoryview(data))
+    return torch.frombuffer(data, dtype=getattr(torch, info.dtype.torch_name or "")).view(info.shape).float()

@@ -1,0 +1,1 @@
+"""`peru shuffle-pack`: several fine-tunes in the space of one."""

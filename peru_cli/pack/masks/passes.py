@@ -1,0 +1,168 @@
+"""The passes of masking: measure what every threshold would keep, then add task vectors up and write the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peru_cli.artifacts.packs.masks import Block, MaskWriter, mask_digest, mask_leaves
+from peru_cli.methods.masking import TALL, Flags, Overlap, magnitude_mask, tall_mask
+from peru_cli.pack.passes import PIECE, Added, Doubles, Gather, PackBuffers, Superpose
+from peru_cli.pack.plan import PackPlan
+from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.family import StreamSettings
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What makes one task's mask: the threshold (a magnitude for magnitude masks), and how many of its equals are kept."""
+
+    threshold: float
+    equals: int = 0
+
+
+def _add_up(rows: Doubles) -> Doubles:
+    """Sum over rows, one after the other: their order is that of the names; (n,)."""
+    total: Doubles = rows[0].copy()
+    for row in rows[1:]:
+        total += row
+    return total
+
+
+def _pieces(n: int) -> list[slice]:
+    """Fixed pieces of a tile: what is summed over them is the same whatever the tile, and they fit the CPU's cache."""
+    return [slice(start, start + PIECE) for start in range(0, n, PIECE)]
+
+
+def _overlap(total: Doubles, vector: Doubles, mask: Flags) -> tuple[float, float, int]:
+    """Of one piece: ||m total||^2, <m total, vector> and the number kept."""
+    kept = total * mask
+    return float(np.dot(kept, kept)), float(np.dot(kept, vector)), int(np.count_nonzero(mask))
+
+
+class MaskGather:
+    """Inner products as Gather has them, and for each task and candidate cut, tensor by tensor, what its mask would keep."""
+
+    def __init__(self, plan: PackPlan, how: StreamSettings, method: str, candidates: Sequence[Sequence[Cut]]) -> None:
+        self.inner = Gather(plan, how, wide=True)
+        self._method, self._candidates, self._sums = method, candidates, plan.sums
+        size = len(candidates), max(map(len, candidates)), 3
+        self.overlaps = {tensor.info.name: np.zeros(size) for tensor in plan.sums}
+
+    def buffers(self) -> PackBuffers:
+        return self.inner.buffers()
+
+    def apply(self, tile: Tile, room: PackBuffers) -> tuple[list[Doubles], Doubles]:
+        tables = self.inner.apply(tile, room)
+        found = np.zeros((len(tables), *self.overlaps[self._sums[tile.tensor].info.name].shape))
+        vectors = room.rows[:-1, : tile.stop - tile.start]
+        for piece, part in enumerate(_pieces(tile.stop - tile.start)):
+            rows = vectors[:, part]
+            total = _add_up(rows)
+            for task, cuts in enumerate(self._candidates):
+                own = np.abs(rows[task])
+                rest = np.abs(total - rows[task]) if self._method == TALL else own
+                for number, cut in enumerate(cuts):
+                    mask = tall_mask(own, rest, cut.threshold) if self._method == TALL else magnitude_mask(own, cut.threshold, True)
+                    found[piece, task, number] = _overlap(total, rows[task], mask)
+        return tables, found
+
+    def commit(self, tile: Tile, result: tuple[list[Doubles], Doubles]) -> None:
+        tables, found = result
+        self.inner.commit(tile, tables)
+        overlaps = self.overlaps[self._sums[tile.tensor].info.name]
+        for piece in found:
+            overlaps += piece
+
+    def finish(self, tile: Tile, committed: None, buffers: PackBuffers) -> None:
+        pass
+
+
+@dataclass
+class Masked:
+    """A tile's sums, its masks (tasks, n), which entries equal a threshold, and what is needed to measure a mask again."""
+
+    added: Added
+    masks: Flags
+    equals: dict[int, Flags]  # by task
+    overlaps: Doubles  # (tasks, pieces, 3)
+    rows: Doubles
+
+    def measure(self, task: int) -> None:
+        """What a task's mask keeps of the sums."""
+        for piece, part in enumerate(_pieces(self.masks.shape[1])):
+            self.overlaps[task, piece] = _overlap(self.rows[-1, part], self.rows[task, part], self.masks[task, part])
+
+
+class _Sums(Superpose):
+    """A plain sum of which every task gets back what its mask keeps."""
+
+    def came_back(self, number: int) -> tuple[float, float]:
+        return self.overlaps[number].square, self.overlaps[number].product
+
+    overlaps: Sequence[Overlap] = ()
+
+
+class WriteMasks:
+    """Round and add up task vectors, mask the sums, digest and write both."""
+
+    def __init__(self, plan: PackPlan, how: StreamSettings, writer: MaskWriter, method: str, cuts: Sequence[Cut]) -> None:
+        self.inner = _Sums(plan, how, writer.pack, wide=True)
+        self._writer, self._method, self._cuts, self._sums = writer, method, cuts, plan.sums
+        self._quotas = [cut.equals for cut in cuts]  # of equals that may still be kept
+        self._found = np.zeros((len(cuts), 3))
+        self.mask_digests = [{t.info.name: mask_digest(t.info) for t in plan.sums} for _ in cuts]
+
+    def buffers(self) -> PackBuffers:
+        return self.inner.buffers()
+
+    def apply(self, tile: Tile, room: PackBuffers) -> Masked:
+        added = self.inner.apply(tile, room)
+        n, exponent = tile.stop - tile.start, self._sums[tile.tensor].exponent
+        rows = room.rows[:, :n]  # of task vectors in steps, not rounded; the last one has the sums
+        pieces = _pieces(n)
+        result = Masked(added, np.empty((len(self._cuts), n), np.bool_), {}, np.empty((len(self._cuts), len(pieces), 3)), rows)
+        if self._method == TALL:
+            for part in pieces:
+                total = _add_up(rows[:-1, part])
+                for task, cut in enumerate(self._cuts):
+                    result.masks[task, part] = tall_mask(np.abs(rows[task, part]), np.abs(total - rows[task, part]), cut.threshold)
+        else:
+            for task, cut in enumerate(self._cuts):
+                own, threshold = np.abs(rows[task]), float(np.ldexp(cut.threshold, -exponent))
+                # Once no equals may be kept any more, that stays so: whoever sees it need not look at them.
+                some = self._quotas[task] > 0
+                result.masks[task] = magnitude_mask(own, threshold, some)
+                if some:
+                    result.equals[task] = own == threshold
+        for task in range(len(self._cuts)):
+            result.measure(task)
+        return result
+
+    def commit(self, tile: Tile, result: Masked) -> tuple[Masked, list[Block]]:
+        for task, equals in result.equals.items():
+            positions = np.flatnonzero(equals)
+            if len(positions) > self._quotas[task]:
+                result.masks[task, positions[self._quotas[task] :]] = False
+                result.measure(task)
+            self._quotas[task] -= min(len(positions), self._quotas[task])
+        area = 4.0 ** self._sums[tile.tensor].exponent
+        for piece in range(result.overlaps.shape[1]):
+            self._found += result.overlaps[:, piece] * [area, area, 1.0]
+        self.inner.tally(result.added)
+        return result, self._writer.add(result.added.sums, result.masks)
+
+    def finish(self, tile: Tile, committed: tuple[Masked, list[Block]], buffers: PackBuffers) -> None:
+        result, blocks = committed
+        name = self._sums[tile.tensor].info.name
+        for digests, mask in zip(self.mask_digests, result.masks, strict=True):
+            digests[name].add_at(tile.start, mask_leaves(mask))
+        for block in blocks:
+            self._writer.write(block)
+
+    def settle(self) -> list[Overlap]:
+        """What came out, by task, once all tiles are done."""
+        self.inner.overlaps = [Overlap(float(square), float(product), int(kept)) for square, product, kept in self._found]
+        return list(self.inner.overlaps)

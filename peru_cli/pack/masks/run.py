@@ -1,0 +1,164 @@
+"""`peru shuffle-pack --method tall-masks|magnitude-masks`: the sum of all task vectors, and a mask for each task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from peru_cli.artifacts.packs.masks import MaskWriter
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+from peru_cli.methods import masking
+from peru_cli.methods.masking import GRID, MAGNITUDE, TALL, Overlap
+from peru_cli.methods.superpose import quality
+from peru_cli.pack.masks.passes import Cut, MaskGather, WriteMasks
+from peru_cli.pack.measure import Measured, settle_steps
+from peru_cli.pack.plan import PackOptions, PackPlan, plan_pack
+from peru_cli.pack.seal import PackResult, PackSealer
+from peru_cli.prune.run import key_value
+from peru_cli.streaming.digests import checkpoint_digest
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import TilePlan
+from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are made. `thresholds` by task, "" for all others; a task without one gets the best of the grid."""
+
+    method: str = TALL
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    keep: Fraction = Fraction(1, 10)  # of magnitude masks
+
+    @property
+    def passes(self) -> int:
+        """How often everything is read, if the sample predicts the magnitudes well."""
+        return 3 if self.method == MAGNITUDE else 2
+
+
+@dataclass
+class TaskMask:
+    """What became of one task's mask."""
+
+    task: str
+    threshold: float
+    from_grid: bool
+    kept: int
+    nbytes: int
+
+
+@dataclass
+class MaskResult:
+    """What was written; `pack.best_scale` is that of the masked sums."""
+
+    pack: PackResult
+    method: str
+    masks: list[TaskMask]
+
+
+def plan_masks(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options: PackOptions, masks: MaskOptions) -> PackPlan:
+    """Settle what is written. Mismatch with all problems at once; UsageError for options that cannot be."""
+    everything = re.compile("")
+    plan = plan_pack(base, tasks, replace(options, decorrelate="none", signs=False, exclude=everything))
+    plan.metadata = {"peru.method": masks.method} | {key: plan.metadata[key] for key in ("peru.scale", "peru.entries")}
+    names = [vector.name for vector in plan.vectors]
+    for name in masks.thresholds:
+        if name and name not in names:
+            raise UsageError(f"--threshold {name}=...: no model is called {name!r}", f"the tasks are {', '.join(names)}")
+    if masks.method == MAGNITUDE:
+        plan.metadata["peru.density"] = str(masks.keep)
+        if not int(masks.keep * plan.entries):
+            raise UsageError(f"--keep {float(masks.keep):g} of {plan.entries:,} entries keeps nothing", "keep more")
+    return plan
+
+
+def make_masks(
+    plan: PackPlan,
+    masks: MaskOptions,
+    target: Path,
+    how: StreamSettings,
+    sync: bool,
+    precision: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> MaskResult:
+    """Write the artifact.
+
+    Args:
+        precision: bits of the step below the task vectors' RMS; the default is the fewest that do not show.
+
+    Raises BadFile for values that cannot be summed.
+    """
+    scale = float(plan.metadata["peru.scale"])
+    tiles = TilePlan([t.info.entries for t in plan.sums], how.tile_entries)
+    if masks.method == MAGNITUDE:
+        note("finding thresholds")
+    candidates = _candidates(plan, masks, how)
+    note("measuring")
+    gather = MaskGather(plan, how, masks.method, candidates)
+    run(gather, tiles, how.threads, how.advance)
+    tables = gather.inner.tables
+    everything = sum(tables.values(), np.zeros((len(plan.vectors),) * 2))
+    measured = Measured(everything, np.zeros_like(everything), tables)
+    bits = masking.default_precision(len(plan.vectors)) if precision is None else precision
+    plan.metadata["peru.precision"] = str(settle_steps(plan, measured, bits))
+    cuts, predicted = [], []
+    for task, own in enumerate(np.diag(everything).tolist()):
+        exact = [_overlap(gather, task, number) for number in range(len(candidates[task]))]
+        chosen = masking.choose_threshold(own, exact, scale)
+        cuts.append(candidates[task][chosen])
+        square = exact[chosen].square + _rounding(plan, gather, task, chosen)
+        predicted.append(quality(own, square, exact[chosen].product, scale))
+    note("masking")
+    largest = {**plan.metadata, "peru.sums": "0" * 64}
+    writer = MaskWriter(target, largest, len(plan.vectors), sync)
+    with writer.pack:
+        step = WriteMasks(plan, how, writer, masks.method, cuts)
+        run(step, tiles, how.threads, how.advance)
+        for block in writer.rest():
+            writer.write(block)
+        overlaps = step.settle()
+        for record, cut, overlap, digests in zip(writer.masks, cuts, overlaps, step.mask_digests, strict=True):
+            record.threshold, record.kept = repr(cut.threshold), int(overlap.kept)
+            record.digest = checkpoint_digest({name: digest.digest() for name, digest in digests.items()})
+        result = PackSealer(plan, step.inner, writer.pack, measured, predicted, {}, None, None, how).finish(target, scale)
+    result.best_scale = masking.best_scale(overlaps)
+    return MaskResult(result, masks.method, _report(plan, candidates, cuts, writer))
+
+
+def _report(plan: PackPlan, candidates: Sequence[Sequence[Cut]], cuts: Sequence[Cut], writer: MaskWriter) -> list[TaskMask]:
+    return [
+        TaskMask(vector.name, cut.threshold, len(found) > 1, record.kept, record.nbytes)
+        for vector, found, cut, record in zip(plan.vectors, candidates, cuts, writer.masks, strict=True)
+    ]
+
+
+def _candidates(plan: PackPlan, masks: MaskOptions, how: StreamSettings) -> list[list[Cut]]:
+    """What each task's mask may be cut at: the grid, what was asked for, or the exact magnitude."""
+    if masks.method == TALL:
+        given = [masks.thresholds.get(vector.name, masks.thresholds.get("")) for vector in plan.vectors]
+        return [[Cut(threshold)] if threshold is not None else [Cut(threshold) for threshold in GRID] for threshold in given]
+    family = Family(plan.base, plan.vectors, how)
+    kept = int(masks.keep * plan.entries)
+    found = find_thresholds(family, range(len(family.slots)), dict.fromkeys(range(len(plan.vectors)), kept))
+    family.forget()
+    cuts = []
+    for number, vector in enumerate(plan.vectors):
+        threshold = found[number].threshold
+        cuts.append([Cut(key_value(max(threshold.key, 0), vector.wide), threshold.equals or 0)])
+    return cuts
+
+
+def _overlap(gather: MaskGather, task: int, number: int) -> Overlap:
+    square, product, kept = sum(table[task, number] for table in gather.overlaps.values()).tolist()
+    return Overlap(square, product, kept)
+
+
+def _rounding(plan: PackPlan, gather: MaskGather, task: int, number: int) -> float:
+    """What rounding all tasks to steps adds to the square of what is kept."""
+    kept = {name: float(table[task, number, 2]) for name, table in gather.overlaps.items()}
+    return len(plan.vectors) * sum(kept[tensor.info.name] * 4.0**tensor.exponent for tensor in plan.sums) / 12

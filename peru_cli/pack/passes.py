@@ -1,0 +1,228 @@
+"""The passes of packing: measure the task vectors where they are, then move, flip, round and add them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peru_cli.artifacts.packs.pack import Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor
+from peru_cli.artifacts.packs.writer import PackWriter
+from peru_cli.errors import BadFile
+from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.superpose import LARGEST, flip
+from peru_cli.pack.plan import PackPlan
+from peru_cli.streaming.aligned import TileBuffer, read_bits
+from peru_cli.streaming.arrays import CPU
+from peru_cli.streaming.digests import TensorDigest, leaves
+from peru_cli.streaming.tiles import CHUNK, Tile
+from peru_cli.vectors.family import StreamSettings
+
+if TYPE_CHECKING:
+    from peru_cli.pack.base import NewBase
+
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+PIECE = CHUNK // 2  # entries of one inner product: no linear algebra library uses several threads for so few
+
+
+def inner_products(rows: Doubles) -> list[Doubles]:
+    """Tables (rows, rows) of inner products, one for each piece of (rows, n): fixed pieces, whatever the tile."""
+    count, n = rows.shape
+    tables = []
+    for start in range(0, n, PIECE):
+        table = np.empty((count, count))
+        for i in range(count):
+            for j in range(i + 1):
+                table[i, j] = table[j, i] = np.dot(rows[i, start : start + PIECE], rows[j, start : start + PIECE])
+        tables.append(table)
+    return tables
+
+
+class PackBuffers:
+    """One thread's buffers."""
+
+    def __init__(self, how: StreamSettings, rows: int, width: int) -> None:
+        self.base, self.fine = (TileBuffer(CPU, how.tile_entries, width) for _ in range(2))
+        self.vectors = {kind: np.empty(how.tile_entries, kind) for kind in ("f4", "f8")}
+        self.cast = {kind: np.empty(how.tile_entries, kind) for kind in ("f4", "f8")}
+        self.rows = np.empty((rows, how.tile_entries))
+
+
+class _Walk:
+    """Common part: the task vectors of a tile, wherever in the model they come from."""
+
+    def __init__(self, plan: PackPlan, how: StreamSettings, wide: bool = False) -> None:
+        """With `wide`, differences are float64 in all tensors of a task that has an F64 one, as keys are."""
+        self._plan, self._how, self._wide = plan, how, wide
+        self._sums = plan.sums
+        self._whole = {tensor.info.name for tensor in self._sums if tensor.mode == WHOLE}
+        infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
+        self._width = max((info.dtype.bits // 8 for info in infos), default=4)
+
+    def buffers(self) -> PackBuffers:
+        return PackBuffers(self._how, len(self._plan.vectors) + 1, self._width)
+
+    def vector(self, number: int, source: str, tile: Tile, room: PackBuffers) -> tuple[memoryview, memoryview, Doubles]:
+        """Bytes of base and fine-tune, and a task's difference (or its weights) as float32 (float64 for F64), (n,)."""
+        vector = self._plan.vectors[number]
+        pair = vector.pairs[source]
+        base_raw, base_bits = read_bits(self._plan.base, pair.base, tile, room.base)
+        fine_raw, fine_bits = read_bits(vector.fine, pair.fine, tile, room.fine)
+        kind = "f8" if pair.fine.dtype.name == "F64" or (self._wide and vector.wide) else "f4"
+        n = tile.stop - tile.start
+        base = CPU.widen(cast_bits(CPU, base_bits, pair.base.dtype, pair.fine.dtype), pair.fine.dtype, room.cast[kind][:n])
+        fine = CPU.widen(fine_bits, pair.fine.dtype, room.vectors[kind][:n])
+        if source in self._whole:
+            np.copyto(room.vectors[kind][:n], fine)
+            return base_raw, fine_raw, room.vectors[kind][:n]
+        return base_raw, fine_raw, np.subtract(fine, base, out=room.vectors[kind][:n])
+
+    def refuse(self, number: int, source: str, tile: Tile, what: str, room: PackBuffers) -> BadFile:
+        """What is wrong with a task's values, or with the base's."""
+        vector = self._plan.vectors[number]
+        pair, name = vector.pairs[source], vector.pairs[source].fine.name
+        base = CPU.widen(read_bits(self._plan.base, pair.base, tile, room.base)[1], pair.base.dtype, np.empty(tile.stop - tile.start))
+        if not np.isfinite(base).all():
+            where = tile.start + int(np.flatnonzero(~np.isfinite(base))[0])
+            return BadFile(f"{self._plan.base.label}: {pair.base.name!r} is NaN or infinite at entry {where:,}", "repair the base")
+        return BadFile(f"{vector.fine.label}: {name!r} {what} (entries {tile.start:,} to {tile.stop:,})", "leave it out, or repair it")
+
+
+class Gather(_Walk):
+    """Inner products of the task vectors as they are, tensor by tensor."""
+
+    def __init__(self, plan: PackPlan, how: StreamSettings, wide: bool = False) -> None:
+        super().__init__(plan, how, wide)
+        tasks = len(plan.vectors)
+        self.tables = {tensor.info.name: np.zeros((tasks, tasks)) for tensor in self._sums}
+
+    def apply(self, tile: Tile, room: PackBuffers) -> list[Doubles]:
+        name, rows = self._sums[tile.tensor].info.name, room.rows[:-1, : tile.stop - tile.start]
+        for number in range(len(rows)):
+            rows[number] = self.vector(number, name, tile, room)[2]
+        tables = inner_products(rows)
+        for number in range(len(rows)):
+            if not math.isfinite(sum(table[number, number] for table in tables)):
+                raise self.refuse(number, name, tile, "differs from the base by NaN or infinity", room)
+        return tables
+
+    def commit(self, tile: Tile, result: list[Doubles]) -> None:
+        total = self.tables[self._sums[tile.tensor].info.name]
+        for table in result:
+            total += table
+
+    def finish(self, tile: Tile, committed: None, buffers: PackBuffers) -> None:
+        pass
+
+
+@dataclass
+class Added:
+    """A tile's sums, the inner products of what was added and of the sums (the last row), and squares of rounding errors, (T,)."""
+
+    sums: Sums
+    tables: list[Doubles]
+    rounding: Doubles
+
+
+class Superpose(_Walk):
+    """Move, flip, round and add (or take away) task vectors; digest everything that is read and written."""
+
+    def __init__(
+        self, plan: PackPlan, how: StreamSettings, writer: PackWriter, new_base: NewBase | None = None, wide: bool = False
+    ) -> None:
+        """Plain sums go into `new_base`, if there is one."""
+        super().__init__(plan, how, wide)
+        self._writer, self._new_base = writer, new_base
+        self._sources = [plan.arrangement.sources(v.name, plan.shifts[v.name]) for v in plan.vectors]
+        self._infos = {t.info.name: t.info for t in self._sums}
+        self._lock = threading.Lock()
+        self._rows: dict[tuple[int, str], Any] = {}
+        self.products = np.zeros((len(plan.vectors) + 1,) * 2)
+        self.rounding = np.zeros(len(plan.vectors))
+        self.base_digests = {t.info.name: TensorDigest(t.base_dtype, t.info.shape) for t in self._sums}
+        self.sum_digests = {t.info.name: sums_digest(t.info) for t in self._sums}
+        self.results = [
+            {pair.fine.name: TensorDigest(pair.fine.dtype, pair.fine.shape) for pair in vector.pairs.values()} for vector in plan.vectors
+        ]
+
+    def apply(self, tile: Tile, room: PackBuffers) -> Added:
+        record, n = self._sums[tile.tensor], tile.stop - tile.start
+        old, removing = self._plan.old, self._plan.removing
+        sums = old.sums(old.records[record.info.name], tile.start, tile.stop).astype(np.int32) if old is not None else np.zeros(n, np.int32)
+        rows = room.rows[:, :n]
+        rounding = np.zeros(len(self._plan.vectors))
+        for number, vector in enumerate(self._plan.vectors):
+            source = self._sources[number].get(record.info.name, record.info.name)
+            base_raw, fine_raw, steps = self.vector(number, source, tile, room)
+            pair = vector.pairs[source]
+            if number == 0:  # every task reads each base tensor once, in an order of its own
+                self.base_digests[source].add_at(tile.start, leaves(base_raw, pair.base.dtype))
+                if self._new_base is not None and record.is_target:
+                    self._new_base.copy(self._infos[source], tile, base_raw)
+            self.results[number][pair.fine.name].add_at(tile.start, leaves(fine_raw, pair.fine.dtype))
+            if (signs := self._signs(number, record)) is not None:
+                flip(steps, signs, tile.start)
+            _in_steps(steps, record.exponent)
+            rows[number] = steps
+            np.rint(steps, out=steps)
+            self._check(number, source, tile, steps, room)
+            difference = rows[number] - steps
+            rounding[number] = np.dot(difference, difference)
+            (np.subtract if removing else np.add)(sums, steps.astype(np.int32), out=sums)
+        if self._new_base is not None and not record.is_target:
+            self._new_base.merge(record, tile, base_raw, sums)
+        rows[-1] = sums
+        area = 4.0**record.exponent
+        tables = [] if removing else [table * area for table in inner_products(rows)]
+        self.sum_digests[record.info.name].add_at(tile.start, sum_leaves(sums))
+        return Added(sums, tables, rounding * area)
+
+    def _signs(self, number: int, record: PackedTensor) -> Any:
+        """Signs of a target tensor, made once."""
+        if not record.is_target:
+            return None
+        key = number, record.info.name
+        with self._lock:
+            if key not in self._rows:
+                # Tiles come in order, so those of tensors before this one are hardly asked for again.
+                self._rows = {k: v for k, v in self._rows.items() if k[1] >= record.info.name}
+                self._rows[key] = self._plan.arrangement.row(self._plan.vectors[number].name, record.info)
+            return self._rows[key]
+
+    def _check(self, number: int, source: str, tile: Tile, steps: Doubles, room: PackBuffers) -> None:
+        if len(steps) and not (float(steps.max()) <= LARGEST and float(steps.min()) >= -LARGEST):
+            finite = np.isfinite(steps).all()
+            what = "has changes too large for the pack's step: a coarser one (--precision) holds them" if finite else "is not finite"
+            raise self.refuse(number, source, tile, what, room)
+
+    def commit(self, tile: Tile, result: Added) -> list[tuple[int, Sums]]:
+        self.tally(result)
+        if self._new_base is not None and not self._sums[tile.tensor].is_target:
+            return []
+        return self._writer.add(result.sums)
+
+    def tally(self, result: Added) -> None:
+        """Count what was measured of a tile, in canonical order."""
+        for table in result.tables:
+            self.products += table
+        self.rounding += result.rounding
+
+    def came_back(self, number: int) -> tuple[float, float]:
+        """Of a task's vector as it comes back, unscaled: its square, and the inner product with the task vector."""
+        return float(self.products[-1, -1]), float(self.products[-1, number])
+
+    def finish(self, tile: Tile, committed: list[tuple[int, Sums]], buffers: PackBuffers) -> None:
+        for block in committed:
+            self._writer.write(block)
+
+
+def _in_steps(values: Doubles, exponent: int) -> None:
+    """values / 2^exponent, exactly, in place."""
+    if -126 <= exponent <= 126:
+        np.multiply(values, values.dtype.type(2.0**-exponent), out=values)
+    else:
+        np.ldexp(values, -exponent, out=values)

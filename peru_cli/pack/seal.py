@@ -1,0 +1,231 @@
+"""What follows a pack's sums: residuals, tasks' own tensors, side files, index, header; and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from peru_cli.artifacts.index import FROM_BASE, STORED, SideFile
+from peru_cli.artifacts.packs.superposed import COPY, UNKNOWN, BlockGroup, PackIndex, TaskRecord, TaskTensor
+from peru_cli.artifacts.packs.writer import PackWriter
+from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch
+from peru_cli.finetunes.pack_base import refuse_pack_base
+from peru_cli.methods.superpose import Quality, best_scale, quality
+from peru_cli.pack.base import NewBase
+from peru_cli.pack.measure import Measured
+from peru_cli.pack.passes import Doubles, Superpose
+from peru_cli.pack.plan import PackPlan
+from peru_cli.pack.residual import write_residuals
+from peru_cli.prune.run import stream_digest
+from peru_cli.streaming.digests import SHORT, checkpoint_digest
+from peru_cli.streaming.tiles import CHUNK
+from peru_cli.vectors.family import StreamSettings
+
+
+@dataclass
+class PackedTask:
+    """What became of a task that was packed."""
+
+    name: str
+    norm: float
+    predicted: Quality
+    measured: Quality
+    rounding: float  # what rounding to steps changed, against the norm
+    whole_bytes: int
+    residual_error: float | None = None  # what is missed with the residual, against the norm
+    residual_bytes: int = 0
+
+
+@dataclass
+class PackResult:
+    """What was written. `left_out` are tasks that would miss too much, with what they were predicted to miss."""
+
+    path: Path
+    tasks: list[PackedTask]
+    all_tasks: list[str]
+    left_out: dict[str, float]
+    file_bytes: int
+    sums_bytes: int
+    entries: int
+    precision: int
+    scale: float
+    best_scale: float | None
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of the sums for each of them."""
+        return 8 * self.sums_bytes / max(self.entries, 1)
+
+
+class PackSealer:
+    """What follows the sums: tasks' own tensors, side files, index, header."""
+
+    def __init__(
+        self, plan: PackPlan, step: Superpose, writer: PackWriter, measured: Measured | None,
+        predicted: Sequence[Quality], left_out: dict[str, float], new_base: NewBase | None,
+        residual: Fraction | None, how: StreamSettings, note: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self._plan, self._step, self._writer, self._new_base = plan, step, writer, new_base
+        self._measured, self._predicted, self._left_out = measured, predicted, left_out
+        self._residual, self._how, self._note = residual, how, note
+        self._contents: dict[bytes, bytes] = {}  # side files that are stored, by digest
+        old = plan.old
+        self._records = {task.name: task for task in (old.index.tasks if old is not None else [])}
+
+    def finish(self, target: Path, scale: float) -> PackResult:
+        """Write all of it, and put the pack in place."""
+        plan, step = self._plan, self._step
+        if self._new_base is None:
+            self._digest_base()
+        elif (name := self._new_base.settle()) is not None:
+            plan.metadata |= name.metadata()
+        reports = []
+        for number, vector in enumerate(plan.vectors):
+            if plan.removing:
+                self._prove(number)
+            else:
+                self._records[vector.name], report = self._record(number, scale)
+                reports.append(report)
+        if plan.removing:
+            for vector in plan.vectors:
+                del self._records[vector.name]
+            for record in self._records.values():
+                for vector in plan.vectors:
+                    record.cosines.pop(vector.name, None)
+        tasks = [self._records[name] for name in sorted(self._records)]
+        self._order_cosines(tasks)
+        index = PackIndex([BlockGroup(g.prefix, g.depth) for g in plan.arrangement.groups], plan.tensors, self._writer.blocks, tasks, [])
+        if self._residual is not None:
+            self._add_residuals(index, reports)
+        for task in tasks:
+            self._store(task, plan)
+        contents = sorted(self._contents.items())
+        index.contents = [(len(content), digest) for digest, content in contents]
+        sums = checkpoint_digest({tensor.info.name: step.sum_digests[tensor.info.name].digest() for tensor in plan.sums})
+        before = self._new_base.commit if self._new_base is not None else lambda: None
+        size = self._writer.finish(plan.metadata | {"peru.sums": sums.hex()}, index, [content for _, content in contents], before)
+        square, products = float(step.products[-1, -1]), [float(x) for x in step.products[-1, :-1]]
+        return PackResult(
+            target, reports, [task.name for task in tasks], self._left_out, size, sum(block.nbytes for block in index.blocks),
+            plan.entries, int(plan.metadata["peru.precision"]), scale, None if plan.removing else best_scale(products, square),
+        )  # fmt: skip
+
+    def _add_residuals(self, index: PackIndex, reports: Sequence[PackedTask]) -> None:
+        plan, products, density = self._plan, self._step.products, self._residual
+        assert density is not None
+        energies = {vector.name: float(products[number, number]) for number, vector in enumerate(plan.vectors)}
+        with ExitStack() as stack:
+            base = stack.enter_context(self._new_base.opened()) if self._new_base is not None else plan.base
+            index.residuals = write_residuals(plan, base, index, energies, self._writer, density, self._how, self._note)
+        found = {task.name: residual for task, residual in zip(index.tasks, index.residuals, strict=True)}
+        for report in reports:
+            report.residual_error, report.residual_bytes = float(found[report.name].error), found[report.name].nbytes
+
+    def _digest_base(self) -> None:
+        """Digests of base tensors: recorded in a new pack, compared with those of an old one."""
+        plan, problems = self._plan, []
+        for tensor in plan.tensors:
+            if tensor.mode == COPY:
+                digest = stream_digest(plan.base, plan.base.tensors[tensor.info.name])[:SHORT]
+            else:
+                digest = self._step.base_digests[tensor.info.name].digest()[:SHORT]
+            if plan.old is None:
+                tensor.base_digest = digest
+            elif tensor.base_digest != digest:
+                problems.append(f"{tensor.info.name}: other contents in {plan.base.label}")
+        if plan.old is not None:
+            refuse_pack_base(problems, plan.old, plan.base.label)
+
+    def _fine_digest(self, number: int, own: dict[str, bytes]) -> bytes:
+        """Digest of a whole fine-tune, given those of its own tensors."""
+        vector = self._plan.vectors[number]
+        digests = {name: digest.digest() for name, digest in self._step.results[number].items()} | own
+        for pair in self._plan.same[vector.name]:
+            digests[pair.fine.name] = stream_digest(vector.fine, pair.fine)
+        return checkpoint_digest(digests)
+
+    def _prove(self, number: int) -> None:
+        """Refuse a fine-tune that is not the one that was packed."""
+        plan = self._plan
+        vector = plan.vectors[number]
+        assert plan.old is not None
+        own = {info.name: stream_digest(vector.fine, info) for info in plan.heads[vector.name]}
+        if self._fine_digest(number, own) != plan.old.tasks[vector.name].digest:
+            raise Mismatch(
+                f"{vector.fine.label} is not the checkpoint that was packed as {vector.name!r} in {plan.old.path}",
+                "removing it needs the very same weights, bit for bit; nothing was changed",
+            )
+
+    def _record(self, number: int, scale: float) -> tuple[TaskRecord, PackedTask]:
+        plan, vector, products = self._plan, self._plan.vectors[number], self._step.products
+        own = {info.name: stream_digest(vector.fine, info) for info in plan.heads[vector.name]}
+        energy = float(products[number, number])
+        found = quality(energy, *self._step.came_back(number), scale)
+        norm = energy**0.5
+        rounding = float(self._step.rounding[number]) ** 0.5 / norm if norm else 0.0
+        together = len(plan.vectors) + (len(plan.old.tasks) if plan.old is not None else 0)
+        record = TaskRecord(
+            vector.name, vector.pairing.prefix, plan.shifts[vector.name], self._fine_digest(number, own), together,
+            _decimal(norm, 6), _decimal(found.error), _decimal(found.cosine), _decimal(rounding),
+        )  # fmt: skip
+        record.tensors = [TaskTensor(info, own[info.name][:SHORT]) for info in sorted(plan.heads[vector.name], key=lambda t: t.name)]
+        record.files = [self._side_file(name, vector.fine) for name in sorted(vector.fine.side_files)]
+        assert self._measured is not None
+        for other in range(len(plan.vectors)):
+            pair = [_cosine(table, number, other) for table in (self._measured.everything, products)]
+            record.cosines[plan.vectors[other].name] = pair[0], pair[1]
+        return record, PackedTask(vector.name, norm, self._predicted[number], found, rounding, record.whole_bytes)
+
+    def _side_file(self, name: str, fine: Checkpoint) -> SideFile:
+        content = fine.side_files[name].read_bytes()
+        place = self._plan.base.side_files.get(name)
+        other = self._new_base.files.get(name) if self._new_base is not None else place.read_bytes() if place is not None else None
+        digest = short_digest(content)
+        if other == content:
+            return SideFile(name, FROM_BASE, len(content), digest)
+        self._contents[digest] = content
+        return SideFile(name, STORED, len(content), digest)
+
+    @staticmethod
+    def _order_cosines(tasks: Sequence[TaskRecord]) -> None:
+        """Keep each pair's cosines with the task that comes later."""
+        by_name = {task.name: task for task in tasks}
+        known = {(task.name, other): pair for task in tasks for other, pair in task.cosines.items() if other in by_name}
+        for number, task in enumerate(tasks):
+            before = [other.name for other in tasks[:number]]
+            task.cosines = {o: known.get((task.name, o)) or known.get((o, task.name)) or (UNKNOWN, UNKNOWN) for o in before}
+
+    def _store(self, task: TaskRecord, plan: PackPlan) -> None:
+        """Append a task's own tensors, from its fine-tune or the old pack, and keep the old pack's side files."""
+        fines = {} if plan.removing else {vector.name: vector.fine for vector in plan.vectors}
+        for tensor in task.tensors:
+            if task.name in fines:
+                stream_digest(fines[task.name], tensor.info, self._writer.append_whole)
+                continue
+            assert plan.old is not None
+            plan.old.verify_whole(task, tensor)
+            room = memoryview(bytearray(min(16 * CHUNK, tensor.info.nbytes)))
+            for at in range(0, tensor.info.nbytes, max(len(room), 1)):
+                part = room[: tensor.info.nbytes - at]
+                plan.old.read_whole(task, tensor, at, part)
+                self._writer.append_whole(part)
+        if task.name not in fines and plan.old is not None:
+            for file in task.files:
+                if file.origin == STORED:
+                    self._contents[file.digest] = plan.old.side_file(file)
+
+
+def _decimal(value: float, digits: int = 4) -> str:
+    """So many significant digits, as the format has decimals."""
+    return repr(float(f"{value:.{digits}g}"))
+
+
+def _cosine(table: Doubles, i: int, j: int) -> int:
+    """In 1/10,000."""
+    norms = float(table[i, i]) * float(table[j, j])
+    return round(10_000 * float(table[i, j]) / norms**0.5) if norms > 0 else 0

@@ -1,0 +1,1 @@
+"""`peru prune`: fine-tunes compressed to sparse deltas of a base."""

@@ -1,0 +1,267 @@
+"""One artifact of `peru prune` in the making: kept entries, tensors stored whole, side files, metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peru_cli.artifacts.container import seal_of
+from peru_cli.artifacts.index import COPY as COPY_OF_BASE
+from peru_cli.artifacts.index import DELTA, EXACT, FROM_BASE, ROUNDED, STORED, WHOLE, SideFile, Stream, TensorRecord
+from peru_cli.artifacts.sparse_delta import SparseDeltaWriter, short_digest
+from peru_cli.checkpoints.base_name import BaseName
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.journal import Journal
+from peru_cli.checkpoints.pairing import Pair
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.prune.journal import written_bytes
+from peru_cli.streaming.digests import SHORT, TensorDigest, checkpoint_digest, leaves
+from peru_cli.streaming.tiles import CHUNK
+from peru_cli.vectors.family import TaskVector
+from peru_cli.vectors.selection import Select, Sink
+
+_PIECE = 16 * CHUNK  # entries read at once where a tensor is only copied or compared
+SEALED = "sealed"  # in a journal: digests of finished artifacts by file name, before any is put in place
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What to keep. `density` None keeps every changed entry (lossless)."""
+
+    density: Fraction | None
+    scope: str = "global"  # or "tensor"
+    values: str = "auto"  # or "exact", "bf16"
+    per_task: str | None = None
+    base_name: BaseName | None = None
+
+    def rounds(self, dtype: Dtype) -> bool:
+        """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless."""
+        if dtype.bits == 16 or self.values == "exact":
+            return False
+        return self.values == "bf16" or self.density is not None
+
+
+@dataclass
+class PruneTask:
+    """One fine-tune to be compressed to `target`."""
+
+    vector: TaskVector
+    target: Path
+    density: Fraction | None
+    in_place: bool = False  # finished by an earlier run of this command, if its journal is of this command
+
+    @property
+    def entries(self) -> int:
+        """n: floating entries of all paired tensors."""
+        return self.vector.pairing.float_entries
+
+
+@dataclass
+class PruneResult:
+    """What became of a task."""
+
+    task: str
+    path: Path
+    entries: int
+    changed: int
+    kept: int
+    file_bytes: int
+    delta_bytes: int  # file_bytes less tensors stored whole and side files: what bits a parameter count
+    whole_bytes: int
+    side_bytes: int
+    fine_bytes: int
+    not_finite: int
+    largest_error: float
+    whole: list[TensorInfo] = field(default_factory=list)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of the delta for each paired floating entry."""
+        return 8 * self.delta_bytes / max(self.entries, 1)
+
+
+class Job:
+    """One artifact in the making."""
+
+    journal: Journal
+
+    def __init__(self, number: int, base: Checkpoint, task: PruneTask, options: PruneOptions, sync: bool) -> None:
+        self._number, self._base, self._task, self.options = number, base, task, options
+        pairs = task.vector.pairs.values()
+        dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
+        streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
+        self.writer = SparseDeltaWriter(task.target, streams, self._metadata(None), sync, resume=True)
+        self.sink = Sink(self.writer, streams)
+
+    def holds(self, journal: Journal) -> bool:
+        """Whether the unfinished file is as long as a journal says, or the finished one is in its place."""
+        noted = sum(value[1] for key, value in journal.notes.items() if key.startswith(self._key("")))
+        written = written_bytes(journal, self._number, self.sink.streams)
+        return is_in_place(self._task.target, journal.notes) or self.writer.container.holds(written + noted)
+
+    def _key(self, name: str) -> str:
+        return f"whole {self._number} {name}"
+
+    def _once(self, what: str, nbytes: int, make: Callable[[], bytes | None]) -> bytes | None:
+        """A digest that an earlier run noted, and `nbytes` that it appended, or what `make` gives and appends, noted."""
+        key, writer = self._key(what), self.writer
+        if key in self.journal.notes:
+            digest, nbytes = self.journal.notes[key]
+            writer.container.skip("whole", nbytes)
+            return bytes.fromhex(digest) if digest else None
+        made = make()
+        self.journal.note(key, [made.hex() if made else "", nbytes])
+        return made
+
+    def _metadata(self, measured: dict[str, str] | None) -> dict[str, str]:
+        """Metadata of the artifact; without measured values, the longest that it can become."""
+        task, options = self._task, self.options
+        metadata = {
+            "peru.task": task.vector.name,
+            "peru.prefix": task.vector.pairing.prefix.encode(),
+            "peru.density": str(options.density) if options.density is not None else "lossless",
+            "peru.entries": str(task.entries),
+        }
+        if options.density is not None:
+            metadata["peru.scope"] = options.scope
+        if options.base_name is not None:
+            metadata |= options.base_name.metadata()
+        if measured is None:
+            measured = dict.fromkeys(("peru.kept", "peru.changed"), "9" * 19)
+            measured |= {"peru.threshold": "9" * 26, "peru.largest_error": "9" * 26, "peru.result": "0" * 64}
+            measured |= {"peru.format": "1", "peru.kind": "sparse-delta"}
+        return metadata | measured
+
+    def seal(self, select: Select) -> tuple[PruneResult, str]:
+        """Last blocks, tensors stored whole, side files, index, header; also the digest in the header."""
+        sink, task, fine = self.sink, self._task, self._task.vector.fine
+        for block in self.writer.rest():
+            self.writer.write(block)
+        results = {name: digest.digest() for name, digest in sink.result.items()}
+        records, whole = self._records(select, results)
+        files = list(_side_files(fine, self._base))
+        kept = sum(sink.kept.values())
+        changed = kept if self.options.density is None else sink.changed
+        measured = {
+            "peru.kept": str(kept),
+            "peru.changed": str(changed),
+            "peru.result": checkpoint_digest(results).hex(),
+        }
+        if self.options.scope == "global" and not sink.thresholds[0].keeps_all:
+            measured["peru.threshold"] = repr(key_value(sink.thresholds[0].key, task.vector.wide))
+        if any(stream.values == ROUNDED for stream in sink.streams):
+            measured["peru.largest_error"] = repr(sink.largest_error)
+        size, digest = self.writer.seal(self._metadata(measured), records, files)
+        whole_bytes = sum(record.whole_bytes for record in records)
+        side = sum(file.size for file, _ in files if file.origin == STORED)
+        result = PruneResult(
+            task.vector.name, task.target, task.entries, changed, kept, size, size - whole_bytes - side, whole_bytes, side,
+            fine.nbytes, sink.not_finite, sink.largest_error, whole,
+        )  # fmt: skip
+        return result, digest
+
+    def commit(self) -> None:
+        """Put the sealed artifact in its place, unless an earlier run has."""
+        if not is_in_place(self._task.target, self.journal.notes):
+            self.writer.container.commit()
+
+    def _records(self, select: Select, results: dict[str, bytes]) -> tuple[list[TensorRecord], list[TensorInfo]]:
+        """Index records in canonical order; streams what is stored whole into the artifact."""
+        vector = self._task.vector
+        pairs = {pair.fine.name: pair for pair in vector.pairing.pairs}
+        records, whole = [], []
+        for name in sorted(vector.fine.tensors):
+            info = vector.fine.tensors[name]
+            pair = pairs.get(name)
+            if pair is not None and pair.is_delta:
+                record = TensorRecord(info, DELTA, base_dtype=pair.base.dtype, kept=self.sink.kept[name])
+                record.base_digest = select.base_digests[pair.base.name].digest()[:SHORT]
+                if pair.grown:
+                    record.base_rows = pair.base.shape[0]
+                    record.whole_digest = self._store(info, pair.entries)[:SHORT]
+            elif pair is not None and (digest := self._shared(pair)) is not None:
+                record = TensorRecord(info, COPY_OF_BASE, base_dtype=pair.base.dtype, base_digest=digest[:SHORT])
+                results[name] = digest
+            else:
+                results[name] = self._store(info, 0)
+                record = TensorRecord(info, WHOLE, results[name][:SHORT])
+                whole.append(info)
+            records.append(record)
+        return records, whole
+
+    def _store(self, info: TensorInfo, first: int) -> bytes:
+        """Copy a tensor from entry `first` on into the artifact; its digest, as a tensor of those rows."""
+        fine = self._task.vector.fine
+        rows = first // max(info.entries // info.shape[0], 1) if first else 0
+        shape = (info.shape[0] - rows, *info.shape[1:]) if first else info.shape
+        use = self.writer.append_whole
+        digest = self._once(info.name, info.dtype.nbytes(info.entries - first), lambda: stream_digest(fine, info, use, first, shape))
+        assert digest is not None
+        return digest
+
+    def _shared(self, pair: Pair) -> bytes | None:
+        """The digest of a tensor that both have alike, None if they differ."""
+        return self._once(f"{pair.fine.name} alike", 0, lambda: _shared_digest(self._task.vector.fine, self._base, pair))
+
+
+def key_value(key: int, wide: bool) -> float:
+    """The magnitude that a key stands for."""
+    return float(np.int64(key).view(np.float64)) if wide else float(np.int32(key).view(np.float32))
+
+
+def _pieces(source: Checkpoint, info: TensorInfo, first: int = 0) -> Iterator[memoryview]:
+    """A tensor's bytes from an entry on, piece by piece, in one reused buffer."""
+    if source.ranged and first < info.entries:
+        source.expect([(info.name, info.dtype.nbytes(first), info.dtype.nbytes(info.entries - first))])
+    room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
+    for start in range(first, info.entries, _PIECE):
+        view = memoryview(room)[: info.dtype.nbytes(min(_PIECE, info.entries - start))]
+        source.read_into(info.name, info.dtype.nbytes(start), view)
+        yield view
+
+
+def stream_digest(
+    source: Checkpoint,
+    info: TensorInfo,
+    use: Callable[[memoryview], None] = lambda data: None,
+    first: int = 0,
+    shape: tuple[int, ...] | None = None,
+) -> bytes:
+    """Digest of a tensor from an entry on, as a tensor of that shape; every piece that is read goes to `use`, too."""
+    digest = TensorDigest(info.dtype, info.shape if shape is None else shape)
+    for view in _pieces(source, info, first):
+        digest.add(leaves(view, info.dtype))
+        use(view)
+    return digest.digest()
+
+
+def _shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:
+    """The digest of a tensor that both have alike, None if they differ; reads both once."""
+    if pair.fine.dtype is not pair.base.dtype:
+        return None
+    digest = TensorDigest(pair.base.dtype, pair.base.shape)
+    for a, b in zip(_pieces(base, pair.base), _pieces(fine, pair.fine), strict=True):  # an adapter's come out of what the base just gave
+        if a != b:
+            return None
+        digest.add(leaves(a, pair.base.dtype))
+    return digest.digest()
+
+
+def _side_files(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile, bytes]]:
+    for name, path in sorted(fine.side_files.items()):
+        content = path.read_bytes()
+        other = base.side_files.get(name)
+        same = other is not None and other.read_bytes() == content
+        yield SideFile(name, FROM_BASE if same else STORED, len(content), short_digest(content)), content
+
+
+def is_in_place(target: Path, notes: Mapping[str, Any]) -> bool:
+    """Whether a target is the artifact that a journal's notes say was finished."""
+    digest = notes.get(SEALED, {}).get(target.name)
+    return digest is not None and target.is_file() and seal_of(target) == digest

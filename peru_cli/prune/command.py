@@ -1,0 +1,190 @@
+"""`peru prune`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.errors import UsageError
+from peru_cli.publish.command import destination, publish
+
+if TYPE_CHECKING:
+    from peru_cli.prune.run import PruneOptions, PruneResult, PruneTask
+
+
+def prune(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[TASK=]MODEL", help="Fine-tunes: folders, .safetensors or .bin files, LoRA adapters, artifacts.")
+    ],
+    base: options.Base,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The artifact; a folder for several fine-tunes.")],
+    keep: Annotated[
+        Optional[str], typer.Option("--keep", "-k", metavar="DENSITY", help="Share of entries to keep: 10% or 0.1, largest changes first.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Keep every changed entry: unpack gives the fine-tune bit for bit.")] = False,
+    scope: Annotated[
+        str, typer.Option("--scope", metavar="global|tensor", help="Take the largest over the whole task vector, or in each tensor.")
+    ] = "global",
+    values: Annotated[
+        str,
+        typer.Option("--values", metavar="auto|exact|bf16", help="auto: exact for 16-bit weights, bf16 differences for wider."),
+    ] = "auto",
+    per_task: Annotated[
+        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors with matching names whole (heads).")
+    ] = None,
+    base_id: Annotated[
+        Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
+    ] = None,
+    push: options.Push = None,
+    private: options.Private = False,
+    revision: options.PushRevision = None,
+    commit_message: options.CommitMessage = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    no_sync: options.NoSync = False,
+    stream: options.Stream = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    tile_entries: options.TileEntries = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compress fine-tunes to sparse deltas of a base (Post-Pruning; PERU-FFT with a merged base).
+
+    peru prune MODEL --base BASE -o a.safetensors --keep 10%
+
+    peru prune sst2=MODEL_A news=MODEL_B --base BASE -o deltas/ --keep 5%
+
+    peru prune MODEL --base BASE -o a.safetensors --lossless
+
+    A prune that was killed goes on where it was when the same command is typed again; --force starts afresh.
+    """
+    if (keep is None) == (not lossless):
+        raise UsageError("say how much to keep: either --keep DENSITY or --lossless", "for example --keep 10%")
+    if scope not in ("global", "tensor"):
+        raise UsageError(f"--scope {scope!r} is neither global nor tensor")
+    if values not in ("auto", "exact", "bf16"):
+        raise UsageError(f"--values {values!r} is not auto, exact or bf16")
+    density = options.parse_density(keep) if keep is not None else None
+    options.check_base_id(base_id)
+
+    from peru_cli.checkpoints.base_name import name_base
+    from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
+    from peru_cli.finetunes.expand import as_unpacked, open_fine_tune, verify_expanded
+    from peru_cli.prune import run as job
+    from peru_cli.vectors.settings import streaming
+
+    arguments = split_arguments(models)
+    out = Path(output)
+    several = len(arguments) > 1 or output.endswith("/") or out.is_dir()
+    if not several and out.suffix != ".safetensors":
+        raise UsageError(f"-o {output} should end in .safetensors (or in / for a folder of artifacts)")
+    targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
+    opened_base = open_model(base)
+    opened = [open_fine_tune(a.model, opened_base, a.task) for a in arguments]
+    tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
+    chosen = job.PruneOptions(density, scope, values, per_task)
+    place = destination(push, private, revision, commit_message, force, output)
+    planned = job.plan_prune(opened_base, tasks, chosen, force or dry_run, new_folder=several)
+    for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
+        console.warn(warning)
+    console.note(f"base {base}: {opened_base.kind}, {plural(len(opened_base.tensors), 'tensor')}, {si_bytes(opened_base.nbytes)}")
+    for task in planned:
+        _say_plan(task, chosen)
+    fetched = job.fetch_bytes(opened_base, planned, chosen)
+    if fetched:
+        again = density is not None and scope == "global"
+        why = "; as much as half of it more if the sampled threshold misses, --scope tensor fetches less" if again else ""
+        console.note(f"fetching {si_bytes(fetched)} from the Hub in ranges{why}")
+    if dry_run:
+        console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
+        return
+    chosen = replace(chosen, base_name=name_base(opened_base, base_id))
+    if several:
+        out.mkdir(exist_ok=True)
+    passes = 1 if density is None else 2
+    total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
+    with console.progress(total, "prune") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
+        verify_expanded(opened, how, progress.step)
+        results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step, console.note, fresh=force)
+    _report(results, publish(place, targets, "prune"))
+
+
+def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
+    pairing, fine = task.vector.pairing, task.vector.fine
+    console.note(f"{task.vector.name}: {fine.label}, {fine.kind}, {plural(len(fine.tensors), 'tensor')}, {si_bytes(fine.nbytes)}")
+    console.note(f"  {plural(len(pairing.pairs), 'tensor')} paired ({pairing.prefix}), {count(task.entries)} entries")
+    grown = [pair.fine.name for pair in pairing.pairs if pair.grown]
+    if grown:
+        console.note(f"  grown, new rows stored whole: {', '.join(grown)}")
+    if pairing.whole:
+        names = ", ".join(info.name for info in pairing.whole[:4]) + (", ..." if len(pairing.whole) > 4 else "")
+        console.note(f"  stored whole, {si_bytes(sum(info.nbytes for info in pairing.whole))}: {names}")
+    for info, other in pairing.reshaped[:3]:
+        console.note(f"    {info.name} is {list(info.shape)}, in the base {list(other.shape)}")
+    if chosen.density is not None:
+        console.note(f"  keeping {count(int(chosen.density * task.entries))} entries ({float(chosen.density):.4g}), scope {chosen.scope}")
+
+
+def _planned(task: PruneTask, chosen: PruneOptions) -> dict[str, object]:
+    return {
+        "task": task.vector.name,
+        "output": str(task.target),
+        "entries": task.entries,
+        "keep": None if chosen.density is None else int(chosen.density * task.entries),
+        "paired": len(task.vector.pairing.pairs),
+        "whole": [info.name for info in task.vector.pairing.whole],
+    }
+
+
+def _report(results: list[PruneResult], published: dict[str, object]) -> None:
+    for result in results:
+        if result.not_finite:
+            console.warn(f"{result.task}: {count(result.not_finite)} kept entries differ by NaN or infinity; they are stored exactly")
+    rows = [
+        [
+            r.task,
+            str(r.path),
+            si_bytes(r.file_bytes),
+            f"{r.fine_bytes / r.file_bytes:.1f}x",
+            count(r.kept),
+            f"{100 * r.kept / r.entries:.3g}%",
+            f"{100 * r.changed / r.entries:.3g}%",
+            f"{r.bits_per_parameter:.3f}",
+            si_bytes(r.whole_bytes),
+        ]
+        for r in results
+    ]
+    console.table(["task", "artifact", ">size", ">smaller", ">kept", ">density", ">changed", ">bits/param", ">stored whole"], rows)
+    console.result(
+        [
+            {
+                "task": r.task,
+                "path": str(r.path),
+                "file_bytes": r.file_bytes,
+                "delta_bytes": r.delta_bytes,
+                "whole_bytes": r.whole_bytes,
+                "side_bytes": r.side_bytes,
+                "fine_tune_bytes": r.fine_bytes,
+                "entries": r.entries,
+                "changed": r.changed,
+                "kept": r.kept,
+                "bits_per_parameter": r.bits_per_parameter,
+                "not_finite": r.not_finite,
+                "largest_error": r.largest_error,
+                "whole": [info.name for info in r.whole],
+                **published,
+            }
+            for r in results
+        ]
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(prune)

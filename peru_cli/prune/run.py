@@ -1,0 +1,184 @@
+"""`peru prune`: sparse deltas of one or several fine-tunes against a base that is read once for all.
+
+Post-Pruning (PERU paper, section 4.1) is this with the pre-trained model as base, PERU-FFT with a merged one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from peru_cli.checkpoints.local.atomic import check_room, check_target, may_go_on, partial_path
+from peru_cli.checkpoints.local.journal import Journal, notes_at
+from peru_cli.checkpoints.pairing import pair_checkpoints
+from peru_cli.checkpoints.places import size_of
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+from peru_cli.methods.magnitude import ALL_CHANGED
+from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, key_value, stream_digest
+from peru_cli.prune.journal import PruneLog
+from peru_cli.streaming.arrays import CPU
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import DEFAULT_TILE
+from peru_cli.vectors.family import Family, StreamSettings, TaskVector, counted_bytes, find_thresholds
+from peru_cli.vectors.selection import Select
+from peru_cli.vectors.threshold_journal import ThresholdJournal
+from peru_cli.version import __version__
+
+__all__ = ["PruneOptions", "PruneResult", "PruneTask", "fetch_bytes", "key_value", "plan_prune", "prune", "stream_digest"]
+
+
+def plan_prune(
+    base: Checkpoint, tasks: list[tuple[str, Checkpoint, Path]], options: PruneOptions, force: bool, new_folder: bool = False
+) -> list[PruneTask]:
+    """Check everything that headers can show, before any tensor is read; every problem is an error.
+
+    With `new_folder`, the folder of the targets may be made later.
+    """
+    planned = []
+    left = notes_at(_journal_path(tasks[0][2])) if tasks else {}
+    for name, fine, target in tasks:
+        pairing = pair_checkpoints(fine, base, options.per_task)
+        task = PruneTask(TaskVector(name, fine, pairing), target, options.density)
+        if not task.entries:
+            raise UsageError(f"{fine.label} and {base.label} share no floating-point tensors: there is nothing to prune")
+        if options.density is not None and int(options.density * task.entries) == 0:
+            raise UsageError(f"--keep {float(options.density):g} of {task.entries:,} entries keeps nothing", "keep more")
+        if options.values == "bf16" and options.density is None:
+            raise UsageError("--lossless and --values bf16 contradict each other", "leave one out")
+        task.in_place = not force and is_in_place(target, left)
+        check_target(target, force or task.in_place, new_folder)
+        check_room(target, sum(info.nbytes for info in pairing.whole))
+        planned.append(task)
+    return planned
+
+
+def prune(
+    base: Checkpoint,
+    tasks: list[PruneTask],
+    options: PruneOptions,
+    how: StreamSettings,
+    sync: bool,
+    note: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
+    fresh: bool = False,
+) -> list[PruneResult]:
+    """Write the artifacts; all of them appear, or none. Goes on where a killed run stopped, unless `fresh`."""
+    family = Family(base, [task.vector for task in tasks], how)
+    path, key = _journal_path(tasks[0].target), _key(base, tasks, options)
+    for task in tasks:
+        if task.in_place and SEALED not in notes_at(path, key):
+            check_target(task.target, force=False)  # another command has put it there
+    with ExitStack() as stack:
+        jobs = [Job(number, base, task, options, sync) for number, task in enumerate(tasks)]
+        for job in jobs:
+            stack.enter_context(job.writer)
+        select = Select(family, [job.sink for job in jobs])
+        files = [job.writer.container.file for job in jobs]
+        journal = Journal(path, key, files, sync, lambda journal: not fresh and all(job.holds(journal) for job in jobs))
+        stack.push(lambda *exc: journal.close() if may_go_on(exc) else journal.remove())
+        for job in jobs:
+            job.journal = journal
+        _passes(family, jobs, select, journal, options, note, say)
+        sealed = [job.seal(select) for job in jobs]
+        journal.note(SEALED, {result.path.name: digest for result, digest in sealed})
+        journal.flush()
+        for job in jobs:
+            job.commit()
+        journal.remove()
+        return [result for result, _ in sealed]
+
+
+def _passes(
+    family: Family,
+    jobs: list[Job],
+    select: Select,
+    journal: Journal,
+    options: PruneOptions,
+    note: Callable[[str], None],
+    say: Callable[[str], None],
+) -> None:
+    """Find thresholds, then select, encode and write, but for what the journal has."""
+    how, slots = family.how, len(family.slots)
+    log = PruneLog(journal, family, select, [job.sink for job in jobs])
+    per_slot = options.density is not None and options.scope == "tensor"
+    first = log.restore(per_slot)
+    if journal.notes:
+        say(f"going on after {first} of {slots} tensors of an earlier run" if first else "going on where an earlier run stopped")
+    select.watcher = log
+    if per_slot:
+        # Tensor by tensor, so that what came over the network need not come twice.
+        note("selecting and encoding")
+        how.advance(2 * sum(family.entries[:first]))
+        for slot in range(first, slots):
+            _set_thresholds(family, jobs, range(slot, slot + 1))
+            run(select, family.tiles(slot), how.threads, how.advance)
+            family.forget()
+        return
+    if not first:
+        note("finding thresholds" if options.density is not None else "comparing")
+        _set_thresholds(family, jobs, range(slots), ThresholdJournal(journal, "threshold", family.ranged))
+    note("selecting and encoding")
+    how.advance(sum(family.entries[:first]))
+    run(select, family.plan(first), how.threads, how.advance)
+    family.forget()
+
+
+def _journal_path(target: Path) -> Path:
+    path = partial_path(target)
+    return path.with_name(f"{path.name}-journal")
+
+
+def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> str:
+    """A digest of all that decides the artifacts' bytes."""
+    named = options.base_name.metadata() if options.base_name is not None else None
+    parts: list[object] = [__version__, str(options.density), options.scope, options.values, named, base.identity()]
+    for task in tasks:
+        pairing = task.vector.pairing
+        pairs = [(pair.fine.name, pair.base.name, pair.grown) for pair in pairing.pairs]
+        whole = [info.name for info in pairing.whole]
+        parts.append([task.vector.name, task.target.name, task.vector.fine.identity(), pairing.prefix.encode(), pairs, whole])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _set_thresholds(family: Family, jobs: list[Job], slots: range, log: ThresholdJournal | None = None) -> None:
+    """Find each task's threshold over some slots."""
+    density = jobs[0].options.density
+    if density is None:
+        for job in jobs:
+            job.sink.add_threshold(ALL_CHANGED)
+        return
+    names = [family.slots[slot].name for slot in slots]
+    entries = [sum(pair.entries for name in names if (pair := task.pairs.get(name)) is not None) for task in family.tasks]
+    found = find_thresholds(family, slots, {number: int(density * n) for number, n in enumerate(entries)}, log)
+    for number, job in enumerate(jobs):
+        job.sink.add_threshold(found[number].threshold)
+        job.sink.changed += found[number].changed
+
+
+def fetch_bytes(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> int:
+    """Bytes that pruning will fetch over the network if the sample predicts the thresholds well; 0 if it reads files."""
+    family = Family(base, [task.vector for task in tasks], StreamSettings(CPU, 1, DEFAULT_TILE))
+    twice = (
+        []
+        if options.density is None
+        else [range(i, i + 1) for i in range(len(family.slots))]
+        if options.scope == "tensor"
+        else [range(len(family.slots))]
+    )
+    total = family.ranged_bytes(family.slots) + sum(
+        counted_bytes(family, slots) for slots in twice if not family.fits([family.slots[i] for i in slots])
+    )
+    for task in tasks:
+        fine, pairing = task.vector.fine, task.vector.pairing
+        if fine.ranged:
+            total += sum(info.nbytes for info in pairing.whole)
+            total += sum(pair.fine.nbytes - pair.fine.dtype.nbytes(pair.entries) for pair in pairing.pairs if pair.grown)
+        alike = [pair for pair in pairing.pairs if not pair.is_delta]
+        total += sum(pair.fine.nbytes * fine.ranged + pair.base.nbytes * base.ranged for pair in alike)
+        total += sum(size_of(file) for file in fine.side_files.values()) if fine.ranged else 0
+        total += sum(size_of(base.side_files[name]) for name in fine.side_files if name in base.side_files) if base.ranged else 0
+    return total

@@ -1,0 +1,198 @@
+"""Model cards: README.md as the Hub reads it, made from what the files themselves say. Holds no local path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from peru_cli.artifacts.container import Container, is_artifact
+from peru_cli.artifacts.packs.masks import KINDS, open_pack
+from peru_cli.artifacts.packs.pack import Pack
+from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
+from peru_cli.console import count, si_bytes
+from peru_cli.version import __version__
+
+PERU = f"[peru](https://pypi.org/project/peru-cli/) {__version__}"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass
+class Contents:
+    """What is to be published, by kind; keys are paths in the repo."""
+
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # folder: its adapter_config.json
+    files: dict[str, Path] = field(default_factory=dict)  # all of it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    @property
+    def merged(self) -> bool:
+        """Whether artifacts come with the merged model that is their base (PERU-FFT)."""
+        return any(name.startswith(f"{MERGED}/") for name in self.files)
+
+
+def contents(files: Mapping[str, Path]) -> Contents:
+    """Sort files into artifacts, adapters and the rest."""
+    found = Contents(files=dict(files))
+    for name, path in files.items():
+        folder = str(PurePosixPath(name).parent)
+        if PurePosixPath(name).name == ADAPTER_CONFIG:
+            config = json.loads(path.read_text("utf-8"))
+            found.adapters[folder] = config if isinstance(config, dict) else {}
+        elif is_artifact(path) and f"{folder}/{ADAPTER_CONFIG}".removeprefix("./") not in files:
+            found.artifacts[name] = path
+    return found
+
+
+def front_matter(bases: Iterable[str], relation: str, library: str | None, tags: Sequence[str]) -> list[str]:
+    """The card's first lines; only what the Hub takes for a model's name goes into `base_model`."""
+    repos = list(dict.fromkeys(repo[0] for repo in map(hub_repo, bases) if repo is not None))
+    head = ["---"]
+    if len(repos) == 1:
+        head.append(f"base_model: {json.dumps(repos[0])}")
+    elif repos:
+        head += ["base_model:", *(f"- {json.dumps(repo)}" for repo in repos)]
+    if repos:
+        head.append(f"base_model_relation: {relation}")
+    if library is not None:
+        head.append(f"library_name: {library}")
+    return [*head, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def card(found: Contents, repo: str, bases: Sequence[str] = ()) -> str:
+    """The card of artifacts, adapters or a model, as it is published in `repo`: ORG/NAME or ORG/NAME@BRANCH.
+
+    `bases` are those of a model, which does not name them.
+    """
+    if found.artifacts:
+        lines = _artifacts_card(found, repo)
+    elif found.adapters:
+        lines = _adapters_card(found, repo)
+    else:
+        lines = _model_card(found, repo, bases)
+    return "\n".join(lines) + "\n"
+
+
+def _artifacts_card(found: Contents, repo: str) -> list[str]:
+    metadata, rows, names = {}, [], []
+    packed: dict[str, list[str]] = {}  # tasks of files that hold several
+    for file, path in found.artifacts.items():
+        container = Container(path)
+        try:
+            metadata[file] = container.metadata
+            if container.metadata["peru.kind"] in KINDS:
+                with open_pack(path) as pack:
+                    packed[file] = list(pack.tasks)
+                    rows.append(_pack_row(file, pack))
+            else:
+                rows.append(_artifact_row(file, container))
+        finally:
+            container.close()
+        names.append(recorded(container.metadata))
+    bases = list(dict.fromkeys(name for name in names if name is not None))
+    kinds = sorted({m["peru.kind"] for m in metadata.values()})
+    body = front_matter([name.name for name in bases], "adapter", "peru", ["peru", *kinds])
+    body += [f"# {repo}", "", f"What {_of(bases, found)} becomes for each task, stored by {PERU} as the difference from it.", ""]
+    body += [
+        "| file | task | bytes | kept entries | density | bits a parameter | stored whole |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    body += [*rows, "", f"Together {_bytes(found.nbytes)}.", "", "## Unpack", "", "```sh", "pip install peru-cli"]
+    for file, name in zip(found.artifacts, names, strict=True):
+        base = (
+            "" if name is not None and hub_repo(name.name) else f" --base hf://models/{repo}/{MERGED}" if found.merged else " --base BASE"
+        )
+        tasks, name_one = packed.get(file), len(found.artifacts) > 1
+        for task in [PurePosixPath(file).stem] if tasks is None else tasks:
+            which = f" --task {task}" if tasks is not None or name_one else ""
+            body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {task}/")
+    body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
+    if packed:
+        body.append("Tasks of a pack share one sum of their differences, so each comes back nearly: `peru inspect` says how near.")
+    if not bases and not found.merged:
+        body.append("The artifacts do not name their base; they hold digests of its tensors, so that another one is refused.")
+    return body
+
+
+def _of(bases: Sequence[BaseName], found: Contents) -> str:
+    if not bases:
+        return f"the merged model in `{MERGED}/`" if found.merged else "a base model"
+    return " and ".join(link(base.name) for base in bases)
+
+
+def link(name: str) -> str:
+    """A model's name; those of the Hub lead there."""
+    split = hub_repo(name)
+    if split is None:
+        return f"`{name}`"
+    repo, revision = split
+    return f"[{repo}](https://huggingface.co/{repo})" + (f" at `{revision}`" if revision else "")
+
+
+def _artifact_row(file: str, container: Container) -> str:
+    meta = container.metadata
+    entries, kept = int(meta["peru.entries"]), int(meta["peru.kept"])
+    delta = container.file_bytes - container.sizes["whole"] - container.sizes["files"]
+    density = "lossless" if meta["peru.density"] == "lossless" else f"{100 * kept / max(entries, 1):.3g}%"
+    bits = 8 * delta / max(entries, 1)
+    task, whole = meta["peru.task"], container.sizes["whole"]
+    return (
+        f"| `{file}` | {task} | {container.file_bytes:,} | {count(kept)} of {count(entries)} | {density} | {bits:.3f} | {whole:,} bytes |"
+    )
+
+
+def artifact_of(repo: str, file: str, apart: bool) -> str:
+    """How an artifact is named: by its repo, or as a file of it."""
+    return f"hf://models/{repo}/{file}" if apart else repo
+
+
+def _pack_row(file: str, pack: Pack) -> str:
+    container = pack.container
+    bits = 8 * container.sizes["blocks"] / max(pack.index.entries, 1)
+    return (
+        f"| `{file}` | {', '.join(pack.tasks)} | {container.file_bytes:,} | {count(pack.index.entries)} for all tasks |"
+        f" | {bits:.3f} | {container.sizes['whole']:,} bytes |"
+    )
+
+
+def _adapters_card(found: Contents, repo: str) -> list[str]:
+    bases = {}
+    for folder, config in found.adapters.items():
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if isinstance(base, str) and hub_repo(base):
+            bases[folder] = f"{base}@{revision}" if isinstance(revision, str) and revision else base
+    body = front_matter(bases.values(), "adapter", "peft", ["peru", "lora"])
+    links = [link(base) for base in dict.fromkeys(bases.values())]
+    body += [f"# {repo}", "", "LoRA " + ("adapter" if len(found.adapters) == 1 else "adapters")
+             + (f" of {' and '.join(links)}" if links else "") + f", made by {PERU}.", ""]  # fmt: skip
+    body += ["| adapter | bytes | rank |", "| --- | --- | --- |"]
+    for folder, config in found.adapters.items():
+        inside = [path for name, path in found.files.items() if str(PurePosixPath(name).parent) == folder]
+        ranks = [config.get("r"), *config.get("rank_pattern", {}).values()]
+        known = [rank for rank in ranks if isinstance(rank, int)]
+        rank = f"{min(known)} to {max(known)}" if len(set(known)) > 1 else str(known[0]) if known else ""
+        body.append(f"| `{folder}` | {sum(path.stat().st_size for path in inside):,} | {rank} |")
+    body += ["", f"Together {_bytes(found.nbytes)}. PEFT loads it without peru. A whole checkpoint, base and adapter in one:", ""]
+    body += ["```sh", "pip install peru-cli"]
+    for folder in found.adapters:
+        name = f"hf://models/{repo}/{folder}" if folder != "." else repo
+        body.append(f"peru unpack {name} --base {bases.get(folder, 'BASE')} -o restored/")
+    return [*body, "```"]
+
+
+def _model_card(found: Contents, repo: str, bases: Sequence[str]) -> list[str]:
+    library = "transformers" if "config.json" in found.files else None
+    body = front_matter(bases, "finetune", library, ["peru"])
+    body += [f"# {repo}", "", f"A checkpoint written by {PERU}: {_bytes(found.nbytes)}.", "", "| file | bytes |", "| --- | --- |"]
+    return body + [f"| `{name}` | {path.stat().st_size:,} |" for name, path in found.files.items()]
+
+
+def _bytes(nbytes: int) -> str:
+    return f"{nbytes:,} bytes ({si_bytes(nbytes)})" if nbytes >= 1000 else f"{nbytes} bytes"

@@ -1,0 +1,182 @@
+"""The pass that writes sparse deltas: select entries, digest base and result, fill and encode blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
+from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledBlock
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
+from peru_cli.methods.magnitude import Threshold, take_equals
+from peru_cli.streaming.aligned import read_bits
+from peru_cli.streaming.digests import TensorDigest, leaves
+from peru_cli.streaming.engine import Reads
+from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.family import Aligned, Buffers, Family
+
+
+@dataclass
+class Sink:
+    """Where one task's kept entries go, and what is counted on the way."""
+
+    writer: BlockWriter
+    streams: list[Stream]
+    thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
+    quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold
+    kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
+    result: dict[str, TensorDigest] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
+    changed: int = 0  # entries, where thresholds were looked for
+    not_finite: int = 0  # kept entries whose difference is NaN or infinite
+    largest_error: float = 0.0  # of values that were rounded
+
+    def add_threshold(self, threshold: Threshold) -> None:
+        """The threshold of the next slot, or of all."""
+        self.thresholds.append(threshold)
+        self.quotas.append(threshold.equals or 0)
+
+    def stream_number(self, dtype: Dtype) -> int:
+        """The stream of a dtype."""
+        return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
+
+
+@dataclass
+class Candidates:
+    """What one task may keep of a tile. All arrays are (candidates,) unless said otherwise, on the CPU."""
+
+    aligned: Aligned
+    result: Array  # the tile as the artifact will give it back, once `bits` are put in; (tile,)
+    positions: Array  # within the tile, ascending
+    equal: Array | None  # which ones equal the threshold
+    values: Array
+    bits: Array  # what the result has there
+    exact: Array | None = None  # exact differences, where values are rounded
+    errors: Array | None = None  # of rounding
+    infinite: Array | None = None  # which differences are not finite
+
+    def keep(self, stays: Array) -> None:
+        """Drop all candidates but those at these indices."""
+        for name in ("positions", "values", "bits", "exact", "errors", "infinite"):
+            if (array := getattr(self, name)) is not None:
+                setattr(self, name, array[stays])
+
+
+class Watcher(Protocol):
+    """Is told how far the pass has come."""
+
+    def reached(self, tile: Tile) -> None:
+        """A tile was committed: in canonical order."""
+        ...
+
+    def finished(self, tile: Tile) -> None:
+        """Everything that follows from a tile is done: from any thread."""
+        ...
+
+
+class Select:
+    """One pass over the base and all tasks. `sinks` is parallel to the family's tasks."""
+
+    def __init__(self, family: Family, sinks: list[Sink]) -> None:
+        self._family, self._sinks = family, sinks
+        self.watcher: Watcher | None = None
+        self.base_digests = {slot.name: TensorDigest(slot.dtype, slot.shape) for slot in family.slots}
+        for task, sink in zip(family.tasks, sinks, strict=True):
+            lengths = [0] * len(sink.streams)
+            for name in sorted(task.pairs):
+                pair = task.pairs[name]
+                number = sink.stream_number(pair.fine.dtype)
+                sink.offsets[name] = lengths[number]
+                lengths[number] += pair.entries
+                sink.kept[pair.fine.name] = 0
+                sink.result[pair.fine.name] = TensorDigest(pair.fine.dtype, pair.fine.shape)
+
+    def buffers(self) -> Buffers:
+        return self._family.buffers()
+
+    def reads(self) -> Reads:
+        return self._family.reads(self._family.slots, range(len(self._family.tasks)))
+
+    def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
+        slot = self._family.slots[tile.tensor]
+        raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
+        if len(raw):
+            self.base_digests[slot.name].add_at(tile.start, leaves(raw, slot.dtype))
+        wanted = range(len(self._family.tasks))
+        return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted)]
+
+    def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> Candidates:
+        sink, dtype, xp = self._sinks[aligned.task], aligned.pair.fine.dtype, self._family.how.xp
+        threshold = sink.thresholds[_threshold_number(sink, tile)]
+        infinite = equal = None
+        if threshold.keeps_all:
+            positions = xp.where(xp.not_equal(aligned.base, aligned.fine))
+        else:
+            keys = self._family.keys(aligned, threshold.key, buffers)
+            # Once no equals may be taken any more, that stays so: whoever sees it need not look at them.
+            exhausted = not sink.quotas[_threshold_number(sink, tile)]
+            positions = xp.where((xp.greater if exhausted else xp.greater_equal)(keys, threshold.key))
+            found = xp.download(xp.take(keys, positions))
+            equal = None if exhausted else found == threshold.key
+            infinite = found == self._family.tasks[aligned.task].infinite_key
+        base, fine = (xp.download(xp.take(bits, positions)) for bits in (aligned.base, aligned.fine))
+        result = xp.download(aligned.base)
+        if len(aligned.grown):
+            result = np.concatenate((result, xp.download(aligned.grown)))
+        elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
+            result = result.copy()
+        candidates = Candidates(aligned, result, xp.download(positions), equal, ulp_difference(base, fine), fine, infinite=infinite)
+        if sink.streams[sink.stream_number(dtype)].values != EXACT:
+            candidates.exact = candidates.values
+            candidates.values, apart = round_difference(base, fine, dtype)
+            candidates.bits, _ = add_rounded(base, candidates.values, dtype)
+            candidates.bits[apart] = fine[apart]
+            as_float = np.dtype(f"f{dtype.bits // 8}")
+            with np.errstate(invalid="ignore", over="ignore"):
+                candidates.errors = np.abs(candidates.bits.view(as_float).astype(np.float64) - fine.view(as_float))
+            candidates.errors[apart] = 0.0
+        return candidates
+
+    def commit(self, tile: Tile, result: list[Candidates]) -> list[tuple[Candidates, list[FilledBlock]]]:
+        committed = [(c, self._commit_one(tile, c)) for c in result]
+        if self.watcher is not None:
+            self.watcher.reached(tile)
+        return committed
+
+    def _commit_one(self, tile: Tile, c: Candidates) -> list[FilledBlock]:
+        sink, pair = self._sinks[c.aligned.task], c.aligned.pair
+        if c.equal is not None:
+            number = _threshold_number(sink, tile)
+            equals = int(np.count_nonzero(c.equal))
+            quota = sink.quotas[number]
+            sink.quotas[number] -= min(equals, quota)
+            if equals > quota:
+                c.keep(take_equals(c.equal, quota))
+        if not len(c.positions):
+            return []
+        if c.infinite is not None:
+            sink.not_finite += int(np.count_nonzero(c.infinite))
+        if c.errors is not None:
+            sink.largest_error = max(sink.largest_error, float(c.errors.max()))
+        sink.kept[pair.fine.name] += len(c.positions)
+        apart = c.values[:0] if c.exact is None else c.exact[c.values == NOT_ROUNDED]
+        entries = Entries(c.positions + (sink.offsets[pair.base.name] + tile.start), c.values, apart)
+        return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
+
+    def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
+        for c, blocks in committed:
+            sink, pair = self._sinks[c.aligned.task], c.aligned.pair
+            c.result[c.positions] = c.bits
+            raw = c.result.data.cast("B")
+            sink.result[pair.fine.name].add_at(tile.start, leaves(raw, pair.fine.dtype))
+            for block in blocks:
+                sink.writer.write(block)
+        if self.watcher is not None:
+            self.watcher.finished(tile)
+
+
+def _threshold_number(sink: Sink, tile: Tile) -> int:
+    return tile.tensor if len(sink.thresholds) > 1 else 0

@@ -1,0 +1,113 @@
+"""The search for thresholds in a journal: what was sampled, counted and settled, so that a killed run goes on there."""
+
+from __future__ import annotations
+
+import base64
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peru_cli.artifacts.codecs import PCO, Integers, decode, encode
+from peru_cli.checkpoints.local.journal import Journal
+from peru_cli.methods.magnitude import Counted, Tally, Threshold, Window
+
+EVERY = 1.0  # seconds between two notes where reading again costs nothing but time
+_MANY = 1 << 20  # bins that wait one by one
+
+
+@dataclass(frozen=True)
+class Found:
+    """A task's threshold over a group of slots, and how many of the group's entries changed."""
+
+    threshold: Threshold
+    changed: int
+
+
+class Pace:
+    """Says when to note something: always where it came over the network, now and then else."""
+
+    def __init__(self, ranged: bool) -> None:
+        self._every = 0.0 if ranged else EVERY
+        self._at = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time; asking anew begins with the next one."""
+        now = time.monotonic()
+        if now - self._at < self._every:
+            return False
+        self._at = now
+        return True
+
+
+class ThresholdJournal:
+    """The notes of one search under a name. `count` is called in canonical order."""
+
+    def __init__(self, journal: Journal, name: str, ranged: bool) -> None:
+        self._journal, self._name, self._pace = journal, name, Pace(ranged)
+        self._round = 0
+        self._parts: dict[int, list[Counted]] = {}
+        self._size = 0
+
+    def known(self) -> tuple[dict[int, Found], dict[int, Window], int] | None:
+        """Thresholds that were found, windows to count for the others, and how many counts came before; None of a new search."""
+        rounds = [key for key in self._journal.notes if key.startswith(f"{self._name} round ")]
+        if not rounds:
+            return None
+        found, windows = self._journal.notes[rounds[-1]]
+        return (
+            {number: Found(Threshold(key, equals), changed) for number, key, equals, changed in found},
+            {number: Window(*window) for number, *window in windows},
+            len(rounds) - 1,
+        )
+
+    def begin(self, found: dict[int, Found], windows: dict[int, Window], counts: int) -> None:
+        """Note what is known before a count."""
+        self._round, self._parts, self._size = counts, {}, 0
+        key = f"{self._name} round {counts}"
+        if key not in self._journal.notes:
+            settled = [[number, f.threshold.key, f.threshold.equals, f.changed] for number, f in found.items()]
+            self._journal.note(key, [settled, [[number, w.low, w.shift, w.bins] for number, w in windows.items()]])
+
+    def counted(self, tallies: dict[int, Tally]) -> int:
+        """Add what an earlier run counted in this round; returns the first slot that it did not."""
+        first = 0
+        for key, value in self._journal.notes.items():
+            if key.startswith(f"{self._name} count {self._round} "):
+                first = int(key.rsplit(" ", 1)[1]) + 1
+                for number, above, changed, bins, times in value:
+                    tallies[number].add(Counted(above, changed, _unpack(bins, True), _unpack(times, False)))
+        return first
+
+    def count(self, result: dict[int, Counted], slot: int, last: bool) -> None:
+        """Take what a tile added; `last` says that it is its slot's last one."""
+        for number, counted in result.items():
+            parts = self._parts.setdefault(number, [])
+            parts.append(counted)
+            self._size += len(counted.bins)
+        if self._size > _MANY:
+            self._parts = {number: [Counted.together(parts)] for number, parts in self._parts.items()}
+            self._size = 0
+        if last and self._pace.due():
+            sums = [(number, Counted.together(parts)) for number, parts in self._parts.items()]
+            noted = [[number, c.above, c.changed, _pack(c.bins, True), _pack(c.times, False)] for number, c in sums]
+            self._journal.note(f"{self._name} count {self._round} {slot}", noted)
+            self._parts, self._size = {}, 0
+
+
+def _pack(values: Integers | None, ascending: bool) -> Any:
+    """Whole numbers as [how many, codec's bytes]."""
+    assert values is not None
+    if not len(values):
+        return [0, ""]
+    steps = np.diff(values, prepend=0) if ascending else values
+    return [len(values), base64.b64encode(encode(steps.astype(np.uint64), PCO)).decode("ascii")]
+
+
+def _unpack(packed: Any, ascending: bool) -> Integers:
+    count, text = packed
+    if not count:
+        return np.zeros(0, np.int64)
+    values = decode(base64.b64decode(text), PCO, "uint64", count).astype(np.int64)
+    return np.cumsum(values) if ascending else values

@@ -1,0 +1,305 @@
+"""Kills, signals, full disks, broken pipes and rivals: the old state or the new one, and the same bytes next time."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile
+from peru_cli.errors import PeruError
+from tests.conftest import run_peru, save
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and locks are POSIX")
+
+KILLS = 9
+SLOW = ["--threads", 1, "--tile-entries", 16384]
+# Children are forked from a process that has imported everything, so that a kill hits work and not imports.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "peru_cli.cli", "peru_cli.prune.run", "peru_cli.finetunes.rebuild", "test_interruption"])
+
+
+def _child(arguments: list[str], stderr: str) -> None:
+    from peru_cli import cli
+
+    fd = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.exit(cli.run(arguments))
+
+
+class Pair:
+    """A base and a fine-tune large enough to be interrupted, and what prune and unpack make of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        noise = torch.Generator().manual_seed(0)
+        base = {f"layers.{i}.weight": torch.randn(600_000, generator=noise).bfloat16() for i in range(8)}
+        fine = {n: t + (torch.randn(t.shape, generator=noise) * 0.01).bfloat16() for n, t in base.items()}
+        (folder / "fine").mkdir()
+        self.base, self.fine = save(base, folder / "base.safetensors"), save(fine, folder / "fine" / "model.safetensors").parent
+        (self.fine / "config.json").write_text('{"new": true}')
+        self.artifact, self.result = folder / "reference.safetensors", folder / "result.safetensors"
+        for verb, target in (("prune", self.artifact), ("unpack", self.result)):
+            self.run(*self.command(verb, target))
+
+    def command(self, verb: str, target: Path) -> list[object]:
+        if verb == "prune":
+            return ["prune", f"t={self.fine}", "-b", self.base, "-o", target, "--keep", "30%", *SLOW]
+        return ["unpack", self.artifact, "-b", self.base, "-o", target, *SLOW]
+
+    def start(self, *arguments: object) -> BaseProcess:
+        child = CONTEXT.Process(target=_child, args=([str(a) for a in arguments], str(self.folder / "stderr")))
+        child.start()
+        return child
+
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def run(self, *arguments: object) -> None:
+        child = self.start(*arguments)
+        child.join()
+        assert child.exitcode == 0, self.stderr()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tmp_path_factory.mktemp("pair"))
+
+
+def others(folder: Path, target: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path != target)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def bytes_on_disk(path: Path) -> int:
+    """What is written of a file or a folder's files, holes not counted; -1 if there is nothing."""
+    total = -1
+    with contextlib.suppress(FileNotFoundError):
+        for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            total += file.stat().st_blocks * 512 + (total < 0)
+    return total
+
+
+def kill_at(child: BaseProcess, partial: Path, written: float) -> bool:
+    """Wait until so many bytes are half done, then kill; whether it was still running."""
+    while child.is_alive() and bytes_on_disk(partial) < written:
+        time.sleep(0.0005)
+    child.kill()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+# -- kills --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("verb", ["prune", "unpack"])
+def test_a_killed_file_is_absent_old_or_complete(tmp_path: Path, pair: Pair, verb: str, old: bool) -> None:
+    target, partial = tmp_path / "out.safetensors", tmp_path / ".out.safetensors.peru-partial"
+    want = (pair.artifact if verb == "prune" else pair.result).read_bytes()
+    command = pair.command(verb, target) + (["--force"] if old else [])
+    killed = 0
+    for i in range(KILLS):
+        target.unlink(missing_ok=True)
+        if old:
+            target.write_bytes(b"old")
+        killed += kill_at(pair.start(*command), partial, len(want) * i / KILLS)
+        assert set(others(tmp_path, target)) <= {partial.name, f"{partial.name}-journal"}
+        if target.exists():
+            assert target.read_bytes() == want or (old and target.read_bytes() == b"old")
+        if i % 4 == 0:
+            pair.run(*command, *([] if old or not target.exists() else ["--force"]))
+            assert target.read_bytes() == want and others(tmp_path, target) == []
+    assert killed >= 3
+
+
+def test_a_killed_folder_is_the_old_one_or_the_new_one(tmp_path: Path, pair: Pair) -> None:
+    target, partial = tmp_path / "out", tmp_path / ".out.peru-partial"
+    command = [*pair.command("unpack", target), "--force", "--max-shard-size", "3MB"]
+    pair.run(*command)
+    new = tree(target)
+    assert len(new) == 6 and "model.safetensors.index.json" in new and new["config.json"] == b'{"new": true}'
+    old = {"model.safetensors": b"old", "config.json": b"older"}
+    killed, seen = 0, set()
+    for i in range(KILLS):
+        shutil.rmtree(target)
+        target.mkdir()
+        for name, content in old.items():
+            (target / name).write_bytes(content)
+        killed += kill_at(pair.start(*command), partial, sum(map(len, new.values())) * i / KILLS)
+        assert tree(target) in (old, new)
+        seen.add(tree(target) == new)
+        assert set(others(tmp_path, target)) <= {partial.name, f"{partial.name}.lock"}
+        if i % 4 == 0:
+            pair.run(*command)
+            assert tree(target) == new and others(tmp_path, target) == []
+    assert killed >= 3 and False in seen
+
+
+def _rival(kind: str, target: str, letter: int, until: float) -> None:
+    while time.time() < until:
+        with contextlib.suppress(PeruError):
+            if kind == "file":
+                with PartialFile(Path(target), sync=False) as file:
+                    for part in range(4):
+                        file.write_at(part * 1000, bytes([letter]) * 1000)
+                    file.commit()
+            else:
+                with PartialDirectory(Path(target), sync=False) as folder:
+                    for part in range(4):
+                        (folder.path / str(part)).write_bytes(bytes([letter]))
+                    folder.commit()
+
+
+def test_rivals_never_touch_what_one_of_them_has_finished(tmp_path: Path, pair: Pair) -> None:
+    """Six processes write one target as fast as they can: it is always whole, and all of one writer."""
+    target = tmp_path / "out"
+    rivals = [CONTEXT.Process(target=_rival, args=("file", str(target), letter, time.time() + 3)) for letter in range(6)]
+    for rival in rivals:
+        rival.start()
+    reads = set()
+    while any(rival.is_alive() for rival in rivals):
+        if target.exists():
+            content = target.read_bytes()
+            assert len(content) == 4000 and len(set(content)) == 1
+            reads.add(content[0])
+    assert all(rival.exitcode == 0 for rival in rivals) and len(reads) > 1
+    assert others(tmp_path, target) == []
+
+
+def test_rivals_leave_a_whole_folder(tmp_path: Path, pair: Pair) -> None:
+    target = tmp_path / "out"
+    rivals = [CONTEXT.Process(target=_rival, args=("folder", str(target), letter, time.time() + 2)) for letter in range(4)]
+    for rival in rivals:
+        rival.start()
+    for rival in rivals:
+        rival.join()
+    assert all(rival.exitcode == 0 for rival in rivals)
+    content = tree(target)
+    assert sorted(content) == ["0", "1", "2", "3"] and len(set(content.values())) == 1
+    assert others(tmp_path, target) == []
+
+
+def stopped_while_writing(pair: Pair, verb: str, target: Path) -> BaseProcess:
+    """A process that is held up in the middle of its work; on a busy machine it may take several attempts to catch one."""
+    for _ in range(20):
+        child = pair.start(*pair.command(verb, target), "--force")
+        partial = target.with_name(f".{target.name}.peru-partial")
+        while child.is_alive() and bytes_on_disk(partial) < 100_000:  # by then it has its lock
+            time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid or 0, signal.SIGSTOP)
+        if not target.exists():
+            return child
+        child.kill()
+        child.join()
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    raise AssertionError("no process was caught at work")
+
+
+@pytest.mark.parametrize("verb,name", [("prune", "out.safetensors"), ("unpack", "out.safetensors"), ("unpack", "out")])
+def test_a_second_writer_of_the_same_target_is_refused(tmp_path: Path, pair: Pair, peru: Any, verb: str, name: str) -> None:
+    target = tmp_path / name
+    first = stopped_while_writing(pair, verb, target)
+    peru(*pair.command(verb, target), code=1)
+    assert f"{target} is being written by another peru" in peru.stderr
+    os.kill(first.pid or 0, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0, pair.stderr()
+    made = target / "model.safetensors" if target.is_dir() else target
+    assert made.read_bytes() == (pair.artifact if verb == "prune" else pair.result).read_bytes()
+    assert others(tmp_path, target) == []
+
+
+# -- signals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb,name", [("prune", "out.safetensors"), ("unpack", "out")])
+def test_an_interrupted_command_cleans_up(tmp_path: Path, pair: Pair, verb: str, name: str, sent: signal.Signals, threads: int) -> None:
+    target = tmp_path / name
+    for _ in range(20):  # on a busy machine one may finish before it is caught
+        child = pair.start(*pair.command(verb, target), "--threads", threads, "--force")
+        while child.is_alive() and bytes_on_disk(tmp_path / f".{name}.peru-partial") < 100_000:
+            time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid or 0, sent)
+        child.join()
+        if not target.exists():
+            break
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    assert child.exitcode == 130, pair.stderr()
+    assert "interrupted" in pair.stderr() and "Traceback" not in pair.stderr()
+    kept = {f".{name}.peru-partial", f".{name}.peru-partial-journal"} if verb == "prune" else set()  # for the same command to go on with
+    assert set(others(tmp_path, target)) <= kept and not target.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see when the import begins")
+@pytest.mark.parametrize("library", ["openblas", "pcodec"])
+def test_ctrl_c_while_libraries_are_being_imported(tmp_path: Path, pair: Pair, library: str) -> None:
+    command = [sys.executable, "-m", "peru_cli", *map(str, pair.command("prune", tmp_path / "out.safetensors"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None, f"it ended without {library}"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- full disks, broken pipes -------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_said_and_left_clean(small_disk: Path, pair: Pair, peru: Any) -> None:
+    used = shutil.disk_usage(small_disk).used
+    peru(*pair.command("prune", small_disk / "a.safetensors"), code=1)
+    assert f"{small_disk / 'a.safetensors'}: " in peru.stderr and "the disk is full" in peru.stderr
+    for name in ("r.safetensors", "r"):  # sizes are known here: refused before anything is read
+        peru(*pair.command("unpack", small_disk / name), code=1)
+        assert "the disk has" in peru.stderr and "needs 9,6" in peru.stderr
+    assert list(small_disk.iterdir()) == [] and shutil.disk_usage(small_disk).used == used
+    (small_disk / "a.safetensors").write_bytes(b"old")
+    peru(*pair.command("prune", small_disk / "a.safetensors"), "--force", code=1)
+    assert (small_disk / "a.safetensors").read_bytes() == b"old"
+    assert others(small_disk, small_disk / "a.safetensors") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_stdout(pair: Pair) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m peru_cli unpack {pair.artifact} -b {pair.base} -o - >/dev/full", shell=True, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_broken_pipe_is_quiet(pair: Pair) -> None:
+    command = f"{sys.executable} -m peru_cli unpack {pair.artifact} -b {pair.base} -o - | head -c 10 | wc -c; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.split() == ["10", "1"]
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr and "Error" not in done.stderr, done.stderr
+
+
+def test_a_pipe_carries_the_file(pair: Pair, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "peru_cli", "unpack", pair.artifact, "-b", pair.base, "-o", "-", "--json"], capture_output=True
+    )
+    assert done.returncode == 0 and done.stdout == pair.result.read_bytes(), done.stderr
+    closed = run_peru("inspect", pair.artifact, stdin=b"")
+    assert closed.returncode == 0

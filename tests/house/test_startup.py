@@ -1,0 +1,116 @@
+"""What a user waits for: version and help load nothing heavy, and every option is documented."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peru_cli
+from peru_cli.cli import app
+
+HEAVY = {"torch", "numpy", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib"}
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+PINNED = {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "120", "COLUMNS": "120"}
+# Runs the command line as `peru` does, then says on stderr which modules were loaded.
+PROBE = """
+import sys
+sys.argv[0] = "peru"
+from peru_cli.__main__ import main
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+print("LOADED", *sorted({name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def probe(*arguments: str) -> tuple[str, set[str]]:
+    """Stdout of a run in a process of its own, and the top-level modules that it had loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **PINNED},
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, set(done.stderr.splitlines()[-1].split()[1:])
+
+
+def options_of(text: str) -> set[str]:
+    """Long and short options named in a help text."""
+    return set(re.findall(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?![\w])", text))
+
+
+def test_the_known_commands_are_there() -> None:
+    assert {"prune", "unpack"} <= set(COMMANDS)
+
+
+def test_version_is_answered_at_once() -> None:
+    out, loaded = probe("--version")
+    assert out == f"peru {peru_cli.__version__}\n"
+    assert not loaded & (HEAVY | {"typer", "click", "rich"})
+
+
+def test_version_before_a_command_says_the_same() -> None:
+    out, loaded = probe("--version", "prune")
+    assert out == f"peru {peru_cli.__version__}\n" and not loaded & HEAVY
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["peru", *COMMANDS])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    out, loaded = probe(*command, "--help")
+    assert not loaded & HEAVY, loaded & HEAVY
+    assert "\x1b" not in out and " ".join(["Usage: peru", *command]) in out
+    if not command:
+        assert set(COMMANDS) <= set(re.findall(r"[a-z-]+", out)) and "130 interrupted" in out
+    assert probe(*command, "-h")[0] == out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_declared_option_is_in_the_help(name: str) -> None:
+    """What a user can type must be found in the help: nothing hidden, nothing cut off at 120 columns."""
+    import typer.main
+
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    declared = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+    assert declared - {"--help", "-h"} <= options_of(probe(name, "--help")[0])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_documented(name: str) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+    if not page.is_file():
+        pytest.skip("docs/cli.md is not written yet")
+    section = re.split(r"(?m)^#+ ", page.read_text("utf-8"))
+    mine = "\n".join(part for part in section if re.match(rf"`?(peru )?{name}\b", part))
+    assert mine, f"docs/cli.md has no section on {name}"
+    missing = options_of(probe(name, "--help")[0]) - options_of(mine) - {"--help", "-h"}
+    assert not missing, f"docs/cli.md does not name {sorted(missing)} of {name}"
+
+
+def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
+    """Importing torch takes longer than pruning a small model."""
+    from peru_cli import demo
+
+    arguments = [str(demo.fine_tune("digits")), "--base", str(demo.BASE), "--device", "cpu"]
+    for command in (["prune", *arguments, "-o", str(tmp_path / "a.safetensors"), "--keep", "10%"], ["inspect", arguments[0]]):
+        assert not probe(*command)[1] & {"torch", "transformers", "peft", "huggingface_hub", "matplotlib"}
+    _, loaded = probe("unpack", str(tmp_path / "a.safetensors"), "--base", str(demo.BASE), "-o", str(tmp_path / "r"))
+    assert "torch" not in loaded
+
+
+def test_a_typing_error_loads_nothing_heavy_either() -> None:
+    code = PROBE.replace("sys.exit(code)", "assert code == 2, code")
+    for arguments in (["prune", "x", "--kep", "5%"], ["nosuch"], ["prune", "x", "-b", "y", "-o", "z.safetensors", "--keep", "5"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert not set(done.stderr.splitlines()[-1].split()) & HEAVY, arguments
+    assert "did you mean --keep 5%?" in done.stderr
