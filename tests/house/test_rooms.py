@@ -8,7 +8,32 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "peru_cli"
 
 # From the ground up: a room may import from itself and from the rooms before it.
-ROOMS = ["version", "errors", "console", "checkpoints", "streaming", "methods", "artifacts", "vectors", "finetunes", "live", "inference", "reports", "options", "publish", "prune", "merge", "unpack", "lora", "pack", "evaluate", "inspect", "demo", "cli", "__main__"]
+ROOMS = [
+    "version",
+    "errors",
+    "console",
+    "checkpoints",
+    "streaming",
+    "methods",
+    "artifacts",
+    "vectors",
+    "finetunes",
+    "live",
+    "inference",
+    "reports",
+    "options",
+    "publish",
+    "prune",
+    "merge",
+    "unpack",
+    "lora",
+    "pack",
+    "evaluate",
+    "inspect",
+    "demo",
+    "cli",
+    "__main__",
+]
 
 
 def modules() -> dict[str, Path]:
