@@ -28,10 +28,10 @@ DEFAULT_TILE = 1 << 18  # entries; smaller tiles fit caches better, but threads 
 
 def check_trims(plan: MergePlan, rule: Rule) -> None:
     """Refuse a density that keeps nothing; UsageError."""
-    largest = max((slot.info.entries for slot in plan.slots), default=0)
-    n = plan.entries if rule.scope == "global" else largest
-    if rule.trims and int(rule.trims[0] * n) == 0:
-        raise UsageError(f"--keep {float(rule.trims[0]):g} of {n:,} entries keeps nothing", "keep more")
+    sizes = [plan.entries] if rule.scope == "global" else [slot.info.entries for slot in plan.slots]
+    for task, vector in enumerate(plan.vectors):
+        if rule.trims and not any(rule.keeps(0, task, n, slot) for slot, n in enumerate(sizes)):
+            raise UsageError(f"--keep keeps nothing of {vector.name}: less than one of {max(sizes, default=0):,} entries", "keep more")
 
 
 def merge(
@@ -95,9 +95,10 @@ def _thresholds(family: Family, rule: Rule, index: int, journal: Journal | None)
     found: list[list[Threshold]] = [[] for _ in numbers]
     for group in groups:
         n = sum(family.slots[i].entries for i in group)
-        k = int(rule.trims[index] * n)
+        kept = {number: rule.keeps(index, number, n, group.start) for number in numbers}
         log = ThresholdJournal(journal, f"trim {index} group {group.start}", family.ranged) if journal is not None else None
-        thresholds = find_thresholds(family, group, dict.fromkeys(numbers, k), log) if k < n else {}
+        trimmed = {number: k for number, k in kept.items() if k < n}
+        thresholds = find_thresholds(family, group, trimmed, log) if trimmed else {}
         for number in numbers:
             found[number].append(thresholds[number].threshold if number in thresholds else ALL_CHANGED)
         if not family.fits(family.slots):

@@ -19,9 +19,11 @@ class Breadcrumbs(Rule):
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        keep, outliers = parameters.share("keep"), parameters.share("gamma")
-        outliers = min(outliers, 1 - keep)
-        self.trims = (keep + outliers, outliers) if outliers else (keep,)
+        tasks = range(len(parameters.tasks))
+        kept = [parameters.share("keep", task) for task in tasks]
+        outliers = [min(parameters.share("gamma", task), 1 - kept[task]) for task in tasks]
+        large = [keep + out for keep, out in zip(kept, outliers, strict=True)]
+        self.trims = (large, outliers) if any(outliers) else (large,)
         self.scope = parameters.text("scope")
 
     def _part(self, tile: RuleInput, number: int) -> Array:

@@ -31,14 +31,13 @@ class Dare(Rule):
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
-        self._density = parameters.share("keep")
-        self._rescale = float(1 / self._density)
+        self._densities = [parameters.share("keep", task) for task in range(len(parameters.tasks))]
 
     def _dropped(self, tile: RuleInput, number: int) -> Array:
         """What stays of a task's vector, rescaled and weighted; (n,)."""
         seed, task = int(self.parameters.number("seed")), self.parameters.tasks[number]
-        stays = survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._density)
-        rescaled = scaled(masked(tile.inputs(number), stays, tile), self._rescale, tile)
+        stays = survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._densities[number])
+        rescaled = scaled(masked(tile.inputs(number), stays, tile), float(1 / self._densities[number]), tile)
         return scaled(rescaled, self.parameters.weights[number], tile)
 
     def merge(self, tile: RuleInput) -> Array:

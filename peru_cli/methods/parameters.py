@@ -11,21 +11,28 @@ Value = Fraction | float | int | str | bool
 
 @dataclass(frozen=True)
 class Parameters:
-    """Effective options of one merge: task names and weights in the order of the command line, and the rest."""
+    """Effective options of one merge, or of one tensor: task names and weights in the order of the command line, and the rest.
+
+    `own` has options that differ by task, a value for each: `number` and `share` of a task look there first.
+    """
 
     tasks: tuple[str, ...]
     weights: tuple[float, ...]
     values: Mapping[str, Value] = field(default_factory=dict)
+    own: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
-    def number(self, name: str) -> float:
-        """An option's value as a float."""
-        value = self.values[name]
+    def _value(self, name: str, task: int | None) -> Value:
+        return self.own[name][task] if task is not None and name in self.own else self.values[name]
+
+    def number(self, name: str, task: int | None = None) -> float:
+        """An option's value as a float, for one task (its number) where it may differ by task."""
+        value = self._value(name, task)
         assert not isinstance(value, str)
         return float(value)
 
-    def share(self, name: str) -> Fraction:
-        """An exact share of the entries."""
-        value = self.values[name]
+    def share(self, name: str, task: int | None = None) -> Fraction:
+        """An exact share of the entries, for one task where it may differ by task."""
+        value = self._value(name, task)
         assert isinstance(value, Fraction)
         return value
 

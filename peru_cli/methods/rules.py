@@ -64,7 +64,7 @@ class Rule(ABC):
 
     on_vectors = True  # works on differences from a base; else on whole weights
     holds_all = False  # needs the inputs of all tasks at once
-    trims: Sequence[Fraction] = ()  # shares of largest entries whose exact thresholds are wanted
+    trims: Sequence[Sequence[Fraction]] = ()  # for each trim the share of largest entries that each task keeps
     scope = "global"  # of the trims: "global" or "tensor"
     wants_signs = False  # `elect` is called on all tiles first, and its sum's sign becomes `RuleInput.majority`
     wants_products = False  # inner products of all inputs, for each tensor
@@ -72,6 +72,10 @@ class Rule(ABC):
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
+
+    def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
+        """How many of n entries a trim leaves a task: of everything, or of one tensor (`slot`) where that is the scope."""
+        return int(self.trims[trim][task] * n)
 
     def unit(self, name: str, shape: tuple[int, ...]) -> int:
         """Tiles of this tensor are multiples of so many entries: a row, for rules on matrices. Then `--tile-entries` is not heard."""

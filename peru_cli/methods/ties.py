@@ -84,7 +84,7 @@ class Ties(Rule):
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self._variant = parameters.text("variant")
-        self.trims = (parameters.share("keep"),)
+        self.trims = ([parameters.share("keep", task) for task in range(len(parameters.tasks))],)
         self.scope = parameters.text("scope")
         self.wants_signs = self._variant == "authors" and len(parameters.tasks) > 1
 

@@ -1,0 +1,44 @@
+"""A method whose parameters differ from tensor to tensor: one rule for each set of parameters, and which tensor has which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from peru_cli.errors import UsageError
+from peru_cli.methods.rules import Rule, RuleInput
+from peru_cli.streaming.arrays import Array
+
+
+class ByTensor(Rule):
+    """Hands every tensor (by its number in canonical order) to the rule that was built for it."""
+
+    def __init__(self, rules: Sequence[Rule], chosen: Sequence[int]) -> None:
+        """`chosen[slot]` says which of the rules a tensor has. UsageError for shares of everything that differ by tensor."""
+        first = rules[0]
+        super().__init__(first.parameters)
+        self._rules, self._chosen = rules, chosen
+        self.on_vectors, self.holds_all, self.scope = first.on_vectors, any(rule.holds_all for rule in rules), first.scope
+        self.wants_signs, self.wants_products = first.wants_signs, first.wants_products
+        self.trims = max((rule.trims for rule in rules), key=len)
+        if self.trims and self.scope == "global" and any(rule.trims != first.trims for rule in rules):
+            raise UsageError("a share of the whole task vector cannot differ by tensor", "add --scope tensor")
+
+    def at(self, slot: int) -> Rule:
+        """The rule of a tensor."""
+        return self._rules[self._chosen[slot]]
+
+    def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
+        return self.at(slot).keeps(trim, task, n, slot) if trim < len(self.at(slot).trims) else 0
+
+    def unit(self, name: str, shape: tuple[int, ...]) -> int:
+        return self._rules[0].unit(name, shape)
+
+    def elect(self, tile: RuleInput) -> int:
+        return self.at(tile.slot).elect(tile)
+
+    def decide(self, products: Mapping[int, Sequence[Sequence[float]]]) -> None:
+        for number, rule in enumerate(self._rules):
+            rule.decide({slot: table for slot, table in products.items() if self._chosen[slot] == number})
+
+    def merge(self, tile: RuleInput) -> Array:
+        return self.at(tile.slot).merge(tile)
