@@ -14,6 +14,14 @@ _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "cl
 _EXPERTS_IN_OUT = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 # Modules that look rows up: nn.Embedding in transformers, fairseq and timm.
 _EMBEDDING = re.compile(r"[^.]*emb[^.]*|wte|wpe|shared|relative_attention_bias")
+_INPUT = re.compile(r"embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|tokens_embed")
+_OUTPUT = re.compile(r"lm_head|embed_out|output|output_projection")
+# Model types whose config leaves tie_word_embeddings to a default that is true (a test asks transformers).
+_TIED = frozenset({
+    "bart", "bert", "bloom", "cohere", "cohere2", "electra", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode",
+    "gpt_neo", "m2m_100", "marian", "mbart", "mpt", "mt5", "openai-gpt", "opt", "pegasus", "roberta", "smollm3", "starcoder2", "t5", "umt5",
+    "xglm", "xlm-roberta",
+})  # fmt: skip
 
 
 def _model_types(config: Mapping[str, Any]) -> set[str]:
@@ -38,9 +46,36 @@ def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
     return bool(_model_types(config) & _CONV1D) and (leaf.startswith("c_") or leaf == "q_attn")
 
 
+def orientation_is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the model type tells which linear layers are Conv1D: transformers' own models, no code of a repo's own."""
+    return bool(_model_types(config)) and not config.get("auto_map")
+
+
 def is_grouped_convolution(shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
     """Whether a kernel looks like that of a depthwise convolution: one input channel, where images have more."""
     return shape[1] == 1 and shape[0] > 1 and config.get("num_channels") != 1
+
+
+def is_output(name: str) -> bool:
+    """Whether a tensor is a language model's output matrix, by its module's name."""
+    return bool(_OUTPUT.fullmatch(name.removesuffix(".weight").rpartition(".")[2])) and name.endswith(".weight")
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the config says that embedding and output matrix are one tensor, itself or by its model type's default."""
+    text = config.get("text_config")
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+    return bool(_model_types(config) & _TIED) if tied is None else bool(tied)
+
+
+def tied_embedding(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The input embedding, if the config ties the output matrix to it; None otherwise, or if several could be it."""
+    if not is_tied(config):
+        return None
+    found = [
+        name for name, info in tensors.items() if len(info.shape) == 2 and _INPUT.fullmatch(name.removesuffix(".weight").rpartition(".")[2])
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def has_tied_embeddings(config: Mapping[str, Any], shape: tuple[int, ...], tensors: Iterable[TensorInfo]) -> bool:

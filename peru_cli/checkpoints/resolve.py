@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peru_cli.checkpoints.hub.names import parse_hub_name
 from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
+from peru_cli.checkpoints.lora.config import refuse_model_beside
 from peru_cli.checkpoints.places import Place, is_on_hub, locate, why_not_here
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
@@ -71,6 +72,8 @@ def open_model(model: str) -> Checkpoint:
     """Open what `model` names: a directory, a .safetensors or .bin file, or these on the Hub."""
     path = locate(model)
     if path.is_dir() or path.is_file():
+        if path.is_dir():
+            refuse_model_beside(path)
         checkpoint = open_directory(path, model) if path.is_dir() else open_file(path, model)
         if "peru.format" in checkpoint.metadata:
             checkpoint.close()

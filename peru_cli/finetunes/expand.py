@@ -205,7 +205,7 @@ def _open_adapter(path: Place, label: str, base: Checkpoint | None) -> Checkpoin
             "fold it into its own base first (peru unpack), or merge with --compress",
         )
     adapter = LoraCheckpoint(path, label, base)
-    delta = path / REST
+    delta = adapter.folder / REST
     if not delta.is_file():
         return adapter
     try:

@@ -156,7 +156,10 @@ def _wanted(
 
 
 def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint], jobs: list[Resize]) -> bool:
-    """Add the adapters of a folder or file to the jobs; False if there are none. With a base, check that they fit it."""
+    """Add the adapters of a folder or file to the jobs; False if there are none whose factors can be truncated.
+
+    With a base, check that they fit it. UsageError without one, if an adapter's updates are no products of two thin factors.
+    """
     from peru_cli.checkpoints.lora.adapter import Adapter, find_adapters, is_lora_file
     from peru_cli.checkpoints.lora.expand import LoraCheckpoint
     from peru_cli.checkpoints.places import locate
@@ -166,7 +169,14 @@ def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint
     found = {"": path} if is_lora_file(path) else find_adapters(path)
     for inner, folder in found.items():
         label = model if not inner else str(folder)
-        jobs.append(Resize("/".join(part for part in (name, inner) if part), Adapter(folder, label), where / inner))
+        adapter = Adapter(folder, label)
+        if adapter.products or not adapter.modules:
+            adapter.close()
+            if base is None or len(found) > 1:
+                hint = "name it alone, with --base BASE" if base is not None else "add --base BASE: what it changes is factored then"
+                raise UsageError(f"{label}: {adapter.kind}: no products of two thin factors that could be truncated", hint)
+            return False
+        jobs.append(Resize("/".join(part for part in (name, inner) if part), adapter, where / inner))
         if base is not None:
             LoraCheckpoint(folder, label, base).close()
     return bool(found)

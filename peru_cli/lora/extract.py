@@ -21,9 +21,9 @@ from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.atomic import PartialDirectory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, header_bytes
-from peru_cli.checkpoints.lora.adapter import LINEAR, PARAMETER
 from peru_cli.checkpoints.lora.config import new_config
 from peru_cli.checkpoints.lora.keys import OUTER
+from peru_cli.checkpoints.lora.module import LINEAR, PARAMETER
 from peru_cli.checkpoints.lora.writer import adapter_writer
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.errors import UsageError

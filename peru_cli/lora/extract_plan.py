@@ -16,7 +16,7 @@ from typing import Any
 from peru_cli.checkpoints.architectures import experts_are_in_out, has_tied_embeddings, is_conv1d, is_embedding, is_grouped_convolution
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.loaded_names import names_in_memory
-from peru_cli.checkpoints.lora.adapter import CONVOLUTION, LINEAR, PARAMETER
+from peru_cli.checkpoints.lora.module import CONVOLUTION, LINEAR, PARAMETER
 from peru_cli.checkpoints.pairing import Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError

@@ -17,9 +17,10 @@ import torch
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local.atomic import PartialDirectory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, FileWriter, header_bytes
-from peru_cli.checkpoints.lora.adapter import PARAMETER, REST, Adapter, LoraModule
+from peru_cli.checkpoints.lora.adapter import REST, Adapter
 from peru_cli.checkpoints.lora.config import resized_config
 from peru_cli.checkpoints.lora.keys import PEFT
+from peru_cli.checkpoints.lora.module import PARAMETER, LoraModule
 from peru_cli.checkpoints.lora.writer import (
     adapter_writer,
     bias_name,

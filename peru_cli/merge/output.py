@@ -6,18 +6,20 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from peru_cli.checkpoints.architectures import is_output, is_tied
 from peru_cli.checkpoints.base_name import hub_repo
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, remove
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter
+from peru_cli.checkpoints.lora.tied import is_untied, with_settings
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.expand import RoundedAdapter, as_unpacked
 from peru_cli.finetunes.head import HEADS, head_metadata
@@ -168,7 +170,20 @@ def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, h
         _say_resumed(writer, where)
         merge(plan, rule, writer, how, where.step)
         write_heads(plan, writer.folder / HEADS, sync)
+        _untie(writer, plan, contents)
         writer.commit()
+
+
+def _untie(writer: DirectoryWriter, plan: MergePlan, contents: Mapping[str, bytes]) -> None:
+    """Have config.json say so where head and embedding differ after the merge: loaders would tie them again."""
+    if "config.json" not in contents or not is_tied(plan.reference.config()) or not any(is_output(info.name) for info in plan.outputs):
+        return
+    if writer.journal is not None:
+        writer.journal.flush()
+    writer.seal()
+    with _opened(writer.folder) as written:
+        if is_untied(written.config(), written.tensors, written.read_into):
+            (writer.folder / "config.json").write_bytes(with_settings(contents["config.json"], tie_word_embeddings=False))
 
 
 def _say_resumed(writer: CheckpointWriter, where: Where) -> None:

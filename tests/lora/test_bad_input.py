@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,12 +81,15 @@ def test_other_tuners_are_refused_by_name(tmp_path: Path, peru, adapter: Path, k
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("lora_unet_x.hada_w1_a", "LoHa"),
-        ("lora_unet_x.lokr_w1", "LoKr"),
+        ("lora_unet_x.hada_w1_a", "has two updates"),
+        ("lora_unet_x.lokr_w1", "has two updates"),
+        ("lora_unet_z.hada_w1_a", "its LoHa has hada_w1_a only"),
+        ("lora_unet_z.lokr_w1", "its LoKr has lokr_w1 only"),
+        ("lora_unet_x.diff_m", "modulations"),
+        ("lora_unet_x.reshape_weight", "a new shape of the base's weight"),
         ("lora_unet_x.oft_blocks", "OFT"),
         ("lora_unet_x.a1.weight", "GLoRA"),
         ("lora_unet_x.lora_mid.weight", "LoCon"),
-        ("lora_unet_x.diff", "a full difference"),
         ("lora_unet_y.alpha", "no pair of LoRA factors"),
     ],
 )
@@ -93,8 +97,19 @@ def test_other_kinds_of_files_are_refused_by_name(tmp_path: Path, peru, name: st
     table = {"lora_unet_x.lora_down.weight": torch.ones(2, 5), "lora_unet_x.lora_up.weight": torch.ones(5, 2), name: torch.ones(2, 2)}
     save_file(table, tmp_path / "in.safetensors")
     out = tmp_path / "out.safetensors"
-    code = 1 if "alpha" in name else 2
-    refused(tmp_path, peru, "svd-lora", tmp_path / "in.safetensors", "-o", out, "--rank", 2, code=code, says=(says, name, "in.safetensors"))
+    code = 1 if re.search("alpha|hada|lokr", name) else 2
+    refused(
+        tmp_path,
+        peru,
+        "svd-lora",
+        tmp_path / "in.safetensors",
+        "-o",
+        out,
+        "--rank",
+        2,
+        code=code,
+        says=(says, name.partition(".")[0] if "_w1" in name else name, "in.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,16 +8,16 @@ learned magnitudes.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.checkpoint import open_file
-from peru_cli.checkpoints.lora.config import CONFIG, rank_of, read_config, scale_of
-from peru_cli.checkpoints.lora.keys import PEFT, Keys, Sorted, looks_like_lora, sort_file, sort_peft
+from peru_cli.checkpoints.lora.alpha import Alphas
+from peru_cli.checkpoints.lora.config import CONFIG, FILES, rank_of, read_config, refuse_model_beside, scale_of
+from peru_cli.checkpoints.lora.keys import OUTER, PEFT, Keys, Sorted, looks_like_lora, sort_file, sort_peft
+from peru_cli.checkpoints.lora.module import CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, LoraModule
+from peru_cli.checkpoints.lora.products import Product, open_product
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
@@ -25,103 +25,40 @@ from peru_cli.errors import BadFile, UsageError
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = FILES[0]
 REST = "peru-rest.safetensors"  # a sparse delta of what an adapter out of a full fine-tune cannot hold
-_FILES = (WEIGHTS, "adapter_model.bin")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-LINEAR, EMBEDDING, CONVOLUTION, PARAMETER = "linear", "embedding", "convolution", "parameter"
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """One pair of factors.
-
-    `path` is the module as the file names it (with `.base_layer` where PEFT nests), `name` without that. `parameter` is
-    the full name of a targeted parameter, as far as it is known without the base. `blocks` is the number of experts; `rank` that
-    of each. `magnitude` and `bias` are names of tensors of DoRA and of `lora_bias`.
-    """
-
-    path: str
-    name: str
-    kind: str
-    down: TensorInfo
-    up: TensorInfo
-    rank: int
-    scale: float
-    blocks: int = 1
-    parameter: str | None = None
-    magnitude: str | None = None
-    bias: str | None = None
-    alpha: str | None = None
-
-    @property
-    def target(self) -> str:
-        """What rank and alpha patterns are matched against: the module, or the parameter."""
-        return self.parameter or self.name
-
-    @property
-    def rows(self) -> int:
-        """d_out: rows of B @ A."""
-        return self.up.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """d_in: columns of B @ A, a convolution's kernel flattened."""
-        return self.down.entries // max(self.down.shape[0], 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.down.nbytes + self.up.nbytes
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B at another rank."""
-        total = rank * self.blocks
-        return (total, *self.down.shape[1:]), (self.up.shape[0], total, *self.up.shape[2:])
-
-    def split(self, down: torch.Tensor, up: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """left (rows, rank), right (rank, columns) of each block, without the scale."""
-        if self.kind != PARAMETER:
-            return [(up.reshape(self.rows, -1), down.reshape(down.shape[0], -1))]
-        # peft: A stacks experts outermost, B innermost (ParamWrapper.get_delta_weight)
-        lefts = up.reshape(self.rows, -1, self.blocks).permute(2, 0, 1)
-        rights = down.reshape(self.blocks, -1, self.columns)
-        return list(zip(lefts, rights, strict=True))
-
-    def join(self, blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, in the file's shapes, of the blocks' factors (all of one rank): the inverse of `split`."""
-        import torch
-
-        down_shape, up_shape = self.shapes(blocks[0][1].shape[0])
-        if self.kind != PARAMETER:
-            return blocks[0][1].reshape(down_shape), blocks[0][0].reshape(up_shape)
-        down = torch.cat([right for _, right in blocks])
-        up = torch.stack([left for left, _ in blocks], dim=2)
-        return down.reshape(down_shape), up.reshape(up_shape)
 
 
 class Adapter:
-    """One adapter: a folder with adapter_config.json, or a kohya or diffusers file. Opening it reads headers only."""
+    """One adapter: a folder with adapter_config.json, its weights' file, or a kohya or diffusers file. Opening it reads headers only.
+
+    `path` is its folder, or the file of one that has no configuration. `modules` are LoRA's pairs of factors, `products` LyCORIS'
+    modules, `deltas` entries that are added or put as they are, `whole` what it holds whole.
+    """
 
     def __init__(self, path: Place, label: str) -> None:
         """Raises UsageError for another kind of adapter, BadFile if modules are incomplete or have ranks of 0."""
         self.path, self.label = path, label
         self.config: dict[str, Any] = {}
-        if (path / CONFIG).is_file():
+        if path.is_file() and _has_config_beside(path):
+            self.path, self.weights = path.parent, path
+            self.config = read_config(self.path, label)
+        elif (path / CONFIG).is_file():
             self.config = read_config(path, label)
-            found = [path / name for name in _FILES if (path / name).is_file()]
+            found = [path / name for name in FILES if (path / name).is_file()]
             if not found:
-                raise BadFile(f"{label} has {CONFIG}, but neither {' nor '.join(_FILES)}")
+                raise BadFile(f"{label} has {CONFIG}, but neither {' nor '.join(FILES)}")
             self.weights = found[0]
         else:
             self.weights = path / _DIFFUSERS_FILE if path.is_dir() else path
         self.file: Checkpoint = open_file(self.weights, str(self.weights))
         try:
             keys = sort_peft(self.file.tensors, str(self.weights)) if self.config else sort_file(self.file.tensors, str(self.weights))
-            self.layout = keys.layout
-            self.whole = keys.whole
-            self.modules = _Builder(self, keys).modules()
+            self.layout, self.whole, self.deltas, self.unknown = keys.layout, keys.whole, keys.deltas, keys.unknown
+            builder = _Builder(self, keys)
+            self.modules, self.products = builder.modules(), builder.products()
         except BaseException:
             self.file.close()
             raise
@@ -129,11 +66,15 @@ class Adapter:
     @property
     def kind(self) -> str:
         """In words."""
+        if not self.modules:
+            kinds = sorted({product.kind for product in self.products}) or ["differences"]
+            return f"{' and '.join(kinds)} in a single file, {len(self.products) + len(self.deltas)} updates"
         ranks = sorted({module.rank for module in self.modules})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         name = "DoRA" if any(module.magnitude for module in self.modules) else "LoRA"
         where = "" if self.layout == PEFT else f" in the {self.layout} layout"
-        return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} module{'' if len(self.modules) == 1 else 's'}"
+        more = f", and {len(self.products) + len(self.deltas)} other updates" if self.products or self.deltas else ""
+        return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} module{'' if len(self.modules) == 1 else 's'}{more}"
 
     def tensor(self, name: str) -> torch.Tensor:
         """One floating-point tensor in its own dtype; BadFile if it is of another type, or not finite."""
@@ -148,6 +89,15 @@ class Adapter:
         if not bool(torch.isfinite(tensor).all()):
             raise BadFile(f"{self.weights}: {name} holds NaN or infinite values", "the adapter is broken: train or download it again")
         return tensor
+
+    def number(self, name: str) -> float:
+        """A tensor of one entry, floating-point or integer: alpha as trainers write it. BadFile if it is of another kind."""
+        info = self.file.tensors[name]
+        if info.entries != 1:
+            raise BadFile(f"{self.weights}: {name} has {info.entries} entries, not one")
+        if info.dtype.name not in _INTEGERS:
+            return float(self.tensor(name))
+        return float(int.from_bytes(self.file.read(name), "little", signed=info.dtype.name[0] == "I"))
 
     def factors(self, module: LoraModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """left (rows, rank), right (rank, columns) of each block, as stored."""
@@ -165,19 +115,34 @@ class Adapter:
 
 
 def is_adapter(path: Place) -> bool:
-    """Whether a path is one LoRA adapter: a folder with a configuration, or diffusers' folder."""
+    """Whether a path is the folder of one adapter: with a configuration, or diffusers'. UsageError if it holds a model, too."""
+    refuse_model_beside(path)
     return (path / CONFIG).is_file() or (path / _DIFFUSERS_FILE).is_file()
 
 
 def is_lora_file(path: Place) -> bool:
-    """Whether a path is a safetensors file of a LoRA in kohya's or diffusers' layout; False for what cannot be read."""
-    if not path.is_file() or path.suffix != ".safetensors":
+    """Whether a path is the file of an adapter, by its tensors' names; False for what cannot be read."""
+    if not path.is_file():
+        return False
+    if path.name in FILES and (path.parent / CONFIG).is_file():
+        return True
+    if path.suffix != ".safetensors":
         return False
     try:
         with open_file(path, str(path)) as opened:
             return looks_like_lora(opened.tensors)
     except BadFile:
         return False
+
+
+def _has_config_beside(path: Place) -> bool:
+    """Whether the configuration beside a file is this file's: it has PEFT's own name, or names tensors as PEFT does."""
+    if not (path.parent / CONFIG).is_file():
+        return False
+    if path.name in FILES:
+        return True
+    with open_file(path, str(path)) as opened:
+        return any(name.startswith(OUTER) for name in opened.tensors)
 
 
 def find_adapters(path: Place) -> dict[str, Place]:
@@ -192,7 +157,11 @@ class _Builder:
     def __init__(self, adapter: Adapter, keys: Sorted) -> None:
         self._adapter, self._keys = adapter, keys
         self._tensors = adapter.file.tensors
-        self._metadata = _diffusers_configs(adapter.file.metadata)
+        self._alphas = Alphas(adapter.file.metadata, [*keys.modules, *keys.products], str(adapter.weights))
+        if adapter.config:
+            self._alphas.check_config(adapter.config, CONFIG)
+        self._own_alphas: dict[str, float] = {}
+        self._has_alphas = any(module.alpha for module in keys.modules.values())
         self._parameters = _nesting(adapter.config.get("target_parameters") or [], list(keys.modules))
 
     def modules(self) -> list[LoraModule]:
@@ -201,12 +170,22 @@ class _Builder:
             if bool(self._adapter.config.get("use_dora")) != (module.magnitude is not None):
                 has = "has" if module.magnitude is not None else "has no"
                 raise self._bad(module.name, f"it {has} magnitudes, {CONFIG} says use_dora={self._adapter.config.get('use_dora')!r}")
+        self._alphas.check_tensors(self._own_alphas)
+        return found
+
+    def products(self) -> list[Product]:
+        """LyCORIS' modules."""
+        found = []
+        for name, parts in sorted(self._keys.products.items()):
+            alpha = self._adapter.number(parts["alpha"]) if "alpha" in parts else None
+            infos = {part: self._tensors[stored] for part, stored in parts.items()}
+            found.append(open_product(name, infos, alpha, self._alphas.scale(name, 1), str(self._adapter.weights)))
         return found
 
     def _module(self, path: str, keys: Keys) -> LoraModule:
         assert keys.down is not None and keys.up is not None
         down, up = self._tensors[keys.down], self._tensors[keys.up]
-        name = path.replace(".base_layer", "")
+        name = path.replace(".base_layer", "").removeprefix(OUTER)
         targeted, parameter = self._parameters.get(path, (False, None))
         kind = PARAMETER if targeted else EMBEDDING if keys.embedding else CONVOLUTION if len(down.shape) > 2 else LINEAR
         if len(down.shape) < 2 or len(up.shape) != len(down.shape):
@@ -241,31 +220,20 @@ class _Builder:
                 raise self._bad(module.name, f"its factors have rank {module.rank}, {CONFIG} says {configured}")
             return scale_of(config, module.target, module.rank)
         if module.alpha is not None:
-            alpha = float(self._adapter.tensor(module.alpha))
+            self._own_alphas[module.alpha] = alpha = self._adapter.number(module.alpha)
             return alpha / module.rank
-        component, _, rest = module.name.partition(".")
-        if component in self._metadata:
-            return scale_of(self._metadata[component], rest, module.rank)
-        if "" in self._metadata:
-            return scale_of(self._metadata[""], module.name, module.rank)
-        return 1.0  # kohya's alpha and diffusers' lora_alpha are the rank where none is given
+        self._alphas.check_rank(module.name, module.rank)
+        # where some modules have an alpha, every loader takes the rank for those that have none
+        recorded = None if self._has_alphas else self._alphas.scale(module.name, module.rank)
+        if recorded is None and module.path.startswith(OUTER):
+            raise BadFile(
+                f"{self._adapter.weights}: {module.path} is named as PEFT does, and no {CONFIG} lies beside it to say its scale",
+                "put the adapter's configuration beside the file",
+            )
+        return 1.0 if recorded is None else recorded  # kohya's alpha and diffusers' lora_alpha are the rank where none is given
 
     def _bad(self, module: str, what: str) -> BadFile:
         return BadFile(f"{self._adapter.weights}: {module}: {what}")
-
-
-def _diffusers_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """LoRA configurations by component (`unet.r`, ...) out of a diffusers file's metadata; "" is that of a single model's file."""
-    try:
-        table = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
-    except ValueError:
-        return {}
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in table.items() if isinstance(table, dict) else ():
-        component, dot, name = str(key).partition(".")
-        component, name = (component, name) if dot else ("", component)
-        configs.setdefault(component, {})[name] = value
-    return {component: config for component, config in configs.items() if "r" in config}
 
 
 def _nesting(targets: list[str], paths: list[str]) -> dict[str, tuple[bool, str | None]]:

@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peru_cli.checkpoints.places import Place
+from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
 
 CONFIG = "adapter_config.json"
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MODEL_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 MERGED = "merge the adapter into its base with peft (merge_and_unload) and work on that"
 # Settings under which the update of a weight is not scale * B @ A, or the base itself is changed, and the values that leave them off.
 _OFF: dict[str, tuple[Any, ...]] = {
@@ -61,6 +63,17 @@ def read_config(folder: Place, label: str) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(path, name, config.get(name) or {})
     return config
+
+
+def refuse_model_beside(folder: Place) -> None:
+    """Refuse a folder that holds an adapter and a whole model: which is meant cannot be told, and loaders differ. UsageError."""
+    adapter = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if adapter is None or not (folder / CONFIG).is_file():
+        return
+    model = next((child for child in children(folder) if _MODEL_FILE.fullmatch(child.name)), None)
+    if model is not None:
+        hint = f"name the file that is meant: {adapter}" + (f" or {model}" if model.suffix != ".json" else ", or move the adapter away")
+        raise UsageError(f"{folder} holds an adapter, {adapter.name}, and a model, {model.name}", hint)
 
 
 def _check_pattern(path: Place, name: str, table: Any) -> None:

@@ -8,20 +8,26 @@ fixed places, so that tiles and threads do not change the result. Factors are re
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from peru_cli.checkpoints.architectures import is_embedding, is_output, tied_embedding
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.lora.adapter import Adapter
 from peru_cli.checkpoints.lora.config import CONFIG, check_can_be_added
-from peru_cli.checkpoints.lora.fit import F32, Fitting, Update
-from peru_cli.checkpoints.lora.keys import PEFT
+from peru_cli.checkpoints.lora.fit import F32, AnyUpdate, Computed, Difference, Fitting, Update
+from peru_cli.checkpoints.lora.keys import OUTER, PEFT
+from peru_cli.checkpoints.lora.products import Product
+from peru_cli.checkpoints.lora.tied import is_untied, vocabulary, with_settings
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import BadFile, Mismatch
+from peru_cli.errors import BadFile, Mismatch, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -51,16 +57,19 @@ class LoraCheckpoint(Checkpoint):
         adapter, base = self._adapter, self._base
         check_can_be_added(adapter.config, label)
         self.label, self.metadata, self.warnings = label, {}, list(adapter.file.warnings)
-        own = find_side_files(path) if adapter.layout == PEFT else {}
+        own = dict(find_side_files(adapter.path)) if adapter.config else {}
         if "config.json" in own and "architectures" not in _table(own["config.json"]):
             del own["config.json"]  # of no model: some programs leave a stub there
         self.side_files = dict(base.side_files) | own
-        self.files = [*base.files, adapter.weights, *([path / CONFIG] if adapter.config else [])]
-        self.updates: dict[str, Update] = {}
+        self.files = [*base.files, adapter.weights, *([adapter.path / CONFIG] if adapter.config else [])]
+        self.updates: dict[str, AnyUpdate] = {}
+        self._copied: dict[str, str] = {}  # tensors that the base has under another name
         self._kept: dict[str, str] = {}  # tensors that the adapter holds whole: our name -> its name
         self._local = threading.local()
         self._factors: _Cache[list[tuple[torch.Tensor, torch.Tensor]]] = _Cache(_CACHED)
         self._scales: _Cache[torch.Tensor] = _Cache(len(base.tensors))
+        self._matrices: _Cache[torch.Tensor] = _Cache(_CACHED)
+        self._made: tempfile.TemporaryDirectory[str] | None = None  # where a config that had to change lies
         fitting = Fitting(adapter, base)
         self.prefix = fitting.prefix
         self._whole(fitting)
@@ -72,18 +81,71 @@ class LoraCheckpoint(Checkpoint):
             )
         self.tensors = dict(self.tensors) | {name: TensorInfo(name, F32, u.info.shape) for name, u in self.updates.items()}
         self.kind = f"{adapter.kind} ({self.prefix})"
+        self._correct_config()
+
+    def _correct_config(self) -> None:
+        """Have config.json say what the tensors are now: how many rows the embedding has, and whether the head is tied to it."""
+        config, settings = self.config(), {}
+        if not config:
+            return
+        if (rows := vocabulary(config, self.tensors, self._base.tensors)) is not None:
+            settings["vocab_size"] = rows
+        if self._touches_head() and is_untied(config, self.tensors, self.read_into):
+            settings["tie_word_embeddings"] = False
+        if settings:
+            self._made = tempfile.TemporaryDirectory(prefix="peru-")
+            path = Path(self._made.name) / "config.json"
+            path.write_bytes(with_settings(self.side_files["config.json"].read_bytes(), **settings))
+            self.side_files = dict(self.side_files) | {"config.json": path}
+            self.warnings.append("config.json is written with " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+
+    def _touches_head(self) -> bool:
+        """Whether the adapter holds or updates an output matrix or an embedding, so that the two may have come apart."""
+        names = {*self._kept, *self.updates}
+        return any(is_output(name) or is_embedding(name.removesuffix(".weight")) for name in names)
 
     def _whole(self, fitting: Fitting) -> None:
         """The base's tensors, and what the adapter holds whole in their places or beside them."""
-        tensors = dict(self._base.tensors)
-        for plain, stored in self._adapter.whole.items():
-            name = fitting.base_name(plain.replace(".base_layer.", "."))
+        adapter, tensors = self._adapter, dict(self._base.tensors)
+        if adapter.layout != PEFT:
+            if adapter.unknown:
+                more = f" and {len(adapter.unknown) - 1} more" if len(adapter.unknown) > 1 else ""
+                raise UsageError(
+                    f"{adapter.weights} holds {adapter.unknown[0]}{more}, and nothing says what it is to the base",
+                    "peru knows the factors of LoRA, DoRA, LoHa and LoKr, .diff, .diff_b, .w_norm, .b_norm and .set_weight",
+                )
+            placed = fitting.put_whole()
+        else:
+            placed = {stored: fitting.base_name(plain.replace(".base_layer.", ".")) for plain, stored in adapter.whole.items()}
+        for stored, name in placed.items():
             if name in self._kept:
-                raise BadFile(f"{self._adapter.weights}: {stored} and {self._kept[name]} stand for the same tensor")
-            info = self._adapter.file.tensors[stored]
+                raise BadFile(f"{adapter.weights}: {stored} and {self._kept[name]} stand for the same tensor")
+            if name not in self._base.tensors and not _is_saved(stored.removeprefix(OUTER), adapter.config) and not is_output(name):
+                fitting.problems.append(f"{stored}: the base has no {name}, and modules_to_save of {CONFIG} does not name it")
+            info = adapter.file.tensors[stored]
             tensors[name] = TensorInfo(name, info.dtype, info.shape)
             self._kept[name] = stored
+        self._untie_saved_embedding(tensors)
         self.tensors = tensors
+
+    def _untie_saved_embedding(self, tensors: dict[str, TensorInfo]) -> None:
+        """PEFT trains a copy of an embedding in modules_to_save; an output matrix tied to it stays the base's, and becomes a tensor."""
+        config, saved = self._base.config(), self._adapter.config.get("modules_to_save") or []
+        embedding = tied_embedding(config, self._base.tensors)
+        if embedding is None or embedding not in self._kept or self._adapter.config.get("ensure_weight_tying"):
+            return
+        if not _is_saved(self._kept[embedding].removeprefix(OUTER), self._adapter.config) or any(is_output(name) for name in tensors):
+            return
+        architectures = config.get("architectures") or [""]
+        if saved and re.search(r"LMHead|ForCausalLM|ForConditionalGeneration", str(architectures[0])):
+            info = self._base.tensors[embedding]
+            tensors["lm_head.weight"] = TensorInfo("lm_head.weight", info.dtype, info.shape)
+            self._copied["lm_head.weight"] = embedding
+
+    @property
+    def folder(self) -> Place:
+        """Where the adapter's other files lie; the file itself, if it has no configuration."""
+        return self._adapter.path
 
     def fine_name(self, name: str) -> str:
         """What the adapter's own model calls a tensor: a base's name with the prefix that the adapter's names have more."""
@@ -95,9 +157,9 @@ class LoraCheckpoint(Checkpoint):
         elif name in self._kept:
             self._adapter.file.read_into(self._kept[name], offset, buffer)
         else:
-            self._base.read_into(name, offset, buffer)
+            self._base.read_into(self._copied.get(name, name), offset, buffer)
 
-    def _expand(self, update: Update, offset: int, buffer: memoryview) -> None:
+    def _expand(self, update: AnyUpdate, offset: int, buffer: memoryview) -> None:
         import torch
 
         if not len(buffer):
@@ -106,6 +168,9 @@ class LoraCheckpoint(Checkpoint):
             raise AssertionError("an expanded tensor is read by whole entries")
         start, n = offset // 4, len(buffer) // 4
         out = torch.frombuffer(buffer, dtype=torch.float32)
+        if not isinstance(update, Update):
+            self._add_whole(update, start, out)
+            return
         self._add(update, start, out)
         if update.module.magnitude is not None and not update.is_bias:
             scales = self._scales.get(update.info.name, lambda: self._dora_scales(update))
@@ -114,18 +179,42 @@ class LoraCheckpoint(Checkpoint):
             else:
                 out.mul_(scales[torch.arange(start, start + n).div_(update.columns, rounding_mode="floor")])
 
-    def _add(self, update: Update, start: int, out: torch.Tensor) -> None:
-        """Base + update of `len(out)` entries from `start` on, into `out`."""
+    def _add_whole(self, update: Difference | Computed, start: int, out: torch.Tensor) -> None:
+        """The same of an update that is stored entry by entry, or computed matrix by matrix."""
+        self._read_floats(self._base, update.info, start, out)
+        if isinstance(update, Computed):
+            name = update.product.name
+            out += self._matrices.get(name, lambda: self._product(update.product)).view(-1)[start : start + len(out)]
+            return
+        delta = out.new_empty(len(out))
+        self._read_floats(self._adapter.file, self._adapter.file.tensors[update.stored], start, delta)
+        if not bool(delta.isfinite().all()):
+            raise BadFile(f"{self._adapter.weights}: {update.stored} holds NaN or infinite values")
+        out += delta
+
+    def _product(self, product: Product) -> torch.Tensor:
+        delta = product.delta(self._adapter.tensor)
+        if not bool(delta.isfinite().all()):
+            raise BadFile(f"{self._adapter.weights}: the {product.kind} of {product.name} comes to NaN or infinite values")
+        return delta
+
+    @staticmethod
+    def _read_floats(source: Checkpoint, info: TensorInfo, start: int, out: torch.Tensor) -> None:
+        """Entries of a tensor from `start` on as float32."""
         import torch
 
-        info, n = update.info, len(out)
         assert info.dtype.torch_name is not None
-        room = bytearray(info.dtype.nbytes(n))
-        if update.over is not None:
-            self._adapter.file.read_into(update.over, info.dtype.nbytes(start), memoryview(room))
-        else:
-            self._base.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+        room = bytearray(info.dtype.nbytes(len(out)))
+        source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
         out.copy_(torch.frombuffer(room, dtype=getattr(torch, info.dtype.torch_name)))
+
+    def _add(self, update: Update, start: int, out: torch.Tensor) -> None:
+        """Base + update of `len(out)` entries from `start` on, into `out`."""
+        info, n = update.info, len(out)
+        if update.over is not None:
+            self._read_floats(self._adapter.file, self._adapter.file.tensors[update.over], start, out)
+        else:
+            self._read_floats(self._base, self._base.tensors[update.source or info.name], start, out)
         size = update.panel_rows * update.columns
         block_size = update.rows * update.columns
         at = start
@@ -187,6 +276,16 @@ class LoraCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self._adapter.close()
+        if self._made is not None:
+            self._made.cleanup()
+
+
+def _is_saved(plain: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a module that modules_to_save names, by the ends of modules' names as PEFT takes them."""
+    parts = plain.split(".")
+    modules = [".".join(parts[:cut]) for cut in range(1, len(parts))]
+    saved = [name for name in config.get("modules_to_save") or [] if isinstance(name, str)]
+    return any(module.endswith(name) for module in modules for name in saved)
 
 
 def _table(path: Place) -> dict[str, Any]:

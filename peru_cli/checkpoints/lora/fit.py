@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peru_cli.checkpoints.architectures import experts_are_in_out
+from peru_cli.checkpoints.architectures import experts_are_in_out, is_conv1d, is_output, orientation_is_known, tied_embedding
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.loaded_names import names_in_memory
-from peru_cli.checkpoints.lora.adapter import CONVOLUTION, EMBEDDING, PARAMETER, Adapter, LoraModule
+from peru_cli.checkpoints.lora.adapter import Adapter
 from peru_cli.checkpoints.lora.keys import KOHYA, PEFT
+from peru_cli.checkpoints.lora.module import CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, LoraModule
+from peru_cli.checkpoints.lora.products import Product
 from peru_cli.checkpoints.pairing import Prefix, find_prefix
 from peru_cli.checkpoints.source import Checkpoint
 
 PANEL = 1 << 16  # entries of a product computed at once, rounded to whole rows
 F32 = BY_NAME["F32"]
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+_COMPONENTS = ("unet", "diffusion_model", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _KOHYA_COMPONENTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lora_prior_", "lycoris_")
+_PARTS = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias", "set_weight": "weight"}
 # What transformers fuses experts into while loading, and what checkpoints call the parts (Qwen's names, Mixtral's).
 _EXPERTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
@@ -28,7 +31,8 @@ class Update:
 
     With `block`, it is a part of that block's product alone, from row `first_row` on: an expert that the base has on
     its own. `over` is the tensor that it is added to where the adapter holds that itself. `transposed` says that the tensor is
-    stored as (in, out). A bias has no `module.down`: it is a column.
+    stored as (in, out). A bias has no `module.down`: it is a column. `source` is the base's tensor under another name: the
+    embedding, where the output matrix is tied to it and gets an update of its own.
     """
 
     info: TensorInfo
@@ -40,11 +44,31 @@ class Update:
     block: int | None = None
     first_row: int = 0
     over: str | None = None
+    source: str | None = None
 
     @property
     def panel_rows(self) -> int:
         """Rows of every panel but a block's last."""
         return max(1, PANEL // max(self.columns, 1))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor of the adapter, `stored`, that is added to one of the base entry by entry."""
+
+    info: TensorInfo
+    stored: str
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An update of a whole matrix that is computed at once: a product of LyCORIS."""
+
+    info: TensorInfo
+    product: Product
+
+
+AnyUpdate = Update | Difference | Computed
 
 
 class Fitting:
@@ -71,6 +95,8 @@ class Fitting:
         if self._adapter.layout == KOHYA:
             return Prefix()
         wanted = [name for module in self._adapter.modules for name in self._plain_names(module)[:1]]
+        others = [product.name for product in self._adapter.products] + [owner for owner, _ in self._adapter.deltas.values()]
+        wanted += [f"{self._without_component(name)}.weight" for name in others]
         wanted += [name for module in self._adapter.modules for name, _, _ in _experts(module, self._leaves, 1)]
         fake = {name: self._like(name) for name in wanted}
         known = ((name, self._base.tensors[stored]) for name, stored in self._known.items())
@@ -96,23 +122,38 @@ class Fitting:
         if module.kind == PARAMETER:
             others = [f"{module.name}.{leaf}" for leaf in self._leaves]
             return list(dict.fromkeys([*([module.parameter] if module.parameter else []), *others]))
-        name = module.name
-        if self._adapter.layout != PEFT:
-            component, _, rest = name.partition(".")
-            name = (rest if component in _COMPONENTS else name).replace(".processor.", ".")
+        name = self._without_component(module.name)
         return [f"{name}.weight", f"{name}.in_proj_weight"]
+
+    def _without_component(self, name: str) -> str:
+        """A module's name without what a diffusers file puts before it."""
+        if self._adapter.layout == PEFT:
+            return name
+        component, _, rest = name.partition(".")
+        return (rest if component in _COMPONENTS else name).replace(".processor.", ".")
 
     def _candidates(self, module: LoraModule, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
         if self._adapter.layout == KOHYA:
-            component = next((c for c in _KOHYA_COMPONENTS if module.name.startswith(c)), "")
-            names = list(self._flat.get(module.name[len(component) :], ()))
-        else:
-            names = [self.base_name(name) for name in self._plain_names(module)]
+            return self._named(module.name, tensors)
+        names = [self.base_name(name) for name in self._plain_names(module)]
         return [tensors[name] for name in names if name in tensors]
 
-    def updates(self, tensors: Mapping[str, TensorInfo], kept: Mapping[str, str]) -> dict[str, Update]:
+    def _named(self, module: str, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+        """The weight of a module of a single file, or the parameter of that name."""
+        if self._adapter.layout == KOHYA:
+            component = next((c for c in _KOHYA_COMPONENTS if module.startswith(c)), "")
+            names = list(self._flat.get(module[len(component) :], ()))
+        else:
+            plain = self._without_component(module)
+            names = [self.base_name(f"{plain}.weight"), self.base_name(plain)]
+        return [tensors[name] for name in names if name in tensors]
+
+    def updates(self, tensors: Mapping[str, TensorInfo], kept: Mapping[str, str]) -> dict[str, AnyUpdate]:
         """The updates by the name of their tensor; `tensors` includes those that the adapter holds whole (`kept`)."""
-        found: dict[str, Update] = {}
+        found: dict[str, AnyUpdate] = {}
+        for product in self._adapter.products:
+            self._take_computed(found, product, tensors)
+        self._take_differences(found, tensors)
         for module in self._adapter.modules:
             candidates = self._candidates(module, tensors)
             fitting = [update for info in candidates if info.name not in found and (update := self._update(module, info)) is not None]
@@ -120,8 +161,10 @@ class Fitting:
                 for update in experts:
                     self._take(found, update, kept)
                 continue
+            if not fitting and not candidates and (untied := self._untied_head(module, tensors)) is not None:
+                fitting = [untied]
             if not fitting:
-                self._say_why(module, candidates)
+                self._say_why(module, candidates, found)
                 continue
             self._take(found, fitting[0], kept)
             if module.bias is not None:
@@ -132,6 +175,66 @@ class Fitting:
                 else:
                     self._take(found, Update(info, module, module.rows, 1, is_bias=True), kept)
         return found
+
+    def _untied_head(self, module: LoraModule, tensors: Mapping[str, TensorInfo]) -> Update | None:
+        """The update of an output matrix that the base does not store, because it is tied to the embedding."""
+        name = self.base_name(f"{module.name}.weight")
+        embedding = tied_embedding(self._base.config(), self._base.tensors) if self._adapter.layout == PEFT else None
+        if embedding is None or module.kind != LINEAR or not is_output(name) or name in tensors:
+            return None
+        like = self._base.tensors[embedding]
+        update = self._update(module, TensorInfo(name, like.dtype, like.shape))
+        return None if update is None else replace(update, source=embedding)
+
+    def _take_computed(self, found: dict[str, AnyUpdate], product: Product, tensors: Mapping[str, TensorInfo]) -> None:
+        where = f"{product.name} in {self._adapter.weights.name}"
+        infos = self._named(product.name, tensors)
+        if not infos:
+            self.problems.append(f"{where}: the base has no weight of this name")
+        elif (infos[0].shape or (0,))[0] != product.rows or infos[0].entries != product.rows * product.columns:
+            size = f"{product.rows} x {product.columns}"
+            self.problems.append(f"{where}: its {product.kind} is {size}, and {infos[0].name} of the base is {list(infos[0].shape)}")
+        else:
+            self._take(found, Computed(infos[0], product), {})
+
+    def _take_differences(self, found: dict[str, AnyUpdate], tensors: Mapping[str, TensorInfo]) -> None:
+        """What is added to weights and biases as it is; `put_whole` has those that take their place."""
+        for stored, (owner, what) in self._adapter.deltas.items():
+            if what == "set_weight":
+                continue
+            info = self._place_of(owner, what, tensors)
+            delta = self._adapter.file.tensors[stored]
+            if info is None:
+                self.problems.append(f"{stored} in {self._adapter.weights.name}: the base has no {_PARTS[what]} of this name")
+            elif info.entries != delta.entries or [n for n in info.shape if n != 1] != [n for n in delta.shape if n != 1]:
+                self.problems.append(f"{stored}: a difference of {list(delta.shape)}, and {info.name} of the base is {list(info.shape)}")
+            elif not delta.dtype.compressible:
+                self.problems.append(f"{stored} is {delta.dtype.name}, not floating-point")
+            elif info.name in found:
+                self.problems.append(f"{stored}: {info.name} of the base has another update, and which counts depends on the loader")
+            else:
+                self._take(found, Difference(info, stored), {})
+
+    def put_whole(self) -> dict[str, str]:
+        """Tensors of the base that entries of the adapter take the place of, by the entry."""
+        placed = {}
+        for stored, (owner, what) in self._adapter.deltas.items():
+            if what == "set_weight":
+                info = self._place_of(owner, what, self._base.tensors)
+                if info is None:
+                    self.problems.append(f"{stored} in {self._adapter.weights.name}: the base has no weight of this name")
+                elif info.shape != self._adapter.file.tensors[stored].shape:
+                    shape = list(self._adapter.file.tensors[stored].shape)
+                    self.problems.append(f"{stored} is {shape}, and {info.name} of the base is {list(info.shape)}")
+                else:
+                    placed[stored] = info.name
+        return placed
+
+    def _place_of(self, owner: str, what: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+        infos = self._named(owner, tensors)
+        if not infos:
+            return None
+        return tensors.get(infos[0].name.removesuffix("weight") + "bias") if _PARTS[what] == "bias" else infos[0]
 
     def _expert_updates(self, module: LoraModule, tensors: Mapping[str, TensorInfo]) -> list[Update]:
         """The updates of experts that the base has one by one, where loading fuses them; none if any is not there."""
@@ -150,11 +253,13 @@ class Fitting:
                 return updates
         return []
 
-    def _take(self, found: dict[str, Update], update: Update, kept: Mapping[str, str]) -> None:
+    def _take(self, found: dict[str, AnyUpdate], update: AnyUpdate, kept: Mapping[str, str]) -> None:
         name = update.info.name
         if not update.info.dtype.compressible:
             self.problems.append(f"{name}: {update.info.dtype.name}, which cannot be added to")
-        found[name] = replace(update, over=kept.get(name))
+        if name in found:
+            self.problems.append(f"{name}: the adapter has two updates for it")
+        found[name] = replace(update, over=kept.get(name)) if isinstance(update, Update) else update
 
     def _update(self, module: LoraModule, info: TensorInfo) -> Update | None:
         """The update of a tensor if its shape fits."""
@@ -169,17 +274,26 @@ class Fitting:
             straight, turned, prefer_turned = False, shape == (columns, rows), True
         else:
             squeezed = shape[:2] if all(n == 1 for n in shape[2:]) else shape  # a linear LoRA of a 1 x 1 convolution
-            straight, turned = squeezed == (rows, columns), shape == (columns, rows)
-            prefer_turned = bool(self._adapter.config.get("fan_in_fan_out"))
+            fits, fits_turned = squeezed == (rows, columns), shape == (columns, rows)
+            if orientation_is_known(self._base.config()):  # PEFT goes by the module's type, whatever fan_in_fan_out says
+                prefer_turned = is_conv1d(info.name.removesuffix(".weight"), self._base.config())
+                straight, turned = fits and not prefer_turned, fits_turned and prefer_turned
+            else:
+                straight, turned = fits, fits_turned
+                prefer_turned = bool(self._adapter.config.get("fan_in_fan_out"))
+                if fits and fits_turned and self._adapter.config and info.name.removesuffix(".weight").rpartition(".")[2].startswith("c_"):
+                    self.problems.append(f"{info.name} may be stored as (in, out): its base has no config.json to tell")
         if not straight and not turned:
             return None
         if turned and (prefer_turned or not straight):
             return Update(info, module, columns, rows, transposed=True)
         return Update(info, module, rows, columns)
 
-    def _say_why(self, module: LoraModule, candidates: list[TensorInfo]) -> None:
+    def _say_why(self, module: LoraModule, candidates: list[TensorInfo], found: Mapping[str, AnyUpdate]) -> None:
         where = f"{module.name} in {self._adapter.weights.name}"
-        if candidates:
+        if candidates and candidates[0].name in found:
+            self.problems.append(f"{where}: {candidates[0].name} of the base has another update already")
+        elif candidates:
             info = candidates[0]
             factors = f"{list(module.down.shape)} and {list(module.up.shape)}"
             self.problems.append(f"{where}: factors {factors}, and {info.name} of the base is {list(info.shape)}")

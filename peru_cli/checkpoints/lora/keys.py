@@ -5,6 +5,10 @@ PEFT       base_model.model.MODULE.lora_A.weight, .lora_B.weight (and .lora_B.bi
 kohya      MODULE_WITH_UNDERSCORES.lora_down.weight, .lora_up.weight, .alpha, .dora_scale
 diffusers  COMPONENT.MODULE.lora_A.weight, .lora_B.weight; older: .lora.down.weight, .lora_linear_layer.down.weight,
            .processor.to_q_lora.down.weight and .up; sometimes .alpha
+
+Files of one of the last two may hold, beside factors or instead of them, LyCORIS' products (LoHa: .hada_w1_a and so on, LoKr:
+.lokr_w1 and so on) and entries that are added or put as they are (ComfyUI's loader, LyCORIS' `full` and `norm`): .diff and .w_norm to
+a weight, .diff_b and .b_norm to a bias, .set_weight in place of a weight.
 """
 
 from __future__ import annotations
@@ -24,11 +28,14 @@ _FILE = re.compile(
     r"(?P<module>.+?)(?P<kind>\.lora_(?=[AB]\.)|\.lora_(?=down\.|up\.)|\.lora(?:_linear_layer)?\.|_lora\d*\.)"
     r"(?P<factor>A|B|down|up)(?:\.default)?\.weight"
 )
-_FILE_EXTRA = re.compile(r"(.+)\.(alpha|dora_scale|lora_magnitude_vector)")
+_FILE_EXTRA = re.compile(r"(.+)\.(alpha|dora_scale|lora_magnitude_vector|lora_B\.bias)")
+_PRODUCT = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12]|w[12]_[ab]|t2))")
+_DELTA = re.compile(r"(.+)\.(diff|diff_b|w_norm|b_norm|set_weight)")
+_KOHYA_NAME = re.compile(r"(lora_(unet|te\d?|transformer|prior)|lycoris)_[^.]+\.")
 # Names by which other low-rank methods are known, in PEFT and LyCORIS files.
 _STRANGERS = (
-    (re.compile(r"\.hada_w"), "LoHa"),
-    (re.compile(r"\.lokr_w|\.lokr_t"), "LoKr"),
+    (re.compile(r"\.hada_"), "LoHa"),
+    (re.compile(r"\.lokr_"), "LoKr"),
     (re.compile(r"\.oft_|\.boft_"), "OFT"),
     (re.compile(r"\.lora_mid\."), "LoCon with a Tucker core"),
     (re.compile(r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$"), "GLoRA"),
@@ -37,6 +44,8 @@ _STRANGERS = (
     (re.compile(r"\.lora_E$|\.lora_E\."), "AdaLoRA"),
     (re.compile(r"\.lora_diag"), "KaSA"),
     (re.compile(r"\.diff(_b)?$"), "a full difference"),
+    (re.compile(r"\.diff_m$"), "a difference of modulations, whose place no loader agrees on"),
+    (re.compile(r"\.reshape_weight$"), "a new shape of the base's weight"),
 )
 
 
@@ -54,16 +63,23 @@ class Keys:
 
 @dataclass
 class Sorted:
-    """A file's names: modules by their path as the file has it, and the tensors held whole by their plain name."""
+    """A file's names: modules by their path as the file has it, and the tensors held whole by their plain name.
+
+    `products` are LyCORIS' factors by their parts, `deltas` what is added or put as it is (module, and which of diff, diff_b,
+    w_norm, b_norm, set_weight) by the file's name; `unknown` are entries of a single file that mean nothing to anybody.
+    """
 
     layout: str
     modules: dict[str, Keys] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
+    products: dict[str, dict[str, str]] = field(default_factory=dict)
+    deltas: dict[str, tuple[str, str]] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
 
 def looks_like_lora(names: Iterable[str]) -> bool:
-    """Whether a file without adapter_config.json is a LoRA, by its tensors' names."""
-    return any(_FILE.fullmatch(name) for name in names)
+    """Whether a file without adapter_config.json is an adapter, by its tensors' names."""
+    return any(pattern.fullmatch(name) for name in names for pattern in (_FILE, _PRODUCT, _DELTA))
 
 
 def sort_peft(names: Iterable[str], label: str) -> Sorted:
@@ -95,26 +111,37 @@ def sort_peft(names: Iterable[str], label: str) -> Sorted:
 def sort_file(names: Iterable[str], label: str) -> Sorted:
     """Sort the names of a kohya or diffusers file; errors as in `sort_peft`."""
     names = sorted(names)
-    kohya = any(".lora_down." in name for name in names)
+    kohya = any(".lora_down." in name or _KOHYA_NAME.match(name) for name in names)
     result = Sorted(KOHYA if kohya else DIFFUSERS)
     extras = []
     for name in names:
-        match = _FILE.fullmatch(name)
-        if match:
+        if match := _FILE_EXTRA.fullmatch(name):
+            extras.append((match[1], match[2], name))
+        elif match := _FILE.fullmatch(name):
             _place(result.modules.setdefault(match["module"], Keys()), match["factor"] in ("A", "down"), name, label)
-        elif _FILE_EXTRA.fullmatch(name):
-            extras.append(name)
+        elif match := _PRODUCT.fullmatch(name):
+            result.products.setdefault(match[1], {})[match[2]] = name
+        elif match := _DELTA.fullmatch(name):
+            result.deltas[name] = (match[1], match[2])
         elif _stranger(name) != _UNKNOWN:
-            raise UsageError(f"{label} holds {name}, which is {_stranger(name)}", "peru knows LoRA and DoRA factors only")
+            raise UsageError(
+                f"{label} holds {name}, which is {_stranger(name)}", "peru knows LoRA, DoRA, LoHa and LoKr, and plain differences"
+            )
         else:
             result.whole[name] = name
-    for name in extras:
-        module, what = name.rsplit(".", 1)
+            result.unknown.append(name)
+    for module, what, name in extras:
         keys = result.modules.get(module)
-        if keys is None:
+        if what == "alpha" and module in result.products:
+            result.products[module]["alpha"] = name
+        elif what == "alpha" and keys is None and any(module == owner for owner, _ in result.deltas.values()):
+            result.whole[name] = name  # trainers write one beside every module; a difference has no rank to divide by
+        elif keys is None:
             raise BadFile(f"{label}: {name} belongs to no pair of LoRA factors")
-        if what == "alpha":
+        elif what == "alpha":
             keys.alpha = name
+        elif what == "lora_B.bias":
+            keys.bias = name
         else:
             keys.magnitude = name
     _check_pairs(result, label)
@@ -147,5 +174,8 @@ def _check_pairs(found: Sorted, label: str) -> None:
     if halves:
         more = f" (and {len(halves) - 1} more)" if len(halves) > 1 else ""
         raise BadFile(f"{label}: half of a pair is missing: {halves[0]}{more}", "the file is incomplete: save or download it again")
-    if not found.modules:
+    both = sorted(set(found.modules) & set(found.products))
+    if both:
+        raise BadFile(f"{label}: {both[0]} has two updates: LoRA factors and {min(found.products[both[0]].values())}")
+    if not found.modules and not found.products and not found.deltas:
         raise BadFile(f"{label}: no LoRA factors in it")

@@ -9,9 +9,11 @@ from typing import Any
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import FileWriter
-from peru_cli.checkpoints.lora.adapter import DIFFUSERS_METADATA, EMBEDDING, WEIGHTS, Adapter, LoraModule
+from peru_cli.checkpoints.lora.adapter import WEIGHTS, Adapter
+from peru_cli.checkpoints.lora.alpha import without_alpha
 from peru_cli.checkpoints.lora.config import CONFIG, encode_config
 from peru_cli.checkpoints.lora.keys import DIFFUSERS, KOHYA, OUTER, PEFT
+from peru_cli.checkpoints.lora.module import EMBEDDING, LoraModule
 from peru_cli.version import __version__
 
 
@@ -26,7 +28,7 @@ def factor_names(module: LoraModule, layout: str) -> tuple[str, str]:
 
 def copied_tensors(adapter: Adapter) -> dict[str, str]:
     """What is neither a factor nor a scale: the output's name -> the input's."""
-    names = {stored: stored for stored in adapter.whole.values()}
+    names = {stored: stored for stored in (*adapter.whole.values(), *adapter.deltas)}
     for module in adapter.modules:
         if module.magnitude is not None:
             peft = f"{OUTER}{module.path}.lora_magnitude_vector"
@@ -61,13 +63,14 @@ def resized_metadata(adapter: Adapter, ranks: Sequence[int], options: str) -> di
     """The input's metadata where it still holds, and how the file was made."""
     metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": options}
     if adapter.layout == KOHYA:
-        kept = {key: value for key, value in adapter.file.metadata.items() if not key.startswith("sshs_")}
-        if "ss_network_dim" in kept:
+        before = adapter.file.metadata
+        kept = {key: value for key, value in without_alpha(before).items() if not key.startswith("sshs_")}
+        if "ss_network_dim" in before or "ss_network_alpha" in before:
             shown = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # as sd-scripts' resize_lora writes
             kept |= {"ss_network_dim": shown, "ss_network_alpha": shown}
         return kept | metadata
     if adapter.layout == DIFFUSERS:
-        return {key: value for key, value in adapter.file.metadata.items() if key != DIFFUSERS_METADATA} | metadata
+        return without_alpha(adapter.file.metadata) | metadata
     return metadata
 
 
