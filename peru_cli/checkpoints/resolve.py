@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.hub.names import parse_hub_name
 from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
 from peru_cli.checkpoints.lora.config import refuse_model_beside
 from peru_cli.checkpoints.places import Place, is_on_hub, locate, why_not_here
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.usable import usable
 from peru_cli.errors import UsageError
 
 _TASK = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
@@ -68,8 +71,11 @@ def default_task(model: str) -> str:
     return name or "task"
 
 
-def open_model(model: str) -> Checkpoint:
-    """Open what `model` names: a directory, a .safetensors or .bin file, or these on the Hub."""
+def open_model(model: str, stored: bool = False) -> Checkpoint:
+    """Open what `model` names: a directory, a .safetensors or .bin file, or these on the Hub.
+
+    FP8 weights come as floats (checkpoints/usable.py) unless `stored` asks for the tensors of the files.
+    """
     path = locate(model)
     if path.is_dir() or path.is_file():
         if path.is_dir():
@@ -81,8 +87,16 @@ def open_model(model: str) -> Checkpoint:
                 f"{model} is a peru artifact, and a model is meant here", "unpack it first: peru unpack ARTIFACT -b BASE -o DIR"
             )
         _name(checkpoint, path)
-        return checkpoint
+        return checkpoint if stored else usable(checkpoint)
     raise UsageError(*why_not_here(model))
+
+
+def open_recorded_base(model: str, dtypes: Mapping[str, Dtype]) -> Checkpoint:
+    """Open the base of an artifact: with the tensors of the files if these have the recorded dtypes, else as floats."""
+    checkpoint = open_model(model, stored=True)
+    found = checkpoint.tensors
+    same = all(found[name].dtype is dtype for name, dtype in dtypes.items() if name in found)
+    return checkpoint if same else usable(checkpoint)
 
 
 def _name(checkpoint: Checkpoint, place: Place) -> None:

@@ -15,8 +15,10 @@ from peru_cli.checkpoints.local.checkpoint import open_file
 from peru_cli.checkpoints.lora.adapter import REST, find_adapters, is_adapter, is_lora_file
 from peru_cli.checkpoints.lora.expand import LoraCheckpoint
 from peru_cli.checkpoints.places import Place, locate
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.usable import usable
 from peru_cli.errors import UsageError
 from peru_cli.finetunes.decode import decode_bits
 from peru_cli.finetunes.pack_task import ExpandedTask
@@ -156,18 +158,19 @@ def as_unpacked(model: Checkpoint) -> Checkpoint:
     return RoundedAdapter(model) if isinstance(model, (LoraCheckpoint, Overlaid)) else model
 
 
-def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None) -> Checkpoint:
+def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None, stored: bool = False) -> Checkpoint:
     """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError.
 
-    A folder or repo that holds one artifact stands for it; of several, the one of the task.
+    A folder or repo that holds one artifact stands for it; of several, the one of the task. A full checkpoint's FP8 weights
+    come as floats unless `stored` asks for the tensors of its files.
     """
-    opened = _open(model, base, task)
-    if opened.expanded and base is not None:
+    opened = _open(model, base, task, stored)
+    if opened.expanded and base is not None and not isinstance(opened, Dequantized):
         base.echo()
     return opened
 
 
-def _open(model: str, base: Checkpoint | None, task: str | None) -> Checkpoint:
+def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -> Checkpoint:
     path = locate(model)
     if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
         return _open_adapter(path, model, base)
@@ -182,8 +185,8 @@ def _open(model: str, base: Checkpoint | None, task: str | None) -> Checkpoint:
             if base is None:
                 raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
             return ExpandedTask(path, model, task, base) if artifact_kind(path) in KINDS else ExpandedArtifact(path, model, base)
-        return opened
-    return open_model(model)
+        return opened if stored else usable(opened)
+    return open_model(model, stored)
 
 
 def artifact_for(place: Place, task: str | None) -> Place:

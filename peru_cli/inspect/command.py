@@ -73,7 +73,7 @@ def inspect(
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
         (show_masks if kind == MASKS else show_pack if kind in KINDS else _artifact)(place, plot)
     elif base is None:
-        with open_model(model) as checkpoint:
+        with open_model(model, stored=True) as checkpoint:
             _checkpoint(checkpoint)
     else:
         with open_model(model) as fine, open_model(base) as opened:

@@ -85,8 +85,9 @@ def prune(
     if not several and out.suffix != ".safetensors":
         raise UsageError(f"-o {output} should end in .safetensors (or in / for a folder of artifacts)")
     targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
-    opened_base = open_model(base)
-    opened = [open_fine_tune(a.model, opened_base, a.task) for a in arguments]
+    stored = lossless and job.all_quantized([base, *(a.model for a in arguments)])
+    opened_base = open_model(base, stored)
+    opened = [open_fine_tune(a.model, opened_base, a.task, stored) for a in arguments]
     tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task)
     place = destination(push, private, revision, commit_message, force, output)

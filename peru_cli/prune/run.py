@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from peru_cli.artifacts.container import artifact_kind
 from peru_cli.checkpoints.local.atomic import check_room, check_target, may_go_on, partial_path
 from peru_cli.checkpoints.local.journal import Journal, notes_at
+from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
 from peru_cli.checkpoints.pairing import pair_checkpoints
-from peru_cli.checkpoints.places import size_of
+from peru_cli.checkpoints.places import locate, size_of
+from peru_cli.checkpoints.quantized.layout import is_quantized
+from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods.magnitude import ALL_CHANGED
@@ -28,7 +32,7 @@ from peru_cli.vectors.selection import Select
 from peru_cli.vectors.threshold_journal import ThresholdJournal
 from peru_cli.version import __version__
 
-__all__ = ["PruneOptions", "PruneResult", "PruneTask", "fetch_bytes", "key_value", "plan_prune", "prune", "stream_digest"]
+__all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_bytes", "key_value", "plan_prune", "prune", "stream_digest"]
 
 
 def plan_prune(
@@ -54,6 +58,18 @@ def plan_prune(
         check_room(target, sum(info.nbytes for info in pairing.whole))
         planned.append(task)
     return planned
+
+
+def all_quantized(models: Sequence[str]) -> bool:
+    """Whether all of these are full checkpoints of quantised weights: their codes and scales are then kept as they are by --lossless."""
+    for model in models:
+        place = locate(model)
+        if is_adapter(place) or is_lora_file(place) or artifact_kind(place) is not None:
+            return False
+        with open_model(model, stored=True) as checkpoint:
+            if not is_quantized(checkpoint.tensors):
+                return False
+    return True
 
 
 def prune(

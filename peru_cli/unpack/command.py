@@ -78,7 +78,7 @@ def unpack(
     from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
     from peru_cli.checkpoints.lora.adapter import find_adapters, is_lora_file
     from peru_cli.checkpoints.places import locate, why_not_here
-    from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.checkpoints.resolve import open_model, open_recorded_base
     from peru_cli.finetunes import rebuild as job
     from peru_cli.finetunes.head import tasks_of
     from peru_cli.vectors.settings import streaming
@@ -128,7 +128,8 @@ def unpack(
     if task not in (None, opened.metadata["peru.task"], place.name.removesuffix(".safetensors")):
         raise UsageError(f"--task {task}: {place} holds {opened.metadata['peru.task']}", "leave --task out")
     base = find_base(place, opened.metadata, base)
-    opened_base = open_model(base)
+    recorded = {opened.base_name(r): r.base_dtype for r in opened.index.tensors if r.base_dtype is not None}
+    opened_base = open_recorded_base(base, recorded)
     job.check_base(opened, opened_base)
     tensors = job.output_tensors(opened, wanted)
     files, missing = job.side_files(opened, opened_base)

@@ -31,7 +31,7 @@ def unpack_task(
     """
     from peru_cli.artifacts.packs.masks import open_pack
     from peru_cli.checkpoints.base_name import find_base
-    from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.checkpoints.resolve import open_recorded_base
     from peru_cli.finetunes.pack_base import check_pack_base
     from peru_cli.finetunes.rebuild import config_with_dtype
     from peru_cli.finetunes.retrieve import Retrieval, retrieve_to
@@ -39,7 +39,8 @@ def unpack_task(
 
     with open_pack(path) as pack:
         retrieval = Retrieval(pack, pack.task(task))
-        base = open_model(find_base(path, pack.metadata, base_name))
+        recorded = {record.info.name: record.base_dtype for record in pack.index.tensors}
+        base = open_recorded_base(find_base(path, pack.metadata, base_name), recorded)
         check_pack_base(pack, base)
         tensors = retrieval.tensors(dtype)
         files, missing = retrieval.side_files(base)

@@ -1,0 +1,206 @@
+"""A checkpoint of FP8 weights as one of floats: w = code * scale of its block, computed while it is read.
+
+As transformers' Fp8Dequantize and compressed-tensors have it: codes and scales to float32, one product, rounded once to the
+type that comes out (nearest, ties to even).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from peru_cli.checkpoints.places import Place
+from peru_cli.checkpoints.quantized.layout import Layout, Scaled
+from peru_cli.checkpoints.source import Checkpoint
+
+_HELD = 4  # tensors whose scales are kept: each is read in many tiles
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def _minifloats(exponent: int, mantissa: int, bias: int, nan: str) -> Floats:
+    """Values of all 256 codes of an 8-bit float; `nan` says which codes are none: fn, ieee or fnuz."""
+    codes = np.arange(256)
+    sign = np.where(codes & 0x80, -1.0, 1.0)
+    e, m = (codes >> mantissa) & ((1 << exponent) - 1), codes & ((1 << mantissa) - 1)
+    values = np.where(e == 0, m * 2.0 ** (1 - bias - mantissa), (1 + m / (1 << mantissa)) * 2.0 ** (e - bias)) * sign
+    magnitude = codes & 0x7F
+    if nan == "fnuz":
+        values[0x80] = np.nan
+    elif nan == "fn":
+        values[magnitude == 0x7F] = np.nan
+    else:
+        infinite = ((1 << exponent) - 1) << mantissa
+        values[magnitude == infinite] = np.copysign(np.inf, sign)[magnitude == infinite]
+        values[magnitude > infinite] = np.nan
+    return values.astype(np.float32)
+
+
+VALUES = {
+    "F8_E4M3": _minifloats(4, 3, 7, "fn"),
+    "F8_E5M2": _minifloats(5, 2, 15, "ieee"),
+    "F8_E4M3FNUZ": _minifloats(4, 3, 8, "fnuz"),
+    "F8_E5M2FNUZ": _minifloats(5, 2, 16, "fnuz"),
+    "I8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
+}
+_POWERS = np.where(np.arange(256) == 255, np.nan, 2.0 ** (np.arange(256) - 127.0)).astype(np.float32)  # E8M0, also stored as bytes
+
+
+def _scales(raw: bytes, dtype: str) -> Floats:
+    """Scales as float32, (n,)."""
+    if dtype in ("F8_E8M0", "U8"):
+        return _POWERS[np.frombuffer(raw, np.uint8)]
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
+
+
+def _store(values: Floats, dtype: str, out: memoryview) -> None:
+    """Write float32 values into bytes of a float type, rounded to nearest, ties to even."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        nans = np.isnan(values)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        if nans.any():
+            rounded[nans] = 0x7FC0
+        np.frombuffer(out, np.uint16)[:] = rounded
+    else:
+        with np.errstate(over="ignore"):
+            np.frombuffer(out, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])[:] = values
+
+
+class Dequantized(Checkpoint):
+    """Codes and scales of another checkpoint as floats, companions left out; config.json without its `quantization_config`."""
+
+    expanded = True  # the float type was not chosen by whoever made the model
+
+    def __init__(self, stored: Checkpoint, layout: Layout) -> None:
+        self.stored, self._layout = stored, layout
+        self.label, self.metadata, self.files, self.ranged = stored.label, stored.metadata, stored.files, stored.ranged
+        self.kind = f"{stored.kind}, {len(layout.weights)} {layout.kind} tensors dequantised"
+        self.public_name, self.part = stored.public_name, "dequantised"
+        self.warnings = list(stored.warnings)
+        plain = [name for name, weight in layout.weights.items() if weight.scale is None]
+        if plain:
+            self.warnings.append(f"{stored.label}: {len(plain)} {layout.kind} tensor(s) have no scale and are read as they are: {plain[0]}")
+        self.tensors = {
+            name: layout.weights[name].info if name in layout.weights else info
+            for name, info in stored.tensors.items()
+            if name not in layout.companions
+        }
+        self.side_files = self._side_files()
+        self._cache: OrderedDict[str, Floats] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _side_files(self) -> dict[str, Place]:
+        """The stored ones; a config.json that speaks of quantisation is written anew, in a folder that goes when this does."""
+        files = dict(self.stored.side_files)
+        config = self.stored.config()
+        if _without_quantization(config):
+            folder = TemporaryDirectory(prefix="peru-config-")
+            weakref.finalize(self, folder.cleanup)
+            path = Path(folder.name) / "config.json"
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            files["config.json"] = path
+        return files
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        weight = self._layout.weights.get(name)
+        if weight is None:
+            self.stored.read_into(name, offset, buffer)
+            return
+        width = weight.info.dtype.bits // 8
+        start, n = offset // width, len(buffer) // width
+        codes = bytearray(n)
+        self.stored.read_into(name, start, memoryview(codes))
+        values = VALUES[weight.codes.dtype.name][np.frombuffer(codes, np.uint8)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._scale(weight, start, values)
+        _store(values, weight.info.dtype.name, buffer)
+
+    def _scale(self, weight: Scaled, start: int, values: Floats) -> None:
+        """Multiply entries from `start` on by the scales of their blocks, in place; (n,)."""
+        if weight.scale is None:
+            return
+        scales = self._scales(weight)
+        if scales.size == 1:
+            values *= scales.reshape(())
+            return
+        rows, columns = weight.codes.shape[-2:]
+        for at, first, stop, row, count in _spans(start, len(values), columns):
+            matrix, inside = np.divmod(np.arange(row, row + count), rows)
+            of_rows = scales.reshape(weight.grid)[matrix, inside // weight.block[0]]  # (count, blocks of columns)
+            block = values[at : at + count * (stop - first)].reshape(count, stop - first)
+            if weight.grid[2] > 1:
+                of_rows = of_rows[:, np.arange(first, stop) // weight.block[1]]
+            block *= of_rows
+
+    def _scales(self, weight: Scaled) -> Floats:
+        """All scales of a tensor as float32, (n,): at most 1 for 32 of its entries."""
+        assert weight.scale is not None
+        with self._lock:
+            if (found := self._cache.get(weight.info.name)) is not None:
+                self._cache.move_to_end(weight.info.name)
+                return found
+            found = _scales(self.stored.read(weight.scale.name), weight.scale.dtype.name)
+            self._cache[weight.info.name] = found
+            if len(self._cache) > _HELD:
+                self._cache.popitem(last=False)
+            return found
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
+        self.stored.expect(self._stored_ranges(ranges), keep)
+
+    def _stored_ranges(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+        announced = set()
+        for name, offset, nbytes in ranges:
+            weight = self._layout.weights.get(name)
+            if weight is None:
+                yield name, offset, nbytes
+                continue
+            if weight.scale is not None and name not in announced:
+                announced.add(name)
+                yield weight.scale.name, 0, weight.scale.nbytes
+            width = weight.info.dtype.bits // 8
+            yield name, offset // width, nbytes // width
+
+    def echo(self) -> None:
+        self.stored.echo()
+
+    def forget(self) -> None:
+        self.stored.forget()
+
+    def close(self) -> None:
+        self.stored.close()
+
+
+def _spans(start: int, n: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """A run of entries as at most three blocks: where it is in the run, first and last column, first row, number of rows."""
+    at = 0
+    while at < n:
+        row, first = divmod(start + at, columns)
+        if first or n - at < columns:
+            stop = min(columns, first + n - at)
+            yield at, first, stop, row, 1
+            at += stop - first
+        else:
+            count = (n - at) // columns
+            yield at, 0, columns, row, count
+            at += count * columns
+
+
+def _without_quantization(config: dict[str, Any]) -> bool:
+    """Take `quantization_config` out of a config and the tables in it; whether there was one."""
+    found = config.pop("quantization_config", None) is not None
+    for value in config.values():
+        if isinstance(value, dict):
+            found |= _without_quantization(value)
+    return found

@@ -1,0 +1,203 @@
+"""Which tensors of a checkpoint are codes and scales of a quantised weight, told from headers and config.json alone.
+
+A quantised weight and its companions are one thing. FP8 (and the symmetric INT8 of compressed-tensors) is turned back into
+floats while it is read (fp8.py); every other scheme is refused by its name. Layouts:
+https://github.com/vllm-project/compressed-tensors, transformers' integrations/finegrained_fp8.py, DeepSeek-V3's README_WEIGHTS.md,
+ComfyUI's `scale_weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peru_cli.checkpoints.dtypes import BY_NAME, BY_TORCH_NAME, Dtype
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.errors import BadFile, UsageError
+
+CODES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+_SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0", "U8"})
+_DEFAULT_BLOCK = (128, 128)
+
+# Names that only one scheme writes.
+_SCHEMES = [
+    ("bitsandbytes 4-bit", re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.bitsandbytes__")),
+    ("bitsandbytes 8-bit", re.compile(r"\.(SCB|weight_format)$")),
+    ("GPTQ", re.compile(r"\.g_idx$")),
+    ("AWQ or GPTQ", re.compile(r"\.(qweight|qzeros)$")),
+    ("MXFP4", re.compile(r"_proj_(blocks|scales)$")),
+    ("NVFP4", re.compile(r"\.(weight_scale_2|weight_global_scale)$")),
+    ("packed compressed-tensors", re.compile(r"\.weight_packed$")),
+    ("HQQ", re.compile(r"\.W_q$")),
+    ("quanto", re.compile(r"\.weight\._(data|scale)$")),
+    ("AQLM", re.compile(r"\.(codes|codebooks)$")),
+    ("EETQ", re.compile(r"\.weight_scales$")),
+]
+_METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "quanto": "quanto"}
+# Of activations and of key-value caches: nothing of the weights is in them.
+_OF_ACTIVATIONS = re.compile(r"\.(input_scale|scale_input|activation_scale|input_scale_ub|[kqv]_scale|prob_output_scale|output_scale)$")
+_MARKERS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant)$")
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A weight of codes: what is read (`codes`), what comes out (`info`), and the scales, one for each block of rows and columns.
+
+    `scale` is None where codes are values by themselves. The grid of scales is (matrices, rows, columns).
+    """
+
+    codes: TensorInfo
+    info: TensorInfo
+    scale: TensorInfo | None
+    block: tuple[int, int] = (1, 1)
+    grid: tuple[int, int, int] = (1, 1, 1)
+
+
+@dataclass
+class Layout:
+    """The quantised weights of a checkpoint by name, and which of its tensors are their companions."""
+
+    weights: dict[str, Scaled] = field(default_factory=dict)
+    companions: set[str] = field(default_factory=set)
+    kind: str = "FP8"
+
+
+def is_quantized(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether any tensor is a code of a scheme that is known, from headers alone."""
+    return any(info.dtype.name in CODES | {"F4"} for info in tensors.values()) or _scheme(tensors) is not None or _int8(tensors)
+
+
+def _int8(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a weight of 8-bit integers has a scale beside it."""
+    return any(info.dtype.name in ("I8", "U8") and _scale_of(name, tensors) is not None for name, info in tensors.items())
+
+
+def _scheme(tensors: Mapping[str, TensorInfo]) -> str | None:
+    for scheme, pattern in _SCHEMES:
+        if any(pattern.search(name) for name in tensors):
+            return scheme
+    return None
+
+
+def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    stem = name.removesuffix("weight")
+    names = [f"{name}_scale_inv", f"{name}_scale"] + ([f"{stem}scale_weight"] if stem != name else [])
+    return next((tensors[n] for n in names if n in tensors), None)
+
+
+def quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json, also that of its text model; empty if there is none."""
+    tables = [config, *(config[key] for key in ("text_config", "llm_config", "language_config") if isinstance(config.get(key), dict))]
+    return next((t["quantization_config"] for t in tables if isinstance(t.get("quantization_config"), dict)), {})
+
+
+def _dtype(config: Mapping[str, Any]) -> Dtype | None:
+    """The float type that a config.json says its model has."""
+    tables = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
+    for table in tables:
+        for key in ("dtype", "torch_dtype"):
+            named = BY_TORCH_NAME.get(str(table.get(key)).removeprefix("torch."))
+            if named is not None and named.compressible:
+                return named
+    return None
+
+
+def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], label: str) -> Layout | None:
+    """The quantised weights of a checkpoint; None if it has none.
+
+    Raises:
+        UsageError: a scheme that peru does not turn back into floats, by name.
+        BadFile: codes without their scales, scales without their codes, or scales of a shape that fits no scheme.
+    """
+    if not is_quantized(tensors):
+        return None
+    said = quantization(config)
+    method, kind = str(said.get("quant_method", "")), str(said.get("format", ""))
+    int8 = method == "compressed-tensors" and kind in ("int-quantized", "naive-quantized")
+    scheme = _scheme(tensors)
+    if scheme is None and any(info.dtype.name == "F4" for info in tensors.values()):
+        scheme = "FP4"
+    if scheme is None and not int8 and _int8(tensors):
+        scheme = _METHODS.get(method, f"8-bit integers{f' ({method})' if method else ''}")
+    if scheme is not None:
+        raise UsageError(
+            f"{label} is quantised ({_METHODS.get(method, scheme)}), and peru works on floating-point weights",
+            "load it, dequantise it and save it in bf16 (transformers: model.dequantize()), or name the model that it was made from",
+        )
+    layout = Layout(kind="INT8" if int8 else "FP8")
+    problems: list[str] = []
+    wanted = None if method == "compressed-tensors" else _dtype(config)
+    for name in sorted(tensors):
+        codes = tensors[name]
+        if (codes.dtype.name not in CODES and not (int8 and codes.dtype.name == "I8")) or _MARKERS.search(name):
+            continue
+        scale = _scale_of(name, tensors)
+        if scale is None:
+            layout.weights[name] = Scaled(codes, TensorInfo(name, wanted or BY_NAME["BF16"], codes.shape), None)
+            continue
+        found = _scaled(codes, scale, said, wanted)
+        if isinstance(found, str):
+            problems.append(found)
+            continue
+        layout.weights[name] = found
+        layout.companions.add(scale.name)
+        if f"{name}_zero_point" in tensors:
+            problems.append(f"{name} has a zero point, which peru does not read")
+    bare = [name for name, weight in layout.weights.items() if weight.scale is None]
+    if bare and (method or len(bare) < len(layout.weights)):
+        problems += [f"{name}: {tensors[name].dtype.name} without its scale" for name in bare]
+    for name in tensors:
+        if name not in layout.companions and re.search(r"(_scale_inv|\.weight_scale|\.scale_weight)$", name):
+            problems.append(f"{name}: a scale without the codes that it is of")
+        elif _OF_ACTIVATIONS.search(name) or _MARKERS.search(name):
+            layout.companions.add(name)
+    if problems:
+        more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise BadFile(
+            f"{label}: quantised weights and their scales do not fit together\n  " + "\n  ".join(problems[:5]) + more,
+            "the checkpoint is incomplete, or of a scheme that peru does not know: fetch it again, or dequantise it first",
+        )
+    return layout
+
+
+def _scaled(codes: TensorInfo, scale: TensorInfo, said: Mapping[str, Any], wanted: Dtype | None) -> Scaled | str:
+    """How scales lie over a weight, or what is wrong with them."""
+    if scale.dtype.name not in _SCALES:
+        return f"{scale.name} is {scale.dtype.name}, which is no type of scales"
+    dtype = wanted or (scale.dtype if scale.dtype.compressible else BY_NAME["BF16"])
+    info = TensorInfo(codes.name, dtype, codes.shape)
+    if scale.entries == 1:
+        return Scaled(codes, info, scale)
+    if len(codes.shape) < 2:
+        return f"{scale.name}: {list(scale.shape)} scales for a weight of shape {list(codes.shape)}"
+    *lead, rows, columns = codes.shape
+    matrices = 1
+    for n in lead:
+        matrices *= n
+    shape = list(scale.shape)
+    if lead and scale.entries == matrices:  # one for each stacked expert
+        return Scaled(codes, info, scale, (rows, columns), (matrices, 1, 1))
+    if shape in ([*lead, rows], [*lead, rows, 1]):  # one for each row
+        return Scaled(codes, info, scale, (1, columns), (matrices, rows, 1))
+    if len(shape) == len(codes.shape) and shape[:-2] == lead:
+        for block in _blocks(said):
+            if shape[-2:] == [-(-rows // block[0]), -(-columns // block[1])]:
+                return Scaled(codes, info, scale, block, (matrices, shape[-2], shape[-1]))
+        block = (rows // max(shape[-2], 1), columns // max(shape[-1], 1))
+        exact = all(b and b & (b - 1) == 0 for b in block) and [block[0] * shape[-2], block[1] * shape[-1]] == [rows, columns]
+        if exact:  # a block that the config does not name: a power of two each way, with nothing left over
+            return Scaled(codes, info, scale, block, (matrices, shape[-2], shape[-1]))
+    return f"{scale.name}: {shape} scales for a weight of shape {list(codes.shape)}"
+
+
+def _blocks(said: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Sizes of blocks that a quantization_config names, then the everyday one; (rows, columns)."""
+    found = [said.get("weight_block_size")]
+    groups = said.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    sizes = [(f[0], f[1]) for f in found if isinstance(f, list) and len(f) == 2 and all(type(n) is int and n > 0 for n in f)]
+    return [*sizes, _DEFAULT_BLOCK, (1, 32)]

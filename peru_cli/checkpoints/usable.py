@@ -1,0 +1,31 @@
+"""A checkpoint as commands that compute with weights take it: no husks, no codes without their scales."""
+
+from __future__ import annotations
+
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
+from peru_cli.checkpoints.quantized.layout import is_quantized, recognise
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile
+
+
+def usable(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, or FP8 weights of it as floats. Closes it and raises UsageError or BadFile if its weights cannot be used."""
+    try:
+        refuse_husks(checkpoint)
+        if isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
+            return checkpoint
+        layout = recognise(checkpoint.tensors, checkpoint.config(), checkpoint.label)
+        return checkpoint if layout is None or not layout.weights else Dequantized(checkpoint, layout)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def refuse_husks(checkpoint: Checkpoint) -> None:
+    """Refuse floating tensors of shape [0]: what saving under DeepSpeed ZeRO-3 leaves of weights that were not gathered."""
+    husks = sorted(n for n, info in checkpoint.tensors.items() if info.shape == (0,) and info.dtype.compressible)
+    if husks:
+        raise BadFile(
+            f"{checkpoint.label}: {len(husks)} of {len(checkpoint.tensors)} tensors are empty (shape [0]): {', '.join(husks[:3])}",
+            "saving under ZeRO-3 without gathering leaves such husks: consolidate them, with zero_to_fp32.py or accelerate merge-weights",
+        )
