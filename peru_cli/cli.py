@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -86,13 +87,27 @@ def run(arguments: list[str] | None = None) -> int:
         return _report(error)
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, what was probably meant, and where to read on."""
+    context = getattr(error, "ctx", None)
+    message, path = error.format_message().rstrip("."), context.command_path if context is not None else "peru"
+    asked, known = getattr(error, "option_name", None), getattr(context, "command", None)
+    if asked is not None and known is not None:
+        names = [name for parameter in known.params for name in parameter.opts if name.startswith("--")]
+        message = f"no such option: {asked}"
+        if close := get_close_matches(asked, names, 1):
+            message += f"\n  did you mean {close[0]}?"
+    message = message[:1].lower() + message[1:]
+    return f"{message}\n  `{path} --help` shows how it is used"
+
+
 def _report(error: Exception) -> int:
     if _debug:
         traceback.print_exception(error)
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, TyperException):
-        error.show()  # type: ignore[attr-defined]
+        console.error(_usage(error))
         return EXIT_USAGE
     if isinstance(error, PeruError):
         console.error(str(error))

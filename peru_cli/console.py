@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,11 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Something that a user should act on or know; shown even when quiet."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"{_marked('warning:', 33)} {text}", file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
         """Why the command failed."""
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"{_marked('error:', 31)} {text}", file=sys.stderr, flush=True)
 
     def result(self, value: Any) -> None:
         """The machine-readable result, if --json was given; null stands for infinity and NaN, which JSON has not."""
@@ -44,33 +45,30 @@ class Console:
             self._out(text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table: drawn on a terminal, plain columns in a pipe (never cut off). Columns named `>X` align right."""
+        """A table in plain columns. Nothing is ever cut: on a terminal that is too narrow, columns are left out and words are wrapped.
+
+        A column's name may begin with marks: `?` says that it can be left out (the last one goes first), `>` aligns it right.
+        """
         if self.json:
             return
         if title:
             self._out(title)
-        names = [column.lstrip(">") for column in columns]
-        right = [column.startswith(">") for column in columns]
+        names = [column.lstrip("?>") for column in columns]
         widths = [max(len(cell) for cell in cells) for cells in zip(names, *rows, strict=True)]
-        if self._stream().isatty():
-            self._draw(names, right, rows, widths)
-            return
-        for row in [names, *rows]:
-            cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
-            self._out("  ".join(cells).rstrip())
+        shown, widths = _fit(columns, widths, self._width())
+        for number, row in enumerate([names, *rows]):
+            cells = [_wrap(row[i], widths[i], ">" in columns[i]) for i in shown]
+            for line in range(max(map(len, cells))):
+                parts = [cell[line] if line < len(cell) else " " * widths[i] for i, cell in zip(shown, cells, strict=True)]
+                text = "  ".join(parts).rstrip()
+                self._out(f"\x1b[1m{text}\x1b[0m" if number == 0 and _is_coloured(self._stream()) else text)
+        if len(shown) < len(columns):
+            left = ", ".join(name for i, name in enumerate(names) if i not in shown)
+            self._out(f"(too narrow for: {left}; a wider terminal or a pipe shows them)")
 
-    def _draw(self, names: list[str], right: list[bool], rows: Sequence[Sequence[str]], widths: list[int]) -> None:
-        from rich import box
-        from rich.console import Console as Rich
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name, is_right in zip(names, right, strict=True):
-            table.add_column(name, justify="right" if is_right else "left", overflow="fold", no_wrap=is_right)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Rich(file=self._stream(), highlight=False).print(table)
+    def _width(self) -> int | None:
+        """Columns of the terminal; None in a pipe, which takes any width."""
+        return shutil.get_terminal_size().columns if self._stream().isatty() else None
 
     def _stream(self) -> Any:
         return sys.stderr if self.data_on_stderr else sys.stdout
@@ -125,13 +123,68 @@ class Progress:
             with self._lock:
                 self._bar.set_description(what)
 
+    def write(self, text: str) -> None:
+        """A note above the bar; dropped when quiet."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.write(text, file=sys.stderr)
+        else:
+            console.note(text)
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
+_LEAST_TEXT = 12  # characters that a column of text keeps on a narrow terminal
+
 console = Console()
+
+
+def _is_coloured(stream: Any) -> bool:
+    """Whether escapes are welcome: on a terminal, unless NO_COLOR (no-color.org) or TERM say otherwise."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _marked(word: str, colour: int) -> str:
+    """A word in bold and colour (31 red, 33 yellow) where stderr shows colours."""
+    return f"\x1b[1;{colour}m{word}\x1b[0m" if _is_coloured(sys.stderr) else word
+
+
+def _fit(columns: Sequence[str], widths: list[int], room: int | None) -> tuple[list[int], list[int]]:
+    """Which columns are shown, and how wide: optional ones go first, from the right, then the widest text is wrapped."""
+    shown, widths = list(range(len(columns))), list(widths)
+
+    def too_wide() -> int:
+        return 0 if room is None else sum(widths[i] for i in shown) + 2 * (len(shown) - 1) - room
+
+    for i in [i for i in reversed(shown) if columns[i].startswith("?")]:
+        if too_wide() > 0:
+            shown.remove(i)
+    while too_wide() > 0 and (texts := [i for i in shown if ">" not in columns[i] and widths[i] > _LEAST_TEXT]):
+        widest = max(texts, key=lambda i: widths[i])
+        widths[widest] = max(_LEAST_TEXT, widths[widest] - too_wide())
+    while too_wide() > 0 and len(shown) > 2:  # numbers are left out whole before they are cut
+        shown.pop()
+    return shown, widths
+
+
+def _wrap(cell: str, width: int, right: bool) -> list[str]:
+    """The lines of a cell. Names break at dots and slashes, else anywhere; numbers are never wrapped."""
+    if len(cell) <= width or right:
+        return [cell.rjust(width) if right else cell.ljust(width)]
+    breakable = cell.replace(".", ".\0").replace("/", "/\0").replace("_", "_\0").replace(" ", " \0")
+    lines, line = [], ""
+    for piece in breakable.split("\0"):
+        if line and len(line) + len(piece.rstrip()) > width:
+            lines.append(line)
+            line = ""
+        line += piece
+        while len(line.rstrip()) > width:
+            lines.append(line[:width])
+            line = line[width:]
+    return [text.rstrip().ljust(width) for text in [*lines, line]]
 
 
 def _finite(value: Any) -> Any:

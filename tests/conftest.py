@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -14,22 +15,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.forkserver import ForkServer
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would all that tests start
+
+forks = ForkServer()
+atexit.register(forks.close)
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # data sets beside the developers' checkout, not part of the project
 
 
 def run_peru(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m peru_cli` in a process of its own; output as text."""
+    """Run `python -m peru_cli` in a process of its own; output as text. Forked from one that has imported everything, where it can be."""
+    whole = {**os.environ, **(env or {})}
+    if hasattr(os, "pidfd_open") and not any(name.startswith("PYTHON") for name in env or {}):
+        return forks.run([str(a) for a in arguments], stdin or b"", whole, timeout=300)
     return subprocess.run(
         [sys.executable, "-m", "peru_cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         input=stdin.decode() if stdin is not None else None,
-        env={**os.environ, **(env or {})},
+        env=whole,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +18,43 @@ from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.prepare import Settings, load
 
 BATCH = 250  # images
-DENSITIES = ("1%", "5%", "10%")
-RANKS = ("4", "16")
-HEAD = "classifier"  # all tasks have ten classes: only their names say that the heads are different
-FFT = ["--method", "task-arithmetic", "--scale", "0.3"]  # what PERU-FFT's deltas are taken against
-# Superposition without and with blocks that change places; masks, with thresholds by reconstruction error.
-PACKS = {
-    "STA 0.5": ["--scale", "0.5", "--decorrelate", "none"],
-    "STA + Shuffle 0.5": ["--scale", "0.5"],
-    "TALL-masks": ["--method", "tall-masks"],
-}
+PROCESSOR = "preprocessor_config.json"  # how pixels become inputs
+NAMES = {"digits": "digits", "fashion_mnist": "fashion", "notmnist": "letters", "sign_digits": "signs"}
 
 Command = Callable[[list[str]], None]  # runs one peru command line; raises if it fails
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of keeping all tasks: the command that writes it, and where `unpack` finds a task in it.
+
+    `source` and `base` hold `{}` for the task; `task` says that one source holds all tasks.
+    """
+
+    method: str
+    command: str  # before the models: `prune`; after them: its options
+    options: str
+    source: str
+    base: str = "base"
+    task: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where its models are rebuilt."""
+        return self.source.split("/")[0].removesuffix(".safetensors")
+
+
+# All tasks have ten classes: only `--per-task classifier` says that their heads are different.
+HEAD = "--base base --per-task classifier"
+WAYS = (
+    Way("Post-Pruning, 5%", "prune", "--base base -o pruned/ --keep 5%", "pruned/{}.safetensors"),
+    Way("low-rank residual, rank 16", "svd-lora", "--base base -o lora/ --rank 16", "lora/{}"),
+    Way("Task-Arithmetic, 0.3", "merge", f"{HEAD} -o merged/ -m task-arithmetic --scale 0.3", "merged", "", task=True),
+    Way("STA + Shuffle", "shuffle-pack", f"{HEAD} -o pack.safetensors --scale 0.5", "pack.safetensors", task=True),
+    Way("TALL-masks", "shuffle-pack", f"{HEAD} -o masks.safetensors --method tall-masks", "masks.safetensors", task=True),
+    Way("PERU-FFT, 5%", "merge", f"{HEAD} -o fft/ -m task-arithmetic --scale 0.3 --compress 5%", "fft/{}.safetensors", "fft/merged"),
+)
+MODELS = 2 + len(WAYS)  # rows of the table
 
 
 @dataclass
@@ -55,39 +81,48 @@ class Row:
         return sum(self.accuracies[t] / fine_tuned.accuracies[t] for t in self.accuracies) / len(self.accuracies)
 
 
-def run_demo(work: Path, command: Command) -> Iterator[Row]:
-    """Compress the family in a folder, give it back, classify all test images; yields rows as they come."""
+def run_demo(work: Path, command: Command, advance: Callable[[int], None]) -> Iterator[Row]:
+    """Compress the family in a folder, rebuild it, classify all test images; yields rows as they come.
+
+    Goes to the folder, so that command lines are short, and comes back. `advance` hears of each model that was tested.
+    """
     torch.set_num_threads(1)  # the models are small: threads that wait for each other take longer
-    names = demo.tasks()
-    parameters = len(names) * sum(tensor.numel() for tensor in load_file(demo.BASE / "model.safetensors").values())
-    based = {task: _with_base(task, work / "base" / task) for task in names}
-    yield Row("base, each task's head", 0, parameters, {t: accuracy(based[t], demo.images(t)) for t in names})
-    originals = {task: demo.fine_tune(task) for task in names}
-    size = sum((folder / "model.safetensors").stat().st_size for folder in originals.values())
-    yield Row("fine-tunes", size, parameters, {t: accuracy(originals[t], demo.images(t)) for t in names})
-    for density in DENSITIES:
-        folder = work / f"pruned-{density.rstrip('%')}"
-        arguments = [f"{task}={path}" for task, path in originals.items()]
-        command(["prune", *arguments, "--base", str(demo.BASE), "-o", f"{folder}/", "--keep", density])
-        yield _restored(f"Post-Pruning {density}", folder, demo.BASE, parameters, work, command)
-    for rank in RANKS:
-        folder = work / f"rank-{rank}"
-        arguments = [f"{task}={path}" for task, path in originals.items()]
-        command(["svd-lora", *arguments, "--base", str(demo.BASE), "-o", f"{folder}/", "--rank", rank])
-        yield _restored(f"low-rank residual, rank {rank}", folder, demo.BASE, parameters, work, command)
-    models = [*(f"{task}={path}" for task, path in originals.items()), "--base", str(demo.BASE), "--per-task", HEAD]
-    for name, method in (("Task-Arithmetic 0.3", FFT), ("TIES 20%", ["--method", "ties"])):
-        merged = work / method[1]
-        command(["merge", *models, "-o", str(merged), *method])
-        yield _merged(name, merged, parameters, work)
-    for number, (name, options) in enumerate(PACKS.items()):
-        pack = work / f"pack-{number}.safetensors"
-        command(["shuffle-pack", *models, "-o", str(pack), *options])
-        yield _packed(name, pack, parameters, work, command)
-    for density in DENSITIES:
-        folder = work / f"fft-{density.rstrip('%')}"
-        command(["merge", *models, "-o", str(folder), *FFT, "--compress", density])
-        yield _restored(f"PERU-FFT {density}", folder, folder / "merged", parameters, work, command)
+    here = Path.cwd()
+    os.chdir(work)
+    try:
+        yield from _rows(command, advance)
+    finally:
+        os.chdir(here)
+
+
+def _rows(command: Command, advance: Callable[[int], None]) -> Iterator[Row]:
+    Path("base").symlink_to(demo.BASE)
+    tasks = {NAMES[folder]: demo.fine_tune(folder) for folder in demo.tasks()}
+    images = {NAMES[folder]: demo.images(folder) for folder in demo.tasks()}
+    for task, folder in tasks.items():
+        Path(task).symlink_to(folder)
+    parameters = len(tasks) * sum(tensor.numel() for tensor in load_file("base/model.safetensors").values())
+
+    def row(method: str, nbytes: int, folders: dict[str, Path]) -> Row:
+        found = {}
+        for task, folder in folders.items():
+            found[task] = accuracy(folder, images[task])
+            advance(1)
+        return Row(method, nbytes, parameters, found)
+
+    yield row("base, each task's head", 0, {task: _under_head(task, Path("untrained") / task) for task in tasks})
+    yield row("fine-tunes", sum((folder / "model.safetensors").stat().st_size for folder in tasks.values()), dict(tasks))
+    for way in WAYS:
+        command([way.command, *tasks, *way.options.split()])
+        folders = {}
+        for task in tasks:
+            folders[task] = Path("restored") / way.folder / task
+            folders[task].parent.mkdir(parents=True, exist_ok=True)
+            more = [*(["--task", task] if way.task else []), *(["--base", way.base] if way.base else [])]
+            command(["unpack", way.source.format(task), *more, "-o", str(folders[task])])
+            if not (folders[task] / PROCESSOR).exists():  # the base has none that a merge could pass on
+                shutil.copy(Path(task) / PROCESSOR, folders[task])
+        yield row(way.method, _size(way, list(tasks)), folders)
 
 
 def accuracy(model: Path, images: Path) -> float:
@@ -98,53 +133,20 @@ def accuracy(model: Path, images: Path) -> float:
     return float((class_logits(loaded.model, loaded.inputs, BATCH).argmax(-1) == labels).mean())
 
 
-def _restored(method: str, artifacts: Path, base: Path, parameters: int, work: Path, command: Command) -> Row:
-    """Accuracy of what artifacts or adapters give back; their bytes, and those of a base that comes with them."""
-    found = {}
-    for task in demo.tasks():
-        restored = work / "restored" / artifacts.name / task
-        restored.parent.mkdir(parents=True, exist_ok=True)
-        artifact = artifacts / f"{task}.safetensors"
-        command(["unpack", str(artifact if artifact.exists() else artifacts / task), "--base", str(base), "-o", str(restored)])
-        found[task] = accuracy(restored, demo.images(task))
-    folders = [artifacts, *(artifacts / task for task in demo.tasks() if (artifacts / task).is_dir())]
-    size = sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
-    if base.parent == artifacts:  # the heads stand in the artifacts too: the merged weights are what is needed
-        size += (base / "model.safetensors").stat().st_size
-    return Row(method, size, parameters, found)
+def _size(way: Way, tasks: Sequence[str]) -> int:
+    """Bytes of all that is needed besides the base: artifacts, and a merged base that comes with them."""
+    places = {Path(way.source.format(task)) for task in tasks} | ({Path(way.base)} if way.base not in ("", "base") else set())
+    files = {file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()}
+    if way.base not in ("", "base"):  # the artifacts hold the heads too
+        files = {file for file in files if "heads" not in file.parts}
+    return sum(file.stat().st_size for file in files)
 
 
-def _packed(method: str, pack: Path, parameters: int, work: Path, command: Command) -> Row:
-    """Accuracy of every task of a pack."""
-    found = {}
-    for task in demo.tasks():
-        restored = work / "restored" / pack.stem / task
-        restored.parent.mkdir(parents=True, exist_ok=True)
-        command(["unpack", str(pack), "--task", task, "--base", str(demo.BASE), "-o", str(restored)])
-        found[task] = accuracy(restored, demo.images(task))
-    return Row(method, pack.stat().st_size, parameters, found)
-
-
-def _merged(method: str, merged: Path, parameters: int, work: Path) -> Row:
-    """One merged encoder under each task's head."""
-    found = {}
-    for task in demo.tasks():
-        folder = _under_head(load_file(merged / "model.safetensors"), task, merged / "heads" / f"{task}.safetensors", work / method / task)
-        found[task] = accuracy(folder, demo.images(task))
-    size = (merged / "model.safetensors").stat().st_size + sum(path.stat().st_size for path in (merged / "heads").iterdir())
-    return Row(method, size, parameters, found)
-
-
-def _with_base(task: str, folder: Path) -> Path:
-    """A checkpoint of the base's encoder under a task's head."""
-    return _under_head(load_file(demo.BASE / "model.safetensors"), task, demo.fine_tune(task) / "model.safetensors", folder)
-
-
-def _under_head(encoder: dict[str, torch.Tensor], task: str, head: Path, folder: Path) -> Path:
-    """A checkpoint of an encoder and of all else that a file holds."""
+def _under_head(task: str, folder: Path) -> Path:
+    """A checkpoint of the base's encoder and of all else that the task's fine-tune holds."""
     folder.mkdir(parents=True)
-    for name in ("config.json", "preprocessor_config.json"):
-        shutil.copy(demo.fine_tune(task) / name, folder)
-    tensors = load_file(head) | {demo.PREFIX + name: tensor for name, tensor in encoder.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", PROCESSOR):
+        shutil.copy(Path(task) / name, folder)
+    encoder = {demo.PREFIX + name: tensor for name, tensor in load_file("base/model.safetensors").items()}
+    save_file(load_file(f"{task}/model.safetensors") | encoder, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -137,7 +137,7 @@ def _artifact(path: Place, plot: Path | None) -> None:
             for r in report.records
         ]
         console.line()
-        console.table(["tensor", "dtype", "shape", "stored as", ">kept", ">density"], rows)
+        console.table(["tensor", "?dtype", "shape", "stored as", "?>kept", ">density"], rows)
         console.result(_artifact_json(report))
         if plot is not None:
             plot_densities(plot, [r.info.name for r in deltas], [densities[r.info.name] for r in deltas])
@@ -205,7 +205,7 @@ def _pair(fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path |
         [c.name, c.dtype, _shape(c.shape), f"{100 * c.changed / max(c.entries, 1):.2f}%", f"{c.norm:.4g}", f"{c.relative:.4g}"]
         for c in comparison.changes
     ]
-    console.table(["tensor", "dtype", "shape", ">changed", ">norm", ">relative"], rows)
+    console.table(["tensor", "?dtype", "shape", ">changed", "?>norm", ">relative"], rows)
     console.line()
     _plans(comparison, fine.nbytes)
     ranks = show_ranks(fine, base, per_task, device, threads)
@@ -235,7 +235,7 @@ def _plans(comparison: Comparison, fine_bytes: int) -> None:
         ]
         for p in comparison.plans
     ]
-    console.table(["peru prune", ">kept", ">predicted size", ">smaller", ">bits/param", ">relative error"], rows)
+    console.table(["peru prune", "?>kept", ">predicted size", ">smaller", ">bits/param", ">relative error"], rows)
 
 
 def register(app: typer.Typer) -> None:

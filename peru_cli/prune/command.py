@@ -161,7 +161,7 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
         ]
         for r in results
     ]
-    console.table(["task", "artifact", ">size", ">smaller", ">kept", ">density", ">changed", ">bits/param", ">stored whole"], rows)
+    console.table(["task", "artifact", ">size", ">smaller", "?>kept", ">density", "?>changed", ">bits/param", "?>stored whole"], rows)
     console.result(
         [
             {

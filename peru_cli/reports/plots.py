@@ -86,6 +86,24 @@ def plot_comparison(
         second.set_ylim(bottom=0)
 
 
+def plot_frontier(path: Path, points: Sequence[tuple[str, int, float]], title: str) -> None:
+    """Accuracy over bytes. Each point: its name, bytes, and normalised accuracy (1 is the fine-tune's)."""
+    with _figure(path, 7.5, 4.5, 1) as (axis,):
+        axis.set_xscale("log")
+        axis.scatter([nbytes for _, nbytes, _ in points], [100 * accuracy for _, _, accuracy in points], color="#0072b2", zorder=3)
+        middle = sorted(nbytes for _, nbytes, _ in points)[len(points) // 2]
+        for name, nbytes, accuracy in points:
+            side = "right" if nbytes > middle else "left"
+            axis.annotate(
+                name, (nbytes, 100 * accuracy), (-7 if side == "right" else 7, 0), textcoords="offset points", ha=side, va="center"
+            )
+        axis.margins(x=0.25, y=0.12)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("bytes for all tasks, on top of the base")
+        axis.set_ylabel("accuracy, % of the fine-tunes'")
+        axis.set_title(title)
+
+
 def plot_densities(path: Path, names: Sequence[str], densities: Sequence[float]) -> None:
     """Density by tensor of an artifact."""
     with _figure(path, 7, max(4.0, 0.13 * min(len(names), 40) + 1.2), 1) as (axis,):

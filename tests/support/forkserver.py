@@ -1,0 +1,175 @@
+"""`peru` in a process of its own without waiting for imports: a server that has imported everything forks one for each command.
+
+The child gets the environment, folder and files it is told, and reads huggingface_hub's constants again, which are made from
+the environment when that package is imported. Everything else is as `python -m peru_cli` has it. What depends on
+how an interpreter starts (PYTHON* variables, what is imported when) needs a real one: `run_peru` sees to that.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ForkServer:
+    """The client's side: starts the server with the first command, and ends it with this process."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, arguments: list[str], stdin: bytes, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+        """Run one command; as `subprocess.run` with captured text."""
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            given.write(stdin)
+            given.seek(0)
+            reader, writer = os.pipe()
+            try:
+                fds = [given.fileno(), out.fileno(), err.fileno(), writer]
+                self._send(json.dumps([arguments, env, os.getcwd()]).encode(), fds)
+            finally:
+                os.close(writer)
+            status = self._wait(reader, arguments, timeout)
+            out.seek(0)
+            err.seek(0)
+            texts = [stream.read().decode("utf-8", "replace") for stream in (out, err)]
+        return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), *texts)
+
+    def _send(self, message: bytes, fds: list[int]) -> None:
+        if self._socket is None:
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            command = [sys.executable, "-m", "tests.support.forkserver", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
+            theirs.close()
+        self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+
+    @staticmethod
+    def _wait(reader: int, arguments: list[str], timeout: float) -> int:
+        """The child's exit status, as `waitpid` has it; kills a child that takes too long."""
+        with open(reader, "rb", buffering=0) as pipe, selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            pid = None
+            while True:
+                if not selector.select(timeout):
+                    if pid is not None:
+                        os.kill(pid, signal.SIGKILL)
+                    raise subprocess.TimeoutExpired(arguments, timeout)
+                answer = pipe.read(8)
+                if not answer:
+                    raise RuntimeError("the fork server ended")
+                kind, value = struct.unpack("ii", answer)
+                if kind == 1:
+                    return value
+                pid = value
+
+    def close(self) -> None:
+        """End the server."""
+        if self._socket is not None and self._process is not None:
+            self._socket.close()
+            self._process.wait()
+
+
+def serve(channel: socket.socket) -> None:
+    """Fork a child for every request until the client goes away."""
+    import importlib
+
+    for name in (
+        "huggingface_hub.hf_api",
+        "huggingface_hub.file_download",
+        "pcodec",
+        "blake3",
+        "torch",
+        "transformers",
+        "safetensors.torch",
+    ):
+        importlib.import_module(name)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401 - importing them is what is meant
+    from transformers.models.bert import modeling_bert  # noqa: F401
+
+    import peru_cli
+
+    for path in sorted(Path(peru_cli.__file__).parent.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] not in ("__main__", "gpu", "__init__"):
+            importlib.import_module(".".join(parts))
+    with selectors.DefaultSelector() as selector:
+        selector.register(channel, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is not channel:
+                    pid, pipe = key.data
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    os.write(pipe, struct.pack("ii", 1, os.waitpid(pid, 0)[1]))
+                    os.close(pipe)
+                    continue
+                message, ancillary, _, _ = channel.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 4))
+                if not message:
+                    return
+                fds = array.array("i")
+                for _, _, data in ancillary:
+                    fds.frombytes(data)
+                pid = os.fork()
+                if pid == 0:
+                    channel.close()
+                    become(json.loads(message), list(fds))
+                for fd in fds[:3]:
+                    os.close(fd)
+                os.write(fds[3], struct.pack("ii", 0, pid))
+                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, fds[3]))
+
+
+def become(request: list[object], fds: list[int]) -> NoReturn:
+    """Be `python -m peru_cli` in the child."""
+    code: object = 1
+    try:
+        arguments, env, folder = request
+        for number, fd in enumerate(fds[:3]):
+            os.dup2(fd, number)
+            os.close(fd)
+        os.close(fds[3])
+        os.environ.clear()
+        os.environ.update(env)  # type: ignore[call-overload]
+        os.chdir(folder)  # type: ignore[arg-type]
+        import importlib
+
+        from huggingface_hub import constants, hf_api
+
+        importlib.reload(constants)
+        hf_api.api.endpoint = constants.ENDPOINT
+        for name, module in list(sys.modules.items()):  # whoever took a constant by name has the old one
+            if name.startswith("huggingface_hub.") and module is not constants:
+                vars(module).update({key: value for key, value in vars(constants).items() if key.isupper() and key in vars(module)})
+        sys.argv = ["peru", *arguments]  # type: ignore[misc]
+        from peru_cli.__main__ import main
+
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                code = 120
+        os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
