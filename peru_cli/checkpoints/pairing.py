@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from peru_cli.checkpoints.buffers import is_buffer
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
@@ -64,8 +65,8 @@ class Pair:
 
     @property
     def is_delta(self) -> bool:
-        """Whether the pair is compressed as a difference; else it is kept or stored whole."""
-        return self.fine.dtype.compressible and self.base.dtype.compressible
+        """Whether the pair is compressed as a difference; else (integers, buffers) it is kept or stored whole."""
+        return self.fine.dtype.compressible and self.base.dtype.compressible and not is_buffer(self.base)
 
 
 @dataclass

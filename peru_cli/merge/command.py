@@ -67,6 +67,9 @@ def merge(
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
     ] = None,
     merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Average classifiers' heads too, where there is no base.")] = False,
+    config: Annotated[
+        Optional[str], typer.Option("--config", metavar="TASK|base", help="Whose config.json to write, where they compute differently.")
+    ] = None,
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this type.")
     ] = None,
@@ -145,6 +148,8 @@ def merge(
     least, most = chosen.tasks
     if len(names) < least or (most is not None and len(names) > most):
         raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
+    if config is not None and config not in (names if base is None else (*names, "base")):
+        raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {', '.join(names)}{' or base' if base else ''}")
     weights = _weights(weight or [], names)
     parameters = Parameters(names, weights, values)
     rule = chosen.build(parameters)
@@ -159,14 +164,18 @@ def merge(
 
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
-    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted))
+    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, config=config))
     check_trims(plan, rule)
     if as_file and any(plan.heads.values()):
         raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # else a killed run has taken the room already
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
-    extra += [*(["--dtype", dtype] if dtype else []), *(["--compress", out.show(density)] if density else [])]
+    extra += [
+        *(["--config", config] if config else []),
+        *(["--dtype", dtype] if dtype else []),
+        *(["--compress", out.show(density)] if density else []),
+    ]
     seen = [f"{text.partition('=')[0]}={Path(text).name}" for text in data or ()]
     if chosen.statistics is not None:
         extra += [word for text in seen for word in ("--data", text)]

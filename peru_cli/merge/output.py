@@ -147,6 +147,8 @@ def resume_key(plan: MergePlan, recipe: Recipe) -> str:
 def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
     """Config, tokenizer and so on of the base (without one: of the first model)."""
     contents = {name: path.read_bytes() for name, path in plan.reference.side_files.items()}
+    if plan.config is not None and (chosen := plan.config.side_files.get("config.json")) is not None:
+        contents["config.json"] = chosen.read_bytes()
     if dtype is not None and "config.json" in contents:
         contents["config.json"] = config_with_dtype(contents["config.json"], dtype)
     return contents
@@ -235,7 +237,7 @@ def write_compressed(
                 names = [ours.get(info.name, info.name) for info in plan.heads[vector.name]]
                 own = "^(" + "|".join(map(re.escape, names)) + ")$" if names else None
                 task = (vector.name, fine, folder.path / f"{vector.name}.safetensors")
-                planned += pruning.plan_prune(base, [task], pruning.PruneOptions(keep, per_task=own), force=True)
+                planned += pruning.plan_prune(base, [task], pruning.PruneOptions(keep, per_task=own, allow_unpaired=True), force=True)
             results = pruning.prune(base, planned, options, how, where.sync, where.step)
         marker.unlink()
         folder.commit()

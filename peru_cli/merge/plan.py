@@ -9,12 +9,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from peru_cli.checkpoints.architectures import is_output, tied_embedding
+from peru_cli.checkpoints.buffers import is_buffer, is_statistic
+from peru_cli.checkpoints.configs import describe
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.lora.tied import is_untied
 from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
+from peru_cli.methods.delta import cast_bits
+from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.vectors.family import TaskVector
 
 _SHOWN = 12  # problems listed
@@ -28,6 +36,7 @@ class Options:
     merge_heads: bool = False
     dtype: Dtype | None = None
     verb: str = "merged"  # what messages say of the models
+    config: str | None = None  # whose config.json is written: a task's, or "base"; without it, configs must compute the same
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,12 @@ class MergePlan:
     reference: Checkpoint
     vectors: list[TaskVector]
     dtype: Dtype | None
+    config: Checkpoint | None = None  # whose config.json is written; without it, the reference's
     slots: list[Slot] = field(default_factory=list)  # canonical order
     copied: list[TensorInfo] = field(default_factory=list)
+    averaged: list[Slot] = field(default_factory=list)  # running means and variances: the models' weighted mean
     same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
+    warnings: list[str] = field(default_factory=list)
     heads: dict[str, list[TensorInfo]] = field(default_factory=dict)  # by task
 
     @property
@@ -60,7 +72,7 @@ class MergePlan:
     @property
     def outputs(self) -> list[TensorInfo]:
         """Everything that is written but heads."""
-        return [slot.info for slot in self.slots] + [_in_dtype(info, self.dtype) for info in self.copied]
+        return [slot.info for slot in (*self.slots, *self.averaged)] + [_in_dtype(info, self.dtype) for info in self.copied]
 
 
 def _in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
@@ -89,6 +101,14 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
         raise UsageError(f"--per-task {options.per_task!r} matches no tensor of any model", "`peru inspect` lists the names")
     problems = _twice(base, tasks, on_vectors)
     reference = base if base is not None else tasks[0][1]
+    warnings = drop_tied_heads([*([] if base is None else [base]), *(model for _, model in tasks)])
+    if options.config is None:
+        named = [*([] if base is None else [(base.label, base.config())]), *((name, model.config()) for name, model in tasks)]
+        found = [f"configs compute differently: {line}" for line in describe(named)]
+        if options.verb == "merged":
+            problems += [*found[:-1], f"{found[-1]} (--config TASK chooses whose is written)"] if found else []
+        else:
+            warnings += [f"{line}; each task comes back under its own" for line in found]
     pairings: dict[str, Pairing] = {}
     for name, model in tasks:
         matches = own is not None and any(own.search(n) for n in model.tensors)
@@ -96,7 +116,8 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
             pairings[name] = pair_checkpoints(model, reference, options.per_task if matches else None)
         except Mismatch as error:
             problems.append(error.message)
-    plan = MergePlan(base, reference, [], options.dtype)
+    plan = MergePlan(base, reference, [], options.dtype, warnings=warnings)
+    plan.config = dict(tasks).get(options.config or "", base if options.config == "base" else None)
     if len(pairings) == len(tasks):
         planner = _Planner(plan, dict(tasks), pairings, own, options)
         planner.settle()
@@ -105,7 +126,7 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *more]))
     for name, model in tasks:
-        chosen = {slot.base.name for slot in plan.slots}
+        chosen = {slot.base.name for slot in (*plan.slots, *plan.averaged)}
         pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]
         plan.vectors.append(TaskVector(name, model, Pairing(pairings[name].prefix, pairs)))
     wide = any(vector.wide for vector in plan.vectors)
@@ -145,7 +166,8 @@ class _Planner:
         reserved = self._sort_whole()
         for name in sorted(plan.reference.tensors):
             found = {task: table[name] for task, table in pairs.items() if name in table}
-            if name in reserved or not found:
+            packed = self._options.verb != "merged" and plan.reference.tensors[name].dtype.compressible
+            if name in reserved or not found or (packed and is_buffer(plan.reference.tensors[name])):
                 for task, pair in found.items():
                     plan.heads[task].append(pair.fine)
                 if plan.base is not None:
@@ -202,7 +224,12 @@ class _Planner:
             return
         infos = [pair.fine for pair in found.values()]
         kinds = {info.dtype.compressible for info in [*infos, base]}
-        if kinds == {True}:
+        if kinds == {True} and is_statistic(name):
+            plan.averaged.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base))
+        elif kinds == {True} and is_buffer(base):
+            plan.copied.append(base)
+            plan.same += list(found.values())
+        elif kinds == {True}:
             given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
             if len(set(given.values())) > 1 and self._options.dtype is None:
                 text = "dtypes differ: " + ", ".join(f"{task} {dtype}" for task, dtype in given.items())
@@ -262,16 +289,54 @@ def _is_vocabulary(info: TensorInfo, other: TensorInfo) -> bool:
     return bool(info.shape) and info.shape[1:] == other.shape[1:] and max(info.shape[0], other.shape[0]) >= MIN_VOCABULARY_ROWS
 
 
+def drop_tied_heads(models: Sequence[Checkpoint]) -> list[str]:
+    """Leave out output matrices that only some of the models store, where each is its model's embedding again; says which.
+
+    Where the config does not tie the two, or they differ, nothing is left out.
+    """
+    said = []
+    names = {name for model in models for name in model.tensors if is_output(name)}
+    for name in sorted(names):
+        holders = [model for model in models if name in model.tensors]
+        if len(holders) == len(models) or not all(_repeats(model, name) for model in holders):
+            continue
+        for model in holders:
+            model.tensors = {n: info for n, info in model.tensors.items() if n != name}
+        said.append(f"{name} repeats the embedding in {', '.join(model.label for model in holders)} and is left out")
+    return said
+
+
+def _repeats(model: Checkpoint, name: str) -> bool:
+    """Whether an output matrix is the embedding again, in a model that ties the two."""
+    config = model.config() or {"tie_word_embeddings": True}  # a bare file says nothing: then equal bytes say it
+    return tied_embedding(config, model.tensors) is not None and not is_untied(
+        config, {name: model.tensors[name]} | {n: info for n, info in model.tensors.items() if not is_output(n)}, model.read_into
+    )
+
+
+def _alike(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
+    """Whether two tensors hold the same: bytes, or floats once both are in the narrower type."""
+    ours, theirs = fine.read(pair.fine.name), base.read(pair.base.name)
+    one, other = pair.fine.dtype, pair.base.dtype
+    if one is other or not (one.compressible and other.compressible):
+        return ours == theirs
+    narrow = min(one, other, key=lambda dtype: dtype.bits)
+    a, b = (cast_bits(CPU, np.frombuffer(raw, BITS[d.bits]), d, narrow) for raw, d in ((ours, one), (theirs, other)))
+    return bool((a == b).all())
+
+
 def check_same(plan: MergePlan) -> list[str]:
     """Read what is not floating-point and must be equal; warnings for counters that differ.
 
     Raises Mismatch for a tensor that differs and could not be merged.
     """
-    warnings, problems = [], []
+    warnings, problems = list(plan.warnings), []
+    if plan.averaged:
+        warnings.append(f"{len(plan.averaged)} running means and variances are the models' mean: measure them anew on data if you can")
     for vector in plan.vectors:
         for pair in (p for p in plan.same if vector.fine.tensors.get(p.fine.name) is p.fine):
-            if vector.fine.read(pair.fine.name) != plan.reference.read(pair.base.name):
-                if pair.base.entries == 1:
+            if not _alike(vector.fine, plan.reference, pair):
+                if pair.base.entries == 1 and not pair.base.dtype.compressible:
                     warnings.append(f"{pair.base.name} differs in {vector.name}; that of {plan.reference.label} is written")
                 else:
                     problems.append(f"{pair.base.name}: {pair.base.dtype.name}, differs in {vector.name}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
@@ -62,6 +63,7 @@ def merge(
     step = Merge(plan, rule, replace(how, tile_entries=max(tiles.longest, CHUNK)), decided, left, writer)
     run(step, tiles, how.threads, how.advance)
     _copy(plan, writer)
+    _average(plan, rule, writer)
 
 
 def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str], None], journal: Journal | None = None) -> Decided:
@@ -104,6 +106,20 @@ def _thresholds(family: Family, rule: Rule, index: int, journal: Journal | None)
         if not family.fits(family.slots):
             family.forget()
     return found
+
+
+def _average(plan: MergePlan, rule: Rule, writer: CheckpointWriter) -> None:
+    """Running means and variances: the models' mean, with their weights where these are shares; never outside the inputs' range."""
+    given = rule.parameters.weights
+    if "t" in rule.parameters.values and len(given) == 2:
+        given = (1 - rule.parameters.number("t"), rule.parameters.number("t"))
+    shares = given if min(given) >= 0 and sum(given) > 0 else (1.0,) * len(plan.vectors)
+    for slot in plan.averaged:
+        total = np.zeros(slot.info.entries)
+        for share, info, vector in zip(shares, slot.inputs, plan.vectors, strict=True):
+            bits = np.frombuffer(vector.fine.read(info.name), BITS[info.dtype.bits])
+            total += share / sum(shares) * cast_bits(CPU, bits, info.dtype, BY_NAME["F64"]).view(np.float64)
+        writer.write(slot.info.name, 0, cast_bits(CPU, total.view(np.int64), BY_NAME["F64"], slot.info.dtype).data.cast("B"))
 
 
 def _copy(plan: MergePlan, writer: CheckpointWriter) -> None:

@@ -96,7 +96,9 @@ class Trial:
         """Merge with a rule, put the result under every task's head, and measure."""
         writer = MemoryWriter(self._plan)
         merge(self._plan, rule, writer, how)
-        weights = {slot.base.name: writer.tensor(slot.info.name).to(self._running.device) for slot in self._plan.slots}
+        weights = {
+            slot.base.name: writer.tensor(slot.info.name).to(self._running.device) for slot in (*self._plan.slots, *self._plan.averaged)
+        }
         for parts in self._parts:  # all models share the merged weights
             parts.put(weights)
         accuracies = self._accuracies()

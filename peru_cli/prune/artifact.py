@@ -39,6 +39,7 @@ class PruneOptions:
     values: str = "auto"  # or "exact", "bf16"
     per_task: str | None = None
     base_name: BaseName | None = None
+    allow_unpaired: bool = False  # store whatever has no partner whole, however much it is
 
     def rounds(self, dtype: Dtype) -> bool:
         """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless."""
@@ -54,6 +55,7 @@ class PruneTask:
     vector: TaskVector
     target: Path
     density: Fraction | None
+    unpaired: str | None = None  # what to say of tensors without a partner
     in_place: bool = False  # finished by an earlier run of this command, if its journal is of this command
 
     @property

@@ -37,6 +37,9 @@ def prune(
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors with matching names whole (heads).")
     ] = None,
+    allow_unpaired: Annotated[
+        bool, typer.Option("--allow-unpaired", help="Store tensors without a partner whole, even if they are above 10% of the bytes.")
+    ] = False,
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
     ] = None,
@@ -89,13 +92,15 @@ def prune(
     opened_base = open_model(base, stored)
     opened = [open_fine_tune(a.model, opened_base, a.task, stored) for a in arguments]
     tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
-    chosen = job.PruneOptions(density, scope, values, per_task)
+    chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired)
     place = destination(push, private, revision, commit_message, force, output)
     planned = job.plan_prune(opened_base, tasks, chosen, force or dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
         console.warn(warning)
     console.note(f"base {base}: {opened_base.kind}, {plural(len(opened_base.tensors), 'tensor')}, {si_bytes(opened_base.nbytes)}")
     for task in planned:
+        if task.unpaired is not None:
+            console.warn(task.unpaired)
         _say_plan(task, chosen)
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:

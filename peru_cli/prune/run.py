@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from peru_cli.checkpoints.places import locate, size_of
 from peru_cli.checkpoints.quantized.layout import is_quantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.unpaired import judge
 from peru_cli.errors import UsageError
 from peru_cli.methods.magnitude import ALL_CHANGED
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, key_value, stream_digest
@@ -47,6 +49,8 @@ def plan_prune(
     for name, fine, target in tasks:
         pairing = pair_checkpoints(fine, base, options.per_task)
         task = PruneTask(TaskVector(name, fine, pairing), target, options.density)
+        chosen = re.compile(options.per_task) if options.per_task is not None else None
+        task.unpaired = judge(fine, base, pairing, chosen, options.allow_unpaired)
         if not task.entries:
             raise UsageError(f"{fine.label} and {base.label} share no floating-point tensors: there is nothing to prune")
         if options.density is not None and int(options.density * task.entries) == 0:

@@ -1,0 +1,75 @@
+"""What of two models finds no partner: that is stored whole or lost, not compressed, so it is counted and said."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from peru_cli.checkpoints.architectures import is_embedding
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import Pairing
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch
+
+REFUSED, SAID = 0.10, 0.01  # of either side's bytes
+# Modules that are made anew for each task, by the names that transformers, timm and torchvision give them.
+_HEADS = re.compile(
+    r"(^|\.)(classifier\d*|score|qa_outputs|qa_classifier|classification_head|regression_head|lm_head|embed_out|cls|pooler|heads?|head_dist"
+    r"|predictions|generator_predictions|generator_lm_head|discriminator_predictions|vocab_\w+|pre_classifier|sequence_summary|logits_proj"
+    r"|summary|answer_class|start_logits|end_logits|ctc_proj|output_projection|lm_predictions|mlm|v_head|value_head)(\.|$)|^fc\."
+)
+
+
+def is_head_name(name: str) -> bool:
+    """Whether a tensor belongs to a head, which differs between tasks by design."""
+    return bool(_HEADS.search(name))
+
+
+def unpaired(fine: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Tensors of the fine-tune and of the base without a partner that are no heads and were not named by `chosen` (--per-task)."""
+    reshaped = {info.name: other for info, other in pairing.reshaped}
+    own = [i for i in pairing.whole if not is_head_name(i.name) and not (chosen and chosen.search(i.name)) and i.name not in reshaped]
+    taken = {other.name for other in reshaped.values()}
+    named = {pairing.prefix.base_name(i.name) for i in pairing.whole if chosen and chosen.search(i.name)}
+    base = [i for i in pairing.base_only if not is_head_name(i.name) and i.name not in taken and i.name not in named]
+    strange = [i for i in pairing.whole if i.name in reshaped and not _is_head_shape(i, reshaped[i.name]) and not is_head_name(i.name)]
+    return own + [i for i in strange if not (chosen and chosen.search(i.name))], base
+
+
+def _is_head_shape(info: TensorInfo, other: TensorInfo) -> bool:
+    """Whether another number of classes explains two shapes: only the first dimension differs, and it is no table of rows."""
+    if is_embedding(info.name.removesuffix(".weight")):
+        return False
+    return bool(info.shape) and len(info.shape) == len(other.shape) and info.shape[1:] == other.shape[1:]
+
+
+def judge(fine: Checkpoint, base: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None, allowed: bool) -> str | None:
+    """What to say of what does not pair; None if it is nothing much. Mismatch if it is more than a tenth of either side's bytes."""
+    sides = []
+    for model, tensors in zip((fine, base), unpaired(fine, pairing, chosen), strict=True):
+        nbytes = sum(info.nbytes for info in tensors)
+        share = nbytes / max(model.nbytes, 1)
+        if share > SAID:
+            sides.append(
+                (share, f"{nbytes:,} of {model.nbytes:,} bytes of {model.label} ({100 * share:.0f}%) have no partner: {kinds(tensors)}")
+            )
+    if not sides:
+        return None
+    text = "\n  ".join(line for _, line in sides)
+    if max(share for share, _ in sides) > REFUSED and not allowed:
+        raise Mismatch(
+            f"{fine.label} and {base.label} pair only in part ({pairing.prefix})\n  {text}",
+            "is this the base, under the same names? --allow-unpaired stores what has no partner whole, --per-task REGEX names heads",
+        )
+    return f"{fine.label} and {base.label} pair only in part: {text}"
+
+
+def kinds(tensors: Sequence[TensorInfo]) -> str:
+    """Tensors by their names with numbers folded, the largest kinds first."""
+    sizes: dict[str, int] = defaultdict(int)
+    for info in tensors:
+        sizes[re.sub(r"\d+", "*", info.name)] += info.nbytes
+    ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    more = f", and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(f"{name} ({nbytes:,})" for name, nbytes in ordered[:4]) + more
