@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 from typer.completion import get_completion_script
 
-from peru_cli.methods.table import METHODS
+from peru_cli.methods.table import METHODS, shown
 
 COMMANDS = ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "eval", "demo")
 COMPLETIONS = {"bash": "peru.bash", "zsh": "_peru", "fish": "peru.fish"}
@@ -27,13 +26,6 @@ def help_text(*arguments: str) -> str:
     command = [sys.executable, "-m", "peru_cli", *arguments, "--help"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return "\n".join(line.rstrip() for line in printed.replace("python -m peru_cli", "peru").splitlines()).strip("\n")
-
-
-def shown(default: object) -> str:
-    """A default value as a reader would type it."""
-    if isinstance(default, Fraction):
-        return f"{100 * float(default):g}%"
-    return ("yes" if default else "no") if isinstance(default, bool) else str(default)
 
 
 def generate(folder: Path) -> None:

@@ -138,6 +138,7 @@ def merge(
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.finetunes.expand import open_fine_tune, verify_expanded
     from peru_cli.merge import output as out
+    from peru_cli.merge.matrices import check_memory
     from peru_cli.merge.plan import Options, check_same, plan_merge
     from peru_cli.merge.run import DEFAULT_TILE, check_trims
     from peru_cli.methods.parameters import Parameters
@@ -151,7 +152,7 @@ def merge(
     if config is not None and config not in (names if base is None else (*names, "base")):
         raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {', '.join(names)}{' or base' if base else ''}")
     weights = _weights(weight or [], names)
-    parameters = Parameters(names, weights, values)
+    parameters = Parameters(names, weights, values, has_base=base is not None)
     rule = chosen.build(parameters)
     target = Path(output)
     as_file = target.suffix == ".safetensors"
@@ -166,6 +167,7 @@ def merge(
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, config=config))
     check_trims(plan, rule)
+    check_memory(plan, rule)
     if as_file and any(plan.heads.values()):
         raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # else a killed run has taken the room already

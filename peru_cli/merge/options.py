@@ -15,7 +15,7 @@ import typer
 
 from peru_cli import options
 from peru_cli.errors import UsageError
-from peru_cli.methods.table import FLAGS, Flag, Method
+from peru_cli.methods.table import FLAGS, Flag, Method, flag_help
 
 if TYPE_CHECKING:
     from peru_cli.methods.parameters import Value
@@ -48,7 +48,7 @@ def _parameter(name: str, flag: Flag) -> inspect.Parameter:
     kind: Any = str if flag.kind is Fraction else flag.kind
     option = f"--{name}/--no-{name}" if flag.kind is bool else f"--{name}"
     names = [option, *([flag.short] if flag.short else [])]
-    declared = typer.Option(*names, metavar=flag.metavar or None, min=flag.least, help=flag.help, show_default=False)
+    declared = typer.Option(*names, metavar=flag.metavar or None, min=flag.least, help=flag_help(name), show_default=False)
     annotation = Annotated[Optional[kind], declared]
     return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
 

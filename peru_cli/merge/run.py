@@ -11,6 +11,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
+from peru_cli.merge.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes import Decided, Elect, Merge, Products
 from peru_cli.merge.plan import MergePlan
 from peru_cli.methods.delta import cast_bits
@@ -18,7 +19,7 @@ from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
-from peru_cli.streaming.tiles import CHUNK, TilePlan
+from peru_cli.streaming.tiles import CHUNK, Tile, TilePlan
 from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
 from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
 from peru_cli.vectors.threshold_journal import ThresholdJournal
@@ -54,16 +55,24 @@ def merge(
             journal.note("decided", decided.encode())
     if rule.wants_products:
         rule.decide(decided.products)
+    check_memory(plan, rule)  # again: methods with data know only now which matrices they take
     note("merging")
     left = [number for number, slot in enumerate(plan.slots) if slot.info.name not in done]
-    infos = [plan.slots[i].info for i in left]
-    units = [rule.unit(info.name, info.shape) for info in infos]
-    size = how.tile_entries if max(units, default=1) == 1 else DEFAULT_TILE
-    tiles = TilePlan([info.entries for info in infos], size, units)
-    step = Merge(plan, rule, replace(how, tile_entries=max(tiles.longest, CHUNK)), decided, left, writer)
-    run(step, tiles, how.threads, how.advance)
+    matrices = taken(plan, rule)
+    tiled = [number for number in left if number not in matrices]
+    tiles = TilePlan([plan.slots[i].info.entries for i in tiled], how.tile_entries)
+    run(Merge(plan, rule, how, decided, tiled, writer), tiles, how.threads, how.advance)
+    if matrices:
+        whole = [number for number in left if number in matrices]
+        entries = [plan.slots[i].info.entries for i in whole]
+        run(MergeMatrices(plan, matrices, how, whole, writer), _whole(entries), how.threads, how.advance)
     _copy(plan, writer)
     _average(plan, rule, writer)
+
+
+def _whole(entries: list[int]) -> list[Tile]:
+    """A tile for each tensor."""
+    return [Tile(number, number, 0, n) for number, n in enumerate(entries)]
 
 
 def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str], None], journal: Journal | None = None) -> Decided:

@@ -30,9 +30,6 @@ class ByTensor(Rule):
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
         return self.at(slot).keeps(trim, task, n, slot) if trim < len(self.at(slot).trims) else 0
 
-    def unit(self, name: str, shape: tuple[int, ...]) -> int:
-        return self._rules[0].unit(name, shape)
-
     def elect(self, tile: RuleInput) -> int:
         return self.at(tile.slot).elect(tile)
 

@@ -7,17 +7,23 @@ drops the same entries for the same seed, task name and tensor name.
 
 `dare` adds what stays (task arithmetic). `dare-ties` elects signs as TIES does, weights before the election, a
 sum of 0 elects +, and sums what agrees (`--reduce mean` divides by the agreeing weights), as mergekit has it.
+
+`--rescale l1` multiplies what stays by the ratio of the L1 norms before and after in each tensor instead, as mergekit does;
+that takes a pass more (methods/entries/sampled.py).
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
+
+from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key, words
 from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
 from peru_cli.methods.ties import disjoint_merge, elected_signs
-from peru_cli.streaming.arrays import Array, Arrays
+from peru_cli.streaming.arrays import Array, Arrays, Host
 
 
 def survivors(xp: Arrays, seed: int, task: str, tensor: str, start: int, n: int, density: Fraction) -> Array | None:
@@ -32,12 +38,14 @@ class Dare(Rule):
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self._densities = [parameters.share("keep", task) for task in range(len(parameters.tasks))]
+        self._rescales = parameters.text("rescale") == "density"
 
     def _dropped(self, tile: RuleInput, number: int) -> Array:
         """What stays of a task's vector, rescaled and weighted; (n,)."""
         seed, task = int(self.parameters.number("seed")), self.parameters.tasks[number]
         stays = survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._densities[number])
-        rescaled = scaled(masked(tile.inputs(number), stays, tile), float(1 / self._densities[number]), tile)
+        rescale = float(1 / self._densities[number]) if self._rescales else 1.0
+        rescaled = scaled(masked(tile.inputs(number), stays, tile), rescale, tile)
         return scaled(rescaled, self.parameters.weights[number], tile)
 
     def merge(self, tile: RuleInput) -> Array:
@@ -56,3 +64,34 @@ class DareTies(Dare):
         mean = self.parameters.text("reduce") == "mean"
         vector = disjoint_merge(entries, [1.0] * tile.tasks, signs, mean, self.parameters.weights, tile)
         return onto_base(tile, vector, self.parameters.number("scale"))
+
+
+class DareByNorm(Sampled):
+    """DARE rescaled by L1 norms."""
+
+    elects = False
+
+    def chances(self, vector: Host, task: int) -> Host:
+        return np.full((1, 1), self.parameters.number("keep", task))
+
+    def _reduces(self) -> str:
+        return "sum"  # `dare` has no --reduce
+
+
+class DareTiesByNorm(DareByNorm):
+    """The same, elected."""
+
+    elects = True
+
+    def _reduces(self) -> str:
+        return self.parameters.text("reduce")
+
+
+def dare(parameters: Parameters) -> Rule:
+    """The rule of `dare`."""
+    return (DareByNorm if parameters.text("rescale") == "l1" else Dare)(parameters)
+
+
+def dare_ties(parameters: Parameters) -> Rule:
+    """The rule of `dare-ties`."""
+    return (DareTiesByNorm if parameters.text("rescale") == "l1" else DareTies)(parameters)

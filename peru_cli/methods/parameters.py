@@ -14,12 +14,14 @@ class Parameters:
     """Effective options of one merge, or of one tensor: task names and weights in the order of the command line, and the rest.
 
     `own` has options that differ by task, a value for each: `number` and `share` of a task look there first.
+    `has_base`: whether a base was given, for methods that work with and without one.
     """
 
     tasks: tuple[str, ...]
     weights: tuple[float, ...]
     values: Mapping[str, Value] = field(default_factory=dict)
     own: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    has_base: bool = False
 
     def _value(self, name: str, task: int | None) -> Value:
         return self.own[name][task] if task is not None and name in self.own else self.values[name]
@@ -34,6 +36,12 @@ class Parameters:
         """An exact share of the entries, for one task where it may differ by task."""
         value = self._value(name, task)
         assert isinstance(value, Fraction)
+        return value
+
+    def flag(self, name: str) -> bool:
+        """An option's value as yes or no."""
+        value = self.values[name]
+        assert isinstance(value, bool)
         return value
 
     def text(self, name: str) -> str:

@@ -7,21 +7,20 @@ equation 2 and section 3.2: entries of G_t off the diagonal are multiplied by al
 language models). Everything that is no linear layer is averaged. Padding is not an input. Labels are never read.
 
 To every G_t a little of the identity is added (`--ridge`, as a share of the mean diagonal of all), so that directions that
-no input has are averaged instead of left to chance. Row r of W* is sum_t W_t[r] M_t with M_t = w_t G_t (sum G)^-1, solved
-in float64: the M_t of a layer are held, and the weights stream by in rows.
+no input has are averaged instead of left to chance. W* = sum_t W_t M_t with M_t = w_t G_t (sum G)^-1, solved in float64.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from peru_cli.methods.linear import share_of_sum
+from peru_cli.methods.matrices import Matrices, MatrixRule
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, scaled, weighted_sum
+from peru_cli.methods.rules import RuleInput, scaled, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
 from peru_cli.streaming.arrays import Array
 
@@ -49,55 +48,43 @@ def mixing_matrices(grams: Sequence[torch.Tensor], weights: Sequence[float], alp
     return [torch.linalg.lu_solve(factors, pivots, g).T.contiguous() for g in scaled_grams]
 
 
-class RegMean(Rule):
+class RegMean(MatrixRule):
     """See the module."""
 
     on_vectors = False
-    holds_all = True
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self._average = share_of_sum(parameters.weights)
-        self._matrices: dict[str, list[torch.Tensor]] = {}
-        self._left: dict[str, int] = {}  # entries of each layer that are still to be merged
-        self._lock = threading.Lock()
 
     def _role(self, name: str) -> str | None:
         """How a tensor's inputs were counted, None if they were not."""
         for role in (ROWS, COLUMNS):
-            if all(found.shape(role, name) is not None for found in self.statistics):
+            if self.statistics and all(found.shape(role, name) is not None for found in self.statistics):
                 return role
         return None
 
-    def unit(self, name: str, shape: tuple[int, ...]) -> int:
-        role = self._role(name)
-        return 1 if role is None else shape[1] if role == ROWS else shape[0] * shape[1]
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._role(name) is not None
 
-    def _mixing(self, role: str, tile: RuleInput) -> list[torch.Tensor]:
-        with self._lock:
-            if tile.name not in self._matrices:
-                grams = [torch.from_numpy(found) for s in self.statistics if (found := whole(s, role, tile.name)) is not None]
-                number = self.parameters.number
-                self._matrices[tile.name] = mixing_matrices(grams, self.parameters.weights, number("alpha"), number("ridge"))
-                self._left[tile.name] = tile.shape[0] * tile.shape[1]
-            matrices = self._matrices[tile.name]
-            self._left[tile.name] -= tile.n
-            if not self._left[tile.name]:
-                del self._matrices[tile.name]
-        return matrices
+    def held(self, rows: int, columns: int, tasks: int, itemsize: int) -> int:
+        inputs = max(rows, columns)  # at most; a Gram matrix and a solution for each task
+        return 8 * (2 * tasks + 2) * inputs**2 + 3 * 8 * rows * columns
+
+    def merge_matrix(self, matrices: Matrices) -> torch.Tensor:
+        role = self._role(matrices.name)
+        assert role is not None
+        grams = [torch.from_numpy(found) for s in self.statistics if (found := whole(s, role, matrices.name)) is not None]
+        number = self.parameters.number
+        total: Any = 0
+        for task, matrix in enumerate(mixing_matrices(grams, self.parameters.weights, number("alpha"), number("ridge"))):
+            weights = matrices.tensor(task)
+            mixing = matrix.to(weights.device)
+            total = total + (weights @ mixing if role == ROWS else mixing.T @ weights)
+        return total  # type: ignore[no-any-return]
 
     def merge(self, tile: RuleInput) -> Array:
-        role = self._role(tile.name)
-        if role is None:
-            return scaled(weighted_sum(tile, self.parameters.weights), self._average, tile)
-        total: Any = 0
-        for task, matrix in enumerate(self._mixing(role, tile)):
-            panel = torch.as_tensor(tile.inputs(task)).view(-1, tile.shape[1])
-            mixing = matrix.to(panel.device)
-            total = total + (panel.double() @ mixing if role == ROWS else mixing.T @ panel.double())
-        out = tile.room("sum", tile.n)
-        torch.as_tensor(out).copy_(total.view(-1))
-        return out
+        return scaled(weighted_sum(tile, self.parameters.weights), self._average, tile)
 
 
 class RegMeanCollector(Collector):

@@ -77,9 +77,9 @@ class Rule(ABC):
         """How many of n entries a trim leaves a task: of everything, or of one tensor (`slot`) where that is the scope."""
         return int(self.trims[trim][task] * n)
 
-    def unit(self, name: str, shape: tuple[int, ...]) -> int:
-        """Tiles of this tensor are multiples of so many entries: a row, for rules on matrices. Then `--tile-entries` is not heard."""
-        return 1
+    def at(self, slot: int) -> Rule:
+        """The rule of a tensor (its number in canonical order), where tensors have rules of their own."""
+        return self
 
     def elect(self, tile: RuleInput) -> int:
         """Sum of this tile's signs, for `wants_signs`; a rule that sets it must have its own."""

@@ -1,6 +1,6 @@
 """The table of merge methods: the command, its options, `--list-methods`, the help and the documentation read it.
 
-A new method is one file in this folder and one entry here; an option that no other method has is one of FLAGS.
+A new method is one file in this folder and one entry here. An option that no other method has is declared in its entry.
 """
 
 from __future__ import annotations
@@ -30,34 +30,50 @@ class Flag:
     short: str | None = None
 
 
-FLAGS: Mapping[str, Flag] = {
+_SHARED: Mapping[str, Flag] = {
     "scale": Flag(float, "S", "Factor of the merged task vector; below 0 is negation.", short="-s"),
     "keep": Flag(Fraction, "DENSITY", "Share of each task vector that stays: 20% or 0.2.", short="-k"),
     "scope": Flag(str, "global|tensor", "Trim over the whole task vector, or in each tensor. For adamerging: a scale a task, or a tensor."),
     "reduce": Flag(str, "mean|sum", "What becomes of entries that agree in sign."),
-    "variant": Flag(str, "authors|peft|mergekit", "Whose TIES."),
-    "seed": Flag(int, "N", "Of the entries that DARE drops, of sampled labels, of the order of examples.", least=0),
-    "gamma": Flag(Fraction, "SHARE", "Share of largest entries that breadcrumbs drops: 1%."),
-    "mask-lambda": Flag(float, "L", "Threshold of consensus' masks, 0.2 to 0.6.", least=0),
-    "min-tasks": Flag(int, "K", "Tasks that must use an entry for consensus to keep it.", least=1),
-    "t": Flag(float, "T", "Where slerp stops: 0 the first model, 1 the second."),
-    "normalize": Flag(bool, "", "Whether linear divides by the sum of the weights, fisher by each task's norm."),
+    "seed": Flag(int, "N", "Of the entries that are dropped at random, of sampled labels, of the order of examples.", least=0),
+    "rescale": Flag(
+        str, "density|l1|none",
+        "What makes up for dropped entries: 1 / density (the papers), the ratio of L1 norms in each tensor (mergekit), or nothing.",
+    ),
+    "gamma": Flag(Fraction, "SHARE", "Share of largest entries that is dropped."),
+    "epsilon": Flag(float, "E", "Half the range of probabilities in a row; for ram, the size below which a change is none.", least=0),
+    "normalize": Flag(bool, "", "Divide by the sum of the weights; for fisher, by each task's norm."),
     "max-samples": Flag(int, "N", "The first N examples of each task, for methods with data and for --search.", least=1),
-    "expectation": Flag(str, "exact|sampled", "Fisher's sum over all labels, or one label drawn for each example."),
-    "floor": Flag(float, "F", "Least Fisher information of an entry.", least=0),
-    "alpha": Flag(float, "A", "Factor of what is off the diagonal in regmean's matrices, 0 to 1.", least=0),
-    "ridge": Flag(float, "R", "Share of the identity in regmean's matrices.", least=0),
-    "steps": Flag(int, "N", "Steps of adamerging's optimiser.", least=0),
-    "learning-rate": Flag(float, "R", "Of adamerging's optimiser.", least=0),
-}
+    "alpha": Flag(float, "A", "Factor of what is off the diagonal in regmean's matrices, or most of ramplus-tl's amplification.", least=0),
+    "t": Flag(float, "T", "Where slerp stops: 0 the first model, 1 the second. For nearswap: the change that is taken in full."),
+    "plain": Flag(str, "REGEX", "Matrices with matching names are averaged, as vectors are."),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of one method: its value if it is not given (None: it must be), and the words that it may be."""
+    """An option of one method: its value if it is not given (None: it must be), and the words that it may be.
+
+    `flag` declares an option that no other method has; those that several have are shared.
+    """
 
     default: Value | None
     choices: tuple[str, ...] = ()
+    flag: Flag | None = None
+
+
+@dataclass(frozen=True)
+class Mergekit:
+    """mergekit's method of the same formula: recipes and benchmarks/mergekit_oracle.py read it.
+
+    Its parameter for each of our options, by model (`own`) or of the whole merge; `fixed` are the options that make ours do
+    as it does. Our `reduce` is its `normalize`.
+    """
+
+    name: str
+    own: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class Method:
     by_variant: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # defaults that depend on --variant
     statistics: str | None = None  # `module:class` of what collects statistics from data
     collected_by: tuple[str, ...] = ()  # options that the statistics depend on
+    mergekit: Mergekit | None = None
+    mark: str = ""  # what --list-methods says of it, such as "recommended"
 
     def build(self, parameters: Parameters) -> Rule:
         """The method with its parameters set; UsageError if they contradict each other."""
@@ -92,76 +110,155 @@ def _load(name: str) -> Any:
     return getattr(import_module(f"peru_cli.methods.{module}"), member)
 
 
-_WEIGHT = Option(1.0)
 _SCALE = Option(1.0)
 _SCOPE = Option("global", ("global", "tensor"))
 _KEEP = Option(Fraction(1, 5))
+_SEED = Option(0)
+_REDUCE = ("mean", "sum")
+_RESCALE = Option("density", ("density", "l1", "none"))
+_WEIGHT = Option(1.0)
+
+_OWN = {"weight": "weight", "keep": "density"}
+_WHOLE = {"scale": "lambda", "reduce": "normalize"}
 
 _ALL = (
     Method(
         "task-arithmetic", "base + scale x sum of weighted task vectors", "https://arxiv.org/abs/2212.04089",
         "task_arithmetic:TaskArithmetic", {"weight": _WEIGHT, "scale": Option(0.3)},
+        mergekit=Mergekit("task_arithmetic", {"weight": "weight"}, {"scale": "lambda"}),
     ),
     Method(
         "linear", "weighted average of the models (model soup, WiSE-FT)", "https://arxiv.org/abs/2203.05482",
         "linear:Linear", {"weight": _WEIGHT, "normalize": Option(True)}, needs_base=False, tasks=(2, None),
+        mergekit=Mergekit("linear", {"weight": "weight"}, {"normalize": "normalize"}),
     ),
     Method(
         "slerp", "spherical interpolation of two models", "https://doi.org/10.1145/325334.325242",
-        "slerp:Slerp", {"t": Option(0.5)}, needs_base=False, tasks=(2, 2),
+        "slerp:Slerp", {"t": Option(0.5)}, needs_base=False, tasks=(2, 2), mergekit=Mergekit("slerp", {}, {"t": "t"}),
     ),
     Method(
         "ties", "trim, elect signs, merge what agrees", "https://arxiv.org/abs/2306.01708", "ties:Ties",
         {
-            "weight": _WEIGHT, "scale": _SCALE, "keep": _KEEP, "scope": _SCOPE,
-            "reduce": Option("mean", ("mean", "sum")), "variant": Option("authors", ("authors", "peft", "mergekit")),
+            "weight": _WEIGHT, "scale": _SCALE, "keep": _KEEP, "scope": _SCOPE, "reduce": Option("mean", _REDUCE),
+            "variant": Option("authors", ("authors", "peft", "mergekit"), Flag(str, "authors|peft|mergekit", "Whose TIES.")),
         },
         by_variant={"peft": {"scope": "tensor"}, "mergekit": {"scope": "tensor"}},
+        mergekit=Mergekit("ties", _OWN, _WHOLE, {"variant": "mergekit", "scope": "tensor"}),
     ),
     Method(
-        "dare", "drop entries at random, rescale, add", "https://arxiv.org/abs/2311.03099", "dare:Dare",
-        {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10)), "seed": Option(0)},
+        "dare", "drop entries at random, rescale, add", "https://arxiv.org/abs/2311.03099", "dare:dare",
+        {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10)), "seed": _SEED, "rescale": _RESCALE},
+        mergekit=Mergekit("dare_linear", _OWN, {"scale": "lambda"}, {"rescale": "l1"}),
     ),
     Method(
-        "dare-ties", "drop entries at random, rescale, elect signs", "https://arxiv.org/abs/2311.03099", "dare:DareTies",
+        "dare-ties", "drop entries at random, rescale, elect signs", "https://arxiv.org/abs/2311.03099", "dare:dare_ties",
         {
-            "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10)), "seed": Option(0),
-            "reduce": Option("sum", ("mean", "sum")),
+            "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10)), "seed": _SEED, "reduce": Option("sum", _REDUCE),
+            "rescale": _RESCALE,
         },
+        mergekit=Mergekit("dare_ties", _OWN, _WHOLE, {"rescale": "l1"}),
+    ),
+    Method(
+        "della", "drop small entries of a row more often than large ones, rescale, elect signs", "https://arxiv.org/abs/2406.11617",
+        "entries.della:Della",
+        {
+            "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 2)), "epsilon": Option(0.15), "seed": _SEED,
+            "reduce": Option("mean", _REDUCE), "rescale": _RESCALE,
+        },
+        mergekit=Mergekit("della", _OWN | {"epsilon": "epsilon"}, _WHOLE, {"rescale": "l1"}),
+    ),
+    Method(
+        "della-linear", "as della, but added without an election", "https://arxiv.org/abs/2406.11617", "entries.della:DellaLinear",
+        {
+            "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 2)), "epsilon": Option(0.15), "seed": _SEED,
+            "reduce": Option("sum", _REDUCE), "rescale": _RESCALE,
+        },
+        mergekit=Mergekit("della_linear", _OWN | {"epsilon": "epsilon"}, _WHOLE, {"rescale": "l1"}),
     ),
     Method(
         "breadcrumbs", "drop the largest and the smallest entries, add the rest", "https://arxiv.org/abs/2312.06795",
         "breadcrumbs:Breadcrumbs",
         {"weight": _WEIGHT, "scale": Option(0.3), "keep": Option(Fraction(9, 10)), "gamma": Option(Fraction(1, 100)), "scope": _SCOPE},
+        mergekit=Mergekit("breadcrumbs", _OWN | {"gamma": "gamma"}, {"scale": "lambda"}, {"scope": "tensor"}),
     ),
     Method(
         "consensus", "keep what several tasks use (TALL-masks)", "https://arxiv.org/abs/2405.07813", "consensus:Consensus",
-        {"weight": _WEIGHT, "scale": Option(0.3), "mask-lambda": Option(0.4), "min-tasks": Option(2)}, tasks=(2, None),
+        {
+            "weight": _WEIGHT, "scale": Option(0.3),
+            "mask-lambda": Option(0.4, flag=Flag(float, "L", "Threshold of the masks, 0.2 to 0.6.", least=0)),
+            "min-tasks": Option(2, flag=Flag(int, "K", "Tasks that must use an entry for it to stay.", least=1)),
+        },
+        tasks=(2, None),
     ),
     Method(
         "fisher", "average by how much each task's output depends on an entry", "https://arxiv.org/abs/2111.09832", "fisher:Fisher",
         {
-            "weight": _WEIGHT, "normalize": Option(False), "floor": Option(1e-6), "expectation": Option("exact", ("exact", "sampled")),
-            "seed": Option(0), "max-samples": Option(256),
+            "weight": _WEIGHT, "normalize": Option(False),
+            "floor": Option(1e-6, flag=Flag(float, "F", "Least Fisher information of an entry.", least=0)),
+            "expectation": Option(
+                "exact", ("exact", "sampled"),
+                Flag(str, "exact|sampled", "Fisher's sum over all labels, or one label drawn for each example."),
+            ),
+            "seed": _SEED, "max-samples": Option(256),
         },
         needs_base=False, tasks=(2, None), statistics="fisher:FisherCollector", collected_by=("expectation", "seed"),
     ),
     Method(
         "regmean", "linear layers closest to all models' outputs on their inputs", "https://arxiv.org/abs/2212.09849", "regmean:RegMean",
-        {"weight": _WEIGHT, "alpha": Option(0.9), "ridge": Option(1e-6), "max-samples": Option(1000)},
+        {
+            "weight": _WEIGHT, "alpha": Option(0.9),
+            "ridge": Option(1e-6, flag=Flag(float, "R", "Share of the identity in the matrices that are solved.", least=0)),
+            "max-samples": Option(1000),
+        },
         needs_base=False, tasks=(2, None), statistics="regmean:RegMeanCollector",
     ),
     Method(
         "adamerging", "task arithmetic with scales learned on unlabelled data", "https://arxiv.org/abs/2310.02575", "adamerging:AdaMerging",
         {
-            "scale": Option(0.3), "scope": Option("tensor", ("global", "tensor")), "steps": Option(500), "learning-rate": Option(1e-3),
-            "seed": Option(0), "max-samples": Option(1000),
+            "scale": Option(0.3), "scope": Option("tensor", ("global", "tensor")),
+            "steps": Option(500, flag=Flag(int, "N", "Steps of the optimiser.", least=0)),
+            "learning-rate": Option(1e-3, flag=Flag(float, "R", "Of the optimiser.", least=0)),
+            "seed": _SEED, "max-samples": Option(1000),
         },
         statistics="adamerging:LambdaCollector", collected_by=("scale", "scope", "steps", "learning-rate", "seed"),
     ),
 )  # fmt: skip
 
 METHODS = {method.name: method for method in _ALL}
+
+
+def _flags() -> dict[str, Flag]:
+    """Every option that some method has, by name: the shared ones first."""
+    found = dict(_SHARED)
+    for method in _ALL:
+        for name, option in method.options.items():
+            assert name in found or option.flag is not None or name == "weight", f"{method.name}: declare --{name} in its line"
+            if option.flag is not None:
+                assert name not in found, f"{method.name} declares --{name} again: move it to the shared ones"
+                found[name] = option.flag
+    return found
+
+
+FLAGS: Mapping[str, Flag] = _flags()
+
+
+def shown(value: Value | None) -> str:
+    """A default value as a reader would type it."""
+    if value is None:
+        return ""
+    if isinstance(value, Fraction):
+        return f"{100 * float(value):g}%"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value) or "none"
+
+
+def flag_help(name: str) -> str:
+    """An option's help with its default in each method that has it: those that share one, together."""
+    methods: dict[str, list[str]] = {}
+    for method in _ALL:
+        if name in method.options and (default := method.options[name].default) is not None:
+            methods.setdefault(shown(default), []).append(method.name)
+    defaults = "; ".join(f"{value} ({', '.join(names)})" for value, names in methods.items())
+    return f"{FLAGS[name].help} Default: {defaults}."
 
 
 def find_method(name: str) -> Method:

@@ -45,18 +45,11 @@ class Strip(NamedTuple):
 class TilePlan(Sequence[Tile]):
     """The tiles of tensors of given sizes, in canonical order; a sequence that takes no room for a tile."""
 
-    def __init__(self, entries: Sequence[int], tile_entries: int = DEFAULT_TILE, units: Sequence[int] | None = None) -> None:
-        """`units`: tiles of a tensor with a unit above 1 are the most whole units that fit, one if none does."""
+    def __init__(self, entries: Sequence[int], tile_entries: int = DEFAULT_TILE) -> None:
         if tile_entries < CHUNK or tile_entries % CHUNK:
             raise UsageError(f"a tile of {tile_entries} entries is not a multiple of {CHUNK}")
-        self._entries = entries
-        self._tiles = [max(tile_entries - tile_entries % unit, unit) for unit in units] if units else [tile_entries] * len(entries)
-        self._first = [0, *accumulate(-(-n // tile) for n, tile in zip(entries, self._tiles, strict=True))]
-
-    @property
-    def longest(self) -> int:
-        """Entries of the longest tile that there may be."""
-        return max(self._tiles, default=0)
+        self._entries, self._tile = entries, tile_entries
+        self._first = [0, *accumulate(-(-n // tile_entries) for n in entries)]
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -71,5 +64,5 @@ class TilePlan(Sequence[Tile]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         tensor = bisect_right(self._first, index) - 1
-        start = (index - self._first[tensor]) * self._tiles[tensor]
-        return Tile(index, tensor, start, min(start + self._tiles[tensor], self._entries[tensor]))
+        start = (index - self._first[tensor]) * self._tile
+        return Tile(index, tensor, start, min(start + self._tile, self._entries[tensor]))

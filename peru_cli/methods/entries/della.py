@@ -1,0 +1,54 @@
+"""DELLA: drop entries of the task vectors at random, small ones more often than large ones; rescale; elect; merge.
+
+    p_i = keep - epsilon + 2 epsilon (rank_i - 1) / (columns - 1),   rank 1: the smallest magnitude of its row
+
+Source: Deep et al., DELLA-Merging (2024), https://arxiv.org/abs/2406.11617, section 3: MAGPRUNE ranks the entries of each
+row and rescales each by 1 / p_i; then TIES' election, and the mean of what agrees. `della-linear` adds without an election.
+A tensor of one dimension is one row. Equal magnitudes rank in canonical order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peru_cli.errors import UsageError
+from peru_cli.methods.entries.sampled import Sampled
+from peru_cli.methods.parameters import Parameters
+from peru_cli.streaming.arrays import Host
+
+
+def keep_probabilities(magnitudes: Host, density: float, epsilon: float) -> Host:
+    """p_i of each entry from the magnitudes' ranks in their rows; float64 (rows, columns)."""
+    rows, columns = magnitudes.shape
+    if columns == 1:
+        return np.full((rows, 1), density)
+    ranks = np.empty((rows, columns), np.int64)
+    np.put_along_axis(ranks, np.argsort(magnitudes, axis=1, kind="stable"), np.arange(columns)[None, :], axis=1)
+    chances: Host = density - epsilon + 2 * epsilon * (ranks / (columns - 1))
+    return chances
+
+
+class Della(Sampled):
+    """See the module."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        for task in range(len(parameters.tasks)):
+            density, epsilon = parameters.number("keep", task), parameters.number("epsilon", task)
+            if epsilon and density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+                raise UsageError(
+                    f"--keep {density:g} and --epsilon {epsilon:g}: probabilities must lie between 0 and 1",
+                    "keep - epsilon is above 0, keep + epsilon below 1: lower --epsilon",
+                )
+
+    def chances(self, vector: Host, task: int) -> Host:
+        density, epsilon = self.parameters.number("keep", task), self.parameters.number("epsilon", task)
+        if density >= 1 or not epsilon:
+            return np.full((1, 1), density)
+        return keep_probabilities(np.abs(vector), density, epsilon)
+
+
+class DellaLinear(Della):
+    """See the module."""
+
+    elects = False

@@ -1,0 +1,78 @@
+"""What DARE and DELLA share: entries of task vectors stay at random, are rescaled, then added or elected.
+
+Entry i of a tensor stays if word(i) < floor(p_i * 2^32), word as methods/philox.py has it: every machine drops the same
+entries for the same seed, task name and tensor name. Three ways to rescale:
+
+    density   by 1 / p_i, so that the expectation stays: the papers'
+    l1        by |tau|_1 / |what stays|_1 of the tensor, skipped where either is below 1e-7: mergekit's
+    none      not at all
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from peru_cli.methods.matrices import Matrices, MatrixRule, add, elect, halved_sum
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.philox import stream_key, words
+from peru_cli.streaming.arrays import Host
+
+_NOTHING = 1e-7  # an L1 norm that is none
+
+
+class Sampled(MatrixRule):
+    """See the module. 1-D tensors are a row; nothing falls back."""
+
+    by_rows = True
+    elects = True
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self._rescale = parameters.text("rescale")
+        self.measures = self._rescale == "l1"
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+    @abstractmethod
+    def chances(self, vector: Host, task: int) -> Host:
+        """The probability that an entry stays, float64 (rows, columns) or (1, 1)."""
+
+    def _sampled(self, matrices: Matrices, task: int) -> tuple[Host, Host, Host]:
+        """A task vector, what stays of it, and its chances."""
+        vector = matrices[task]
+        chances = self.chances(vector, task)
+        key = stream_key(int(self.parameters.number("seed")), self.parameters.tasks[task], matrices.name)
+        drawn = words(key, matrices.first * matrices.columns, vector.size).reshape(vector.shape)
+        return vector, vector * (drawn < np.floor(chances * 2.0**32)), chances
+
+    def measure(self, matrices: Matrices) -> list[float]:
+        found = []
+        for task in range(matrices.tasks):
+            vector, stays, _ = self._sampled(matrices, task)
+            found += [halved_sum(np.abs(vector)), halved_sum(np.abs(stays))]
+        return found
+
+    def _part(self, matrices: Matrices, task: int) -> Host:
+        _, stays, chances = self._sampled(matrices, task)
+        kind = stays.dtype.type
+        if self._rescale == "density":
+            stays *= (1.0 / chances).astype(stays.dtype)
+        elif self._rescale == "l1":
+            whole, left = matrices.sums[2 * task : 2 * task + 2]
+            if min(whole, left) >= _NOTHING:
+                stays *= kind(whole / left)
+        stays *= kind(self.parameters.weights[task])
+        return stays
+
+    def _reduces(self) -> str:
+        return self.parameters.text("reduce")
+
+    def merge_matrix(self, matrices: Matrices) -> Host:
+        parts = [self._part(matrices, task) for task in range(matrices.tasks)]
+        mean = self._reduces() == "mean"
+        merged = (elect if self.elects else add)(parts, self.parameters.weights, mean)
+        merged *= merged.dtype.type(self.parameters.number("scale"))
+        return merged

@@ -1,0 +1,151 @@
+"""Methods that look at whole matrices: one tensor of every task at a time, in its real shape.
+
+A tile rule (methods/rules.py) sees runs of entries. A `MatrixRule` sees matrices: tensors of more than two dimensions as
+(out, -1), vectors as one row. Tasks are read when they are asked for, so a rule that adds up holds one of them, and the
+engine (merge/matrices.py) knows from `held` how much memory a matrix takes. Rules that only look along rows set
+`by_rows`: they are given panels of whole rows, always the same ones, so memory does not grow with the matrix.
+
+What a rule returns is the merged task vector, to which the engine adds the base, or merged weights where `on_vectors` is off.
+Tensors that a rule does not take (`takes`) stream by in tiles through `merge`, as with any other rule.
+Values are finite: the engine refuses a NaN by the tensor's name before a rule sees it.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peru_cli.errors import UsageError
+from peru_cli.methods.rules import Rule, RuleInput, onto_base, scaled, weighted_sum
+from peru_cli.streaming.arrays import Array, Host
+
+if TYPE_CHECKING:
+    import torch
+
+    from peru_cli.methods.parameters import Parameters
+
+PANEL = 1 << 18  # entries of a panel of rows; part of no result but that of sums (`measure`), so it never changes
+_LEAST = 1e-8  # below that, a sum of weights is 0
+
+
+class Matrices(ABC):
+    """One tensor of all tasks, or a panel of its rows. Arrays are (rows, columns), float32, or float64 where a checkpoint is."""
+
+    name: str  # of the tensor in the output
+    shape: tuple[int, ...]  # of the whole tensor
+    rows: int
+    columns: int
+    tasks: int
+    first: int = 0  # the panel's first row
+    sums: Sequence[float] = ()  # what `measure` found, added up over all panels
+
+    @abstractmethod
+    def __getitem__(self, task: int) -> Host:
+        """A task's difference from the base, or its weights; a new array, which the rule may overwrite."""
+
+    @abstractmethod
+    def base(self) -> Host:
+        """The base's weights, for rules on vectors; a new array."""
+
+    @abstractmethod
+    def tensor(self, task: int) -> torch.Tensor:
+        """The same as `[task]` in float64 for linear algebra, on the device that computes."""
+
+
+class MatrixRule(Rule):
+    """A method on matrices with its parameters set."""
+
+    by_rows = False  # looks along rows alone: it is given panels of whole rows
+    measures = False  # `measure` is called on all panels first
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the tensor is merged as a matrix; else it goes through `merge`, tile by tile."""
+        return len(shape) >= 2
+
+    def held(self, rows: int, columns: int, tasks: int, itemsize: int) -> int:
+        """Bytes that `merge_matrix` holds at once, at most: by default all tasks, and three arrays more."""
+        return (tasks + 3) * rows * columns * itemsize
+
+    def measure(self, matrices: Matrices) -> list[float]:
+        """Numbers to be added up over the panels of a tensor, for `measures`."""
+        raise TypeError(f"{type(self).__name__} measures and does not say what")
+
+    @abstractmethod
+    def merge_matrix(self, matrices: Matrices) -> Any:
+        """The merged task vector, or weights; (rows, columns), NumPy or torch, float32 or float64."""
+
+    def merge(self, tile: RuleInput) -> Array:
+        """What becomes of tensors that are no matrices: the weighted mean."""
+        mean = scaled(weighted_sum(tile, self.parameters.weights), 1.0 / len(self.parameters.weights), tile)
+        return onto_base(tile, mean, 1.0) if self.on_vectors else mean
+
+
+class SpectralRule(MatrixRule):
+    """A method on the singular values of task vectors. `--plain` names matrices that are averaged, as vectors are."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        text = parameters.text("plain")
+        try:
+            self._plain = re.compile(text) if text else None
+        except re.error as error:
+            raise UsageError(f"--plain {text!r} is not a regular expression: {error}") from error
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        return super().takes(name, shape) and not (self._plain is not None and self._plain.search(name))
+
+    def vector(self, matrices: Matrices, task: int) -> torch.Tensor:
+        """A weighted task vector, float64 (rows, columns)."""
+        found = matrices.tensor(task)
+        return found if self.parameters.weights[task] == 1.0 else found.mul_(self.parameters.weights[task])
+
+
+def elect(parts: Sequence[Host], weights: Sequence[float], mean: bool, least: float = _LEAST) -> Host:
+    """TIES' election as mergekit has it: the sum of what has the sign of the sum, where 0 is positive.
+
+    Args:
+        parts: weighted task vectors, one (rows, columns) a task.
+        weights: what `mean` divides by, summed over the tasks that agree (by 1 where that is below `least`).
+    """
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    sign = np.where(total >= 0, total.dtype.type(1), total.dtype.type(-1))
+    total[...] = 0
+    divisor = np.zeros_like(total) if mean else None
+    for part, weight in zip(parts, weights, strict=True):
+        agrees = part * sign > 0
+        total += np.where(agrees, part, 0)
+        if divisor is not None:
+            divisor += agrees * total.dtype.type(weight)
+    if divisor is not None:
+        divisor[np.abs(divisor) < least] = 1
+        total /= divisor
+    return total
+
+
+def add(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
+    """The sum of weighted task vectors, or that over the sum of the weights (over 1 where that is 0); (rows, columns)."""
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    whole = 0.0
+    for weight in weights:
+        whole += weight
+    return total / total.dtype.type(whole) if mean and abs(whole) >= _LEAST else total
+
+
+def halved_sum(array: Host) -> float:
+    """The sum of all entries in float64 by halving: the same on every processor, unlike NumPy's."""
+    flat = array.reshape(-1).astype(np.float64)
+    while len(flat) > 1:
+        half = len(flat) // 2
+        rest = flat[2 * half :]
+        flat = flat[:half] + flat[half : 2 * half]
+        if len(rest):
+            flat[0] += rest[0]
+    return float(flat[0]) if len(flat) else 0.0
