@@ -13,7 +13,7 @@ from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.places import Place
-from peru_cli.errors import BadFile, Mismatch
+from peru_cli.errors import BadFile
 from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK
 
@@ -123,31 +123,3 @@ def whole_shape(record: TensorRecord) -> tuple[int, ...]:
     """Shape of the part of a tensor that is stored whole."""
     shape = record.info.shape
     return (shape[0] - record.base_rows, *shape[1:]) if record.base_rows else shape
-
-
-def check_base_header(artifact: SparseDelta, record: TensorRecord, base: TensorInfo | None, label: str) -> str | None:
-    """What a base's header shows to be wrong with a tensor; None if nothing."""
-    if base is None:
-        return f"{artifact.base_name(record)}: not in {label}"
-    if base.shape != record.base_shape or base.dtype is not record.base_dtype:
-        assert record.base_dtype is not None
-        return (
-            f"{base.name}: {base.dtype.name} {list(base.shape)} in {label}, "
-            f"{record.base_dtype.name} {list(record.base_shape)} when the artifact was made"
-        )
-    return None
-
-
-def refuse_base(problems: list[str], artifact: SparseDelta, label: str, gave_up: bool = False) -> None:
-    """Raise Mismatch if there are problems, naming the first few and the base that the artifact was made from.
-
-    `gave_up` says that there may be more.
-    """
-    if not problems:
-        return
-    wanted = artifact.metadata.get("peru.base")
-    number = f"{'at least ' if gave_up else ''}{len(problems)} tensor(s) differ"
-    raise Mismatch(
-        f"{label} is not the base that {artifact.path} was made from: {number}\n  " + "\n  ".join(problems[:5]),
-        f"it was made from {wanted}" if wanted else "the artifact does not say where its base came from (prune --base-id records it)",
-    )

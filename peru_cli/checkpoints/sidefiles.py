@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
+from peru_cli.checkpoints.dtypes import BY_TORCH_NAME, Dtype
 from peru_cli.checkpoints.places import Place, children, size_of
 
 MAX_SIDE_FILE_BYTES = 64_000_000
@@ -31,3 +34,24 @@ def find_side_files(folder: Place) -> dict[str, Place]:
         if is_side_file_name(path.name) and path.is_file() and size_of(path) <= MAX_SIDE_FILE_BYTES:
             found[path.name] = path
     return found
+
+
+def config_with_dtype(content: bytes, dtype: Dtype) -> bytes:
+    """A config.json that names `dtype` wherever it names a float type: transformers loads in what the config says."""
+    try:
+        config = json.loads(content)
+    except ValueError:
+        return content
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if _set_dtype(config, dtype) else content
+
+
+def _set_dtype(config: Any, dtype: Dtype) -> bool:
+    """Set the keys `dtype` and `torch_dtype` of a table and those inside it; whether anything changed."""
+    changed = False
+    for key, value in config.items() if isinstance(config, dict) else ():
+        named = BY_TORCH_NAME.get(value) if key in ("dtype", "torch_dtype") and isinstance(value, str) else None
+        if named is not None and named.compressible and named is not dtype:
+            config[key] = dtype.torch_name
+            changed = True
+        changed |= _set_dtype(value, dtype)
+    return changed

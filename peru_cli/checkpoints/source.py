@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place, fingerprint, sha256
@@ -41,6 +41,10 @@ class Checkpoint(ABC):
         Safe from many threads. Raises BadFile if the file ends too early, OSError if reading fails.
         """
 
+    def view(self, name: str, offset: int, nbytes: int) -> memoryview | None:
+        """The same bytes where they lie, if they lie in memory, to be read only; None elsewhere."""
+        return None
+
     ranged = False  # whether bytes come over the network, so that it pays to say beforehand which
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:  # noqa: B027 - a disk needs no telling
@@ -58,7 +62,7 @@ class Checkpoint(ABC):
     def close(self) -> None:  # noqa: B027 - not every source holds handles
         """Release file handles; the checkpoint cannot be read afterwards."""
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -119,7 +119,7 @@ def evaluate_command(
     from peru_cli.checkpoints.resolve import default_task, split_arguments
     from peru_cli.evaluate import show as evalshow
     from peru_cli.evaluate.plan import check_comparisons, check_gates, parse_gate, weight_pairs
-    from peru_cli.finetunes.pack_task import only_task
+    from peru_cli.finetunes.open import only_task
     from peru_cli.inference.data import split_data
 
     gates = [parse_gate(given, True) for given in fail_below or []] + [parse_gate(given, False) for given in fail_above or []]
@@ -194,7 +194,7 @@ def _weights(pairs: dict[str, tuple[str, str]], base: str, device: str, threads:
     """Closeness of weights, by task; planned for all before anything is read."""
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.evaluate.weights import Weights
-    from peru_cli.finetunes.expand import open_fine_tune
+    from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.vectors.settings import streaming
 
     opened = open_model(base)

@@ -12,11 +12,12 @@ import torch
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.inference.data import Examples
-from peru_cli.inference.eval_model import in_memory, read_tensors
+from peru_cli.inference.eval_model import in_memory
 from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.models import IMAGE, TEXT
 from peru_cli.inference.prepare import Settings, load
 from peru_cli.inference.taujp import change_norms
+from peru_cli.live.memory import read_tensors
 from peru_cli.merge.plan import MergePlan, Options, plan_merge
 from peru_cli.merge.task_models import Running, TaskParts, load_task, read_floats, trace_names
 

@@ -96,7 +96,7 @@ def _vectors(
 ) -> Vectors:
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.evaluate.interference import Vectors
-    from peru_cli.finetunes.expand import open_fine_tune
+    from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.inference.models import pick_device
     from peru_cli.merge.task_models import Running
 

@@ -10,7 +10,7 @@ import numpy as np
 from peru_cli.checkpoints.pairing import pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
-from peru_cli.finetunes.expand import VERIFIABLE
+from peru_cli.finetunes.verify import verify_expanded
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.arrays import Host
 from peru_cli.streaming.engine import run
@@ -124,9 +124,7 @@ class Weights:
 
     def measure(self, how: StreamSettings) -> WeightsReport:
         """Read both models and the base once (an artifact twice: it is verified first)."""
-        for model in self.models:
-            if isinstance(model, VERIFIABLE):
-                model.verify(how)
+        verify_expanded(self.models, how)
         family = Family(self.base, self.vectors, how)
         step = _Measure(family)
         run(step, family.plan(), how.threads, how.advance)

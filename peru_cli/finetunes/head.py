@@ -8,6 +8,7 @@ from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
+from peru_cli.finetunes.fine_tune import FineTune, Witness
 
 HEADS = "heads"
 CONFIG_KEY, PREFIX_KEY = (
@@ -22,15 +23,16 @@ def tasks_of(folder: Place) -> list[str]:
     return [file.name.removesuffix(".safetensors") for file in heads]
 
 
-class UnderHead(Checkpoint):
+class HeadOverMerge(FineTune):
     """The merged tensors under the fine-tune's names, and the head's own."""
 
-    def __init__(self, folder: Place, task: str | None) -> None:
-        """Open both. UsageError, with the names of all tasks, if there is no such task."""
+    def __init__(self, folder: Place, task: str | None, hint: str = "say --task TASK: ") -> None:
+        """Open both. UsageError, with the names of all tasks after the hint, if there is no such task."""
+        super().__init__()
         known = tasks_of(folder)
         if task not in known:
             said = f"{folder} has no head for {task!r}" if task is not None else f"{folder} is a merge that keeps a head for each task"
-            raise UsageError(said, f"say --task TASK: {', '.join(known)}")
+            raise UsageError(said, hint + (", ".join(known) or "none"))
         self._merged = open_directory(folder, str(folder))
         path = folder / HEADS / f"{task}.safetensors"
         try:
@@ -41,6 +43,7 @@ class UnderHead(Checkpoint):
         self.label, self.kind, self.metadata = str(folder), f"{self._merged.kind} under the head of {task}", self._merged.metadata
         self.warnings, self.side_files = self._merged.warnings, self._merged.side_files
         self.files = [*self._merged.files, path]
+        self.task, self.heading = task, f"{folder}: {self.kind},"
         prefix = Prefix.decode(self._head.metadata.get(PREFIX_KEY, ""))
         self._merged_name: dict[str, str] = {}
         tensors = dict(self._head.tensors)
@@ -51,13 +54,18 @@ class UnderHead(Checkpoint):
                 self._merged_name[ours] = name
         self.tensors = tensors
 
-    def contents(self) -> dict[str, bytes]:
-        """Side files by name: the merge's, and the fine-tune's own config, which says what its head's outputs mean."""
-        own = self._head.metadata.get(CONFIG_KEY)
-        files = {name: path.read_bytes() for name, path in self.side_files.items()}
-        return files | ({"config.json": own.encode("utf-8")} if own is not None else {})
+    @property
+    def has_config(self) -> bool:
+        """Whether the head says what its outputs mean."""
+        return CONFIG_KEY in self._head.metadata
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+    def contents(self) -> tuple[dict[str, bytes], list[str]]:
+        """The merge's side files, and the fine-tune's own config, which says what its head's outputs mean."""
+        own = self._head.metadata.get(CONFIG_KEY)
+        files, missing = super().contents()
+        return files | ({"config.json": own.encode("utf-8")} if own is not None else {}), missing
+
+    def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
         if name in self._merged_name:
             self._merged.read_into(self._merged_name[name], offset, buffer)
         else:

@@ -1,72 +1,168 @@
-"""One task of a pack as a checkpoint: the fine-tune that unpack would give, without writing it."""
+"""One task of a pack on the pack's base: base + scale * its vector out of the sums -> the task's bits."""
 
 from __future__ import annotations
 
-from peru_cli.artifacts.container import artifact_kind, is_artifact
-from peru_cli.artifacts.index import STORED
-from peru_cli.artifacts.packs.masks import KINDS, open_pack
-from peru_cli.checkpoints.places import Place, locate
+from typing import Any
+
+import numpy as np
+
+from peru_cli.artifacts.cache import BlockCache
+from peru_cli.artifacts.packs.masks import MaskPack, mask_digest, mask_leaves
+from peru_cli.artifacts.packs.pack import Pack, Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor, TaskRecord
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import UsageError
-from peru_cli.finetunes.pack_base import check_pack_base
-from peru_cli.finetunes.retrieve import Retrieval, retrieve
-from peru_cli.vectors.family import StreamSettings
+from peru_cli.errors import BadFile
+from peru_cli.finetunes.decode import kept_bits
+from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
+from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.superpose import flip
+from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.streaming.digests import TensorDigest, checkpoint_digest, leaves
+
+_ROWS = 64  # tensors' signs that are kept
+Floats = np.ndarray[Any, np.dtype[Any]]
 
 
-def only_task(model: str) -> str | None:
-    """The task of a pack that holds no other; None for everything else."""
-    path = locate(model)
-    if not is_artifact(path) or artifact_kind(path) not in KINDS:
-        return None
-    with open_pack(path) as pack:
-        return next(iter(pack.tasks)) if len(pack.tasks) == 1 else None
+def float_kind(dtype: Dtype) -> str:
+    """What is computed in for a dtype."""
+    return "f8" if dtype.name == "F64" else "f4"
 
 
-class ExpandedTask(Checkpoint):
-    """A pack's task on the pack's base."""
+def scaled(sums: Sums, factor: float, out: Floats) -> Floats:
+    """Sums as floats times a factor, in `out`; (n,)."""
+    np.copyto(out, sums, casting="unsafe")
+    out *= out.dtype.type(factor)
+    return out
 
-    expanded = True
 
-    def __init__(self, path: Place, label: str, task: str | None, base: Checkpoint) -> None:
-        """Raises UsageError for a task that the pack has not, Mismatch for another base."""
-        self.pack = open_pack(path)
-        try:
-            check_pack_base(self.pack, base)
-            self._retrieval = Retrieval(self.pack, self.pack.task(task or None))
-        except UsageError as error:
-            self.pack.close()
-            raise UsageError(error.message, f"write TASK={label}") from error
-        except BaseException:
-            self.pack.close()
-            raise
-        self._base, packed = base, self._retrieval.task
-        self.part = packed.name
-        self.label, self.kind, self.warnings = label, f"task {packed.name} of a peru pack", []
-        self.metadata = self.pack.metadata
-        self.tensors = {info.name: info for info in self._retrieval.tensors()}
-        self._records = {packed.fine_name(record.info.name): record for record in self.pack.index.tensors}
-        self._own = {tensor.info.name: tensor for tensor in packed.tensors}
-        self.side_files = {f.name: base.side_files[f.name] for f in packed.files if f.origin != STORED and f.name in base.side_files}
-        self.files = [*base.files, path]
+def plus_vector(base: Bits, base_dtype: Dtype, dtype: Dtype, vector: Floats) -> Bits | None:
+    """Base (bits in its own dtype) plus a vector as bits of `dtype`, (n,); None if something does not fit. Overwrites the vector."""
+    cast = cast_bits(CPU, base, base_dtype, dtype)
+    np.add(CPU.widen(cast, dtype, np.empty(len(base), vector.dtype.str[1:])), vector, out=vector)
+    bits: Bits = CPU.narrow(vector, dtype)
+    return None if largest_magnitude(CPU, bits, dtype) >= infinity(dtype) else bits
 
-    def verify(self, how: StreamSettings) -> None:
-        """Check base and sums by their digests: reads everything once. Mismatch or BadFile as unpack has them."""
-        retrieve(self._retrieval, self._base, self._retrieval.tensors(), None, how)
 
-    def own_files(self) -> dict[str, bytes]:
-        """The fine-tune's config, tokenizer and so on."""
-        return self._retrieval.side_files(self._base)[0]
+def base_of_pack(pack: Pack) -> list[Origin]:
+    """The pack's tensors under the base's names, whatever the task."""
+    return [Origin(r.info, TensorInfo(r.info.name, r.base_dtype, r.info.shape), r.base_digest) for r in pack.index.tensors]
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+
+def origins_of_task(pack: Pack, task: TaskRecord) -> dict[str, Origin]:
+    """What each of a task's tensors is made of, by the fine-tune's names."""
+    corrections = pack.corrections(task)
+    residual = corrections.records if corrections is not None else {}
+    origins = {}
+    for record, below in zip(pack.index.tensors, base_of_pack(pack), strict=True):
+        info = TensorInfo(task.fine_name(record.info.name), record.info.dtype, record.info.shape)
+        changes = record.is_sum or (bool(residual) and record.info.dtype.compressible)
+        kept = residual[record.info.name].kept if record.info.name in residual else 0
+        origins[info.name] = Origin(info, below.base, record.base_digest, changes, kept)
+    return origins | {tensor.info.name: Origin(tensor.info) for tensor in task.tensors}
+
+
+class TaskOfPack(FromArtifact):
+    """The fine-tune that a pack gives back of a task."""
+
+    proves = "base and sums"
+
+    def __init__(self, pack: Pack, task: str | None, label: str, base: Checkpoint) -> None:
+        """Raises UsageError for a task that the pack has not."""
+        self.record = pack.task(task)
+        super().__init__(pack, label, base, self.record.files)
+        self.origins = origins_of_task(pack, self.record)
+        self.pack, self.part = pack, self.record.name
+        self.kind, self.task = f"task {self.record.name} of a peru pack", self.record.name
+        self.tensors = {name: origin.info for name, origin in self.origins.items()}
+        self.heading = f"base {base.label}: {base.kind}; {self.task}:"
+        self._records = {self.record.fine_name(record.info.name): record for record in pack.index.tensors}
+        self._own = {tensor.info.name: tensor for tensor in self.record.tensors}
+        self._scale, self._arrangement, self._corrections = pack.scale, pack.arrangement, pack.corrections(self.record)
+        self._places = {source: place for place, source in self._arrangement.sources(self.task, self.record.shift).items()}
+        self._rows: BlockCache[Floats] = BlockCache(_ROWS)
+
+    def trees(self) -> dict[tuple[str, str], TensorDigest]:
+        sums = [record.info for record in self.pack.index.tensors if record.is_sum]
+        trees = {("sums", info.name): sums_digest(info) for info in sums}
+        if isinstance(self.pack, MaskPack):
+            trees |= {("mask", info.name): mask_digest(info) for info in sums}
+        return trees
+
+    def verify_stored(self) -> None:
+        for tensor in self.record.tensors:
+            self.pack.verify_whole(self.record, tensor)
+
+    def settle(self, witness: Witness) -> None:
+        pack, hint = self.pack, "please report this with the file's name"
+        if checkpoint_digest(witness.digests("sums")).hex() != pack.metadata["peru.sums"]:
+            raise BadFile(f"{pack.path}: its sums are not those that were packed", hint)
+        if isinstance(pack, MaskPack) and checkpoint_digest(witness.digests("mask")) != pack.masks[self.record.name].digest:
+            raise BadFile(f"{pack.path}: the mask of {self.record.name} is not the one that was written", hint)
+
+    def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
         if name in self._own:
-            self.pack.read_whole(self._retrieval.task, self._own[name], offset, buffer)
+            self.pack.read_whole(self.record, self._own[name], offset, buffer)
             return
         record = self._records[name]
-        if not record.info.dtype.compressible:
-            self._base.read_into(record.info.name, offset, buffer)
-        elif len(buffer):
-            start, stop = (at * 8 // record.info.dtype.bits for at in (offset, offset + len(buffer)))
-            buffer[:] = self._retrieval.read(record, start, stop, self._base).data.cast("B")
+        start = offset * 8 // record.info.dtype.bits
+        if not record.is_sum:
+            self.base.read_into(record.info.name, offset, buffer)
+            raw = buffer
+        else:
+            raw = self._read_sum(record, start, np.frombuffer(buffer, BITS[record.info.dtype.bits]), witness)
+        if witness is not None:
+            witness.saw("base", name, start, leaves(raw, record.base_dtype))
+        if self.origins[name].kept:
+            self._correct(name, start, np.frombuffer(buffer, BITS[record.info.dtype.bits]), witness)
 
-    def close(self) -> None:
-        self.pack.close()
+    def _read_sum(self, record: PackedTensor, start: int, out: Bits, witness: Witness | None) -> memoryview:
+        """Base plus vector from entry `start` on, into `out`; the base's bytes there."""
+        begin, nbytes = record.base_dtype.nbytes(start), record.base_dtype.nbytes(len(out))
+        raw = self.base.view(record.info.name, begin, nbytes)
+        if raw is None:
+            raw = self.room(nbytes)
+            self.base.read_into(record.info.name, begin, raw)
+        base = np.frombuffer(raw, BITS[record.base_dtype.bits])
+        kind = np.dtype(float_kind(record.info.dtype))
+        # The vector is computed where the result goes, if that is as wide.
+        room = out.view(kind) if kind.itemsize == out.itemsize else np.frombuffer(self.room(len(out) * kind.itemsize, use="vector"), kind)
+        vector = self._vector(record, start, room, witness)
+        bits = plus_vector(np.zeros_like(base) if record.mode == WHOLE else base, record.base_dtype, record.info.dtype, vector)
+        if bits is None:
+            message = f"{self.pack.path}: {record.info.name!r} of {self.record.name} does not fit {record.info.dtype.name}"
+            raise BadFile(message, "pack with a smaller --scale")
+        if kind.itemsize != out.itemsize:
+            np.copyto(out, bits)
+        return raw
+
+    def _vector(self, record: PackedTensor, start: int, out: Floats, witness: Witness | None) -> Floats:
+        """scale * tau^ from entry `start` on, out of the sums at its place; float32 or float64 (n,), in `out`."""
+        place = self.pack.records[self._places.get(record.info.name, record.info.name)]
+        sums = self.pack.sums(place, start, start + len(out))
+        mask = self.pack.mask(self.record.name, place, start, start + len(out))
+        if witness is not None:
+            witness.saw("sums", place.info.name, start, sum_leaves(sums))
+            if mask is not None:
+                witness.saw("mask", place.info.name, start, mask_leaves(mask))
+        if mask is not None:
+            sums = sums * mask
+        factor = self._scale * 2.0**place.exponent
+        if place.is_target and self._arrangement.signs:
+            # Signs and factor in one: (c m) S is c (m S) to the bit, and saves going through the entries once more.
+            key = place.info.name, out.dtype.str
+            row = self._rows.get(key, lambda: out.dtype.type(factor) * self._arrangement.row(self.record.name, place.info))
+            np.copyto(out, sums, casting="unsafe")
+            flipped: Floats = flip(out, row, start)
+            return flipped
+        return scaled(sums, factor, out)
+
+    def _correct(self, name: str, start: int, bits: Bits, witness: Witness | None) -> None:
+        """Put the residual's entries into bits that come back from entry `start` on, in place."""
+        assert self._corrections is not None
+        delta = self._corrections.records[self._records[name].info.name]
+        if (found := kept_bits(self._corrections.entries, delta, start, start + len(bits), bits.take)) is not None:
+            bits[found[0]] = found[1]
+            if witness is not None:
+                witness.saw_kept(name, len(found[0]))

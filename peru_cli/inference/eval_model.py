@@ -1,39 +1,32 @@
 """What `peru eval` looks at: models, adapters, artifacts and merges, from their headers first and then as tensors in memory.
 
-Nothing is written: an artifact is put onto the base's tensors (live/apply.py), copied off, and taken away again; a pack's
-task is computed beside them (live/pack.py).
+Nothing is written: an artifact's fine-tune, or a pack's task, is computed beside the base's tensors in memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from peru_cli.artifacts.container import artifact_kind, is_artifact
-from peru_cli.artifacts.packs.masks import KINDS, open_pack
+from peru_cli.artifacts.container import is_artifact
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.local.checkpoint import open_file
 from peru_cli.checkpoints.lora.adapter import is_adapter
 from peru_cli.checkpoints.lora.expand import LoraCheckpoint
-from peru_cli.checkpoints.places import Place, children, locate, size_of
-from peru_cli.checkpoints.resolve import check_task, open_model
-from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import BadFile, UsageError
-from peru_cli.finetunes.expand import Overlaid, artifact_for, open_fine_tune
-from peru_cli.finetunes.pack_base import check_pack_base
-from peru_cli.finetunes.rebuild import check_base, side_files
-from peru_cli.finetunes.retrieve import Retrieval
-from peru_cli.live.apply import apply
-from peru_cli.live.pack import task_tensors
-
-HEADS = "heads"  # beside a merge: OUT/heads/TASK.safetensors
-
+from peru_cli.checkpoints.places import Place, locate, size_of
+from peru_cli.checkpoints.resolve import open_model
+from peru_cli.errors import UsageError
+from peru_cli.finetunes.adapter import AdapterWithRest, fine_name
+from peru_cli.finetunes.delta import DeltaOnBase
+from peru_cli.finetunes.fine_tune import FromArtifact
+from peru_cli.finetunes.head import HEADS, HeadOverMerge
+from peru_cli.finetunes.open import artifact_for, open_artifact, open_fine_tune
+from peru_cli.finetunes.pack_task import TaskOfPack
+from peru_cli.live.applied import verify_base
+from peru_cli.live.memory import TensorTable, empty_tensor, fill, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,7 +62,7 @@ class Base:
 
     def __init__(self, model: str) -> None:
         self.checkpoint = open_model(model)
-        self._packs: dict[str, Pack] = {}
+        self._opened: dict[str, FromArtifact] = {}
         self._verified: set[str] = set()
 
     @cached_property
@@ -77,31 +70,46 @@ class Base:
         """All tensors, in the dtypes of the files."""
         return read_tensors(self.checkpoint)
 
-    def pack(self, path: Place) -> Pack:
-        """A pack, opened once for all its tasks. BadFile if it is damaged, Mismatch if it is of another base."""
-        known = self._packs.get(str(path))
-        if known is not None:
-            return known
-        pack = open_pack(path)
-        try:
-            check_pack_base(pack, self.checkpoint)
-        except BaseException:
-            pack.close()
-            raise
-        self._packs[str(path)] = pack
-        return pack
+    @cached_property
+    def memory(self) -> TensorTable:
+        """The same as a checkpoint."""
+        return TensorTable(self.checkpoint.label, self.table, self.checkpoint.side_files)
 
-    def task_tensors(self, path: Place, task: str) -> Tensors:
-        """A pack's task. The first one verifies the base; the pack's sums stay decoded for the next ones, 2 bytes each."""
-        found = task_tensors(self.table, self.pack(path).load_sums(), task, verify=str(path) not in self._verified)
-        self._verified.add(str(path))
-        return found
+    def open(self, path: Place, label: str, task: str | None) -> FromArtifact:
+        """An artifact, or a task of a pack, which is opened once for all its tasks.
+
+        Raises BadFile if it is damaged, Mismatch if it is of another base, UsageError for a task that a pack has not.
+        """
+        known = self._opened.get(str(path))
+        if known is not None:
+            return TaskOfPack(known.pack, task, label, self.checkpoint) if isinstance(known, TaskOfPack) else known
+        opened = self._opened[str(path)] = open_artifact(path, label, self.checkpoint, task)
+        return opened
+
+    def compute(self, source: FromArtifact) -> Tensors:
+        """A fine-tune's tensors; what it does not change is the base's own. The first of a file verifies the base.
+
+        The sums of a pack stay decoded for the next tasks, 2 bytes each.
+        """
+        artifact = source.artifact
+        if isinstance(artifact, Pack):
+            ours: FromArtifact = TaskOfPack(artifact.load_sums(), source.task, source.label, self.memory)
+        else:
+            ours = DeltaOnBase(artifact, source.label, self.memory)
+        based = {fine: origin.base.name for fine, origin in ours.origins.items() if origin.base is not None}
+        if str(artifact.path) not in self._verified:
+            verify_base(self.memory, ours.origins, based, artifact)
+            self._verified.add(str(artifact.path))
+        ours.verify_stored()
+        new = {name: empty_tensor(ours.label, o.info) for name, o in ours.origins.items() if o.base is None or o.changes}
+        fill(ours, new)
+        return {name: new[name] if name in new else self.table[based[name]] for name in ours.tensors}
 
     def close(self) -> None:
         """Release the files."""
-        for pack in self._packs.values():
-            pack.close()
-        self._packs = {}
+        for opened in self._opened.values():
+            opened.close()
+        self._opened = {}
         self.checkpoint.close()
 
     def __enter__(self) -> Base:
@@ -109,24 +117,6 @@ class Base:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors in memory. BadFile for dtypes that torch lacks."""
-    if checkpoint.ranged:
-        checkpoint.expect([(name, 0, info.nbytes) for name, info in checkpoint.tensors.items()])
-    return {name: _tensor(checkpoint, info) for name, info in checkpoint.tensors.items()}
-
-
-def _tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
-    kind = getattr(torch, info.dtype.torch_name or "", None)
-    if kind is None:
-        raise BadFile(f"{checkpoint.label}: torch has no dtype for {info.name!r} ({info.dtype.name})")
-    data = bytearray(info.nbytes)
-    if not data:
-        return torch.empty(info.shape, dtype=kind)
-    checkpoint.read_into(info.name, 0, memoryview(data))
-    return torch.frombuffer(data, dtype=kind).view(info.shape)
 
 
 def open_eval_model(model: str, task: str, base: Base | None) -> EvalModel:
@@ -146,69 +136,37 @@ def open_eval_model(model: str, task: str, base: Base | None) -> EvalModel:
     if is_artifact(path):
         if base is None:
             raise UsageError(f"{model} is a peru artifact: it needs its base", "add --base BASE")
-        if artifact_kind(path) in KINDS:
-            return _packed(base.pack(path), task, base, model)
-        with SparseDelta(path) as artifact:
-            return _artifact(artifact, base, model)
+        source = base.open(path, model, task or None)
+        shapes = {name: info.shape for name, info in source.tensors.items()}
+        return EvalModel(model, shapes, source.contents()[0], size_of(path), lambda: base.compute(source))
+    if (path / HEADS).is_dir():
+        return _under_head(path, model, task)
     under = None if base is None else base.checkpoint
     with open_fine_tune(model, under) as opened:
         files = {name: file.read_bytes() for name, file in opened.side_files.items()}
-        adapter = isinstance(opened, (LoraCheckpoint, Overlaid))
+        adapter = isinstance(opened, (LoraCheckpoint, AdapterWithRest))
         mine = [f for f in opened.files if not adapter or base is None or f not in base.checkpoint.files]
-        shapes = {_fine_name(opened, name): info.shape for name, info in opened.tensors.items()}
+        shapes = {fine_name(opened, name): info.shape for name, info in opened.tensors.items()}
 
     def read() -> Tensors:
         with open_fine_tune(model, under) as opened:
-            return {_fine_name(opened, name): tensor for name, tensor in read_tensors(opened).items()}
+            return {fine_name(opened, name): tensor for name, tensor in read_tensors(opened).items()}
 
-    subject = EvalModel(model, shapes, files, sum(size_of(file) for file in set(mine)), read)
-    return _with_head(subject, path / HEADS, task) if (path / HEADS).is_dir() else subject
-
-
-def _fine_name(opened: Checkpoint, name: str) -> str:
-    """A tensor's name in the fine-tune; an adapter's have the base's names."""
-    return opened.fine_name(name) if isinstance(opened, (LoraCheckpoint, Overlaid)) else name
+    return EvalModel(model, shapes, files, sum(size_of(file) for file in set(mine)), read)
 
 
-def _artifact(artifact: SparseDelta, base: Base, label: str) -> EvalModel:
-    """The fine-tune of an artifact: the base's tensors with the artifact on them, copied off."""
-    check_base(artifact, base.checkpoint)
-    path = artifact.path
-
-    def read() -> Tensors:
-        with SparseDelta(path) as artifact, apply(base.table, artifact):
-            state = {}
-            for record in artifact.index.tensors:
-                name = artifact.prefix.base_name(record.info.name)
-                ours = name if name is not None and name in base.table else record.info.name
-                state[record.info.name] = base.table[ours].clone()
-        return state
-
-    shapes = {record.info.name: record.info.shape for record in artifact.index.tensors}
-    return EvalModel(label, shapes, side_files(artifact, base.checkpoint)[0], size_of(path), read)
-
-
-def _packed(pack: Pack, task: str, base: Base, label: str) -> EvalModel:
-    """What a pack gives back of a task."""
-    retrieval = Retrieval(pack, pack.task(task or None))
-    path, name = pack.path, retrieval.task.name
-    shapes = {info.name: info.shape for info in retrieval.tensors()}
-    return EvalModel(label, shapes, retrieval.side_files(base.checkpoint)[0], size_of(path), lambda: base.task_tensors(path, name))
-
-
-def _with_head(merge: EvalModel, folder: Place, task: str) -> EvalModel:
+def _under_head(folder: Place, label: str, task: str) -> EvalModel:
     """A merge under one task's head."""
-    known = [file.name.removesuffix(".safetensors") for file in children(folder, "*.safetensors")]
-    if task not in known:
-        said = f"{merge.label} has no head for {task!r}" if task else f"{merge.label} has a head for each task"
-        raise UsageError(said, f"name the task of the data: --data TASK=FILE; it has {', '.join(known) or 'none'}")
-    file = folder / f"{check_task(task)}.safetensors"
-    with open_file(file, str(file)) as head:
-        shapes = {name: info.shape for name, info in head.tensors.items()}
-    under = merge.read
+
+    def opened() -> HeadOverMerge:
+        return HeadOverMerge(folder, task, "name the task of the data: --data TASK=FILE; it has ")
 
     def read() -> Tensors:
-        with open_file(file, str(file)) as head:
-            return under() | read_tensors(head)
+        with opened() as model:
+            return read_tensors(model)
 
-    return replace(merge, shapes=merge.shapes | shapes, read=read, own_head=False, head_bytes=size_of(file))
+    with opened() as model:
+        shapes = {name: info.shape for name, info in model.tensors.items()}
+        sizes = [size_of(file) for file in model.files]
+        own = model.has_config
+        return EvalModel(label, shapes, model.contents()[0], sum(sizes[:-1]), read, head_bytes=sizes[-1], own_head=own)

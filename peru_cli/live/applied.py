@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from peru_cli.artifacts.index import COPY, DELTA, WHOLE, TensorRecord
-from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
 from peru_cli.errors import Mismatch
-from peru_cli.streaming.digests import SHORT, tensor_digest
+from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, Origin, is_base
+from peru_cli.live.memory import TensorTable, infos
+from peru_cli.streaming.digests import tensor_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_PIECE = 1 << 20  # entries compared at once
 INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
@@ -89,25 +88,9 @@ def as_saved(model: nn.Module) -> dict[str, Tensor]:
     return saved if all(id(tensor) in own for tensor in saved.values()) else table
 
 
-def _infos(table: MutableMapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """What a table holds, but for what no checkpoint could hold (extra state, exotic dtypes)."""
-    infos = {}
-    for name, tensor in table.items():
-        dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch.")) if isinstance(tensor, torch.Tensor) else None
-        if dtype is not None:
-            infos[name] = TensorInfo(name, dtype, tuple(tensor.shape))
-    return infos
-
-
 def memory(tensor: Tensor) -> tuple[object, ...]:
     """Equal for tensors that are tied: the same memory seen in the same way."""
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _is_unchanged(record: TensorRecord) -> bool:
-    if record.mode == DELTA:
-        return not record.kept and not record.base_rows and record.info.dtype is record.base_dtype
-    return record.mode == COPY
 
 
 def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | None:
@@ -119,37 +102,37 @@ def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | Non
     return name
 
 
-def match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module: bool) -> dict[str, str]:
+def match(table: Mapping[str, Tensor], origins: Mapping[str, Origin], artifact: Artifact, is_module: bool) -> dict[str, str]:
     """The model's name for each of the fine-tune's tensors. Its names may be the base's or the fine-tune's.
 
     Left out are tensors that the model lacks and the artifact does not change: buffers of old
     checkpoints (`position_ids`, `rotary_emb.inv_freq`) that today's models compute themselves.
     """
-    present = _infos(table)
-    wanted = {r.info.name: TensorInfo(r.info.name, r.info.dtype, r.base_shape) for r in artifact.index.tensors}
+    present = infos(table)
+    wanted = {name: TensorInfo(name, o.info.dtype, o.base.shape if o.base is not None else o.info.shape) for name, o in origins.items()}
     prefix = find_prefix(wanted, present)
     names, problems = {}, []
-    for record in artifact.index.tensors:
-        name = _as_loaded(prefix.base_name(record.info.name), present)
+    for fine, origin in origins.items():
+        info, base = origin.info, origin.base
+        name = _as_loaded(prefix.base_name(fine), present)
         found = present.get(name) if name is not None else None
-        if record.mode == WHOLE and (found is None or (found.shape, found.dtype) != (record.info.shape, record.info.dtype)):
+        if base is None and (found is None or (found.shape, found.dtype) != (info.shape, info.dtype)):
             if is_module:
                 has = "no such tensor" if found is None else f"{found.dtype.name} {list(found.shape)}"
-                problems.append(f"{record.info.name}: {record.info.dtype.name} {list(record.info.shape)}, the module has {has}")
-            names[record.info.name] = record.info.name if name is None else name
-        elif found is None and _is_unchanged(record):
+                problems.append(f"{fine}: {info.dtype.name} {list(info.shape)}, the module has {has}")
+            names[fine] = fine if name is None else name
+        elif found is None and not origin.changes:
             continue
         elif found is None:
-            problems.append(f"{record.info.name}: the model has no such tensor")
-        elif record.mode != WHOLE and (found.shape != record.base_shape or found.dtype is not record.base_dtype):
-            assert record.base_dtype is not None
-            has = f"{record.base_dtype.name} {list(record.base_shape)}"
+            problems.append(f"{fine}: the model has no such tensor")
+        elif base is not None and (found.shape != base.shape or found.dtype is not base.dtype):
+            has = f"{base.dtype.name} {list(base.shape)}"
             problems.append(f"{name}: {found.dtype.name} {list(found.shape)}, the artifact's base has {has}")
-        elif is_module and (record.base_rows or (record.mode != WHOLE and record.info.dtype is not record.base_dtype)):
+        elif is_module and base is not None and (base.shape != info.shape or base.dtype is not info.dtype):
             problems.append(f"{name}: the fine-tune has another shape or dtype; apply to a state dict, or unpack")
         else:
             assert name is not None
-            names[record.info.name] = name
+            names[fine] = name
     if problems:
         raise Mismatch(
             f"{artifact.path} does not fit this model: {len(problems)} tensor(s)\n  " + "\n  ".join(problems[:5]),
@@ -158,18 +141,54 @@ def match(table: MutableMapping[str, Tensor], artifact: SparseDelta, is_module: 
     return names
 
 
-def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+def base_tensors(table: Mapping[str, Tensor], origins: Mapping[str, Origin], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The base's tensors, as far as they are in a model, under the base's names; `names` are what `match` found."""
+    based = ((origin.base.name, names[fine]) for fine, origin in origins.items() if origin.base is not None and fine in names)
+    return {base: table[name] for base, name in based}
 
 
-def verify_base(table: MutableMapping[str, Tensor], names: dict[str, str], artifact: SparseDelta) -> None:
-    wrong, infos = [], _infos(table)
-    for record in artifact.index.tensors:
-        name = names.get(record.info.name)
-        if record.mode == WHOLE or name is None:
-            continue
-        info = infos[name]
-        if tensor_digest(info, _bytes(table[name]).data if info.entries else b"")[:SHORT] != record.base_digest:
-            wrong.append(name)
+def verify_base(base: TensorTable, origins: Mapping[str, Origin], names: Mapping[str, str], artifact: Artifact) -> None:
+    """Mismatch if a tensor in memory is not the artifact's base's, by digest; messages call it by its name in `names`."""
+    wrong = []
+    for fine, origin in origins.items():
+        if origin.base is not None and fine in names:
+            info = base.tensors[origin.base.name]
+            if not is_base(origin, tensor_digest(info, base.view(info.name, 0, info.nbytes) or base.read(info.name))):
+                wrong.append(names[fine])
     if wrong:
         raise Mismatch(f"the model is not the base of {artifact.path}: {len(wrong)} tensor(s) differ: {', '.join(wrong[:3])}")
+
+
+def owners(table: Mapping[str, Tensor], names: Mapping[str, str], source: FromArtifact) -> dict[str, str]:
+    """`names` without memory that several of the fine-tune's tensors share (tied weights), which the first of them has.
+
+    Raises Mismatch if the fine-tune has different values there: it was untied, this model is not.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    kept = {}
+    for fine, name in names.items():
+        tensor = table.get(name)
+        owner = first.setdefault(memory(tensor), fine) if tensor is not None and tensor.numel() else fine
+        if owner == fine:
+            kept[fine] = name
+        elif not _equal(source, owner, fine):
+            raise Mismatch(
+                f"{names[owner]} and {name} are tied in this model, in the fine-tune of {source.artifact.path} they differ",
+                "load the base untied (tie_word_embeddings=False), or unpack",
+            )
+    return kept
+
+
+def _equal(source: FromArtifact, one: str, other: str) -> bool:
+    """Whether two tensors of a fine-tune have the same bytes."""
+    a, b = source.tensors[one], source.tensors[other]
+    if a.nbytes != b.nbytes:
+        return False
+    step = a.dtype.nbytes(_PIECE)
+    for at in range(0, a.nbytes, step):
+        rooms = [memoryview(bytearray(min(step, a.nbytes - at))) for _ in range(2)]
+        for name, room in zip((one, other), rooms, strict=True):
+            source.read_into(name, at, room)
+        if rooms[0] != rooms[1]:
+            return False
+    return True

@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from peru_cli.artifacts.container import artifact_kind, find_artifact
-from peru_cli.artifacts.index import COPY, WHOLE, TensorRecord
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.reader import SparseDelta, whole_shape
+from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.places import locate
 from peru_cli.errors import Mismatch, UsageError
-from peru_cli.finetunes.decode import decode_bits
-from peru_cli.live.applied import INTEGERS, Applied, _bytes, _is_unchanged, as_saved, match, memory, verify_base
-from peru_cli.methods.delta import cast_bits
-from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.finetunes.decode import kept_bits
+from peru_cli.finetunes.delta import DeltaOnBase
+from peru_cli.live.applied import INTEGERS, Applied, as_saved, base_tensors, match, owners, verify_base
+from peru_cli.live.memory import TensorTable, empty_tensor, fill
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,16 +76,18 @@ def apply(
     if is_module and (earlier := _applied.pop(model, None)) is not None:
         earlier.restore()
     table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
-    names = match(table, artifact, is_module)
+    base = TensorTable("the model", {})
+    source = DeltaOnBase(artifact, str(artifact.path), base)
+    names = match(table, source.origins, artifact, is_module)
+    base.add(base_tensors(table, source.origins, names))
     if verify:
-        verify_base(table, names, artifact)
-    _drop_tied(table, names, artifact)
-    applied = Applied()
+        verify_base(base, source.origins, names, artifact)
+    source.verify_stored()
+    applied, names = Applied(), owners(table, names, source)
     try:
         with torch.no_grad():
-            for record in artifact.index.tensors:
-                if record.info.name in names:
-                    _apply_tensor(applied, table, names[record.info.name], record, artifact)
+            for fine, name in names.items():
+                _apply_tensor(applied, table, name, source, fine)
     except BaseException:
         applied.restore()
         raise
@@ -112,78 +113,27 @@ def _apply_pack(model: nn.Module | MutableMapping[str, Tensor], pack: Pack, task
     return applied
 
 
-def _whole(record: TensorRecord, artifact: SparseDelta) -> Tensor:
-    artifact.verify_whole(record)
-    data = bytearray(record.whole_bytes)
-    if data:
-        artifact.read_whole(record, record.info.dtype.nbytes(record.base_entries), memoryview(data))
-    kind = getattr(torch, record.info.dtype.torch_name or "", None)
-    if kind is None:
-        raise Mismatch(f"torch has no dtype for {record.info.name!r} ({record.info.dtype.name})")
-    shape = whole_shape(record)
-    return torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
-
-
-def _result(tensor: Tensor | None, record: TensorRecord, artifact: SparseDelta) -> Tensor:
-    """A new tensor with what the fine-tune has in place of the base's `tensor`, on the same device."""
-    if record.mode == WHOLE:
-        value = _whole(record, artifact)
-        return value if tensor is None else value.to(tensor.device)
-    assert tensor is not None and record.base_dtype is not None
-    value = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if record.mode == COPY:
-        return value
-    raw = _bytes(value).view(BITS[record.base_dtype.bits])
-    flat = torch.from_numpy(cast_bits(CPU, raw, record.base_dtype, record.info.dtype)).to(value.device)
-    _overwrite(None, flat, record, artifact)
-    value = flat.view(getattr(torch, record.info.dtype.torch_name or "")).view(record.base_shape)
-    return torch.cat((value, _whole(record, artifact).to(value.device))) if record.base_rows else value
-
-
-def _drop_tied(table: MutableMapping[str, Tensor], names: dict[str, str], artifact: SparseDelta) -> None:
-    """Leave memory that several of the artifact's tensors share (tied weights) to the first of them.
-
-    Raises Mismatch if the fine-tune has different values there: it was untied, this model is not.
-    """
-    first: dict[tuple[object, ...], TensorRecord] = {}
-    for record in artifact.index.tensors:
-        tensor = table.get(names.get(record.info.name, ""))
-        if tensor is None or not tensor.numel():
-            continue
-        owner = first.setdefault(memory(tensor), record)
-        if owner is record:
-            continue
-        if not np.array_equal(_bytes(_result(tensor, owner, artifact)), _bytes(_result(tensor, record, artifact))):
-            pair = f"{names[owner.info.name]} and {names[record.info.name]}"
-            raise Mismatch(
-                f"{pair} are tied in this model, in the fine-tune of {artifact.path} they differ",
-                "load the base untied (tie_word_embeddings=False), or unpack",
-            )
-        del names[record.info.name]
-
-
-def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: str, record: TensorRecord, artifact: SparseDelta) -> None:
-    if _is_unchanged(record):
+def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: str, source: DeltaOnBase, fine: str) -> None:
+    """Turn the model's tensor `name` into the fine-tune's tensor `fine`: in place where it fits."""
+    origin, tensor = source.origins[fine], table.get(name)
+    if not origin.changes:
         return
-    tensor, dtype = table.get(name), record.info.dtype
-    if tensor is None or record.mode == WHOLE or record.base_rows or dtype is not record.base_dtype:
-        applied.set_tensor(table, name, _result(tensor, record, artifact))
+    base = origin.base
+    if tensor is None or base is None or (base.shape, base.dtype) != (origin.info.shape, origin.info.dtype):
+        value = empty_tensor(source.label, origin.info)
+        fill(source, {fine: value})
+        applied.set_tensor(table, name, value if tensor is None else value.to(tensor.device))
         return
     if not tensor.is_contiguous():
         raise Mismatch(f"{name} is not contiguous in memory: call .contiguous() on it first")
-    _overwrite(applied, tensor.detach().view(-1).view(INTEGERS[dtype.bits]), record, artifact)
+    flat, record = tensor.detach().view(-1).view(INTEGERS[base.dtype.bits]), source.delta.records[fine]
+    for start in range(0, base.entries, _PIECE):
+        found = kept_bits(source.delta, record, start, start + _PIECE, partial(_entries, flat, start))
+        if found is not None:
+            positions, bits = (torch.from_numpy(part).to(flat.device) for part in (found[0] + start, found[1]))
+            applied.set_entries(flat, positions, bits)
 
 
-def _overwrite(applied: Applied | None, flat: Tensor, record: TensorRecord, artifact: SparseDelta) -> None:
-    """Put a tensor's kept entries into a flat integer tensor."""
-    for start in range(0, record.base_entries, _PIECE):
-        stream, entries = artifact.entries(record, start, start + _PIECE)
-        if stream is None or not len(entries.positions):
-            continue
-        positions = torch.from_numpy(entries.positions + start).to(flat.device)
-        old = flat[positions]
-        new = torch.from_numpy(decode_bits(old.cpu().numpy(), entries, stream.values, record.info.dtype)).to(flat.device)
-        if applied is None:
-            flat[positions] = new
-        else:
-            applied.set_entries(flat, positions, new)
+def _entries(flat: Tensor, start: int, positions: Any) -> Any:
+    """Entries of a flat integer tensor on any device, at positions that count from `start`, as an array; (k,) -> (k,)."""
+    return flat[torch.from_numpy(positions + start).to(flat.device)].cpu().numpy()

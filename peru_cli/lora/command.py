@@ -184,7 +184,7 @@ def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint
 
 def _open_full(model: str, name: str, base: Optional[Checkpoint], per_task: Optional[str]) -> Extraction:
     from peru_cli.checkpoints.resolve import open_model
-    from peru_cli.finetunes.expand import open_fine_tune
+    from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.lora.extract_plan import plan_extraction
 
     if base is None:

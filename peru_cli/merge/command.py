@@ -136,7 +136,8 @@ def merge(
 
     from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.finetunes.expand import open_fine_tune, verify_expanded
+    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.merge import output as out
     from peru_cli.merge.matrices import check_memory
     from peru_cli.merge.plan import Options, check_same, plan_merge

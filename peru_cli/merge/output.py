@@ -20,10 +20,10 @@ from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, re
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter
 from peru_cli.checkpoints.lora.tied import is_untied, with_settings
+from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.finetunes.expand import RoundedAdapter, as_unpacked
+from peru_cli.finetunes.adapter import AdapterOnBase, as_unpacked
 from peru_cli.finetunes.head import HEADS, head_metadata
-from peru_cli.finetunes.rebuild import config_with_dtype
 from peru_cli.merge.plan import MergePlan
 from peru_cli.merge.run import merge
 from peru_cli.methods.parameters import Value
@@ -233,7 +233,7 @@ def write_compressed(
             planned = []
             for vector in plan.vectors:
                 fine = as_unpacked(vector.fine)
-                ours = {name: ours for ours, name in fine.names.items()} if isinstance(fine, RoundedAdapter) else {}
+                ours = {name: ours for ours, name in fine.names.items()} if isinstance(fine, AdapterOnBase) else {}
                 names = [ours.get(info.name, info.name) for info in plan.heads[vector.name]]
                 own = "^(" + "|".join(map(re.escape, names)) + ")$" if names else None
                 task = (vector.name, fine, folder.path / f"{vector.name}.safetensors")

@@ -91,7 +91,7 @@ class Statistics:
         self._base = digest_checkpoint(plan.base).hex() if plan.base is not None else ""
 
     def _digest(self, fine: Checkpoint) -> str:
-        files = {name: blake3(content).hexdigest() for name, content in own_files(fine, self._plan.base).items()}
+        files = {name: blake3(content).hexdigest() for name, content in own_files(fine).items()}
         parts = [digest_checkpoint(fine).hex(), sorted(files.items())]
         return blake3(json.dumps(parts).encode()).hexdigest()
 

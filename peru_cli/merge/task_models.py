@@ -10,13 +10,13 @@ from blake3 import blake3
 
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
-from peru_cli.finetunes.expand import ExpandedArtifact
-from peru_cli.finetunes.pack_task import ExpandedTask
-from peru_cli.finetunes.rebuild import side_files
+from peru_cli.finetunes.adapter import fine_name
+from peru_cli.finetunes.fine_tune import FineTune
 from peru_cli.inference.data import Examples, read_examples, split_data
-from peru_cli.inference.eval_model import in_memory, read_tensors
+from peru_cli.inference.eval_model import in_memory
 from peru_cli.inference.models import build_model, pick_device
 from peru_cli.inference.prepare import Loaded, Settings, load
+from peru_cli.live.memory import read_tensors
 from peru_cli.merge.plan import MergePlan
 from peru_cli.vectors.family import TaskVector
 
@@ -75,12 +75,10 @@ def digest_inputs(examples: Examples) -> str:
     return total.hexdigest()
 
 
-def own_files(fine: Checkpoint, base: Checkpoint | None) -> dict[str, bytes]:
+def own_files(fine: Checkpoint) -> dict[str, bytes]:
     """A fine-tune's config, tokenizer and so on."""
-    if isinstance(fine, ExpandedArtifact) and base is not None:
-        return side_files(fine.artifact, base)[0]
-    if isinstance(fine, ExpandedTask):
-        return fine.own_files()
+    if isinstance(fine, FineTune):
+        return fine.contents()[0]
     return {name: path.read_bytes() for name, path in fine.side_files.items()}
 
 
@@ -109,10 +107,10 @@ def trace_names(state: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, 
 def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: torch.device, attention: str | None = None) -> TaskParts:
     """Build a fine-tune's model in float32. Mismatch or BadFile where model and examples do not fit."""
     fine = vector.fine
-    called = {name: getattr(fine, "fine_name", str)(name) for name in fine.tensors}  # an adapter's tensors have the base's names
+    called = {name: fine_name(fine, name) for name in fine.tensors}  # an adapter's tensors have the base's names
     state = {called[name]: tensor for name, tensor in read_tensors(fine).items()}
     others = [{name: path.read_bytes() for name, path in plan.reference.side_files.items()}]
-    subject = in_memory(fine.label, state, own_files(fine, plan.base), fine.nbytes)
+    subject = in_memory(fine.label, state, own_files(fine), fine.nbytes)
     loaded = load(subject, examples, others, Settings(device=device, attention=attention))
     called_back = {name: ours for ours, name in called.items()}
     own = {name: called_back[found] for name, found in trace_names(state, loaded).items()}

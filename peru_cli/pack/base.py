@@ -17,10 +17,10 @@ from peru_cli.checkpoints.base_name import FILES, BaseName, name_base
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.local.writer import DirectoryWriter
+from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
-from peru_cli.finetunes.rebuild import config_with_dtype
-from peru_cli.finetunes.retrieve import float_kind, plus_vector, scaled
+from peru_cli.finetunes.pack_task import float_kind, plus_vector, scaled
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.pack.plan import PackPlan
 from peru_cli.prune.run import stream_digest

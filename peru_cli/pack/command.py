@@ -147,7 +147,9 @@ def shuffle_pack(
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import check_room, check_target
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.finetunes.expand import as_unpacked, open_fine_tune, verify_expanded
+    from peru_cli.finetunes.adapter import as_unpacked
+    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.methods.superpose import DECORRELATE
     from peru_cli.pack import run as job
     from peru_cli.pack.base import MergeBase, check_plain

@@ -13,7 +13,8 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
-from peru_cli.finetunes.pack_base import check_pack_base
+from peru_cli.finetunes.fine_tune import check_base
+from peru_cli.finetunes.pack_task import base_of_pack
 from peru_cli.merge.plan import MergePlan, Options, check_same, plan_merge
 from peru_cli.methods.superpose import MOST_TASKS, Arrangement, Group, find_groups, free_shift
 from peru_cli.vectors.family import TaskVector
@@ -135,7 +136,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
     after = len(pack.tasks) + (-len(tasks) if removing else len(tasks))
     if not 0 < after <= MOST_TASKS:
         raise UsageError(f"{pack.path} would hold {after} tasks", f"a pack holds 1 to {MOST_TASKS}")
-    check_pack_base(pack, base)
+    check_base(base_of_pack(pack), pack, base)
     tasks = sorted(tasks)
     merged = plan_merge(base, tasks, True, Options(_strangers(pack, base, tasks), verb="packed"))
     sums = {record.info.name for record in pack.index.tensors if record.is_sum}

@@ -21,7 +21,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
-from peru_cli.finetunes.retrieve import Retrieval
+from peru_cli.finetunes.pack_task import TaskOfPack
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.pack.passes import PIECE
 from peru_cli.pack.plan import PackPlan
@@ -32,39 +32,19 @@ from peru_cli.vectors.family import Buffers, Family, StreamSettings, TaskVector,
 from peru_cli.vectors.selection import Candidates, Select, Sink
 
 
-class _Computed(Checkpoint):
-    """Tensors whose entries are computed when they are read: `entries` gives those from `start` to `stop` as bits."""
-
-    def __init__(self, label: str, tensors: Mapping[str, TensorInfo], entries: Callable[[str, int, int], Bits]) -> None:
-        self.label = self.kind = label
-        self.tensors, self.metadata, self.side_files, self.warnings = tensors, {}, {}, []
-        self._entries = entries
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        width = self.tensors[name].dtype.bits // 8
-        bits = self._entries(name, offset // width, (offset + len(buffer)) // width)
-        if len(bits):
-            buffer[:] = bits.data.cast("B")
-
-
-def _retrieved(retrieval: Retrieval, base: Checkpoint) -> _Computed:
-    """A task as it comes back, under the base's names."""
-    pack = retrieval.pack
-    infos = {info.name: info for info in pack.index.floating}
-    return _Computed("what comes back", infos, lambda name, start, stop: retrieval.read(pack.records[name], start, stop, base))
-
-
-def _cast(fine: Checkpoint, wanted: Mapping[str, TensorInfo]) -> _Computed:
+class _Cast(Checkpoint):
     """A fine-tune in the dtypes that it comes back in."""
 
-    def entries(name: str, start: int, stop: int) -> Bits:
-        info = fine.tensors[name]
-        bits: Bits = np.empty(stop - start, BITS[info.dtype.bits])
-        fine.read_into(name, info.dtype.nbytes(start), bits.data.cast("B"))
-        cast: Bits = cast_bits(CPU, bits, info.dtype, wanted[name].dtype)
-        return cast
+    def __init__(self, fine: Checkpoint, wanted: Mapping[str, TensorInfo]) -> None:
+        self.label = self.kind = fine.label
+        self.tensors, self.metadata, self.side_files, self.warnings, self._fine = wanted, {}, {}, [], fine
 
-    return _Computed(fine.label, wanted, entries)
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        had, dtype = self._fine.tensors[name].dtype, self.tensors[name].dtype
+        start, n = (at * 8 // dtype.bits for at in (offset, len(buffer)))
+        bits: Bits = np.empty(n, BITS[had.bits])
+        self._fine.read_into(name, had.nbytes(start), bits.data.cast("B"))
+        np.copyto(np.frombuffer(buffer, BITS[dtype.bits]), cast_bits(CPU, bits, had, dtype))
 
 
 def check_residual(plan: PackPlan, density: Fraction) -> None:
@@ -128,10 +108,11 @@ def _write(
     how: StreamSettings,
 ) -> Residual:  # fmt: skip
     infos = pack.index.floating
-    wanted = {task.fine_name(info.name): TensorInfo(task.fine_name(info.name), info.dtype, info.shape) for info in infos}
-    pairs = [Pair(wanted[task.fine_name(info.name)], info) for info in infos]
-    vector = TaskVector(task.name, _cast(fine, wanted), Pairing(task.prefix, pairs))
-    family = Family(_retrieved(Retrieval(pack, task), base), [vector], how)
+    back = TaskOfPack(pack, task.name, "what comes back", base)
+    wanted = {name: back.tensors[name] for name in (task.fine_name(info.name) for info in infos)}
+    pairs = [Pair(info, info) for info in wanted.values()]
+    vector = TaskVector(task.name, _Cast(fine, wanted), Pairing(task.prefix, pairs))
+    family = Family(back, [vector], how)
     entries = sum(info.entries for info in infos)
     streams = [
         Stream(dtype, ROUNDED if dtype.bits > 16 and density < 1 else EXACT)

@@ -14,7 +14,7 @@ from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
-from peru_cli.finetunes.pack_base import refuse_pack_base
+from peru_cli.finetunes.fine_tune import refuse_base
 from peru_cli.methods.superpose import Quality, best_scale, quality
 from peru_cli.pack.base import NewBase
 from peru_cli.pack.measure import Measured
@@ -139,7 +139,7 @@ class PackSealer:
             elif tensor.base_digest != digest:
                 problems.append(f"{tensor.info.name}: other contents in {plan.base.label}")
         if plan.old is not None:
-            refuse_pack_base(problems, plan.old, plan.base.label)
+            refuse_base(problems, plan.old, plan.base.label)
 
     def _fine_digest(self, number: int, own: dict[str, bytes]) -> bytes:
         """Digest of a whole fine-tune, given those of its own tensors."""

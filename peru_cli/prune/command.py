@@ -78,7 +78,9 @@ def prune(
 
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.finetunes.expand import as_unpacked, open_fine_tune, verify_expanded
+    from peru_cli.finetunes.adapter import as_unpacked
+    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.prune import run as job
     from peru_cli.vectors.settings import streaming
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from peru_cli import options
-from peru_cli.console import console, plural, si_bytes
+from peru_cli.console import console
 from peru_cli.errors import UsageError
 from peru_cli.publish.command import destination, publish
 
@@ -69,87 +68,27 @@ def unpack(
         raise UsageError("-o - writes a checkpoint to stdout, which is a terminal", "send it into a pipe or a file")
     console.data_on_stderr = to_pipe
 
-    from peru_cli.artifacts.container import artifact_kind, find_artifact
-    from peru_cli.artifacts.packs.masks import KINDS
-    from peru_cli.artifacts.reader import SparseDelta
-    from peru_cli.checkpoints.base_name import base_of_adapter, find_base
-    from peru_cli.checkpoints.header import TensorInfo
-    from peru_cli.checkpoints.local.atomic import check_target
-    from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
-    from peru_cli.checkpoints.lora.adapter import find_adapters, is_lora_file
-    from peru_cli.checkpoints.places import locate, why_not_here
-    from peru_cli.checkpoints.resolve import open_model, open_recorded_base
-    from peru_cli.finetunes import rebuild as job
-    from peru_cli.finetunes.head import tasks_of
+    from peru_cli.unpack.run import Output, choose, open_source, report, unpack_to
     from peru_cli.vectors.settings import streaming
 
-    target = Path(output)
-    place = locate(artifact)
-    is_merge = bool(tasks_of(place))
-    if not is_merge:
-        place = find_artifact(place, task)
-    if not is_merge and not place.is_file() and not find_adapters(place):
-        raise UsageError(f"{artifact}: no such artifact or adapter", why_not_here(artifact)[1])
-    to_folder = not to_pipe and (target.suffix != ".safetensors" or output.endswith("/"))
-    if not to_pipe:
-        check_target(target, force or dry_run)
-        if not to_folder and target.is_dir():
-            raise UsageError(f"{output} is a folder, so no file can be written there", f"-o {output}/ writes a folder")
+    chosen = choose(artifact, task)
+    out = Output(output, shard_bytes, not no_sync)
+    out.check(force or dry_run)
     destined = destination(push, private, revision, commit_message, force, output)
-
-    def make_writer(tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:
-        if to_pipe:
-            return PipeWriter(sys.stdout.buffer, tensors)
-        if to_folder:
-            return DirectoryWriter(target, tensors, files, shard_bytes, not no_sync)
-        return FileWriter(target, tensors, not no_sync)
-
-    def finished(named: Optional[str]) -> dict[str, Any]:
-        return publish(destined, [target], "unpack", (named,) if named is not None else ())
-
-    if is_merge:
-        from peru_cli.unpack.head import unpack_head
-
-        unpack_head(place, task, output, wanted, make_writer, dry_run, (device, threads, tile_entries), lambda: finished(base))
-        return
-    if place.is_dir() or is_lora_file(place):
-        from peru_cli.unpack.adapter import unpack_adapter
-
-        opened_base = open_model(base if base is not None else base_of_adapter(place))
-        how_to = (device, threads, tile_entries)
-        unpack_adapter(artifact, opened_base, output, wanted, make_writer, dry_run, how_to, lambda: finished(opened_base.public_name))
-        return
-    if artifact_kind(place) in KINDS:
-        from peru_cli.unpack.pack import unpack_task
-
-        unpack_task(place, task, base, output, wanted, make_writer, dry_run, (threads, tile_entries), finished)
-        return
-    opened = SparseDelta(place)
-    if task not in (None, opened.metadata["peru.task"], place.name.removesuffix(".safetensors")):
-        raise UsageError(f"--task {task}: {place} holds {opened.metadata['peru.task']}", "leave --task out")
-    base = find_base(place, opened.metadata, base)
-    recorded = {opened.base_name(r): r.base_dtype for r in opened.index.tensors if r.base_dtype is not None}
-    opened_base = open_recorded_base(base, recorded)
-    job.check_base(opened, opened_base)
-    tensors = job.output_tensors(opened, wanted)
-    files, missing = job.side_files(opened, opened_base)
-    if wanted is not None and "config.json" in files:
-        files["config.json"] = job.config_with_dtype(files["config.json"], wanted)
-    nbytes = sum(info.nbytes for info in tensors)
-    console.note(f"base {base}: {opened_base.kind}; {opened.metadata['peru.task']}: {plural(len(tensors), 'tensor')}, {si_bytes(nbytes)}")
-    if dry_run:
-        console.result({"task": opened.metadata["peru.task"], "bytes": nbytes, "tensors": len(tensors), "files": sorted(files)})
-        return
-    if to_folder and missing:
-        console.warn(f"{base} lacks the {', '.join(missing)} that it had when the artifact was made: {target} will lack them too")
-    total = sum(info.entries for info in tensors) * (2 if to_pipe else 1)
-    with console.progress(total, "unpack") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
-        writer = make_writer(tensors, files)
-        job.unpack_to(opened, opened_base, writer, how, progress.step)
+    source = open_source(artifact, chosen, base, task, wanted)
+    with source:
+        tensors, files = out.plan(source, wanted)
+        result = report(source, output, tensors, files)
+        if dry_run:
+            console.result(result)
+            return
+        total = sum(info.entries for info in tensors) * (2 if to_pipe and source.proves else 1)
+        with console.progress(total, "unpack") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
+            unpack_to(source, out.writer(tensors, files), how, progress.step)
     if not to_pipe:
-        console.note(f"wrote {output}: base and result verified")
-        result = {"task": opened.metadata["peru.task"], "output": output, "bytes": nbytes, "result_digest": opened.result_digest.hex()}
-        console.result(result | finished(opened.metadata.get("peru.base", opened_base.public_name)))
+        console.note(f"wrote {output}" + (f": {source.proves} verified" if source.proves else ""))
+        named = source.metadata.get("peru.base", source.base.public_name) if source.base is not None else base
+        console.result(result | publish(destined, [out.target], "unpack", (named,) if named is not None else ()))
 
 
 def register(app: typer.Typer) -> None:

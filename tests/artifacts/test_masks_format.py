@@ -22,8 +22,8 @@ from peru_cli.artifacts.packs.masks import METADATA, OPTIONAL, MaskPack, decode_
 from peru_cli.artifacts.packs.superposed import decode_index
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.errors import BadFile, Mismatch, PeruError, UsageError
-from peru_cli.finetunes.pack_base import check_pack_base
-from peru_cli.finetunes.retrieve import Retrieval, retrieve
+from peru_cli.finetunes.open import open_artifact
+from peru_cli.finetunes.verify import verify
 from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import StreamSettings
 from tests.artifacts.test_pack_format import change
@@ -100,12 +100,13 @@ def test_the_table_of_metadata_is_that_of_the_code() -> None:
 
 def read_everything(path: Path, model: Path) -> None:
     """All tasks, without writing anything."""
-    with open_pack(path) as opened, open_model(str(model)) as opened_base:
-        check_pack_base(opened, opened_base)
-        for name in opened.tasks:
-            retrieval = Retrieval(opened, opened.task(name))
-            retrieval.side_files(opened_base)
-            retrieve(retrieval, opened_base, retrieval.tensors(), None, StreamSettings(CPU, 1, 1 << 14))
+    with open_pack(path) as opened:
+        tasks = list(opened.tasks)
+    with open_model(str(model)) as base:
+        for task in tasks:
+            with open_artifact(path, str(path), base, task) as source:
+                source.contents()
+                verify(source, StreamSettings(CPU, 1, 1 << 14))
 
 
 def test_every_altered_byte_is_noticed(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.packs.superposed import METADATA, OPTIONAL, decode_index, encode_index
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.errors import BadFile, PeruError
-from peru_cli.finetunes.pack_base import check_pack_base
-from peru_cli.finetunes.retrieve import Retrieval, retrieve
+from peru_cli.finetunes.open import open_artifact
+from peru_cli.finetunes.verify import verify
 from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import StreamSettings
 from tests.conftest import save
@@ -71,12 +71,13 @@ def test_the_table_of_metadata_is_that_of_the_code() -> None:
 
 def read_everything(pack: Path, model: Path) -> None:
     """All tasks, without writing anything."""
-    with Pack(pack) as opened, open_model(str(model)) as opened_base:
-        check_pack_base(opened, opened_base)
-        for name in opened.tasks:
-            retrieval = Retrieval(opened, opened.task(name))
-            retrieval.side_files(opened_base)
-            retrieve(retrieval, opened_base, retrieval.tensors(), None, StreamSettings(CPU, 1, 1 << 14))
+    with Pack(pack) as opened:
+        tasks = list(opened.tasks)
+    with open_model(str(model)) as base:
+        for task in tasks:
+            with open_artifact(pack, str(pack), base, task) as source:
+                source.contents()
+                verify(source, StreamSettings(CPU, 1, 1 << 14))
 
 
 @pytest.mark.parametrize("name", PACKS)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.errors import PeruError
-from peru_cli.finetunes.rebuild import check_base, reconstruct, side_files
+from peru_cli.finetunes.open import open_artifact
+from peru_cli.finetunes.verify import verify as verify_source
 from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import StreamSettings
 from tests.conftest import assert_same_tensors, random_pair, run_peru, save
@@ -114,10 +114,9 @@ def test_a_truncated_artifact_is_refused_wherever_it_ends(tmp_path: Path, peru, 
 
 def verify(artifact: Path, base: Path) -> None:
     """Read all of an artifact without writing anything."""
-    with SparseDelta(artifact) as opened, open_model(str(base)) as model:
-        check_base(opened, model)
-        side_files(opened, model)
-        reconstruct(opened, model, opened.tensors(), None, StreamSettings(CPU, 1, 1 << 14))
+    with open_model(str(base)) as model, open_artifact(artifact, str(artifact), model, None) as source:
+        source.contents()
+        verify_source(source, StreamSettings(CPU, 1, 1 << 14))
 
 
 @pytest.mark.parametrize("change", ["a bit", "another value"])

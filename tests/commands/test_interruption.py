@@ -27,7 +27,7 @@ KILLS = 9
 SLOW = ["--threads", 1, "--tile-entries", 16384]
 # Children are forked from a process that has imported everything, so that a kill hits work and not imports.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "peru_cli.cli", "peru_cli.prune.run", "peru_cli.finetunes.rebuild", "test_interruption"])
+CONTEXT.set_forkserver_preload(["torch", "peru_cli.cli", "peru_cli.prune.run", "peru_cli.unpack.run", "test_interruption"])
 
 
 def _child(arguments: list[str], stderr: str) -> None:

@@ -26,8 +26,8 @@ from peru_cli.evaluate.plan import Comparison
 from peru_cli.evaluate.run import evaluate
 from peru_cli.inference import eval_model as subjects
 from peru_cli.inference.data import Examples
-from peru_cli.inference.eval_model import read_tensors
 from peru_cli.inference.prepare import Settings
+from peru_cli.live.memory import read_tensors
 from tests.house.test_startup import probe
 from tests.support import models
 

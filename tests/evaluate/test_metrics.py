@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.evaluate.weights import Weights, WeightsReport
-from peru_cli.finetunes.expand import open_fine_tune
+from peru_cli.finetunes.open import open_fine_tune
 from peru_cli.inference import metrics
 from peru_cli.vectors.settings import streaming
 from tests.conftest import random_pair, save

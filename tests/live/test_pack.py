@@ -17,7 +17,6 @@ import peru_cli
 from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.inference import eval_model as subjects
 from peru_cli.inference.eval_model import Base, open_eval_model
-from peru_cli.live import pack as livepack
 from tests.conftest import FLOATS, raw
 
 Peru = Callable[..., str]
@@ -117,7 +116,7 @@ def test_tasks_are_computed_beside_a_base_that_stays(family: Family, peru: Peru,
         for task in TASKS:
             peru("unpack", path, "--task", task, "-b", folder / "base", "-o", folder / f"out-{task}", "--no-sync", "--force")
     calls = Counter[str]()
-    for module, name in ((subjects, "open_pack"), (livepack, "verify_base"), (subjects, "read_tensors")):
+    for module, name in ((subjects, "open_artifact"), (subjects, "verify_base"), (subjects, "read_tensors")):
         monkeypatch.setattr(module, name, partial(_counted, calls, getattr(module, name)))
     with Base(str(folder / "base")) as base:
         before = bits(base.table)
@@ -126,7 +125,7 @@ def test_tasks_are_computed_beside_a_base_that_stays(family: Family, peru: Peru,
         assert bits(base.table) == before
         wanted = {task: bits(load_file(folder / f"out-{task}" / "model.safetensors")) for task in TASKS}
         assert {task: bits(state) for task, state in states.items()} == wanted and bits(again) == wanted["a"] != wanted["b"]
-    assert calls == {"open_pack": 1, "verify_base": 1, "read_tensors": 1}
+    assert calls == {"open_artifact": 1, "verify_base": 1, "read_tensors": 1}
     other = load_file(folder / "base" / "model.safetensors")
     other["encoder.layer.2.output.dense.bias"][3] += 1
     (folder / "other").mkdir()

@@ -238,3 +238,22 @@ class PipeWriter(CheckpointWriter):
 
     def __exit__(self, *exc: object) -> None:
         pass
+
+
+class NullWriter(CheckpointWriter):
+    """Nothing is written: everything is read and checked."""
+
+    def __init__(self, tensors: Sequence[TensorInfo]) -> None:
+        self.order = list(tensors)
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        pass
+
+    def commit(self) -> None:
+        pass
+
+    def __enter__(self) -> NullWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass

@@ -1,0 +1,180 @@
+"""What every compact form of a fine-tune has in common: it is a checkpoint that is computed from its base while it is read."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from peru_cli.artifacts.index import STORED, SideFile
+from peru_cli.artifacts.packs.pack import Pack
+from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch
+from peru_cli.streaming.digests import SHORT, TensorDigest
+
+Artifact: TypeAlias = SparseDelta | Pack
+_SHOWN = 5  # tensors named in a message
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one tensor of a fine-tune comes from: `base` is the base's tensor below it, None if it is stored whole."""
+
+    info: TensorInfo
+    base: TensorInfo | None = None
+    digest: bytes = b""  # the first bytes of the base tensor's digest
+    changes: bool = True  # whether it may differ from the base's
+    kept: int = 0  # entries that a sparse delta or a residual changes
+
+
+class Witness:
+    """Digests of all that is read while a fine-tune is computed, by role and tensor. Safe from many threads."""
+
+    def __init__(self, trees: dict[tuple[str, str], TensorDigest]) -> None:
+        self._trees, self._kept, self._lock = trees, dict[str, int](), threading.Lock()
+
+    def saw(self, role: str, name: str, start: int, leaves: bytes) -> None:
+        """Take the leaves of the chunks from entry `start` of a tensor on."""
+        self._trees[role, name].add_at(start, leaves)
+
+    def saw_kept(self, name: str, entries: int) -> None:
+        """Count kept entries of the fine-tune's tensor `name`."""
+        if entries:
+            with self._lock:
+                self._kept[name] = self._kept.get(name, 0) + entries
+
+    def kept(self, name: str) -> int:
+        """How many kept entries of a tensor were seen."""
+        return self._kept.get(name, 0)
+
+    def digest(self, role: str, name: str) -> bytes:
+        """The digest of a tensor that was read to its end; 32 bytes."""
+        return self._trees[role, name].digest()
+
+    def digests(self, role: str) -> dict[str, bytes]:
+        """All digests of a role, by tensor."""
+        return {name: tree.digest() for (found, name), tree in self._trees.items() if found == role}
+
+
+class FineTune(Checkpoint):
+    """A fine-tune on its base.
+
+    `origins` says of each tensor what it is made of, where digests can prove it; `proves` says in words what they prove.
+    `heading` introduces it to the user. `facts` are what `peru unpack --json` says of it besides.
+    """
+
+    expanded = True
+    base: Checkpoint | None = None
+    origins: Mapping[str, Origin] = {}
+    proves = ""
+    task: str | None = None
+    heading: str
+
+    def __init__(self) -> None:
+        self.warnings, self.facts = [], dict[str, object]()
+        self._scratch = threading.local()
+
+    def room(self, nbytes: int, use: str = "base") -> memoryview:
+        """This thread's room for bytes on the way, valid until it asks again for the same use."""
+        rooms = self._scratch.__dict__
+        if use not in rooms or len(rooms[use]) < nbytes:
+            rooms[use] = np.empty(nbytes, np.uint8).data
+        found: memoryview = rooms[use]
+        return found[:nbytes]
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self.read_watched(name, offset, buffer, None)
+
+    @abstractmethod
+    def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
+        """As `read_into`; a witness is told of what is read, and then reads whole chunks."""
+
+    def contents(self) -> tuple[dict[str, bytes], list[str]]:
+        """Side files of the fine-tune, and the names of those that the base should have and has not."""
+        return {name: path.read_bytes() for name, path in self.side_files.items()}, []
+
+
+class FromArtifact(FineTune):
+    """A fine-tune out of a peru artifact, of which digests prove everything."""
+
+    base: Checkpoint
+
+    def __init__(self, artifact: Artifact, label: str, base: Checkpoint, files: Sequence[SideFile]) -> None:
+        super().__init__()
+        self.artifact, self.base, self.label, self._carried = artifact, base, label, files
+        self.metadata = artifact.metadata
+        self.side_files = {f.name: base.side_files[f.name] for f in files if f.origin != STORED and f.name in base.side_files}
+        self.files = [*base.files, artifact.path]
+
+    @abstractmethod
+    def trees(self) -> dict[tuple[str, str], TensorDigest]:
+        """What is to be digested while all of it is read, besides the base."""
+
+    @abstractmethod
+    def verify_stored(self) -> None:
+        """Check what the artifact stores whole; BadFile if it was altered."""
+
+    @abstractmethod
+    def settle(self, witness: Witness) -> None:
+        """Everything was read: BadFile if it is not what the artifact was made from."""
+
+    def contents(self) -> tuple[dict[str, bytes], list[str]]:
+        contents, missing = {}, []
+        for file in self._carried:
+            if file.origin == STORED:
+                contents[file.name] = self.artifact.side_file(file)
+                continue
+            path = self.base.side_files.get(file.name)
+            content = path.read_bytes() if path is not None else None
+            if content is None or short_digest(content) != file.digest:
+                missing.append(file.name)
+            else:
+                contents[file.name] = content
+        return contents, missing
+
+    def close(self) -> None:
+        self.artifact.close()
+
+
+def check_base(origins: Iterable[Origin], artifact: Artifact, base: Checkpoint) -> None:
+    """Refuse, from headers alone, a base that cannot be the artifact's: Mismatch."""
+    problems = []
+    for wanted in (origin.base for origin in origins if origin.base is not None):
+        found = base.tensors.get(wanted.name)
+        if found is None:
+            problems.append(f"{wanted.name}: not in {base.label}")
+        elif (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            was = f"{wanted.dtype.name} {list(wanted.shape)} when the {_noun(artifact)} was made"
+            problems.append(f"{found.name}: {found.dtype.name} {list(found.shape)} in {base.label}, {was}")
+    refuse_base(problems, artifact, base.label)
+
+
+def refuse_base(problems: list[str], artifact: Artifact, label: str, gave_up: bool = False) -> None:
+    """Raise Mismatch if there are problems, naming the first few and the base that the artifact was made from.
+
+    `gave_up` says that there may be more.
+    """
+    if not problems:
+        return
+    wanted = artifact.metadata.get("peru.base")
+    hint = f"it was made from {wanted}" if wanted else f"the {_noun(artifact)} does not say where its base came from (--base-id records it)"
+    if isinstance(artifact, Pack) and artifact.has_own_base:
+        hint = f"its base is the one that --merge-base wrote{f', {wanted}' if wanted else ''}"
+    number = f"{'at least ' if gave_up else ''}{len(problems)} tensor(s) differ"
+    raise Mismatch(f"{label} is not the base that {artifact.path} was made from: {number}\n  " + "\n  ".join(problems[:_SHOWN]), hint)
+
+
+def _noun(artifact: Artifact) -> str:
+    return "pack" if isinstance(artifact, Pack) else "artifact"
+
+
+def is_base(origin: Origin, digest: bytes) -> bool:
+    """Whether a base tensor's digest is the one that was recorded."""
+    return digest[:SHORT] == origin.digest

@@ -1,0 +1,125 @@
+"""What an argument names, opened as a fine-tune: a full checkpoint, a LoRA adapter, a peru artifact or one task of a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peru_cli.artifacts.container import artifact_kind, find_artifact, is_artifact
+from peru_cli.artifacts.packs.masks import KINDS, open_pack
+from peru_cli.artifacts.packs.pack import Pack
+from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.local.checkpoint import open_file
+from peru_cli.checkpoints.lora.adapter import REST, find_adapters, is_adapter, is_lora_file
+from peru_cli.checkpoints.lora.expand import LoraCheckpoint
+from peru_cli.checkpoints.places import Place, locate
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
+from peru_cli.checkpoints.resolve import open_model
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.usable import usable
+from peru_cli.errors import BadFile, UsageError
+from peru_cli.finetunes.adapter import AdapterWithRest
+from peru_cli.finetunes.delta import DeltaOnBase, origins_of_delta
+from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base
+from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
+
+
+def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None, stored: bool = False) -> Checkpoint:
+    """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError.
+
+    A folder or repo that holds one artifact stands for it; of several, the one of the task. A full checkpoint's FP8 weights
+    come as floats unless `stored` asks for the tensors of its files.
+    """
+    opened = _open(model, base, task, stored)
+    if opened.expanded and base is not None and not isinstance(opened, Dequantized):
+        base.echo()
+    return opened
+
+
+def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -> Checkpoint:
+    path = locate(model)
+    if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
+        return open_adapter(path, model, base)
+    path = artifact_for(path, task)
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (several := find_adapters(path)):
+        names = ", ".join(str(folder) for folder in several.values())
+        raise UsageError(f"{model} holds several adapters: {names}", "name one of them")
+    if path.is_file() and path.suffix == ".safetensors":
+        opened = open_file(path, model)
+        if "peru.format" in opened.metadata:
+            opened.close()
+            if base is None:
+                raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
+            try:
+                return open_artifact(path, model, base, task or None)
+            except UsageError as error:
+                raise UsageError(error.message, f"write TASK={model}") from error
+        return opened if stored else usable(opened)
+    return open_model(model, stored)
+
+
+def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact], Checkpoint], task: str | None) -> FromArtifact:
+    """A sparse delta, or a task of a pack, on its base, which may be found once the artifact is open.
+
+    Raises BadFile if it is damaged, Mismatch, from headers alone, for another base, UsageError for a task that a pack has not.
+    """
+    opened = open_pack(path) if artifact_kind(path) in KINDS else SparseDelta(path)
+    try:
+        if isinstance(opened, Pack):
+            opened.task(task)
+        below = base if isinstance(base, Checkpoint) else base(opened)
+        found = DeltaOnBase(opened, label, below) if isinstance(opened, SparseDelta) else TaskOfPack(opened, task, label, below)
+        check_base(found.origins.values(), opened, below)
+    except BaseException:
+        opened.close()
+        raise
+    return found
+
+
+def recorded_dtypes(artifact: Artifact) -> dict[str, Dtype]:
+    """The dtype of each of the base's tensors when an artifact was made, by the base's names."""
+    origins = base_of_pack(artifact) if isinstance(artifact, Pack) else origins_of_delta(artifact).values()
+    return {origin.base.name: origin.base.dtype for origin in origins if origin.base is not None}
+
+
+def artifact_for(place: Place, task: str | None) -> Place:
+    """The artifact that a folder or repo stands for: its only one, or of several the one of the task; else the place itself."""
+    try:
+        return find_artifact(place)
+    except UsageError:
+        if task is None:
+            raise
+        return find_artifact(place, task)
+
+
+def only_task(model: str) -> str | None:
+    """The task of a pack that holds no other; None for everything else."""
+    path = locate(model)
+    if not is_artifact(path) or artifact_kind(path) not in KINDS:
+        return None
+    with open_pack(path) as pack:
+        return next(iter(pack.tasks)) if len(pack.tasks) == 1 else None
+
+
+def open_adapter(path: Place, label: str, base: Checkpoint | None) -> LoraCheckpoint | AdapterWithRest:
+    """An adapter and the sparse delta beside it. UsageError without a base, or with a merge as base; Mismatch if it does not fit."""
+    if base is None:
+        raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
+    if "peru.merge.method" in base.metadata:
+        raise UsageError(
+            f"{label} is a LoRA adapter, and {base.label} is a merge, which no adapter was trained on",
+            "fold it into its own base first (peru unpack), or merge with --compress",
+        )
+    adapter = LoraCheckpoint(path, label, base)
+    delta = adapter.folder / REST
+    if not delta.is_file():
+        return adapter
+    try:
+        rest = open_artifact(delta, str(delta), base, None)
+        if not isinstance(rest, DeltaOnBase):
+            rest.close()
+            raise BadFile(f"{delta}: not a sparse delta", "make the adapter again")
+    except BaseException:
+        adapter.close()
+        raise
+    return AdapterWithRest(adapter, rest)

@@ -1,0 +1,88 @@
+"""Prove a fine-tune while it is copied: whoever copies `Proven` copies the fine-tune, and every tile is digested on its way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from peru_cli.checkpoints.local.writer import NullWriter
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile
+from peru_cli.finetunes.adapter import AdapterWithRest
+from peru_cli.finetunes.fine_tune import FromArtifact, Witness, is_base, refuse_base
+from peru_cli.streaming.digests import TensorDigest
+from peru_cli.vectors.copy import copy_checkpoint
+from peru_cli.vectors.family import StreamSettings
+
+_FEW = 3  # tensors of a wrong base that are read before giving up
+
+
+class Proven(Checkpoint):
+    """A fine-tune whose base, parts and result are checked against their digests. Every byte must be read once, in tiles."""
+
+    def __init__(self, source: FromArtifact) -> None:
+        """Raises BadFile if what the artifact stores whole was altered."""
+        source.verify_stored()
+        self.source, self.ranged = source, source.base.ranged
+        self.label, self.kind, self.tensors, self.metadata = source.label, source.kind, source.tensors, source.metadata
+        self.side_files, self.warnings, self.files = source.side_files, source.warnings, source.files
+        based = [(name, origin.base) for name, origin in source.origins.items() if origin.base is not None]
+        self._witness = Witness({("base", name): TensorDigest(base.dtype, base.shape) for name, base in based} | source.trees())
+        self._left = {name: info.entries for name, info in source.tensors.items()}
+        self._lock = threading.Lock()
+        self._bad: list[str] = []
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self.source.read_watched(name, offset, buffer, self._witness)
+        with self._lock:
+            self._left[name] -= len(buffer) * 8 // self.tensors[name].dtype.bits
+            done = not self._left[name]
+        if done:
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        """All of a tensor was read."""
+        origin, artifact = self.source.origins[name], self.source.artifact
+        if origin.base is not None and not is_base(origin, self._witness.digest("base", name)):
+            self._bad.append(f"{origin.base.name}: other contents in {self.source.base.label}")
+            if len(self._bad) >= _FEW:
+                refuse_base(self._bad, artifact, self.source.base.label, gave_up=True)
+        elif (found := self._witness.kept(name)) != origin.kept:
+            raise BadFile(f"{artifact.path}: tensor {name!r} has {found} kept entries, the index says {origin.kept}")
+
+    def prove(self) -> None:
+        """All was read. Raises Mismatch for another base (naming the first tensors that differ), BadFile if anything was altered."""
+        for name, info in self.tensors.items():
+            if not info.entries:
+                self._check(name)
+        refuse_base(self._bad, self.source.artifact, self.source.base.label)
+        self.source.settle(self._witness)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
+        self.source.base.expect(self._of_base(ranges), keep)
+
+    def _of_base(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+        """The ranges of the base that ranges of the fine-tune are computed from."""
+        for name, offset, nbytes in ranges:
+            origin = self.source.origins[name]
+            if origin.base is not None:
+                dtype = origin.base.dtype
+                start, stop = (min(at * 8 // origin.info.dtype.bits, origin.base.entries) for at in (offset, offset + nbytes))
+                if start < stop:
+                    yield origin.base.name, dtype.nbytes(start), dtype.nbytes(stop - start)
+
+
+def verify(source: FromArtifact, how: StreamSettings) -> None:
+    """Check a fine-tune without writing it: Mismatch for another base, BadFile if the artifact was altered."""
+    proven = Proven(source)
+    copy_checkpoint(proven, NullWriter(list(source.tensors.values())), how)
+    proven.prove()
+
+
+def verify_expanded(models: Sequence[Checkpoint], how: StreamSettings, note: Callable[[str], None] = lambda text: None) -> None:
+    """Check the artifacts among these fine-tunes, and those beside adapters, by their digests: see `verify`."""
+    for model in models:
+        found = model.delta if isinstance(model, AdapterWithRest) else model
+        if isinstance(found, FromArtifact):
+            note(f"verifying {model.label}")
+            verify(found, how)
