@@ -82,6 +82,7 @@ def prune(
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.prune import run as job
+    from peru_cli.prune.doubts import find_doubts
     from peru_cli.vectors.settings import streaming
 
     arguments = split_arguments(models)
@@ -104,6 +105,8 @@ def prune(
         if task.unpaired is not None:
             console.warn(task.unpaired)
         _say_plan(task, chosen)
+        for doubt in find_doubts(opened_base, task.vector):
+            console.warn(f"{task.vector.name}: {doubt}")
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
         again = density is not None and scope == "global"

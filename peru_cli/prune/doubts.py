@@ -1,0 +1,84 @@
+"""Signs that a base is not the one that a fine-tune was made from, looked for before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite, sqrt
+
+import numpy as np
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.pairing import Pair
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.vectors.family import TaskVector
+
+_CHUNKS, _ENTRIES = 128, 1 << 12  # at most so many runs of so many entries: under a tenth of a second
+_TOO_LARGE = 0.5  # of the base's norm; fine-tunes have 0.001 to 0.1
+
+
+def find_doubts(base: Checkpoint, vector: TaskVector) -> list[str]:
+    """What looks wrong, as sentences; empty if nothing does. Reads a sample of local files, and nothing over the network."""
+    pairs = [pair for pair in vector.pairing.pairs if pair.is_delta and pair.entries]
+    if base.ranged or vector.fine.ranged or not pairs:
+        return []
+    found = []
+    lengths = []
+    for bits, other, dtype in _samples(base, vector.fine, pairs):
+        weights = _floats(other, dtype)
+        with np.errstate(all="ignore"):
+            delta = _floats(bits, dtype) - weights
+            lengths.append((float(np.square(delta).sum()), float(np.square(weights).sum())))
+    lengths = [pair for pair in lengths if isfinite(pair[0]) and isfinite(pair[1])]
+    change, norm = (sqrt(sum(pair[side] for pair in lengths)) for side in (0, 1))
+    if change == 0:
+        if _is_equal(base, vector.fine, pairs):
+            found.append("nothing changed in the tensors that base and fine-tune share: is this the right base?")
+    elif norm and change > _TOO_LARGE * norm:
+        share = f"{100 * change / norm:.0f}% of the base's norm, where fine-tunes have 0.1 to 10%"
+        found.append(f"the task vector is as large as the weights ({share}, in a sample): is this the base that the model was made from?")
+    if vector.pairing.base_only and not vector.pairing.whole:
+        names = ", ".join(info.name for info in vector.pairing.base_only[:3])
+        found.append(f"the base has tensors that the fine-tune lacks ({names}): are the two swapped?")
+    return found
+
+
+def _samples(base: Checkpoint, fine: Checkpoint, pairs: list[Pair]) -> Iterator[tuple[Bits, Bits, Dtype]]:
+    """Runs of both, spread over all tensors: the fine-tune's bits, the base's cast to its dtype, and that dtype."""
+    total = sum(pair.entries for pair in pairs)
+    step, at = max(total // _CHUNKS, 1), 0
+    for pair in pairs:
+        begin = at
+        for wanted in range(-(-begin // step) * step, begin + pair.entries, step):
+            start = min(wanted - begin, max(pair.entries - _ENTRIES, 0))
+            n = min(_ENTRIES, pair.entries - start)
+            mine = _read(fine, pair.fine.name, pair.fine.dtype.bits, start, n)
+            theirs = _read(base, pair.base.name, pair.base.dtype.bits, start, n)
+            yield mine, cast_bits(CPU, theirs, pair.base.dtype, pair.fine.dtype), pair.fine.dtype
+        at = begin + pair.entries
+
+
+def _floats(bits: Bits, dtype: Dtype) -> Bits:
+    with np.errstate(all="ignore"):
+        wide: Bits = CPU.widen(bits, dtype, np.empty(len(bits), "f8" if dtype.bits == 64 else "f4")).astype("f8")
+    return wide
+
+
+def _read(checkpoint: Checkpoint, name: str, bits: int, start: int, n: int) -> Bits:
+    data = bytearray(n * bits // 8)
+    checkpoint.read_into(name, start * bits // 8, memoryview(data))
+    return np.frombuffer(data, BITS[bits])
+
+
+def _is_equal(base: Checkpoint, fine: Checkpoint, pairs: list[Pair]) -> bool:
+    """Whether no bit differs after the cast, read piece by piece; stops at the first that does."""
+    piece = 1 << 18
+    for pair in pairs:
+        for start in range(0, pair.entries, piece):
+            n = min(piece, pair.entries - start)
+            mine = _read(fine, pair.fine.name, pair.fine.dtype.bits, start, n)
+            theirs = _read(base, pair.base.name, pair.base.dtype.bits, start, n)
+            if not np.array_equal(mine, cast_bits(CPU, theirs, pair.base.dtype, pair.fine.dtype)):
+                return False
+    return True
