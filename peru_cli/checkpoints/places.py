@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 
 from peru_cli.checkpoints.hub.names import parse_hub_name
 from peru_cli.checkpoints.hub.session import reading
+from peru_cli.errors import PeruError
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.hub.repo import HubPath
@@ -35,7 +36,13 @@ def locate(text: str) -> Place:
 
     key = (name.repo, name.revision)
     if key not in reading.repos:
-        reading.repos[key] = HubRepo(name.repo, name.revision)
+        try:
+            reading.repos[key] = HubRepo(name.repo, name.revision)
+        except PeruError as error:
+            if not text.startswith("hf://"):
+                error.message += f"; it was looked for on the Hub because no folder {text} is here"
+                error.args = (error.message,)
+            raise
     return HubPath(reading.repos[key], name.path)
 
 

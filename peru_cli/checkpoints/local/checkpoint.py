@@ -8,9 +8,11 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
+from peru_cli.checkpoints import impostors
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
 from peru_cli.checkpoints.hub.names import RemoteFile
@@ -20,6 +22,7 @@ from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 
+_INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _SIDE_BY_SIDE = 8  # files on the Hub opened at once
 _HAS_PREADV = hasattr(os, "preadv")
@@ -99,7 +102,17 @@ def _read_header(file: RandomAccess) -> Header:
         file.read_into(8, memoryview(text))
         return parse_header(bytes(text), file.size)
     except BadFile as error:
+        refuse_impostor(file)
         raise BadFile(f"{file.path}: {error.message}", error.hint) from error
+
+
+def refuse_impostor(file: RandomAccess) -> None:
+    """Raise BadFile if the first bytes of a file say that it is something else than the weights it is named for."""
+    head = bytearray(min(impostors.HEAD, file.size))
+    if head:
+        file.read_into(0, memoryview(head))
+    if (found := impostors.describe(bytes(head), file.path.name)) is not None:
+        raise BadFile(f"{file.path}: {found[0]}", found[1])
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -212,15 +225,21 @@ def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
         raise UsageError(f"{path} is a PyTorch file, which cannot be read by ranges", "leave --stream out, or name one with safetensors")
     import torch
 
+    with closing(RandomAccessFile(path)) as file:
+        refuse_impostor(file)
+        prefix = bytearray(min(4, file.size))
+        file.read_into(0, memoryview(prefix))
+    # Files from before the zip format cannot be mapped: they are read whole.
+    zipped = prefix == b"PK\x03\x04"
     try:
-        loaded: Any = torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=True)
+        loaded: Any = torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
     except Exception as error:  # torch raises pickle, zip and runtime errors alike; each means the same here
         reason = str(error).strip().splitlines()
         raise BadFile(
             f"{path}: torch cannot load this safely ({reason[0] if reason else type(error).__name__})",
-            "old or executable pickles are refused: save the model as safetensors",
+            "pickles that would run code are refused: save the model as safetensors",
         ) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
@@ -285,9 +304,17 @@ def _open_sharded(label: str, index: Place) -> Checkpoint:
 
 def open_directory(folder: Place, label: str) -> Checkpoint:
     """Open the checkpoint in a folder: an index with shards, one safetensors file, or pytorch_model.bin."""
-    for pattern in ("model.safetensors.index.json", "*.safetensors.index.json"):
-        if found := children(folder, pattern):
-            return _open_sharded(label, found[0])
+    indices = [f for f in children(folder, "*.safetensors.index*.json") if not f.name.startswith(".")]
+    index = next((f for f in indices if f.name == _INDEX), indices[0] if len(indices) == 1 else None)
+    if indices and index is None:
+        raise UsageError(f"{label} holds several shard indices: {', '.join(f.name for f in indices)}", "keep the one that you mean")
+    single = folder / "model.safetensors"
+    others = [f.name for f in indices if f is not index]
+    if index is not None and not (single.is_file() and single.name not in _read_index(index).values()):
+        sharded = _open_sharded(label, index)
+        if others:
+            sharded.warnings.append(f"{label} holds several shard indices: {index.name} is taken, not {', '.join(others)}")
+        return sharded
     files = [f for f in children(folder, "*.safetensors") if not f.name.startswith(".")]
     preferred = [f for f in files if f.name == "model.safetensors"] or files
     if any(f.name == "adapter_config.json" for f in children(folder)):
@@ -296,15 +323,22 @@ def open_directory(folder: Place, label: str) -> Checkpoint:
             "fold it into its base first: peru unpack ADAPTER -b BASE -o DIR",
         )
     if len(preferred) == 1:
-        return SafetensorsCheckpoint(label, "checkpoint directory", preferred, find_side_files(folder))
+        checkpoint = SafetensorsCheckpoint(label, "checkpoint directory", preferred, find_side_files(folder))
+        if indices:
+            taken = f"{label} holds model.safetensors and shards of {indices[0].name}"
+            checkpoint.warnings.append(f"{taken}: the single file is taken, as transformers does; remove it if the shards are meant")
+        return checkpoint
     if preferred:
         names = ", ".join(f.name for f in preferred[:4])
         raise UsageError(f"{label} holds {len(preferred)} safetensors files and no index: {names}", "name the file that you mean")
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        return _open_sharded(label, index)
+    torch_index = folder / "pytorch_model.bin.index.json"
     if (single := folder / "pytorch_model.bin").is_file():
-        return TorchCheckpoint(label, "PyTorch checkpoint", [single], find_side_files(folder))
+        loaded = TorchCheckpoint(label, "PyTorch checkpoint", [single], find_side_files(folder))
+        if torch_index.is_file() and single.name not in _read_index(torch_index).values():
+            loaded.warnings.append(f"{label} holds {single.name} and shards: the single file is taken, as transformers does")
+        return loaded
+    if torch_index.is_file():
+        return _open_sharded(label, torch_index)
     raise UsageError(
         f"{label} is a folder without model.safetensors, a shard index or pytorch_model.bin",
         "name the folder that transformers' save_pretrained wrote, or a .safetensors file",
