@@ -25,6 +25,11 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
     if base is not None:
         raise UsageError(f"{model} is an adapter; --base goes with a checkpoint", "`peru unpack` folds it into its base")
     with Adapter(locate(model), model) as adapter:
+        if not adapter.modules:
+            size = size_of(adapter.weights)
+            console.line(f"{model}: {adapter.kind}, {si_bytes(size)}; its updates are no pairs of factors, and have no ranks to show")
+            console.result({"kind": adapter.kind, "layout": adapter.layout, "file_bytes": size, "modules": []})
+            return
         total = sum(module.down.entries + module.up.entries for module in adapter.modules)
         with console.progress(total, "inspect") as progress, streaming(device, threads, None, progress.advance) as how:
             spectra = adapter_spectra(adapter, how)

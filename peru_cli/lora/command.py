@@ -170,7 +170,7 @@ def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint
     for inner, folder in found.items():
         label = model if not inner else str(folder)
         adapter = Adapter(folder, label)
-        if adapter.products or not adapter.modules:
+        if adapter.products or adapter.foreign or not adapter.modules:
             adapter.close()
             if base is None or len(found) > 1:
                 hint = "name it alone, with --base BASE" if base is not None else "add --base BASE: what it changes is factored then"

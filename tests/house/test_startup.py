@@ -107,6 +107,22 @@ def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
     assert "torch" not in loaded
 
 
+def test_lora_adapters_do_without_peft(tmp_path: Path) -> None:
+    """peft imports transformers and takes seconds: only the methods that it merges need it."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    name = "base_model.model.layer.lora_"
+    (tmp_path / "lora").mkdir()
+    save_file({f"{name}A.weight": torch.ones(2, 6), f"{name}B.weight": torch.ones(8, 2)}, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_file({"layer.weight": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
+    _, loaded = probe("unpack", str(tmp_path / "lora"), "--base", str(tmp_path / "base.safetensors"), "-o", str(tmp_path / "full"))
+    assert not loaded & {"peft", "transformers"}
+
+
 def test_a_typing_error_loads_nothing_heavy_either() -> None:
     code = PROBE.replace("sys.exit(code)", "assert code == 2, code")
     for arguments in (["prune", "x", "--kep", "5%"], ["nosuch"], ["prune", "x", "-b", "y", "-o", "z.safetensors", "--keep", "5"]):

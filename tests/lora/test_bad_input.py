@@ -71,10 +71,19 @@ def test_broken_and_strange_adapters(tmp_path: Path, peru, adapter: Path, tensor
     assert str(adapter) in said
 
 
-@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "VERA", "LOHA", "LOKR", "OFT", "PREFIX_TUNING", None])
-def test_other_tuners_are_refused_by_name(tmp_path: Path, peru, adapter: Path, kind: str | None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("PREFIX_TUNING", "adds to the input"),
+        ("XLORA", "depends on the input"),
+        ("OSF", "a decomposition of the base"),
+        ("NEW", "peru does not know"),
+        (None, ""),
+    ],
+)
+def test_other_tuners_are_refused_by_name(tmp_path: Path, peru, adapter: Path, kind: str | None, says: str) -> None:
     change(adapter, {}, peft_type=kind)
-    refused(tmp_path, peru, "svd-lora", adapter, "-o", tmp_path / "out", "--rank", 2, code=2, says=(f"of type {kind}", "knows LoRA only"))
+    refused(tmp_path, peru, "svd-lora", adapter, "-o", tmp_path / "out", "--rank", 2, code=2, says=(f"of type {kind}", says, "merge the"))
     refused(tmp_path, peru, "inspect", adapter, code=2, says=(f"of type {kind}",))
 
 

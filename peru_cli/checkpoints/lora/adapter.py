@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from peru_cli.checkpoints.local.checkpoint import open_file
 from peru_cli.checkpoints.lora.alpha import Alphas
 from peru_cli.checkpoints.lora.config import CONFIG, FILES, rank_of, read_config, refuse_model_beside, scale_of
+from peru_cli.checkpoints.lora.foreign import Foreign, sort_foreign
 from peru_cli.checkpoints.lora.keys import OUTER, PEFT, Keys, Sorted, looks_like_lora, sort_file, sort_peft
 from peru_cli.checkpoints.lora.module import CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, LoraModule
 from peru_cli.checkpoints.lora.products import Product, open_product
@@ -34,8 +35,9 @@ _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 class Adapter:
     """One adapter: a folder with adapter_config.json, its weights' file, or a kohya or diffusers file. Opening it reads headers only.
 
-    `path` is its folder, or the file of one that has no configuration. `modules` are LoRA's pairs of factors, `products` LyCORIS'
-    modules, `deltas` entries that are added or put as they are, `whole` what it holds whole.
+    `path` is its folder, or the file of one that has no configuration. `modules` are LoRA's pairs of factors, `foreign` the
+    modules of PEFT's other methods and `shared` the tensors that these share, `products` LyCORIS' modules, `deltas` entries that are
+    added or put as they are, `whole` what it holds whole.
     """
 
     def __init__(self, path: Place, label: str) -> None:
@@ -55,7 +57,16 @@ class Adapter:
             self.weights = path / _DIFFUSERS_FILE if path.is_dir() else path
         self.file: Checkpoint = open_file(self.weights, str(self.weights))
         try:
-            keys = sort_peft(self.file.tensors, str(self.weights)) if self.config else sort_file(self.file.tensors, str(self.weights))
+            self.foreign, self.shared = list[Foreign](), list[str]()
+            if self.config.get("peft_type", "LORA") != "LORA":
+                self.foreign, self.shared, whole = sort_foreign(list(self.file.tensors), self.config["peft_type"])
+                keys = Sorted(PEFT, whole=whole)
+                if not self.foreign:
+                    raise BadFile(f"{self.weights}: nothing of {self.config['peft_type']} in it")
+            elif self.config:
+                keys = sort_peft(self.file.tensors, str(self.weights))
+            else:
+                keys = sort_file(self.file.tensors, str(self.weights))
             self.layout, self.whole, self.deltas, self.unknown = keys.layout, keys.whole, keys.deltas, keys.unknown
             builder = _Builder(self, keys)
             self.modules, self.products = builder.modules(), builder.products()
@@ -66,6 +77,8 @@ class Adapter:
     @property
     def kind(self) -> str:
         """In words."""
+        if self.foreign:
+            return f"{self.config['peft_type']} adapter, on {len(self.foreign)} module{'' if len(self.foreign) == 1 else 's'}"
         if not self.modules:
             kinds = sorted({product.kind for product in self.products}) or ["differences"]
             return f"{' and '.join(kinds)} in a single file, {len(self.products) + len(self.deltas)} updates"
@@ -158,7 +171,7 @@ class _Builder:
         self._adapter, self._keys = adapter, keys
         self._tensors = adapter.file.tensors
         self._alphas = Alphas(adapter.file.metadata, [*keys.modules, *keys.products], str(adapter.weights))
-        if adapter.config:
+        if adapter.config and "lora_alpha" in adapter.config:
             self._alphas.check_config(adapter.config, CONFIG)
         self._own_alphas: dict[str, float] = {}
         self._has_alphas = any(module.alpha for module in keys.modules.values())

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peru_cli.checkpoints.lora.foreign import PREFIXES, refuse_kind
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
 
@@ -33,10 +34,22 @@ _NOT_ADDED: dict[str, tuple[Any, ...]] = {
 }
 # Ways to begin that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Fields that are used, and those that mean nothing once an adapter is trained: which modules it has, its file says.
+_USED = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias", "target_parameters",
+    "modules_to_save", "ensure_weight_tying", "init_lora_weights", "base_model_name_or_path", "revision", "peft_type",
+)  # fmt: skip
+_OF_TRAINING = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "bias", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "velora_config", "runtime_config", "qalora_group_size", "task_type", "auto_mapping", "peft_version",
+    "inference_mode", "merge_weights",
+)  # fmt: skip
+# Every field of peft.LoraConfig must be in here (a test asks peft): a new one may change what an adapter means.
+HANDLED = frozenset({*_OFF, *_NOT_ADDED, *_USED, *_OF_TRAINING})
 
 
 def read_config(folder: Place, label: str) -> dict[str, Any]:
-    """The configuration of a LoRA adapter; UsageError names what it is, if it is something else."""
+    """The configuration of an adapter of LoRA, or of a method that peft merges; UsageError names what it is, if it is neither."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -45,9 +58,12 @@ def read_config(folder: Place, label: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BadFile(f"{path}: not a table")
     kind = config.get("peft_type")
+    if kind in PREFIXES:
+        return config
     if kind != "LORA":
-        raise UsageError(f"{label} is a PEFT adapter of type {kind}; peru knows LoRA only", MERGED)
+        raise refuse_kind(kind, label, MERGED)
     odd = _not_plain(config, _OFF)
+    odd += [f"{name}={value!r}, which peru does not know" for name, value in sorted(config.items()) if value and name not in HANDLED]
     init = config.get("init_lora_weights", True)
     if init not in _INITS:
         odd.append(f"init_lora_weights={init!r}")

@@ -20,7 +20,8 @@ from peru_cli.checkpoints.architectures import is_embedding, is_output, tied_emb
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.lora.adapter import Adapter
 from peru_cli.checkpoints.lora.config import CONFIG, check_can_be_added
-from peru_cli.checkpoints.lora.fit import F32, AnyUpdate, Computed, Difference, Fitting, Update
+from peru_cli.checkpoints.lora.fit import F32, AnyUpdate, Computed, Difference, Fitting, Merged, Update
+from peru_cli.checkpoints.lora.foreign import Around, Foreign, merge
 from peru_cli.checkpoints.lora.keys import OUTER, PEFT
 from peru_cli.checkpoints.lora.products import Product
 from peru_cli.checkpoints.lora.tied import is_untied, vocabulary, with_settings
@@ -69,11 +70,13 @@ class LoraCheckpoint(Checkpoint):
         self._factors: _Cache[list[tuple[torch.Tensor, torch.Tensor]]] = _Cache(_CACHED)
         self._scales: _Cache[torch.Tensor] = _Cache(len(base.tensors))
         self._matrices: _Cache[torch.Tensor] = _Cache(_CACHED)
+        self._merged: _Cache[dict[str, torch.Tensor]] = _Cache(_CACHED)
         self._made: tempfile.TemporaryDirectory[str] | None = None  # where a config that had to change lies
         fitting = Fitting(adapter, base)
         self.prefix = fitting.prefix
         self._whole(fitting)
         self.updates = fitting.updates(self.tensors, self._kept)
+        self._around = Around(adapter.config, base.config(), fitting.fellows(self.tensors) if adapter.foreign else {})
         if fitting.problems:
             raise Mismatch(
                 f"the adapter {label} does not fit {base.label}: {len(fitting.problems)} module(s)\n  " + "\n  ".join(fitting.problems[:5]),
@@ -179,8 +182,12 @@ class LoraCheckpoint(Checkpoint):
             else:
                 out.mul_(scales[torch.arange(start, start + n).div_(update.columns, rounding_mode="floor")])
 
-    def _add_whole(self, update: Difference | Computed, start: int, out: torch.Tensor) -> None:
+    def _add_whole(self, update: Difference | Computed | Merged, start: int, out: torch.Tensor) -> None:
         """The same of an update that is stored entry by entry, or computed matrix by matrix."""
+        if isinstance(update, Merged):
+            merged = self._merged.get(update.module.name, lambda: self._merge(update.module))
+            out.copy_(merged[update.part].view(-1)[start : start + len(out)])
+            return
         self._read_floats(self._base, update.info, start, out)
         if isinstance(update, Computed):
             name = update.product.name
@@ -191,6 +198,31 @@ class LoraCheckpoint(Checkpoint):
         if not bool(delta.isfinite().all()):
             raise BadFile(f"{self._adapter.weights}: {update.stored} holds NaN or infinite values")
         out += delta
+
+    def _merge(self, module: Foreign) -> dict[str, torch.Tensor]:
+        """A module's weight and bias as peft merges them."""
+        import torch
+
+        weight, bias = self._around.fellows[module.name]
+        weights = {}
+        for part, info in (("weight", weight), ("bias", bias)):
+            if info is not None:
+                whole = torch.empty(info.entries)
+                source, stored = (self._adapter.file, self._kept[info.name]) if info.name in self._kept else (self._base, info.name)
+                self._read_floats(source, source.tensors[stored], 0, whole)
+                weights[part] = whole.view(info.shape)
+        return merge(module, self._around, weights, self._any_tensor, self._adapter.shared, str(self._adapter.weights))
+
+    def _any_tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the adapter of any dtype: some methods store indices."""
+        import torch
+
+        info = self._adapter.file.tensors[name]
+        if (info.dtype.torch_name or "").startswith(("float", "bfloat")):
+            return self._adapter.tensor(name)
+        if info.dtype.torch_name is None:
+            raise BadFile(f"{self._adapter.weights}: torch has no dtype for {name} ({info.dtype.name})")
+        return torch.frombuffer(bytearray(self._adapter.file.read(name)), dtype=getattr(torch, info.dtype.torch_name)).view(info.shape)
 
     def _product(self, product: Product) -> torch.Tensor:
         delta = product.delta(self._adapter.tensor)

@@ -10,6 +10,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.loaded_names import names_in_memory
 from peru_cli.checkpoints.lora.adapter import Adapter
+from peru_cli.checkpoints.lora.foreign import Foreign
 from peru_cli.checkpoints.lora.keys import KOHYA, PEFT
 from peru_cli.checkpoints.lora.module import CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, LoraModule
 from peru_cli.checkpoints.lora.products import Product
@@ -68,7 +69,16 @@ class Computed:
     product: Product
 
 
-AnyUpdate = Update | Difference | Computed
+@dataclass(frozen=True)
+class Merged:
+    """A weight or bias of a module that peft merges."""
+
+    info: TensorInfo
+    module: Foreign
+    part: str
+
+
+AnyUpdate = Update | Difference | Computed | Merged
 
 
 class Fitting:
@@ -81,7 +91,8 @@ class Fitting:
         self._leaves = sorted({target.rpartition(".")[2] for target in adapter.config.get("target_parameters") or []})
         self._known = {name: name for name in base.tensors}  # what the adapter may call a tensor: what the base calls it
         self.prefix = self._find_prefix()
-        if adapter.layout == PEFT and any(not self._candidates(module, base.tensors) for module in adapter.modules):
+        strangers = any(self.base_name(f"{module.name}.weight") not in base.tensors for module in adapter.foreign)
+        if strangers or (adapter.layout == PEFT and any(not self._candidates(module, base.tensors) for module in adapter.modules)):
             self._know_names_in_memory()
 
     def _know_names_in_memory(self) -> None:
@@ -95,7 +106,8 @@ class Fitting:
         if self._adapter.layout == KOHYA:
             return Prefix()
         wanted = [name for module in self._adapter.modules for name in self._plain_names(module)[:1]]
-        others = [product.name for product in self._adapter.products] + [owner for owner, _ in self._adapter.deltas.values()]
+        others = [product.name for product in self._adapter.products] + [module.name for module in self._adapter.foreign]
+        others += [owner for owner, _ in self._adapter.deltas.values()]
         wanted += [f"{self._without_component(name)}.weight" for name in others]
         wanted += [name for module in self._adapter.modules for name, _, _ in _experts(module, self._leaves, 1)]
         fake = {name: self._like(name) for name in wanted}
@@ -154,6 +166,11 @@ class Fitting:
         for product in self._adapter.products:
             self._take_computed(found, product, tensors)
         self._take_differences(found, tensors)
+        for name, (weight, bias) in self.fellows(tensors).items():
+            foreign = next(one for one in self._adapter.foreign if one.name == name)
+            self._take(found, Merged(weight, foreign, "weight"), {})
+            if bias is not None:
+                self._take(found, Merged(bias, foreign, "bias"), {})
         for module in self._adapter.modules:
             candidates = self._candidates(module, tensors)
             fitting = [update for info in candidates if info.name not in found and (update := self._update(module, info)) is not None]
@@ -214,6 +231,19 @@ class Fitting:
                 self.problems.append(f"{stored}: {info.name} of the base has another update, and which counts depends on the loader")
             else:
                 self._take(found, Difference(info, stored), {})
+
+    def fellows(self, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, TensorInfo | None]]:
+        """Weight and bias of each module that peft merges, by the adapter's name for it; what is not there becomes a problem."""
+        found = {}
+        for module in self._adapter.foreign:
+            weight = tensors.get(self.base_name(f"{module.name}.weight"))
+            if weight is None:
+                self.problems.append(f"{module.name} in {self._adapter.weights.name}: the base has no {module.name}.weight")
+            elif not 1 <= len(weight.shape) <= 4:
+                self.problems.append(f"{module.name}: {weight.name} of the base is {list(weight.shape)}")
+            else:
+                found[module.name] = (weight, tensors.get(weight.name.removesuffix("weight") + "bias"))
+        return found
 
     def put_whole(self) -> dict[str, str]:
         """Tensors of the base that entries of the adapter take the place of, by the entry."""
