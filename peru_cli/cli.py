@@ -71,13 +71,14 @@ def run(arguments: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _terminate)
     reading.reset()
+    console.unfinished.clear()
     try:
         code = app(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer makes it an exit code without a word
         return int(code) if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        console.error("interrupted; nothing was left half done")
+        console.error(f"interrupted; {_left()}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`peru ... | head`). Point stdout elsewhere, or Python complains while exiting.
@@ -85,6 +86,17 @@ def run(arguments: list[str] | None = None) -> int:
         return EXIT_FAILED
     except Exception as error:
         return _report(error)
+
+
+def _left() -> str:
+    """What an interrupted command leaves, and how to go on."""
+    if not console.unfinished:
+        return "nothing was left half done"
+    folder = console.unfinished[0].parent
+    return (
+        f"what was finished so far is kept in {folder}, under hidden names that end in .peru-partial\n"
+        "  type the same command again to continue; add --force to start afresh and remove it"
+    )
 
 
 def _usage(error: Any) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +21,7 @@ class Console:
         self.quiet = False
         self.json = False
         self.data_on_stderr = False  # when stdout carries the output file itself
+        self.unfinished: list[Path] = []  # journals that were left so that the same command can continue
 
     def note(self, text: str) -> None:
         """Something worth knowing while it happens."""

@@ -247,7 +247,10 @@ def test_an_interrupted_command_cleans_up(tmp_path: Path, pair: Pair, verb: str,
     assert child.exitcode == 130, pair.stderr()
     assert "interrupted" in pair.stderr() and "Traceback" not in pair.stderr()
     kept = {f".{name}.peru-partial", f".{name}.peru-partial-journal"} if verb == "prune" else set()  # for the same command to go on with
-    assert set(others(tmp_path, target)) <= kept and not target.exists()
+    left = set(others(tmp_path, target))
+    assert left <= kept and not target.exists()
+    promised = f"what was finished so far is kept in {tmp_path}" if left else "nothing was left half done"
+    assert promised in pair.stderr() and ("type the same command again" in pair.stderr()) == bool(left)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see when the import begins")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peru_cli.checkpoints.local.atomic import PartialFile
+from peru_cli.console import console
 
 _SYNC_SECONDS = 5.0  # at most this much work is done again after a power failure
 
@@ -105,13 +106,15 @@ class Journal:
     def close(self) -> None:
         """Leave it for the next run."""
         if self._fd >= 0:
+            console.unfinished.append(self._path)
             os.close(self._fd)
             self._fd = -1
 
     def remove(self) -> None:
         """The output is finished, or given up."""
         if self._fd >= 0:
-            self.close()
+            os.close(self._fd)
+            self._fd = -1
             self._path.unlink(missing_ok=True)
 
 
