@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,8 @@ import typer
 from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.merge import recipe as recipes
+from peru_cli.merge.given import Given, build_by_tensor, default_of, first_parameters, shown
 from peru_cli.merge.options import given_values, parse_search, with_method_options
 from peru_cli.methods.table import METHODS, Method, effective_values, find_method
 from peru_cli.publish.command import destination, publish
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peru_cli.merge.data import Looked
     from peru_cli.merge.output import Recipe
     from peru_cli.merge.plan import MergePlan
+    from peru_cli.methods.parameters import Value
 
 
 def _list_methods(value: bool) -> None:
@@ -37,15 +38,20 @@ def _list_methods(value: bool) -> None:
 
 def merge(
     models: Annotated[
-        list[str], typer.Argument(metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts; or one recipe.yml.", show_default=False
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="A folder, or a single file.safetensors.")],
     method: Annotated[
-        str, typer.Option("--method", "-m", metavar="METHOD", help=f"{', '.join(METHODS)}. See --list-methods.", show_default=False)
-    ],
+        Optional[str],
+        typer.Option("--method", "-m", metavar="METHOD", help=f"{', '.join(METHODS)}. See --list-methods.", show_default=False),
+    ] = None,
     base: options.OptionalBase = None,
     weight: Annotated[
-        Optional[list[str]], typer.Option("--weight", "-w", metavar="TASK=W", help="A task's weight, 1 if not given. Repeat it.")
+        Optional[list[str]],
+        typer.Option("--weight", "-w", metavar="TASK=W", help="A task's weight, 1 if not given; a='mlp:0.7,0.3' by tensor. Repeat it."),
     ] = None,
     data: Annotated[
         Optional[list[str]],
@@ -77,6 +83,7 @@ def merge(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name for the model card, e.g. org/name.")
     ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a recipe with keys that have no effect, instead of a warning.")] = False,
     list_methods: Annotated[
         bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
     ] = False,
@@ -105,20 +112,45 @@ def merge(
 
     peru merge a=MODEL b=MODEL --base BASE -o fft/ --method ties --compress 5%
 
+    peru merge recipe.yml -o merged/ --dry-run
+
     peru merge a=MODEL b=MODEL --base BASE -o m/ --method fisher --data a=a.jsonl --data b=b.jsonl --stats stats/
 
     peru merge a=MODEL b=MODEL --base BASE -o m/ --method ties --search scale=0:1:0.05 --data a=a.jsonl --data b=b.jsonl
 
     A merge that was killed goes on where it was when the same command is typed again; --force starts afresh.
     """
+    given, varied = given_values(typed)
+    if len(models) == 1 and recipes.is_recipe(models[0]):
+        _refuse_beside_a_recipe(given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress)
+        from peru_cli.merge.recipe.plan import Wanted
+        from peru_cli.merge.recipe.run import Asked, merge_recipe
+
+        options.check_base_id(base_id)
+        place = destination(push, private, revision, commit_message, force, output)
+        words = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
+        words += [*(["--config", config] if config else []), *(["--dtype", dtype] if dtype else [])]
+        asked = Asked(
+            output, options.parse_dtype(dtype) if dtype is not None else None, Wanted(per_task, merge_heads, config),
+            options.parse_size(max_shard_size, "--max-shard-size"), tuple(words), strict, force, dry_run, not no_sync, device, threads,
+            tile_entries,
+        )  # fmt: skip
+        summary = merge_recipe(models[0], asked)
+        console.result(summary if dry_run else summary | publish(place, [Path(output)], "merge"))
+        return
+    if method is None:
+        raise UsageError("no --method is given", "name one of --list-methods, or a recipe: peru merge recipe.yml -o merged/")
+    if strict:
+        raise UsageError("--strict is for recipes", "leave it out")
     chosen = find_method(method)
-    given = given_values(typed)
     samples = given.get("max-samples")
     if search is not None and "max-samples" not in chosen.options:
         given.pop("max-samples", None)  # the search looks at data, the method does not
     if weight and "weight" not in chosen.options:
         effective_values(chosen, {"weight": 1.0})
+    varied.add("weight", weight or [])
     values = effective_values(chosen, given)
+    _check_varied(varied, chosen, search, given, values)
     searched = parse_search(search, chosen, given) if search is not None else None
     if searched is not None:
         values[searched.option] = searched.points[0]
@@ -152,8 +184,8 @@ def merge(
         raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
     if config is not None and config not in (names if base is None else (*names, "base")):
         raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {', '.join(names)}{' or base' if base else ''}")
-    weights = _weights(weight or [], names)
-    parameters = Parameters(names, weights, values, has_base=base is not None)
+    varied.check_tasks(names)
+    parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=base is not None))
     rule = chosen.build(parameters)
     target = Path(output)
     as_file = target.suffix == ".safetensors"
@@ -167,6 +199,8 @@ def merge(
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, config=config))
+    if varied.by_tensor:
+        rule = build_by_tensor(chosen, varied, parameters, [slot.info.name for slot in plan.slots])
     check_trims(plan, rule)
     check_memory(plan, rule)
     if as_file and any(plan.heads.values()):
@@ -183,9 +217,11 @@ def merge(
     if chosen.statistics is not None:
         extra += [word for text in seen for word in ("--data", text)]
     base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
+    typed_values, typed_weights, own = shown(varied, values, parameters.weights, names)
+    has_weights = "weight" in chosen.options
     recipe = out.Recipe(
-        method, chosen.paper, names, weights if "weight" in chosen.options else None, values, base_name, tuple(extra), shard_bytes
-    )  # fmt: skip
+        method, chosen.paper, names, typed_weights if has_weights else None, typed_values, base_name, tuple(extra), shard_bytes, own=own
+    )
     if searched is not None:
         first = f", the first {samples} examples of each" if samples is not None else ""
         recipe = replace(recipe, searched=f"{searched.option}, the best of {searched.text} on {', '.join(seen)}{first}")
@@ -236,6 +272,13 @@ def merge(
     console.result(summary | publish(place, [target], "merge"))
 
 
+def _refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
+    """UsageError for options that say what a recipe says itself."""
+    both = [f"--{name}" for name, value in (given | others).items() if value is not None]
+    if both:
+        raise UsageError(f"{', '.join(both)} and a recipe both say how to merge", "write it into the recipe, or name the models instead")
+
+
 def _print_curve(looked: Looked, names: tuple[str, ...]) -> None:
     """The searched values with accuracies in %, the best one marked."""
     from peru_cli.merge.output import show
@@ -248,20 +291,18 @@ def _print_curve(looked: Looked, names: tuple[str, ...]) -> None:
     console.table([looked.searched, *(f">{name}" for name in names), ">normalised", ""], rows)
 
 
-def _weights(given: list[str], names: tuple[str, ...]) -> tuple[float, ...]:
-    weights = dict.fromkeys(names, 1.0)
-    seen = set()
-    for text in given:
-        task, _, number = text.partition("=")
-        if task not in weights:
-            raise UsageError(f"--weight {text}: no model is called {task!r}", f"write TASK=W; the tasks are {', '.join(names)}")
-        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", number, re.IGNORECASE) or not math.isfinite(float(number)):
-            raise UsageError(f"--weight {text}: {number!r} is not a number", "write it as --weight a=0.7")
-        if task in seen:
-            raise UsageError(f"--weight is given twice for {task}")
-        seen.add(task)
-        weights[task] = float(number)
-    return tuple(weights.values())
+def _check_varied(varied: Given, method: Method, search: Optional[str], given: dict[str, Value], values: dict[str, Value]) -> None:
+    """UsageError for values by tensor where one is needed; a share that differs by tensor is taken in each tensor."""
+    several = [f"--{name}" for name in varied.by_tensor]
+    if several and (method.statistics is not None or search is not None):
+        what = "--search" if search is not None else method.name
+        raise UsageError(f"{what} takes one value for all tensors, and {', '.join(several)} has several", "write one number")
+    if set(varied.by_tensor) & {"keep", "gamma"} and values.get("scope") == "global":
+        if "scope" in given:
+            raise UsageError("a share of the whole task vector cannot differ by tensor", "leave --scope out, or say --scope tensor")
+        values["scope"] = "tensor"
+    for name in varied.of_single_tasks:
+        values[name] = default_of(method, name)
 
 
 def _say(plan: MergePlan, recipe: Recipe, method: Method, base: Optional[Checkpoint], tasks: list[tuple[str, Checkpoint]]) -> None:

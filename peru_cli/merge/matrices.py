@@ -113,7 +113,7 @@ class _Panel(Matrices):
 
     def __getitem__(self, task: int) -> Host:
         info, kept = self._slot.inputs[task], self._slot.base
-        fine = self._read(self._plan.vectors[task].fine, info)
+        fine = self._read(self._plan.vectors[self._slot.task(task)].fine, info)
         out = np.empty(len(fine), self._kind)
         room = np.empty(min(_PART, len(fine)), self._kind)
         for at in range(0, len(fine), _PART):
@@ -132,7 +132,7 @@ class _Panel(Matrices):
         wrong = np.flatnonzero(~np.isfinite(part))
         if len(wrong):
             entry = self.first * self.columns + at + int(wrong[0])
-            label = self._plan.vectors[task].fine.label
+            label = self._plan.vectors[self._slot.task(task)].fine.label
             against = ", or the base is" if self._vectors else ""
             raise BadFile(
                 f"{label}: {self.name!r} is NaN or infinite at entry {entry:,}{against}",
@@ -167,7 +167,7 @@ class MergeMatrices:
         if any(rule.on_vectors for rule in self._rules) and self._plan.base is not None:
             yield self._plan.base, lambda tensor: slots[tensor].base
         for task, vector in enumerate(self._plan.vectors):
-            yield vector.fine, partial(lambda number, tensor: slots[tensor].inputs[number], task)
+            yield vector.fine, partial(lambda number, tensor: slots[tensor].of(number), task)
 
     def apply(self, tile: Tile, buffers: None) -> None:
         slot, rule = self._plan.slots[self._slots[tile.tensor]], self._rules[tile.tensor]

@@ -15,6 +15,7 @@ import typer
 
 from peru_cli import options
 from peru_cli.errors import UsageError
+from peru_cli.merge.given import BY_TASK, BY_TENSOR, Given
 from peru_cli.methods.table import FLAGS, Flag, Method, flag_help
 
 if TYPE_CHECKING:
@@ -45,27 +46,35 @@ def with_method_options(command: Callable[..., None], after: str) -> Callable[..
 
 
 def _parameter(name: str, flag: Flag) -> inspect.Parameter:
-    kind: Any = str if flag.kind is Fraction else flag.kind
+    kind: Any = list[str] if name in BY_TASK else str if name in BY_TENSOR else flag.kind
     option = f"--{name}/--no-{name}" if flag.kind is bool else f"--{name}"
     names = [option, *([flag.short] if flag.short else [])]
-    declared = typer.Option(*names, metavar=flag.metavar or None, min=flag.least, help=flag_help(name), show_default=False)
+    declared = typer.Option(
+        *names, metavar=flag.metavar or None, min=None if name in BY_TENSOR else flag.least, help=flag_help(name), show_default=False
+    )
     annotation = Annotated[Optional[kind], declared]
     return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
 
 
-def given_values(typed: Mapping[str, Any]) -> dict[str, Value]:
-    """What was typed, by the option's name; UsageError for numbers and shares that are none."""
+def given_values(typed: Mapping[str, Any]) -> tuple[dict[str, Value], Given]:
+    """What was typed, by the option's name, and what varies by task or tensor; UsageError for numbers and shares that are none."""
     found: dict[str, Value] = {}
+    varied = Given()
     for name, flag in FLAGS.items():
         value = typed[name.replace("-", "_")]
         if value is None:
+            continue
+        if name in BY_TENSOR:
+            varied.add(name, value if name in BY_TASK else [value], name in BY_TASK)
             continue
         if flag.kind is Fraction:
             value = options.parse_density(value, f"--{name}")
         elif flag.kind is float and not math.isfinite(value):
             raise UsageError(f"--{name} {value} is not a finite number")
         found[name] = value
-    return found
+    for name in varied.settings:
+        found[name] = varied.first(name)
+    return found, varied
 
 
 @dataclass(frozen=True)

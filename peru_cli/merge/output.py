@@ -36,6 +36,7 @@ from peru_cli.version import __version__
 
 _PIECE = 16 * CHUNK
 _KEY = ".peru-merge-key"
+RECIPE_FILE = "mergekit_config.yml"
 
 Note = Callable[[str], None]
 
@@ -47,13 +48,15 @@ class Recipe:
     method: str
     paper: str
     tasks: tuple[str, ...]
-    weights: tuple[float, ...] | None  # None where the method has none
+    weights: tuple[Value, ...] | None  # None where the method has none; text where they differ by tensor
     values: dict[str, Value]
     base_name: str | None
     extra: tuple[str, ...] = ()  # further options of the command line, as words
     max_shard_bytes: int = 5 * 10**9
     statistics: tuple[str, ...] = ()  # keys of what methods with data collected, by task
     searched: str = ""  # which option's value was chosen, out of which, on what
+    own: tuple[tuple[str, str, str], ...] = ()  # options of single tasks: option, task, value
+    document: str = ""  # the text of the recipe file that was merged, if it was one
 
     def words(self) -> dict[str, str]:
         """Effective options as they would be typed."""
@@ -62,10 +65,12 @@ class Recipe:
             shown[name] = ("yes" if value else "no") if isinstance(value, bool) else show(value)
         if self.weights is not None:
             shown |= {f"weight {task}": show(weight) for task, weight in zip(self.tasks, self.weights, strict=True)}
-        return shown
+        return shown | {f"{option} {task}": text for option, task, text in self.own}
 
     def command(self) -> str:
         """The command line, every option spelled out, local paths reduced to the tasks' names."""
+        if self.document:
+            return shlex.join(["peru", "merge", RECIPE_FILE, "-o", "merged/", *self.extra])
         parts = ["peru", "merge", *self.tasks, *(["--base", self.base_name] if self.base_name else [])]
         parts += ["-o", "merged/", "--method", self.method]
         for name, value in self.values.items():
@@ -73,6 +78,7 @@ class Recipe:
         if self.weights is not None:
             for task, weight in zip(self.tasks, self.weights, strict=True):
                 parts += ["--weight", f"{task}={show(weight)}"]
+        parts += [word for option, task, text in self.own for word in (f"--{option}", f"{task}={text}")]
         return shlex.join([*parts, *self.extra])
 
     def metadata(self) -> dict[str, str]:
@@ -102,12 +108,13 @@ class Recipe:
             )
         named = [f"- {task}: {link(name)}" for task, name in zip(self.tasks, models, strict=True) if name is not None]
         options = [f"| {name} | {value} |" for name, value in self.words().items()]
+        written = ["```yaml", self.document.rstrip(), "```", ""] if self.document else []
         chosen = [f"Chosen by accuracy: {self.searched}.", ""] if self.searched else []
         body = [
             "# Merged model", "",
             f"Merged by {PERU} with the method [{self.method}]({self.paper}) out of {', '.join(self.tasks)}.", *held, "",
             *([f"Base: {link(self.base_name)}", "", *named, ""] if self.base_name and hub_repo(self.base_name) else named),
-            "```sh", self.command(), "```", "", *chosen, "| option | value |", "| --- | --- |", *options, "",
+            "```sh", self.command(), "```", "", *written, *chosen, "| option | value |", "| --- | --- |", *options, "",
         ]  # fmt: skip
         return "\n".join(head + body)
 
@@ -139,7 +146,8 @@ def resume_key(plan: MergePlan, recipe: Recipe) -> str:
         __version__, recipe.command(), recipe.statistics, recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
         [vector.fine.identity() for vector in plan.vectors],
         [(t.name, t.dtype.name, t.shape) for t in plan.outputs],
-        {task: [t.name for t in heads] for task, heads in plan.heads.items()},
+        {task: [t.name for t in heads] for task, heads in plan.heads.items()}, recipe.document,
+        {name: hashlib.sha256(content).hexdigest() for name, content in sorted(plan.overrides.items())},
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -149,6 +157,7 @@ def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
     contents = {name: path.read_bytes() for name, path in plan.reference.side_files.items()}
     if plan.config is not None and (chosen := plan.config.side_files.get("config.json")) is not None:
         contents["config.json"] = chosen.read_bytes()
+    contents |= plan.overrides
     if dtype is not None and "config.json" in contents:
         contents["config.json"] = config_with_dtype(contents["config.json"], dtype)
     return contents
@@ -166,6 +175,8 @@ def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, h
     """The merge as a folder that transformers loads, with heads/TASK.safetensors and README.md."""
     contents = side_files(plan, plan.dtype)
     contents["README.md"] = recipe.card(plan, list(contents)).encode()
+    if recipe.document:
+        contents[RECIPE_FILE] = recipe.document.encode()
     key = resume_key(plan, recipe)
     shards, sync = recipe.max_shard_bytes, where.sync
     with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh) as writer:

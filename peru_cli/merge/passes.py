@@ -74,8 +74,8 @@ class MergeBuffers:
         self.uncast: list[Array] = []  # the base in each task's dtype
 
 
-def _input(slots: Sequence[Slot], task: int, tensor: int) -> TensorInfo:
-    return slots[tensor].inputs[task]
+def _input(slots: Sequence[Slot], task: int, tensor: int) -> TensorInfo | None:
+    return slots[tensor].of(task)
 
 
 class _Walk:
@@ -131,8 +131,8 @@ class _Walk:
             _, room.base_bits = read_bits(self._plan.base, slot.base, tile, room.base)
             n = len(room.base_bits)
             room.base_weights = self._xp.widen(room.base_bits, slot.base.dtype, room.scratch("base", n))
-        for vector, info, buffer in zip(self._plan.vectors, slot.inputs, room.inputs, strict=True):
-            room.bits.append(read_bits(vector.fine, info, tile, buffer)[1])
+        for number, info in enumerate(slot.inputs):
+            room.bits.append(read_bits(self._plan.vectors[slot.task(number)].fine, info, tile, room.inputs[number])[1])
             if self._reads_base:
                 room.uncast.append(cast_bits(self._xp, room.base_bits, slot.base.dtype, info.dtype))
         if not self._rule.trims:
@@ -156,9 +156,10 @@ class _Walk:
         xp, vector = self._xp, self._input(slot, number, room, f"input{number}")
         keys = xp.view(xp.absolute(vector, out=room.scratch("keys", len(vector))), "i8" if self._kind == "f8" else "i4")
         result = []
-        for trim, quotas in zip(self._decided.thresholds, self._quotas[number], strict=True):
-            group = self.slot_number(tile) if len(trim[number]) > 1 else 0
-            threshold = trim[number][group]
+        task = slot.task(number)
+        for trim, quotas in zip(self._decided.thresholds, self._quotas[task], strict=True):
+            group = self.slot_number(tile) if len(trim[task]) > 1 else 0
+            threshold = trim[task][group]
             if threshold.keeps_all:
                 result.append(Trimmed(None, None, 0))
             elif not quotas[group]:  # once no equals may be taken any more, that stays so
@@ -174,7 +175,8 @@ class _Walk:
         if tile.start == 0 and result:
             self._begin(number)
         flags: list[list[Array | None]] = []
-        for task, trims in enumerate(result):
+        for input_number, trims in enumerate(result):
+            task = self._plan.slots[number].task(input_number)
             flags.append([])
             for index, trim in enumerate(trims):
                 quotas = self._quotas[task][index]
@@ -183,11 +185,11 @@ class _Walk:
                 quotas[group] -= taken
                 self._equals[number][task][index] += trim.equals
                 if trim.at_least is not None and taken == trim.equals:
-                    flags[task].append(trim.at_least)
+                    flags[-1].append(trim.at_least)
                 elif trim.at_least is None or not taken:
-                    flags[task].append(trim.above)
+                    flags[-1].append(trim.above)
                 else:
-                    flags[task].append(self._first_equals(trim, taken))
+                    flags[-1].append(self._first_equals(trim, taken))
         return flags
 
     def _first_equals(self, trim: Trimmed, quota: int) -> Array:
@@ -215,7 +217,7 @@ class _Walk:
 
         base = room.base_weights if self._reads_base else None
         return RuleInput(
-            slot.info.name, number, tile.start, n, len(self._plan.vectors), self._xp, base, inputs,
+            slot.info.name, number, tile.start, n, len(slot.inputs), self._xp, base, inputs,
             lambda task, index: flags[task][index], room.scratch, slot.info.shape, self._decided.majority,
         )  # fmt: skip
 
@@ -250,17 +252,19 @@ class Products(_Walk):
             if not all(map(math.isfinite, found[task][task])):
                 finite = np.isfinite(value)
                 entry = f"entry {tile.start + int(np.flatnonzero(~finite)[0]):,}" if not finite.all() else "some entry, squared"
-                raise BadFile(f"{self._plan.vectors[task].fine.label}: {view.name!r} is NaN or infinite at {entry}", "repair the model")
+                fine = self._plan.vectors[self._plan.slots[view.slot].task(task)].fine
+                raise BadFile(f"{fine.label}: {view.name!r} is NaN or infinite at {entry}", "repair the model")
         with self._lock:
             self._chunks[self.slot_number(tile)][tile.start] = found
 
     def tables(self) -> dict[int, list[list[float]]]:
-        """For each slot a table (tasks, tasks)."""
-        tasks = range(len(self._plan.vectors))
-        return {
-            number: [[_in_order(value for _, found in sorted(tiles.items()) for value in found[i][j]) for j in tasks] for i in tasks]
-            for number, tiles in self._chunks.items()
-        }
+        """For each slot a table (tasks, tasks) of those that have it."""
+        tables = {}
+        for number, tiles in self._chunks.items():
+            tasks = range(len(self._plan.slots[number].inputs))
+            ordered = [found for _, found in sorted(tiles.items())]
+            tables[number] = [[_in_order(value for found in ordered for value in found[i][j]) for j in tasks] for i in tasks]
+        return tables
 
 
 def _in_order(values: Any) -> float:
@@ -310,7 +314,8 @@ class Merge(_Walk):
         """Entries that are not finite and the same in all inputs stay (masks of -inf); any other is an error."""
         dtype, download = slot.info.dtype, self._xp.download
         at = np.flatnonzero((bits & ((1 << (dtype.bits - 1)) - 1)) >= infinity(dtype))
-        found = [(v.fine, i.dtype, download(b)[at]) for v, i, b in zip(self._plan.vectors, slot.inputs, room.bits, strict=True)]
+        fines = [self._plan.vectors[slot.task(number)].fine for number in range(len(slot.inputs))]
+        found = [(fine, i.dtype, download(b)[at]) for fine, i, b in zip(fines, slot.inputs, room.bits, strict=True)]
         if self._reads_base:
             same = [b == download(uncast)[at] for (_, _, b), uncast in zip(found, room.uncast, strict=True)]
             value, source = download(room.base_bits)[at], slot.base.dtype

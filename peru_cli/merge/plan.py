@@ -37,15 +37,30 @@ class Options:
     dtype: Dtype | None = None
     verb: str = "merged"  # what messages say of the models
     config: str | None = None  # whose config.json is written: a task's, or "base"; without it, configs must compute the same
+    absent: frozenset[tuple[str, str]] = frozenset()  # task and reference's tensor: by design it is not among those merged
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One merged tensor: what is written, what each task has, what the base has."""
+    """One merged tensor: what is written, what each task has, what the base has.
+
+    `tasks` are the numbers of the tasks that the inputs are of; None: of all of them.
+    """
 
     info: TensorInfo
     inputs: tuple[TensorInfo, ...]
     base: TensorInfo
+    tasks: tuple[int, ...] | None = None
+
+    def task(self, number: int) -> int:
+        """Which task the input of a number is of."""
+        return number if self.tasks is None else self.tasks[number]
+
+    def of(self, task: int) -> TensorInfo | None:
+        """A task's tensor; None if it is not among the inputs."""
+        if self.tasks is None:
+            return self.inputs[task]
+        return self.inputs[self.tasks.index(task)] if task in self.tasks else None
 
 
 @dataclass
@@ -63,6 +78,7 @@ class MergePlan:
     same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
     warnings: list[str] = field(default_factory=list)
     heads: dict[str, list[TensorInfo]] = field(default_factory=dict)  # by task
+    overrides: dict[str, bytes] = field(default_factory=dict)  # side files that are not the reference's
 
     @property
     def entries(self) -> int:
@@ -172,8 +188,7 @@ class _Planner:
                     plan.heads[task].append(pair.fine)
                 if plan.base is not None:
                     plan.copied.append(plan.reference.tensors[name])
-            elif len(found) < len(self._models):
-                lacking = ", ".join(task for task in self._models if task not in found)
+            elif lacking := ", ".join(task for task in self._models if task not in found and (task, name) not in self._options.absent):
                 self.problems.append(f"{name}: in {', '.join(found)}, not in {lacking}{self._keep(name)}")
             else:
                 self._tensor(plan.reference.tensors[name], found)
@@ -224,8 +239,10 @@ class _Planner:
             return
         infos = [pair.fine for pair in found.values()]
         kinds = {info.dtype.compressible for info in [*infos, base]}
+        numbers = tuple(number for number, task in enumerate(self._models) if task in found)
+        tasks = numbers if len(numbers) < len(self._models) else None
         if kinds == {True} and is_statistic(name):
-            plan.averaged.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base))
+            plan.averaged.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
         elif kinds == {True} and is_buffer(base):
             plan.copied.append(base)
             plan.same += list(found.values())
@@ -234,7 +251,7 @@ class _Planner:
             if len(set(given.values())) > 1 and self._options.dtype is None:
                 text = "dtypes differ: " + ", ".join(f"{task} {dtype}" for task, dtype in given.items())
                 self._dtypes.setdefault(text, []).append(name)
-            plan.slots.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base))
+            plan.slots.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
         elif len(kinds) == 2 or len({info.dtype.name for info in [*infos, base]}) > 1:
             dtypes = ", ".join(f"{task} {pair.fine.dtype.name}" for task, pair in found.items())
             self.problems.append(f"{name}: {dtypes}, {plan.reference.label} {base.dtype.name} cannot be merged{self._keep(name)}")

@@ -30,10 +30,14 @@ DEFAULT_TILE = 1 << 18  # entries; smaller tiles fit caches better, but threads 
 
 def check_trims(plan: MergePlan, rule: Rule) -> None:
     """Refuse a density that keeps nothing; UsageError."""
-    sizes = [plan.entries] if rule.scope == "global" else [slot.info.entries for slot in plan.slots]
-    for task, vector in enumerate(plan.vectors):
-        if rule.trims and not any(rule.keeps(0, task, n, slot) for slot, n in enumerate(sizes)):
-            raise UsageError(f"--keep keeps nothing of {vector.name}: less than one of {max(sizes, default=0):,} entries", "keep more")
+    for task, vector in enumerate(plan.vectors if rule.trims else ()):
+        sizes = {0: plan.entries}
+        if rule.scope == "tensor":
+            sizes = {number: slot.info.entries for number, slot in enumerate(plan.slots) if slot.of(task) is not None}
+        if not any(_keeps(plan, rule, 0, task, n, slot) for slot, n in sizes.items()):
+            raise UsageError(
+                f"--keep keeps nothing of {vector.name}: less than one of {max(sizes.values(), default=0):,} entries", "keep more"
+            )
 
 
 def merge(
@@ -84,7 +88,7 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
         assert plan.base is not None
         # These passes hold one task's tile at a time, the others all of them.
         family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)))
-        decided.thresholds = [_thresholds(family, rule, index, journal) for index in range(len(rule.trims))]
+        decided.thresholds = [_thresholds(plan, family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
     if rule.wants_signs:
         note("counting signs")
@@ -99,14 +103,21 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
     return decided
 
 
-def _thresholds(family: Family, rule: Rule, index: int, journal: Journal | None) -> list[list[Threshold]]:
+def _keeps(plan: MergePlan, rule: Rule, trim: int, task: int, n: int, slot: int) -> int:
+    """What a trim leaves a task, whose number among a tensor's inputs may be another than among all tasks."""
+    tasks = plan.slots[slot].tasks if rule.scope == "tensor" else None
+    return rule.keeps(trim, task if tasks is None else tasks.index(task), n, slot)
+
+
+def _thresholds(plan: MergePlan, family: Family, rule: Rule, index: int, journal: Journal | None) -> list[list[Threshold]]:
     """For each task its threshold over everything, or one for each slot."""
     numbers = range(len(family.tasks))
     groups = [range(len(family.slots))] if rule.scope == "global" else [range(i, i + 1) for i in range(len(family.slots))]
     found: list[list[Threshold]] = [[] for _ in numbers]
     for group in groups:
         n = sum(family.slots[i].entries for i in group)
-        kept = {number: rule.keeps(index, number, n, group.start) for number in numbers}
+        there = [number for number in numbers if any(family.slots[i].name in family.tasks[number].pairs for i in group)]
+        kept = {number: _keeps(plan, rule, index, number, n, group.start) for number in there}
         log = ThresholdJournal(journal, f"trim {index} group {group.start}", family.ranged) if journal is not None else None
         trimmed = {number: k for number, k in kept.items() if k < n}
         thresholds = find_thresholds(family, group, trimmed, log) if trimmed else {}
@@ -125,9 +136,11 @@ def _average(plan: MergePlan, rule: Rule, writer: CheckpointWriter) -> None:
     shares = given if min(given) >= 0 and sum(given) > 0 else (1.0,) * len(plan.vectors)
     for slot in plan.averaged:
         total = np.zeros(slot.info.entries)
-        for share, info, vector in zip(shares, slot.inputs, plan.vectors, strict=True):
-            bits = np.frombuffer(vector.fine.read(info.name), BITS[info.dtype.bits])
-            total += share / sum(shares) * cast_bits(CPU, bits, info.dtype, BY_NAME["F64"]).view(np.float64)
+        tasks = [slot.task(number) for number in range(len(slot.inputs))]
+        own = [shares[task] for task in tasks] if len(shares) == len(plan.vectors) else [1.0] * len(tasks)
+        for share, info, task in zip(own, slot.inputs, tasks, strict=True):
+            bits = np.frombuffer(plan.vectors[task].fine.read(info.name), BITS[info.dtype.bits])
+            total += share / sum(own) * cast_bits(CPU, bits, info.dtype, BY_NAME["F64"]).view(np.float64)
         writer.write(slot.info.name, 0, cast_bits(CPU, total.view(np.int64), BY_NAME["F64"], slot.info.dtype).data.cast("B"))
 
 

@@ -24,7 +24,12 @@ class Breadcrumbs(Rule):
         outliers = [min(parameters.share("gamma", task), 1 - kept[task]) for task in tasks]
         large = [keep + out for keep, out in zip(kept, outliers, strict=True)]
         self.trims = (large, outliers) if any(outliers) else (large,)
+        self._kept = kept
         self.scope = parameters.text("scope")
+
+    def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
+        kept, outliers = int(self._kept[task] * n), int(self.parameters.share("gamma", task) * n)
+        return min(kept + outliers, n) if trim == 0 else min(outliers, n - kept)
 
     def _part(self, tile: RuleInput, number: int) -> Array:
         """What stays of a task's vector, weighted; (n,)."""

@@ -88,6 +88,10 @@ class Ties(Rule):
         self.scope = parameters.text("scope")
         self.wants_signs = self._variant == "authors" and len(parameters.tasks) > 1
 
+    def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
+        kept = super().keeps(trim, task, n, slot)
+        return max(kept, 1) if self._variant == "mergekit" and self.trims[0][task] else kept
+
     def _trimmed(self, tile: RuleInput) -> list[Array]:
         plain = self._variant == "peft"
         entries = [masked(tile.inputs(number), tile.kept(number, 0), tile) for number in range(tile.tasks)]

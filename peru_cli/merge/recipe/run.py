@@ -1,0 +1,211 @@
+"""`peru merge recipe.yml`: read it, settle all of it from headers, merge its documents one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.local import atomic
+from peru_cli.checkpoints.local.checkpoint import open_directory
+from peru_cli.checkpoints.places import is_on_hub, locate, size_of, why_not_here
+from peru_cli.checkpoints.resolve import default_task
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import console, plural, si_bytes
+from peru_cli.errors import BadFile, UsageError
+from peru_cli.finetunes.verify import verify_expanded
+from peru_cli.merge import output as out
+from peru_cli.merge.plan import check_same
+from peru_cli.merge.recipe.document import MAX_BYTES, Complaints, read_documents
+from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, plan_stage, read_all
+from peru_cli.merge.recipe.schema import Recipe
+from peru_cli.merge.recipe.show import effective, print_plan, say
+from peru_cli.merge.run import DEFAULT_TILE, check_trims
+from peru_cli.streaming.engine import available_threads
+from peru_cli.vectors.settings import streaming
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says besides the recipe."""
+
+    output: str
+    dtype: Dtype | None
+    wanted: Wanted
+    max_shard_bytes: int
+    extra: tuple[str, ...]
+    strict: bool
+    force: bool
+    dry_run: bool
+    sync: bool
+    device: str
+    threads: int | None
+    tile_entries: int | None
+
+
+def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
+    """Merge all documents of a recipe; what `--json` says of it.
+
+    Raises UsageError with everything that is wrong in the recipe, with lines, before any tensor is read.
+    """
+    place = locate(name)
+    if not place.is_file():
+        raise UsageError(*why_not_here(name))
+    if size_of(place) > MAX_BYTES:
+        raise BadFile(f"{name} has {size_of(place):,} bytes: a recipe has at most {MAX_BYTES:,}")
+    try:
+        text = place.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{name} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+    complaints = Complaints(name, asked.strict)
+    recipes = read_all(read_documents(text, name), complaints)
+    target = Path(asked.output)
+    atomic.check_target(target, asked.force or asked.dry_run)
+    with _headers_first(recipes):
+        stages = _plan_all(recipes, asked, complaints, {})
+    for warning in complaints.warnings:
+        console.warn(f"{name}: {warning}")
+    _check(stages, target)
+    for stage in stages:
+        say(stage, name)
+    threads = asked.threads or available_threads()
+    if asked.dry_run:
+        shown = [print_plan(stage, threads, asked.tile_entries or DEFAULT_TILE) for stage in stages]
+        return {"output": str(target), "documents": shown, "warnings": complaints.warnings}
+    _Run(name, _recorded(text, name, recipes), recipes, asked, target).run()
+    last = stages[-1]
+    console.line(f"{target}: {plural(len(last.plan.outputs), 'tensor')}, {si_bytes(sum(i.nbytes for i in last.plan.outputs))}")
+    return {
+        "output": str(target), "method": last.method.name, "tasks": [task for task, _ in last.layout.tasks],
+        "merged": len(last.plan.slots), "entries": last.plan.entries, "documents": len(stages),
+        "bytes": sum(info.nbytes for info in last.plan.outputs), "warnings": complaints.warnings,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _headers_first(recipes: list[Recipe]) -> Iterator[None]:
+    """Read no more than headers while a recipe is checked: what lies on the Hub is not fetched for a recipe that cannot be merged."""
+    before = reading.stream
+    if not any(is_on_hub(model.model) for recipe in recipes for model in recipe.models()):
+        yield
+        return
+    reading.stream = True
+    try:
+        yield
+    finally:
+        reading.stream = before
+
+
+def _plan_all(recipes: list[Recipe], asked: Asked, complaints: Complaints, merged: dict[str, Checkpoint]) -> list[Stage]:
+    """All documents planned; what an earlier one will be stands in for it until it is merged."""
+    stages: list[Stage] = []
+    models = dict(merged)
+    for recipe in recipes:
+        if recipe.name in merged:
+            continue
+        stage = _plan(recipe, asked, complaints, models)
+        stages.append(stage)
+        if recipe.name is not None:
+            models[recipe.name] = Forthcoming(recipe.name, stage.plan)
+    return stages
+
+
+def _plan(recipe: Recipe, asked: Asked, complaints: Complaints, models: dict[str, Checkpoint]) -> Stage:
+    if asked.dtype is not None:
+        recipe = replace(recipe, out_dtype=asked.dtype)
+    stage = plan_stage(recipe, open_all(recipe, models, complaints), asked.wanted, complaints)
+    complaints.settle()
+    return stage
+
+
+def _check(stages: list[Stage], target: Path) -> None:
+    """What the command line's own merge checks too: something stays, it fits on the disk, a file has no heads."""
+    for stage in stages:
+        check_trims(stage.plan, stage.rule)
+    if target.suffix == ".safetensors" and any(stages[-1].plan.heads.values()):
+        raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
+    if not atomic.partial_path(target).exists():
+        atomic.check_room(target, sum(info.nbytes for stage in stages for info in stage.plan.outputs))
+
+
+def _recorded(text: str, name: str, recipes: list[Recipe]) -> str:
+    """The recipe as it is kept beside the weights: local folders by their last name only."""
+    if name.lower().endswith(".md"):
+        text = next(iter(re.findall(r"^```ya?ml[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), text)
+    names = {part for recipe in recipes for model in recipe.models() for part in (model.model, model.lora) if part is not None}
+    for path in sorted((part for part in names if Path(part).exists()), key=len, reverse=True):
+        text = text.replace(path, default_task(path))
+    return text if text.endswith("\n") else text + "\n"
+
+
+class _Run:
+    """Merges the documents, the earlier ones into a hidden folder beside the output that is removed at the end."""
+
+    def __init__(self, name: str, document: str, recipes: list[Recipe], asked: Asked, target: Path) -> None:
+        self._name, self._document, self._recipes, self._asked, self._target = name, document, recipes, asked, target
+        self._folder = target.absolute().parent / f".{target.name}.peru-documents"
+        self._merged: dict[str, Checkpoint] = {}
+
+    def run(self) -> None:
+        """See `merge_recipe`."""
+        if self._asked.force and self._folder.exists():
+            atomic.remove(self._folder)
+        for recipe in self._recipes:
+            stage = _plan(recipe, self._asked, Complaints(self._name), self._merged)
+            if recipe is self._recipes[-1]:
+                self._write(stage, self._target, self._asked.sync, self._asked.force)
+            else:
+                assert recipe.name is not None
+                self._merged[recipe.name] = self._earlier(recipe.name, stage)
+        for model in self._merged.values():
+            model.close()
+        if self._folder.exists():
+            atomic.remove(self._folder)
+
+    def _earlier(self, name: str, stage: Stage) -> Checkpoint:
+        """A document that later ones use: merged, or taken as a killed run has left it."""
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / hashlib.sha256(name.encode()).hexdigest()[:16]
+        key = out.resume_key(stage.plan, self._record(stage))
+        marker = path.with_suffix(".key")
+        if path.exists() and (not marker.is_file() or marker.read_text("ascii") != key):
+            atomic.remove(path)
+        if path.exists():
+            console.note(f"document {name}: merged by an earlier run")
+        else:
+            self._write(stage, path, False, False)
+            marker.write_text(key, "ascii")
+        opened = open_directory(path, name)
+        opened.kind = "document of this recipe"
+        return opened
+
+    def _record(self, stage: Stage) -> out.Recipe:
+        values, weights = effective(stage)
+        base = stage.layout.base
+        base_name = None
+        if base is not None and stage.plan.base is not None:
+            base_name = base.public_name or default_task(base.label)
+        tasks = tuple(name for name, _ in stage.layout.tasks)
+        return out.Recipe(
+            stage.method.name, stage.method.paper, tasks, weights, dict(values), base_name, self._asked.extra,
+            self._asked.max_shard_bytes, document=self._document,
+        )  # fmt: skip
+
+    def _write(self, stage: Stage, target: Path, sync: bool, force: bool) -> None:
+        asked, plan, rule = self._asked, stage.plan, stage.rule
+        for warning in check_same(plan):
+            console.warn(warning)
+        total = (3 if rule.trims else 1) * plan.entries
+        with (
+            console.progress(total, stage.recipe.name or "merge") as progress,
+            streaming(asked.device, asked.threads, asked.tile_entries or DEFAULT_TILE, progress.advance) as how,
+        ):
+            verify_expanded([model for _, model in stage.layout.tasks], how, progress.step)
+            where = out.Where(target, sync, force, progress.step, console.note)
+            write = out.write_file if target.suffix == ".safetensors" else out.write_directory
+            write(plan, rule, self._record(stage), where, how)

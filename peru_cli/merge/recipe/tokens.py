@@ -1,0 +1,138 @@
+"""Tokenizer and chat template of a recipe's output, as far as all inputs number their tokens alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peru_cli.checkpoints.places import Place
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.merge.recipe.document import Complaints
+from peru_cli.merge.recipe.schema import ModelName, Recipe
+
+_FILES = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges|chat_template)\.json"
+    r"|(vocab|merges|bpe\.codes)\.txt|.*\.model|.*\.tiktoken|.*\.jinja|.*\.spm"
+)
+_VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
+        "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+        "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
+    ),
+    "alpaca": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
+        "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "exaone": (
+        "{% for message in messages %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
+        "{{ '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+    ),
+}
+
+
+def check_template(recipe: Recipe, line: int, complaints: Complaints) -> None:
+    """An error for a chat template that is neither known nor Jinja."""
+    text = recipe.chat_template
+    if text is not None and text != "auto" and text not in CHAT_TEMPLATES and "{" not in text:
+        known = ", ".join(("auto", *CHAT_TEMPLATES))
+        complaints.error(line, f"chat_template {text!r} is unknown: write {known}, or a template in Jinja")
+
+
+def settle_tokens(recipe: Recipe, opened: Mapping[ModelName, Checkpoint], donor: Checkpoint, complaints: Complaints) -> dict[str, bytes]:
+    """Side files that are not the donor's own. Errors for what needs other rows than the inputs have."""
+    changed: dict[str, bytes] = {}
+    wanted = recipe.tokenizer
+    if wanted is not None:
+        source = donor
+        if wanted.source == "base" and recipe.base is None:
+            complaints.error(wanted.line, "the tokenizer is to be the base's, and there is no base_model")
+        elif wanted.source not in ("union", "base"):
+            found = next((model for name, model in opened.items() if str(name) == wanted.source), None)
+            if found is None:
+                complaints.error(wanted.line, f"the tokenizer's source {wanted.source!r} is none of the models of this recipe")
+            source = found or donor
+        others = [model for model in opened.values() if (theirs := vocabulary(model)) is not None and theirs != vocabulary(source)]
+        if others:
+            names = ", ".join(model.label for model in others[:3])
+            complaints.error(
+                wanted.line,
+                f"the tokens of {names} are numbered otherwise than those of {source.label}: this tokenizer needs rows to be moved, which "
+                "recipes cannot do yet",
+            )
+        if wanted.tokens:
+            complaints.error(wanted.line, "tokenizer.tokens needs rows to be moved, which recipes cannot do yet")
+        rows = donor.config().get("vocab_size")
+        if wanted.pad_to_multiple_of is not None and not (isinstance(rows, int) and rows % wanted.pad_to_multiple_of == 0):
+            complaints.error(
+                wanted.line, f"pad_to_multiple_of {wanted.pad_to_multiple_of}: {rows} rows are none, and recipes cannot add any yet"
+            )
+        if source is not donor:
+            changed |= {name: place.read_bytes() for name, place in source.side_files.items() if _FILES.fullmatch(name)}
+    if recipe.chat_template is not None:
+        text = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
+        if recipe.chat_template == "auto":
+            text = _most_frequent([template for model in opened.values() if (template := chat_template(model))])
+        if text:
+            changed[TEMPLATE] = text.encode()
+            config = changed.get("tokenizer_config.json") or _bytes(donor, "tokenizer_config.json")
+            if config is not None and "chat_template" in (table := _table(config)):
+                del table["chat_template"]
+                changed["tokenizer_config.json"] = (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
+def _most_frequent(templates: Sequence[str]) -> str:
+    counted = Counter(templates)  # in the order of their first appearance
+    return max(counted, key=lambda template: counted[template], default="")
+
+
+def _bytes(model: Checkpoint, name: str) -> bytes | None:
+    place: Place | None = model.side_files.get(name)
+    return place.read_bytes() if place is not None else None
+
+
+def _table(content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def chat_template(model: Checkpoint) -> str | None:
+    """A model's chat template; None if it has none."""
+    if (own := _bytes(model, TEMPLATE)) is not None:
+        return own.decode("utf-8", "replace")
+    found = _table(_bytes(model, "tokenizer_config.json") or b"{}").get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def vocabulary(model: Checkpoint) -> object:
+    """What tells two vocabularies apart: token by number, added ones too; None for a model without a tokenizer."""
+    content = _bytes(model, "tokenizer.json")
+    if content is None:
+        return next((found for name in _VOCABULARIES if (found := _bytes(model, name)) is not None), None)
+    table = _table(content)
+    inner = table.get("model")
+    tokens = inner.get("vocab") if isinstance(inner, dict) else None
+    added = table.get("added_tokens")
+    listed = [(token.get("id"), token.get("content")) for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return tokens, listed
