@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-import traceback
 from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
+from peru_cli import shown
 from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.local import inputs
 from peru_cli.console import console
 from peru_cli.demo import command as demo
-from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, from_os_error
+from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, ReportLost, UsageError, from_os_error
 from peru_cli.evaluate import command as eval
 from peru_cli.inspect import command as inspect
 from peru_cli.lora import command as svd_lora
@@ -72,6 +74,11 @@ def run(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _terminate)
     reading.reset()
     console.unfinished.clear()
+    with inputs.watching() as watch:
+        return _run(arguments, watch)
+
+
+def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
     try:
         code = app(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:
@@ -82,10 +89,31 @@ def run(arguments: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`peru ... | head`). Point stdout elsewhere, or Python complains while exiting.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
+        return EXIT_FAILED
+    except ReportLost as error:
+        _silence()
+        done = f"wrote {shown.listed(map(str, watch.written))}, but the" if watch.written else "the"
+        console.error(f"{done} report could not be written to standard output: {error.message}")
         return EXIT_FAILED
     except Exception as error:
-        return _report(error)
+        return _report(_deeper(error))
+
+
+def _deeper(error: Exception) -> Exception:
+    """Whatever failed while an input changed failed because of that: what it says of weights and digests would mislead."""
+    if isinstance(error, (PeruError, OSError)) and not isinstance(error, UsageError):
+        try:
+            inputs.unchanged()
+        except PeruError as changed:
+            return changed
+    return error
+
+
+def _silence() -> None:
+    """Let go of what standard output does not take, or Python tries once more while exiting."""
+    with contextlib.suppress(OSError, ValueError):  # where it has no descriptor, nothing is left to be done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _left() -> str:
@@ -115,7 +143,7 @@ def _usage(error: Any) -> str:
 
 def _report(error: Exception) -> int:
     if _debug:
-        traceback.print_exception(error)
+        console.trace(error)
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, TyperException):

@@ -8,10 +8,14 @@ import os
 import shutil
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from peru_cli import shown
+from peru_cli.errors import ReportLost
 
 
 class Console:
@@ -26,46 +30,57 @@ class Console:
     def note(self, text: str) -> None:
         """Something worth knowing while it happens."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            self._say(text)
 
     def warn(self, text: str) -> None:
         """Something that a user should act on or know; shown even when quiet."""
-        print(f"{_marked('warning:', 33)} {text}", file=sys.stderr, flush=True)
+        self._say(text, "warning:", 33)
 
     def error(self, text: str) -> None:
         """Why the command failed."""
-        print(f"{_marked('error:', 31)} {text}", file=sys.stderr, flush=True)
+        self._say(text, "error:", 31)
+
+    def trace(self, error: BaseException) -> None:
+        """Where an exception came from, for --debug; without passwords and tokens."""
+        with suppress(OSError):
+            print(shown.lines("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
+
+    def _say(self, text: str, mark: str = "", colour: int = 0) -> None:
+        with suppress(OSError):  # nobody hears it: no reason to fail
+            print((_marked(mark, colour) + " " if mark else "") + shown.message(text), file=sys.stderr, flush=True)
 
     def result(self, value: Any) -> None:
         """The machine-readable result, if --json was given; null stands for infinity and NaN, which JSON has not."""
         if self.json:
-            self._out(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+            self._out(shown.printable_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)))
 
     def line(self, text: str = "") -> None:
         """A line of human-readable data."""
         if not self.json:
-            self._out(text)
+            self._out(shown.printable(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table in plain columns. Nothing is ever cut: on a terminal that is too narrow, columns are left out and words are wrapped.
+        """A table in plain columns. Only names beyond 200 characters are cut. On a terminal that is too narrow, columns are left out and words are wrapped.
 
         A column's name may begin with marks: `?` says that it can be left out (the last one goes first), `>` aligns it right.
         """
         if self.json:
             return
         if title:
-            self._out(title)
+            self._out(shown.printable(title))
+        rows = [[shown.printable(shown.cut(cell)) for cell in row] for row in rows]
+        columns = [shown.printable(shown.cut(column)) for column in columns]
         names = [column.lstrip("?>") for column in columns]
         widths = [max(len(cell) for cell in cells) for cells in zip(names, *rows, strict=True)]
-        shown, widths = _fit(columns, widths, self._width())
+        kept, widths = _fit(columns, widths, self._width())
         for number, row in enumerate([names, *rows]):
-            cells = [_wrap(row[i], widths[i], ">" in columns[i]) for i in shown]
+            cells = [_wrap(row[i], widths[i], ">" in columns[i]) for i in kept]
             for line in range(max(map(len, cells))):
-                parts = [cell[line] if line < len(cell) else " " * widths[i] for i, cell in zip(shown, cells, strict=True)]
+                parts = [cell[line] if line < len(cell) else " " * widths[i] for i, cell in zip(kept, cells, strict=True)]
                 text = "  ".join(parts).rstrip()
                 self._out(f"\x1b[1m{text}\x1b[0m" if number == 0 and _is_coloured(self._stream()) else text)
-        if len(shown) < len(columns):
-            left = ", ".join(name for i, name in enumerate(names) if i not in shown)
+        if len(kept) < len(columns):
+            left = ", ".join(name for i, name in enumerate(names) if i not in kept)
             self._out(f"(too narrow for: {left}; a wider terminal or a pipe shows them)")
 
     def _width(self) -> int | None:
@@ -76,7 +91,17 @@ class Console:
         return sys.stderr if self.data_on_stderr else sys.stdout
 
     def _out(self, text: str) -> None:
-        print(text, file=self._stream(), flush=True)
+        stream = self._stream()
+        if stream is sys.stderr:
+            with suppress(OSError):
+                print(shown.masked(text), file=stream, flush=True)
+            return
+        try:
+            print(shown.masked(text), file=stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ReportLost(error.strerror or str(error)) from error
 
     @property
     def shows_progress(self) -> bool:
@@ -102,7 +127,9 @@ class Progress:
         if show:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit=" " + unit, unit_scale=True, leave=False, mininterval=0.2, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, desc=shown.message(what), unit=" " + unit, unit_scale=True, leave=False, mininterval=0.2, dynamic_ncols=True
+            )
 
     def advance(self, amount: int) -> None:
         """Count `amount` more units as done."""
@@ -123,7 +150,7 @@ class Progress:
         """Say what is being done now."""
         if self._bar is not None:
             with self._lock:
-                self._bar.set_description(what)
+                self._bar.set_description(shown.message(what))
 
     def write(self, text: str) -> None:
         """A note above the bar; dropped when quiet."""
@@ -156,20 +183,20 @@ def _marked(word: str, colour: int) -> str:
 
 def _fit(columns: Sequence[str], widths: list[int], room: int | None) -> tuple[list[int], list[int]]:
     """Which columns are shown, and how wide: optional ones go first, from the right, then the widest text is wrapped."""
-    shown, widths = list(range(len(columns))), list(widths)
+    kept, widths = list(range(len(columns))), list(widths)
 
     def too_wide() -> int:
-        return 0 if room is None else sum(widths[i] for i in shown) + 2 * (len(shown) - 1) - room
+        return 0 if room is None else sum(widths[i] for i in kept) + 2 * (len(kept) - 1) - room
 
-    for i in [i for i in reversed(shown) if columns[i].startswith("?")]:
+    for i in [i for i in reversed(kept) if columns[i].startswith("?")]:
         if too_wide() > 0:
-            shown.remove(i)
-    while too_wide() > 0 and (texts := [i for i in shown if ">" not in columns[i] and widths[i] > _LEAST_TEXT]):
+            kept.remove(i)
+    while too_wide() > 0 and (texts := [i for i in kept if ">" not in columns[i] and widths[i] > _LEAST_TEXT]):
         widest = max(texts, key=lambda i: widths[i])
         widths[widest] = max(_LEAST_TEXT, widths[widest] - too_wide())
-    while too_wide() > 0 and len(shown) > 2:  # numbers are left out whole before they are cut
-        shown.pop()
-    return shown, widths
+    while too_wide() > 0 and len(kept) > 2:  # numbers are left out whole before they are cut
+        kept.pop()
+    return kept, widths
 
 
 def _wrap(cell: str, width: int, right: bool) -> list[str]:

@@ -39,6 +39,10 @@ class Mismatch(PeruError):
     """Files that are each sound do not belong together (wrong base, other shapes)."""
 
 
+class ReportLost(PeruError):
+    """Standard output did not take the report of a command whose work is done. `message` says why."""
+
+
 _OS_HINTS = {
     errno.ENOSPC: "the disk is full: free some room, or write with -o to another disk; nothing was left half done",
     errno.EDQUOT: "the disk quota is used up: nothing was left half done",

@@ -20,6 +20,7 @@ from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.checkpoint import open_random, read_header
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
+from peru_cli.shown import listed
 
 FORMAT = "1"
 ROLES = ("blocks", "whole", "files", "index")
@@ -202,7 +203,7 @@ def find_artifact(place: Place, task: str | None = None) -> Place:
     if task is not None and place.is_dir():
         mine = [file for file in files if file.name.removesuffix(".safetensors") == task] or (files if len(files) == 1 else [])
         if not mine or not is_artifact(mine[0]):
-            tasks = ", ".join(file.name.removesuffix(".safetensors") for file in files)
+            tasks = listed(file.name.removesuffix(".safetensors") for file in files)
             raise UsageError(f"{place} has no artifact of the task {task!r}", f"it holds {tasks or 'none'}: name one of these, or its file")
         return mine[0]
     if len(files) > 1 and not (place / "model.safetensors.index.json").is_file() and is_artifact(files[0]):

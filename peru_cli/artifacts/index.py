@@ -13,11 +13,11 @@ from itertools import pairwise
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
+from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
 from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_name
 from peru_cli.errors import BadFile
-from peru_cli.streaming.digests import SHORT
 
 INDEX_VERSION = 1
 WHOLE, DELTA, COPY = 0, 1, 2  # stored whole; base plus kept entries; the base's bytes

@@ -10,11 +10,11 @@ from peru_cli.artifacts.container import Container, opening
 from peru_cli.artifacts.index import DELTA, STORED, WHOLE, SideFile, Stream, TensorRecord, decode_index
 from peru_cli.artifacts.kept import KeptEntries
 from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata, short_digest
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
-from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK
 
 

@@ -20,8 +20,8 @@ from blake3 import blake3
 from peru_cli.artifacts.codecs import encode
 from peru_cli.artifacts.container import FORMAT, ContainerWriter
 from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, STORED, Block, Index, SideFile, Stream, TensorRecord, encode_index
+from peru_cli.checkpoints.digests import SHORT
 from peru_cli.errors import BadFile
-from peru_cli.streaming.digests import SHORT
 
 KIND = "sparse-delta"
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.errors import BadFile
+from peru_cli.shown import cut
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
 MAX_WRITTEN_HEADER_BYTES = 25_000_000  # huggingface_hub's cap
@@ -58,13 +59,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise BadFile(f"the name {key!r} stands twice in the header")
+            raise BadFile(f"the name {_named(key)} stands twice in the header")
         seen[key] = value
     return seen
 
 
 def _refuse_constant(text: str) -> Any:
     raise BadFile(f"the header holds {text}, which is not JSON")
+
+
+def _named(name: str) -> str:
+    return cut(repr(name))
 
 
 def _is_unicode(text: str) -> bool:
@@ -79,33 +84,35 @@ def check_tensor_name(name: str) -> None:
     if name == METADATA_KEY:
         raise BadFile(f"a tensor is named {name}, which a header reserves")
     if any(unicodedata.category(character) == "Cc" for character in name):
-        raise BadFile(f"the tensor name {name!r} holds a control character")
+        raise BadFile(f"the tensor name {_named(name)} holds a control character")
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or name.startswith(("/", "\\")):
-        raise BadFile(f"the tensor name {name!r} looks like a path out of its folder")
+        raise BadFile(f"the tensor name {_named(name)} looks like a path out of its folder")
     if not _is_unicode(name):
-        raise BadFile(f"the tensor name {name!r} is not valid Unicode")
+        raise BadFile(f"the tensor name {_named(name)} is not valid Unicode")
 
 
 def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise BadFile(f"the entry of tensor {name!r} is not dtype, shape and data_offsets")
+        raise BadFile(f"the entry of tensor {_named(name)} is not dtype, shape and data_offsets")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise BadFile(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+        raise BadFile(f"tensor {_named(name)} has the unknown dtype {cut(repr(entry['dtype']))}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise BadFile(f"the {what} of tensor {name!r} is not a list of whole numbers: {numbers!r}"[:300])
+            raise BadFile(f"the {what} of tensor {_named(name)} is not a list of whole numbers: {numbers!r}"[:300])
     if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
-        raise BadFile(f"tensor {name!r} has {len(offsets)} offsets and {len(shape)} dimensions")
+        raise BadFile(f"tensor {_named(name)} has {len(offsets)} offsets and {len(shape)} dimensions")
     if any(n > MAX_ENTRIES for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_ENTRIES:
-        raise BadFile(f"tensor {name!r} has the impossible shape {shape}")
+        raise BadFile(f"tensor {_named(name)} has the impossible shape {cut(str(shape))}")
     info = TensorInfo(name, dtype, tuple(shape), offsets[0])
     if info.entries * dtype.bits % 8:
-        raise BadFile(f"tensor {name!r} does not fill whole bytes")
+        raise BadFile(f"tensor {_named(name)} does not fill whole bytes")
     if offsets[1] - offsets[0] != info.nbytes:
-        raise BadFile(f"tensor {name!r} says {offsets[1] - offsets[0]} bytes, its shape {shape} in {dtype.name} needs {info.nbytes}")
+        raise BadFile(
+            f"tensor {_named(name)} says {offsets[1] - offsets[0]} bytes, its shape {cut(str(shape))} in {dtype.name} needs {info.nbytes}"
+        )
     return info, offsets[1]
 
 
@@ -146,7 +153,7 @@ def parse_header(text: bytes, file_bytes: int) -> Header:
     at = 0
     for begin, end, name in sorted(ends):
         if begin != at:
-            raise BadFile(f"tensor {name!r} begins at byte {begin} of the data, {at} was expected")
+            raise BadFile(f"tensor {_named(name)} begins at byte {begin} of the data, {at} was expected")
         at = end
     data_offset = 8 + len(text)
     if data_offset + at != file_bytes:

@@ -94,6 +94,8 @@ def on_disk(place: Place) -> Path:
 def why_not_here(text: str) -> tuple[str, str | None]:
     """Message and hint for an argument that names nothing."""
     parts = Path(text).parts
+    if Path(text).exists() and not Path(text).is_file() and not Path(text).is_dir():
+        return f"{text}: not a regular file, but a pipe, a device or a socket", "put the file itself there"
     if len(parts) > 1 and Path(parts[0]).exists() and parse_hub_name(text) is not None:
         return (
             f"{text}: no such file or folder",

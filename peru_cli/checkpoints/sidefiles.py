@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME, Dtype
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.places import Place, children, size_of
 
 MAX_SIDE_FILE_BYTES = 64_000_000
@@ -33,6 +34,7 @@ def find_side_files(folder: Place) -> dict[str, Place]:
     for path in children(folder):
         if is_side_file_name(path.name) and path.is_file() and size_of(path) <= MAX_SIDE_FILE_BYTES:
             found[path.name] = path
+            inputs.note(path)
     return found
 
 

@@ -116,6 +116,7 @@ def evaluate_command(
 
         need_matplotlib("--report") if plot is None else check_plot(plot)
 
+    from peru_cli.checkpoints.local import inputs
     from peru_cli.checkpoints.resolve import default_task, split_arguments
     from peru_cli.evaluate import show as evalshow
     from peru_cli.evaluate.plan import check_comparisons, check_gates, parse_gate, weight_pairs
@@ -156,6 +157,7 @@ def evaluate_command(
     comparisons = check_comparisons(named, examples, others) if files else []
     weights = _weights(pairs, base, device, threads) if base is not None and pairs else {}
     scores = _run(comparisons, base, dtype, device, threads, batch_size, context) if files else []
+    inputs.check()
     evalshow.show(scores, weights)
     rows = evalshow.numbers(scores, weights)
     missed = evalshow.missed(gates, rows)

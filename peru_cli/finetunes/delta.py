@@ -6,6 +6,7 @@ import numpy as np
 
 from peru_cli.artifacts.index import DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
@@ -14,7 +15,6 @@ from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.aligned import clip
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.streaming.digests import TensorDigest, checkpoint_digest, leaves
 from peru_cli.streaming.tiles import Tile
 
 

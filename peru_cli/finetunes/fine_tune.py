@@ -14,10 +14,10 @@ from peru_cli.artifacts.index import STORED, SideFile
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.digests import SHORT, TensorDigest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
-from peru_cli.streaming.digests import SHORT, TensorDigest
 
 Artifact: TypeAlias = SparseDelta | Pack
 _SHOWN = 5  # tensors named in a message

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
+from peru_cli.checkpoints.local.checkpoint import SafetensorsCheckpoint, open_directory, open_file
+from peru_cli.checkpoints.local.sealed import model_digest
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import UsageError
+from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.fine_tune import FineTune, Witness
+from peru_cli.shown import listed
 
 HEADS = "heads"
-CONFIG_KEY, PREFIX_KEY = (
-    "peru.config",
-    "peru.prefix",
-)  # metadata of a head's file: the fine-tune's config.json, and how its names become the merge's
+# Metadata of a head's file: the fine-tune's config.json, how its names become the merge's, and the digest of the merged weights.
+CONFIG_KEY, PREFIX_KEY, MERGE_KEY = "peru.config", "peru.prefix", "peru.merge"
 
 
 def tasks_of(folder: Place) -> list[str]:
@@ -32,16 +32,17 @@ class HeadOverMerge(FineTune):
         known = tasks_of(folder)
         if task not in known:
             said = f"{folder} has no head for {task!r}" if task is not None else f"{folder} is a merge that keeps a head for each task"
-            raise UsageError(said, hint + (", ".join(known) or "none"))
+            raise UsageError(said, hint + (listed(known) or "none"))
         self._merged = open_directory(folder, str(folder))
         path = folder / HEADS / f"{task}.safetensors"
         try:
             self._head = open_file(path, str(path))
+            unbound = check_bound(self._merged, self._head)
         except BaseException:
             self._merged.close()
             raise
         self.label, self.kind, self.metadata = str(folder), f"{self._merged.kind} under the head of {task}", self._merged.metadata
-        self.warnings, self.side_files = self._merged.warnings, self._merged.side_files
+        self.warnings, self.side_files = [*self._merged.warnings, *unbound], self._merged.side_files
         self.files = [*self._merged.files, path]
         self.task, self.heading = task, f"{folder}: {self.kind},"
         prefix = Prefix.decode(self._head.metadata.get(PREFIX_KEY, ""))
@@ -76,9 +77,22 @@ class HeadOverMerge(FineTune):
         self._head.close()
 
 
-def head_metadata(task: str, prefix: Prefix, fine: Checkpoint) -> dict[str, str]:
+def check_bound(merged: Checkpoint, head: Checkpoint) -> list[str]:
+    """Refuse the head of another merge: Mismatch. What cannot be told is returned as a warning."""
+    wanted = head.metadata.get(MERGE_KEY)
+    if wanted is None:
+        return []
+    digests = merged.digests() if isinstance(merged, SafetensorsCheckpoint) else None
+    if digests is None:
+        return [f"whether {head.label} belongs to {merged.label} cannot be told: these weights carry no digests"]
+    if model_digest(digests) != wanted:
+        raise Mismatch(f"{head.label} is the head of another merge than {merged.label}", "fetch or make both again, together")
+    return []
+
+
+def head_metadata(task: str, prefix: Prefix, fine: Checkpoint, merge_digest: str) -> dict[str, str]:
     """What the file of a head says besides its tensors."""
-    metadata = {"peru.task": task, PREFIX_KEY: prefix.encode()}
+    metadata = {"peru.task": task, PREFIX_KEY: prefix.encode(), MERGE_KEY: merge_digest}
     path = fine.side_files.get("config.json")
     if path is not None:
         try:

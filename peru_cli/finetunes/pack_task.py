@@ -10,6 +10,7 @@ from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.packs.masks import MaskPack, mask_digest, mask_leaves
 from peru_cli.artifacts.packs.pack import Pack, Sums, sum_leaves, sums_digest
 from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor, TaskRecord
+from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
@@ -19,7 +20,6 @@ from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
 from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
 from peru_cli.methods.superpose import flip
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.streaming.digests import TensorDigest, checkpoint_digest, leaves
 
 _ROWS = 64  # tensors' signs that are kept
 Floats = np.ndarray[Any, np.dtype[Any]]

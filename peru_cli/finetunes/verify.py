@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from peru_cli.checkpoints.digests import TensorDigest
 from peru_cli.checkpoints.local.writer import NullWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.finetunes.adapter import AdapterWithRest
 from peru_cli.finetunes.fine_tune import FromArtifact, Witness, is_base, refuse_base
-from peru_cli.streaming.digests import TensorDigest
 from peru_cli.vectors.copy import copy_checkpoint
 from peru_cli.vectors.family import StreamSettings
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.resolve import split_argument
 from peru_cli.errors import BadFile, UsageError
 
@@ -169,6 +170,7 @@ def read_text(file: str) -> Examples:
 
 
 def _file(path: Path) -> Examples:
+    inputs.note(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
     if kind in (".jsonl", ".ndjson"):
@@ -186,6 +188,7 @@ def _file(path: Path) -> Examples:
 
 
 def _text(path: Path) -> str:
+    inputs.note(path)
     data = path.read_bytes()
     try:
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
@@ -322,6 +325,8 @@ def _folder(path: Path) -> Examples:
     classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     found = [(file, name) for name in classes or [""] for file in sorted((path / name).rglob("*") if name else path.iterdir())]
     found = [(file, name) for file, name in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    for file, _ in found:
+        inputs.note(file, small=False)
     labels: list[Label] | None = [int(name) if name.isdecimal() else name for _, name in found] if classes else None
     places = [str(file.relative_to(path)) for file, _ in found]
     return Examples(str(path), images=[file for file, _ in found], labels=labels, places=places, label_names=classes or None)

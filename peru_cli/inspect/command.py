@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from peru_cli import options
+from peru_cli.checkpoints.local import inputs
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 
@@ -98,6 +99,7 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
         console.line(f"files: {', '.join(totals['side_files'])}")
     console.table(["tensor", "dtype", "shape", ">count", ">bytes"], rows)
     tensors = [{"name": t.name, "dtype": t.dtype.name, "shape": t.shape, "bytes": t.nbytes} for t in checkpoint.tensors.values()]
+    inputs.check()
     console.result({**totals, "groups": [asdict(g) for g in groups], "tensor_list": sorted(tensors, key=lambda t: str(t["name"]))})
 
 
@@ -209,6 +211,7 @@ def _pair(fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path |
     console.line()
     _plans(comparison, fine.nbytes)
     ranks = show_ranks(fine, base, per_task, device, threads)
+    inputs.check()
     console.result({"prefix": pairing.prefix.encode(), "fine_tune_bytes": fine.nbytes, **asdict(comparison), **ranks})
     if plot is not None:
         lossy = [p for p in comparison.plans if p.density is not None]

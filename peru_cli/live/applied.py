@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peru_cli.checkpoints.digests import tensor_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, Origin, is_base
 from peru_cli.live.memory import TensorTable, infos
-from peru_cli.streaming.digests import tensor_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

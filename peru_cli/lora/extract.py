@@ -7,6 +7,7 @@ the error is measured on the factors as they are stored.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.atomic import PartialDirectory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, header_bytes
+from peru_cli.checkpoints.lora.bound import BASE_TENSORS, bound_to
 from peru_cli.checkpoints.lora.config import new_config
 from peru_cli.checkpoints.lora.keys import OUTER
 from peru_cli.checkpoints.lora.module import LINEAR, PARAMETER
-from peru_cli.checkpoints.lora.writer import adapter_writer
+from peru_cli.checkpoints.lora.writer import adapter_writer, beside
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.errors import UsageError
 from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
@@ -240,6 +242,7 @@ def extract(
     tensors = _tensors(plan, weights, stored, rest, dtype)
     config = _config(plan, weights, stored, rest, options)
     metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": wanted.words()}
+    metadata |= bound_to(plan.base, _under_factors(plan, weights))
     note(f"{plan.name}: factoring")
     with adapter_writer(target, tensors, config, _small_files(plan), metadata, sync) as writer:
         step = _Write(plan, weights, wanted, ranks, stored, dtype, writer, how)
@@ -252,7 +255,9 @@ def extract(
             writer.write(_bias_name(plan, pair), 0, as_bytes(round_to(difference, dtype, pair.fine.name)))
         writer.commit()
     total = sum(info.nbytes for info in tensors)
-    report = AdapterReport(plan.name, target, header_bytes(tensors, metadata) + total, step.reports, plan.fine.nbytes)
+    report = AdapterReport(
+        plan.name, target, header_bytes(tensors, metadata, beside({}, _small_files(plan))) + total, step.reports, plan.fine.nbytes
+    )
     report.kept_bytes = sum(info.nbytes for info in rest.saved) + sum(dtype.nbytes(pair.entries) for pair in rest.biases)
     report.rest_bytes = write_delta(plan, rest.delta, target, options.base_name, how, sync) if rest.delta else 0
     report.notes = {
@@ -283,7 +288,16 @@ def _fixed_bytes(plan: Extraction, weights: Sequence[Weight], changed: set[str],
     rest = plan_rest(plan, weights, changed, options.in_modules)
     tensors = _tensors(plan, weights, [w.largest_rank for w in weights], rest, dtype)
     biases = sum(dtype.nbytes(pair.entries) for pair in rest.biases)
-    return header_bytes(tensors, {"peru.svd-lora.options": " " * 200}) + sum(info.nbytes for info in rest.saved) + biases
+    told = {module: [info.dtype.name, list(info.shape), "0" * 32] for module, info in _under_factors(plan, weights).items()}
+    metadata = {"peru.svd-lora.options": " " * 200, BASE_TENSORS: json.dumps(told)}
+    header = header_bytes(tensors, metadata, beside({}, _small_files(plan)))
+    return header + sum(info.nbytes for info in rest.saved) + biases
+
+
+def _under_factors(plan: Extraction, weights: Sequence[Weight]) -> dict[str, TensorInfo]:
+    """The base's tensors under the factors, by the path that PEFT gives a module."""
+    paths = [_nested(weight, plan) if weight.kind == PARAMETER else weight.name for weight in weights]
+    return {path: weight.pair.base for path, weight in zip(paths, weights, strict=True)}
 
 
 def _config(plan: Extraction, weights: Sequence[Weight], ranks: Sequence[int], rest: Rest, options: Options) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from peru_cli.checkpoints.lora.keys import PEFT
 from peru_cli.checkpoints.lora.module import PARAMETER, LoraModule
 from peru_cli.checkpoints.lora.writer import (
     adapter_writer,
+    beside,
     bias_name,
     copied_tensors,
     factor_names,
@@ -64,7 +65,7 @@ class Resize:
         tensors = resized_tensors(self.adapter, ranks, dtypes)
         factors = {name for module in self.adapter.modules for name in factor_names(module, self.adapter.layout)}
         copied = sum(info.nbytes for info in tensors if info.name not in factors)
-        return header_bytes(tensors, resized_metadata(self.adapter, ranks, wanted.words())) + copied
+        return header_bytes(tensors, resized_metadata(self.adapter, ranks, wanted.words()), _sealed_files(self.adapter)) + copied
 
 
 # -- the two passes over modules ------------------------------------------------------------------------
@@ -238,14 +239,14 @@ def _resize(
     tensors = resized_tensors(adapter, stored, dtypes)
     metadata = resized_metadata(adapter, stored, wanted.words())
     if folder is None:
-        writer = FileWriter(target, tensors, sync, metadata)
+        writer = FileWriter(target, tensors, sync, metadata, files={})
     elif adapter.layout == PEFT:
         config = resized_config(adapter.config, {m.target: rank for m, rank in zip(adapter.modules, stored, strict=True)})
         small = {name: path.read_bytes() for name, path in find_side_files(adapter.path).items()}
         writer = adapter_writer(folder, tensors, config, small, metadata, sync)
     else:
         folder.mkdir(exist_ok=True, parents=True)
-        writer = FileWriter(folder / adapter.weights.name, tensors, sync, metadata)
+        writer = FileWriter(folder / adapter.weights.name, tensors, sync, metadata, files={})
     with writer:
         step = _Write(job, wanted, contents, stored, writer, how)
         run(step, step.tiles(), how.threads, how.advance)
@@ -258,8 +259,15 @@ def _resize(
         shutil.copyfile(on_disk(rest), folder / REST)
     total = sum(info.nbytes for info in tensors)
     kept = total - sum(report.bytes for report in step.reports)
-    size = header_bytes(tensors, metadata) + total
+    size = header_bytes(tensors, metadata, _sealed_files(adapter)) + total
     return AdapterReport(job.name, target, size, step.reports, size_of(adapter.weights), kept, size_of(rest) if rest.is_file() else 0)
+
+
+def _sealed_files(adapter: Adapter) -> dict[str, bytes]:
+    """The names that the seal of the output covers beside the weights; their contents do not change its size."""
+    if adapter.layout != PEFT:
+        return {}
+    return beside({}, dict.fromkeys(find_side_files(adapter.path), b""))
 
 
 def _pieces(adapter: Adapter, name: str) -> Iterator[tuple[int, memoryview]]:

@@ -29,7 +29,7 @@ from peru_cli.merge.run import merge
 from peru_cli.methods.parameters import Value
 from peru_cli.methods.rules import Rule
 from peru_cli.prune import run as pruning
-from peru_cli.publish.card import PERU, front_matter, link
+from peru_cli.publish.card import PERU, as_text, front_matter, link
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import StreamSettings
 from peru_cli.version import __version__
@@ -116,7 +116,7 @@ class Recipe:
             *([f"Base: {link(self.base_name)}", "", *named, ""] if self.base_name and hub_repo(self.base_name) else named),
             "```sh", self.command(), "```", "", *written, *chosen, "| option | value |", "| --- | --- |", *options, "",
         ]  # fmt: skip
-        return "\n".join(head + body)
+        return as_text(head + body)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
 
 def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: StreamSettings) -> None:
     """The merge as one safetensors file."""
-    with FileWriter(where.target, plan.outputs, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh) as writer:
+    with FileWriter(where.target, plan.outputs, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh, {}) as writer:
         _say_resumed(writer, where)
         merge(plan, rule, writer, how, where.step)
         writer.commit()
@@ -179,11 +179,12 @@ def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, h
         contents[RECIPE_FILE] = recipe.document.encode()
     key = resume_key(plan, recipe)
     shards, sync = recipe.max_shard_bytes, where.sync
-    with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh) as writer:
+    with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh, True) as writer:
         _say_resumed(writer, where)
         merge(plan, rule, writer, how, where.step)
-        write_heads(plan, writer.folder / HEADS, sync)
         _untie(writer, plan, contents)
+        writer.seal()
+        write_heads(plan, writer.folder / HEADS, sync, writer.model_digest)
         writer.commit()
 
 
@@ -191,12 +192,10 @@ def _untie(writer: DirectoryWriter, plan: MergePlan, contents: Mapping[str, byte
     """Have config.json say so where head and embedding differ after the merge: loaders would tie them again."""
     if "config.json" not in contents or not is_tied(plan.reference.config()) or not any(is_output(info.name) for info in plan.outputs):
         return
-    if writer.journal is not None:
-        writer.journal.flush()
     writer.seal()
     with _opened(writer.folder) as written:
         if is_untied(written.config(), written.tensors, written.read_into):
-            (writer.folder / "config.json").write_bytes(with_settings(contents["config.json"], tie_word_embeddings=False))
+            writer.amend("config.json", with_settings(contents["config.json"], tie_word_embeddings=False))
 
 
 def _say_resumed(writer: CheckpointWriter, where: Where) -> None:
@@ -204,15 +203,15 @@ def _say_resumed(writer: CheckpointWriter, where: Where) -> None:
         where.say(f"going on after {len(writer.journal.done)} tensors of an earlier run")
 
 
-def write_heads(plan: MergePlan, folder: Path, sync: bool) -> None:
-    """Each task's own tensors under their own names, bit for bit, in TASK.safetensors."""
+def write_heads(plan: MergePlan, folder: Path, sync: bool, merge_digest: str) -> None:
+    """Each task's own tensors under their own names, bit for bit, in TASK.safetensors, bound to the merged weights."""
     for vector in plan.vectors:
         heads = plan.heads[vector.name]
         if not heads:
             continue
         folder.mkdir(exist_ok=True)
-        said = head_metadata(vector.name, vector.pairing.prefix, vector.fine)
-        with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, said) as writer:
+        said = head_metadata(vector.name, vector.pairing.prefix, vector.fine, merge_digest)
+        with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, said, files={}) as writer:
             for info in heads:
                 for start, data in _pieces(vector.fine, info):
                     writer.write(info.name, info.dtype.nbytes(start), data)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from blake3 import blake3
 
+from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.checkpoint import open_file
 from peru_cli.checkpoints.local.writer import FileWriter
 from peru_cli.checkpoints.source import Checkpoint
@@ -29,7 +31,6 @@ from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Collector, Found, TaskModel
 from peru_cli.methods.table import Method
 from peru_cli.streaming.arrays import KIND, Host
-from peru_cli.streaming.digests import TensorDigest, checkpoint_digest, leaves
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.version import __version__
 
@@ -43,6 +44,7 @@ class Kept:
     def __init__(self, path: Path, names: Mapping[str, str]) -> None:
         """`names` are the task's own, by those of the merge."""
         self._file, self._names = open_file(path, str(path)), names
+        inputs.forget(path)  # who shares the folder may put the same statistics there once more
 
     def _info(self, role: str, name: str) -> TensorInfo | None:
         return self._file.tensors.get(f"{role}/{self._names.get(name, '')}")
@@ -158,7 +160,7 @@ class Statistics:
             "peru.statistics": self._method.name, "peru.task": model.task, "peru.examples": str(len(model.examples)),
             "peru.version": __version__,
         }  # fmt: skip
-        with FileWriter(path, infos, True, metadata) as writer:
+        with FileWriter(path, infos, True, metadata, files={}) as writer:
             for name, tensor in found.items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise BadFile(

@@ -14,6 +14,7 @@ import numpy as np
 from peru_cli.artifacts.packs.pack import Sums
 from peru_cli.artifacts.packs.superposed import COPY, PackedTensor
 from peru_cli.checkpoints.base_name import FILES, BaseName, name_base
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.local.writer import DirectoryWriter
@@ -24,9 +25,8 @@ from peru_cli.finetunes.pack_task import float_kind, plus_vector, scaled
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.pack.plan import PackPlan
 from peru_cli.prune.run import stream_digest
-from peru_cli.publish.card import PERU, front_matter, link
+from peru_cli.publish.card import PERU, as_text, front_matter, link
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.tiles import Tile
 from peru_cli.version import __version__
 
@@ -58,7 +58,7 @@ class NewBase:
         self.files = self._side_files()
         self._digests = {info.name: TensorDigest(info.dtype, info.shape) for info in infos}
         metadata = {"peru.merge.method": "shuffle-pack", "peru.merge.version": __version__}
-        self._writer = DirectoryWriter(wanted.target, infos, self.files, MAX_SHARD_BYTES, sync, metadata)
+        self._writer = DirectoryWriter(wanted.target, infos, self.files, MAX_SHARD_BYTES, sync, metadata, seal=True)
 
     def _side_files(self) -> dict[str, bytes]:
         """Those of the old base, and a card."""
@@ -71,12 +71,12 @@ class NewBase:
         head = front_matter([old] if old else [], "merge", "transformers" if "config.json" in contents else None, ["merge", "peru"])
         tasks = ", ".join(vector.name for vector in plan.vectors)
         what = (
-            f"Made by {PERU} out of {link(old) if old else 'a base'} and the tasks {tasks}. Tensors that their pack does not superpose\n"
-            f"hold the base plus {plan.metadata['peru.scale']} times the sum of the tasks' differences from it, the others the base."
+            f"Made by {PERU} out of {link(old) if old else 'a base'} and the tasks {tasks}. Tensors that their pack does not superpose",
+            f"hold the base plus {plan.metadata['peru.scale']} times the sum of the tasks' differences from it, the others the base.",
         )
         name = plan.vectors[0].name
-        body = ["# Base of a pack", "", what, "", "```sh", f"peru unpack PACK --task {name} --base BASE -o {name}/", "```", ""]
-        contents["README.md"] = "\n".join(head + body).encode()
+        body = ["# Base of a pack", "", *what, "", "```sh", f"peru unpack PACK --task {name} --base BASE -o {name}/", "```", ""]
+        contents["README.md"] = as_text(head + body).encode()
         return contents
 
     def largest_name(self) -> dict[str, str]:

@@ -12,13 +12,13 @@ import numpy as np
 from peru_cli.artifacts.packs.pack import Sums, sum_leaves, sums_digest
 from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor
 from peru_cli.artifacts.packs.writer import PackWriter
+from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.errors import BadFile
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.superpose import LARGEST, flip
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU
-from peru_cli.streaming.digests import TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK, Tile
 from peru_cli.vectors.family import StreamSettings
 

@@ -17,6 +17,7 @@ from peru_cli.finetunes.fine_tune import check_base
 from peru_cli.finetunes.pack_task import base_of_pack
 from peru_cli.merge.plan import MergePlan, Options, check_same, plan_merge
 from peru_cli.methods.superpose import MOST_TASKS, Arrangement, Group, find_groups, free_shift
+from peru_cli.shown import listed
 from peru_cli.vectors.family import TaskVector
 
 _SHOWN = 5
@@ -132,7 +133,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
         if not removing and name.lower() in names:
             raise UsageError(f"{pack.path} has a task {names[name.lower()]} already", "give the new one another name: NAME=MODEL")
         if removing and name not in pack.tasks:
-            raise UsageError(f"{pack.path} has no task {name!r}", f"it holds {', '.join(pack.tasks)}")
+            raise UsageError(f"{pack.path} has no task {name!r}", f"it holds {listed(pack.tasks)}")
     after = len(pack.tasks) + (-len(tasks) if removing else len(tasks))
     if not 0 < after <= MOST_TASKS:
         raise UsageError(f"{pack.path} would hold {after} tasks", f"a pack holds 1 to {MOST_TASKS}")
@@ -157,7 +158,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
     plan = _plan(base, merged, [record for record in pack.index.tensors if record.is_sum], pack.arrangement, shifts)
     plan.tensors, plan.metadata, plan.old, plan.removing = pack.index.tensors, dict(pack.metadata), pack, removing
     if pack.index.residuals:
-        plan.warnings.append(f"the residuals of {', '.join(pack.tasks)} are left out: they correct what the sums of {pack.path} give back")
+        plan.warnings.append(f"the residuals of {listed(pack.tasks)} are left out: they correct what the sums of {pack.path} give back")
     return plan
 
 

@@ -12,6 +12,7 @@ from peru_cli.artifacts.index import FROM_BASE, STORED, SideFile
 from peru_cli.artifacts.packs.superposed import COPY, UNKNOWN, BlockGroup, PackIndex, TaskRecord, TaskTensor
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.digests import SHORT, checkpoint_digest
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.fine_tune import refuse_base
@@ -22,7 +23,6 @@ from peru_cli.pack.passes import Doubles, Superpose
 from peru_cli.pack.plan import PackPlan
 from peru_cli.pack.residual import write_residuals
 from peru_cli.prune.run import stream_digest
-from peru_cli.streaming.digests import SHORT, checkpoint_digest
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import StreamSettings
 

@@ -15,13 +15,13 @@ from peru_cli.artifacts.index import COPY as COPY_OF_BASE
 from peru_cli.artifacts.index import DELTA, EXACT, FROM_BASE, ROUNDED, STORED, WHOLE, SideFile, Stream, TensorRecord
 from peru_cli.artifacts.sparse_delta import SparseDeltaWriter, short_digest
 from peru_cli.checkpoints.base_name import BaseName
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.prune.journal import written_bytes
-from peru_cli.streaming.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import TaskVector
 from peru_cli.vectors.selection import Select, Sink

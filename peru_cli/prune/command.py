@@ -12,6 +12,7 @@ from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.publish.command import destination, publish
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.prune.run import PruneOptions, PruneResult, PruneTask
@@ -132,7 +133,7 @@ def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
     console.note(f"  {plural(len(pairing.pairs), 'tensor')} paired ({pairing.prefix}), {count(task.entries)} entries")
     grown = [pair.fine.name for pair in pairing.pairs if pair.grown]
     if grown:
-        console.note(f"  grown, new rows stored whole: {', '.join(grown)}")
+        console.note(f"  grown, new rows stored whole: {listed(grown)}")
     if pairing.whole:
         names = ", ".join(info.name for info in pairing.whole[:4]) + (", ..." if len(pairing.whole) > 4 else "")
         console.note(f"  stored whole, {si_bytes(sum(info.nbytes for info in pairing.whole))}: {names}")

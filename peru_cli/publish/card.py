@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
 from peru_cli.console import count, si_bytes
+from peru_cli.shown import markdown, printable
 from peru_cli.version import __version__
 
 PERU = f"[peru](https://pypi.org/project/peru-cli/) {__version__}"
@@ -77,7 +79,12 @@ def card(found: Contents, repo: str, bases: Sequence[str] = ()) -> str:
         lines = _adapters_card(found, repo)
     else:
         lines = _model_card(found, repo, bases)
-    return "\n".join(lines) + "\n"
+    return as_text(lines) + "\n"
+
+
+def as_text(lines: Iterable[str]) -> str:
+    """Lines of a card as its text: none of them can be two, or holds what a terminal or a browser obeys."""
+    return "\n".join(map(printable, lines))
 
 
 def _artifacts_card(found: Contents, repo: str) -> list[str]:
@@ -111,8 +118,8 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
         )
         tasks, name_one = packed.get(file), len(found.artifacts) > 1
         for task in [PurePosixPath(file).stem] if tasks is None else tasks:
-            which = f" --task {task}" if tasks is not None or name_one else ""
-            body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {task}/")
+            which = f" --task {shlex.quote(task)}" if tasks is not None or name_one else ""
+            body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {shlex.quote(task)}/")
     body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
     if packed:
         body.append("Tasks of a pack share one sum of their differences, so each comes back nearly: `peru inspect` says how near.")
@@ -131,7 +138,7 @@ def link(name: str) -> str:
     """A model's name; those of the Hub lead there."""
     split = hub_repo(name)
     if split is None:
-        return f"`{name}`"
+        return f"`{markdown(name)}`"
     repo, revision = split
     return f"[{repo}](https://huggingface.co/{repo})" + (f" at `{revision}`" if revision else "")
 
@@ -142,10 +149,8 @@ def _artifact_row(file: str, container: Container) -> str:
     delta = container.file_bytes - container.sizes["whole"] - container.sizes["files"]
     density = "lossless" if meta["peru.density"] == "lossless" else f"{100 * kept / max(entries, 1):.3g}%"
     bits = 8 * delta / max(entries, 1)
-    task, whole = meta["peru.task"], container.sizes["whole"]
-    return (
-        f"| `{file}` | {task} | {container.file_bytes:,} | {count(kept)} of {count(entries)} | {density} | {bits:.3f} | {whole:,} bytes |"
-    )
+    named, whole = f"| `{markdown(file)}` | {markdown(meta['peru.task'])} |", container.sizes["whole"]
+    return f"{named} {container.file_bytes:,} | {count(kept)} of {count(entries)} | {density} | {bits:.3f} | {whole:,} bytes |"
 
 
 def artifact_of(repo: str, file: str, apart: bool) -> str:
@@ -157,7 +162,8 @@ def _pack_row(file: str, pack: Pack) -> str:
     container = pack.container
     bits = 8 * container.sizes["blocks"] / max(pack.index.entries, 1)
     return (
-        f"| `{file}` | {', '.join(pack.tasks)} | {container.file_bytes:,} | {count(pack.index.entries)} for all tasks |"
+        f"| `{markdown(file)}` | {markdown(', '.join(pack.tasks))} | {container.file_bytes:,}"
+        f" | {count(pack.index.entries)} for all tasks |"
         f" | {bits:.3f} | {container.sizes['whole']:,} bytes |"
     )
 
@@ -178,7 +184,7 @@ def _adapters_card(found: Contents, repo: str) -> list[str]:
         ranks = [config.get("r"), *config.get("rank_pattern", {}).values()]
         known = [rank for rank in ranks if isinstance(rank, int)]
         rank = f"{min(known)} to {max(known)}" if len(set(known)) > 1 else str(known[0]) if known else ""
-        body.append(f"| `{folder}` | {sum(path.stat().st_size for path in inside):,} | {rank} |")
+        body.append(f"| `{markdown(folder)}` | {sum(path.stat().st_size for path in inside):,} | {rank} |")
     body += ["", f"Together {_bytes(found.nbytes)}. PEFT loads it without peru. A whole checkpoint, base and adapter in one:", ""]
     body += ["```sh", "pip install peru-cli"]
     for folder in found.adapters:
@@ -191,7 +197,7 @@ def _model_card(found: Contents, repo: str, bases: Sequence[str]) -> list[str]:
     library = "transformers" if "config.json" in found.files else None
     body = front_matter(bases, "finetune", library, ["peru"])
     body += [f"# {repo}", "", f"A checkpoint written by {PERU}: {_bytes(found.nbytes)}.", "", "| file | bytes |", "| --- | --- |"]
-    return body + [f"| `{name}` | {path.stat().st_size:,} |" for name, path in found.files.items()]
+    return body + [f"| `{markdown(name)}` | {path.stat().st_size:,} |" for name, path in found.files.items()]
 
 
 def _bytes(nbytes: int) -> str:

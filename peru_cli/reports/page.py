@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+
+from peru_cli.shown import html as escape
 
 Table = tuple[str, list[str], list[list[str]]]  # title, columns (`>X` aligns right), rows
 

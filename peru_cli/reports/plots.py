@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from peru_cli.errors import UsageError
+from peru_cli.shown import cut, printable
 
 SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def _name(text: str) -> str:
+    """A name as a label: no formula, nothing that a viewer obeys."""
+    return printable(cut(text, 80)).replace("$", r"\$")
 
 
 def check_plot(path: Path) -> None:
@@ -57,7 +63,7 @@ def _bars(axis: Any, names: Sequence[str], values: Sequence[float], label: str, 
     else:
         chosen = list(range(len(names)))
     axis.barh(range(len(chosen)), [values[i] for i in chosen], color="#3b6ea5", height=0.75)
-    axis.set_yticks(range(len(chosen)), [names[i] for i in chosen], fontsize=6)
+    axis.set_yticks(range(len(chosen)), [_name(names[i]) for i in chosen], fontsize=6)
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set_xlabel(label)
@@ -174,7 +180,7 @@ def _error_panels(axes: Sequence[Any], errors: Errors) -> None:
         _bars(axis, list(found), list(found.values()), _ERROR)
         axis.set_xlim(0, 1.05 * largest or 1)
         if len(errors) > 1:
-            axis.set_title(task, fontsize=9)
+            axis.set_title(_name(task), fontsize=9)
 
 
 def _panels_height(errors: Errors) -> float:
@@ -194,7 +200,7 @@ def _accuracies(axis: Any, ours: Sequence[Point], theirs: Sequence[Point]) -> No
     for number, point in enumerate(ours):
         colour = colours[number % len(colours)]
         bars = [[100 * (point.accuracy - point.low)], [100 * (point.high - point.accuracy)]]
-        axis.errorbar([point.nbytes], [100 * point.accuracy], yerr=bars, fmt="o", color=colour, capsize=3, label=point.task)
+        axis.errorbar([point.nbytes], [100 * point.accuracy], yerr=bars, fmt="o", color=colour, capsize=3, label=_name(point.task))
         if (other := opposite.get(point.task)) is not None:
             axis.plot([other.nbytes], [100 * other.accuracy], marker="o", markerfacecolor="white", color=colour, linestyle="")
             axis.plot([point.nbytes, other.nbytes], [100 * point.accuracy, 100 * other.accuracy], color=colour, alpha=0.35, linewidth=1)
@@ -210,8 +216,8 @@ def plot_tau_jp(path: Path | io.BytesIO, names: Sequence[str], matrix: Mapping[s
         table = [[matrix[i][j] for j in names] for i in names]
         largest = max(map(max, table))
         axis.imshow(table, vmin=0, vmax=largest or 1, cmap="Blues", aspect="auto")
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_xticks(range(len(names)), list(map(_name, names)), rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(names)), list(map(_name, names)), fontsize=7)
         axis.set_xlabel("inputs of")
         axis.set_ylabel("vector of")
         axis.set_title("tau-Jp", fontsize=9)
@@ -244,8 +250,8 @@ def plot_cosines(path: Path, names: Sequence[str], pairs: Sequence[tuple[str, st
                 i, j = names.index(pair[0]), names.index(pair[1])
                 table[i][j] = table[j][i] = int(pair[column]) / 10_000
             axis.imshow(table, vmin=-1, vmax=1, cmap="RdBu")
-            axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
-            axis.set_yticks(range(len(names)), names, fontsize=7)
+            axis.set_xticks(range(len(names)), list(map(_name, names)), rotation=45, ha="right", fontsize=7)
+            axis.set_yticks(range(len(names)), list(map(_name, names)), fontsize=7)
             axis.set_title(f"cosine of task vectors, {title}", fontsize=9)
             for i in range(len(names)):
                 for j in range(len(names)):

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.streaming.tiles import Strip, Tile
 
@@ -129,6 +130,7 @@ def run(step: Pass[T, B, R, S], tiles: Sequence[T], threads: int, advance: Calla
         if torch is not None:
             torch.set_num_threads(1)
         _Run(step, tiles, min(threads, len(tiles)), advance).join()
+        inputs.unchanged()
     finally:
         if torch is not None:
             torch.set_num_threads(inner)

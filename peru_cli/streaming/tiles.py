@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, overload
 
+from peru_cli.checkpoints.digests import CHUNK as CHUNK
 from peru_cli.errors import UsageError
 
-CHUNK = 1 << 14  # entries; digests are taken over chunks of this many, so tiles are multiples of it
 DEFAULT_TILE = 1 << 19  # entries; smaller tiles fit caches better, but two threads then wait for each other at every operation
 
 

@@ -11,6 +11,7 @@ from peru_cli.artifacts.container import find_artifact
 from peru_cli.checkpoints.base_name import base_of_adapter, find_base
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import check_target
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
 from peru_cli.checkpoints.lora.adapter import find_adapters, is_lora_file
@@ -25,8 +26,11 @@ from peru_cli.finetunes.fine_tune import Artifact, FineTune, FromArtifact
 from peru_cli.finetunes.head import HeadOverMerge, tasks_of
 from peru_cli.finetunes.open import open_adapter, open_artifact, recorded_dtypes
 from peru_cli.finetunes.verify import Proven, verify, verify_expanded
+from peru_cli.shown import listed
 from peru_cli.vectors.copy import copy_checkpoint, in_dtype
 from peru_cli.vectors.family import StreamSettings
+
+_PIECE = 1 << 22  # bytes read at once
 
 
 class Output:
@@ -50,8 +54,9 @@ class Output:
         if dtype is not None and "config.json" in files:
             files["config.json"] = config_with_dtype(files["config.json"], dtype)
         if self.to_folder and missing and source.base is not None:
-            lost = ", ".join(missing)
-            console.warn(f"{source.base.label} lacks the {lost} that it had when this was made: {self.target} will lack them too")
+            console.warn(
+                f"{source.base.label} lacks the {listed(missing)} that it had when this was made: {self.target} will lack them too"
+            )
         return [in_dtype(info, dtype) for info in source.tensors.values()], files
 
     def writer(self, tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:
@@ -70,7 +75,9 @@ def choose(named: str, task: str | None) -> Place:
         return place
     place = find_artifact(place, task)
     if not place.is_file() and not find_adapters(place):
-        raise UsageError(f"{named}: no such artifact or adapter", why_not_here(named)[1])
+        special = Path(named).exists() and not Path(named).is_dir()
+        message, hint = why_not_here(named)
+        raise UsageError(message if special else f"{named}: no such artifact or adapter", hint)
     return place
 
 
@@ -104,6 +111,14 @@ def report(source: FineTune, output: str, tensors: list[TensorInfo], files: dict
     return named | {"output": output, "bytes": nbytes, "tensors": len(tensors), "files": sorted(files)} | source.facts
 
 
+def _read_all(source: Checkpoint) -> None:
+    """Read every tensor, so that what carries digests is compared with them."""
+    room = bytearray(_PIECE)
+    for info in source.tensors.values():
+        for offset in range(0, info.nbytes, _PIECE):
+            source.read_into(info.name, offset, memoryview(room)[: min(_PIECE, info.nbytes - offset)])
+
+
 def unpack_to(source: FineTune, writer: CheckpointWriter, how: StreamSettings, note: Callable[[str], None]) -> None:
     """Copy a fine-tune into a writer and commit it. Where bytes cannot be taken back (a pipe), everything is verified first.
 
@@ -114,6 +129,10 @@ def unpack_to(source: FineTune, writer: CheckpointWriter, how: StreamSettings, n
     if writer.ordered and isinstance(source, FromArtifact):
         note("verifying before anything is written")
         verify(source, how)
+    elif writer.ordered and (watch := inputs.current()) is not None and watch.has_digests:
+        note("verifying before anything is written")
+        _read_all(source)
+        inputs.check()
     with writer:
         note("unpacking")
         if isinstance(source, FromArtifact):

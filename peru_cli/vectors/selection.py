@@ -9,11 +9,11 @@ import numpy as np
 
 from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
 from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledBlock
+from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
 from peru_cli.methods.magnitude import Threshold, take_equals
 from peru_cli.streaming.aligned import read_bits
-from peru_cli.streaming.digests import TensorDigest, leaves
 from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import Aligned, Buffers, Family

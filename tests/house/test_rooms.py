@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "peru_cli"
 ROOMS = [
     "version",
     "errors",
+    "shown",
     "console",
     "checkpoints",
     "streaming",

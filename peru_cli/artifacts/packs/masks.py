@@ -25,13 +25,13 @@ from peru_cli.artifacts.packs.superposed import PackedTensor, PackIndex, check_m
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
 from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
 from peru_cli.methods.masking import METHODS
 from peru_cli.methods.superpose import Arrangement
-from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.engine import available_threads
 
 KIND = "masks"

@@ -26,12 +26,12 @@ from peru_cli.artifacts.packs.superposed import (
     decode_index,
 )
 from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.methods.superpose import Arrangement, Group
-from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.engine import available_threads
 from peru_cli.streaming.tiles import CHUNK
 

@@ -15,13 +15,13 @@ from peru_cli.artifacts.codecs import PCO, RAW
 from peru_cli.artifacts.index import FROM_BASE, MAX_BLOCK_ENTRIES, STORED, SideFile
 from peru_cli.artifacts.packs.residual import Residual, decode_residual, encode_residual
 from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
+from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_name
 from peru_cli.errors import BadFile
 from peru_cli.methods.superpose import DECORRELATE, MOST_TASKS
-from peru_cli.streaming.digests import SHORT
 
 KIND = "superposed"
 INDEX_VERSION, WITH_RESIDUALS = 1, 2  # the index's versions

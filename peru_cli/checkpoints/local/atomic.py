@@ -14,6 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
+from peru_cli.checkpoints.local import inputs
 from peru_cli.errors import PeruError, UsageError
 
 try:
@@ -149,10 +150,12 @@ class PartialFile:
         return data
 
     def commit(self) -> None:
-        """Sync and rename into place."""
+        """Sync and rename into place, if no input has changed."""
+        inputs.check()
         if self._sync:
             os.fsync(self.fd)
         os.replace(self.path, self.target)
+        inputs.wrote(self.target)
         self._close()
         if self._sync:
             sync_folder(self.path.parent)
@@ -190,7 +193,8 @@ class PartialDirectory:
             raise
 
     def commit(self) -> None:
-        """Sync every file and put the folder in place; an existing one is replaced in one step."""
+        """Sync every file and put the folder in place, if no input has changed; an existing one is replaced in one step."""
+        inputs.check()
         if self._sync:
             for path in sorted(self.path.rglob("*")):
                 if path.is_file():
@@ -209,6 +213,7 @@ class PartialDirectory:
             os.rename(self.target, aside)
             os.rename(self.path, self.target)
             remove(aside)
+        inputs.wrote(self.target, self.path)
         if self._sync:
             sync_folder(self.path.parent)
         self._release()

@@ -16,7 +16,9 @@ from peru_cli.checkpoints import impostors
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
 from peru_cli.checkpoints.hub.names import RemoteFile
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.readahead import Echo, ReadAhead
+from peru_cli.checkpoints.local.sealed import Sealed, file_digest, is_sealed, read_digests, told_files
 from peru_cli.checkpoints.places import Place, children, on_disk
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
@@ -53,7 +55,7 @@ class RandomAccessFile:
 
     def __init__(self, path: Place) -> None:
         self.path = path
-        self._file = open(on_disk(path), "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = os.fdopen(inputs.open_regular(on_disk(path)), "rb", buffering=0)
         self._lock = threading.Lock()
         self.header: Header | None = None  # once it was read
         self.size = os.fstat(self._file.fileno()).st_size
@@ -122,6 +124,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.label, self.kind, self.side_files, self.warnings, self.files = label, kind, side_files, [], files
         self._files: list[RandomAccess] = []
         self._where: dict[str, tuple[RandomAccess, int]] = {}
+        self._seal_of: dict[str, Sealed] = {}
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         try:
@@ -134,6 +137,7 @@ class SafetensorsCheckpoint(Checkpoint):
                     tensors[name] = info
                     self._where[name] = (file, header.data_offset + info.begin)
                 metadata.update(header.metadata)
+                self._unseal(path, file, header)
         except BaseException:
             for file in self._files:
                 file.close()
@@ -142,12 +146,40 @@ class SafetensorsCheckpoint(Checkpoint):
         self.ranged = any(not isinstance(file, RandomAccessFile) for file in self._files)
         self._ahead: ReadAhead | Echo = ReadAhead()
 
+    def _unseal(self, place: Place, file: RandomAccess, header: Header) -> None:
+        """Look for the digests that peru writes: what is read is compared with them. BadFile if the header was altered."""
+        if not is_sealed(header.metadata):
+            return
+        raw = bytearray(header.data_offset)
+        file.read_into(0, memoryview(raw))
+        try:
+            seal = Sealed(place, header.tensors, read_digests(header, bytes(raw)), lambda: _Again(place))
+        except BadFile as error:
+            raise BadFile(f"{place}: {error.message}", error.hint) from error
+        self._seal_of.update(dict.fromkeys(header.tensors, seal))
+        if (watch := inputs.current()) is not None:
+            watch.expect(seal)
+
+    def digests(self) -> dict[str, bytes] | None:
+        """What each tensor's digest should be, 16 bytes; None unless all weights were written by peru with digests."""
+        if any(name not in self._seal_of for name in self.tensors):
+            return None
+        return {name: self._seal_of[name].digests[name] for name in self.tensors}
+
+    def verify(self) -> None:
+        """Compare all tensors that carry digests, reading what has not been read; BadFile names the first that was altered."""
+        for name in self.tensors:
+            if name in self._seal_of:
+                self._seal_of[name].verify([name])
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         file, begin = self._where[name]
         if self.ranged:
             self._ahead.read_into(file, begin + offset, buffer)
         else:
             file.read_into(begin + offset, buffer)
+        if self._seal_of and name in self._seal_of:
+            self._seal_of[name].saw(name, offset, buffer)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
         places = ((*self._where[name], offset, nbytes) for name, offset, nbytes in ranges)
@@ -180,6 +212,24 @@ class SafetensorsCheckpoint(Checkpoint):
         self.forget()
         for file in self._files:
             file.close()
+
+
+class _Again:
+    """The tensors of a file that is opened once more, for what a command did not read of it."""
+
+    def __init__(self, place: Place) -> None:
+        self._file = open_random(place)
+        self._header = read_header(self._file)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes of a tensor."""
+        self._file.read_into(self._header.data_offset + self._header.tensors[name].begin + offset, buffer)
+
+    def __enter__(self) -> _Again:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
 
 
 def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
@@ -265,7 +315,7 @@ def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
 def _read_index(path: Place) -> dict[str, str]:
     """The weight map of a shard index, with shard names that stay in their folder."""
     try:
-        parsed = json.loads(path.read_text("utf-8"))
+        parsed = json.loads(inputs.read_small(path))
         weight_map = parsed["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadFile(f"{path}: not a shard index ({error})") from error
@@ -299,7 +349,16 @@ def _open_sharded(label: str, index: Place) -> Checkpoint:
     except BaseException:
         sharded.close()
         raise
-    return sharded
+    return _told(sharded)
+
+
+def _told(checkpoint: SafetensorsCheckpoint) -> SafetensorsCheckpoint:
+    """Warn of side files that are not those which peru wrote beside the weights: people change them, and so does damage."""
+    for name, digest in told_files(checkpoint.metadata).items():
+        place = checkpoint.side_files.get(name)
+        if isinstance(place, Path) and file_digest(inputs.read_small(place)) != digest:
+            checkpoint.warnings.append(f"{place} was changed after the weights beside it were written")
+    return checkpoint
 
 
 def open_directory(folder: Place, label: str) -> Checkpoint:
@@ -327,7 +386,7 @@ def open_directory(folder: Place, label: str) -> Checkpoint:
         if indices:
             taken = f"{label} holds model.safetensors and shards of {indices[0].name}"
             checkpoint.warnings.append(f"{taken}: the single file is taken, as transformers does; remove it if the shards are meant")
-        return checkpoint
+        return _told(checkpoint)
     if preferred:
         names = ", ".join(f.name for f in preferred[:4])
         raise UsageError(f"{label} holds {len(preferred)} safetensors files and no index: {names}", "name the file that you mean")

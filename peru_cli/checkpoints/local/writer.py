@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 from peru_cli.checkpoints.header import TensorInfo, build_header
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile, check_room, may_go_on, partial_path, remove
 from peru_cli.checkpoints.local.journal import Journal, fits
+from peru_cli.checkpoints.local.sealed import Collected, blank, complete, fill, model_digest
 
 METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 
@@ -30,9 +32,52 @@ def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     return placed
 
 
-def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None) -> int:
-    """How long the header of a file of these tensors is."""
-    return len(build_header(_placed(data_order(tensors)), METADATA | dict(metadata or {})))
+def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None) -> int:
+    """How long the header of a file of these tensors is; with `files`, of a sealed one."""
+    return len(_Layout(tensors, metadata, files).header)
+
+
+class _Layout:
+    """One file's header, and the digests that go into it at the end, if it is to carry any."""
+
+    def __init__(self, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None, files: Mapping[str, bytes] | None) -> None:
+        """`files` are those beside the weights that the seal covers; None for no seal."""
+        self.order = _placed(data_order(tensors))
+        self._metadata, self._files = METADATA | dict(metadata or {}), dict(files) if files is not None else None
+        self.collected = {info.name: Collected(info) for info in self.order} if files is not None else {}
+        self.header = build_header(self.order, self._metadata | (blank(self.order, files) if files is not None else {}))
+        self.at = {info.name: len(self.header) + info.begin for info in self.order}
+        self.size = len(self.header) + sum(info.nbytes for info in self.order)
+
+    def saw(self, name: str, offset: int, data: memoryview) -> None:
+        """Bytes that are written."""
+        if self.collected:
+            self.collected[name].saw(offset, data)
+
+    def seal(self, file: PartialFile) -> dict[str, bytes]:
+        """Write the digests into the header, if there are to be any; what was not seen is read from the file."""
+
+        def read(at: int) -> Callable[[int, memoryview], None]:
+            def fill_in(offset: int, buffer: memoryview) -> None:
+                buffer[:] = file.read_at(at + offset, len(buffer))
+
+            return fill_in
+
+        for name, collected in self.collected.items():
+            complete(collected, read(self.at[name]))
+        digests = {name: collected.digest() for name, collected in self.collected.items()}
+        if self._files is not None:
+            file.write_at(0, fill(self.header, digests))
+        return digests
+
+    def amended(self, name: str, content: bytes) -> bytes:
+        """The sealed header, another content of a side file in it."""
+        if self._files is None:
+            return self.header
+        self._files[name] = content
+        header = build_header(self.order, self._metadata | blank(self.order, self._files))
+        assert len(header) == len(self.header)
+        return fill(header, {name: collected.digest() for name, collected in self.collected.items()})
 
 
 def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
@@ -81,13 +126,13 @@ class FileWriter(CheckpointWriter):
         metadata: Mapping[str, str] | None = None,
         resume_key: str | None = None,
         fresh: bool = False,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self.order = _placed(data_order(tensors))
-        header = build_header(self.order, METADATA | dict(metadata or {}))
-        size = len(header) + sum(info.nbytes for info in self.order)
+        """With `files`, those that lie beside it, if any, the file carries digests (sealed.py)."""
+        self._layout = _Layout(tensors, metadata, files)
+        self.order, header, size = self._layout.order, self._layout.header, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
         self._file = PartialFile(target, sync, resume=resume_key is not None)
-        self._at = {info.name: len(header) + info.begin for info in self.order}
         try:
             if resume_key is not None:
                 path = self._file.path.with_name(self._file.path.name + "-journal")
@@ -99,9 +144,11 @@ class FileWriter(CheckpointWriter):
             raise
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        self._file.write_at(self._at[name] + offset, data)
+        self._layout.saw(name, offset, data)
+        self._file.write_at(self._layout.at[name] + offset, data)
 
     def commit(self) -> None:
+        self._layout.seal(self._file)
         self._file.commit()
         if self.journal is not None:
             self.journal.remove()
@@ -128,36 +175,43 @@ class DirectoryWriter(CheckpointWriter):
         metadata: Mapping[str, str] | None = None,
         resume_key: str | None = None,
         fresh: bool = False,
+        seal: bool = False,
     ) -> None:
-        """With `resume_key`, tensors that an earlier run with the same key wrote are in `journal.done`, unless `fresh`."""
+        """With `resume_key`, tensors that an earlier run with the same key wrote are in `journal.done`, unless `fresh`.
+
+        With `seal`, the shards carry digests of their tensors and of the side files (sealed.py).
+        """
         shards = split_shards(sorted(tensors, key=lambda t: t.name), max_shard_bytes)
         total = sum(info.nbytes for info in tensors)
         resume = resume_key is not None
         check_room(target, 0 if resume and partial_path(target).exists() else total + sum(map(len, side_files.values())))
         self.order = [info for shard in shards for info in shard]
-        self._where: dict[str, tuple[PartialFile, int]] = {}
-        self._files: list[PartialFile] = []
+        self._where: dict[str, tuple[PartialFile, _Layout]] = {}
+        self._files: list[tuple[PartialFile, _Layout]] = []
+        self._sealed: list[tuple[Path, _Layout]] = []
+        self._digests: dict[str, bytes] = {}
         with ExitStack() as undo:
             self._folder = undo.enter_context(PartialDirectory(target, sync, resume))
             names = shard_names(len(shards))
             self.shards = len(shards)
-            layout: list[tuple[PartialFile, bytes, int]] = []
             for shard, name in zip(shards, names, strict=True):
                 path = self._folder.path / name
                 if resume and path.exists():  # killed while the shards got their names
                     os.replace(path, partial_path(path))
                 file = undo.enter_context(PartialFile(path, sync, resume))
-                header = build_header(shard, METADATA | dict(metadata or {}))
-                layout.append((file, header, len(header) + sum(info.nbytes for info in shard)))
-                self._files.append(file)
-                self._where.update({info.name: (file, len(header) + info.begin) for info in shard})
+                layout = _Layout(shard, metadata, side_files if seal else None)
+                self._files.append((file, layout))
+                self._where.update({info.name: (file, layout) for info in shard})
             if resume_key is not None:
                 path = self._folder.path / ".peru-journal"
-                self.journal = Journal(path, resume_key, self._files, sync, lambda _: not fresh and all(fits(*f) for f in layout))
+                ours = [file for file, _ in self._files]
+                self.journal = Journal(
+                    path, resume_key, ours, sync, lambda _: not fresh and all(fits(file, at.header, at.size) for file, at in self._files)
+                )
                 self._remove_strangers(names)
-            for file, header, size in layout:
-                file.write_at(0, header)
-                os.ftruncate(file.fd, size)
+            for file, layout in self._files:
+                file.write_at(0, layout.header)
+                os.ftruncate(file.fd, layout.size)
             if len(shards) > 1:
                 weight_map = {info.name: name for shard, name in zip(shards, names, strict=True) for info in shard}
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -180,18 +234,34 @@ class DirectoryWriter(CheckpointWriter):
                 remove(path)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        file, begin = self._where[name]
-        file.write_at(begin + offset, data)
+        file, layout = self._where[name]
+        layout.saw(name, offset, data)
+        file.write_at(layout.at[name] + offset, data)
 
     def seal(self) -> None:
         """All is written: the unfinished folder can be read as a checkpoint before `commit` puts it in place."""
-        for file in self._files:
+        if self.journal is not None and self._files:
+            self.journal.flush()
+        for file, layout in self._files:
+            self._digests |= layout.seal(file)
             file.commit()
+            self._sealed.append((file.target, layout))
         self._files = []
 
+    def amend(self, name: str, content: bytes) -> None:
+        """Replace a side file, after `seal`: the shards tell of the new one."""
+        (self._folder.path / name).write_bytes(content)
+        for path, layout in self._sealed:
+            with open(path, "r+b") as file:
+                file.write(layout.amended(name, content))
+        inputs.forget(self._folder.path)
+
+    @property
+    def model_digest(self) -> str:
+        """What the sealed shards hold together."""
+        return model_digest(self._digests)
+
     def commit(self) -> None:
-        if self.journal is not None:
-            self.journal.flush()
         self.seal()
         if self.journal is not None:
             self.journal.remove()
@@ -231,6 +301,7 @@ class PipeWriter(CheckpointWriter):
 
     def commit(self) -> None:
         self.write("", 0, memoryview(b""))
+        inputs.check()
         self._pipe.flush()
 
     def __enter__(self) -> PipeWriter:

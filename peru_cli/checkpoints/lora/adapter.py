@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peru_cli.checkpoints.local.checkpoint import open_file
+from peru_cli.checkpoints.local.sealed import AGAIN, file_digest, told_files
 from peru_cli.checkpoints.lora.alpha import Alphas
-from peru_cli.checkpoints.lora.config import CONFIG, FILES, rank_of, read_config, refuse_model_beside, scale_of
+from peru_cli.checkpoints.lora.config import CONFIG, FILES, rank_of, read_config, refuse_model_beside, scale_of, sealed_config
 from peru_cli.checkpoints.lora.foreign import Foreign, sort_foreign
 from peru_cli.checkpoints.lora.keys import OUTER, PEFT, Keys, Sorted, looks_like_lora, sort_file, sort_peft
 from peru_cli.checkpoints.lora.module import CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, LoraModule
@@ -57,6 +58,7 @@ class Adapter:
             self.weights = path / _DIFFUSERS_FILE if path.is_dir() else path
         self.file: Checkpoint = open_file(self.weights, str(self.weights))
         try:
+            self._check_config()
             self.foreign, self.shared = list[Foreign](), list[str]()
             if self.config.get("peft_type", "LORA") != "LORA":
                 self.foreign, self.shared, whole = sort_foreign(list(self.file.tensors), self.config["peft_type"])
@@ -73,6 +75,12 @@ class Adapter:
         except BaseException:
             self.file.close()
             raise
+
+    def _check_config(self) -> None:
+        """Refuse a configuration that was altered after peru wrote it: a scale or a rank in it decides the weights."""
+        told = told_files(self.file.metadata).get(CONFIG)
+        if told is not None and file_digest(sealed_config(self.config)) != told:
+            raise BadFile(f"{self.path / CONFIG} was altered after it was written", AGAIN)
 
     @property
     def kind(self) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.lora.foreign import PREFIXES, refuse_kind
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
@@ -52,7 +53,7 @@ def read_config(folder: Place, label: str) -> dict[str, Any]:
     """The configuration of an adapter of LoRA, or of a method that peft merges; UsageError names what it is, if it is neither."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(inputs.read_small(path))
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
@@ -177,6 +178,14 @@ def new_config(
         "layers_pattern": None,
     }
     return resized_config(config, ranks) | more
+
+
+_ABOUT = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")  # change no weight
+
+
+def sealed_config(config: Mapping[str, Any]) -> bytes:
+    """What a seal covers of a configuration: all that decides the weights, however it is laid out; not where the base is said to be."""
+    return json.dumps({key: value for key, value in config.items() if key not in _ABOUT}, sort_keys=True).encode()
 
 
 def encode_config(config: Mapping[str, Any]) -> bytes:

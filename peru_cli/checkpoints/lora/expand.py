@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peru_cli.checkpoints.architectures import is_embedding, is_output, tied_embedding
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.lora.adapter import Adapter
+from peru_cli.checkpoints.lora.bound import BoundBase
 from peru_cli.checkpoints.lora.config import CONFIG, check_can_be_added
 from peru_cli.checkpoints.lora.fit import F32, AnyUpdate, Computed, Difference, Fitting, Merged, Update
 from peru_cli.checkpoints.lora.foreign import Around, Foreign, merge
@@ -84,6 +86,17 @@ class LoraCheckpoint(Checkpoint):
             )
         self.tensors = dict(self.tensors) | {name: TensorInfo(name, F32, u.info.shape) for name, u in self.updates.items()}
         self.kind = f"{adapter.kind} ({self.prefix})"
+        plain = {
+            u.module.path: u.source or name
+            for name, u in self.updates.items()
+            if isinstance(u, Update) and not u.is_bias and u.over is None
+        }
+        self._bound = BoundBase(adapter.file.metadata, base, plain, label)
+        if self._bound.unknown:
+            told = f"{base.label} has other shapes or dtypes than the base that {label} was made from"
+            self.warnings.append(f"{told}: whether it is that base cannot be told")
+        if (watch := inputs.current()) is not None:
+            watch.expect(self._bound)
         self._correct_config()
 
     def _correct_config(self) -> None:
@@ -231,13 +244,15 @@ class LoraCheckpoint(Checkpoint):
         return delta
 
     @staticmethod
-    def _read_floats(source: Checkpoint, info: TensorInfo, start: int, out: torch.Tensor) -> None:
-        """Entries of a tensor from `start` on as float32."""
+    def _read_floats(source: Checkpoint, info: TensorInfo, start: int, out: torch.Tensor, bound: BoundBase | None = None) -> None:
+        """Entries of a tensor from `start` on as float32; `bound` compares what is read with the base that is wanted."""
         import torch
 
         assert info.dtype.torch_name is not None
         room = bytearray(info.dtype.nbytes(len(out)))
         source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+        if bound is not None:
+            bound.saw(info.name, info.dtype.nbytes(start), memoryview(room))
         out.copy_(torch.frombuffer(room, dtype=getattr(torch, info.dtype.torch_name)))
 
     def _add(self, update: Update, start: int, out: torch.Tensor) -> None:
@@ -246,7 +261,7 @@ class LoraCheckpoint(Checkpoint):
         if update.over is not None:
             self._read_floats(self._adapter.file, self._adapter.file.tensors[update.over], start, out)
         else:
-            self._read_floats(self._base, self._base.tensors[update.source or info.name], start, out)
+            self._read_floats(self._base, self._base.tensors[update.source or info.name], start, out, self._bound)
         size = update.panel_rows * update.columns
         block_size = update.rows * update.columns
         at = start

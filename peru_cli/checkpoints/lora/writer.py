@@ -11,7 +11,8 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import FileWriter
 from peru_cli.checkpoints.lora.adapter import WEIGHTS, Adapter
 from peru_cli.checkpoints.lora.alpha import without_alpha
-from peru_cli.checkpoints.lora.config import CONFIG, encode_config
+from peru_cli.checkpoints.lora.bound import BASE_TENSORS
+from peru_cli.checkpoints.lora.config import CONFIG, encode_config, sealed_config
 from peru_cli.checkpoints.lora.keys import DIFFUSERS, KOHYA, OUTER, PEFT
 from peru_cli.checkpoints.lora.module import EMBEDDING, LoraModule
 from peru_cli.version import __version__
@@ -62,15 +63,17 @@ def _like(adapter: Adapter, source: str, name: str) -> TensorInfo:
 def resized_metadata(adapter: Adapter, ranks: Sequence[int], options: str) -> dict[str, str]:
     """The input's metadata where it still holds, and how the file was made."""
     metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": options}
+    if BASE_TENSORS in adapter.file.metadata:
+        metadata[BASE_TENSORS] = adapter.file.metadata[BASE_TENSORS]
     if adapter.layout == KOHYA:
         before = adapter.file.metadata
-        kept = {key: value for key, value in without_alpha(before).items() if not key.startswith("sshs_")}
+        kept = {key: value for key, value in without_alpha(before).items() if not key.startswith(("sshs_", "peru."))}
         if "ss_network_dim" in before or "ss_network_alpha" in before:
             shown = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # as sd-scripts' resize_lora writes
             kept |= {"ss_network_dim": shown, "ss_network_alpha": shown}
         return kept | metadata
     if adapter.layout == DIFFUSERS:
-        return without_alpha(adapter.file.metadata) | metadata
+        return {key: value for key, value in without_alpha(adapter.file.metadata).items() if not key.startswith("peru.")} | metadata
     return metadata
 
 
@@ -87,4 +90,9 @@ def adapter_writer(
     (folder / CONFIG).write_bytes(encode_config(config))
     for name, content in small_files.items():
         (folder / name).write_bytes(content)
-    return FileWriter(folder / WEIGHTS, tensors, sync, metadata)
+    return FileWriter(folder / WEIGHTS, tensors, sync, metadata, files=beside(config, small_files))
+
+
+def beside(config: Mapping[str, Any], small_files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What the seal of an adapter's weights covers besides them."""
+    return dict(small_files) | {CONFIG: sealed_config(config)}

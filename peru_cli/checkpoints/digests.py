@@ -14,8 +14,8 @@ from blake3 import blake3
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.streaming.tiles import CHUNK
 
+CHUNK = 1 << 14  # entries; tiles are multiples of it
 SHORT = 16  # bytes of a tensor's digest that the index of an artifact keeps
 
 

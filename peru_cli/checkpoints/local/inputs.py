@@ -1,0 +1,214 @@
+"""What a command reads stays what it was when the command first looked at it, or the command fails; and what is read is a regular file.
+
+Every file that peru opens is noted with its size, time of change and inode, small ones with their bytes. The engine compares at the
+end of each pass, and everything that puts an output in place compares before it does (atomic.py): an input that was overwritten
+meanwhile would give weights that are neither the old file's nor the new one's. What carries digests (sealed.py) is compared with them, too.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from peru_cli.errors import BadFile
+
+_SMALL = 1 << 16  # bytes of a file that are compared themselves: a clock that ticks coarsely can miss a change
+
+
+class Changed(BadFile):
+    """An input is no longer what it was when the command began."""
+
+
+class Unfinished(Protocol):
+    """What is not known to be sound before all of it has been read."""
+
+    def finish(self) -> None:
+        """Read what is left, and compare."""
+        ...
+
+
+class Readable(Protocol):
+    """A file, here or on the Hub."""
+
+    def read_bytes(self) -> bytes:
+        """All of it."""
+        ...
+
+
+class Watch:
+    """The inputs of one command, and what it has put in place."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[tuple[int, ...], bytes | None]] = {}
+        self._unfinished: list[Unfinished] = []
+        self.written: list[Path] = []
+
+    def see(self, path: Path, fd: int, small: bool = True) -> None:
+        """Note an open file. Changed if it was seen before and was another then."""
+        state = _state(os.fstat(fd))
+        digest = blake3(os.pread(fd, _SMALL, 0)).digest() if small and state[2] <= _SMALL and hasattr(os, "pread") else None
+        with self._lock:
+            before = self._seen.setdefault(os.path.abspath(path), (state, digest))
+        if before[0] != state:
+            raise _changed(path)
+
+    def expect(self, unfinished: Unfinished) -> None:
+        """Ask this, too, before anything is put in place."""
+        with self._lock:
+            self._unfinished.append(unfinished)
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether some input carries digests that are compared while it is read."""
+        return bool(self._unfinished)
+
+    def unchanged(self) -> None:
+        """Compare sizes, times of change and inodes: at the end of a pass."""
+        for path, (state, _) in list(self._seen.items()):
+            _compare(path, state)
+
+    def check(self) -> None:
+        """Compare everything: before an output is put in place, and before a report."""
+        self.unchanged()
+        for unfinished in list(self._unfinished):
+            unfinished.finish()
+        for path, (state, digest) in list(self._seen.items()):
+            if digest is not None:
+                try:
+                    same = blake3(Path(path).read_bytes()).digest() == digest
+                except OSError:
+                    same = False
+                if not same:
+                    raise _changed(path)
+            _compare(path, state)
+
+    def forget(self, target: Path) -> None:
+        """What lies there, or below, is our own doing from now on."""
+        root = os.path.abspath(target)
+        with self._lock:
+            for path in [path for path in self._seen if path == root or path.startswith(root + os.sep)]:
+                del self._seen[path]
+
+    def wrote(self, target: Path) -> None:
+        """An output is in place."""
+        self.forget(target)
+        if not any(part.startswith(".") and part.endswith(".peru-partial") for part in target.parts):
+            self.written.append(target)
+
+
+_current: ContextVar[Watch | None] = ContextVar("inputs", default=None)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Watch what is opened inside: one command, or one call of the library."""
+    watch = Watch()
+    token = _current.set(watch)
+    try:
+        yield watch
+    finally:
+        _current.reset(token)
+
+
+def current() -> Watch | None:
+    """The watch of the command that runs; None outside of one."""
+    return _current.get()
+
+
+def unchanged() -> None:
+    """Compare what was noted at opening, at the end of a pass; Changed names the file."""
+    if (watch := _current.get()) is not None:
+        watch.unchanged()
+
+
+def check() -> None:
+    """Compare everything, before an output is put in place or something is reported; Changed or BadFile names the file."""
+    if (watch := _current.get()) is not None:
+        watch.check()
+
+
+def forget(target: Path) -> None:
+    """A file that others may rightly replace, or that is ours."""
+    if (watch := _current.get()) is not None:
+        watch.forget(target)
+
+
+def wrote(target: Path, unfinished: Path | None = None) -> None:
+    """An output is in place; `unfinished` is where it lay before."""
+    if (watch := _current.get()) is not None:
+        watch.wrote(target)
+        if unfinished is not None:
+            watch.forget(unfinished)
+
+
+def open_regular(path: Path, small: bool = True) -> int:
+    """A file descriptor for reading, noted. BadFile for what is no regular file: a pipe would be waited for without end."""
+    refuse_special(path)
+    # Should a pipe have come into its place meanwhile, opening it does not wait either.
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _special(path)
+        if (watch := _current.get()) is not None:
+            watch.see(path, fd, small)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def refuse_special(path: Path) -> None:
+    """BadFile for a pipe, a device, a socket or a folder in the place of a file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise _special(path)
+
+
+def note(place: Readable, small: bool = True) -> None:
+    """Note a file that somebody else is going to read."""
+    if isinstance(place, Path) and _current.get() is not None:
+        os.close(open_regular(place, small))
+
+
+def read_small(place: Readable) -> bytes:
+    """All bytes of a small file, noted if it lies here."""
+    if not isinstance(place, Path):
+        return place.read_bytes()
+    with os.fdopen(open_regular(place), "rb") as file:
+        return file.read()
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _compare(path: str, state: tuple[int, ...]) -> None:
+    try:
+        now = _state(os.stat(path))
+    except OSError as error:
+        raise Changed(f"{path} went away while it was being read ({error.strerror}): nothing was written", _HINT) from error
+    if now != state:
+        raise _changed(path)
+
+
+_HINT = "type the command again when nothing changes its inputs any more"
+
+
+def _changed(path: str | Path) -> Changed:
+    return Changed(f"{path} was changed while it was being read: nothing was written", _HINT)
+
+
+def _special(path: Path) -> BadFile:
+    mode = os.stat(path).st_mode
+    kinds = {
+        stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket",
+    }  # fmt: skip
+    return BadFile(f"{path}: not a regular file, but {kinds.get(stat.S_IFMT(mode), 'something else')}", "put the file itself there")

@@ -1,0 +1,217 @@
+"""Digests in the files that peru writes for others to load: merges, heads, adapters, statistics; compared whenever peru reads them back.
+
+Three entries of the safetensors metadata, which every reader skips (docs/format.md, "Sealed files"):
+
+peru.sealed   "1", the version of this.
+peru.digests  64 hexadecimal digits, BLAKE3("peru file 1" 0x00, the file's header in which these 64 digits are zeros), then for each
+              tensor by name 32 digits, the first half of its digest (digests.py).
+peru.files    JSON: the files that were written beside the weights, each with the first half of its BLAKE3.
+
+So every byte of such a file is covered. A file that carries no such entries is somebody else's, and is read as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, leaves
+from peru_cli.checkpoints.header import Header, TensorInfo
+from peru_cli.errors import BadFile
+
+SEALED, DIGESTS, FILES = "peru.sealed", "peru.digests", "peru.files"
+VERSION = "1"
+_SEAL = 64  # hexadecimal digits
+_EACH = 2 * SHORT
+_PIECE = 64 * CHUNK  # entries read at once
+AGAIN = "fetch or make it again"
+
+
+class Collected:
+    """A tensor's digest out of pieces that come in any order, some of them twice. Safe from many threads."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+        self._tree = TensorDigest(info.dtype, info.shape)
+        self._chunks = -(-info.entries // CHUNK)
+        self._next = 0  # chunks that are in the tree
+        self._waiting: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        self.touched = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk was seen."""
+        return self._next == self._chunks
+
+    @property
+    def next_entry(self) -> int:
+        """The first entry that is not in the tree."""
+        return self._next * CHUNK
+
+    def saw(self, offset: int, data: memoryview) -> bool:
+        """Bytes from an offset on; whether they made it complete. Pieces that fill no whole chunks are passed over."""
+        self.touched = True
+        dtype, total = self.info.dtype, self.info.nbytes
+        size = dtype.nbytes(CHUNK)
+        if self.complete or offset % size or (len(data) % size and offset + len(data) != total) or not len(data):
+            return False
+        first = offset // size
+        if first + -(-len(data) // size) <= self._next or first in self._waiting:
+            return False
+        found = leaves(data, dtype)
+        with self._lock:
+            if self.complete:
+                return False
+            self._waiting[first] = found
+            self._settle()
+            return self.complete
+
+    def _settle(self) -> None:
+        width = blake3.digest_size
+        for first in sorted(self._waiting):
+            if first > self._next:
+                break
+            ready = self._waiting.pop(first)[(self._next - first) * width :]
+            self._tree.add(ready)
+            self._next += len(ready) // width
+
+    def digest(self) -> bytes:
+        """The first half of the digest; all must have been seen."""
+        assert self.complete, self.info.name
+        return self._tree.digest()[:SHORT]
+
+
+def blank(tensors: Sequence[TensorInfo], files: Mapping[str, bytes]) -> dict[str, str]:
+    """The entries of a file of these tensors before anything is known of them, as long as they will be."""
+    told = {FILES: json.dumps({name: file_digest(content) for name, content in sorted(files.items())})} if files else {}
+    return {SEALED: VERSION, DIGESTS: "0" * (_SEAL + _EACH * len(tensors)), **told}
+
+
+def fill(header: bytes, digests: Mapping[str, bytes]) -> bytes:
+    """A header with a blank entry, filled in."""
+    at, end = _span(header)
+    told = "".join(digests[name].hex() for name in sorted(digests)).encode()
+    assert end - at == _SEAL + len(told)
+    unsealed = header[: at + _SEAL] + told + header[end:]
+    return unsealed[:at] + _seal_of(unsealed).encode() + unsealed[at + _SEAL :]
+
+
+def blanked(header: bytes) -> bytes:
+    """A header as it was before it was filled in."""
+    at, end = _span(header)
+    return header[:at] + b"0" * (end - at) + header[end:]
+
+
+def _span(header: bytes) -> tuple[int, int]:
+    """Where the value of the entry begins and ends; BadFile if it is not spelt as peru does."""
+    key = f'"{DIGESTS}":"'.encode()
+    at = header.find(key)
+    end = header.find(b'"', at + len(key))
+    if at < 0 or end < 0:
+        raise BadFile(f"its entry {DIGESTS} was altered after it was written", AGAIN)
+    return at + len(key), end
+
+
+def _seal_of(header: bytes) -> str:
+    return blake3(b"peru file 1\0" + header).hexdigest()
+
+
+def is_sealed(metadata: Mapping[str, str]) -> bool:
+    """Whether a file carries digests: one of the two entries is enough, lest damage to the other hide it."""
+    return DIGESTS in metadata or SEALED in metadata
+
+
+def read_digests(header: Header, raw: bytes) -> dict[str, bytes]:
+    """Digests by tensor of a sealed file; BadFile if its header, `raw`, was altered after it was written."""
+    text = header.metadata.get(DIGESTS, "")
+    if header.metadata.get(SEALED) not in (None, VERSION) and DIGESTS in header.metadata:
+        raise BadFile(f"sealed in version {header.metadata[SEALED]!r}, this peru knows {VERSION}", "pip install -U peru-cli, or " + AGAIN)
+    names = sorted(header.tensors)
+    at, end = _span(raw)
+    zeros = raw[:at] + b"0" * min(_SEAL, end - at) + raw[at + min(_SEAL, end - at) :]
+    if SEALED not in header.metadata or len(text) != _SEAL + _EACH * len(names) or _seal_of(zeros) != text[:_SEAL]:
+        hint = f"{AGAIN}; whoever changed it on purpose takes the entries {SEALED} and {DIGESTS} out of its metadata"
+        raise BadFile("its header was altered after it was written", hint)
+    told = bytes.fromhex(text[_SEAL:])
+    return {name: told[i * SHORT : (i + 1) * SHORT] for i, name in enumerate(names)}
+
+
+class Source(Protocol):
+    """What tensors' bytes are read from."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes of a tensor."""
+        ...
+
+
+class Sealed:
+    """One file's digests, and what has been read of it."""
+
+    def __init__(self, path: Any, tensors: Mapping[str, TensorInfo], digests: Mapping[str, bytes], rest: Any) -> None:
+        """`rest` opens the file's tensors again, a context manager, for what a command did not read."""
+        self._path, self._rest, self.digests = path, rest, digests
+        self.tensors = {name: Collected(info) for name, info in tensors.items()}
+
+    def saw(self, name: str, offset: int, data: memoryview) -> None:
+        """Bytes that were read; BadFile as soon as a tensor is complete and not what was written."""
+        collected = self.tensors[name]
+        if not collected.complete and collected.saw(offset, data):
+            self._compare(name)
+
+    def _compare(self, name: str) -> None:
+        if self.tensors[name].digest() != self.digests[name]:
+            raise BadFile(f"{self._path}: tensor {name!r} was altered after it was written", AGAIN)
+
+    def finish(self) -> None:
+        """Read what is left of the tensors that were read in part, or out of step with chunks, and compare."""
+        self.verify([name for name, collected in self.tensors.items() if collected.touched])
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Compare these tensors, reading what has not been read; BadFile for the first that was altered."""
+        left = [name for name in names if not self.tensors[name].complete]
+        if not left:
+            return
+        with self._rest() as source:
+            for name in left:
+                complete(self.tensors[name], lambda offset, buffer, name=name: source.read_into(name, offset, buffer))
+                self._compare(name)
+
+
+def complete(collected: Collected, read: Any) -> None:
+    """Read the rest of a tensor, `read(offset, buffer)`, into its digest."""
+    info = collected.info
+    room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
+    while not collected.complete:
+        start = collected.next_entry
+        offset = info.dtype.nbytes(start)
+        piece = memoryview(room)[: min(len(room), info.nbytes - offset)]
+        read(offset, piece)
+        collected.saw(offset, piece)
+
+
+def model_digest(digests: Mapping[str, bytes]) -> str:
+    """What all files of a model hold together, however they are cut into shards; hexadecimal."""
+    total = blake3(b"peru model 1\0")
+    for name in sorted(digests):
+        encoded = name.encode("utf-8")
+        total.update(len(encoded).to_bytes(4, "little") + encoded + digests[name])
+    return total.hexdigest()
+
+
+def file_digest(content: bytes) -> str:
+    """Of a small file beside the weights; hexadecimal."""
+    return blake3(content).digest()[:SHORT].hex()
+
+
+def told_files(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the files that were written beside sealed weights, by name."""
+    try:
+        table = json.loads(metadata.get(FILES, "{}"))
+    except ValueError:
+        return {}
+    return {str(name): str(digest) for name, digest in table.items()} if isinstance(table, dict) else {}

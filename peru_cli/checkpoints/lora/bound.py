@@ -1,0 +1,66 @@
+"""Which base an adapter was made from: digests of the weights under its factors, where peru made it out of a full fine-tune."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from peru_cli.checkpoints.digests import SHORT
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.sealed import Collected, complete
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch
+
+BASE_TENSORS = "peru.base.tensors"  # JSON: module -> dtype, shape and 32 hexadecimal digits of the base's tensor
+
+
+def bound_to(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """The entry of an adapter's metadata; `tensors` are the base's by the modules that change them. Reads each once."""
+    told = {}
+    for module, info in sorted(tensors.items()):
+        collected = Collected(info)
+        complete(collected, lambda offset, buffer, name=info.name: base.read_into(name, offset, buffer))
+        told[module] = [info.dtype.name, list(info.shape), collected.digest().hex()]
+    return {BASE_TENSORS: json.dumps(told, separators=(",", ":"))}
+
+
+class BoundBase:
+    """The base under an adapter, compared with what the adapter tells of it while it is read. Safe from many threads."""
+
+    def __init__(self, metadata: Mapping[str, str], base: Checkpoint, modules: Mapping[str, str], label: str) -> None:
+        """`modules` are the names of the base's tensors by the modules that change them."""
+        self._base, self._label = base, label
+        self._wanted: dict[str, bytes] = {}
+        self._collected: dict[str, Collected] = {}
+        self.unknown: list[str] = []  # modules of another shape or dtype than the adapter was made from
+        try:
+            told = json.loads(metadata.get(BASE_TENSORS, "{}"))
+            for module, (dtype, shape, digest) in told.items():
+                info = base.tensors.get(modules.get(module, ""))
+                if info is None or info.dtype.name != dtype or list(info.shape) != shape:
+                    self.unknown.append(module)
+                    continue
+                self._wanted[info.name] = bytes.fromhex(digest)[:SHORT]
+                self._collected[info.name] = Collected(info)
+        except (ValueError, TypeError, AttributeError):  # no entry of ours: the seal would have told of damage
+            self._wanted, self._collected = {}, {}
+
+    def saw(self, name: str, offset: int, data: memoryview) -> None:
+        """Bytes of the base that were read; Mismatch as soon as a tensor is complete and another one."""
+        collected = self._collected.get(name)
+        if collected is not None and not collected.complete and collected.saw(offset, data):
+            self._compare(name)
+
+    def finish(self) -> None:
+        """Read what is left of the tensors that were read in part, and compare."""
+        for name, collected in self._collected.items():
+            if collected.touched and not collected.complete:
+                complete(collected, lambda offset, buffer, name=name: self._base.read_into(name, offset, buffer))
+                self._compare(name)
+
+    def _compare(self, name: str) -> None:
+        if self._collected[name].digest() != self._wanted[name]:
+            raise Mismatch(
+                f"{self._base.label} is not the base that {self._label} was made from: {name} has other contents",
+                "name the base that `peru svd-lora` was given",
+            )
