@@ -60,7 +60,7 @@ class Console:
             self._out(shown.printable(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table in plain columns. Only names beyond 200 characters are cut. On a terminal that is too narrow, columns are left out and words are wrapped.
+        """A table in plain columns; long names are cut. On a narrow terminal, columns are left out and words are wrapped.
 
         A column's name may begin with marks: `?` says that it can be left out (the last one goes first), `>` aligns it right.
         """

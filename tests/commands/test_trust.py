@@ -101,7 +101,7 @@ def test_an_input_that_changes_is_named_and_nothing_is_written(tmp_path: Path, p
     kept = {path: path.read_bytes() for path in victims}
     for victim in victims:
         with monkeypatch.context() as patch:
-            change_while_read(patch, victim, overwrite(victim), 12 if name == "unpack" else 5)
+            change_while_read(patch, victim, overwrite(victim), 12 if name == "unpack" else 9)
             peru(*command, code=1)
         assert f"{victim} was changed while it was being read" in stderr(peru)
         assert list(out.iterdir()) == []
@@ -115,7 +115,7 @@ def test_an_input_that_changes_is_named_and_nothing_is_written(tmp_path: Path, p
             os.utime(config, ns=(times.st_atime_ns, times.st_mtime_ns))
 
         with monkeypatch.context() as patch:
-            change_while_read(patch, config, another, 5)
+            change_while_read(patch, config, another, 9)
             peru(*command, code=1)
         assert f"{config} was changed while it was being read" in stderr(peru)
         assert list(out.iterdir()) == []
@@ -132,7 +132,7 @@ def test_an_input_that_is_replaced_or_removed(tmp_path: Path, peru, pair, monkey
 
     for change, says in ((replace, "was changed while"), (weights.unlink, "went away while")):
         with monkeypatch.context() as patch:
-            change_while_read(patch, weights, change, 5)
+            change_while_read(patch, weights, change, 9)
             peru("prune", f"t={fine}", "-b", base, "-o", out, "--lossless", "--no-sync", code=1)
         assert says in stderr(peru) and str(weights) in stderr(peru)
         assert not out.exists()
