@@ -29,7 +29,7 @@ def model(folder: Path, seed: int, head: int | None) -> Path:
         tensors["classifier.weight"] = torch.randn(head, 20, generator=own).bfloat16()
     folder.mkdir()
     save(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 20, "task": seed}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 20}))
     return folder
 
 
