@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from peru_cli import options
 from peru_cli.errors import UsageError
 from peru_cli.merge.layers import spots
 from peru_cli.merge.varied import Setting, build, check_setting, is_plain, parse_setting, read_number, value_at
 from peru_cli.methods.parameters import Parameters, Value
-from peru_cli.methods.rules import Rule
 from peru_cli.methods.table import Method
+
+if TYPE_CHECKING:
+    from peru_cli.methods.rules import Rule
 
 BY_TASK = ("keep", "gamma", "epsilon")  # may be given for one task: TASK=VALUE
 BY_TENSOR = (*BY_TASK, "scale", "t")

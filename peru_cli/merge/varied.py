@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from peru_cli.errors import UsageError
 from peru_cli.merge.layers import Spot
-from peru_cli.methods.by_tensor import ByTensor
 from peru_cli.methods.parameters import Parameters, Value
-from peru_cli.methods.rules import Rule
 from peru_cli.methods.table import Method
+
+if TYPE_CHECKING:
+    from peru_cli.methods.rules import Rule
 
 _CLAUSE = re.compile(r"(?:(?P<first>\d+)\.\.(?P<last>\d+):|(?P<filter>[^:,\[\]]+):)?(?P<value>\[[^\[\]]*\]|[^:,\[\]]+)")
 
@@ -126,6 +128,8 @@ def check_setting(setting: Setting, spots: Mapping[str, Spot], option: str) -> N
 
 def build(method: Method, parameters: Sequence[Parameters]) -> Rule:
     """The method with the parameters of each tensor (in canonical order): tensors with equal ones share a rule."""
+    from peru_cli.methods.by_tensor import ByTensor
+
     rules: list[Rule] = []
     known: dict[object, int] = {}
     chosen = []
