@@ -61,6 +61,11 @@ def is_output(name: str) -> bool:
     return bool(_OUTPUT.fullmatch(name.removesuffix(".weight").rpartition(".")[2])) and name.endswith(".weight")
 
 
+def is_input(name: str) -> bool:
+    """Whether a tensor is a language model's input embedding, by its module's name."""
+    return name.endswith(".weight") and bool(_INPUT.fullmatch(name.removesuffix(".weight").rpartition(".")[2]))
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the config says that embedding and output matrix are one tensor, itself or by its model type's default."""
     text = config.get("text_config")

@@ -73,6 +73,13 @@ def merge(
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
     ] = None,
     merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Average classifiers' heads too, where there is no base.")] = False,
+    tokenizer: Annotated[
+        Optional[str],
+        typer.Option("--tokenizer", metavar="union|base|TASK", help="Bring rows of embeddings and heads together by token."),
+    ] = None,
+    pad_vocab_to: Annotated[
+        Optional[int], typer.Option("--pad-vocab-to", min=1, metavar="N", help="With --tokenizer: make the rows a multiple of N.")
+    ] = None,
     config: Annotated[
         Optional[str], typer.Option("--config", metavar="TASK|base", help="Whose config.json to write, where they compute differently.")
     ] = None,
@@ -184,6 +191,13 @@ def merge(
         raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
     if config is not None and config not in (names if base is None else (*names, "base")):
         raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {', '.join(names)}{' or base' if base else ''}")
+    if tokenizer is not None and tokenizer not in ("union", *(names if base is None else (*names, "base"))):
+        raise UsageError(f"--tokenizer {tokenizer}: no model is called so", f"write union{', base' if base else ''} or {', '.join(names)}")
+    if tokenizer is None and pad_vocab_to is not None:
+        raise UsageError("--pad-vocab-to pads what --tokenizer writes", "add --tokenizer union")
+    if tokenizer is not None and (density is not None or data):
+        other = "--compress" if density is not None else "--data"
+        raise UsageError(f"--tokenizer does not go with {other}", "merge first, then go on from the merge")
     varied.check_tasks(names)
     parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=base is not None))
     rule = chosen.build(parameters)
@@ -198,6 +212,16 @@ def merge(
 
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
+    opened = [model for _, model in tasks]
+    if tokenizer is not None:
+        from peru_cli.finetunes.revocabulary import common_vocabulary
+
+        everyone = [*([("base", opened_base)] if opened_base is not None else []), *tasks]
+        aligned, said = common_vocabulary(everyone, opened_base is not None, tokenizer, pad_vocab_to or 1)
+        opened_base = aligned[0] if opened_base is not None else None
+        tasks = list(zip(names, aligned[-len(names) :], strict=True))
+        for line in said:
+            console.note(line)
     plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, config=config))
     if varied.by_tensor:
         rule = build_by_tensor(chosen, varied, parameters, [slot.info.name for slot in plan.slots])
@@ -209,6 +233,8 @@ def merge(
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [
+        *(["--tokenizer", tokenizer] if tokenizer else []),
+        *(["--pad-vocab-to", str(pad_vocab_to)] if pad_vocab_to else []),
         *(["--config", config] if config else []),
         *(["--dtype", dtype] if dtype else []),
         *(["--compress", out.show(density)] if density else []),
@@ -248,7 +274,7 @@ def merge(
         console.progress(total, "merge") as progress,
         streaming(device, threads, tiles, progress.advance) as how,
     ):
-        verify_expanded([model for _, model in tasks], how, progress.step)
+        verify_expanded(opened, how, progress.step)
         if running is not None:
             wanted_values = (searched.option, searched.points) if searched is not None else None
             looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)

@@ -20,12 +20,14 @@ from peru_cli.checkpoints.lora.tied import is_untied
 from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.vocabulary import disagreements
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.vectors.family import TaskVector
 
 _SHOWN = 12  # problems listed
+_TOKENS = 6  # tokens listed
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,13 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
     problems = _twice(base, tasks, on_vectors)
     reference = base if base is not None else tasks[0][1]
     warnings = drop_tied_heads([*([] if base is None else [base]), *(model for _, model in tasks)])
+    everyone = [*([] if base is None else [(base.label, base)]), *tasks]
+    if clashes := disagreements(everyone):
+        more = f", and {len(clashes) - _TOKENS} more" if len(clashes) > _TOKENS else ""
+        hint = "; --tokenizer union, base or TASK brings rows together by token" if options.verb == "merged" else ""
+        problems.append(f"tokenizers disagree: {'; '.join(clashes[:_TOKENS])}{more}{hint}")
     if options.config is None:
-        named = [*([] if base is None else [(base.label, base.config())]), *((name, model.config()) for name, model in tasks)]
+        named = [(name, model.config()) for name, model in everyone]
         found = [f"configs compute differently: {line}" for line in describe(named)]
         if options.verb == "merged":
             problems += [*found[:-1], f"{found[-1]} (--config TASK chooses whose is written)"] if found else []
@@ -139,8 +146,8 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
         planner.settle()
         problems += planner.problems
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *more]))
+        rest = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *rest]))
     for name, model in tasks:
         chosen = {slot.base.name for slot in (*plan.slots, *plan.averaged)}
         pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]
