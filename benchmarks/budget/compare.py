@@ -1,0 +1,94 @@
+"""Compare ways to store fine-tunes at equal bytes: bits a parameter and task, normalised accuracy, KL, on MiniLM.
+
+    python benchmarks/budget/compare.py CACHE --out DIR [--tasks sst2 ...] [--examples 400] [--only NAME ...] [--check]
+
+CACHE is what benchmarks/papers/finetunes.py made (`--only full`). DIR keeps what was found, a file a method, task and number of
+examples: a run that was cut off goes on, and tasks that are trained later are added. Prints one table and writes DIR/points.json,
+which picture.py draws. All methods see the same bfloat16 checkpoints, no data, and the same count: bytes of all encoder parameters /
+their number. Heads are the fine-tune's own and are counted nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from judge import Judge, Judged, mean_kl, normalised
+from methods import METHODS, Method, Shop
+
+from peru_cli.inference.metrics import kl_divergence
+
+Row = tuple[Method, float, list[Judged]]  # bytes of all tasks
+
+
+def rows(judge: Judge, shop: Shop, tasks: list[str], methods: list[Method], folder: Path) -> Iterator[Row]:
+    """Judge each method on each task, as far as that is not in `folder`."""
+    for method in methods:
+        total, found = 0.0, []
+        for task in tasks:
+            family = f"-of-{len(tasks)}" if method.family else ""
+            path = folder / f"{method.key}{family}-{task}-{judge.examples or 'all'}.npz"
+            if not path.exists():
+                print(f"{method.name}: {task}", file=sys.stderr, flush=True)
+                tensors, nbytes = method.make(shop, task)
+                judged = judge.judge(task, tensors)
+                np.savez(path, right=judged.right, reference=judged.reference, kl=judged.kl, nbytes=nbytes)
+            with np.load(path) as stored:
+                found.append(Judged(stored["right"], stored["reference"], stored["kl"]))
+                total += float(stored["nbytes"])
+        yield method, total, found
+
+
+def check(judge: Judge, tasks: list[str]) -> None:
+    """Print how far the lean forward pass is from transformers in float32."""
+    for task in tasks:
+        kl = kl_divergence(judge.outputs_of_transformers(task), judge.reference(task))
+        print(f"{task}: KL of transformers in float32 and of what is used here {kl.mean():.1e}")
+
+
+def main() -> None:
+    """Judge what is not judged yet, and print all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, metavar="CACHE")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="by default all that CACHE/full has")
+    parser.add_argument("--examples", type=int, help="of each test set, at most; by default all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods whose names contain one of these")
+    parser.add_argument("--check", action="store_true", help="compare the outputs with transformers' first")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # threads that wait for each other cost more than they bring where others compute, too
+    tasks = arguments.tasks or sorted(path.stem for path in (arguments.cache / "full").glob("*.done"))
+    judge = Judge(arguments.cache.resolve(), arguments.out / "outputs", arguments.examples)
+    if arguments.check:
+        check(judge, tasks)
+    chosen = [m for m in METHODS if not arguments.only or any(part in m.name for part in arguments.only)]
+    points = []
+    counts = [len(judge.reference(task)) for task in tasks]
+    print(f"{len(tasks)} tasks ({', '.join(tasks)}), {sum(counts)} examples, {judge.parameters:,} parameters a task\n")
+    print("| method | bits/param | bytes a task | normalised accuracy | mean KL |\n| --- | ---: | ---: | ---: | ---: |")
+    shop = Shop(judge, tasks, arguments.out / "made")
+    for method, nbytes, found in rows(judge, shop, tasks, chosen, arguments.out):
+        bits, quality, kl = 8 * nbytes / len(tasks) / judge.parameters, normalised(found), mean_kl(found)
+        print(
+            f"| {method.name} | {bits:.3f} | {nbytes / len(tasks):,.0f} | {100 * quality.value:.2f} ({100 * quality.low:.2f} to "
+            f"{100 * quality.high:.2f}) | {kl.value:.4f} ({kl.low:.4f} to {kl.high:.4f}) |",
+            flush=True,
+        )
+        points.append(
+            {"method": method.name, "line": method.line, "bits": bits, "bytes": nbytes / len(tasks)}
+            | {"normalised": [100 * quality.value, 100 * quality.low, 100 * quality.high], "kl": [kl.value, kl.low, kl.high]}
+        )
+    about = {"tasks": tasks, "examples": sum(counts), "parameters": judge.parameters, "points": points}
+    if not arguments.only:
+        (arguments.out / "points.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

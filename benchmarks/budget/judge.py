@@ -1,0 +1,136 @@
+"""How good compressed fine-tunes of MiniLM are: accuracy, and KL to the fine-tune, with intervals.
+
+One encoder is loaded, weights are swapped in, heads are always the fine-tune's own. Texts are tokenised once and sorted by
+length. The fine-tunes' own outputs are kept on disk.
+
+Weights are rounded to bfloat16 first, the checkpoints' own type, whatever method they come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from encoder import Encoder
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from peru_cli.inference.metrics import Array, Estimate, Z, compare_right, kl_divergence, mean_normalised
+
+PREFIX = "bert."  # of a classifier's names, in front of the bare encoder's
+HEAD = ("classifier.weight", "classifier.bias")
+TOKENS = 1024  # of a batch: more does not stay in the cache
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came out on one task: each example right or wrong, the fine-tune's the same, KL to it in nats; all (examples,)."""
+
+    right: Array
+    reference: Array
+    kl: Array
+
+
+@dataclass
+class Texts:
+    """Test examples in order of length: batches of token ids, and labels."""
+
+    order: list[int]
+    batches: list[dict[str, torch.Tensor]]
+    labels: Array
+
+
+class Judge:
+    """The cache that benchmarks/papers/finetunes.py made, a folder for outputs, and one encoder."""
+
+    def __init__(self, cache: Path, store: Path, examples: int | None) -> None:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.cache, self.store, self.examples = cache, store, examples
+        self.base = encoder_tensors(cache / "base-bf16")
+        self.parameters = sum(tensor.numel() for tensor in self.base.values())
+        self._tokenizer = AutoTokenizer.from_pretrained(cache / "base-bf16")
+        self._texts: dict[str, Texts] = {}
+
+    def fine_tune(self, task: str) -> Tensors:
+        """The fine-tune's encoder, in float32, under the bare encoder's names."""
+        return encoder_tensors(self.cache / "full-bf16" / task)
+
+    def judge(self, task: str, tensors: Mapping[str, torch.Tensor]) -> Judged:
+        """What an encoder's `tensors` are worth under the head of the task's fine-tune."""
+        labels, reference, found = self.texts(task).labels, self.reference(task), self.outputs(task, tensors)
+        return Judged(found.argmax(-1) == labels, reference.argmax(-1) == labels, kl_divergence(reference, found))
+
+    def reference(self, task: str) -> Array:
+        """The fine-tune's logits, float32 (examples, classes), from disk if they are there."""
+        path = self.store / f"{task}-{self.examples or 'all'}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, self.outputs(task, self.fine_tune(task)))
+        return np.load(path)  # type: ignore[no-any-return]
+
+    def outputs(self, task: str, tensors: Mapping[str, torch.Tensor]) -> Array:
+        """Logits under the task's head, float32 (examples, classes), in the order of length."""
+        encoder = Encoder(tensors)
+        with safe_open(self.cache / "full-bf16" / task / "model.safetensors", "pt") as file:
+            weight, bias = (file.get_tensor(name).float() for name in HEAD)
+        with torch.inference_mode():
+            pooled = torch.cat([encoder.pooled(batch["input_ids"], batch["attention_mask"]) for batch in self.texts(task).batches])
+            return torch.nn.functional.linear(pooled, weight, bias).numpy()
+
+    def outputs_of_transformers(self, task: str) -> Array:
+        """The fine-tune's logits as transformers computes them in float32: what `reference` is checked against."""
+        model = AutoModelForSequenceClassification.from_pretrained(self.cache / "full-bf16" / task, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            return torch.cat([model(**batch).logits for batch in self.texts(task).batches]).numpy()
+
+    def texts(self, task: str) -> Texts:
+        """The first examples of the task's test part."""
+        if task not in self._texts:
+            lines = (self.cache / "data" / f"{task}.test.jsonl").read_text("utf-8").splitlines()
+            rows = [json.loads(line) for line in lines[: self.examples]]
+            tokens = [dict(self._tokenizer(row["text"], row.get("text_pair"), truncation=True)) for row in rows]
+            order = sorted(range(len(rows)), key=lambda i: len(tokens[i]["input_ids"]))
+            batches = [dict(self._tokenizer.pad([tokens[i] for i in cut], return_tensors="pt")) for cut in cuts(tokens, order)]
+            self._texts[task] = Texts(order, batches, np.array([rows[i]["label"] for i in order]))
+        return self._texts[task]
+
+
+def cuts(tokens: list[dict[str, Any]], order: list[int]) -> Iterator[list[int]]:
+    """Batches of about TOKENS tokens, padding included, out of examples sorted by length."""
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(tokens[index]["input_ids"]) > TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def encoder_tensors(folder: Path) -> Tensors:
+    """A checkpoint's floating tensors without its head, in float32, under the bare encoder's names."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name.removeprefix(PREFIX): t.float() for name, t in tensors.items() if t.is_floating_point() and name not in HEAD}
+
+
+def normalised(tasks: list[Judged]) -> Estimate:
+    """Mean over tasks of accuracy / the fine-tune's accuracy, with its bootstrap interval."""
+    return mean_normalised([compare_right(task.right, task.reference) for task in tasks])
+
+
+def mean_kl(tasks: list[Judged]) -> Estimate:
+    """Mean over tasks of the mean KL, nats, with the normal interval for these tasks and other examples."""
+    mean = float(np.mean([task.kl.mean() for task in tasks]))
+    variance = sum(task.kl.var(ddof=1) / len(task.kl) for task in tasks) / len(tasks) ** 2
+    half = Z * float(np.sqrt(variance))
+    return Estimate(mean, mean - half, mean + half)

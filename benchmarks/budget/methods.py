@@ -1,0 +1,150 @@
+"""What compare.py compares: rivals.py's functions, and the real commands of peru."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import rivals
+from judge import Judge, Tensors, encoder_tensors
+
+MERGE_SCALE = 0.3  # of task arithmetic, the usual one for eight tasks
+
+
+class Shop:
+    """Makes compressed fine-tunes: knows the base, all tasks, and a folder for what commands write."""
+
+    def __init__(self, judge: Judge, tasks: list[str], folder: Path) -> None:
+        self.judge, self.tasks, self.folder = judge, tasks, folder
+        self.base = judge.cache / "base-bf16"
+        self._trace: dict[float, dict[str, float]] = {}
+
+    def model(self, task: str) -> Path:
+        """The folder of a fine-tune."""
+        return self.judge.cache / "full-bf16" / task
+
+    def peru(self, *arguments: object) -> str:
+        """Run a command; loud if it fails."""
+        command = [sys.executable, "-m", "peru_cli", *map(str, arguments)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def shared(self, name: str, *arguments: object) -> Path:
+        """What a command makes of all tasks, once: a folder or a file."""
+        path = self.folder / f"{name}-of-{len(self.tasks)}"
+        if not path.exists():
+            models = [f"{task}={self.model(task)}" for task in self.tasks]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.peru(arguments[0], *models, "--base", self.base, "-o", path, *arguments[1:], "--quiet")
+        return path
+
+    def unpacked(self, artifact: Path, base: Path, *options: object) -> Tensors:
+        """The encoder that `peru unpack` makes."""
+        out = self.folder / "unpacked"
+        shutil.rmtree(out, ignore_errors=True)
+        self.peru("unpack", artifact, "--base", base, "-o", out, "--no-sync", "--quiet", *options)
+        return encoder_tensors(out)
+
+    def pruned(self, task: str, base: Path, *options: object) -> tuple[Tensors, float]:
+        """`peru prune` of one task, and back; bytes without head and config, with everything else."""
+        artifact = self.folder / "artifact.safetensors"
+        artifact.parent.mkdir(parents=True, exist_ok=True)
+        made = self.peru("prune", self.model(task), "--base", base, "-o", artifact, "--force", "--no-sync", "--json", "--quiet", *options)
+        report = json.loads(made)
+        report = report[0] if isinstance(report, list) else report
+        return self.unpacked(artifact, base), float(report["delta_bytes"])
+
+    def trace_factor(self, task: str, sparsity: float) -> float:
+        """UltraDelta's factor of a task."""
+        if sparsity not in self._trace:
+            base = self.judge.base
+            made = {t: rivals.ultra_delta(base, self.judge.fine_tune(t), sparsity, False)[0] for t in self.tasks}
+            self._trace[sparsity] = rivals.trace_factors(base, made)
+        return self._trace[sparsity][task]
+
+
+Make = Callable[[Shop, str], tuple[Tensors, float]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table; rows of one `line` are joined in the picture. Of a `family`, all tasks are stored together."""
+
+    name: str
+    line: str
+    make: Make
+    family: bool = False
+
+    @property
+    def key(self) -> str:
+        """For names of files."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name)
+
+
+def rival(function: Callable[..., tuple[Tensors, float]], **options: object) -> Make:
+    """A function of rivals.py."""
+    return lambda shop, task: function(shop.judge.base, shop.judge.fine_tune(task), **options)
+
+
+def prune(*options: object) -> Make:
+    """`peru prune` against the base."""
+    return lambda shop, task: shop.pruned(task, shop.base, *options)
+
+
+def fft(density: str) -> Make:
+    """`peru prune` against a task-arithmetic merge of all tasks, whose own bytes are not counted."""
+
+    def make(shop: Shop, task: str) -> tuple[Tensors, float]:
+        merge = shop.shared("merge", "merge", "--method", "task-arithmetic", "--scale", MERGE_SCALE)
+        return shop.pruned(task, merge, "--keep", density)
+
+    return make
+
+
+def pack(name: str, *options: object) -> Make:
+    """`peru shuffle-pack` of all tasks; its bytes shared out equally."""
+
+    def make(shop: Shop, task: str) -> tuple[Tensors, float]:
+        path = shop.shared(f"{name}.safetensors", "shuffle-pack", *options)
+        report = json.loads(shop.peru("inspect", path, "--json"))
+        heads = report["parts"].get("whole tensors", 0) + report["parts"].get("side files", 0)
+        return shop.unpacked(path, shop.base, "--task", task), (path.stat().st_size - heads) / len(shop.tasks)
+
+    return make
+
+
+def with_trace(shop: Shop, task: str) -> tuple[Tensors, float]:
+    """UltraDelta with its last step, which makes all but one task's vectors shorter."""
+    factor = shop.trace_factor(task, 0.99)
+    return rivals.ultra_delta(shop.judge.base, shop.judge.fine_tune(task), 0.99, False, factor)
+
+
+SPARSE = [Method(f"Post-Pruning {keep}", "Post-Pruning", prune("--keep", keep)) for keep in ("1%", "5%", "10%")]
+MERGED = [Method(f"PERU-FFT {keep}, merge not counted", "PERU-FFT", fft(keep), True) for keep in ("1%", "5%", "10%")]
+LOW_RANK = [Method(f"low-rank residual, rank {rank}", "low rank", rival(rivals.low_rank, rank=rank)) for rank in (1, 4, 16)]
+PACKS = [
+    Method("STA + Shuffle, scale 0.7", "STA + Shuffle", pack("sta", "--scale", 0.7), True),
+    Method("STA + Shuffle, scale 1, residual 10%", "STA + Shuffle + 10%", pack("residual", "--residual", "10%"), True),
+    Method("TALL-masks", "TALL-masks", pack("tall", "--method", "tall-masks"), True),
+]
+ULTRA = [
+    Method(f"UltraDelta, sparsity {s}", "UltraDelta", rival(rivals.ultra_delta, sparsity=s, embeddings=False)) for s in (0.995, 0.99, 0.97)
+] + [
+    Method("UltraDelta, sparsity 0.99, trace norm", "UltraDelta, rescaled", with_trace, True),
+    Method("UltraDelta, sparsity 0.9, embeddings too", "UltraDelta", rival(rivals.ultra_delta, sparsity=0.9, embeddings=True)),
+]
+OTHERS = [
+    Method("BitDelta", "BitDelta", rival(rivals.bit_delta)),
+    *(
+        Method(f"Delta-CoMe 8 + 3 + 2, {share:.0%} of the 2-bit ranks", "Delta-CoMe", rival(rivals.delta_come, two_bit=share))
+        for share in (0, 0.1, 0.5)
+    ),
+    *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
+    *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
+]
+METHODS = [*ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *MERGED, *PACKS]
