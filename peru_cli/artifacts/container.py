@@ -44,6 +44,12 @@ def _seal(blank_header: bytes, index: bytes) -> str:
     return blake3(b"peru header 1\0" + blank_header + index).hexdigest()
 
 
+def header_room(largest_metadata: Mapping[str, str]) -> int:
+    """Bytes before the data of an artifact whose metadata is at most so long."""
+    worst = _header(dict.fromkeys(ROLES, MAX_ENTRIES // 8), {**largest_metadata, _DIGEST: _BLANK})
+    return -(-len(worst) // 64) * 64
+
+
 class ContainerWriter:
     """Appends roles in their order, then seals the file with its header. A context manager, as PartialFile is."""
 
@@ -54,8 +60,7 @@ class ContainerWriter:
         """
         self.file = PartialFile(target, sync, resume)
         self._sizes = dict.fromkeys(ROLES, 0)
-        worst = _header(dict.fromkeys(ROLES, MAX_ENTRIES // 8), {**largest_metadata, _DIGEST: _BLANK})
-        self._data_offset = -(-len(worst) // 64) * 64
+        self._data_offset = header_room(largest_metadata)
         self._at = self._data_offset
         self._last = 0
 

@@ -129,13 +129,18 @@ def encode_index(index: Index) -> bytes:
         previous = sink.name(record.info.name, previous)
         _encode_record(sink, record)
     encode_streams(sink, index.streams, index.blocks)
-    sink.number(len(index.files))
-    for file in index.files:
+    encode_files(sink, index.files)
+    return bytes(sink.data)
+
+
+def encode_files(sink: Sink, files: Sequence[SideFile]) -> None:
+    """Side files, in the order of their names."""
+    sink.number(len(files))
+    for file in files:
         sink.text(file.name.encode())
         sink.byte(file.origin)
         sink.number(file.size)
         sink.data += file.digest
-    return bytes(sink.data)
 
 
 def encode_streams(sink: Sink, streams: Sequence[Stream], blocks: Sequence[Block]) -> None:
@@ -188,11 +193,10 @@ def decode_index(data: bytes) -> Index:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
     tensors = [_decode_record(cursor, name) for name in cursor.names()]
     streams, blocks = decode_streams(cursor)
-    files = [_decode_file(cursor) for _ in range(cursor.count())]
+    index = Index(tensors, streams, blocks, decode_files(cursor))
     if not cursor.done():
         raise BadFile("the artifact's index goes on after its end")
-    index = Index(tensors, streams, blocks, files)
-    _check(index)
+    check_streams(index.tensors, index.streams, index.blocks)
     return index
 
 
@@ -262,6 +266,14 @@ def _decode_blocks(cursor: Cursor, streams: list[Stream]) -> list[Block]:
     return blocks
 
 
+def decode_files(cursor: Cursor) -> list[SideFile]:
+    """Inverse of `encode_files`; BadFile if a name or the order cannot be."""
+    files = [_decode_file(cursor) for _ in range(cursor.count())]
+    if any(a.name >= b.name for a, b in pairwise(files)):
+        raise BadFile("the files that the artifact carries are not in order")
+    return files
+
+
 def _decode_file(cursor: Cursor) -> SideFile:
     name = cursor.text()
     if not is_side_file_name(name):
@@ -285,10 +297,3 @@ def check_streams(tensors: Sequence[TensorRecord], streams: Sequence[Stream], bl
         length = sum(r.base_entries for r in tensors if r.mode == DELTA and r.info.dtype is stream.dtype)
         if length > MAX_ENTRIES or any(block.origin >= length for block in blocks if streams[block.stream] is stream):
             raise BadFile(f"the stream of {stream.dtype.name} is longer than can be, or has blocks beyond its end")
-
-
-def _check(index: Index) -> None:
-    check_streams(index.tensors, index.streams, index.blocks)
-    names = [file.name for file in index.files]
-    if any(a >= b for a, b in pairwise(names)):
-        raise BadFile("the files that the artifact carries are not in order")

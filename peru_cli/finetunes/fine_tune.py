@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from peru_cli.artifacts.index import STORED, SideFile
+from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import short_digest
@@ -19,7 +20,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
 
-Artifact: TypeAlias = SparseDelta | Pack
+Artifact: TypeAlias = SparseDelta | Mixed | Pack
 _SHOWN = 5  # tensors named in a message
 
 

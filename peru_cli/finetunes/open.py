@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peru_cli.artifacts.container import artifact_kind, find_artifact, is_artifact
+from peru_cli.artifacts.mixed.reader import Mixed
+from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
@@ -21,6 +23,7 @@ from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest
 from peru_cli.finetunes.delta import DeltaOnBase, origins_of_delta
 from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base
+from peru_cli.finetunes.mixed import MixedOnBase, origins_of_mixed
 from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
 
 
@@ -58,17 +61,30 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
     return open_model(model, stored)
 
 
+def open_compact(path: Place) -> Artifact:
+    """An artifact of whatever kind, without its base. BadFile if it is damaged or of an unknown kind."""
+    kind = artifact_kind(path)
+    return open_pack(path) if kind in KINDS else Mixed(path) if kind == MIXED else SparseDelta(path)
+
+
+def on_base(artifact: Artifact, task: str | None, label: str, base: Checkpoint) -> FromArtifact:
+    """An artifact, or a pack's task, as a checkpoint. UsageError for a task that the pack has not."""
+    if isinstance(artifact, Pack):
+        return TaskOfPack(artifact, task, label, base)
+    return MixedOnBase(artifact, label, base) if isinstance(artifact, Mixed) else DeltaOnBase(artifact, label, base)
+
+
 def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact], Checkpoint], task: str | None) -> FromArtifact:
-    """A sparse delta, or a task of a pack, on its base, which may be found once the artifact is open.
+    """An artifact, or a task of a pack, on its base, which may be found once the artifact is open.
 
     Raises BadFile if it is damaged, Mismatch, from headers alone, for another base, UsageError for a task that a pack has not.
     """
-    opened = open_pack(path) if artifact_kind(path) in KINDS else SparseDelta(path)
+    opened = open_compact(path)
     try:
         if isinstance(opened, Pack):
             opened.task(task)
         below = base if isinstance(base, Checkpoint) else base(opened)
-        found = DeltaOnBase(opened, label, below) if isinstance(opened, SparseDelta) else TaskOfPack(opened, task, label, below)
+        found = on_base(opened, task, label, below)
         check_base(found.origins.values(), opened, below)
     except BaseException:
         opened.close()
@@ -78,7 +94,10 @@ def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact
 
 def recorded_dtypes(artifact: Artifact) -> dict[str, Dtype]:
     """The dtype of each of the base's tensors when an artifact was made, by the base's names."""
-    origins = base_of_pack(artifact) if isinstance(artifact, Pack) else origins_of_delta(artifact).values()
+    if isinstance(artifact, Pack):
+        origins = base_of_pack(artifact)
+    else:
+        origins = list((origins_of_mixed(artifact) if isinstance(artifact, Mixed) else origins_of_delta(artifact)).values())
     return {origin.base.name: origin.base.dtype for origin in origins if origin.base is not None}
 
 

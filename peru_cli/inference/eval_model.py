@@ -20,10 +20,9 @@ from peru_cli.checkpoints.places import Place, locate, size_of
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.errors import UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest, fine_name
-from peru_cli.finetunes.delta import DeltaOnBase
 from peru_cli.finetunes.fine_tune import FromArtifact
 from peru_cli.finetunes.head import HEADS, HeadOverMerge
-from peru_cli.finetunes.open import artifact_for, open_artifact, open_fine_tune
+from peru_cli.finetunes.open import artifact_for, on_base, open_artifact, open_fine_tune
 from peru_cli.finetunes.pack_task import TaskOfPack
 from peru_cli.live.applied import verify_base
 from peru_cli.live.memory import TensorTable, empty_tensor, fill, read_tensors
@@ -95,7 +94,7 @@ class Base:
         if isinstance(artifact, Pack):
             ours: FromArtifact = TaskOfPack(artifact.load_sums(), source.task, source.label, self.memory)
         else:
-            ours = DeltaOnBase(artifact, source.label, self.memory)
+            ours = on_base(artifact, None, source.label, self.memory)
         based = {fine: origin.base.name for fine, origin in ours.origins.items() if origin.base is not None}
         if str(artifact.path) not in self._verified:
             verify_base(self.memory, ours.origins, based, artifact)

@@ -45,6 +45,7 @@ def inspect(
     peru inspect MODEL --base BASE --plot delta.png
     """
     from peru_cli.artifacts.container import artifact_kind, find_artifact
+    from peru_cli.artifacts.mixed.writer import KIND as MIXED
     from peru_cli.artifacts.packs.masks import KIND as MASKS
     from peru_cli.artifacts.packs.masks import KINDS
     from peru_cli.checkpoints.hub.session import reading
@@ -52,6 +53,7 @@ def inspect(
     from peru_cli.checkpoints.places import locate
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.inspect.masks import show_masks
+    from peru_cli.inspect.mixed import show_mixed
     from peru_cli.inspect.pack import show_pack
     from peru_cli.inspect.ranks import show_adapter
     from peru_cli.reports.plots import check_plot
@@ -72,7 +74,8 @@ def inspect(
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
-        (show_masks if kind == MASKS else show_pack if kind in KINDS else _artifact)(place, plot)
+        show = show_masks if kind == MASKS else show_pack if kind in KINDS else show_mixed if kind == MIXED else _artifact
+        show(place, plot)
     elif base is None:
         with open_model(model, stored=True) as checkpoint:
             _checkpoint(checkpoint)

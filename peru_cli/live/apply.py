@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peru_cli.artifacts.container import artifact_kind, find_artifact
-from peru_cli.artifacts.packs.masks import KINDS, open_pack
+from peru_cli.artifacts.container import find_artifact
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.places import locate
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.decode import kept_bits
 from peru_cli.finetunes.delta import DeltaOnBase
+from peru_cli.finetunes.fine_tune import Artifact, FromArtifact
+from peru_cli.finetunes.open import on_base, open_compact
 from peru_cli.live.applied import INTEGERS, Applied, as_saved, base_tensors, match, owners, verify_base
 from peru_cli.live.memory import TensorTable, empty_tensor, fill
 
@@ -36,18 +36,15 @@ _PIECE = 1 << 22  # entries decoded at once
 _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 
 
-def open_artifact(path: str | Path) -> SparseDelta | Pack:
+def open_artifact(path: str | Path) -> Artifact:
     """Open an artifact that `peru prune` or `peru shuffle-pack` wrote: a path, or a name on the Hub.
 
     Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
     """
-    place = find_artifact(locate(str(path)))
-    return open_pack(place) if artifact_kind(place) in KINDS else SparseDelta(place)
+    return open_compact(find_artifact(locate(str(path))))
 
 
-def apply(
-    model: nn.Module | MutableMapping[str, Tensor], artifact: SparseDelta | Pack, *, task: str | None = None, verify: bool = True
-) -> Applied:
+def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *, task: str | None = None, verify: bool = True) -> Applied:
     """Turn a base model in memory into the artifact's fine-tune.
 
     Args:
@@ -77,7 +74,7 @@ def apply(
         earlier.restore()
     table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
     base = TensorTable("the model", {})
-    source = DeltaOnBase(artifact, str(artifact.path), base)
+    source = on_base(artifact, None, str(artifact.path), base)
     names = match(table, source.origins, artifact, is_module)
     base.add(base_tensors(table, source.origins, names))
     if verify:
@@ -113,13 +110,14 @@ def _apply_pack(model: nn.Module | MutableMapping[str, Tensor], pack: Pack, task
     return applied
 
 
-def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: str, source: DeltaOnBase, fine: str) -> None:
+def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: str, source: FromArtifact, fine: str) -> None:
     """Turn the model's tensor `name` into the fine-tune's tensor `fine`: in place where it fits."""
     origin, tensor = source.origins[fine], table.get(name)
     if not origin.changes:
         return
     base = origin.base
-    if tensor is None or base is None or (base.shape, base.dtype) != (origin.info.shape, origin.info.dtype):
+    fits = tensor is not None and base is not None and (base.shape, base.dtype) == (origin.info.shape, origin.info.dtype)
+    if tensor is None or base is None or not fits or not isinstance(source, DeltaOnBase):
         value = empty_tensor(source.label, origin.info)
         fill(source, {fine: value})
         applied.set_tensor(table, name, value if tensor is None else value.to(tensor.device))

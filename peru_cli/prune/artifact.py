@@ -147,7 +147,7 @@ class Job:
             self.writer.write(block)
         results = {name: digest.digest() for name, digest in sink.result.items()}
         records, whole = self._records(select, results)
-        files = list(_side_files(fine, self._base))
+        files = list(side_files_of(fine, self._base))
         kept = sum(sink.kept.values())
         changed = kept if self.options.density is None else sink.changed
         measured = {
@@ -209,7 +209,7 @@ class Job:
 
     def _shared(self, pair: Pair) -> bytes | None:
         """The digest of a tensor that both have alike, None if they differ."""
-        return self._once(f"{pair.fine.name} alike", 0, lambda: _shared_digest(self._task.vector.fine, self._base, pair))
+        return self._once(f"{pair.fine.name} alike", 0, lambda: shared_digest(self._task.vector.fine, self._base, pair))
 
 
 def key_value(key: int, wide: bool) -> float:
@@ -243,7 +243,7 @@ def stream_digest(
     return digest.digest()
 
 
-def _shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:
+def shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:
     """The digest of a tensor that both have alike, None if they differ; reads both once."""
     if pair.fine.dtype is not pair.base.dtype:
         return None
@@ -255,7 +255,8 @@ def _shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | No
     return digest.digest()
 
 
-def _side_files(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile, bytes]]:
+def side_files_of(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile, bytes]]:
+    """Side files of a fine-tune in the order of their names, and their contents; those that the base has alike are its own."""
     for name, path in sorted(fine.side_files.items()):
         content = path.read_bytes()
         other = base.side_files.get(name)

@@ -11,11 +11,15 @@ import typer
 from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.prune.mixed.goal import parse_goal
 from peru_cli.publish.command import destination, publish
 from peru_cli.shown import listed
 
 if TYPE_CHECKING:
+    from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.prune.mixed.goal import Goal
     from peru_cli.prune.run import PruneOptions, PruneResult, PruneTask
+    from peru_cli.publish.run import Destination
 
 
 def prune(
@@ -26,6 +30,19 @@ def prune(
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The artifact; a folder for several fine-tunes.")],
     keep: Annotated[
         Optional[str], typer.Option("--keep", "-k", metavar="DENSITY", help="Share of entries to keep: 10% or 0.1, largest changes first.")
+    ] = None,
+    max_bytes: Annotated[
+        Optional[str],
+        typer.Option(
+            "--max-bytes", metavar="SIZE", help="The least error in so many bytes, of all artifacts together: 3MB. Mixed artifacts."
+        ),
+    ] = None,
+    bits: Annotated[
+        Optional[str], typer.Option("--bits", metavar="NUMBER", help="The same as bits for each parameter, heads not counted: 0.1.")
+    ] = None,
+    min_quality: Annotated[
+        Optional[str],
+        typer.Option("--min-quality", metavar="SHARE", help="The fewest bytes that keep this share of the task vector's energy: 90%."),
     ] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Keep every changed entry: unpack gives the fine-tune bit for bit.")] = False,
     scope: Annotated[
@@ -58,18 +75,31 @@ def prune(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress fine-tunes to sparse deltas of a base (Post-Pruning; PERU-FFT with a merged base).
+    """Compress fine-tunes to what they add to a base: a share of the entries, or the least error for the bytes.
 
     peru prune MODEL --base BASE -o a.safetensors --keep 10%
 
     peru prune sst2=MODEL_A news=MODEL_B --base BASE -o deltas/ --keep 5%
 
+    peru prune MODEL --base BASE -o a.safetensors --max-bytes 3MB
+
+    peru prune a=MODEL_A b=MODEL_B --base BASE -o d/ --bits 0.1
+
     peru prune MODEL --base BASE -o a.safetensors --lossless
 
-    A prune that was killed goes on where it was when the same command is typed again; --force starts afresh.
+    --keep is Post-Pruning, with a merged base PERU-FFT: sparse deltas. --max-bytes, --bits and --min-quality choose low
+    rank, precision and plain values for every tensor, with one price for all of them.
+
+    A prune --keep that was killed goes on where it was when the same command is typed again; --force starts afresh.
     """
-    if (keep is None) == (not lossless):
-        raise UsageError("say how much to keep: either --keep DENSITY or --lossless", "for example --keep 10%")
+    goal = parse_goal(max_bytes, bits, min_quality)
+    if (keep is not None) + lossless + (goal is not None) != 1:
+        raise UsageError(
+            "say how much to keep, in one way: --keep DENSITY, --max-bytes SIZE, --bits NUMBER, --min-quality SHARE or --lossless",
+            "for example --max-bytes 3MB or --keep 10%",
+        )
+    if goal is not None and (scope, values) != ("global", "auto"):
+        raise UsageError("--scope and --values go with --keep", "leave them out: every tensor gets what its bytes are best spent on")
     if scope not in ("global", "tensor"):
         raise UsageError(f"--scope {scope!r} is neither global nor tensor")
     if values not in ("auto", "exact", "bf16"):
@@ -108,6 +138,13 @@ def prune(
         _say_plan(task, chosen)
         for doubt in find_doubts(opened_base, task.vector):
             console.warn(f"{task.vector.name}: {doubt}")
+    if goal is not None:
+        console.note(f"looking for {goal}")
+        if dry_run:
+            console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
+            return
+        _to_goal(opened_base, opened, planned, goal, base_id, (device, threads, tile_entries), (out, several, not no_sync), place)
+        return
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
         again = density is not None and scope == "global"
@@ -125,6 +162,28 @@ def prune(
         verify_expanded(opened, how, progress.step)
         results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step, console.note, fresh=force)
     _report(results, publish(place, targets, "prune"))
+
+
+def _to_goal(
+    base: Checkpoint, opened: list[Checkpoint], planned: list[PruneTask], goal: Goal, base_id: str | None,
+    settings: tuple[str, int | None, int | None], output: tuple[Path, bool, bool], place: Destination | None,
+) -> None:  # fmt: skip
+    """Mixed artifacts that meet a goal. `output` is where, whether it is a folder, and whether to wait for the disk."""
+    from peru_cli.checkpoints.base_name import name_base
+    from peru_cli.finetunes.verify import verify_expanded
+    from peru_cli.prune.mixed.run import prune_mixed
+    from peru_cli.prune.mixed.show import report
+    from peru_cli.vectors.settings import streaming
+
+    named = name_base(base, base_id)
+    out, several, sync = output
+    if several:
+        out.mkdir(exist_ok=True)
+    total = 2 * sum(task.entries for task in planned)
+    with console.progress(total, "prune") as progress, streaming(*settings, progress.advance) as how:
+        verify_expanded(opened, how, progress.step)
+        results = prune_mixed(base, planned, goal, named, how, sync, progress.step, console.note)
+    report(results, publish(place, [task.target for task in planned], "prune"))
 
 
 def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peru_cli.artifacts.container import Container, is_artifact
+from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
@@ -145,12 +146,19 @@ def link(name: str) -> str:
 
 def _artifact_row(file: str, container: Container) -> str:
     meta = container.metadata
-    entries, kept = int(meta["peru.entries"]), int(meta["peru.kept"])
+    entries = int(meta["peru.entries"])
     delta = container.file_bytes - container.sizes["whole"] - container.sizes["files"]
-    density = "lossless" if meta["peru.density"] == "lossless" else f"{100 * kept / max(entries, 1):.3g}%"
     bits = 8 * delta / max(entries, 1)
     named, whole = f"| `{markdown(file)}` | {markdown(meta['peru.task'])} |", container.sizes["whole"]
-    return f"{named} {container.file_bytes:,} | {count(kept)} of {count(entries)} | {density} | {bits:.3f} | {whole:,} bytes |"
+    if meta["peru.kind"] == MIXED:
+        energy, error = float(meta["peru.energy"]), float(meta["peru.error"])
+        kept = f"{100 * (1 - error / energy if energy else 1):.3g}% of the difference's energy"
+        density = "mixed"
+    else:
+        entries_kept = int(meta["peru.kept"])
+        kept = f"{count(entries_kept)} of {count(entries)}"
+        density = "lossless" if meta["peru.density"] == "lossless" else f"{100 * entries_kept / max(entries, 1):.3g}%"
+    return f"{named} {container.file_bytes:,} | {kept} | {density} | {bits:.3f} | {whole:,} bytes |"
 
 
 def artifact_of(repo: str, file: str, apart: bool) -> str:

@@ -112,8 +112,13 @@ def plot_frontier(path: Path, points: Sequence[tuple[str, int, float]], title: s
 
 def plot_densities(path: Path, names: Sequence[str], densities: Sequence[float]) -> None:
     """Density by tensor of an artifact."""
+    plot_by_tensor(path, names, [100 * density for density in densities], "entries kept, %")
+
+
+def plot_by_tensor(path: Path, names: Sequence[str], values: Sequence[float], label: str) -> None:
+    """One value a tensor."""
     with _figure(path, 7, max(4.0, 0.13 * min(len(names), 40) + 1.2), 1) as (axis,):
-        _bars(axis, names, [100 * density for density in densities], "entries kept, %")
+        _bars(axis, names, values, label)
 
 
 def plot_spectra(

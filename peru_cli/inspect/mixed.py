@@ -1,0 +1,110 @@
+"""`peru inspect` of a mixed artifact: what each tensor is made of, what it takes, and what was missed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peru_cli.console import console, count, si_bytes
+
+if TYPE_CHECKING:
+    from peru_cli.artifacts.mixed.index import MixedRecord
+    from peru_cli.artifacts.mixed.reader import Mixed
+    from peru_cli.checkpoints.places import Place
+
+
+def show_mixed(path: Place, plot: Path | None) -> None:
+    """Print the artifact; `plot` draws the bits of each tensor."""
+    from peru_cli.artifacts.index import DELTA
+    from peru_cli.artifacts.mixed.reader import Mixed
+    from peru_cli.reports.plots import plot_by_tensor
+
+    with Mixed(path) as artifact:
+        meta, container = artifact.metadata, artifact.container
+        energy, error, entries = float(meta["peru.energy"]), float(meta["peru.error"]), int(meta["peru.entries"])
+        delta_bytes = container.file_bytes - container.sizes["whole"] - container.sizes["files"]
+        quality, missed = (1 - error / energy, math.sqrt(error / energy)) if energy else (1.0, 0.0)
+        console.line(f"{path}: {meta['peru.kind']}, task {meta['peru.task']}, {si_bytes(container.file_bytes)}")
+        console.line(f"base:     {meta.get('peru.base', 'not named (prune --base-id records it)')}")
+        console.line(f"goal:     {meta['peru.goal']}")
+        console.line(f"kept:     {100 * quality:.4g}% of the difference's energy, relative error {missed:.4f}")
+        console.line(
+            f"bits:     {8 * delta_bytes / max(entries, 1):.4f} for each of {count(entries)} entries, heads and side files not counted"
+        )
+        parts = {role: container.sizes[role] for role in ("blocks", "index", "whole", "files")} | {"header": container.header_bytes}
+        console.line("bytes:    " + ", ".join(f"{role} {count(n)}" for role, n in parts.items()))
+        rows = [[r.info.name, r.info.dtype.name, "x".join(map(str, r.info.shape)) or "scalar", describe(r)] for r in artifact.index.tensors]
+        bits = {record.info.name: tensor_bits(artifact, record) for record in artifact.index.tensors}
+        console.line()
+        console.table(
+            ["tensor", "?dtype", "shape", "stored as", ">bits/param"],
+            [[*row, f"{bits[row[0]] / max(r.info.entries, 1):.4f}"] for row, r in zip(rows, artifact.index.tensors, strict=True)],
+        )
+        console.result(
+            {
+                "metadata": dict(meta),
+                "file_bytes": container.file_bytes,
+                "delta_bytes": delta_bytes,
+                "parts": parts,
+                "entries": entries,
+                "bits_per_parameter": 8 * delta_bytes / max(entries, 1),
+                "quality": quality,
+                "relative_error": missed,
+                "tensors": [_figures(record, bits[record.info.name]) for record in artifact.index.tensors],
+            }
+        )
+        if plot is not None:
+            deltas = [record for record in artifact.index.tensors if record.mode == DELTA]
+            values = [bits[record.info.name] / max(record.info.entries, 1) for record in deltas]
+            plot_by_tensor(plot, [record.info.name for record in deltas], values, "bits a parameter")
+            console.note(f"drew {plot}")
+
+
+def describe(record: MixedRecord) -> str:
+    """What a tensor is made of, in words."""
+    from peru_cli.artifacts.index import COPY, WHOLE
+    from peru_cli.artifacts.mixed.index import DENSE, LOW_RANK, ULPS
+
+    if record.mode == WHOLE:
+        return "whole"
+    if record.mode == COPY:
+        return "as in the base"
+    words = []
+    if record.parts & LOW_RANK:
+        words.append(f"rank {record.rank}" + (f" of {count(record.kept_rows)} rows" if record.kept_rows else ""))
+    if record.parts & DENSE:
+        words.append("quantised")
+    if record.parts & ULPS:
+        words.append("exact")
+    new = [f"{record.info.shape[0] - record.base_rows} new rows whole"] if record.base_rows else []
+    return ", ".join([" + ".join(words) or "as in the base", *new])
+
+
+def tensor_bits(artifact: Mixed, record: MixedRecord) -> float:
+    """About what a tensor takes: its integers at the order-0 entropy of what it holds itself, or its bytes if it is whole."""
+    from peru_cli.artifacts.mixed.index import DENSE, LOW_RANK
+    from peru_cli.methods.mixed.rates import entropy
+
+    bits = 8.0 * record.whole_bytes
+    if record.parts & LOW_RANK:
+        factors = artifact.factors(record)
+        bits += sum(entropy(column) for column in factors.left.T) + sum(entropy(row) for row in factors.right)
+    if record.parts & DENSE:
+        bits += entropy(artifact.plain(record, 0, record.base_entries))
+    ulps = artifact.ulps(record, 0, record.base_entries)
+    return bits + (entropy(np.asarray(ulps)) if ulps is not None else 0.0)
+
+
+def _figures(record: MixedRecord, bits: float) -> dict[str, Any]:
+    return {
+        "name": record.info.name,
+        "dtype": record.info.dtype.name,
+        "shape": record.info.shape,
+        "stored_as": describe(record),
+        "rank": record.rank,
+        "rows": record.kept_rows,
+        "bits": bits,
+    }

@@ -1,0 +1,66 @@
+"""Base plus difference: what every machine makes of it, and how far rounding to the fine-tune's dtype moves it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.methods.delta import Bits, add_ulps
+from peru_cli.streaming.arrays import CPU
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+_MANTISSA = {"F16": 10, "BF16": 7}
+_LEAST = {"F16": -14, "BF16": -126}  # exponent of the smallest normal number
+_STEPS = 6  # of the sum over neighbours: beyond, a step is small against the error
+
+
+def add_difference(base: Bits, dtype: Dtype, difference: Floats | None, ulps: Bits | None = None) -> Bits:
+    """base + difference in float64, rounded to the dtype to nearest even (to 16 bits by way of float32), then moved by ULPs.
+
+    An entry whose difference is zero, or whose base is not finite, stays as it is. `base` is bits of the dtype, (n,).
+    """
+    if difference is not None:
+        wide = CPU.widen(base, dtype, np.empty(len(base)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded = CPU.narrow(wide + difference, dtype)
+        base = np.where((difference == 0) | ~np.isfinite(wide), base, rounded)
+    return base if ulps is None else add_ulps(base, ulps)
+
+
+def ulp_counts(base: Bits, dtype: Dtype) -> dict[int, int]:
+    """How many entries have a step in the last place of 2^e, by e; nothing for dtypes so fine that it does not matter. bits (n,)."""
+    if dtype.bits != 16:
+        return {}
+    mantissa = _MANTISSA[dtype.name]
+    fields = (base.view(np.uint16) & 0x7FFF) >> mantissa
+    counts = np.bincount(fields, minlength=1)
+    bias = 1 - _LEAST[dtype.name]
+    exponents = [max(field - bias, _LEAST[dtype.name]) - mantissa for field in range(len(counts))]
+    found: dict[int, int] = {}
+    for exponent, n in zip(exponents, counts, strict=True):
+        if n:
+            found[exponent] = found.get(exponent, 0) + int(n)
+    return found
+
+
+def rounded_error(squared_error: float, ulps: dict[int, int]) -> float:
+    """The squared error that is left after rounding, of Gaussian errors that are alike in all entries of a tensor.
+
+    A fine-tune's entries lie on the dtype's grid, so an error below half a step is rounded away and any other becomes
+    whole steps: u^2 sum over k >= 0 of (2 k + 1) P(|error| > (k + 1/2) u).
+    """
+    n = sum(ulps.values())
+    if not n or squared_error <= 0:
+        return squared_error
+    deviation = math.sqrt(squared_error / n)
+    return sum(count * _rounded(deviation, 2.0**exponent) for exponent, count in ulps.items())
+
+
+def _rounded(deviation: float, ulp: float) -> float:
+    if ulp * _STEPS / 2 < deviation:
+        return deviation * deviation + ulp * ulp / 12
+    terms = ((2 * k + 1) * math.erfc((k + 0.5) * ulp / deviation / math.sqrt(2)) for k in range(3 * _STEPS))
+    return ulp * ulp * sum(terms)

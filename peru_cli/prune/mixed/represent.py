@@ -1,0 +1,130 @@
+"""What one multiplier makes of every tensor: its parts, their error, and the bytes of all artifacts together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from peru_cli.artifacts.index import COPY, DELTA, WHOLE, SideFile
+from peru_cli.artifacts.mixed.index import MixedRecord
+from peru_cli.artifacts.mixed.writer import MixedCounter, Represented
+from peru_cli.methods.mixed import dense
+from peru_cli.methods.mixed.directions import choose_scales, quantised
+from peru_cli.methods.mixed.rates import bits, entropy
+from peru_cli.methods.mixed.scales import scale_of
+from peru_cli.methods.mixed.sums import rounded_error
+from peru_cli.prune.mixed.decompose import Item, Spill, spectrum_of
+from peru_cli.streaming.digests import SHORT
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.family import StreamSettings
+
+VECTOR_WEIGHT = 8.0  # an error in a bias reaches every activation whole, one in a matrix times an activation that is mostly below one
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass
+class Frame:
+    """What an artifact holds whatever the multiplier: records of all tensors in canonical order, side files, other bytes."""
+
+    records: list[MixedRecord]
+    files: list[SideFile]
+    header_bytes: int
+    whole_bytes: int
+    side_bytes: int
+
+    def copies(self) -> list[MixedRecord]:
+        """Records to be filled in; digests are there, of the right length."""
+        return [
+            replace(
+                record,
+                whole_digest=bytes(SHORT) if record.mode == WHOLE or record.base_rows else b"",
+                base_digest=bytes(SHORT) if record.mode in (DELTA, COPY) else b"",
+            )
+            for record in self.records
+        ]
+
+
+def represent(item: Item, spill: Spill, multiplier: float) -> tuple[Represented, float]:
+    """A tensor's parts at a multiplier, and the squared error of the result, rounded to the fine-tune's dtype."""
+    parts = Represented()
+    if item.columns:
+        spectrum, rows = spectrum_of(item, spill)
+        found = quantised(spectrum, multiplier)
+        if found is None:
+            return parts, item.squared
+        parts.left, parts.right, parts.scales, parts.rows = found.left, found.right, found.scales, rows
+        return parts, rounded_error(found.squared_error, item.ulps)
+    values = spill.get(item.held[0])
+    plain = dense.quantised(values, multiplier / VECTOR_WEIGHT)
+    if plain is None:
+        return parts, item.squared
+    parts.dense, parts.dense_scale = plain.integers, plain.scale
+    return parts, rounded_error(plain.squared_error, item.ulps)
+
+
+def estimate(items: Sequence[Item], spill: Spill, multiplier: float) -> tuple[float, float, list[int]]:
+    """Bytes and squared error at a multiplier, nearly, without rounding anything; and which items want more directions than are held."""
+    total, error, short = 0.0, 0.0, []
+    for number, item in enumerate(items):
+        if not item.columns:
+            values = spill.get(item.held[0])
+            plain = dense.quantised(values, multiplier / VECTOR_WEIGHT)
+            total += entropy(plain.integers) if plain is not None else 0
+            error += rounded_error(plain.squared_error, item.ulps) if plain is not None else item.squared
+            continue
+        values = spill.get(item.held[1])
+        rows, columns = item.held[0].shape[0], item.columns
+        numbers, totals = choose_scales(values, rows, columns, multiplier)
+        keep = totals < np.square(values)
+        steps = scale_of(numbers[keep])
+        each = rows * bits(np.sqrt(values[keep] / rows / steps)) + columns * bits(np.sqrt(values[keep] / columns / steps))
+        total += float(each.sum())
+        missed = item.squared - float((np.square(values[keep]) - (totals[keep] - multiplier * each)).sum())
+        error += rounded_error(max(missed, 0.0), item.ulps) if keep.any() else item.squared
+        if keep.all() and item.rank < item.most:
+            short.append(number)
+    return total / 8, error, short
+
+
+class Trial:
+    """The pass that counts; a tile is a tensor."""
+
+    def __init__(self, items: Sequence[Item], frames: Sequence[Frame], spill: Spill, multiplier: float) -> None:
+        self._items, self._spill, self._multiplier = items, spill, multiplier
+        self._frames = frames
+        self._records = [frame.copies() for frame in frames]
+        self._named = [{record.info.name: record for record in records} for records in self._records]
+        self._counters = [MixedCounter() for _ in frames]
+        self.errors = [0.0 for _ in frames]
+
+    def buffers(self) -> None:
+        return None
+
+    def apply(self, tile: Tile, buffers: None) -> tuple[Represented, float]:
+        return represent(self._items[tile.tensor], self._spill, self._multiplier)
+
+    def commit(self, tile: Tile, result: tuple[Represented, float]) -> None:
+        item = self._items[tile.tensor]
+        self._counters[item.task].add(self._named[item.task][item.name], result[0])
+        self.errors[item.task] += result[1]
+
+    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
+        pass
+
+    def sizes(self) -> list[int]:
+        """Bytes of each artifact."""
+        return [
+            frame.header_bytes + frame.whole_bytes + frame.side_bytes + counter.nbytes(records, frame.files)
+            for frame, counter, records in zip(self._frames, self._counters, self._records, strict=True)
+        ]
+
+
+def try_out(items: Sequence[Item], frames: Sequence[Frame], spill: Spill, multiplier: float, how: StreamSettings) -> tuple[int, float]:
+    """Bytes of all artifacts together and their squared error, at a multiplier."""
+    trial = Trial(items, frames, spill, multiplier)
+    run(trial, [Tile(i, i, 0, item.pair.entries) for i, item in enumerate(items)], how.threads)
+    return sum(trial.sizes()), sum(trial.errors)

@@ -1,0 +1,285 @@
+"""`peru prune --max-bytes|--bits|--min-quality`: decompose once, search the multiplier, write, measure what came out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peru_cli.artifacts.container import header_room
+from peru_cli.artifacts.index import COPY, DELTA, STORED, WHOLE
+from peru_cli.artifacts.mixed.index import MixedRecord
+from peru_cli.artifacts.mixed.writer import KIND, MixedWriter
+from peru_cli.checkpoints.base_name import BaseName
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import si_bytes
+from peru_cli.errors import UsageError
+from peru_cli.prune.artifact import PruneTask, shared_digest, side_files_of
+from peru_cli.prune.mixed.decompose import Spill, decompose, items_of
+from peru_cli.prune.mixed.goal import Goal
+from peru_cli.prune.mixed.represent import Frame, estimate, try_out
+from peru_cli.prune.mixed.search import approach
+from peru_cli.prune.mixed.write import Final, store_rest
+from peru_cli.streaming.digests import SHORT, checkpoint_digest
+from peru_cli.streaming.engine import run
+from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.family import StreamSettings
+
+_FIRST_RANK = 16  # directions looked for at least
+_BITS_A_DIRECTION = 3.0  # an entry of a factor, about
+_WIDER = 8.0  # a tensor may get so many times the mean number of directions before it is decomposed again
+_TOLERANCE = 0.004  # below the limit of bytes
+_TRIALS = 14
+
+
+@dataclass
+class MixedResult:
+    """What became of a task. Energies are squared norms of task vectors."""
+
+    task: str
+    path: Path
+    entries: int
+    file_bytes: int
+    whole_bytes: int
+    side_bytes: int
+    fine_bytes: int
+    energy: float
+    error: float
+    predicted_error: float
+    whole: list[TensorInfo] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Without tensors stored whole and side files: what bits a parameter count."""
+        return self.file_bytes - self.whole_bytes - self.side_bytes
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of the delta for each paired floating entry."""
+        return 8 * self.delta_bytes / max(self.entries, 1)
+
+    @property
+    def quality(self) -> float:
+        """Share of the task vector's energy that is kept: 1 - |result - fine-tune|^2 / |fine-tune - base|^2."""
+        return 1 - self.error / self.energy if self.energy else 1.0
+
+
+class _Family:
+    """Everything that stays the same while multipliers are tried."""
+
+    def __init__(
+        self, base: Checkpoint, tasks: Sequence[PruneTask], goal: Goal, base_name: BaseName | None, spill: Spill, how: StreamSettings
+    ) -> None:
+        self.base, self.tasks, self.goal, self.spill, self.how, self.base_name = base, tasks, goal, spill, how, base_name
+        self.items = items_of([task.vector for task in tasks])
+        self.frames = [self._frame(task) for task in tasks]
+
+    def _frame(self, task: PruneTask) -> Frame:
+        vector = task.vector
+        pairs = {pair.fine.name: pair for pair in vector.pairing.pairs}
+        records = []
+        for name in sorted(vector.fine.tensors):
+            info, pair = vector.fine.tensors[name], pairs.get(name)
+            if pair is not None and pair.is_delta:
+                rows = pair.base.shape[0] if pair.grown else 0
+                records.append(MixedRecord(info, DELTA, base_dtype=pair.base.dtype, base_rows=rows))
+            elif pair is not None and (digest := shared_digest(vector.fine, self.base, pair)) is not None:
+                records.append(MixedRecord(info, COPY, base_dtype=pair.base.dtype, base_digest=digest))
+            else:
+                records.append(MixedRecord(info, WHOLE))
+        files = [file for file, _ in side_files_of(vector.fine, self.base)]
+        return Frame(
+            records,
+            files,
+            header_room({"peru.format": "1", "peru.kind": KIND, **self.metadata(task, None)}),
+            sum(record.whole_bytes for record in records),
+            sum(file.size for file in files if file.origin == STORED),
+        )
+
+    def metadata(self, task: PruneTask, measured: dict[str, str] | None) -> dict[str, str]:
+        """Metadata of an artifact; without measured values, the longest that it can become."""
+        if measured is None:
+            measured = {"peru.energy": "9" * 26, "peru.error": "9" * 26, "peru.result": "0" * 64}
+        named = self.base_name.metadata() if self.base_name is not None else {}
+        return {
+            "peru.task": task.vector.name,
+            "peru.prefix": task.vector.pairing.prefix.encode(),
+            "peru.entries": str(task.entries),
+            "peru.goal": self.goal.encode(),
+            **named,
+            **measured,
+        }
+
+    @property
+    def rest_bytes(self) -> int:
+        """Tensors stored whole and side files of all tasks."""
+        return sum(frame.whole_bytes + frame.side_bytes for frame in self.frames)
+
+    @property
+    def entries(self) -> int:
+        """Of all tasks."""
+        return sum(task.entries for task in self.tasks)
+
+    @property
+    def energy(self) -> float:
+        """Of all task vectors together."""
+        return sum(item.squared for item in self.items)
+
+    def limit(self) -> int | None:
+        """Bytes of all artifacts together that the goal allows."""
+        if self.goal.kind == "quality":
+            return None
+        return int(self.goal.value) if self.goal.kind == "bytes" else int(self.goal.value * self.entries / 8) + self.rest_bytes
+
+    def decompose(self, numbers: Sequence[int]) -> None:
+        decompose(self.base, [task.vector for task in self.tasks], self.items, numbers, self.spill, self.how)
+
+    def try_out(self, log: float) -> tuple[int, float]:
+        return try_out(self.items, self.frames, self.spill, math.exp(log), self.how)
+
+
+def prune_mixed(
+    base: Checkpoint,
+    tasks: list[PruneTask],
+    goal: Goal,
+    base_name: BaseName | None,
+    how: StreamSettings,
+    sync: bool,
+    note: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[MixedResult]:
+    """Write the artifacts; all of them appear, or none. UsageError if the limit is below what no choice can undercut."""
+    with Spill(tasks[0].target.parent) as spill:
+        family = _Family(base, tasks, goal, base_name, spill, how)
+        limit = family.limit()
+        least = try_out([], family.frames, spill, 1.0, how)[0]
+        if limit is not None and least > limit:
+            rest = f", {si_bytes(family.rest_bytes)} of it for tensors stored whole and side files" if family.rest_bytes else ""
+            raise UsageError(f"the limit is {limit:,} bytes, and an artifact that changes nothing takes {least:,}{rest}", "allow more")
+        note("decomposing")
+        _first_ranks(family, limit)
+        family.decompose(range(len(family.items)))
+        target = 1 - goal.value if goal.kind == "quality" else None
+        for _ in range(4):
+            note("searching")
+            log = _search_bytes(family, limit, least, say) if limit is not None else _search_quality(family, target or 0.0)
+            note("writing")
+            results = _write(family, log, sync, target is None or goal.value, limit)
+            if results is not None:
+                return results
+            assert target is not None
+            target *= 0.99
+        raise AssertionError("the measured quality stays below the predicted one")
+
+
+def _first_ranks(family: _Family, limit: int | None) -> None:
+    """How many directions to look for at first: several times what the budget pays for on average."""
+    for item in family.items:
+        if not item.columns:
+            continue
+        rows, columns = item.pair.entries // item.columns, item.columns
+        if limit is None:
+            item.rank = min(4 * _FIRST_RANK, item.most)
+            continue
+        share = 8 * max(limit - family.rest_bytes, 0) / family.entries
+        mean = share * rows * columns / (rows + columns) / _BITS_A_DIRECTION
+        item.rank = min(max(int(_WIDER * mean), _FIRST_RANK), item.most)
+
+
+def _estimated(family: _Family, by_bytes: bool, target: float) -> float:
+    """The logarithm of the multiplier at which an estimate meets the target; decomposes further where directions run out."""
+    start = math.log(max(family.energy, 1e-300) / max(family.entries, 1) / 0.3)
+    short: list[int] = []
+
+    def measure(log: float) -> float:
+        nbytes, error, wanting = estimate(family.items, family.spill, math.exp(log))
+        short[:] = wanting
+        return nbytes if by_bytes else error
+
+    while True:
+        found = approach(measure, target, start, -1.0 if by_bytes else 0.3, 0.02, 40)
+        if found is None:
+            return start
+        measure(found.at)
+        if not short:
+            return found.at
+        for number in short:
+            family.items[number].rank = min(2 * family.items[number].rank, family.items[number].most)
+        family.decompose(list(short))
+        start = found.at
+
+
+def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], None]) -> float:
+    if not family.energy:
+        return 0.0
+    room = limit - least
+    log = _estimated(family, True, max(room, 1))
+    found = approach(lambda at: family.try_out(at)[0] - least, max(room, 1e-9), log, -1.0, _TOLERANCE * limit / max(room, 1), _TRIALS)
+    if found is None:
+        return 700.0  # nothing fits: the artifact changes nothing
+    if found.value + least < 0.99 * limit:
+        taken = int(found.value) + least
+        say(f"{limit:,} bytes are more than is needed, or finer than the artifact can be cut: it takes {taken:,}")
+    return found.at
+
+
+def _search_quality(family: _Family, target: float) -> float:
+    if not family.energy:
+        return 0.0
+    log = _estimated(family, False, target * family.energy)
+    found = approach(lambda at: family.try_out(at)[1], target * family.energy, log, 0.3, 0.01, _TRIALS)
+    if found is None:
+        raise UsageError(f"--min-quality {1 - target:.6g} is more than quantised differences reach", "--lossless keeps every bit")
+    return found.at
+
+
+def _write(family: _Family, log: float, sync: bool, quality: float | bool, limit: int | None) -> list[MixedResult] | None:
+    """Write all artifacts; None, and nothing is left, if the measured quality is too low."""
+    items, tasks = family.items, family.tasks
+    with ExitStack() as stack:
+        writers = [stack.enter_context(MixedWriter(task.target, family.metadata(task, None), sync)) for task in tasks]
+        records = [frame.copies() for frame in family.frames]
+        final = Final(family.base, [task.vector for task in tasks], items, records, writers, family.spill, math.exp(log))
+        run(final, [Tile(i, i, 0, item.pair.entries) for i, item in enumerate(items)], family.how.threads, family.how.advance)
+        energy = family.energy
+        if quality is not True and energy and 1 - sum(final.errors) / energy < quality:
+            return None
+        results = [_seal(family, number, final, records[number], writers[number]) for number in range(len(tasks))]
+        if limit is not None and sum(result.file_bytes for result in results) > limit:
+            raise AssertionError("the artifacts became larger than was counted")
+        for writer in writers:
+            writer.container.commit()
+        return results
+
+
+def _seal(family: _Family, number: int, final: Final, records: list[MixedRecord], writer: MixedWriter) -> MixedResult:
+    task, frame = family.tasks[number], family.frames[number]
+    index = writer.flush(records, frame.files)
+    digests = dict(final.digests[number])
+    whole = []
+    for record, known in zip(records, frame.records, strict=True):
+        if record.mode == COPY:
+            digests[record.info.name] = known.base_digest
+            record.base_digest = known.base_digest[:SHORT]
+        elif record.mode == WHOLE or record.base_rows:
+            digest = store_rest(task.vector.fine, record, writer.append_whole)
+            record.whole_digest = digest[:SHORT]
+            if record.mode == WHOLE:
+                digests[record.info.name] = digest
+                whole.append(record.info)
+    energy = sum(item.squared for item in family.items if item.task == number)
+    measured = {
+        "peru.energy": repr(float(energy)),
+        "peru.error": repr(float(final.errors[number])),
+        "peru.result": checkpoint_digest(digests).hex(),
+    }
+    files = list(side_files_of(task.vector.fine, family.base))
+    size = writer.seal(family.metadata(task, measured), index, files)
+    return MixedResult(
+        task.vector.name, task.target, task.entries, size, frame.whole_bytes, frame.side_bytes, task.vector.fine.nbytes,
+        energy, final.errors[number], final.predicted[number], whole, {r.info.name: r.rank for r in records if r.rank},
+    )  # fmt: skip

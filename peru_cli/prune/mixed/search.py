@@ -1,0 +1,55 @@
+"""The multiplier that meets a goal: the most bytes below a limit, or the largest error below one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_WIDEST = 3.0  # of a step of the logarithm while only one side is known
+_INNER = 0.08  # how near a guess may lie to an end of what is known, as a share of it
+
+
+@dataclass(frozen=True)
+class Found:
+    """A logarithm of the multiplier, and what was measured there."""
+
+    at: float
+    value: float
+
+
+def approach(measure: Callable[[float], float], target: float, start: float, slope: float, tolerance: float, most: int) -> Found | None:
+    """The point with the largest value that is not above the target, of a function that is nearly monotone; None if none was found.
+
+    Stops within `tolerance` below the target, as a share of it, or after `most` measurements.
+
+    Args:
+        measure: values are positive, or 0.
+        slope: about d log(value) / dx; its sign is that of the function.
+    """
+    x, below, above = start, None, None
+    for _ in range(most):
+        found = Found(x, measure(x))
+        if found.value <= target:
+            below = found if below is None or found.value >= below.value else below
+            if found.value >= target * (1 - tolerance):
+                return found
+        elif above is None or found.value <= above.value:
+            above = found
+        x = _next(below, above, target, slope)
+        if below is not None and above is not None and abs(below.at - above.at) < 1e-9:
+            break
+    return below
+
+
+def _next(below: Found | None, above: Found | None, target: float, slope: float) -> float:
+    aim = math.log(target)
+    if below is None or above is None:
+        known = below or above
+        assert known is not None
+        step = (aim - math.log(max(known.value, target * 1e-6))) / slope
+        side = math.copysign(1, step) if step else math.copysign(1, slope) * (1 if below else -1)
+        return known.at + side * min(max(1.15 * abs(step), 0.01), _WIDEST)
+    low, high = math.log(max(below.value, target * 1e-6)), math.log(above.value)
+    share = (aim - 0.002 - low) / (high - low) if high > low else 0.5
+    return below.at + (above.at - below.at) * min(max(share, _INNER), 1 - _INNER)

@@ -1,0 +1,104 @@
+"""The last pass: integers into the artifact, and what unpacking will make of them: digests, and the error as measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peru_cli.artifacts.index import WHOLE
+from peru_cli.artifacts.mixed.index import MixedRecord
+from peru_cli.artifacts.mixed.writer import MixedWriter, Represented
+from peru_cli.artifacts.reader import whole_shape
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.mixed.scales import run_of_product, scale_of
+from peru_cli.methods.mixed.sums import Floats, add_difference
+from peru_cli.prune.artifact import stream_digest
+from peru_cli.prune.mixed.decompose import Item, Spill
+from peru_cli.prune.mixed.represent import represent
+from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
+from peru_cli.streaming.tiles import CHUNK, Tile
+from peru_cli.vectors.family import TaskVector
+
+_PIECE = 32 * CHUNK  # entries of a result computed at once
+
+
+def difference(parts: Represented, start: int, stop: int) -> Floats | None:
+    """What a tensor's parts add to the base from entry `start` to `stop`, float64 (stop - start,); None for nothing."""
+    low = None
+    if parts.left is not None and parts.right is not None and parts.scales is not None:
+        low = run_of_product(parts.left, parts.right, parts.scales, parts.rows, start, stop)
+    if parts.dense is None:
+        return low
+    plain: Floats = parts.dense[start:stop] * scale_of(np.array([parts.dense_scale]))
+    return plain if low is None else low + plain
+
+
+@dataclass
+class _Made:
+    parts: Represented
+    predicted: float
+    error: float
+    base_digest: bytes
+    digest: bytes
+
+
+class Final:
+    """The pass; a tile is a tensor."""
+
+    def __init__(
+        self, base: Checkpoint, tasks: Sequence[TaskVector], items: Sequence[Item], records: Sequence[Sequence[MixedRecord]],
+        writers: Sequence[MixedWriter], spill: Spill, multiplier: float,
+    ) -> None:  # fmt: skip
+        self._base, self._tasks, self._items, self._writers = base, tasks, items, writers
+        self._spill, self._multiplier = spill, multiplier
+        self._named = [{record.info.name: record for record in some} for some in records]
+        self.errors, self.predicted = [0.0] * len(tasks), [0.0] * len(tasks)
+        self.digests: list[dict[str, bytes]] = [{} for _ in tasks]
+
+    def buffers(self) -> None:
+        return None
+
+    def apply(self, tile: Tile, buffers: None) -> _Made:
+        item = self._items[tile.tensor]
+        parts, predicted = represent(item, self._spill, self._multiplier)
+        pair, fine = item.pair, self._tasks[item.task].fine
+        dtype = pair.fine.dtype
+        mine, theirs = TensorDigest(dtype, pair.fine.shape), TensorDigest(pair.base.dtype, pair.base.shape)
+        error = 0.0
+        for start in range(0, pair.fine.entries, _PIECE):
+            raw = bytearray(dtype.nbytes(min(_PIECE, pair.fine.entries - start)))
+            fine.read_into(pair.fine.name, dtype.nbytes(start), memoryview(raw))
+            if (n := min(_PIECE, pair.entries - start)) > 0:
+                room = bytearray(pair.base.dtype.nbytes(n))
+                self._base.read_into(pair.base.name, pair.base.dtype.nbytes(start), memoryview(room))
+                theirs.add(leaves(memoryview(room), pair.base.dtype))
+                cast = cast_bits(CPU, np.frombuffer(room, BITS[pair.base.dtype.bits]), pair.base.dtype, dtype)
+                bits = add_difference(cast, dtype, difference(parts, start, start + n))
+                wanted = np.frombuffer(raw, BITS[dtype.bits])[:n]
+                missed = CPU.widen(bits, dtype, np.empty(n)) - CPU.widen(wanted, dtype, np.empty(n))
+                error += float(np.square(missed).sum())
+                raw[: dtype.nbytes(n)] = bits.data.cast("B")
+            mine.add(leaves(memoryview(raw), dtype))
+        return _Made(parts, predicted, error, theirs.digest(), mine.digest())
+
+    def commit(self, tile: Tile, result: _Made) -> None:
+        item = self._items[tile.tensor]
+        record = self._named[item.task][item.name]
+        self._writers[item.task].add(record, result.parts)
+        record.base_digest = result.base_digest[:SHORT]
+        self.digests[item.task][item.name] = result.digest
+        self.errors[item.task] += result.error
+        self.predicted[item.task] += result.predicted
+
+    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
+        pass
+
+
+def store_rest(fine: Checkpoint, record: MixedRecord, use: Callable[[memoryview], None]) -> bytes:
+    """Copy what is stored whole of a tensor into the artifact; its digest, 32 bytes."""
+    first = 0 if record.mode == WHOLE else record.base_entries
+    return stream_digest(fine, record.info, use, first, whole_shape(record))
