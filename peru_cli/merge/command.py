@@ -90,6 +90,10 @@ def merge(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name for the model card, e.g. org/name.")
     ] = None,
+    write_recipe: Annotated[
+        Optional[str],
+        typer.Option("--write-recipe", metavar="FILE", help="Write what was typed as a recipe for mergekit; with --dry-run, nothing else."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a recipe with keys that have no effect, instead of a warning.")] = False,
     list_methods: Annotated[
         bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
@@ -129,7 +133,8 @@ def merge(
     """
     given, varied = given_values(typed)
     if len(models) == 1 and recipes.is_recipe(models[0]):
-        _refuse_beside_a_recipe(given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress)
+        _refuse_beside_a_recipe(given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress,
+                                 **{"write-recipe": write_recipe})  # fmt: skip
         from peru_cli.merge.recipe.plan import Wanted
         from peru_cli.merge.recipe.run import Asked, merge_recipe
 
@@ -180,6 +185,7 @@ def merge(
     from peru_cli.merge import output as out
     from peru_cli.merge.matrices import check_memory
     from peru_cli.merge.plan import Options, check_same, plan_merge
+    from peru_cli.merge.recipe.write import Typed, check_path, recipe_text, write_text
     from peru_cli.merge.run import DEFAULT_TILE, check_trims
     from peru_cli.methods.parameters import Parameters
     from peru_cli.vectors.settings import streaming
@@ -208,6 +214,10 @@ def merge(
     if density is not None and any(name.lower() == "merged" for name in names):
         raise UsageError("with --compress the name 'merged' is the merged model's", "give that task another name")
     check_target(target, force or dry_run)
+    if write_recipe is not None:
+        if searched is not None:
+            raise UsageError("--search and --write-recipe do not go together", "search first, and write the recipe with what was found")
+        check_path(Path(write_recipe), force)
     place = destination(push, private, revision, commit_message, force, output)
 
     opened_base = open_model(base) if base is not None else None
@@ -261,6 +271,15 @@ def merge(
 
         limit = int(samples) if samples is not None else None
         running = read_data(data, names, device, batch_size, method if chosen.statistics else "--search", limit)
+    if write_recipe is not None:
+        written = Typed(
+            chosen, base, [(n, a.model) for n, a in zip(names, arguments, strict=True)], values, varied, [s.info.name for s in plan.slots],
+            plan.slots[0].info.dtype,
+        )  # fmt: skip
+        text, otherwise = recipe_text(written)
+        for line in otherwise:
+            console.warn(f"{write_recipe}: {line}")
+        write_text(Path(write_recipe), text)
     if dry_run:
         console.result(_summary(plan, recipe, target))
         return

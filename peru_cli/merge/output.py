@@ -108,7 +108,7 @@ class Recipe:
             )
         named = [f"- {task}: {link(name)}" for task, name in zip(self.tasks, models, strict=True) if name is not None]
         options = [f"| {name} | {value} |" for name, value in self.words().items()]
-        written = ["```yaml", self.document.rstrip(), "```", ""] if self.document else []
+        written = ["````yaml", *self.document.rstrip().splitlines(), "````", ""] if self.document else []
         chosen = [f"Chosen by accuracy: {self.searched}.", ""] if self.searched else []
         body = [
             "# Merged model", "",

@@ -15,7 +15,7 @@ from peru_cli.errors import BadFile, UsageError
 MAX_BYTES = 1_000_000
 _MOST_NODES = 50_000  # a recipe has dozens; aliases could make billions
 _MOST_LEVELS = 40
-_BLOCK = re.compile(r"^```ya?ml[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(`{3,})ya?ml[^\n]*\n(.*?)^\1", re.MULTILINE | re.DOTALL)
 
 Path = tuple[str | int, ...]
 
@@ -76,11 +76,11 @@ def read_documents(text: str, label: str) -> list[Document]:
     """
     offset = 0
     if label.endswith(".md"):
-        blocks = [match for match in _BLOCK.finditer(text) if "merge_method" in match.group(1)]
+        blocks = [match for match in BLOCK.finditer(text) if "merge_method" in match.group(2)]
         if not blocks:
             raise BadFile(f"{label}: no YAML block of this card has a merge_method", "name a recipe, such as mergekit_config.yml")
-        offset = text.count("\n", 0, blocks[0].start(1))
-        text = blocks[0].group(1)
+        offset = text.count("\n", 0, blocks[0].start(2))
+        text = blocks[0].group(2)
     try:
         loader = yaml.SafeLoader(text)
         documents = []

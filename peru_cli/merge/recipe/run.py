@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.verify import verify_expanded
 from peru_cli.merge import output as out
 from peru_cli.merge.plan import check_same
-from peru_cli.merge.recipe.document import MAX_BYTES, Complaints, read_documents
+from peru_cli.merge.recipe.document import BLOCK, MAX_BYTES, Complaints, read_documents
 from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, plan_stage, read_all
 from peru_cli.merge.recipe.schema import Recipe
 from peru_cli.merge.recipe.show import effective, print_plan, say
@@ -136,7 +135,7 @@ def _check(stages: list[Stage], target: Path) -> None:
 def _recorded(text: str, name: str, recipes: list[Recipe]) -> str:
     """The recipe as it is kept beside the weights: local folders by their last name only."""
     if name.lower().endswith(".md"):
-        text = next(iter(re.findall(r"^```ya?ml[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), text)
+        text = next((m.group(2) for m in BLOCK.finditer(text) if "merge_method" in m.group(2)), text)
     names = {part for recipe in recipes for model in recipe.models() for part in (model.model, model.lora) if part is not None}
     for path in sorted((part for part in names if Path(part).exists()), key=len, reverse=True):
         text = text.replace(path, default_task(path))

@@ -240,3 +240,35 @@ def test_values_by_tensor_that_cannot_be(option: tuple[str, ...], says: str, tmp
     data = ("-d", "a=x.jsonl", "-d", "b=x.jsonl") if "--search" in option else ()
     peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "ties", *option, *data, code=2)
     assert says in peru.stderr, peru.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ("-m", "ties", "--variant", "mergekit", "-w", "a=mlp:0.7,0.2", "-k", "a=0..3:[10%,50%,10%],20%", "-k", "b=30%", "-s", "0.5"),
+            None,
+        ),
+        (("-m", "task-arithmetic", "-w", "b=-0.5", "--scale", "mlp:[0.1,1],0.3"), None),
+        (("-m", "linear", "-w", "a=1..2:3"), None),
+        (("-m", "slerp", "--t", "self_attn:[0,1],0.25"), None),
+        (("-m", "ties", "-k", "40%"), "--variant authors: mergekit has mergekit"),
+    ],
+)
+def test_what_was_typed_is_written_as_a_recipe(options: tuple[str, ...], says: str | None, tmp_path: Path, peru) -> None:
+    base = () if options[1] in ("linear", "slerp") else ("-b", "base")
+    typed = ("merge", "a=./a", "b=./b", *base, *options, "--no-sync")
+    peru(*typed, "-o", tmp_path / "typed", "--write-recipe", tmp_path / "r.yml")
+    assert says is None or f"warning: {tmp_path / 'r.yml'}: {says}" in peru.stderr
+    text = (tmp_path / "r.yml").read_text()
+    assert "dtype: float32" in text and (says is None or text.startswith(f"# {says}"))
+    peru(*typed, "-o", tmp_path / "other", "--write-recipe", tmp_path / "r.yml", "--dry-run", code=2)
+    assert "exists already" in peru.stderr
+    peru("merge", tmp_path / "r.yml", "-o", tmp_path / "again", "--no-sync")
+    if says is None:
+        close(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "typed" / "model.safetensors"), 1e-7)
+
+
+def test_a_method_that_mergekit_has_not_is_no_recipe(tmp_path: Path, peru) -> None:
+    peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "consensus", "--write-recipe", tmp_path / "r.yml", code=2)
+    assert "mergekit has no method of the kind of consensus" in peru.stderr and not list(tmp_path.iterdir())
