@@ -30,6 +30,7 @@ def inspect(
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="With --base: tensors that prune would store whole.")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="A row for each tensor. Default: repeated layers share one row.")] = False,
     stream: options.Stream = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -74,14 +75,20 @@ def inspect(
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
-        show = show_masks if kind == MASKS else show_pack if kind in KINDS else show_mixed if kind == MIXED else _artifact
-        show(place, plot)
+        if kind == MASKS:
+            show_masks(place, plot)
+        elif kind == MIXED:
+            show_mixed(place, plot)
+        elif kind in KINDS:
+            show_pack(place, plot)
+        else:
+            _artifact(place, plot, every)
     elif base is None:
         with open_model(model, stored=True) as checkpoint:
             _checkpoint(checkpoint)
     else:
         with open_model(model) as fine, open_model(base) as opened:
-            _pair(fine, opened, per_task, plot, device, threads)
+            _pair(fine, opened, per_task, plot, device, threads, every)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -106,9 +113,10 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
     console.result({**totals, "groups": [asdict(g) for g in groups], "tensor_list": sorted(tensors, key=lambda t: str(t["name"]))})
 
 
-def _artifact(path: Place, plot: Path | None) -> None:
+def _artifact(path: Place, plot: Path | None, every: bool) -> None:
     from peru_cli.artifacts.index import DELTA
     from peru_cli.artifacts.reader import SparseDelta
+    from peru_cli.inspect.fold import fold
     from peru_cli.inspect.run import describe_record, inspect_artifact, side_file_names, value_kind
     from peru_cli.reports.plots import plot_densities
 
@@ -130,19 +138,23 @@ def _artifact(path: Place, plot: Path | None) -> None:
         _parts(report)
         deltas = [r for r in report.records if r.mode == DELTA]
         densities = {r.info.name: r.kept / max(r.base_entries, 1) for r in report.records}
+        kinds = fold(
+            report.records, lambda r: r.info.name, lambda r: r.info.name if every else (r.info.dtype, r.info.shape, describe_record(r))
+        )
         rows = [
             [
-                r.info.name,
-                r.info.dtype.name,
-                _shape(r.info.shape),
-                describe_record(r),
-                count(r.kept),
-                f"{100 * densities[r.info.name]:.2f}%",
+                name,
+                str(len(members)),
+                members[0].info.dtype.name,
+                _shape(members[0].info.shape),
+                describe_record(members[0]),
+                count(kept := sum(r.kept for r in members)),
+                f"{100 * kept / max(sum(r.base_entries for r in members), 1):.2f}%",
             ]
-            for r in report.records
+            for name, members in kinds
         ]
         console.line()
-        console.table(["tensor", "?dtype", "shape", "stored as", "?>kept", ">density"], rows)
+        console.table(["tensor", "?>count", "?dtype", "shape", "stored as", "?>kept", ">density"], rows)
         console.result(_artifact_json(report))
         if plot is not None:
             plot_densities(plot, [r.info.name for r in deltas], [densities[r.info.name] for r in deltas])
@@ -184,9 +196,12 @@ def _artifact_json(report: ArtifactReport) -> dict[str, Any]:
     }
 
 
-def _pair(fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path | None, device: str, threads: int | None) -> None:
+def _pair(
+    fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path | None, device: str, threads: int | None, every: bool
+) -> None:
     from peru_cli.checkpoints.pairing import pair_checkpoints
-    from peru_cli.inspect.compare import compare
+    from peru_cli.inspect.compare import compare, together
+    from peru_cli.inspect.fold import fold
     from peru_cli.inspect.ranks import show_ranks
     from peru_cli.reports.plots import plot_comparison
     from peru_cli.vectors.family import Family, TaskVector
@@ -206,11 +221,15 @@ def _pair(fine: Checkpoint, base: Checkpoint, per_task: str | None, plot: Path |
     if pairing.whole:
         console.line(f"stored whole, {si_bytes(comparison.whole_bytes)}: {', '.join(info.name for info in pairing.whole)}")
     console.line()
-    rows = [
-        [c.name, c.dtype, _shape(c.shape), f"{100 * c.changed / max(c.entries, 1):.2f}%", f"{c.norm:.4g}", f"{c.relative:.4g}"]
-        for c in comparison.changes
+    changes = [
+        (len(members), together(name, members))
+        for name, members in fold(comparison.changes, lambda c: c.name, lambda c: c.name if every else (c.dtype, c.shape))
     ]
-    console.table(["tensor", "?dtype", "shape", ">changed", "?>norm", ">relative"], rows)
+    rows = [
+        [c.name, str(n), c.dtype, _shape(c.shape), f"{100 * c.changed / max(c.entries, 1):.2f}%", f"{c.norm:.4g}", f"{c.relative:.4g}"]
+        for n, c in changes
+    ]
+    console.table(["tensor", "?>count", "?dtype", "shape", ">changed", "?>norm", ">relative"], rows)
     console.line()
     _plans(comparison, fine.nbytes)
     ranks = show_ranks(fine, base, per_task, device, threads)

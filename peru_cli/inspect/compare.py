@@ -48,6 +48,18 @@ class TensorChange:
         return math.sqrt(self.squared_delta / self.squared_base) if self.squared_base else math.inf if self.squared_delta else 0.0
 
 
+def together(name: str, changes: list[TensorChange]) -> TensorChange:
+    """Several tensors of one shape and dtype as if they were one."""
+    total = TensorChange(name, changes[0].shape, changes[0].dtype, 0)
+    for change in changes:
+        total.entries += change.entries
+        total.changed += change.changed
+        total.not_finite += change.not_finite
+        total.squared_delta += change.squared_delta
+        total.squared_base += change.squared_base
+    return total
+
+
 @dataclass
 class Plan:
     """What pruning to a density would give. `density` None is lossless."""
