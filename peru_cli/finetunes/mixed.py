@@ -8,6 +8,7 @@ from peru_cli.artifacts.index import COPY, WHOLE
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.artifacts.reader import whole_shape
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
@@ -16,7 +17,6 @@ from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.mixed.sums import add_difference
 from peru_cli.streaming.aligned import clip
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.streaming.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.streaming.tiles import CHUNK, Tile
 
 

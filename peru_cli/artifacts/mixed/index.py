@@ -14,10 +14,10 @@ from itertools import pairwise
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, SideFile, TensorRecord, decode_files, encode_files
+from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
 from peru_cli.errors import BadFile
 from peru_cli.methods.mixed.scales import MAX_SCALE
-from peru_cli.streaming.digests import SHORT
 
 INDEX_VERSION = 1
 LOW_RANK, DENSE, ULPS = 1, 2, 4  # parts of a tensor, any of them together

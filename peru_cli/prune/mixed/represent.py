@@ -11,13 +11,13 @@ import numpy as np
 from peru_cli.artifacts.index import COPY, DELTA, WHOLE, SideFile
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import MixedCounter, Represented
+from peru_cli.checkpoints.digests import SHORT
 from peru_cli.methods.mixed import dense
 from peru_cli.methods.mixed.directions import choose_scales, quantised
 from peru_cli.methods.mixed.rates import bits, entropy
 from peru_cli.methods.mixed.scales import scale_of
 from peru_cli.methods.mixed.sums import rounded_error
 from peru_cli.prune.mixed.decompose import Item, Spill, spectrum_of
-from peru_cli.streaming.digests import SHORT
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings

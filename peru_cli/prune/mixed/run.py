@@ -13,6 +13,7 @@ from peru_cli.artifacts.index import COPY, DELTA, STORED, WHOLE
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import KIND, MixedWriter
 from peru_cli.checkpoints.base_name import BaseName
+from peru_cli.checkpoints.digests import SHORT, checkpoint_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.console import si_bytes
@@ -23,7 +24,6 @@ from peru_cli.prune.mixed.goal import Goal
 from peru_cli.prune.mixed.represent import Frame, estimate, try_out
 from peru_cli.prune.mixed.search import approach
 from peru_cli.prune.mixed.write import Final, store_rest
-from peru_cli.streaming.digests import SHORT, checkpoint_digest
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings

@@ -11,6 +11,7 @@ from peru_cli.artifacts.index import WHOLE
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import MixedWriter, Represented
 from peru_cli.artifacts.reader import whole_shape
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.mixed.scales import run_of_product, scale_of
@@ -19,7 +20,6 @@ from peru_cli.prune.artifact import stream_digest
 from peru_cli.prune.mixed.decompose import Item, Spill
 from peru_cli.prune.mixed.represent import represent
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.streaming.digests import SHORT, TensorDigest, leaves
 from peru_cli.streaming.tiles import CHUNK, Tile
 from peru_cli.vectors.family import TaskVector
 
