@@ -58,13 +58,16 @@ def evaluate_command(
         typer.Option(
             "--fail-below",
             metavar="METRIC=VALUE",
-            help="Exit with 3 if any task is below: accuracy, f1, matthews, normalised, difference, agreement, cosine, sign. Repeatable.",
+            help="Exit with 3 if any task is below: accuracy, f1, f1_micro, f1_macro, matthews, pearson, spearman, normalised, difference, "
+            "agreement, cosine, sign. Shares as 95%. Repeatable.",
         ),
     ] = None,
     fail_above: Annotated[
         Optional[list[str]],
         typer.Option(
-            "--fail-above", metavar="METRIC=VALUE", help="Exit with 3 if any task is above: kl, kl99, perplexity, error. Repeatable."
+            "--fail-above",
+            metavar="METRIC=VALUE",
+            help="Exit with 3 if any task is above: kl, kl99, perplexity, error, mse, distance. Repeatable.",
         ),
     ] = None,
     max_samples: Annotated[
@@ -169,6 +172,8 @@ def evaluate_command(
 
         for path, said in evaldraw.draw(plot, report, scores, weights, [gate.option for gate in gates], missed):
             console.note(f"{said} {path}")
+    for line in evalshow.passed(gates, rows):
+        console.note(line)
     for line in missed:
         console.error(line)
     if missed:

@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from peru_cli.errors import UsageError
 from peru_cli.inference.data import Examples
 
-HIGHER = ("accuracy", "f1", "matthews", "normalised", "difference", "agreement", "cosine", "sign")
-LOWER = ("kl", "kl99", "perplexity", "error")
-_NEEDS = dict.fromkeys(("accuracy", "f1", "matthews"), "labels") | {
+HIGHER = (
+    "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "pearson", "spearman", "normalised", "difference", "agreement", "cosine", "sign",
+)  # fmt: skip
+LOWER = ("kl", "kl99", "perplexity", "error", "mse", "distance")
+# What is shown in per cent, and the most that it can be.
+SHARES = {"accuracy": 1.0, "f1": 1.0, "f1_micro": 1.0, "f1_macro": 1.0, "agreement": 1.0, "sign": 1.0, "normalised": 2.0, "difference": 1.0}
+_CLASSES, _LABELS, _VALUES = ("accuracy", "f1", "matthews"), ("accuracy", "f1_micro", "f1_macro"), ("pearson", "spearman", "mse")
+_NEEDS = dict.fromkeys((*_CLASSES, *_LABELS, *_VALUES), "labels of that kind") | {
     **dict.fromkeys(("normalised", "difference"), "labels and --against"),
     **dict.fromkeys(("error", "cosine", "sign"), "--against and --base"),
     "perplexity": "--text, or data with targets",
@@ -39,11 +44,16 @@ class Gate:
     @property
     def option(self) -> str:
         """What was typed."""
-        return f"--fail-{'below' if self.below else 'above'} {self.metric}={self.bound:g}"
+        return f"--fail-{'below' if self.below else 'above'} {self.metric}={in_words(self.metric, self.bound)}"
 
     def missed_by(self, value: float) -> bool:
         """Whether a value is on the wrong side; NaN always is."""
         return not (value >= self.bound if self.below else value <= self.bound)
+
+
+def in_words(metric: str, value: float) -> str:
+    """A metric's value as it is shown: shares in per cent."""
+    return f"{100 * value:.6g}%" if metric in SHARES else f"{value:.6g}"
 
 
 def parse_gate(text: str, below: bool) -> Gate:
@@ -61,6 +71,11 @@ def parse_gate(text: str, below: bool) -> Gate:
         bound = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
         if math.isnan(bound):
             raise ValueError
+        most = SHARES.get(metric)
+        if most is not None and abs(bound) > most and not number.endswith("%"):
+            raise UsageError(
+                f"{option} {text}: {metric} is a share, and {number} is more than {most:g}", f"did you mean {metric}={number}%?"
+            )
         return Gate(metric, bound, below)
     except ValueError as error:
         raise UsageError(f"{option} {text}: {number!r} is not a number", f"write {option} {metric}=0.99 or {metric}=99%") from error
@@ -82,10 +97,16 @@ def _expected(examples: Examples | None, compared: bool, has_base: bool) -> set[
     if examples is None:
         return found
     if compared:
-        found |= {"agreement", "kl", "kl99"}
-    if examples.labels is not None:
-        return found | {"accuracy", "f1", "matthews"} | ({"normalised", "difference"} if compared else set())
-    return found if examples.images is not None else found | {"perplexity"}
+        found |= {"agreement", "kl", "kl99", "distance"}
+    if examples.labels is None:
+        return found if examples.images is not None else found | {"perplexity"}
+    if any(isinstance(label, list) for label in examples.labels):
+        kinds: tuple[str, ...] = _LABELS
+    elif any(isinstance(label, float) for label in examples.labels):
+        return found | set(_VALUES)
+    else:  # whole numbers and names can be anything: the model's head decides
+        kinds = (*_CLASSES, *_LABELS, *_VALUES)
+    return found | set(kinds) | ({"normalised", "difference"} if compared else set())
 
 
 def check_comparisons(models: Mapping[str, str], data: Mapping[str, Examples], against: Mapping[str, str]) -> list[Comparison]:

@@ -14,11 +14,11 @@ import torch
 from peru_cli.errors import Mismatch
 from peru_cli.evaluate.plan import Comparison
 from peru_cli.inference import metrics
-from peru_cli.inference.data import Array, Examples, label_order
+from peru_cli.inference.data import Array, Examples, class_doubts, label_order
 from peru_cli.inference.eval_model import Base, open_eval_model
 from peru_cli.inference.inputs import IGNORED, class_logits
 from peru_cli.inference.metrics import Compared, Estimate
-from peru_cli.inference.models import CAUSAL, IMAGE, SEQ2SEQ, TEXT
+from peru_cli.inference.models import CAUSAL, IMAGE, LABELS, SEQ2SEQ, TEXT, VALUE, problem_of
 from peru_cli.inference.prepare import Loaded, Prepared, Settings, prepare
 from peru_cli.streaming.engine import available_threads
 
@@ -26,6 +26,7 @@ Advance = Callable[[int], None]
 BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}
 _SMALL = 4_000_000  # parameters; of smaller models, threads that wait for each other take longer than one alone
 _MOST_NATS = math.log(sys.float_info.max)  # whose exponential is still a number
+_ENOUGH = 30  # examples, of which an accuracy near chance says something
 _SLICE = 1 << 24  # logits that are looked at together
 
 
@@ -43,7 +44,8 @@ class Score:
     against_bytes: int | None
     metrics: dict[str, Estimate] = field(default_factory=dict)
     compared: Compared | None = None
-    classes: int = 0  # of a classifier
+    classes: int = 0  # of a classifier with one class of several
+    warnings: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -79,8 +81,8 @@ def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> t
     if base is not None:
         others.append({name: path.read_bytes() for name, path in base.checkpoint.side_files.items()})
     ours = prepare(subject, examples, others, settings.context)
-    if ours.kind in (TEXT, IMAGE) and ours.config.num_labels < 2:
-        raise Mismatch(f"{ours.label} has one output: a regression, not a classifier")
+    if ours.kind in (TEXT, IMAGE) and problem_of(ours.config) == VALUE and ours.config.num_labels != 1:
+        raise Mismatch(f"{ours.label} is a regression of {ours.config.num_labels} values at once", "peru measures regressions of one value")
     if other is None:
         return ours, None
     theirs = prepare(other, examples, others[1:], settings.context, like=ours)
@@ -88,6 +90,9 @@ def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> t
         raise Mismatch(f"{ours.label} is run as a {ours.kind}, {theirs.label} as a {theirs.kind}: they cannot be compared")
     if ours.kind in (TEXT, IMAGE) and theirs.config.num_labels != ours.config.num_labels:
         raise Mismatch(f"{ours.label} has {ours.config.num_labels} labels, {theirs.label} has {theirs.config.num_labels}")
+    if ours.kind in (TEXT, IMAGE) and problem_of(theirs.config) != problem_of(ours.config):
+        said = f"{ours.label} gives {problem_of(ours.config)}, {theirs.label} {problem_of(theirs.config)}"
+        raise Mismatch(f"{said}: they cannot be compared", "problem_type in their config.json decides")
     if ours.kind in (TEXT, IMAGE) and examples.by_number(ours.config) and label_order(ours.config, theirs.config) is not None:
         raise Mismatch(
             f"{ours.label} and {theirs.label} have the same labels in another order, so {examples.source}'s numbers mean two things",
@@ -106,37 +111,92 @@ def _evaluate(
         subject.nbytes + subject.head_bytes, theirs.subject.nbytes if theirs is not None else None,
     )  # fmt: skip
     built = ours.build(settings), theirs.build(settings) if theirs is not None else None
-    (_score_classes if ours.kind in (TEXT, IMAGE) else _score_tokens)(
-        score, *built, examples, batch_size or BATCH_SIZES[ours.kind], advance
-    )
+    size = batch_size or BATCH_SIZES[ours.kind]
+    if ours.kind in (TEXT, IMAGE):
+        _score_logits(score, *built, examples, size, advance)
+    else:
+        _score_tokens(score, *built, examples, size, advance)
     return score
 
 
-def _score_classes(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
-    labels = examples.class_numbers(ours.model.config)
-    score.classes = classes = ours.model.config.num_labels
+def _score_logits(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
+    """What a classifier or a regression gives for all examples, measured as its head is meant."""
+    config = ours.model.config
     got = class_logits(ours.model, ours.inputs, batch_size, advance)
     _require_finite(got, ours.label)
+    wanted = None
+    if theirs is not None:
+        wanted = class_logits(theirs.model, theirs.inputs, batch_size, advance)
+        if (order := label_order(config, theirs.model.config)) is not None:
+            wanted = wanted[:, order]
+        _require_finite(wanted, theirs.label)
+    problem = problem_of(config)
+    if problem == VALUE:
+        _score_values(score, got[:, 0].astype(np.float64), None if wanted is None else wanted[:, 0].astype(np.float64), examples.values())
+    elif problem == LABELS:
+        _score_labels(score, got, wanted, examples.label_sets(config))
+    else:
+        score.classes = config.num_labels
+        _score_classes(score, got, wanted, examples.class_numbers(config))
+        score.warnings += class_doubts(examples, config)
+
+
+def _score_classes(score: Score, got: Array, wanted: Array | None, labels: Array | None) -> None:
+    """One class of several: logits (n, classes) of both models, class numbers (n,)."""
     predicted = got.argmax(-1)
     if labels is not None:
-        table = metrics.confusion(predicted, labels, classes)
-        score.metrics["accuracy"] = metrics.wilson(int(np.trace(table)), len(labels))
+        table = metrics.confusion(predicted, labels, score.classes)
+        accuracy = score.metrics["accuracy"] = metrics.wilson(int(np.trace(table)), len(labels))
         score.metrics["f1"] = Estimate(metrics.f1(table))
         score.metrics["matthews"] = Estimate(metrics.matthews(table))
-    if theirs is None:
+        if len(labels) >= _ENOUGH and accuracy.low <= 1 / score.classes:
+            score.warnings.append(
+                f"{100 * accuracy.value:.1f}% is near chance, {100 / score.classes:.1f}% for {score.classes} classes: "
+                "is this the model of this task, and are the classes numbered as the model has them?"
+            )
+    if wanted is None:
         return
-    wanted = class_logits(theirs.model, theirs.inputs, batch_size, advance)
-    if (order := label_order(ours.model.config, theirs.model.config)) is not None:
-        wanted = wanted[:, order]
-    _require_finite(wanted, theirs.label)
     decided = wanted.argmax(-1)
     if labels is not None:
-        score.compared = metrics.compare_right(predicted == labels, decided == labels)
-        score.metrics["against_accuracy"] = metrics.wilson(score.compared.both + score.compared.theirs, len(labels))
-        score.metrics["difference"] = score.compared.difference()
-        score.metrics["normalised"] = score.compared.normalised()
+        _compare_right(score, predicted == labels, decided == labels)
     score.metrics["agreement"] = metrics.wilson(int(np.count_nonzero(predicted == decided)), len(predicted))
     _add_kl(score, metrics.kl_divergence(wanted, got))
+
+
+def _score_labels(score: Score, got: Array, wanted: Array | None, labels: Array | None) -> None:
+    """Independent labels, each of probability sigmoid(logit): logits (n, labels) of both models, bool (n, labels)."""
+    predicted = got > 0
+    if labels is not None:
+        right = (predicted == labels).all(-1)
+        score.metrics["accuracy"] = metrics.wilson(int(right.sum()), len(right))
+        score.metrics["f1_micro"], score.metrics["f1_macro"] = metrics.f1_of_labels(predicted, labels)
+    if wanted is None:
+        return
+    decided = wanted > 0
+    if labels is not None:
+        _compare_right(score, right, (decided == labels).all(-1))
+    score.metrics["agreement"] = metrics.wilson(int((predicted == decided).all(-1).sum()), len(predicted))
+    _add_kl(score, metrics.kl_bernoulli(wanted, got))
+
+
+def _compare_right(score: Score, ours: Array, theirs: Array) -> None:
+    score.compared = metrics.compare_right(ours, theirs)
+    score.metrics["against_accuracy"] = metrics.wilson(score.compared.both + score.compared.theirs, score.compared.n)
+    score.metrics["difference"] = score.compared.difference()
+    score.metrics["normalised"] = score.compared.normalised()
+
+
+def _score_values(score: Score, got: Array, wanted: Array | None, labels: Array | None) -> None:
+    """A regression: float64 (n,) of both models and of the labels."""
+    if labels is not None:
+        score.metrics["pearson"], score.metrics["spearman"] = metrics.correlations(got, labels)
+        score.metrics["mse"] = metrics.bootstrap_mean((got - labels) ** 2)
+    if wanted is None:
+        return
+    if labels is not None:
+        score.metrics["against_pearson"], score.metrics["against_spearman"] = metrics.correlations(wanted, labels)
+        score.metrics["against_mse"] = metrics.bootstrap_mean((wanted - labels) ** 2)
+    score.metrics["distance"] = metrics.bootstrap_mean((got - wanted) ** 2)
 
 
 def _add_kl(score: Score, kl: Array) -> None:

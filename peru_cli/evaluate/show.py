@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.evaluate.plan import in_words
 
 if TYPE_CHECKING:
     from peru_cli.evaluate.plan import Gate
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str, float, float, float]  # task, metric, value, interval's bounds (NaN where there is none)
 Table = tuple[str, list[str], list[list[str]]]  # title, columns as console.table has them, rows
-_SHARES = ("accuracy", "against_accuracy", "normalised", "agreement", "f1")
+_SHARES = ("accuracy", "against_accuracy", "normalised", "agreement", "f1", "f1_micro", "f1_macro")
 _TITLES = {
     "accuracy": "accuracy %", "against_accuracy": "against", "difference": "difference", "normalised": "normalised %", "f1": "F1 %",
-    "matthews": "Matthews", "agreement": "agreement %", "kl": "KL", "kl99": "KL 99%", "perplexity": "perplexity",
-    "against_perplexity": "against",
+    "f1_micro": "micro F1 %", "f1_macro": "macro F1 %", "pearson": "Pearson", "against_pearson": "against", "spearman": "Spearman",
+    "against_spearman": "against", "mse": "MSE", "against_mse": "against", "distance": "distance", "matthews": "Matthews",
+    "agreement": "agreement %", "kl": "KL", "kl99": "KL 99%", "perplexity": "perplexity", "against_perplexity": "against",
 }  # fmt: skip
-_INTERVALS = ("accuracy", "difference", "normalised", "perplexity", "agreement")
+_INTERVALS = ("accuracy", "difference", "normalised", "perplexity", "agreement", "f1_micro", "f1_macro", "pearson", "spearman", "mse")
 
 
 def numbers(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> list[Row]:
@@ -52,9 +54,24 @@ def missed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
     lines = []
     for gate in gates:
         found = [(task, value) for task, metric, value, _, _ in rows if metric == gate.metric]
-        lines += [f"{task}: {gate.metric} is {value:.6g} ({gate.option})" for task, value in found if gate.missed_by(value)]
+        lines += [
+            f"{task}: {gate.metric} is {in_words(gate.metric, value)} ({gate.option})" for task, value in found if gate.missed_by(value)
+        ]
         if not found:
             lines.append(f"{gate.metric} was not measured ({gate.option})")
+    return lines
+
+
+def passed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
+    """A line for each gate that every task passed, with the value that came nearest to it."""
+    lines = []
+    for gate in gates:
+        found = [(value, task) for task, metric, value, _, _ in rows if metric == gate.metric]
+        if found and not any(gate.missed_by(value) for value, _ in found):
+            value, task = min(found) if gate.below else max(found)
+            lines.append(
+                f"passed {gate.option}: {gate.metric} is {in_words(gate.metric, value)}" + (f" at worst ({task})" if len(found) > 1 else "")
+            )
     return lines
 
 
@@ -125,11 +142,16 @@ def show(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> None:
         console.line(f"mean normalised accuracy {cell('normalised', mean)} %")
     for note in notes(scores, False):
         console.line(note)
+    for score in scores:
+        for warning in score.warnings:
+            console.warn(f"{score.task}: {warning}" if score.task else warning)
 
 
 def notes(scores: Sequence[Score], weights: bool) -> list[str]:
     """What a reader of the tables should know."""
     said = []
+    if any("distance" in score.metrics for score in scores):
+        said.append("distance is the mean squared difference of both models' outputs")
     if any("kl" in score.metrics for score in scores):
         said.append("intervals are for 95%; KL in nats, of the model's predictions from those of --against")
     elif scores:
@@ -147,6 +169,7 @@ def as_json(scores: Sequence[Score], weights: dict[str, WeightsReport], failed: 
             {
                 "task": s.task, "model": s.model, "against": s.against, "kind": s.kind, s.unit: s.n, "bytes": s.nbytes,
                 "against_bytes": s.against_bytes, "metrics": {name: _estimate(e) for name, e in s.metrics.items()},
+                "warnings": s.warnings,
             }
             for s in scores
         ],

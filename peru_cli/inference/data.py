@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ LABEL = ("label", "labels", "y", "class")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _DATASET = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(?::(?P<config>[\w.-]+))?@(?P<split>[\w\[\]:%+.-]+)")
 
-Label = int | str
+Label = int | str | float | list[Any]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -39,7 +40,8 @@ class Examples:
 
     `images` is an array, uint8 (n, h, w) or (n, h, w, channels) or floats (n, channels, h, w) that are the
     model's input as they stand, or a list of files. `places` says where each example comes from, if that is
-    more than its number. Labels are class numbers, or names that a model's config translates.
+    more than its number. Labels are class numbers, or names that a model's config translates; for a regression numbers; for
+    independent labels lists of those that hold (numbers or names), or of a 0 or 1 for each.
     """
 
     source: str
@@ -89,6 +91,8 @@ class Examples:
         for i, label in enumerate(self.labels):
             if translated and isinstance(label, int) and 0 <= label < len(called):
                 label = called[label]
+            if not isinstance(label, (int, str)):
+                raise BadFile(f"{self.place(i)}: the label {label!r} is neither a class number nor a name")
             number = names.get(label.lower()) if isinstance(label, str) else label
             if number is None or not 0 <= number < config.num_labels:
                 known = ", ".join(sorted(names, key=lambda name: names[name])[:6]) + (", ..." if len(names) > 6 else "")
@@ -96,6 +100,60 @@ class Examples:
                 raise BadFile(f"{self.place(i)}: the model's head has no label {label!r}", f"it has {config.num_labels} labels: {has}")
             numbers[i] = number
         return numbers
+
+    def values(self) -> Array | None:
+        """Labels as numbers of a regression, float64 (n,); None without labels. BadFile, with its line, for what is no number."""
+        if self.labels is None:
+            return None
+        found = np.empty(len(self.labels))
+        for i, label in enumerate(self.labels):
+            try:
+                found[i] = math.nan if isinstance(label, list) else float(label)
+            except ValueError:
+                found[i] = math.nan
+            if not math.isfinite(found[i]):
+                raise BadFile(f"{self.place(i)}: the label {label!r} is not a number", "the model's head gives a number: a regression")
+        return found
+
+    def label_sets(self, config: Any) -> Array | None:
+        """Independent labels, bool (n, labels); None without. BadFile, with its line, for a label that the model's head does not have."""
+        if self.labels is None:
+            return None
+        names, count = _classes(config), config.num_labels
+        rows = [label if isinstance(label, list) else _as_list(label) for label in self.labels]
+        flags = all(len(row) == count and all(not isinstance(v, str) and v in (0, 1) for v in row) for row in rows)
+        found = np.zeros((len(rows), count), bool)
+        for i, row in enumerate(rows):
+            for place, value in enumerate(row):
+                number = names.get(value.lower()) if isinstance(value, str) else value
+                if flags:
+                    found[i, place] = bool(value)
+                elif isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
+                    found[i, number] = True
+                else:
+                    hint = f"write the names or numbers of those that hold, or {count} times 0 or 1"
+                    raise BadFile(f"{self.place(i)}: the model's head has no label {value!r}", hint)
+        return found
+
+    def check(self, config: Any, problem: str) -> None:
+        """BadFile for a label that the model's head does not have; `problem` as `models.problem_of` has it."""
+        if problem == "a value":
+            self.values()
+        elif problem == "independent labels":
+            self.label_sets(config)
+        else:
+            self.class_numbers(config)
+
+
+def _as_list(label: Label) -> list[Any]:
+    """A cell of a table as a list: JSON, or one label alone."""
+    if isinstance(label, str) and label.strip().startswith("["):
+        try:
+            parsed = json.loads(label)
+        except ValueError:
+            return [label]
+        return parsed if isinstance(parsed, list) else [label]
+    return [label]
 
 
 def _classes(config: Any) -> dict[str, int]:
@@ -107,6 +165,21 @@ def _named_classes(config: Any) -> dict[str, int] | None:
     """The same, or None where they have no names but transformers' own LABEL_0 and so on."""
     names = _classes(config)
     return None if all(re.fullmatch(r"label_\d+", name) for name in names) else names
+
+
+def class_doubts(examples: Examples, config: Any) -> list[str]:
+    """Why the classes of the data may not be the model's, where the data names its classes."""
+    called, classes = [name.lower() for name in examples.label_names or ()], config.num_labels
+    if not called or examples.labels is None or not any(isinstance(label, int) for label in examples.labels):
+        return []
+    shown = ", ".join(called[:4]) + (", ..." if len(called) > 4 else "")
+    if len(called) != classes:
+        return [f"{examples.source} has {len(called)} classes ({shown}), the model's head {classes}"]
+    own = _named_classes(config)
+    if own is not None and sorted(own) != sorted(called):
+        theirs = ", ".join(sorted(own, key=lambda name: own[name])[:4]) + (", ..." if len(own) > 4 else "")
+        return [f"{examples.source} calls its classes {shown}, the model {theirs}: they are taken to be the same in this order"]
+    return []
 
 
 def label_order(ours: Any, theirs: Any) -> list[int] | None:
@@ -287,7 +360,9 @@ def _columns(source: str, row: Mapping[str, Any], examples: Examples) -> dict[st
 def _label(value: Any, place: str, typed: bool) -> Label:
     if isinstance(value, str) and not typed and re.fullmatch(r"[+-]?\d+", value.strip()):
         return int(value)
-    if isinstance(value, (int, str)) and not isinstance(value, bool):
+    if isinstance(value, (int, str, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, list) and all(isinstance(part, (int, str, float)) for part in value):
         return value
     raise BadFile(f"{place}: the label {value!r} is neither a class number nor a name")
 
@@ -309,6 +384,8 @@ def _npz(path: Path) -> Examples:
         raise BadFile(
             f"{path}: x is {x.dtype} {list(x.shape)}", "uint8 (n, height, width[, channels]), or floats (n, channels, height, width)"
         )
+    if y is not None and y.dtype.kind in "iufb" and y.shape[:1] == (len(x),) and (y.ndim == 2 or (y.ndim == 1 and y.dtype.kind == "f")):
+        return Examples(str(path), images=x, labels=y.astype(y.dtype if y.dtype.kind == "f" else np.int64).tolist())
     if y is not None and (y.dtype.kind not in "iu" or y.shape != (len(x),)):
         raise BadFile(f"{path}: y is {y.dtype} {list(y.shape)}, not one class number for each of {len(x)} images")
     return Examples(str(path), images=x, labels=None if y is None else [int(label) for label in y])

@@ -14,7 +14,7 @@ import transformers
 
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.inference.data import Array, Examples
-from peru_cli.inference.models import IMAGE, SEQ2SEQ, TEXT, Files, folder, quiet_transformers, reason
+from peru_cli.inference.models import IMAGE, SEQ2SEQ, TEXT, Files, folder, quiet_transformers, reason, takes_attention_mask
 
 _VOCABULARY = re.compile(r"tokenizer\.json|(vocab|merges)\.(json|txt)|.*\.(model|spm|tiktoken)")
 _LONGEST = 1_000_000  # tokens; tokenizers say 1e30 for "no limit"
@@ -30,6 +30,7 @@ class Inputs:
 
     lengths: Array
     make: Callable[[Array], Batch]
+    padded: bool = True  # False where padding would change the outputs: batches are of equal lengths then
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -37,8 +38,12 @@ class Inputs:
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Array, Batch]]:
         """Batches of like length, the longest first: which examples (int64 numbers), and the model's arguments."""
         order = np.argsort(-self.lengths, kind="stable")
-        for start in range(0, len(order), size):
+        start = 0
+        while start < len(order):
             numbers = order[start : start + size]
+            if not self.padded:
+                numbers = numbers[self.lengths[numbers] == self.lengths[numbers[0]]]
+            start += len(numbers)
             yield numbers, {name: tensor.to(device) for name, tensor in self.make(numbers).items()}
 
 
@@ -59,19 +64,17 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
         raise BadFile(f"{label}: no tokenizer beside it or its base", "put tokenizer.json beside the model or its base")
     tokenizer = _tokenizer(files, label)
     longest = _longest(tokenizer, config)
+    _check_vocabulary(tokenizer, config, label)
     if kind == TEXT:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id
         coded = tokenizer(examples.texts, examples.pairs, truncation=longest is not None, max_length=longest)
-        return Inputs(_lengths(coded["input_ids"]), lambda numbers: _padded(tokenizer, coded, numbers))
+        return _encode_classified(examples, coded, tokenizer, config, label)
     if kind == SEQ2SEQ:
         coded = tokenizer(examples.texts, truncation=longest is not None, max_length=longest)
         targets = tokenizer(text_target=examples.targets, truncation=longest is not None, max_length=longest)["input_ids"]
 
         def make(numbers: Array) -> Batch:
-            return _padded(tokenizer, coded, numbers) | {"labels": _rows([targets[i] for i in numbers], IGNORED)}
+            batch = _padded(coded, numbers, _pad_id(tokenizer, config) or 0, tokenizer)
+            return batch | {"labels": _rows([targets[i] for i in numbers], IGNORED)}
 
         return Inputs(_lengths(coded["input_ids"]), make)
     return _encode_causal(examples, tokenizer, min(context or 1024, longest or _LONGEST))
@@ -105,15 +108,64 @@ def _lengths(rows: list[list[int]]) -> Array:
     return np.array([len(row) for row in rows], np.int64)
 
 
-def _padded(tokenizer: Any, coded: Any, numbers: Array) -> Batch:
-    return dict(tokenizer.pad({name: [values[i] for i in numbers] for name, values in coded.items()}, return_tensors="pt"))
+def _check_vocabulary(tokenizer: Any, config: Any, label: str) -> None:
+    """Mismatch if the tokenizer has tokens for which the embedding has no row: it is another model's, or was given new ones."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    ids = tokenizer.get_vocab().values()
+    if isinstance(rows, int) and ids and max(ids) >= rows:
+        more = sum(number >= rows for number in ids)
+        raise Mismatch(
+            f"{label}: its tokenizer has {len(ids)} tokens, the embedding {rows} rows: {more} tokens have none",
+            "it is another model's tokenizer, or tokens were added after the embedding was saved",
+        )
 
 
-def _rows(rows: list[list[int]], fill: int) -> torch.Tensor:
-    """Rows of different lengths as one tensor, filled up on the right."""
+def _pad_id(tokenizer: Any, config: Any) -> int | None:
+    """The id that fills rows up: the config's, by which models know padding; else the tokenizer's; None if neither has one."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    for number in (getattr(config, "pad_token_id", None), tokenizer.pad_token_id):
+        if isinstance(number, int) and number >= 0 and (rows is None or number < rows):
+            return number
+    return None
+
+
+def _encode_classified(examples: Examples, coded: Any, tokenizer: Any, config: Any, label: str) -> Inputs:
+    """Batches whose outputs are those of each example alone.
+
+    Decoders find an example's end by the config's padding id. Where it has none (or none that the embedding has), they look at the
+    last place: an id that no example has then stands for padding, so that an end-of-text inside of a text is not taken for it. Rows
+    are filled up on the right, as positions are counted from the left, but for XLNet, which looks at the last place itself.
+    Where a model takes no attention mask, batches are of equal lengths.
+    """
+    rows = coded["input_ids"]
+    if (empty := next((i for i, row in enumerate(rows) if not row), None)) is not None:
+        raise BadFile(f"{examples.place(empty)}: the tokenizer of {label} makes no token of it")
+    size, given = getattr(config.get_text_config(), "vocab_size", None), getattr(config, "pad_token_id", None)
+    pad, padded = _pad_id(tokenizer, config), takes_attention_mask(config, TEXT, label)
+    if not (isinstance(given, int) and given >= 0 and (size is None or given < size)):
+        used = {token for row in rows for token in row}
+        unused = next((i for i in (pad, *range(size or 0)) if i is not None and i not in used), None)
+        pad, padded = unused, padded and unused is not None
+        config.pad_token_id = unused
+    left = config.model_type == "xlnet"
+    return Inputs(_lengths(rows), lambda numbers: _padded(coded, numbers, pad or 0, tokenizer, left), padded)
+
+
+def _padded(coded: Any, numbers: Array, pad: int, tokenizer: Any, left: bool = False) -> Batch:
+    """Some rows of each field, filled up with what stands for nothing in it."""
+    fill = {"input_ids": pad, "token_type_ids": tokenizer.pad_token_type_id}
+    batch = {name: _rows([values[i] for i in numbers], fill.get(name, 0), left) for name, values in coded.items()}
+    if "attention_mask" not in batch and any(len(coded["input_ids"][i]) < batch["input_ids"].shape[1] for i in numbers):
+        batch["attention_mask"] = _rows([[1] * len(coded["input_ids"][i]) for i in numbers], 0, left)
+    return batch
+
+
+def _rows(rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:
+    """Rows of different lengths as one tensor, filled up on the right, or the left."""
     table = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
     for i, row in enumerate(rows):
-        table[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        place = slice(table.shape[1] - len(row), None) if left else slice(len(row))
+        table[i, place] = torch.tensor(row, dtype=torch.int64)
     return table
 
 

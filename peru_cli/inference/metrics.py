@@ -6,6 +6,7 @@ same examples are bootstrapped in pairs (Efron 1979, percentiles), means are boo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,3 +143,72 @@ def kl_divergence(reference: Array, other: Array) -> Array:
     """KL(reference || other) of each row of logits (n, labels), in nats; exactly 0 for equal logits."""
     p, q = log_softmax(reference), log_softmax(other)
     return (np.exp(p) * (p - q)).sum(axis=-1)  # type: ignore[no-any-return]
+
+
+def kl_bernoulli(reference: Array, other: Array) -> Array:
+    """KL(reference || other) of independent labels, summed over them: of each row of logits (n, labels), in nats."""
+
+    def logs(logits: Array) -> tuple[Array, Array]:
+        wide = logits.astype(np.float64)
+        return -np.logaddexp(0, -wide), -np.logaddexp(0, wide)
+
+    (yes, no), (other_yes, other_no) = logs(reference), logs(other)
+    return (np.exp(yes) * (yes - other_yes) + np.exp(no) * (no - other_no)).sum(axis=-1)  # type: ignore[no-any-return]
+
+
+def f1_of_labels(predicted: Array, wanted: Array) -> tuple[Estimate, Estimate]:
+    """Micro and macro F1 of independent labels, bool (n, labels), examples bootstrapped.
+
+    Micro counts all decisions together; macro is the mean over labels, one that is neither wanted nor predicted left out.
+    """
+    hits, either = (predicted & wanted).astype(np.float64), predicted.astype(np.float64) + wanted
+
+    def both(hits: Array, either: Array) -> tuple[float, float]:
+        seen = either > 0
+        macro = float((2 * hits[seen] / either[seen]).mean()) if seen.any() else 0.0
+        return (float(2 * hits.sum() / either.sum()) if seen.any() else 0.0), macro
+
+    micro, macro = both(hits.sum(0), either.sum(0))
+    n, generator, made = len(hits), _generator(), np.empty((REPLICATES, 2))
+    if n > _MANY:
+        return Estimate(micro), Estimate(macro)
+    for i in range(REPLICATES):
+        counts = np.bincount(generator.integers(0, n, n), minlength=n).astype(np.float64)
+        made[i] = both(counts @ hits, counts @ either)
+    return _interval(micro, made[:, 0]), _interval(macro, made[:, 1])
+
+
+def ranks(values: Array) -> Array:
+    """Ranks from 1 on, equals with the mean of theirs; float64 (n,)."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + 1 + last) / 2)[inverse]
+
+
+def correlation(x: Array, y: Array) -> float:
+    """Pearson's, float64; NaN where one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    size = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / size if size else float("nan")
+
+
+def correlations(x: Array, y: Array) -> tuple[Estimate, Estimate]:
+    """Pearson's and Spearman's correlation of float64 (n,), pairs bootstrapped.
+
+    Above 10,000 pairs their intervals come from Fisher's z (for Spearman's with the error of Bonett and Wright 2000).
+    """
+    found, n = (correlation(x, y), correlation(ranks(x), ranks(y))), len(x)
+    if n > _MANY:
+        return _by_fisher(found[0], math.sqrt(1 / (n - 3))), _by_fisher(found[1], math.sqrt((1 + found[1] ** 2 / 2) / (n - 3)))
+    generator, made = _generator(), np.empty((REPLICATES, 2))
+    for i in range(REPLICATES):
+        drawn = generator.integers(0, n, n)
+        made[i] = correlation(x[drawn], y[drawn]), correlation(ranks(x[drawn]), ranks(y[drawn]))
+    return _interval(found[0], made[:, 0]), _interval(found[1], made[:, 1])
+
+
+def _by_fisher(r: float, error: float) -> Estimate:
+    """A correlation with its interval, of which atanh has this standard error."""
+    if not abs(r) < 1:
+        return Estimate(r)
+    return Estimate(r, math.tanh(math.atanh(r) - Z * error), math.tanh(math.atanh(r) + Z * error))

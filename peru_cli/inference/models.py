@@ -6,6 +6,7 @@ Nothing here knows of artifacts: inference/eval_model.py turns what a user names
 from __future__ import annotations
 
 import contextlib
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.inference.data import Examples
 
 TEXT, IMAGE, CAUSAL, SEQ2SEQ = "text classification", "image classification", "causal language model", "seq2seq language model"
+CLASSES, LABELS, VALUE = "classes", "independent labels", "a value"  # what a classifier's head is for
 _AUTO = {
     TEXT: transformers.AutoModelForSequenceClassification,
     IMAGE: transformers.AutoModelForImageClassification,
@@ -101,6 +103,14 @@ def kind_of(examples: Examples, config: Any, label: str) -> str:
     return CAUSAL if is_language else TEXT
 
 
+def problem_of(config: Any) -> str:
+    """What a classifier's outputs are, as transformers takes its config: CLASSES, LABELS (each on its own) or VALUE (a regression)."""
+    said = getattr(config, "problem_type", None)
+    if said == "multi_label_classification":
+        return LABELS
+    return VALUE if said == "regression" or config.num_labels == 1 else CLASSES
+
+
 def fit_labels(config: Any, kind: str, shapes: Shapes) -> None:
     """Give a config as many labels as the head among the tensors has: a base's or a merge's own config counts another head's."""
     if kind not in (TEXT, IMAGE):
@@ -129,6 +139,11 @@ def require_shapes(config: Any, kind: str, shapes: Shapes, label: str) -> None:
     head = [name for name in expected if not name.startswith(prefix) and not name.endswith(_OFTEN_ABSENT)]
     if kind in (TEXT, IMAGE) and head and not any(name in named for name in head):
         raise _missing(head, kind, config, label)
+
+
+def takes_attention_mask(config: Any, kind: str, label: str) -> bool:
+    """Whether a model can be told which tokens are padding."""
+    return "attention_mask" in inspect.signature(_model_class(config, kind, label).forward).parameters
 
 
 def _under_prefix(found: Mapping[str, _T], expected: Mapping[str, torch.Size], prefix: str) -> dict[str, _T]:

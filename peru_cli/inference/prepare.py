@@ -12,8 +12,9 @@ import torch
 from peru_cli.inference.data import Examples
 from peru_cli.inference.eval_model import EvalModel
 from peru_cli.inference.inputs import Inputs, encode
-from peru_cli.inference.models import IMAGE, TEXT, build_model, fit_labels, kind_of, load_config, require_shapes
+from peru_cli.inference.models import IMAGE, TEXT, build_model, fit_labels, kind_of, load_config, problem_of, require_shapes
 
+_READ = ("model_type", "max_position_embeddings", "image_size", "num_channels", "pad_token_id", "vocab_size")  # of a config
 _CONFIG = re.compile(r"(generation_)?config\.json")
 _PROCESSOR = re.compile(r"(pre)?processor_config\.json")
 _TOKENIZER = re.compile(r"(tokenizer|vocab|merges|special_tokens|added_tokens|bpe|chat_template).*|.*\.(model|spm|tiktoken)")
@@ -106,8 +107,8 @@ def prepare(
     fit_labels(config, kind, subject.shapes)
     require_shapes(config, kind, subject.shapes, subject.label)
     if kind in (TEXT, IMAGE):
-        examples.class_numbers(config)
-    reading = [kind, *(getattr(config, name, None) for name in ("model_type", "max_position_embeddings", "image_size", "num_channels"))]
+        examples.check(config, problem_of(config))
+    reading = [kind, *(getattr(config, name, None) for name in _READ)]
     reading.append({name: content for name, content in files.items() if not _CONFIG.fullmatch(name)})
     if like is not None and like.reading == reading:
         inputs = like.inputs

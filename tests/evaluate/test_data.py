@@ -108,7 +108,7 @@ def test_images_come_from_arrays_and_folders(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl, line 2: no 'label', which earlier lines have"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b", "label": 1}\n', "a.jsonl, line 3: has 'label', which earlier lines lack"),
         ("a.jsonl", '{"text": 7}\n', "a.jsonl, line 1: 'text' is int, not a text"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', "a.jsonl, line 1: the label 0.5 is neither"),
+        ("a.jsonl", '{"text": "a", "label": {"x": 1}}\n', "a.jsonl, line 1: the label {'x': 1} is neither"),
         ("a.jsonl", '{"text": "a", "label": true}\n', "a.jsonl, line 1: the label True is neither"),
         ("a.csv", "text,label\na,1\nb\n", "a.csv, line 3: 1 cells, the first line names 2 columns"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl: not UTF-8 text"),
@@ -132,7 +132,7 @@ def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
         ({"images": image}, "no array 'x'; it holds images"),
         ({"x": image.astype(np.int32)}, "x is int32 [2, 4, 4]"),
         ({"x": image, "y": np.zeros(3, np.int64)}, "y is int64 [3], not one class number for each of 2 images"),
-        ({"x": image, "y": np.zeros(2)}, "y is float64"),
+        ({"x": image, "y": np.zeros(3)}, "y is float64"),
         ({"x": np.array([{}])}, "not an .npz file that can be read"),  # pickled objects are never loaded
     ):
         np.savez(tmp_path / "a.npz", **arrays)
