@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from peru_cli import shown
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import interrupt
 from peru_cli.checkpoints.local import inputs
 from peru_cli.console import console
 from peru_cli.demo import command as demo
@@ -63,7 +63,7 @@ def main(
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    reading.interrupt()
+    interrupt()
     raise KeyboardInterrupt  # clean up: remove what is half done
 
 
@@ -72,7 +72,6 @@ def run(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _terminate)
-    reading.reset()
     console.unfinished.clear()
     with inputs.watching() as watch:
         return _run(arguments, watch)

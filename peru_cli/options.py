@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Annotated, Optional
+from functools import wraps
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import hub_session
 from peru_cli.console import console
 from peru_cli.errors import UsageError
 
@@ -77,18 +81,11 @@ def _json(value: bool) -> bool:
     return value
 
 
-def _stream(value: bool) -> bool:
-    reading.stream = value
-    return value
-
-
 Base = Annotated[str, typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 OptionalBase = Annotated[Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes, no progress bar.")]
-Stream = Annotated[
-    bool, typer.Option("--stream", callback=_stream, help="Read models on the Hub by ranges: nothing of them is written to disk.")
-]
+Stream = Annotated[bool, typer.Option("--stream", help="Read models on the Hub by ranges: nothing of them is written to disk.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where the tensor work runs.")]
@@ -105,3 +102,70 @@ TileEntries = Annotated[
     Optional[int],
     typer.Option("--tile-entries", metavar="N", help="Entries streamed at once, a multiple of 16384. Changes no result."),
 ]
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """Where to publish the output."""
+
+    push: Push = None
+    private: Private = False
+    revision: PushRevision = None
+    commit_message: CommitMessage = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """How to run. Nothing here changes a result."""
+
+    force: Force = False
+    dry_run: DryRun = False
+    no_sync: NoSync = False
+    stream: Stream = False
+    device: Device = "auto"
+    threads: Threads = None
+    tile_entries: TileEntries = None
+    json: Json = False
+    quiet: Quiet = False
+
+    @property
+    def sync(self) -> bool:
+        """Whether to wait for the disk."""
+        return not self.no_sync
+
+
+Command = Callable[..., None]
+
+
+def shared(lacks: Collection[str] = (), **other: Any) -> Callable[[Command], Command]:
+    """Give a command the shared options, after its own: it gets them as `run: Running` and, if it has that, `publishing: Publishing`.
+
+    Each runs in a session with the Hub of its own. `lacks` names options that it does not have, `other` declares some in another way.
+    """
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = dict(signature.parameters)
+        rest = [own.pop(name) for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        groups = {name: own.pop(name).annotation for name in ("publishing", "run") if name in own}
+        names = {group: [field.name for field in fields(kind) if field.name not in lacks] for group, kind in groups.items()}
+        added = [_parameter(kind, name, other) for group, kind in groups.items() for name in names[group]]
+
+        @wraps(command)
+        def with_groups(**given: Any) -> None:
+            values = {group: kind(**{name: given.pop(name) for name in names[group]}) for group, kind in groups.items()}
+            with hub_session(values["run"].stream):
+                command(**given, **values)
+
+        del with_groups.__wrapped__  # its annotations are not these
+        parameters = [*own.values(), *added, *rest]
+        with_groups.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_groups
+
+    return decorate
+
+
+def _parameter(kind: type, name: str, other: dict[str, Any]) -> inspect.Parameter:
+    annotation = other.get(name, get_type_hints(kind, include_extras=True)[name])
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=getattr(kind, name), annotation=annotation)

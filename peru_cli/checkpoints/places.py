@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 from peru_cli.checkpoints.hub.names import parse_hub_name
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import current_session
 from peru_cli.errors import PeruError
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ def locate(text: str) -> Place:
     from peru_cli.checkpoints.hub.repo import HubPath, HubRepo
 
     key = (name.repo, name.revision)
-    if key not in reading.repos:
+    session = current_session()
+    if key not in session.repos:
         try:
-            reading.repos[key] = HubRepo(name.repo, name.revision)
+            session.repos[key] = HubRepo(name.repo, name.revision, session)
         except PeruError as error:
             if not text.startswith("hf://"):
                 error.message += f"; it was looked for on the Hub because no folder {text} is here"
                 error.args = (error.message,)
             raise
-    return HubPath(reading.repos[key], name.path)
+    return HubPath(session.repos[key], name.path)
 
 
 def children(folder: Place, pattern: str = "*") -> list[Place]:

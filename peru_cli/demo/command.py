@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peru_cli.demo.run import Row
 
 
+@options.shared(lacks=["force", "dry_run", "no_sync", "stream", "device", "threads", "tile_entries"])
 def demo(
     context: typer.Context,
     output: Annotated[
@@ -27,8 +28,8 @@ def demo(
     plot: Annotated[
         Optional[Path], typer.Option("--plot", metavar="FILE", help="Draw accuracy over bytes into a .png, .svg or .pdf file.")
     ] = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    run: options.Running,
 ) -> None:
     """Compress and merge four shipped fine-tunes with the real commands, and measure what that costs.
 

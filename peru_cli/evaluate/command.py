@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+@options.shared(lacks=["dry_run", "no_sync", "tile_entries"])
 def evaluate_command(
     models: Annotated[
         list[str],
@@ -89,12 +90,8 @@ def evaluate_command(
     report: Annotated[
         Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one page that needs nothing else.")
     ] = None,
-    force: options.Force = False,
-    stream: options.Stream = False,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    run: options.Running,
 ) -> None:
     """Say how close an artifact, an adapter or a merge comes to the fine-tune: on weights, on outputs, on tasks.
 
@@ -112,8 +109,8 @@ def evaluate_command(
     """
     if dtype not in COMPUTE:
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(COMPUTE)}")
-    _check_output(csv, "--csv", force)
-    _check_output(report, "--report", force)
+    _check_output(csv, "--csv", run.force)
+    _check_output(report, "--report", run.force)
     if plot is not None or report is not None:
         from peru_cli.reports.plots import check_plot, need_matplotlib
 
@@ -140,10 +137,10 @@ def evaluate_command(
 
         read = _read(files, text or [], max_samples)
         if tau_jp:
-            drawing = interference.tau_jp(named, base, read, scale, device, batch_size)
+            drawing = interference.tau_jp(named, base, read, scale, run.device, batch_size)
         else:
             points = [float(point) for point in parse_range(scales, "--scales")]
-            drawing = interference.negate(named, base, others, read, points, device, batch_size)
+            drawing = interference.negate(named, base, others, read, points, run.device, batch_size)
         if plot is not None or report is not None:
             from peru_cli.evaluate import draw as evaldraw
 
@@ -158,8 +155,8 @@ def evaluate_command(
     check_gates(gates, examples, bool(others), base is not None)
     pairs = weight_pairs(named, others) if base is not None else {}
     comparisons = check_comparisons(named, examples, others) if files else []
-    weights = _weights(pairs, base, device, threads) if base is not None and pairs else {}
-    scores = _run(comparisons, base, dtype, device, threads, batch_size, context) if files else []
+    weights = _weights(pairs, base, run.device, run.threads) if base is not None and pairs else {}
+    scores = _run(comparisons, base, dtype, run.device, run.threads, batch_size, context) if files else []
     inputs.check()
     evalshow.show(scores, weights)
     rows = evalshow.numbers(scores, weights)

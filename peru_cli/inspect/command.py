@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Plot = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Draw it, too (needs matplotlib).")]
 
 
+@options.shared(lacks=["force", "dry_run", "no_sync", "tile_entries"])
 def inspect(
     model: Annotated[str, typer.Argument(metavar="X", help="A checkpoint, an artifact or a LoRA adapter.")],
     base: options.OptionalBase = None,
@@ -31,11 +32,8 @@ def inspect(
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="With --base: tensors that prune would store whole.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="A row for each tensor. Default: repeated layers share one row.")] = False,
-    stream: options.Stream = False,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    run: options.Running,
 ) -> None:
     """Show what a checkpoint, an artifact or an adapter holds, or what a fine-tune changed and would cost.
 
@@ -49,7 +47,7 @@ def inspect(
     from peru_cli.artifacts.mixed.writer import KIND as MIXED
     from peru_cli.artifacts.packs.masks import KIND as MASKS
     from peru_cli.artifacts.packs.masks import KINDS
-    from peru_cli.checkpoints.hub.session import reading
+    from peru_cli.checkpoints.hub.session import current_session
     from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
     from peru_cli.checkpoints.places import locate
     from peru_cli.checkpoints.resolve import open_model
@@ -59,19 +57,20 @@ def inspect(
     from peru_cli.inspect.ranks import show_adapter
     from peru_cli.reports.plots import check_plot
 
-    reading.stream = stream or base is None  # headers come as ranges in any case
+    session = current_session()
+    session.stream = run.stream or base is None  # headers come as ranges in any case
     place = find_artifact(locate(model))
     kind = artifact_kind(place)
     artifact = kind is not None
     adapter = not artifact and (is_adapter(place) or is_lora_file(place))
     if artifact or adapter:
-        reading.stream = stream
+        session.stream = run.stream
     if plot is not None:
         check_plot(plot)
         if not artifact and not adapter and base is None:
             raise UsageError("--plot draws an artifact, an adapter, or a fine-tune with its --base")
     if adapter:
-        show_adapter(model, base, plot, device, threads)
+        show_adapter(model, base, plot, run.device, run.threads)
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
@@ -88,7 +87,7 @@ def inspect(
             _checkpoint(checkpoint)
     else:
         with open_model(model) as fine, open_model(base) as opened:
-            _pair(fine, opened, per_task, plot, device, threads, every)
+            _pair(fine, opened, per_task, plot, run.device, run.threads, every)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peru_cli.lora.resize import Resize
 
 
+@options.shared(lacks=["tile_entries"])
 def svd_lora(
     models: Annotated[
         list[str],
@@ -56,18 +57,9 @@ def svd_lora(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="Full fine-tunes: the base's public name to record, e.g. org/name.")
     ] = None,
-    push: options.Push = None,
-    private: options.Private = False,
-    revision: options.PushRevision = None,
-    commit_message: options.CommitMessage = None,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    no_sync: options.NoSync = False,
-    stream: options.Stream = False,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    publishing: options.Publishing,
+    run: options.Running,
 ) -> None:
     """Make LoRA adapters smaller (PERU-LoRA), and adapters out of full fine-tunes, for PEFT, vLLM, diffusers and llama.cpp.
 
@@ -106,30 +98,30 @@ def svd_lora(
             extractions.append((_open_full(argument.model, name, opened_base, per_task), where))
     if resizes and extractions:
         raise UsageError("adapters and full fine-tunes cannot be worked on together", "run the command once for each kind")
-    check_target(target, force or dry_run)
+    check_target(target, run.force or run.dry_run)
     _check_output(target, output, resizes)
-    place = destination(push, private, revision, commit_message, force, output)
+    place = destination(publishing, run.force, output)
     total = sum(m.down.entries + m.up.entries for job in resizes for m in job.adapter.modules)
     total += sum(weight.pair.entries for plan, _ in extractions for weight in plan.weights)
     for job in resizes:
         console.note(f"{job.adapter.label}: {job.adapter.kind}, {si_bytes(size_of(job.adapter.weights))}")
     for plan, _ in extractions:
         _say_plan(plan)
-    if dry_run:
+    if run.dry_run:
         console.result([_planned(job.name, len(job.adapter.modules), target / job.folder) for job in resizes]
                        + [_planned(plan.name, len(plan.weights), target / where) for plan, where in extractions])  # fmt: skip
         return
-    with console.progress(total, "svd-lora") as progress, streaming(device, threads, None, progress.advance) as how:
+    with console.progress(total, "svd-lora") as progress, streaming(run.device, run.threads, None, progress.advance) as how:
         if extractions:
             from peru_cli.checkpoints.base_name import name_base
             from peru_cli.lora import extract as extracting
 
             chosen = extracting.Options(rest == "modules", name_base(opened_base, base_id) if opened_base is not None else None)
-            reports = extracting.extract_all(extractions, target, wanted, chosen, how, not no_sync, progress.step)
+            reports = extracting.extract_all(extractions, target, wanted, chosen, how, run.sync, progress.step)
         else:
             from peru_cli.lora.resize import resize
 
-            reports = resize(resizes, target, wanted, how, not no_sync, progress.step)
+            reports = resize(resizes, target, wanted, how, run.sync, progress.step)
     _report(reports, publish(place, [target], "svd-lora"))
     if any(len({m.rank for m in report.modules}) > 1 for report in reports) and all(job.adapter.config for job in resizes):
         console.note("ranks differ by module: llama.cpp needs --uniform-rank")

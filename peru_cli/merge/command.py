@@ -36,6 +36,7 @@ def _list_methods(value: bool) -> None:
     raise typer.Exit()
 
 
+@options.shared()
 def merge(
     models: Annotated[
         list[str],
@@ -98,19 +99,9 @@ def merge(
     list_methods: Annotated[
         bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
     ] = False,
-    push: options.Push = None,
-    private: options.Private = False,
-    revision: options.PushRevision = None,
-    commit_message: options.CommitMessage = None,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    no_sync: options.NoSync = False,
-    stream: options.Stream = False,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    tile_entries: options.TileEntries = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    publishing: options.Publishing,
+    run: options.Running,
     **typed: Any,
 ) -> None:
     """Merge several models into one; with --compress, store the models as small deltas of it (PERU-FFT).
@@ -139,16 +130,15 @@ def merge(
         from peru_cli.merge.recipe.run import Asked, merge_recipe
 
         options.check_base_id(base_id)
-        place = destination(push, private, revision, commit_message, force, output)
+        place = destination(publishing, run.force, output)
         words = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
         words += [*(["--config", config] if config else []), *(["--dtype", dtype] if dtype else [])]
         asked = Asked(
             output, options.parse_dtype(dtype) if dtype is not None else None, Wanted(per_task, merge_heads, config),
-            options.parse_size(max_shard_size, "--max-shard-size"), tuple(words), strict, force, dry_run, not no_sync, device, threads,
-            tile_entries,
+            options.parse_size(max_shard_size, "--max-shard-size"), tuple(words), strict, run,
         )  # fmt: skip
         summary = merge_recipe(models[0], asked)
-        console.result(summary if dry_run else summary | publish(place, [Path(output)], "merge"))
+        console.result(summary if run.dry_run else summary | publish(place, [Path(output)], "merge"))
         return
     if method is None:
         raise UsageError("no --method is given", "name one of --list-methods, or a recipe: peru merge recipe.yml -o merged/")
@@ -213,12 +203,12 @@ def merge(
         raise UsageError("--compress writes a folder with merged/ and one artifact a task", "let -o end in /")
     if density is not None and any(name.lower() == "merged" for name in names):
         raise UsageError("with --compress the name 'merged' is the merged model's", "give that task another name")
-    check_target(target, force or dry_run)
+    check_target(target, run.force or run.dry_run)
     if write_recipe is not None:
         if searched is not None:
             raise UsageError("--search and --write-recipe do not go together", "search first, and write the recipe with what was found")
-        check_path(Path(write_recipe), force)
-    place = destination(push, private, revision, commit_message, force, output)
+        check_path(Path(write_recipe), run.force)
+    place = destination(publishing, run.force, output)
 
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
@@ -270,7 +260,7 @@ def merge(
         from peru_cli.merge.task_models import read_data
 
         limit = int(samples) if samples is not None else None
-        running = read_data(data, names, device, batch_size, method if chosen.statistics else "--search", limit)
+        running = read_data(data, names, run.device, batch_size, method if chosen.statistics else "--search", limit)
     if write_recipe is not None:
         written = Typed(
             chosen, base, [(n, a.model) for n, a in zip(names, arguments, strict=True)], values, varied, [s.info.name for s in plan.slots],
@@ -280,25 +270,25 @@ def merge(
         for line in otherwise:
             console.warn(f"{write_recipe}: {line}")
         write_text(Path(write_recipe), text)
-    if dry_run:
+    if run.dry_run:
         console.result(_summary(plan, recipe, target))
         return
     results = []
     looked = None
     total = 3 * plan.entries if rule.trims else plan.entries
-    tiles = tile_entries or DEFAULT_TILE
+    tiles = run.tile_entries or DEFAULT_TILE
     collects = chosen.statistics is not None and stats is None
     with (
         TemporaryDirectory(prefix="peru-statistics-") if collects else nullcontext(stats or "") as folder,
         console.progress(total, "merge") as progress,
-        streaming(device, threads, tiles, progress.advance) as how,
+        streaming(run.device, run.threads, tiles, progress.advance) as how,
     ):
         verify_expanded(opened, how, progress.step)
         if running is not None:
             wanted_values = (searched.option, searched.points) if searched is not None else None
             looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
             rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
-        where = out.Where(target, not no_sync, force, progress.step, console.note)
+        where = out.Where(target, run.sync, run.force, progress.step, console.note)
         if density is not None:
             results = out.write_compressed(plan, rule, recipe, where, density, how)
         else:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peru_cli.pack.seal import PackResult
 
 
+@options.shared(lacks=["device"])
 def shuffle_pack(
     models: Annotated[
         list[str], typer.Argument(metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts.", show_default=False)
@@ -93,18 +94,9 @@ def shuffle_pack(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
     ] = None,
-    push: options.Push = None,
-    private: options.Private = False,
-    revision: options.PushRevision = None,
-    commit_message: options.CommitMessage = None,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    no_sync: options.NoSync = False,
-    stream: options.Stream = False,
-    threads: options.Threads = None,
-    tile_entries: options.TileEntries = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    publishing: options.Publishing,
+    run: options.Running,
 ) -> None:
     """Superpose many fine-tunes in the space of one; `peru unpack --task` gets each of them back, nearly.
 
@@ -168,13 +160,13 @@ def shuffle_pack(
     out = Path(output)
     if out.suffix != ".safetensors" or output.endswith("/"):
         raise UsageError(f"-o {output} should end in .safetensors")
-    check_target(out, force or dry_run)
+    check_target(out, run.force or run.dry_run)
     new_base = MergeBase(Path(merge_base), base_id) if merge_base is not None else None
     if new_base is not None:
-        check_target(new_base.target, force or dry_run)
+        check_target(new_base.target, run.force or run.dry_run)
         if new_base.target.is_file() or new_base.target.suffix == ".safetensors":
             raise UsageError(f"--merge-base {merge_base} should be a folder")
-    place = destination(push, private, revision, commit_message, force, output)
+    place = destination(publishing, run.force, output)
     arguments = [(a.task or default_task(a.model), a.model) for a in split_arguments(models)]
     if change is not None:
         packmasks.refuse_masks(change)
@@ -195,25 +187,25 @@ def shuffle_pack(
     for warning in [w for model in (opened_base, *(m for _, m in tasks)) for w in model.warnings] + plan.warnings:
         console.warn(warning)
     _say(plan)
-    if dry_run and masks is not None:
+    if run.dry_run and masks is not None:
         console.result(packmasks.planned(plan, masks, out))
         return
-    if dry_run:
+    if run.dry_run:
         _groups(plan)
         console.result(_planned(plan, out))
         return
     if old is None and new_base is None and (named := name_base(opened_base, base_id)) is not None:
         plan.metadata |= named.metadata()
-    tiles = tile_entries or job.default_tile(len(plan.vectors))
+    tiles = run.tile_entries or job.default_tile(len(plan.vectors))
     passes = masks.passes if masks is not None else 1 if plan.removing else 2
     passes += 2 * len(plan.vectors) if density is not None else 0
-    with console.progress(passes * plan.entries, "pack") as progress, streaming("cpu", threads, tiles, progress.advance) as how:
+    with console.progress(passes * plan.entries, "pack") as progress, streaming("cpu", run.threads, tiles, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
         if masks is not None:
-            masked = make_masks(plan, masks, out, how, not no_sync, precision, progress.step)
+            masked = make_masks(plan, masks, out, how, run.sync, precision, progress.step)
             packmasks.report(masked, publish(place, [out], "shuffle-pack"))
             return
-        result = job.make_pack(plan, out, how, not no_sync, precision, max_error, new_base, density, progress.step)
+        result = job.make_pack(plan, out, how, run.sync, precision, max_error, new_base, density, progress.step)
     _report(result, merge_base, publish(place, [out], "shuffle-pack"))
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peru_cli.publish.run import Destination
 
 
+@options.shared()
 def prune(
     models: Annotated[
         list[str], typer.Argument(metavar="[TASK=]MODEL", help="Fine-tunes: folders, .safetensors or .bin files, LoRA adapters, artifacts.")
@@ -61,19 +62,9 @@ def prune(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
     ] = None,
-    push: options.Push = None,
-    private: options.Private = False,
-    revision: options.PushRevision = None,
-    commit_message: options.CommitMessage = None,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    no_sync: options.NoSync = False,
-    stream: options.Stream = False,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    tile_entries: options.TileEntries = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    publishing: options.Publishing,
+    run: options.Running,
 ) -> None:
     """Compress fine-tunes to what they add to a base: a share of the entries, or the least error for the bytes.
 
@@ -127,8 +118,8 @@ def prune(
     opened = [open_fine_tune(a.model, opened_base, a.task, stored) for a in arguments]
     tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired)
-    place = destination(push, private, revision, commit_message, force, output)
-    planned = job.plan_prune(opened_base, tasks, chosen, force or dry_run, new_folder=several)
+    place = destination(publishing, run.force, output)
+    planned = job.plan_prune(opened_base, tasks, chosen, run.force or run.dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
         console.warn(warning)
     console.note(f"base {base}: {opened_base.kind}, {plural(len(opened_base.tensors), 'tensor')}, {si_bytes(opened_base.nbytes)}")
@@ -140,17 +131,17 @@ def prune(
             console.warn(f"{task.vector.name}: {doubt}")
     if goal is not None:
         console.note(f"looking for {goal}")
-        if dry_run:
+        if run.dry_run:
             console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
             return
-        _to_goal(opened_base, opened, planned, goal, base_id, (device, threads, tile_entries), (out, several, not no_sync), place)
+        _to_goal(opened_base, opened, planned, goal, base_id, (run.device, run.threads, run.tile_entries), (out, several, run.sync), place)
         return
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
         again = density is not None and scope == "global"
         why = "; as much as half of it more if the sampled threshold misses, --scope tensor fetches less" if again else ""
         console.note(f"fetching {si_bytes(fetched)} from the Hub in ranges{why}")
-    if dry_run:
+    if run.dry_run:
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
@@ -158,9 +149,9 @@ def prune(
         out.mkdir(exist_ok=True)
     passes = 1 if density is None else 2
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
-    with console.progress(total, "prune") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
+    with console.progress(total, "prune") as progress, streaming(run.device, run.threads, run.tile_entries, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
-        results = job.prune(opened_base, planned, chosen, how, not no_sync, progress.step, console.note, fresh=force)
+        results = job.prune(opened_base, planned, chosen, how, run.sync, progress.step, console.note, fresh=run.force)
     _report(results, publish(place, targets, "prune"))
 
 

@@ -16,13 +16,11 @@ if TYPE_CHECKING:
     from peru_cli.publish.run import Destination
 
 
-def destination(
-    push: Optional[str], private: bool, revision: Optional[str], message: Optional[str], force: bool, output: str
-) -> Optional[Destination]:
+def destination(wanted: options.Publishing, force: bool, output: str) -> Optional[Destination]:
     """Where --push publishes, after asking the Hub whether it could; None without --push. Call it before any tensor is read."""
     from peru_cli.publish import run as job
 
-    place = job.destination(push, private, revision, message, force, output)
+    place = job.destination(wanted.push, wanted.private, wanted.revision, wanted.commit_message, force, output)
     if place is not None:
         job.check(place)
         console.note(f"will be published on the Hub: {place}")
@@ -40,16 +38,13 @@ def publish(place: Optional[Destination], outputs: Sequence[Path], command: str,
     return {"published": done.json()}
 
 
+@options.shared(lacks=["push", "no_sync", "stream", "device", "threads", "tile_entries"], force=options.ForcePush)
 def push(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="What peru wrote: artifacts, or one folder.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repo on the Hub; it is made if it is not there.")],
-    private: options.Private = False,
-    revision: options.PushRevision = None,
-    commit_message: options.CommitMessage = None,
-    force: options.ForcePush = False,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    publishing: options.Publishing,
+    run: options.Running,
 ) -> None:
     """Publish an artifact, an adapter or a model on the Hugging Face Hub with its model card, in one commit.
 
@@ -62,10 +57,10 @@ def push(
     from peru_cli.publish import run as job
 
     job.collect(paths)
-    place = job.destination(repo, private, revision, commit_message, force)
+    place = job.destination(repo, publishing.private, publishing.revision, publishing.commit_message, run.force)
     assert place is not None
-    job.check(place, taken=dry_run)
-    if not dry_run:
+    job.check(place, taken=run.dry_run)
+    if not run.dry_run:
         console.result(publish(place, paths, "push"))
 
 

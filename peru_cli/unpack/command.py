@@ -13,6 +13,7 @@ from peru_cli.errors import UsageError
 from peru_cli.publish.command import destination, publish
 
 
+@options.shared()
 def unpack(
     artifact: Annotated[
         str, typer.Argument(metavar="ARTIFACT", help="What `peru prune`, `shuffle-pack` or `merge` wrote, or a LoRA adapter.")
@@ -33,19 +34,9 @@ def unpack(
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard of a directory.")] = "5GB",
-    push: options.Push = None,
-    private: options.Private = False,
-    revision: options.PushRevision = None,
-    commit_message: options.CommitMessage = None,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    no_sync: options.NoSync = False,
-    stream: options.Stream = False,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    tile_entries: options.TileEntries = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
+    *,
+    publishing: options.Publishing,
+    run: options.Running,
 ) -> None:
     """Give a fine-tune back from its base and its artifact, its pack or its LoRA adapter; of a merge, the model under a task's head.
 
@@ -72,18 +63,18 @@ def unpack(
     from peru_cli.vectors.settings import streaming
 
     chosen = choose(artifact, task)
-    out = Output(output, shard_bytes, not no_sync)
-    out.check(force or dry_run)
-    destined = destination(push, private, revision, commit_message, force, output)
+    out = Output(output, shard_bytes, run.sync)
+    out.check(run.force or run.dry_run)
+    destined = destination(publishing, run.force, output)
     source = open_source(artifact, chosen, base, task, wanted)
     with source:
         tensors, files = out.plan(source, wanted)
         result = report(source, output, tensors, files)
-        if dry_run:
+        if run.dry_run:
             console.result(result)
             return
         total = sum(info.entries for info in tensors) * (2 if to_pipe and source.proves else 1)
-        with console.progress(total, "unpack") as progress, streaming(device, threads, tile_entries, progress.advance) as how:
+        with console.progress(total, "unpack") as progress, streaming(run.device, run.threads, run.tile_entries, progress.advance) as how:
             unpack_to(source, out.writer(tensors, files), how, progress.step)
     if not to_pipe:
         console.note(f"wrote {output}" + (f": {source.proves} verified" if source.proves else ""))

@@ -13,31 +13,26 @@ import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import Session
 
 _PER_ORIGIN = 16  # idle connections that are kept
 _Origin = tuple[str, str, int | None]
 
 _idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
 _lock = threading.Lock()
-_busy: set[http.client.HTTPConnection] = set()  # those that somebody waits for
 
 
-def break_off() -> None:
-    """End all requests that are under way. For signal handlers: takes no lock."""
-    for connection in list(_busy):
-        if connection.sock is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own shutdown would talk to the server
-
-
-reading.wake = break_off
+def _break_off(connection: http.client.HTTPConnection) -> None:
+    """End the request that is under way. For signal handlers: takes no lock."""
+    if connection.sock is not None:
+        with suppress(OSError):
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own shutdown would talk to the server
 
 
 @lru_cache
@@ -70,7 +65,7 @@ class Answer:
 
 
 @contextmanager
-def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer]:
+def get(url: str, headers: Mapping[str, str], timeout: float, session: Session) -> Iterator[Answer]:
     """Ask for an address; `timeout` is in seconds without a byte. The connection is kept for the next one if the body was read to its end.
 
     Raises httpx.TransportError, as huggingface_hub's client does.
@@ -83,14 +78,14 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
         try:
             response = None
             if connection is not None:
-                _make_busy(connection)
+                _make_busy(connection, session)
                 response = _ask(connection, target, headers, timeout)
             if connection is None or response is None:  # a connection that lay idle may have been closed by the server
                 if connection is not None:
-                    _busy.discard(connection)
+                    session.waiting.pop(connection, None)
                 connection = _new(origin, timeout)
                 connection.connect()
-                _make_busy(connection)
+                _make_busy(connection, session)
                 connection.request("GET", target, headers=dict(headers))
                 response = connection.getresponse()
             yield Answer(url, response)
@@ -104,14 +99,14 @@ def get(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[Answer
                     idle.append(connection)
     finally:
         if connection is not None:
-            _busy.discard(connection)
+            session.waiting.pop(connection, None)
             if not kept:
                 connection.close()
 
 
-def _make_busy(connection: http.client.HTTPConnection) -> None:
-    _busy.add(connection)
-    if reading.interrupted:  # looked at after adding: `break_off` sees it, or this does
+def _make_busy(connection: http.client.HTTPConnection, session: Session) -> None:
+    session.waiting[connection] = partial(_break_off, connection)
+    if session.interrupted:  # looked at after adding: the interrupt sees it, or this does
         raise ConnectionAbortedError("interrupted")
 
 

@@ -22,7 +22,7 @@ from peru_cli.checkpoints.header import Header
 from peru_cli.checkpoints.hub import connection as hubsocket
 from peru_cli.checkpoints.hub.errors import HubError, explain
 from peru_cli.checkpoints.hub.names import RemoteFile
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import Session
 from peru_cli.errors import BadFile
 
 TRIES = 6  # in a row without progress
@@ -45,10 +45,10 @@ def backoff(attempt: int, response: Any = None) -> float:
     return min(float(after), 600.0) if re.fullmatch(r"\d+(\.\d+)?", after) else min(0.25 * 2.0**attempt, 20.0)
 
 
-def _pause(seconds: float) -> None:
+def _pause(seconds: float, session: Session) -> None:
     """Sleep, in any thread no longer than until an interrupt."""
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0 and not reading.interrupted:
+    while (left := end - time.monotonic()) > 0 and not session.interrupted:
         time.sleep(min(left, 0.2))
 
 
@@ -68,7 +68,8 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 class RangeFile:
     """As RandomAccessFile, over HTTP. `size` is what the repo's listing says; every answer must agree."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: RemoteFile, session: Session) -> None:
+        self._session = session
         self.path, self.size = file, file.size
         self._url = hf_hub_url(file.repo, file.path, revision=file.commit)
         self._storage: str | None = None  # where the Hub redirected to, if that is another origin
@@ -84,7 +85,7 @@ class RangeFile:
             raise BadFile(f"{self.path}: the file ends at byte {self.size}")
         done = attempt = 0
         while done < len(buffer):
-            if reading.interrupted:
+            if self._session.interrupted:
                 raise KeyboardInterrupt
             before = done
             try:
@@ -94,10 +95,10 @@ class RangeFile:
                     raise _Again(HubError(f"{self.path}: the server sent fewer bytes than the range has"))
             except (_Again, httpx.TransportError) as error:
                 attempt = 0 if done - before >= _PROGRESS else attempt + 1
-                if attempt >= TRIES and not reading.interrupted:
+                if attempt >= TRIES and not self._session.interrupted:
                     cause = error.error if isinstance(error, _Again) else error
                     raise (cause if isinstance(cause, HubError) else explain(cause, str(self.path), self.path.revision)) from error
-                _pause(backoff(attempt, getattr(error, "response", None)))
+                _pause(backoff(attempt, getattr(error, "response", None)), self._session)
 
     def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
         """Fill a buffer from byte `start`, giving the number of bytes of each step; fewer in all if the body ends early."""
@@ -108,7 +109,7 @@ class RangeFile:
             headers = {**(self._to_storage if foreign else self._to_hub), "Range": f"bytes={start}-{stop - 1}"}
             direct = foreign and not hubsocket.needs_proxy(urlsplit(url).scheme, urlsplit(url).hostname or "")
             with (
-                hubsocket.get(url, headers, timeout)
+                hubsocket.get(url, headers, timeout, self._session)
                 if direct
                 else get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=timeout)
             ) as response:

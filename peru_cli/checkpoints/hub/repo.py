@@ -27,7 +27,7 @@ from peru_cli.checkpoints.hub.download import LEAST, NoLocks, fetch_blob
 from peru_cli.checkpoints.hub.errors import HubError, explain, explained, unreachable
 from peru_cli.checkpoints.hub.names import RemoteFile
 from peru_cli.checkpoints.hub.ranges import TRIES, NoRanges, RangeFile, backoff
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import Session
 from peru_cli.errors import BadFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,8 +44,8 @@ class HubFile:
 class HubRepo:
     """A repo at one commit. `files` are those with sane names: a listing can hold anything."""
 
-    def __init__(self, name: str, revision: str | None) -> None:
-        self.name, self.revision = name, revision
+    def __init__(self, name: str, revision: str | None, session: Session) -> None:
+        self.name, self.revision, self.session = name, revision, session
         self._ranges: dict[str, RangeFile] = {}
         self._small: dict[str, bytes] = {}
         self.renamed_from: str | None = None
@@ -85,7 +85,7 @@ class HubRepo:
         files = {
             s.rfilename: HubFile(s.size, s.lfs.sha256 if s.lfs is not None else None) for s in info.siblings or () if _is_sane(s.rfilename)
         }
-        if not reading.stream:
+        if not self.session.stream:
             self._remember(info.sha, files)
         return info.sha, files
 
@@ -169,13 +169,13 @@ class HubRepo:
 
     def streams(self, path: str) -> bool:
         """Whether a file is to be read by ranges: if so the command says, and it is not in the cache anyway."""
-        return reading.stream and self.cached(path) is None
+        return self.session.stream and self.cached(path) is None
 
     def ranges(self, path: HubPath) -> RangeFile:
         """A file as ranges; the same object each time, which knows the header and where the Hub redirects."""
         if path.path not in self._ranges:
             remote = RemoteFile(str(path), self.name, self.revision, self.commit, path.path, path.size, path.sha256)
-            self._ranges.setdefault(path.path, RangeFile(remote))  # threads may race: the first one stays
+            self._ranges.setdefault(path.path, RangeFile(remote, self.session))  # threads may race: the first one stays
         return self._ranges[path.path]
 
     def small(self, path: HubPath) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.checkpoints.hub.session import reading
+from peru_cli.checkpoints.hub.session import current_session
 from peru_cli.checkpoints.local import atomic
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.places import is_on_hub, locate, size_of, why_not_here
@@ -25,6 +25,7 @@ from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, pla
 from peru_cli.merge.recipe.schema import Recipe
 from peru_cli.merge.recipe.show import effective, print_plan, say
 from peru_cli.merge.run import DEFAULT_TILE, check_trims
+from peru_cli.options import Running
 from peru_cli.streaming.engine import available_threads
 from peru_cli.vectors.settings import streaming
 
@@ -39,12 +40,7 @@ class Asked:
     max_shard_bytes: int
     extra: tuple[str, ...]
     strict: bool
-    force: bool
-    dry_run: bool
-    sync: bool
-    device: str
-    threads: int | None
-    tile_entries: int | None
+    run: Running
 
 
 def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
@@ -64,7 +60,7 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
     complaints = Complaints(name, asked.strict)
     recipes = read_all(read_documents(text, name), complaints)
     target = Path(asked.output)
-    atomic.check_target(target, asked.force or asked.dry_run)
+    atomic.check_target(target, asked.run.force or asked.run.dry_run)
     with _headers_first(recipes):
         stages = _plan_all(recipes, asked, complaints, {})
     for warning in complaints.warnings:
@@ -72,9 +68,9 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
     _check(stages, target)
     for stage in stages:
         say(stage, name)
-    threads = asked.threads or available_threads()
-    if asked.dry_run:
-        shown = [print_plan(stage, threads, asked.tile_entries or DEFAULT_TILE) for stage in stages]
+    threads = asked.run.threads or available_threads()
+    if asked.run.dry_run:
+        shown = [print_plan(stage, threads, asked.run.tile_entries or DEFAULT_TILE) for stage in stages]
         return {"output": str(target), "documents": shown, "warnings": complaints.warnings}
     _Run(name, _recorded(text, name, recipes), recipes, asked, target).run()
     last = stages[-1]
@@ -89,15 +85,16 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
 @contextlib.contextmanager
 def _headers_first(recipes: list[Recipe]) -> Iterator[None]:
     """Read no more than headers while a recipe is checked: what lies on the Hub is not fetched for a recipe that cannot be merged."""
-    before = reading.stream
+    session = current_session()
+    before = session.stream
     if not any(is_on_hub(model.model) for recipe in recipes for model in recipe.models()):
         yield
         return
-    reading.stream = True
+    session.stream = True
     try:
         yield
     finally:
-        reading.stream = before
+        session.stream = before
 
 
 def _plan_all(recipes: list[Recipe], asked: Asked, complaints: Complaints, merged: dict[str, Checkpoint]) -> list[Stage]:
@@ -152,12 +149,12 @@ class _Run:
 
     def run(self) -> None:
         """See `merge_recipe`."""
-        if self._asked.force and self._folder.exists():
+        if self._asked.run.force and self._folder.exists():
             atomic.remove(self._folder)
         for recipe in self._recipes:
             stage = _plan(recipe, self._asked, Complaints(self._name), self._merged)
             if recipe is self._recipes[-1]:
-                self._write(stage, self._target, self._asked.sync, self._asked.force)
+                self._write(stage, self._target, self._asked.run.sync, self._asked.run.force)
             else:
                 assert recipe.name is not None
                 self._merged[recipe.name] = self._earlier(recipe.name, stage)
@@ -202,7 +199,7 @@ class _Run:
         total = (3 if rule.trims else 1) * plan.entries
         with (
             console.progress(total, stage.recipe.name or "merge") as progress,
-            streaming(asked.device, asked.threads, asked.tile_entries or DEFAULT_TILE, progress.advance) as how,
+            streaming(asked.run.device, asked.run.threads, asked.run.tile_entries or DEFAULT_TILE, progress.advance) as how,
         ):
             verify_expanded([model for _, model in stage.layout.tasks], how, progress.step)
             where = out.Where(target, sync, force, progress.step, console.note)
