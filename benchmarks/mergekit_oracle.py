@@ -1,51 +1,88 @@
 """Compare `peru merge` with mergekit on a random family, method by method; prints the largest difference of each.
 
-    python benchmarks/mergekit_oracle.py [--venv /tmp/peru-mergekit]
+    python benchmarks/mergekit_oracle.py [--venv /tmp/peru-mergekit] [METHOD ...]
 
-Installs mergekit 0.1.5 (LGPL: a program to compare with, no code of it is in peru) into a virtual environment of its
-own and runs `mergekit-pytorch` on the same files. Exits with 1 if a difference exceeds float32 rounding. mergekit
-drops at random with torch's generator, so for DARE the means over seeds are compared, in standard errors.
+Installs mergekit 0.1.5 (LGPL: a program to compare with, no code of it is in peru) into a virtual environment of its own and
+runs `mergekit-pytorch` on the same files. Methods, parameters and how they are called there come from the table of methods
+(`Method.mergekit`): a new line there is compared with nothing to be done here. CASES adds values other than the defaults.
+Tensors have the names and shapes of tiny Llama and BERT models. Exits with 1 if a difference exceeds float32 rounding.
+Methods that drop at random use other generators: there the means over seeds are compared, in standard errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import subprocess
-import sys
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from mergekit_environment import install
 from safetensors.torch import load_file, save_file
 
+from peru_cli import cli
+from peru_cli.methods.parameters import Value
+from peru_cli.methods.table import METHODS, Method, effective_values, shown
+
 TASKS = 3
-WEIGHTS = [1.0, -0.5, 0.75]
-SHAPES = {"a.weight": (211, 130), "b.weight": (97, 64), "c.weight": (40, 300), "c.bias": (401,)}
-TOLERANCE = 1e-6  # weights are of size 1
+WEIGHTS = [1.0, 0.5, 0.75]
+SHAPES = {
+    "model.embed_tokens.weight": (96, 32),
+    "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    "model.layers.0.self_attn.k_proj.weight": (16, 32),
+    "model.layers.0.mlp.up_proj.weight": (80, 32),
+    "model.layers.0.mlp.down_proj.weight": (32, 80),
+    "model.norm.weight": (32,),
+    "bert.encoder.layer.0.output.dense.weight": (48, 96),
+    "bert.encoder.layer.0.output.dense.bias": (48,),
+    "bert.pooler.dense.weight": (401, 131),
+}
+TOLERANCE = 1e-6  # relative to the largest weight, of size 1
+BESIDES = {"arcee-fusion": 1e-4}  # entries at the threshold: the program rounds the divergence to float32
+LOOSER = {"multislerp": 5e-6}  # the program adds the rounding of a vector that is 0
 DRAWS = 8
+SEEDS = (0, 1, 2)
 
-# name, mergekit's method and parameters, its parameters of each model, peru's options
-CASES = [
-    ("linear", "linear", {"normalize": True}, {}, ["linear"]),
-    ("linear, not normalised", "linear", {"normalize": False}, {}, ["linear", "--no-normalize"]),
-    ("task_arithmetic", "task_arithmetic", {"lambda": 0.3, "normalize": False}, {}, ["task-arithmetic", "--scale", "0.3"]),
-    ("ties", "ties", {"normalize": True}, {"density": 0.2}, ["ties", "--variant", "mergekit", "--keep", "0.2"]),
-    (
-        "ties, normalize false", "ties", {"normalize": False, "lambda": 0.5}, {"density": 0.6},
-        ["ties", "--variant", "mergekit", "--keep", "0.6", "--reduce", "sum", "--scale", "0.5"],
-    ),
-    (
-        "breadcrumbs", "breadcrumbs", {"normalize": False}, {"density": 0.5, "gamma": 0.1},
-        ["breadcrumbs", "--keep", "0.5", "--gamma", "0.1", "--scope", "tensor", "--scale", "1"],
-    ),
-]  # fmt: skip
+# Values besides the defaults, by method; `None` weights are WEIGHTS, `base`: whether a base is given.
+CASES: dict[str, list[dict[str, Value]]] = {
+    "linear": [{"normalize": False}],
+    "slerp": [{"t": 0.3}],
+    "ties": [{"keep": Fraction(1, 5)}, {"keep": Fraction(3, 5), "reduce": "sum", "scale": 0.5}],
+    "breadcrumbs": [{"keep": Fraction(1, 2), "gamma": Fraction(1, 10), "scale": 1.0}],
+    "breadcrumbs-ties": [{"keep": Fraction(1, 2), "gamma": Fraction(1, 10), "reduce": "sum"}],
+    "nuslerp": [{"flatten": False}, {"flatten": False, "row-wise": True}],
+    "multislerp": [{"normalize": False}],
+    "karcher": [{"max-iter": 50, "tol": 1e-7}],
+    "model-stock": [{"filter-wise": True}],
+    "passthrough": [{"scale": -0.7}],
+    "nearswap": [{"t": 0.03}],
+    "sce": [{"keep": Fraction(1)}, {"keep": Fraction(3, 10)}],
+    "ram": [{"epsilon": 0.05}],
+    "ramplus-tl": [{"epsilon": 0.05}, {"epsilon": 0.1, "amplify": 0.4, "alpha": 3.0}],
+    "dare": [{"keep": Fraction(1, 2)}],
+    "dare-ties": [{"keep": Fraction(1, 2)}],
+}
+BASELESS = ("linear", "karcher", "passthrough")  # methods that see no base there
+EITHER = ("nuslerp", "multislerp")  # with and without one
+RARE = ("dare", "dare-ties")  # at their default density too few draws keep an entry for a mean
+WITH_BASE_AS_MODEL = ("nearswap", "arcee_fusion")
+
+# Runs many merges in one process of mergekit's environment: [{config, out, seed}] as JSON from stdin.
+DRIVER = """
+import json, sys
+from mergekit.scripts.merge_raw_pytorch import main
+for job in json.load(sys.stdin):
+    main.main([job["config"], job["out"], "--random-seed", str(job["seed"])], standalone_mode=False)
+"""
 
 
-def make_family(folder: Path) -> dict[str, torch.Tensor]:
+def make_family(folder: Path, seed: int) -> None:
     """Base and fine-tunes in float32 with zeros, and no equal magnitudes (mergekit's order of equals is arbitrary)."""
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(seed)
     base = {name: torch.randn(shape, generator=noise) * 0.5 for name, shape in SHAPES.items()}
     save_file(base, folder / "base.safetensors")
     for i in range(TASKS):
@@ -54,54 +91,84 @@ def make_family(folder: Path) -> dict[str, torch.Tensor]:
             change = torch.randn(tensor.shape, generator=noise) * 0.1
             fine[name] = tensor + change * (torch.rand(tensor.shape, generator=noise) > 0.1)
         save_file(fine, folder / f"t{i}.safetensors")
-    return base
 
 
-def run_mergekit(program: Path, folder: Path, method: str, settings: dict[str, object], own: dict[str, object], seed: int = 0):
-    """Merge with mergekit-pytorch; the result's tensors."""
-    models = [{"model": str(folder / f"t{i}.safetensors"), "parameters": {"weight": w, **own}} for i, w in enumerate(WEIGHTS)]
-    config: dict[str, object] = {"merge_method": method, "models": models, "parameters": settings, "dtype": "float32"}
-    if method == "slerp":
-        config["models"] = [{"model": str(folder / f"t{i}.safetensors")} for i in (0, 1)]
-        config["base_model"] = str(folder / "t0.safetensors")
-    elif method != "linear":
-        config["base_model"] = str(folder / "base.safetensors")
-    (folder / "config.yml").write_text(json.dumps(config))  # JSON is YAML
-    out = folder / "mergekit"
-    command = [program, folder / "config.yml", out, "--random-seed", str(seed)]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def tasks_of(method: Method) -> int:
+    """How many fine-tunes are merged."""
+    return min(method.tasks[1] or TASKS, TASKS)
+
+
+def config(folder: Path, method: Method, values: dict[str, Value], base: bool) -> dict[str, object]:
+    """mergekit's configuration of a merge with these options of ours."""
+    theirs = method.mergekit
+    assert theirs is not None
+
+    def value(name: str) -> object:
+        mine = values[name]
+        return mine == "mean" if name == "reduce" else float(mine) if isinstance(mine, Fraction) else mine
+
+    own = {parameter: value(name) for name, parameter in theirs.own.items() if name != "weight"}
+    models = [
+        {"model": str(folder / f"t{i}.safetensors"), "parameters": own | ({"weight": WEIGHTS[i]} if "weight" in theirs.own else {})}
+        for i in range(tasks_of(method))
+    ]
+    at = folder / "base.safetensors"
+    if theirs.name in WITH_BASE_AS_MODEL:
+        models.insert(0, {"model": str(at), "parameters": {}})
+    if theirs.name == "slerp":
+        at = folder / "t0.safetensors"
+    settings = {parameter: value(name) for name, parameter in theirs.whole.items()}
+    if "reduce" not in values and theirs.name in ("task_arithmetic", "dare_linear", "breadcrumbs"):
+        settings["normalize"] = False
+    table = {"merge_method": theirs.name, "models": models, "parameters": settings, "dtype": "float32"}
+    return table | ({"base_model": str(at)} if base or theirs.name == "slerp" else {})
+
+
+def run_mergekit(venv: Path, jobs: list[dict[str, object]], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Merge with mergekit-pytorch, all in one process; the results' tensors."""
+    listed = []
+    for number, job in enumerate(jobs):
+        at = folder / f"config{number}.yml"
+        at.write_text(json.dumps(job["config"]))  # JSON is YAML
+        listed.append({"config": str(at), "out": str(folder / f"mergekit{number}"), "seed": job["seed"]})
+    done = subprocess.run([venv / "bin" / "python", "-c", DRIVER], input=json.dumps(listed), capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"mergekit failed on {method}:\n{done.stderr[-3000:]}")
-    return load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else load_file(next(out.glob("*.safetensors")))
+        raise SystemExit(f"mergekit failed:\n{done.stderr[-3000:]}")
+    return [load_file(next(Path(str(job["out"])).glob("*.safetensors"))) for job in listed]
 
 
-def run_peru(folder: Path, options: list[str], tasks: int = TASKS) -> dict[str, torch.Tensor]:
+def run_peru(folder: Path, method: Method, values: dict[str, Value], base: bool, seed: int = 0) -> dict[str, torch.Tensor]:
     """Merge with this tree's peru; the result's tensors."""
     out = folder / "peru.safetensors"
-    models = [f"t{i}={folder / f't{i}.safetensors'}" for i in range(tasks)]
-    weights = [part for i, w in enumerate(WEIGHTS) for part in ("--weight", f"t{i}={w}")] if options[0] != "slerp" else []
-    command = [sys.executable, "-m", "peru_cli", "merge", *models, "-o", str(out), "--force", "--no-sync", "-q", *weights]
-    base = [] if options[0] in ("linear", "slerp") else ["--base", str(folder / "base.safetensors")]
-    subprocess.run([*command, *base, "--method", *options], check=True, stdout=subprocess.DEVNULL)
+    words = ["merge", *(f"t{i}={folder / f't{i}.safetensors'}" for i in range(tasks_of(method))), "-o", str(out), "-m", method.name]
+    words += ["--force", "--no-sync", "-q", *(["--base", str(folder / "base.safetensors")] if base else [])]
+    if "weight" in method.options:
+        words += [part for i in range(tasks_of(method)) for part in ("--weight", f"t{i}={WEIGHTS[i]}")]
+    for name, value in ({"seed": seed} | values if "seed" in values else values).items():
+        value = seed if name == "seed" else value
+        exact = str(float(value)) if isinstance(value, Fraction) else shown(value)
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", exact]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+        code = cli.run(words)
+    if code:
+        raise SystemExit(f"peru {' '.join(words)}\n{errors.getvalue()}")
     return load_file(out)
 
 
-def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest absolute difference of two checkpoints."""
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in SHAPES)
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], besides: float = 0.0) -> float:
+    """The largest difference of two checkpoints, relative to the largest weight of each tensor (at least 1).
+
+    `besides`: that share of the entries, the worst ones, is not looked at.
+    """
+    parts = [((a[name].double() - b[name].double()).abs() / b[name].abs().max().clamp(min=1)).view(-1) for name in SHAPES]
+    found = torch.cat(parts).sort().values
+    return float(found[len(found) - 1 - int(besides * len(found))])
 
 
-def dare_score(program: Path, folder: Path, base: dict[str, torch.Tensor], method: str) -> float:
+def spread(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> float:
     """Mean square difference of the two means over seeds, in its standard error: 1 if both draw alike."""
-    settings, own = {"normalize": False, "rescale": True, "rescale_norm": "default"}, {"density": 0.5}
-    theirs, ours = [], []
-    for seed in range(DRAWS):
-        for into, table in (
-            (theirs, run_mergekit(program, folder, method, settings, own, seed + 1)),
-            (ours, run_peru(folder, [method.replace("_", "-").replace("-linear", ""), "--keep", "0.5", "--seed", str(seed)])),
-        ):
-            into.append(torch.cat([(table[n] - base[n]).view(-1) for n in SHAPES]).double())
-    a, b = torch.stack(theirs), torch.stack(ours)
+    a, b = (torch.stack([torch.cat([table[n].view(-1) for n in SHAPES]).double() for table in tables]) for tables in (theirs, ours))
     error = (a.var(dim=0) + b.var(dim=0)) / DRAWS
     return float((a.mean(dim=0) - b.mean(dim=0)).square()[error > 1e-12].div(error[error > 1e-12]).median() / 0.4549)
 
@@ -109,29 +176,44 @@ def dare_score(program: Path, folder: Path, base: dict[str, torch.Tensor], metho
 def main() -> None:
     """Compare all methods."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="only these")
     parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "peru-mergekit")
-    parser.add_argument("--skip-dare", action="store_true", help="leave out the slow part: two runs for each of many seeds")
     arguments = parser.parse_args()
-    program = install(arguments.venv)
-    worst = 0.0
+    install(arguments.venv)
+    worst: list[str] = []
     with tempfile.TemporaryDirectory(prefix="peru-oracle-") as name:
         folder = Path(name)
-        base = make_family(folder)
-        print(f"{'method':28}  largest difference")
-        for case, method, settings, own, options in CASES:
-            found = difference(run_mergekit(program, folder, method, settings, own), run_peru(folder, options))
-            worst = max(worst, found)
-            print(f"{case:28}  {found:.3g}", flush=True)
-        found = difference(run_mergekit(program, folder, "slerp", {"t": 0.3}, {}), run_peru(folder, ["slerp", "--t", "0.3"], tasks=2))
-        worst = max(worst, found)
-        print(f"{'slerp':28}  {found:.3g}", flush=True)
-        for method in () if arguments.skip_dare else ("dare_linear", "dare_ties"):
-            score = dare_score(program, folder, base, method)
-            print(f"{method:28}  {score:.3f} (difference of means over {DRAWS} seeds in standard errors, squared; 1 is chance)", flush=True)
-            if not 0.8 < score < 1.25:
-                worst = float("inf")
-    if worst > TOLERANCE:
-        raise SystemExit(f"a difference is above {TOLERANCE}")
+        for seed in SEEDS:
+            (folder / str(seed)).mkdir()
+            make_family(folder / str(seed), seed)
+        cases = []
+        for method in METHODS.values():
+            if method.mergekit is None or (arguments.methods and method.name not in arguments.methods):
+                continue
+            for given in (*(() if method.name in RARE else ({},)), *CASES.get(method.name, [])):
+                values = effective_values(method, method.mergekit.fixed | given)
+                bases = (True, False) if method.mergekit.name in EITHER else (method.mergekit.name not in (*BASELESS, "slerp"),)
+                cases += [(method, given, values, base) for base in bases]
+        jobs = []
+        for method, _, values, base in cases:
+            draws = [(0, seed + 1) for seed in range(DRAWS)] if "seed" in values else [(seed, 0) for seed in SEEDS]
+            jobs += [{"config": config(folder / str(family), method, values, base), "seed": seed} for family, seed in draws]
+        results = iter(run_mergekit(arguments.venv, jobs, folder))
+        print(f"{'method':72}  largest difference")
+        for method, given, values, base in cases:
+            label = f"{method.name} {' '.join(f'{n}={shown(v)}' for n, v in given.items())}{'' if base else ' (no base)'}"
+            if "seed" in values:
+                theirs = [next(results) for _ in range(DRAWS)]
+                score = spread([run_peru(folder / "0", method, values, base, seed) for seed in range(DRAWS)], theirs)
+                print(f"{label:72}  {score:.3f} (means over {DRAWS} seeds: squared difference in standard errors, 1 is chance)", flush=True)
+                worst += [label] if not 0.8 < score < 1.25 else []
+            else:
+                besides = BESIDES.get(method.name, 0.0)
+                found = max(difference(run_peru(folder / str(seed), method, values, base), next(results), besides) for seed in SEEDS)
+                print(f"{label:72}  {found:.3g}", flush=True)
+                worst += [label] if found > LOOSER.get(method.name, TOLERANCE) else []
+    if worst:
+        raise SystemExit(f"differences above {TOLERANCE}: {'; '.join(worst)}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def with_method_options(command: Callable[..., None], after: str) -> Callable[..
 
 
 def _parameter(name: str, flag: Flag) -> inspect.Parameter:
-    kind: Any = list[str] if name in BY_TASK else str if name in BY_TENSOR else flag.kind
+    kind: Any = list[str] if name in BY_TASK else str if name in BY_TENSOR or flag.kind is Fraction else flag.kind
     option = f"--{name}/--no-{name}" if flag.kind is bool else f"--{name}"
     names = [option, *([flag.short] if flag.short else [])]
     declared = typer.Option(

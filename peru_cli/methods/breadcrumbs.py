@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
+from peru_cli.methods.ties import disjoint_merge, elected_signs
 from peru_cli.streaming.arrays import Array
 
 
@@ -41,4 +42,17 @@ class Breadcrumbs(Rule):
 
     def merge(self, tile: RuleInput) -> Array:
         vector = add_up(tile, (self._part(tile, number) for number in range(tile.tasks)))
+        return onto_base(tile, vector, self.parameters.number("scale"))
+
+
+class BreadcrumbsTies(Breadcrumbs):
+    """What stays, elected as TIES does: weights before the election, a sum of 0 elects + (mergekit's `breadcrumbs_ties`)."""
+
+    holds_all = True
+
+    def merge(self, tile: RuleInput) -> Array:
+        entries = [self._part(tile, number) for number in range(tile.tasks)]
+        signs = elected_signs(add_up(tile, entries), None, tile)
+        mean = self.parameters.text("reduce") == "mean"
+        vector = disjoint_merge(entries, [1.0] * tile.tasks, signs, mean, self.parameters.weights, tile)
         return onto_base(tile, vector, self.parameters.number("scale"))

@@ -46,6 +46,7 @@ _SHARED: Mapping[str, Flag] = {
     "max-samples": Flag(int, "N", "The first N examples of each task, for methods with data and for --search.", least=1),
     "alpha": Flag(float, "A", "Factor of what is off the diagonal in regmean's matrices, or most of ramplus-tl's amplification.", least=0),
     "t": Flag(float, "T", "Where slerp stops: 0 the first model, 1 the second. For nearswap: the change that is taken in full."),
+    "ridge": Flag(float, "R", "Share of the mean diagonal that is added to the matrices that are solved.", least=0),
     "plain": Flag(str, "REGEX", "Matrices with matching names are averaged, as vectors are."),
 }  # fmt: skip
 
@@ -117,6 +118,7 @@ _SEED = Option(0)
 _REDUCE = ("mean", "sum")
 _RESCALE = Option("density", ("density", "l1", "none"))
 _WEIGHT = Option(1.0)
+_PLAIN = Option("")
 
 _OWN = {"weight": "weight", "keep": "density"}
 _WHOLE = {"scale": "lambda", "reduce": "normalize"}
@@ -135,6 +137,48 @@ _ALL = (
     Method(
         "slerp", "spherical interpolation of two models", "https://doi.org/10.1145/325334.325242",
         "slerp:Slerp", {"t": Option(0.5)}, needs_base=False, tasks=(2, 2), mergekit=Mergekit("slerp", {}, {"t": "t"}),
+    ),
+    Method(
+        "nuslerp", "slerp of two models by their weights, on task vectors where there is a base", "https://doi.org/10.1145/325334.325242",
+        "angles.nuslerp:nuslerp",
+        {
+            "weight": _WEIGHT,
+            "flatten": Option(True, flag=Flag(bool, "", "One angle for each tensor; --no-flatten: one for each row.")),
+            "row-wise": Option(False, flag=Flag(bool, "", "With --no-flatten: one angle for each column.")),
+        },
+        needs_base=False, tasks=(2, 2),
+        mergekit=Mergekit("nuslerp", {"weight": "weight"}, {"flatten": "nuslerp_flatten", "row-wise": "nuslerp_row_wise"}),
+    ),
+    Method(
+        "multislerp", "the mean direction of several models, on task vectors where there is a base", "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea/",
+        "angles.multislerp:MultiSlerp", {"weight": _WEIGHT, "normalize": Option(True)}, needs_base=False, tasks=(2, None),
+        mergekit=Mergekit("multislerp", {"weight": "weight"}, {"normalize": "normalize_weights"}),
+    ),
+    Method(
+        "karcher", "the point of the sphere closest to all models", "https://arxiv.org/abs/2603.04972", "angles.karcher:Karcher",
+        {
+            "max-iter": Option(10, flag=Flag(int, "N", "Most steps towards the mean.", least=1)),
+            "tol": Option(1e-5, flag=Flag(float, "L", "Length of a step that is the last one.", least=0)),
+        },
+        needs_base=False, tasks=(2, None), mergekit=Mergekit("karcher", {}, {"max-iter": "max_iter", "tol": "tol"}),
+    ),
+    Method(
+        "model-stock", "from the base to the mean, as far as the fine-tunes agree", "https://arxiv.org/abs/2403.19522",
+        "angles.model_stock:model_stock",
+        {"filter-wise": Option(False, flag=Flag(bool, "", "How far is found for each row, not for each tensor."))},
+        tasks=(2, None), mergekit=Mergekit("model_stock", {}, {"filter-wise": "filter_wise"}),
+    ),
+    Method(
+        "passthrough", "one model, its weights times a factor", "https://github.com/arcee-ai/mergekit", "entries.passthrough:Passthrough",
+        {"scale": _SCALE}, needs_base=False, tasks=(1, 1), mergekit=Mergekit("passthrough", {"scale": "scale"}),
+    ),
+    Method(
+        "nearswap", "take what is near, a step towards what is far", "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        "entries.nearswap:NearSwap", {"t": Option(0.0001)}, tasks=(1, 1), mergekit=Mergekit("nearswap", {}, {"t": "t"}),
+    ),
+    Method(
+        "arcee-fusion", "take the changes that matter most", "https://github.com/arcee-ai/mergekit", "entries.arcee_fusion:ArceeFusion",
+        {}, tasks=(1, 1), mergekit=Mergekit("arcee_fusion"),
     ),
     Method(
         "ties", "trim, elect signs, merge what agrees", "https://arxiv.org/abs/2306.01708", "ties:Ties",
@@ -182,6 +226,63 @@ _ALL = (
         mergekit=Mergekit("breadcrumbs", _OWN | {"gamma": "gamma"}, {"scale": "lambda"}, {"scope": "tensor"}),
     ),
     Method(
+        "breadcrumbs-ties", "drop the largest and the smallest entries, elect signs", "https://arxiv.org/abs/2312.06795",
+        "breadcrumbs:BreadcrumbsTies",
+        {
+            "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(9, 10)), "gamma": Option(Fraction(1, 100)), "scope": _SCOPE,
+            "reduce": Option("mean", _REDUCE),
+        },
+        mergekit=Mergekit("breadcrumbs_ties", _OWN | {"gamma": "gamma"}, _WHOLE, {"scope": "tensor"}),
+    ),
+    Method(
+        "sce", "select what differs, weigh tasks by energy, erase the minority's sign", "https://arxiv.org/abs/2408.07990",
+        "entries.sce:Sce",
+        {"scale": _SCALE, "keep": Option(Fraction(1, 10))}, tasks=(2, None), mergekit=Mergekit("sce", {}, {"keep": "select_topk"}),
+    ),
+    Method(
+        "ram", "what one task changed as it is, what several changed averaged", "https://arxiv.org/abs/2601.13572", "entries.ram:Ram",
+        {"epsilon": Option(1e-5)}, tasks=(2, None), mergekit=Mergekit("ram", {}, {"epsilon": "epsilon"}),
+    ),
+    Method(
+        "ramplus-tl", "as ram, what one task changed amplified", "https://arxiv.org/abs/2601.13572", "entries.ram:RamPlus",
+        {
+            "epsilon": Option(1e-5), "alpha": Option(0.2),
+            "amplify": Option(0.1, flag=Flag(float, "R", "How much what one task changed grows with what it shares.", least=0)),
+        },
+        tasks=(2, None), mergekit=Mergekit("ramplus_tl", {}, {"epsilon": "epsilon", "alpha": "alpha", "amplify": "r"}),
+    ),
+    Method(
+        "pcb", "entries compete within and between tasks, the losers are dropped", "https://arxiv.org/abs/2410.02396", "entries.pcb:Pcb",
+        {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10))}, tasks=(2, None),
+    ),
+    Method(
+        "tsv-m", "each task's top singular directions, made orthogonal to the others'", "https://arxiv.org/abs/2412.00081",
+        "spectral.tsv_m:TsvM", {"weight": _WEIGHT, "scale": _SCALE, "plain": _PLAIN}, tasks=(2, None),
+    ),
+    Method(
+        "iso-c", "the sum of the task vectors with all singular values alike", "https://arxiv.org/abs/2502.04959", "spectral.iso:IsoC",
+        {"weight": _WEIGHT, "scale": _SCALE, "plain": _PLAIN}, tasks=(2, None),
+    ),
+    Method(
+        "iso-cts", "common directions and each task's own, all singular values alike", "https://arxiv.org/abs/2502.04959",
+        "spectral.iso:IsoCts",
+        {
+            "weight": _WEIGHT, "scale": _SCALE,
+            "common": Option(Fraction(4, 5), flag=Flag(Fraction, "SHARE", "Share of the directions that all tasks have in common.")),
+            "plain": _PLAIN,
+        },
+        tasks=(2, None),
+    ),
+    Method(
+        "wudi", "least interference with every task vector (RegMean without data)", "https://arxiv.org/abs/2503.08099",
+        "spectral.wudi:Wudi", {"weight": _WEIGHT, "scale": _SCALE, "ridge": Option(1e-3), "plain": _PLAIN}, tasks=(2, None),
+    ),
+    Method(
+        "star", "cut small singular values off, restore the nuclear norm, average", "https://arxiv.org/abs/2502.10339",
+        "spectral.star:Star",
+        {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(2, 5)), "plain": _PLAIN}, tasks=(2, None),
+    ),
+    Method(
         "consensus", "keep what several tasks use (TALL-masks)", "https://arxiv.org/abs/2405.07813", "consensus:Consensus",
         {
             "weight": _WEIGHT, "scale": Option(0.3),
@@ -207,7 +308,7 @@ _ALL = (
         "regmean", "linear layers closest to all models' outputs on their inputs", "https://arxiv.org/abs/2212.09849", "regmean:RegMean",
         {
             "weight": _WEIGHT, "alpha": Option(0.9),
-            "ridge": Option(1e-6, flag=Flag(float, "R", "Share of the identity in the matrices that are solved.", least=0)),
+            "ridge": Option(1e-6),
             "max-samples": Option(1000),
         },
         needs_base=False, tasks=(2, None), statistics="regmean:RegMeanCollector",

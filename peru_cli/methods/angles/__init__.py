@@ -1,0 +1,1 @@
+"""Methods that interpolate on spheres: what they need of a tensor is inner products."""

@@ -1,0 +1,78 @@
+"""NuSLERP: slerp of two models with weights, on task vectors where there is a base.
+
+    t = w_2 / (w_1 + w_2), 1/2 where they cancel out;   sin((1 - t) omega) / sin(omega) x_1 + sin(t omega) / sin(omega) x_2
+
+Source: mergekit 0.1.5 (`nuslerp`), formula of Shoemake 1985 (https://doi.org/10.1145/325334.325242, section 3.3). The angle is that of
+the flattened tensors; with `--no-flatten` that of each row, with `--row-wise` as well that of each column (vectors along axis 0: what
+mergekit's program does, its documentation has it the other way round). Colinear vectors (|sin omega| below 1e-8) are interpolated
+linearly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from peru_cli.errors import UsageError
+from peru_cli.methods.angles.coefficients import ByAngles, Products
+from peru_cli.methods.matrices import Matrices, MatrixRule
+from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.rules import Rule
+from peru_cli.streaming.arrays import Host
+
+_COLINEAR, _ZERO = 1e-8, 1e-7
+
+
+def share(weights: Sequence[float]) -> float:
+    """t of two weights."""
+    total = weights[0] + weights[1]
+    return weights[1] / total if abs(total) >= 1e-6 else 0.5
+
+
+def nuslerp_factors(inner: float, squares: tuple[float, float], t: float) -> tuple[float, float]:
+    """Factors of two vectors from their inner product and squared norms."""
+    lengths = [max(math.sqrt(square), _ZERO) for square in squares]
+    omega = math.acos(min(1.0, max(-1.0, inner / (lengths[0] * lengths[1]))))
+    if abs(math.sin(omega)) < _COLINEAR:
+        return 1.0 - t, t
+    return math.sin((1.0 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)
+
+
+class NuSlerp(ByAngles):
+    """Of whole tensors."""
+
+    def factors(self, products: Products) -> Sequence[float]:
+        return nuslerp_factors(products[0][1], (products[0][0], products[1][1]), share(self.parameters.weights))
+
+
+class NuSlerpAlong(MatrixRule):
+    """Of rows or columns; a tensor of one dimension is one vector."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self.on_vectors = parameters.has_base
+        self._columns = parameters.flag("row-wise")
+        self.by_rows = not self._columns
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def merge_matrix(self, matrices: Matrices) -> Host:
+        a, b = matrices[0], matrices[1]
+        axis = 0 if self._columns and len(matrices.shape) >= 2 else 1
+        inner, first, second = (np.einsum("ij,ij->" + "ji"[axis], x, y, dtype=np.float64) for x, y in ((a, b), (a, a), (b, b)))
+        t = share(self.parameters.weights)
+        factors: Any = np.array([nuslerp_factors(*three, t) for three in zip(inner, zip(first, second, strict=True), strict=True)])
+        one, two = (factors[:, i].astype(a.dtype) for i in (0, 1))
+        merged: Host = a * one + b * two if axis == 0 else a * one[:, None] + b * two[:, None]
+        return merged
+
+
+def nuslerp(parameters: Parameters) -> Rule:
+    """The rule of `nuslerp`; UsageError for `--row-wise` where the tensors are flattened."""
+    if parameters.flag("flatten") and parameters.flag("row-wise"):
+        raise UsageError("--row-wise says how vectors lie in a matrix, and --flatten makes one vector of it", "add --no-flatten")
+    return (NuSlerp if parameters.flag("flatten") else NuSlerpAlong)(parameters)

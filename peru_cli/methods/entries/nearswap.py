@@ -1,0 +1,25 @@
+"""Nearswap: take the other model's weights where they are near, and only a step of `t` towards them where they are far.
+
+    theta_0 + clip(t / max(|tau|, 1e-6), 0, 1) tau
+
+Source: alchemonaut, QuartetAnemoi-70B (2024), https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001, whose t is 0.0001;
+mergekit 0.1.5 (`nearswap`).
+"""
+
+from __future__ import annotations
+
+from peru_cli.methods.rules import Rule, RuleInput, onto_base
+from peru_cli.streaming.arrays import Array
+
+_LEAST = 1e-6
+
+
+class NearSwap(Rule):
+    """See the module."""
+
+    def merge(self, tile: RuleInput) -> Array:
+        xp, vector = tile.xp, tile.inputs(0)
+        size = xp.clip(xp.absolute(vector, out=tile.room("size", tile.n)), _LEAST, None, out=tile.room("size", tile.n))
+        share = xp.divide(xp.fill(tile.room("share", tile.n), self.parameters.number("t")), size, out=tile.room("share", tile.n))
+        xp.clip(share, 0.0, 1.0, out=share)
+        return onto_base(tile, xp.multiply(vector, share, out=vector), 1.0)
