@@ -1,6 +1,6 @@
 """Steps of quantisation as integers times powers of two, so that sums of products are exact in float64.
 
-A scale has a number g, four to the octave: `MANTISSAS[g mod 4] * 2^(g div 4 - 4)`, which is 2^(g / 4) to within 1.4%.
+A scale has a number g, four to the octave: `MANTISSAS[g mod 4] * 2^(g div 4 - 4)`, which is 2^(g / 4) to within 1.7%.
 """
 
 from __future__ import annotations
