@@ -60,9 +60,19 @@ def judge(fine: Checkpoint, base: Checkpoint, pairing: Pairing, chosen: re.Patte
     if max(share for share, _ in sides) > REFUSED and not allowed:
         raise Mismatch(
             f"{fine.label} and {base.label} pair only in part ({pairing.prefix})\n  {text}",
-            "is this the base, under the same names? --allow-unpaired stores what has no partner whole, --per-task REGEX names heads",
+            "is this the base? --rename REGEX=NEW brings names together, --per-task REGEX names heads, --allow-unpaired stores all whole",
         )
     return f"{fine.label} and {base.label} pair only in part: {text}"
+
+
+def lost(fine: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None) -> str | None:
+    """What to say of a fine-tune of which more than a tenth would take no part in a merge; None otherwise."""
+    own, _ = unpaired(fine, pairing, chosen)
+    nbytes = sum(info.nbytes for info in own)
+    if nbytes <= REFUSED * fine.nbytes:
+        return None
+    share = f"{nbytes:,} of {fine.nbytes:,} bytes of {fine.label} ({100 * nbytes / fine.nbytes:.0f}%)"
+    return f"{share} have no partner: {kinds(own)} (--rename REGEX=NEW brings names together, --per-task REGEX keeps them for the task)"
 
 
 def kinds(tensors: Sequence[TensorInfo]) -> str:

@@ -74,6 +74,10 @@ def merge(
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
     ] = None,
     merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Average classifiers' heads too, where there is no base.")] = False,
+    rename: Annotated[
+        Optional[list[str]],
+        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes, to the base's names. Repeat it."),
+    ] = None,
     tokenizer: Annotated[
         Optional[str],
         typer.Option("--tokenizer", metavar="union|base|TASK", help="Bring rows of embeddings and heads together by token."),
@@ -213,6 +217,13 @@ def merge(
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     opened = [model for _, model in tasks]
+    if rename:
+        from peru_cli.checkpoints.renamed import rename as under_other_names
+
+        renamed, said = under_other_names(opened, rename)
+        tasks = list(zip(names, renamed, strict=True))
+        for line in said:
+            console.note(line)
     if tokenizer is not None:
         from peru_cli.finetunes.revocabulary import common_vocabulary
 
@@ -233,6 +244,7 @@ def merge(
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [
+        *(word for text in rename or () for word in ("--rename", text)),
         *(["--tokenizer", tokenizer] if tokenizer else []),
         *(["--pad-vocab-to", str(pad_vocab_to)] if pad_vocab_to else []),
         *(["--config", config] if config else []),

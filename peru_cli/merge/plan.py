@@ -20,6 +20,7 @@ from peru_cli.checkpoints.lora.tied import is_untied
 from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.unpaired import judge, lost
 from peru_cli.checkpoints.vocabulary import disagreements
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
@@ -139,6 +140,11 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
             pairings[name] = pair_checkpoints(model, reference, options.per_task if matches else None)
         except Mismatch as error:
             problems.append(error.message)
+            continue
+        if base is not None and (said := lost(model, pairings[name], own)) is not None:
+            problems.append(said)
+        elif base is not None and (said := judge(model, reference, pairings[name], own, allowed=True)) is not None:
+            warnings.append(said)
     plan = MergePlan(base, reference, [], options.dtype, warnings=warnings)
     plan.config = dict(tasks).get(options.config or "", base if options.config == "base" else None)
     if len(pairings) == len(tasks):

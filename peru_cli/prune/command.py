@@ -56,6 +56,10 @@ def prune(
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors with matching names whole (heads).")
     ] = None,
+    rename: Annotated[
+        Optional[list[str]],
+        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes, to the base's names. Repeat it."),
+    ] = None,
     allow_unpaired: Annotated[
         bool, typer.Option("--allow-unpaired", help="Store tensors without a partner whole, even if they are above 10% of the bytes.")
     ] = False,
@@ -116,7 +120,14 @@ def prune(
     stored = lossless and job.all_quantized([base, *(a.model for a in arguments)])
     opened_base = open_model(base, stored)
     opened = [open_fine_tune(a.model, opened_base, a.task, stored) for a in arguments]
-    tasks = [(a.task or default_task(a.model), as_unpacked(m), t) for a, m, t in zip(arguments, opened, targets, strict=True)]
+    fines = [as_unpacked(model) for model in opened]
+    if rename:
+        from peru_cli.checkpoints.renamed import rename as under_other_names
+
+        fines, said = under_other_names(fines, rename)
+        for line in said:
+            console.note(line)
+    tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired)
     place = destination(publishing, run.force, output)
     planned = job.plan_prune(opened_base, tasks, chosen, run.force or run.dry_run, new_folder=several)

@@ -1,0 +1,95 @@
+"""A checkpoint under other names: what changed between versions of a library, as its user says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from peru_cli.checkpoints.header import TensorInfo, check_tensor_name
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile, Mismatch, UsageError
+
+Rule = tuple[re.Pattern[str], str]
+
+
+def parse_renames(texts: Sequence[str]) -> list[Rule]:
+    """`REGEX=REPLACEMENT` each, as `re.sub` takes them; split at the last `=`. UsageError for what is none."""
+    rules = []
+    for text in texts:
+        pattern, sign, replacement = text.rpartition("=")
+        if not sign or not pattern:
+            raise UsageError(f"--rename {text!r} is not REGEX=REPLACEMENT", r"for example --rename '^visual\.=model.visual.'")
+        try:
+            rule = re.compile(pattern)
+            rule.sub(replacement, "")
+        except (re.error, IndexError) as error:
+            raise UsageError(f"--rename {text!r} is not REGEX=REPLACEMENT: {error}") from error
+        rules.append((rule, replacement))
+    return rules
+
+
+class Renamed(Checkpoint):
+    """The same tensors, each name changed by the rules, in their order. Mismatch if two come to the same name."""
+
+    def __init__(self, model: Checkpoint, rules: Sequence[Rule]) -> None:
+        self._model = model
+        self._old: dict[str, str] = {}
+        for name in sorted(model.tensors):
+            new = name
+            for pattern, replacement in rules:
+                new = pattern.sub(replacement, new)
+            if new in self._old:
+                raise Mismatch(f"--rename gives {self._old[new]} and {name} of {model.label} the same name, {new}")
+            try:
+                check_tensor_name(new)
+            except BadFile as error:
+                raise UsageError(f"--rename makes of {name!r}: {error.message}") from error
+            self._old[new] = name
+        self.renamed = [(old, new) for new, old in self._old.items() if new != old]
+        self.label, self.metadata, self.warnings, self.side_files = model.label, model.metadata, model.warnings, model.side_files
+        self.kind, self.expanded, self.ranged = f"{model.kind}, {len(self.renamed)} tensors renamed", model.expanded, model.ranged
+        self.files, self.part, self.public_name = model.files, model.part, model.public_name
+        infos = ((new, model.tensors[old]) for new, old in self._old.items())
+        self.tensors = {new: TensorInfo(new, info.dtype, info.shape, info.begin) for new, info in infos}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self._model.read_into(self._old[name], offset, buffer)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
+        self._model.expect(((self._old[name], offset, nbytes) for name, offset, nbytes in ranges), keep)
+
+    def echo(self) -> None:
+        self._model.echo()
+
+    def forget(self) -> None:
+        self._model.forget()
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
+    """Models under other names, those alone that a rule changes, and no adapters or artifacts; and what to say of it.
+
+    Raises UsageError for a rule that changes no name of any model, Mismatch for names that come together.
+    """
+    rules = parse_renames(texts)
+    for text, (pattern, replacement) in zip(texts, rules, strict=True):
+        earlier = rules[: rules.index((pattern, replacement))]
+        names = {name for model in models if _is_full(model) for name in Renamed(model, earlier).tensors}
+        if all(pattern.sub(replacement, name) == name for name in names):
+            raise UsageError(f"--rename {text!r} changes no tensor's name", "`peru inspect` lists the names")
+    result: list[Checkpoint] = []
+    said = []
+    for model in models:
+        changed = Renamed(model, rules if _is_full(model) else [])
+        result.append(changed if changed.renamed else model)
+        for old, new in changed.renamed[:1]:
+            said.append(f"{model.label}: {len(changed.renamed)} tensors renamed, such as {old} to {new}")
+    return result, said
+
+
+def _is_full(model: Checkpoint) -> bool:
+    """Whether a model is a checkpoint of its own: adapters and artifacts have their base's names."""
+    return not model.expanded or isinstance(model, Dequantized)
