@@ -74,7 +74,10 @@ def choose(named: str, task: str | None) -> Place:
     if tasks_of(place):
         return place
     place = find_artifact(place, task)
-    if not place.is_file() and not find_adapters(place):
+    adapters = {} if place.is_file() else find_adapters(place)
+    if adapters and "" not in adapters:
+        raise UsageError(f"{named} holds several adapters: {', '.join(map(str, adapters.values()))}", "name one of them")
+    if not place.is_file() and not adapters:
         special = Path(named).exists() and not Path(named).is_dir()
         message, hint = why_not_here(named)
         raise UsageError(message if special else f"{named}: no such artifact or adapter", hint)

@@ -90,7 +90,7 @@ def test_adapter_bytes_do_not_depend_on_tiles(tmp_path: Path, peru) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "of type IA3"),
+        ({"peft_type": "XLORA"}, "of type XLORA"),
         ({"use_qalora": True}, "use_qalora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
