@@ -3,9 +3,9 @@
     python benchmarks/budget/compare.py CACHE --out DIR [--tasks sst2 ...] [--examples 400] [--only NAME ...] [--check]
 
 CACHE is what benchmarks/papers/finetunes.py made (`--only full`). DIR keeps what was found, a file a method, task and number of
-examples: a run that was cut off goes on, and tasks that are trained later are added. Prints one table and writes DIR/points.json,
-which picture.py draws. All methods see the same bfloat16 checkpoints, no data, and the same count: bytes of all encoder parameters /
-their number. Heads are the fine-tune's own and are counted nowhere.
+examples: a run that was cut off goes on, and tasks that are trained later are added. Prints one table and writes its rows to
+DIR/points.json, which picture.py draws. All methods see the same bfloat16 checkpoints, no data, and the same count: bytes of
+all encoder parameters / their number. Heads are the fine-tune's own and are counted nowhere.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ def main() -> None:
             | {"normalised": [100 * quality.value, 100 * quality.low, 100 * quality.high], "kl": [kl.value, kl.low, kl.high]}
         )
     about = {"tasks": tasks, "examples": sum(counts), "parameters": judge.parameters, "points": points}
-    if not arguments.only:
-        (arguments.out / "points.json").write_text(json.dumps(about, indent=1) + "\n")
+    (arguments.out / "points.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import rivals
 from judge import Judge, Tensors, encoder_tensors
 
 MERGE_SCALE = 0.3  # of task arithmetic, the usual one for eight tasks
+BUDGETS = ("0.02", "0.03", "0.045", "0.06", "0.1", "0.3", "1.0")
 
 
 class Shop:
@@ -36,7 +37,7 @@ class Shop:
 
     def shared(self, name: str, *arguments: object) -> Path:
         """What a command makes of all tasks, once: a folder or a file."""
-        path = self.folder / f"{name}-of-{len(self.tasks)}"
+        path = self.folder / f"{len(self.tasks)}-tasks-{name}"  # a pack's name ends in .safetensors
         if not path.exists():
             models = [f"{task}={self.model(task)}" for task in self.tasks]
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -45,19 +46,18 @@ class Shop:
 
     def unpacked(self, artifact: Path, base: Path, *options: object) -> Tensors:
         """The encoder that `peru unpack` makes."""
-        out = self.folder / "unpacked"
-        shutil.rmtree(out, ignore_errors=True)
-        self.peru("unpack", artifact, "--base", base, "-o", out, "--no-sync", "--quiet", *options)
-        return encoder_tensors(out)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.peru("unpack", artifact, "--base", base, "-o", f"{scratch}/model", "--no-sync", "--quiet", *options)
+            return encoder_tensors(Path(scratch) / "model")
 
     def pruned(self, task: str, base: Path, *options: object) -> tuple[Tensors, float]:
         """`peru prune` of one task, and back; bytes without head and config, with everything else."""
-        artifact = self.folder / "artifact.safetensors"
-        artifact.parent.mkdir(parents=True, exist_ok=True)
-        made = self.peru("prune", self.model(task), "--base", base, "-o", artifact, "--force", "--no-sync", "--json", "--quiet", *options)
-        report = json.loads(made)
-        report = report[0] if isinstance(report, list) else report
-        return self.unpacked(artifact, base), float(report["delta_bytes"])
+        with tempfile.TemporaryDirectory() as scratch:
+            artifact = Path(scratch) / "artifact.safetensors"
+            made = self.peru("prune", self.model(task), "--base", base, "-o", artifact, "--no-sync", "--json", "--quiet", *options)
+            report = json.loads(made)
+            report = report[0] if isinstance(report, list) else report
+            return self.unpacked(artifact, base), float(report["delta_bytes"])
 
     def trace_factor(self, task: str, sparsity: float) -> float:
         """UltraDelta's factor of a task."""
@@ -124,6 +124,7 @@ def with_trace(shop: Shop, task: str) -> tuple[Tensors, float]:
     return rivals.ultra_delta(shop.judge.base, shop.judge.fine_tune(task), 0.99, False, factor)
 
 
+MIXED = [Method(f"peru prune --bits {bits}", "peru, mixed", prune("--bits", bits)) for bits in BUDGETS]
 SPARSE = [Method(f"Post-Pruning {keep}", "Post-Pruning", prune("--keep", keep)) for keep in ("1%", "5%", "10%")]
 MERGED = [Method(f"PERU-FFT {keep}, merge not counted", "PERU-FFT", fft(keep), True) for keep in ("1%", "5%", "10%")]
 LOW_RANK = [Method(f"low-rank residual, rank {rank}", "low rank", rival(rivals.low_rank, rank=rank)) for rank in (1, 4, 16)]
@@ -147,4 +148,4 @@ OTHERS = [
     *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
     *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
 ]
-METHODS = [*ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *MERGED, *PACKS]
+METHODS = [*MIXED, *ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *MERGED, *PACKS]
