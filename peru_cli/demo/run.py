@@ -48,6 +48,7 @@ class Way:
 HEAD = "--base base --per-task classifier"
 WAYS = (
     Way("Post-Pruning, 5%", "prune", "--base base -o pruned/ --keep 5%", "pruned/{}.safetensors"),
+    Way("mixed, 0.7 bits", "prune", "--base base -o mixed/ --bits 0.7", "mixed/{}.safetensors"),
     Way("low-rank residual, rank 16", "svd-lora", "--base base -o lora/ --rank 16", "lora/{}"),
     Way("Task-Arithmetic, 0.3", "merge", f"{HEAD} -o merged/ -m task-arithmetic --scale 0.3", "merged", "", task=True),
     Way("STA + Shuffle", "shuffle-pack", f"{HEAD} -o pack.safetensors --scale 0.5", "pack.safetensors", task=True),
