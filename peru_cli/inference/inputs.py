@@ -87,7 +87,7 @@ def _tokenizer(files: Files, label: str) -> Any:
     if not _TOKENIZER or _TOKENIZER[0] != key:
         with folder(files) as place:
             try:
-                _TOKENIZER[:] = [key, transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)]
+                _TOKENIZER[:] = [key, transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)]
             except Exception as error:  # transformers raises whatever its tokenizers' own code raises
                 raise BadFile(
                     f"{label}: no tokenizer that transformers loads ({reason(error)})", "put tokenizer.json beside the model or its base"
@@ -217,7 +217,9 @@ def _encode_images(examples: Examples, files: Files, config: Any, label: str) ->
         )
     with folder(files) as place:
         try:
-            processor: Any = transformers.AutoImageProcessor.from_pretrained(place, local_files_only=True, backend="pil")
+            processor: Any = transformers.AutoImageProcessor.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False, backend="pil"
+            )
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise BadFile(f"{label}: no image processor that transformers loads ({reason(error)})") from error
     if size and not processor.do_resize and not getattr(processor, "do_center_crop", False):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from peru_cli.console import console
 from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.inference.data import Examples
 
@@ -78,9 +80,23 @@ def load_config(files: Files, label: str) -> Any:
         raise BadFile(f"{label}: no config.json, so transformers cannot tell what the model is", "name the model's folder")
     with folder({"config.json": files["config.json"]}) as place:
         try:
-            return transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
+            if _names_code(files["config.json"]):
+                raise BadFile(f"{label}: it can be run only with Python code of its own, which peru never runs") from error
             raise BadFile(f"{label}: transformers does not know its config.json ({reason(error)})") from error
+    if _names_code(files["config.json"]):
+        console.note(f"{label}: its config.json names Python code of its own (auto_map), which is not run; transformers' own model is used")
+    return config
+
+
+def _names_code(config: bytes) -> bool:
+    """Whether a config.json says which code to run."""
+    try:
+        table = json.loads(config)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(table, dict) and bool(table.get("auto_map"))
 
 
 def kind_of(examples: Examples, config: Any, label: str) -> str:

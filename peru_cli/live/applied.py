@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from peru_cli.checkpoints.digests import tensor_digest
 from peru_cli.checkpoints.header import TensorInfo
@@ -14,35 +16,49 @@ from peru_cli.checkpoints.pairing import find_prefix
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, Origin, is_base
 from peru_cli.live.memory import TensorTable, infos
+from peru_cli.live.owners import Claim
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 _PIECE = 1 << 20  # entries compared at once
 INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-class Applied:
-    """An artifact on a model; `restore` puts back exactly what was there before. Also a context manager."""
+class Kept(NamedTuple):
+    """What was in a tensor before: entries at positions, or all of it."""
 
-    def __init__(self) -> None:
-        self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # flat tensor, positions, what was there
+    tensor: Tensor
+    seen: tuple[object, ...]  # where the tensor lay then
+    positions: Tensor | None  # flat, ascending
+    old: Tensor  # (k,) or as the tensor, in its dtype
+
+
+class Applied:
+    """An artifact on a model; `restore` puts back exactly what was there before. Also a context manager.
+
+    The weights are this thread's until then: another thread that applies something to them gets an error (owners.py).
+    """
+
+    def __init__(self, claim: Claim | None = None, model: nn.Module | None = None) -> None:
+        self._claim, self._model = claim, weakref.ref(model) if model is not None else None
+        self._entries: list[Kept] = []
         self._added: list[tuple[MutableMapping[str, Tensor], str]] = []
         self._replaced: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = []
 
-    def set_entries(self, flat: Tensor, positions: Tensor, bits: Tensor) -> None:
-        """Overwrite entries of a flat integer view, keeping the old ones."""
-        self._entries.append((flat, positions, flat[positions]))
-        flat[positions] = bits
+    def set_entries(self, tensor: Tensor, positions: Tensor, bits: Tensor) -> None:
+        """Overwrite entries of a contiguous tensor, given as integers of its width, keeping the old ones."""
+        flat = tensor.detach().view(-1)
+        self._entries.append(Kept(tensor, memory(tensor), positions, flat[positions]))
+        flat.view(bits.dtype)[positions] = bits
 
     def set_tensor(self, table: MutableMapping[str, Tensor], name: str, value: Tensor) -> None:
         """Overwrite a whole tensor in place where it fits, else put it into the table (under all names that are tied to it)."""
         old = table.get(name)
         if old is not None and old.shape == value.shape and old.dtype == value.dtype:
-            kept = old.detach().clone()
+            self._entries.append(Kept(old, memory(old), None, old.detach().clone()))
             old.detach().copy_(value)
-            self._entries.append((old.detach(), torch.empty(0), kept))
         elif old is not None:
             for alias in [n for n, tensor in table.items() if isinstance(tensor, torch.Tensor) and memory(tensor) == memory(old)]:
                 self._replaced.append((table, alias, table[alias]))
@@ -52,24 +68,70 @@ class Applied:
             table[name] = value
 
     def restore(self) -> None:
-        """Put back what was there before; a second call does nothing."""
+        """Put back what was there before; a second call does nothing.
+
+        A model that was moved or cast meanwhile (`model.to(...)`) gets the base's entries in its new dtype and place: it is the base, moved
+        or cast. Raises Mismatch, once all else is back, if tensors were replaced or reshaped, so that the base is not restored.
+        UsageError if something was applied on top of it that is still there.
+        """
+        if self._claim is not None:
+            self._claim.check_last()
+        lost = 0
+        held = self._held()
         with torch.no_grad():
-            for flat, positions, old in reversed(self._entries):
-                if positions.is_floating_point():  # a whole tensor
-                    flat.copy_(old)
-                else:
-                    flat[positions] = old
+            for kept in reversed(self._entries):
+                if (held is not None and id(kept.tensor) not in held) or not put_back(kept):
+                    lost += 1
         for table, name in self._added:
             table.pop(name, None)
         for table, name, tensor in reversed(self._replaced):
             table[name] = tensor
         self._entries, self._added, self._replaced = [], [], []
+        self.let_go()
+        if lost:
+            raise not_restored(lost)
+
+    def let_go(self) -> None:
+        """Others may change the weights now."""
+        if self._claim is not None:
+            self._claim.release()
+
+    def _held(self) -> set[int] | None:
+        """Which tensors the module has now; None for a state dict, whose tensors are written to wherever they are."""
+        model = self._model() if self._model is not None else None
+        return {id(tensor) for tensor in model.state_dict(keep_vars=True).values()} if model is not None else None
 
     def __enter__(self) -> Applied:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.restore()
+
+
+def not_restored(tensors: int) -> Mismatch:
+    """What to say of tensors that are no longer where they were."""
+    return Mismatch(
+        f"the base was not restored: {tensors} change(s) were to tensors that the model has replaced or reshaped since",
+        "load the base again; take the artifact off before the model's weights are exchanged",
+    )
+
+
+def put_back(kept: Kept) -> bool:
+    """Write what was there before, in the dtype and place that the tensor has now; False if its shape is another."""
+    tensor = kept.tensor.detach()
+    shape = kept.seen[2]
+    if tensor.shape != shape or tensor.device.type == "meta":
+        return False
+    if kept.positions is None:
+        tensor.copy_(kept.old)
+    elif memory(kept.tensor) == kept.seen:
+        bits = INTEGERS[8 * kept.old.element_size()]  # integers, lest NaN payloads change
+        tensor.view(-1).view(bits)[kept.positions] = kept.old.view(bits)
+    elif tensor.is_contiguous():
+        tensor.view(-1)[kept.positions.to(tensor.device)] = kept.old.to(tensor.device, tensor.dtype)
+    else:
+        return False
+    return True
 
 
 def as_saved(model: nn.Module) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from peru_cli.finetunes.fine_tune import Artifact, FromArtifact
 from peru_cli.finetunes.open import on_base, open_compact
 from peru_cli.live.applied import INTEGERS, Applied, as_saved, base_tensors, match, owners, verify_base
 from peru_cli.live.memory import TensorTable, empty_tensor, fill
+from peru_cli.live.owners import Claim
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +50,9 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
 
     Args:
         model: a torch module, or a state dict, with the base's weights in the base's dtype and on any
-            device. A module that already carries an artifact is restored first, so tasks can be swapped.
+            device. A module that already carries an artifact is restored first, so tasks can be swapped: applies to a module
+            do not nest. On a state dict they do, if `verify` is off; the last one is restored first. Weights belong to the thread
+            that applied something to them until it restores them: any other thread gets an error.
             From one task of a pack to another it goes without the base being put back or verified again.
         artifact: from `open_artifact`.
         task: which task of a pack; may be left out if there is one only.
@@ -63,16 +66,33 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
             module has no place of that shape and dtype for a tensor, or tied weights would have to
             differ. Nothing has been changed then, but that an earlier artifact has been taken off.
         BadFile: the artifact is damaged; what was changed is put back.
-        UsageError: the pack has no such task.
+        UsageError: the pack has no such task, or another thread has applied something to these weights.
     """
     if isinstance(artifact, Pack):
         return _apply_pack(model, artifact, artifact.task(task).name, verify)
     if task is not None:
         raise UsageError(f"{artifact.path} is no pack, it holds one fine-tune", "leave task out")
     is_module = isinstance(model, torch.nn.Module)
-    if is_module and (earlier := _applied.pop(model, None)) is not None:
+    if isinstance(model, torch.nn.Module) and (earlier := _applied.get(model)) is not None:
+        Claim(as_saved(model).values(), str(artifact.path)).release()  # not another thread's
+        _applied.pop(model, None)
         earlier.restore()
     table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
+    claim = Claim(table.values(), str(artifact.path))
+    try:
+        applied = _apply_delta(model, table, artifact, claim, verify)
+    except BaseException:
+        claim.release()
+        raise
+    if is_module:
+        _applied[model] = applied
+    return applied
+
+
+def _apply_delta(
+    model: nn.Module | MutableMapping[str, Tensor], table: MutableMapping[str, Tensor], artifact: SparseDelta, claim: Claim, verify: bool
+) -> Applied:
+    is_module = isinstance(model, torch.nn.Module)
     base = TensorTable("the model", {})
     source = on_base(artifact, None, str(artifact.path), base)
     names = match(table, source.origins, artifact, is_module)
@@ -80,7 +100,7 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
     if verify:
         verify_base(base, source.origins, names, artifact)
     source.verify_stored()
-    applied, names = Applied(), owners(table, names, source)
+    applied, names = Applied(claim, model if isinstance(model, torch.nn.Module) else None), owners(table, names, source)
     try:
         with torch.no_grad():
             for fine, name in names.items():
@@ -88,8 +108,6 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
     except BaseException:
         applied.restore()
         raise
-    if is_module:
-        _applied[model] = applied
     return applied
 
 
@@ -97,13 +115,16 @@ def _apply_pack(model: nn.Module | MutableMapping[str, Tensor], pack: Pack, task
     from peru_cli.live.pack import AppliedPack
 
     is_module = isinstance(model, torch.nn.Module)
-    earlier = _applied.pop(model, None) if is_module else None
+    earlier = _applied.get(model) if is_module else None
+    if isinstance(model, torch.nn.Module) and earlier is not None:
+        Claim(as_saved(model).values(), str(pack.path)).release()  # not another thread's
+        _applied.pop(model, None)
     if isinstance(earlier, AppliedPack) and earlier.pack is pack and earlier.is_applied:
         applied, verify = earlier, False
     else:
         if earlier is not None:
             earlier.restore()
-        applied = AppliedPack(as_saved(model) if isinstance(model, torch.nn.Module) else model, pack, is_module)
+        applied = AppliedPack(as_saved(model) if isinstance(model, torch.nn.Module) else model, pack, model)
     applied.switch(task, verify)
     if is_module:
         _applied[model] = applied
@@ -129,7 +150,7 @@ def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: st
         found = kept_bits(source.delta, record, start, start + _PIECE, partial(_entries, flat, start))
         if found is not None:
             positions, bits = (torch.from_numpy(part).to(flat.device) for part in (found[0] + start, found[1]))
-            applied.set_entries(flat, positions, bits)
+            applied.set_entries(tensor, positions, bits)
 
 
 def _entries(flat: Tensor, start: int, positions: Any) -> Any:

@@ -20,11 +20,12 @@ from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.pack_task import TaskOfPack
-from peru_cli.live.applied import Applied, match, memory, owners, verify_base
+from peru_cli.live.applied import Applied, match, memory, not_restored, owners, verify_base
 from peru_cli.live.memory import TensorTable, empty_tensor, fill
+from peru_cli.live.owners import Claim
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _SOURCES = 8  # tasks whose places and signs are kept
 
@@ -32,9 +33,11 @@ _SOURCES = 8  # tasks whose places and signs are kept
 class AppliedPack(Applied):
     """A pack's task on a model; `switch` puts another in its place, `restore` the base. Also a context manager."""
 
-    def __init__(self, table: MutableMapping[str, Tensor], pack: Pack, is_module: bool) -> None:
-        super().__init__()
-        self.pack, self._table, self._is_module = pack, table, is_module
+    def __init__(self, table: MutableMapping[str, Tensor], pack: Pack, model: nn.Module | MutableMapping[str, Tensor]) -> None:
+        """UsageError if another thread's change is on these weights."""
+        module = model if isinstance(model, torch.nn.Module) else None
+        super().__init__(None, module)
+        self.pack, self._table, self._is_module = pack, table, module is not None
         self._kept: dict[str, Tensor] = {}  # the base's tensors, by their names in the model
         self._base = TensorTable("the model", {})  # the same, by the base's names
         self._own = Applied()  # the task's own tensors
@@ -48,6 +51,8 @@ class AppliedPack(Applied):
 
     def switch(self, task: str, verify: bool = False) -> None:
         """Turn the model into another task of the pack. Mismatch if the model has no place for it: then it is the base again."""
+        if self._claim is None:
+            self._claim = Claim(self._table.values(), str(self.pack.path))
         self._own.restore()
         try:
             self._switch(task, verify)
@@ -104,10 +109,21 @@ class AppliedPack(Applied):
             self._base.add({origin.base.name: self._kept[owner]})
 
     def restore(self) -> None:
-        """Put back what was there before; a second call does nothing."""
+        """Put back what was there before, as Applied has it."""
+        if self._claim is not None:
+            self._claim.check_last()
         self._own.restore()
+        held, lost = self._held(), 0
         with torch.no_grad():
             for name, kept in self._kept.items():
-                self._table[name].detach().copy_(kept)
+                tensor = self._table[name]
+                if (held is not None and id(tensor) not in held) or tensor.shape != kept.shape or tensor.device.type == "meta":
+                    lost += 1
+                else:
+                    tensor.detach().copy_(kept)
         self._kept = {}
         self._base.clear()
+        self.let_go()
+        self._claim = None
+        if lost:
+            raise not_restored(lost)

@@ -20,6 +20,7 @@ from peru_cli.checkpoints.sidefiles import is_side_file_name
 from peru_cli.console import console, plural, si_bytes
 from peru_cli.errors import PeruError, UsageError
 from peru_cli.publish.card import card, contents
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -177,6 +178,12 @@ def collect(paths: Sequence[Path]) -> dict[str, Path]:
     path = paths[0]
     found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
     chosen = {name: file for name, file in found.items() if _is_published(name, file)}
+    inside = path.resolve()
+    if out := [str(file) for file in chosen.values() if not file.resolve().is_relative_to(inside)]:
+        raise UsageError(
+            f"{path} holds links to what lies outside of it: {listed(out)}",
+            "peru publishes what lies in the folder: put the files themselves there, or remove the links",
+        )
     if not any(name.endswith(".safetensors") for name in chosen):
         raise UsageError(f"{path} holds nothing that peru publishes", "name what peru wrote: an artifact, an adapter or a model")
     if left := sorted(set(found) - set(chosen)):

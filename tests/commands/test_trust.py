@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from peru_cli.checkpoints.local import checkpoint as local
+from peru_cli.errors import UsageError
+from peru_cli.publish.run import collect
 from tests.conftest import random_pair, run_peru, save
+from tests.support import models
 
 Peru = Callable[..., str]
 
@@ -268,3 +271,36 @@ def test_a_report_that_cannot_be_written_says_what_was(tmp_path: Path, pair) -> 
     assert inspected.returncode == 1 and "the report could not be written to standard output" in inspected.stderr
     assert "wrote" not in inspected.stderr
     assert quiet.returncode == 0  # notes that nobody hears are no reason to fail
+
+
+# -- what goes out, and what is run -------------------------------------------------------------------
+
+
+def test_links_out_of_a_folder_are_not_published(tmp_path: Path, pair) -> None:
+    """A secret under the name of a side file, or a folder that lies elsewhere; links within the folder go out."""
+    _, fine = pair
+    secret = tmp_path / "id_rsa"
+    secret.write_text("{}")
+    (fine / "generation_config.json").symlink_to(fine / "config.json")
+    assert sorted(collect([fine])) == ["config.json", "generation_config.json", "model.safetensors"]
+    (fine / "tokenizer.json").symlink_to(secret)
+    with pytest.raises(UsageError, match=r"links to what lies outside of it: .*tokenizer\.json"):
+        collect([fine])
+
+
+def test_code_that_a_model_names_is_neither_run_nor_asked_for(tmp_path: Path, peru, monkeypatch) -> None:
+    """A type that transformers knows is run as transformers has it, which is said; any other is refused."""
+    _base, fine = models.pair(models.bert, tmp_path)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": n % 3}) + "\n" for n, text in enumerate(["a b", "c d", "a"])))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    config = json.loads((fine / "config.json").read_text())
+    (fine / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    own = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoTokenizer": ["evil.T", None]}
+    (fine / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    peru("eval", fine, "--data", data)
+    assert "names Python code of its own (auto_map), which is not run" in stderr(peru)
+    (fine / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "evil"}))
+    peru("eval", fine, "--data", data, code=1)
+    assert "Python code of its own, which peru never runs" in stderr(peru)
+    assert not (tmp_path / "ran").exists()
