@@ -90,7 +90,7 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
 
 
 def _apply_delta(
-    model: nn.Module | MutableMapping[str, Tensor], table: MutableMapping[str, Tensor], artifact: SparseDelta, claim: Claim, verify: bool
+    model: nn.Module | MutableMapping[str, Tensor], table: MutableMapping[str, Tensor], artifact: Artifact, claim: Claim, verify: bool
 ) -> Applied:
     is_module = isinstance(model, torch.nn.Module)
     base = TensorTable("the model", {})
