@@ -26,6 +26,7 @@ from peru_cli.pack import command as shuffle_pack
 from peru_cli.prune import command as prune
 from peru_cli.publish import command as push
 from peru_cli.unpack import command as unpack
+from peru_cli.verify import command as verify
 from peru_cli.version import __version__
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 a quality gate was missed, 130 interrupted."
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, inspect, eval, demo):
+for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, inspect, verify, eval, demo):
     command.register(app)
 
 

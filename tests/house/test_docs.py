@@ -73,7 +73,7 @@ def test_the_tour_runs_as_written(family: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_command_is_in_the_readme() -> None:
-    for command in ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "eval", "demo"):
+    for command in ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "verify", "eval", "demo"):
         assert f"peru {command}" in PAGES["README.md"]
 
 

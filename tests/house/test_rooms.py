@@ -31,6 +31,7 @@ ROOMS = [
     "pack",
     "evaluate",
     "inspect",
+    "verify",
     "demo",
     "cli",
     "__main__",

@@ -1,0 +1,1 @@
+"""`peru verify`: what peru wrote, compared with the digests that it carries."""

@@ -1,0 +1,52 @@
+"""`peru verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console
+from peru_cli.errors import EXIT_FAILED, UsageError
+
+
+def verify(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files and folders that peru wrote.")],
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare what peru wrote with the digests that it carries; say of what that cannot be done. Reads everything once.
+
+    peru verify a.safetensors
+
+    peru verify merged/ adapter/
+
+    Exit code 1 if something was changed. Whoever changes a file and its digests together is not found: see docs/trust.md.
+    """
+    from peru_cli.checkpoints.local import inputs
+    from peru_cli.verify.run import CHANGED, UNKNOWN
+    from peru_cli.verify.run import verify as compare
+
+    found = []
+    for path in paths:
+        if not Path(path).exists():
+            raise UsageError(f"{path}: no such file or folder", "verify looks at files on this machine")
+        found += compare(Path(path))
+    inputs.check()
+    console.table(["file", "verdict", "what that stands on"], [[f.file, f.verdict, f.said] for f in found])
+    console.result([asdict(finding) for finding in found])
+    changed = [f for f in found if f.verdict == CHANGED]
+    unknown = sum(f.verdict == UNKNOWN for f in found)
+    if unknown:
+        console.note(f"{unknown} of {len(found)} cannot be checked")
+    if changed:
+        console.error(f"{len(changed)} of {len(found)} changed after they were written: {changed[0].file}")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(verify)
