@@ -5,7 +5,7 @@ Three entries of the safetensors metadata, which every reader skips (docs/format
 peru.sealed   "1", the version of this.
 peru.digests  64 hexadecimal digits, BLAKE3("peru file 1" 0x00, the file's header in which these 64 digits are zeros), then for each
               tensor by name 32 digits, the first half of its digest (digests.py).
-peru.files    JSON: the files that were written beside the weights, each with the first half of its BLAKE3.
+peru.files    JSON: the files that were written beside the weights but README.md, each with the first half of its BLAKE3.
 
 So every byte of such a file is covered. A file that carries no such entries is somebody else's, and is read as it is.
 """
@@ -87,8 +87,12 @@ class Collected:
 
 
 def blank(tensors: Sequence[TensorInfo], files: Mapping[str, bytes]) -> dict[str, str]:
-    """The entries of a file of these tensors before anything is known of them, as long as they will be."""
-    told = {FILES: json.dumps({name: file_digest(content) for name, content in sorted(files.items())})} if files else {}
+    """The entries of a file of these tensors before anything is known of them, as long as they will be.
+
+    The card, README.md, is left out: people edit it, and no weight depends on it.
+    """
+    digests = {name: file_digest(content) for name, content in sorted(files.items()) if name != "README.md"}
+    told = {FILES: json.dumps(digests)} if digests else {}
     return {SEALED: VERSION, DIGESTS: "0" * (_SEAL + _EACH * len(tensors)), **told}
 
 
