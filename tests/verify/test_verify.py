@@ -41,8 +41,8 @@ def test_what_peru_wrote_is_sound_and_every_change_is_told(outputs: Path, peru) 
     found = json.loads(peru("verify", outputs, "--json"))
     assert {f["verdict"] for f in found} == {"sound"}
     told = {str(Path(f["file"]).relative_to(outputs)) for f in found}
-    files = {str(path.relative_to(outputs)) for path in outputs.rglob("*") if path.is_file()}
-    assert told == files  # cards and configurations, too
+    files = {str(path.relative_to(outputs)) for path in outputs.rglob("*") if path.is_file() and path.name != "README.md"}
+    assert told == files  # configurations, too; people edit cards
     noise = random.Random(1)
     for name in sorted(files):
         path = outputs / name
