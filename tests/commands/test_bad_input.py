@@ -173,8 +173,8 @@ def test_wrong_options(tmp_path: Path, peru, pair) -> None:
     to = ["prune", fine, "-b", base, "-o", tmp_path / "a.safetensors"]
     keep = [*to, "--keep", "5%"]
     cases: list[tuple[list[object], str]] = [
-        (to, "either --keep DENSITY or --lossless"),
-        ([*keep, "--lossless"], "either --keep DENSITY or --lossless"),
+        (to, "say how much to keep, in one way: --keep DENSITY"),
+        ([*keep, "--lossless"], "say how much to keep, in one way: --keep DENSITY"),
         ([*to, "--lossless", "--values", "bf16"], "contradict"),
         ([*keep, "--scope", "layer"], "'layer'"),
         ([*keep, "--values", "fp8"], "'fp8'"),
