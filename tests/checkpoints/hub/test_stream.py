@@ -291,8 +291,25 @@ def test_an_artifact_is_unpacked_onto_a_streamed_base(hub: HubServer, pair: tupl
 
 def test_merge_streams(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     out = [tmp_path / "local", tmp_path / "hub"]
-    ok(run_peru("merge", f"a={pair[1]}", "-b", pair[0], "-o", out[0], "--method", "ties", "--keep", "20%", "--base-id", "x/y"))
-    more = ("--method", "ties", "--keep", "20%", "--base-id", "x/y", "--stream")
+    ok(
+        run_peru(
+            "merge",
+            f"a={pair[1]}",
+            "-b",
+            pair[0],
+            "-o",
+            out[0],
+            "--method",
+            "ties",
+            "--keep",
+            "20%",
+            "--base-id",
+            "x/y",
+            "--config",
+            "base",
+        )
+    )
+    more = ("--method", "ties", "--keep", "20%", "--base-id", "x/y", "--config", "base", "--stream")
     ok(run_peru("merge", f"a={FINE}", "-b", BASE, "-o", out[1], *more, env=hub.env(tmp_path / "hf")))
     assert (out[0] / "model.safetensors").read_bytes() == (out[1] / "model.safetensors").read_bytes()
     assert not [path for path in (tmp_path / "hf").rglob("*") if path.is_file()]
@@ -357,7 +374,7 @@ def test_a_killed_merge_goes_on_without_asking_for_finished_tensors(hub: HubServ
     import subprocess
     import sys
 
-    options = ("--method", "task-arithmetic", "--scale", "0.3", "--base-id", "x/y")
+    options = ("--method", "task-arithmetic", "--scale", "0.3", "--base-id", "x/y", "--config", "base")
     ok(run_peru("merge", f"a={pair[1]}", "-b", pair[0], "-o", tmp_path / "local", *options))
     env = hub.env(tmp_path / "hf")
     arguments = ("merge", f"a={FINE}", "-b", BASE, "-o", tmp_path / "out", "--stream", "--no-sync", "--threads", "1", *options)
