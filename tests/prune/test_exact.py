@@ -165,7 +165,7 @@ def test_several_fine_tunes_give_the_bytes_of_one_at_a_time(tmp_path: Path, peru
     save(base, tmp_path / "base.safetensors")
     save(first, tmp_path / "x.safetensors")
     save(second, tmp_path / "y.safetensors")
-    common = ["-b", tmp_path / "base.safetensors", "--keep", "5%", "--no-sync"]
+    common = ["-b", tmp_path / "base.safetensors", "--keep", "5%", "--no-sync", "--allow-unpaired"]
     peru("prune", f"one={tmp_path / 'x.safetensors'}", f"two={tmp_path / 'y.safetensors'}", *common, "-o", tmp_path / "both")
     for task, file in (("one", "x"), ("two", "y")):
         peru("prune", f"{task}={tmp_path / f'{file}.safetensors'}", *common, "-o", tmp_path / f"{task}.safetensors")
