@@ -17,7 +17,7 @@ from peru_cli.merge.recipe.layout import HEAD, Layout, changed_config, lay_out
 from peru_cli.merge.recipe.names import ours
 from peru_cli.merge.recipe.resolve import Values, check, check_filters, inputs_of
 from peru_cli.merge.recipe.schema import ModelName, Recipe, read_recipe
-from peru_cli.merge.recipe.tokens import check_template, settle_tokens
+from peru_cli.merge.recipe.tokens import align_tokens, check_template, settle_tokens
 from peru_cli.merge.varied import build
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule
@@ -35,6 +35,8 @@ class Stage:
     rule: Rule
     parameters: list[Parameters]  # of each slot
     opened: dict[ModelName, Checkpoint] = field(default_factory=dict)
+    models: Sequence[Checkpoint] = ()  # as they were opened
+    said: list[str] = field(default_factory=list)  # of its vocabulary
 
 
 class Forthcoming(Checkpoint):
@@ -164,6 +166,8 @@ def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Want
     """
     method = ours(recipe.method)
     assert method is not None
+    given = opened
+    opened, said = align_tokens(recipe, opened, complaints)
     layout = lay_out(recipe, opened, complaints)
     complaints.settle()
     assert layout is not None
@@ -173,7 +177,7 @@ def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Want
     values = Values(recipe, method, names, has_base, complaints)
     tied = not any(name == HEAD for name in layout.spots)
     check_filters(recipe, layout.spots, complaints, tied)
-    tokens = settle_tokens(recipe, opened, layout.donor, complaints)
+    tokens = settle_tokens(recipe, opened, layout.donor)
     complaints.settle()
     probe = values.at(layout.origin(next(iter(sorted(layout.places)))))
     complaints.settle()
@@ -185,7 +189,7 @@ def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Want
     complaints.settle()
     settled = [each for each in parameters if each is not None]
     _side_files(plan, layout, tokens)
-    return Stage(recipe, method, layout, plan, build(method, settled), settled, opened)
+    return Stage(recipe, method, layout, plan, build(method, settled), settled, opened, tuple(given.values()), said)
 
 
 def _side_files(plan: MergePlan, layout: Layout, tokens: Mapping[str, bytes]) -> None:

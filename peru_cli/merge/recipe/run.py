@@ -201,7 +201,7 @@ class _Run:
             console.progress(total, stage.recipe.name or "merge") as progress,
             streaming(asked.run.device, asked.run.threads, asked.run.tile_entries or DEFAULT_TILE, progress.advance) as how,
         ):
-            verify_expanded([model for _, model in stage.layout.tasks], how, progress.step)
+            verify_expanded(list(stage.models), how, progress.step)
             where = out.Where(target, sync, force, progress.step, console.note)
             write = out.write_file if target.suffix == ".safetensors" else out.write_directory
             write(plan, rule, self._record(stage), where, how)

@@ -126,6 +126,8 @@ def say(stage: Stage, label: str) -> None:
         for warning in model.warnings:
             console.warn(warning)
         console.note(f"  {model.label}: {model.kind}, {len(model.tensors):,} tensors, {si_bytes(model.nbytes)}")
+    for line in stage.said:
+        console.note(f"  {line}")
     console.note("  in force: " + ", ".join(_in_force(stage)))
     for word in recipe.ignored:
         console.note(f"  {word} is accepted and changes nothing, as in mergekit")

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of a recipe's output, as far as all inputs number their tokens alike."""
+"""Tokenizer and chat template of a recipe's output."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import UsageError
+from peru_cli.finetunes.revocabulary import common_vocabulary
 from peru_cli.merge.recipe.document import Complaints
 from peru_cli.merge.recipe.schema import ModelName, Recipe
 
@@ -56,36 +58,46 @@ def check_template(recipe: Recipe, line: int, complaints: Complaints) -> None:
         complaints.error(line, f"chat_template {text!r} is unknown: write {known}, or a template in Jinja")
 
 
-def settle_tokens(recipe: Recipe, opened: Mapping[ModelName, Checkpoint], donor: Checkpoint, complaints: Complaints) -> dict[str, bytes]:
-    """Side files that are not the donor's own. Errors for what needs other rows than the inputs have."""
-    changed: dict[str, bytes] = {}
+def align_tokens(
+    recipe: Recipe, opened: Mapping[ModelName, Checkpoint], complaints: Complaints
+) -> tuple[dict[ModelName, Checkpoint], list[str]]:
+    """The models under the tokenizer that the recipe asks for, their rows brought together by token, and what to say of it.
+
+    Models that number their tokens alike stay as they are, with the chosen one's tokenizer files in the output (`settle_tokens`).
+    """
     wanted = recipe.tokenizer
-    if wanted is not None:
-        source = donor
-        if wanted.source == "base" and recipe.base is None:
-            complaints.error(wanted.line, "the tokenizer is to be the base's, and there is no base_model")
-        elif wanted.source not in ("union", "base"):
-            found = next((model for name, model in opened.items() if str(name) == wanted.source), None)
-            if found is None:
-                complaints.error(wanted.line, f"the tokenizer's source {wanted.source!r} is none of the models of this recipe")
-            source = found or donor
-        others = [model for model in opened.values() if (theirs := vocabulary(model)) is not None and theirs != vocabulary(source)]
-        if others:
-            names = ", ".join(model.label for model in others[:3])
-            complaints.error(
-                wanted.line,
-                f"the tokens of {names} are numbered otherwise than those of {source.label}: this tokenizer needs rows to be moved, which "
-                "recipes cannot do yet",
-            )
-        if wanted.tokens:
-            complaints.error(wanted.line, "tokenizer.tokens needs rows to be moved, which recipes cannot do yet")
-        rows = donor.config().get("vocab_size")
-        if wanted.pad_to_multiple_of is not None and not (isinstance(rows, int) and rows % wanted.pad_to_multiple_of == 0):
-            complaints.error(
-                wanted.line, f"pad_to_multiple_of {wanted.pad_to_multiple_of}: {rows} rows are none, and recipes cannot add any yet"
-            )
-        if source is not donor:
-            changed |= {name: place.read_bytes() for name, place in source.side_files.items() if _FILES.fullmatch(name)}
+    if wanted is None:
+        return dict(opened), []
+    if wanted.tokens:
+        complaints.error(wanted.line, "tokenizer.tokens chooses the rows of single tokens, which peru cannot do yet")
+    if wanted.source == "base" and recipe.base is None:
+        complaints.error(wanted.line, "the tokenizer is to be the base's, and there is no base_model")
+        return dict(opened), []
+    source = str(recipe.base) if wanted.source == "base" else wanted.source
+    named = {str(name): model for name, model in opened.items()}
+    if source != "union" and source not in named:
+        complaints.error(wanted.line, f"the tokenizer's source {source!r} is none of the models of this recipe")
+        return dict(opened), []
+    known = [found for model in opened.values() if (found := vocabulary(model)) is not None]
+    sizes = [rows for model in opened.values() if isinstance(rows := model.config().get("vocab_size"), int)]
+    multiple = wanted.pad_to_multiple_of or 1
+    if all(found == known[0] for found in known) and len(set(sizes)) < 2 and all(rows % multiple == 0 for rows in sizes):
+        return dict(opened), []
+    try:
+        aligned, said = common_vocabulary(list(named.items()), recipe.base is not None, source, multiple)
+    except UsageError as error:
+        complaints.error(wanted.line, str(error))
+        return dict(opened), []
+    return dict(zip(opened, aligned, strict=True)), said
+
+
+def settle_tokens(recipe: Recipe, opened: Mapping[ModelName, Checkpoint], donor: Checkpoint) -> dict[str, bytes]:
+    """Side files that are not the donor's own: the chosen tokenizer's, and the chat template."""
+    changed: dict[str, bytes] = {}
+    if recipe.tokenizer is not None:
+        chosen = next((model for name, model in opened.items() if str(name) == recipe.tokenizer.source), donor)
+        if chosen is not donor:
+            changed |= {name: place.read_bytes() for name, place in chosen.side_files.items() if _FILES.fullmatch(name)}
     if recipe.chat_template is not None:
         text = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
         if recipe.chat_template == "auto":
