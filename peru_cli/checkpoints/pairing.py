@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from peru_cli.checkpoints.buffers import is_buffer
+from peru_cli.checkpoints.checks.buffers import is_buffer
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from peru_cli.checkpoints.checks.usable import usable
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.hub.names import parse_hub_name
 from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
 from peru_cli.checkpoints.lora.config import refuse_model_beside
 from peru_cli.checkpoints.places import Place, is_on_hub, locate, why_not_here
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.checkpoints.usable import usable
 from peru_cli.errors import UsageError
 
 _TASK = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
@@ -74,7 +74,7 @@ def default_task(model: str) -> str:
 def open_model(model: str, stored: bool = False) -> Checkpoint:
     """Open what `model` names: a directory, a .safetensors or .bin file, or these on the Hub.
 
-    FP8 weights come as floats (checkpoints/usable.py) unless `stored` asks for the tensors of the files.
+    FP8 weights come as floats (checkpoints/checks/usable.py) unless `stored` asks for the tensors of the files.
     """
     path = locate(model)
     if path.is_dir() or path.is_file():

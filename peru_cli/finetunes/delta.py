@@ -6,12 +6,11 @@ import numpy as np
 
 from peru_cli.artifacts.index import DELTA, WHOLE, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
+from peru_cli.checkpoints.digests import leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import BadFile
 from peru_cli.finetunes.decode import kept_bits
-from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
+from peru_cli.finetunes.fine_tune import OneTask, Origin, Witness
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.aligned import clip
 from peru_cli.streaming.arrays import BITS, CPU
@@ -33,30 +32,17 @@ def _origin(artifact: SparseDelta, record: TensorRecord) -> Origin:
     return Origin(record.info, base, record.base_digest, changes, record.kept)
 
 
-class DeltaOnBase(FromArtifact):
+class DeltaOnBase(OneTask):
     """The fine-tune that a sparse delta makes of its base."""
 
-    proves = "base and result"
-
     def __init__(self, artifact: SparseDelta, label: str, base: Checkpoint) -> None:
-        super().__init__(artifact, label, base, artifact.index.files)
+        super().__init__(artifact, label, base, "sparse delta")
+        self.delta = artifact
         self.origins = origins_of_delta(artifact)
-        self.delta, self.kind, self.task = artifact, "peru artifact (sparse delta)", artifact.metadata["peru.task"]
-        self.tensors = {info.name: info for info in artifact.tensors()}
-        self.heading = f"base {base.label}: {base.kind}; {self.task}:"
-        self.facts = {"result_digest": artifact.result_digest.hex()}
-
-    def trees(self) -> dict[tuple[str, str], TensorDigest]:
-        return {("result", info.name): TensorDigest(info.dtype, info.shape) for info in self.tensors.values()}
 
     def verify_stored(self) -> None:
         for record in self.delta.index.tensors:
             self.delta.verify_whole(record)
-
-    def settle(self, witness: Witness) -> None:
-        if checkpoint_digest(witness.digests("result")) != self.delta.result_digest:
-            message = f"{self.delta.path}: the result is not the checkpoint that was pruned"
-            raise BadFile(message, "please report this with both file names")
 
     def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
         record = self.delta.records[name]

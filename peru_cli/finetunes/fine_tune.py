@@ -15,10 +15,10 @@ from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.checkpoints.digests import SHORT, TensorDigest
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import Mismatch
+from peru_cli.errors import BadFile, Mismatch
 
 Artifact: TypeAlias = SparseDelta | Mixed | Pack
 _SHOWN = 5  # tensors named in a message
@@ -179,3 +179,24 @@ def _noun(artifact: Artifact) -> str:
 def is_base(origin: Origin, digest: bytes) -> bool:
     """Whether a base tensor's digest is the one that was recorded."""
     return digest[:SHORT] == origin.digest
+
+
+class OneTask(FromArtifact):
+    """The fine-tune of an artifact that holds just one, bound by a digest of the whole result."""
+
+    proves = "base and result"
+
+    def __init__(self, artifact: SparseDelta | Mixed, label: str, base: Checkpoint, what: str) -> None:
+        super().__init__(artifact, label, base, artifact.index.files)
+        self.single, self.kind, self.task = artifact, f"peru artifact ({what})", artifact.metadata["peru.task"]
+        self.tensors = {info.name: info for info in artifact.tensors()}
+        self.heading = f"base {base.label}: {base.kind}; {self.task}:"
+        self.facts = {"result_digest": artifact.result_digest.hex()}
+
+    def trees(self) -> dict[tuple[str, str], TensorDigest]:
+        return {("result", info.name): TensorDigest(info.dtype, info.shape) for info in self.tensors.values()}
+
+    def settle(self, witness: Witness) -> None:
+        if checkpoint_digest(witness.digests("result")) != self.single.result_digest:
+            message = f"{self.single.path}: the result is not the checkpoint that was pruned"
+            raise BadFile(message, "please report this with both file names")

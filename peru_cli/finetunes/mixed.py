@@ -8,11 +8,11 @@ from peru_cli.artifacts.index import COPY, WHOLE
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.artifacts.reader import whole_shape
-from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
+from peru_cli.finetunes.fine_tune import OneTask, Origin, Witness
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.mixed.sums import add_difference
 from peru_cli.streaming.aligned import clip
@@ -34,21 +34,13 @@ def _origin(artifact: Mixed, record: MixedRecord) -> Origin:
     return Origin(record.info, base, record.base_digest, changes)
 
 
-class MixedOnBase(FromArtifact):
+class MixedOnBase(OneTask):
     """The fine-tune that a mixed artifact makes of its base."""
 
-    proves = "base and result"
-
     def __init__(self, artifact: Mixed, label: str, base: Checkpoint) -> None:
-        super().__init__(artifact, label, base, artifact.index.files)
+        super().__init__(artifact, label, base, "mixed")
+        self.mixed = artifact
         self.origins = origins_of_mixed(artifact)
-        self.mixed, self.kind, self.task = artifact, "peru artifact (mixed)", artifact.metadata["peru.task"]
-        self.tensors = {info.name: info for info in artifact.tensors()}
-        self.heading = f"base {base.label}: {base.kind}; {self.task}:"
-        self.facts = {"result_digest": artifact.result_digest.hex()}
-
-    def trees(self) -> dict[tuple[str, str], TensorDigest]:
-        return {("result", info.name): TensorDigest(info.dtype, info.shape) for info in self.tensors.values()}
 
     def verify_stored(self) -> None:
         for record in self.mixed.index.tensors:
@@ -66,11 +58,6 @@ class MixedOnBase(FromArtifact):
         if digest.digest()[:SHORT] != record.whole_digest:
             message = f"{self.mixed.path}: tensor {record.info.name!r}, stored whole, was altered"
             raise BadFile(message, "fetch or make it again")
-
-    def settle(self, witness: Witness) -> None:
-        if checkpoint_digest(witness.digests("result")) != self.mixed.result_digest:
-            message = f"{self.mixed.path}: the result is not the checkpoint that was pruned"
-            raise BadFile(message, "please report this with both file names")
 
     def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
         record = self.mixed.records[name]

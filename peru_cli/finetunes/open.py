@@ -10,6 +10,7 @@ from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.checkpoints.checks.usable import usable
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local.checkpoint import open_file
 from peru_cli.checkpoints.lora.adapter import REST, find_adapters, is_adapter, is_lora_file
@@ -18,7 +19,6 @@ from peru_cli.checkpoints.places import Place, locate
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.checkpoints.usable import usable
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest
 from peru_cli.finetunes.delta import DeltaOnBase, origins_of_delta

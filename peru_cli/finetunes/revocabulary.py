@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from peru_cli.checkpoints.architectures import is_input, is_output
+from peru_cli.checkpoints.checks.vocabulary import Tokens, added_tokens, read_tokens, with_ids
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.checkpoints.vocabulary import Tokens, added_tokens, read_tokens, with_ids
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU

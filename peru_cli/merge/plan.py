@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from peru_cli.checkpoints.architectures import is_output, tied_embedding
-from peru_cli.checkpoints.buffers import is_buffer, is_statistic
-from peru_cli.checkpoints.configs import describe
+from peru_cli.checkpoints.checks.buffers import is_buffer, is_statistic
+from peru_cli.checkpoints.checks.configs import describe
+from peru_cli.checkpoints.checks.unpaired import judge, lost
+from peru_cli.checkpoints.checks.vocabulary import disagreements
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.lora.tied import is_untied
 from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.checkpoints.unpaired import judge, lost
-from peru_cli.checkpoints.vocabulary import disagreements
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU

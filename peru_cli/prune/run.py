@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from peru_cli.artifacts.container import artifact_kind
+from peru_cli.checkpoints.checks.unpaired import judge
 from peru_cli.checkpoints.local.atomic import check_room, check_target, may_go_on, partial_path
 from peru_cli.checkpoints.local.journal import Journal, notes_at
 from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
@@ -21,7 +22,6 @@ from peru_cli.checkpoints.places import locate, size_of
 from peru_cli.checkpoints.quantized.layout import is_quantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.checkpoints.unpaired import judge
 from peru_cli.errors import UsageError
 from peru_cli.methods.magnitude import ALL_CHANGED
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, key_value, stream_digest

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
-from peru_cli.checkpoints import impostors
+from peru_cli.checkpoints.checks import impostors
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
 from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
 from peru_cli.checkpoints.hub.names import RemoteFile
