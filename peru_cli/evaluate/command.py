@@ -44,6 +44,9 @@ def evaluate_command(
     text: Annotated[
         Optional[list[str]], typer.Option("--text", metavar="[TASK=]FILE", help="Plain text for language models. Repeatable.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="On weights: a row for each tensor. Default: repeated layers share one row.")
+    ] = False,
     tau_jp: Annotated[
         bool, typer.Option("--tau-jp", help="How much each task vector disturbs each task: tau-Jp, and the disentanglement error.")
     ] = False,
@@ -158,7 +161,7 @@ def evaluate_command(
     weights = _weights(pairs, base, run.device, run.threads) if base is not None and pairs else {}
     scores = _run(comparisons, base, dtype, run.device, run.threads, batch_size, context) if files else []
     inputs.check()
-    evalshow.show(scores, weights)
+    evalshow.show(scores, weights, every)
     rows = evalshow.numbers(scores, weights)
     missed = evalshow.missed(gates, rows)
     console.result(evalshow.as_json(scores, weights, missed))

@@ -6,12 +6,13 @@ import csv as csvfile
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.evaluate.plan import in_words
+from peru_cli.reports.fold import fold
 
 if TYPE_CHECKING:
     from peru_cli.evaluate.plan import Gate
@@ -115,21 +116,33 @@ def _closeness(name: str, found: Closeness) -> list[str]:
 WEIGHT_COLUMNS = [">error", ">cosine", ">same sign %", ">changed"]
 
 
-def weight_tables(weights: dict[str, WeightsReport], by_tensor: bool) -> list[Table]:
-    """Closeness by task; with `by_tensor`, a table of tensors for each task."""
+def together(name: str, tensors: Sequence[Closeness]) -> Closeness:
+    """Several tensors as if they were one."""
+    total = replace(tensors[0], name=name)
+    for tensor in tensors[1:]:
+        total.add(tensor)
+    return total
+
+
+def weight_tables(weights: dict[str, WeightsReport], by_tensor: bool, every: bool = True) -> list[Table]:
+    """Closeness by task; with `by_tensor`, a table of tensors for each task, the total first.
+
+    Repeated layers share a row unless `every`.
+    """
     tables = []
     if by_tensor:
         for task, report in weights.items():
-            rows = [_closeness(tensor.name, tensor) for tensor in report.tensors]
-            tables.append((task if len(weights) > 1 else "", ["tensor", *WEIGHT_COLUMNS], [*rows, _closeness("total", report.total)]))
+            groups = fold(report.tensors, lambda tensor: tensor.name, lambda tensor: tensor.name if every else tensor.entries)
+            rows = [_closeness(name, together(name, members)) for name, members in groups]
+            tables.append((task if len(weights) > 1 else "", ["tensor", *WEIGHT_COLUMNS], [_closeness("total", report.total), *rows]))
     else:
         tables.append(("", ["weights", *WEIGHT_COLUMNS], [_closeness(task, report.total) for task, report in weights.items()]))
     return tables
 
 
-def show(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> None:
+def show(scores: Sequence[Score], weights: dict[str, WeightsReport], every: bool = False) -> None:
     """Print the tables: of tensors only where nothing was run."""
-    for title, columns, rows in [*score_tables(scores), *(weight_tables(weights, not scores) if weights else [])]:
+    for title, columns, rows in [*score_tables(scores), *(weight_tables(weights, not scores, every) if weights else [])]:
         console.table(columns, rows, title)
     for task, report in weights.items():
         if not scores and report.heads:

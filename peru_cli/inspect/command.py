@@ -77,7 +77,7 @@ def inspect(
         if kind == MASKS:
             show_masks(place, plot)
         elif kind == MIXED:
-            show_mixed(place, plot)
+            show_mixed(place, plot, every)
         elif kind in KINDS:
             show_pack(place, plot)
         else:
@@ -115,8 +115,8 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
 def _artifact(path: Place, plot: Path | None, every: bool) -> None:
     from peru_cli.artifacts.index import DELTA
     from peru_cli.artifacts.reader import SparseDelta
-    from peru_cli.inspect.fold import fold
     from peru_cli.inspect.run import describe_record, inspect_artifact, side_file_names, value_kind
+    from peru_cli.reports.fold import fold
     from peru_cli.reports.plots import plot_densities
 
     with SparseDelta(path) as artifact:
@@ -200,8 +200,8 @@ def _pair(
 ) -> None:
     from peru_cli.checkpoints.pairing import pair_checkpoints
     from peru_cli.inspect.compare import compare, together
-    from peru_cli.inspect.fold import fold
     from peru_cli.inspect.ranks import show_ranks
+    from peru_cli.reports.fold import fold
     from peru_cli.reports.plots import plot_comparison
     from peru_cli.vectors.family import Family, TaskVector
     from peru_cli.vectors.settings import streaming

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,11 @@ if TYPE_CHECKING:
     from peru_cli.checkpoints.places import Place
 
 
-def show_mixed(path: Place, plot: Path | None) -> None:
-    """Print the artifact; `plot` draws the bits of each tensor."""
+def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
+    """Print the artifact, repeated layers in one row unless `every`; `plot` draws the bits of each tensor."""
     from peru_cli.artifacts.index import DELTA
     from peru_cli.artifacts.mixed.reader import Mixed
+    from peru_cli.reports.fold import fold
     from peru_cli.reports.plots import plot_by_tensor
 
     with Mixed(path) as artifact:
@@ -36,12 +39,25 @@ def show_mixed(path: Place, plot: Path | None) -> None:
         )
         parts = {role: container.sizes[role] for role in ("blocks", "index", "whole", "files")} | {"header": container.header_bytes}
         console.line("bytes:    " + ", ".join(f"{role} {count(n)}" for role, n in parts.items()))
-        rows = [[r.info.name, r.info.dtype.name, "x".join(map(str, r.info.shape)) or "scalar", describe(r)] for r in artifact.index.tensors]
         bits = {record.info.name: tensor_bits(artifact, record) for record in artifact.index.tensors}
         console.line()
         console.table(
-            ["tensor", "?dtype", "shape", "stored as", ">bits/param"],
-            [[*row, f"{bits[row[0]] / max(r.info.entries, 1):.4f}"] for row, r in zip(rows, artifact.index.tensors, strict=True)],
+            ["tensor", "?>count", "?dtype", "shape", "stored as", ">bits/param"],
+            [
+                [
+                    name,
+                    str(len(members)),
+                    members[0].info.dtype.name,
+                    "x".join(map(str, members[0].info.shape)) or "scalar",
+                    describe_all(members),
+                    f"{sum(bits[r.info.name] for r in members) / max(sum(r.info.entries for r in members), 1):.4f}",
+                ]
+                for name, members in fold(
+                    artifact.index.tensors,
+                    lambda r: r.info.name,
+                    lambda r: r.info.name if every else (r.info.dtype, r.info.shape, r.mode, r.parts, r.base_rows),
+                )
+            ],
         )
         console.result(
             {
@@ -61,6 +77,14 @@ def show_mixed(path: Place, plot: Path | None) -> None:
             values = [bits[record.info.name] / max(record.info.entries, 1) for record in deltas]
             plot_by_tensor(plot, [record.info.name for record in deltas], values, "bits a parameter")
             console.note(f"drew {plot}")
+
+
+def describe_all(records: Sequence[MixedRecord]) -> str:
+    """What tensors of one kind are made of: as one of them, but for ranks, which differ."""
+    ranks = sorted({record.rank for record in records})
+    if len(ranks) < 2:
+        return describe(records[0])
+    return re.sub(r"rank \d+( of [\d,]+ rows)?", f"rank {ranks[0]} to {ranks[-1]}", describe(records[0]))
 
 
 def describe(record: MixedRecord) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fractions import Fraction
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -365,7 +366,9 @@ def flag_help(name: str) -> str:
 def find_method(name: str) -> Method:
     """The method of a name; UsageError lists those there are."""
     if name not in METHODS:
-        raise UsageError(f"--method {name!r} is unknown", f"peru knows {', '.join(METHODS)}")
+        close = get_close_matches(name, METHODS, 1)
+        hint = f"did you mean {close[0]}?" if close else "`peru merge --list-methods` shows them all"
+        raise UsageError(f"--method {name!r} is unknown", hint)
     return METHODS[name]
 
 

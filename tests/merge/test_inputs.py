@@ -225,7 +225,7 @@ def pair(tmp_path: Path) -> Path:
 def test_unknown_options_and_words(pair: Path, peru) -> None:
     assert "its options are --weight, --normalize" in problem(pair, peru, "-m", "linear", "--keep", "20%", "--seed", 1, code=2)
     assert "slerp does not know --weight" in problem(pair, peru, "-m", "slerp", "--weight", "a=1", code=2)
-    assert "peru knows task-arithmetic, linear" in problem(pair, peru, "-m", "tie", code=2)
+    assert "did you mean ties?" in problem(pair, peru, "-m", "tie", code=2)
     assert "is not mean or sum" in problem(pair, peru, "-m", "ties", "--reduce", "max", code=2)
     assert "no --reduce sum" in problem(pair, peru, "-m", "ties", "--variant", "peft", "--reduce", "sum", code=2)
     assert "the tasks are a, b" in problem(pair, peru, "-m", "ties", "--weight", "c=1", code=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peru_cli.inspect.fold import fold, folded_name
+from peru_cli.reports.fold import fold, folded_name
 from tests.conftest import random_pair, save
 
 
