@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import wraps
-from typing import Annotated, Any, Optional, get_type_hints
+from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.hub.session import hub_session
@@ -84,23 +85,23 @@ def _json(value: bool) -> bool:
 Base = Annotated[str, typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 OptionalBase = Annotated[Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes, no progress bar.")]
-Stream = Annotated[bool, typer.Option("--stream", help="Read models on the Hub by ranges: nothing of them is written to disk.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes and no progress bar.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Read Hub models in byte ranges instead of downloading them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where the tensor work runs.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads. Default: all that this process may use.")]
-NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk: faster, for scratch files.")]
-Push = Annotated[Optional[str], typer.Option("--push", metavar="ORG/NAME", help="Then publish the output on the Hub, in one commit.")]
-Private = Annotated[bool, typer.Option("--private", help="Publish in a private repo.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads. Default: all available.")]
+NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait until the output is on the disk. Faster, for scratch files.")]
+Push = Annotated[Optional[str], typer.Option("--push", metavar="ORG/NAME", help="Publish the output on the Hub, in one commit.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repo private.")]
 PushRevision = Annotated[
-    Optional[str], typer.Option("--revision", metavar="BRANCH", help="Publish on this branch, made if need be. Default: main.")
+    Optional[str], typer.Option("--revision", metavar="BRANCH", help="Branch to publish on; created if it is missing. Default: main.")
 ]
-CommitMessage = Annotated[Optional[str], typer.Option("--commit-message", metavar="TEXT", help="What the commit says.")]
-ForcePush = Annotated[bool, typer.Option("--force", "-f", help="Put this in the place of what the repo holds.")]
+CommitMessage = Annotated[Optional[str], typer.Option("--commit-message", metavar="TEXT", help="The commit message.")]
+ForcePush = Annotated[bool, typer.Option("--force", "-f", help="Replace what the repo holds.")]
 TileEntries = Annotated[
     Optional[int],
-    typer.Option("--tile-entries", metavar="N", help="Entries streamed at once, a multiple of 16384. Changes no result."),
+    typer.Option("--tile-entries", metavar="N", help="Entries per tile, a multiple of 16384. Results do not depend on it."),
 ]
 
 
@@ -134,16 +135,18 @@ class Running:
         return not self.no_sync
 
 
-Command = Callable[..., None]
+Function = Callable[..., None]
 
 
-def shared(lacks: Collection[str] = (), **other: Any) -> Callable[[Command], Command]:
+def shared(lacks: Collection[str] = (), panels: Mapping[str, str] | None = None, **other: Any) -> Callable[[Function], Function]:
     """Give a command the shared options, after its own: it gets them as `run: Running` and, if it has that, `publishing: Publishing`.
 
     Each runs in a session with the Hub of its own. `lacks` names options that it does not have, `other` declares some in another way.
+    `panels` groups the command's own options in its help: a title, and the parameters' names with spaces between them.
     """
+    of_panel = {name: title for title, names in (panels or {}).items() for name in names.split()}
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Function) -> Function:
         signature = inspect.signature(command, eval_str=True)
         own = dict(signature.parameters)
         rest = [own.pop(name) for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -158,7 +161,10 @@ def shared(lacks: Collection[str] = (), **other: Any) -> Callable[[Command], Com
                 command(**given, **values)
 
         del with_groups.__wrapped__  # its annotations are not these
-        parameters = [*own.values(), *added, *rest]
+        for name, title in of_panel.items():
+            in_panel(own[name], title)
+        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()]
+        parameters = [*named, *added, *rest]
         with_groups.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return with_groups
@@ -166,6 +172,24 @@ def shared(lacks: Collection[str] = (), **other: Any) -> Callable[[Command], Com
     return decorate
 
 
+class Command(TyperCommand):
+    """A command whose --help stands with the other options of how to run."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option that prints the help."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = Running.__name__
+        return option
+
+
+def in_panel(parameter: inspect.Parameter, title: str) -> None:
+    """Show an option in a group of the help."""
+    get_args(parameter.annotation)[1].rich_help_panel = title
+
+
 def _parameter(kind: type, name: str, other: dict[str, Any]) -> inspect.Parameter:
     annotation = other.get(name, get_type_hints(kind, include_extras=True)[name])
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=getattr(kind, name), annotation=annotation)
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(kind, name), annotation=annotation)
+    in_panel(parameter, kind.__name__)
+    return parameter

@@ -120,4 +120,4 @@ def _table(rows: list[Row], base_bytes: int) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(demo)
+    app.command(cls=options.Command)(demo)

@@ -20,17 +20,26 @@ if TYPE_CHECKING:
 COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-@options.shared(lacks=["dry_run", "no_sync", "tile_entries"])
+@options.shared(
+    lacks=["dry_run", "no_sync", "tile_entries"],
+    panels={
+        "Inputs": "base against data text max_samples context",
+        "What to measure": "tau_jp scale negate scales",
+        "Gates": "fail_below fail_above",
+        "Output": "every csv plot report",
+        "Running": "batch_size dtype",
+    },
+)
 def evaluate_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[TASK=]X...", help="Artifacts, adapters, merges or checkpoints. One alone is run on all data.", show_default=False
+            metavar="[TASK=]X...", help="Artifacts, adapters, merges or checkpoints. A single one runs on all data.", show_default=False
         ),
     ],
     base: options.OptionalBase = None,
     against: Annotated[
-        Optional[list[str]], typer.Option("--against", "-a", metavar="[TASK=]MODEL", help="What X should come close to. Repeatable.")
+        Optional[list[str]], typer.Option("--against", "-a", metavar="[TASK=]MODEL", help="The fine-tune to compare with. Repeatable.")
     ] = None,
     data: Annotated[
         Optional[list[str]],
@@ -44,19 +53,17 @@ def evaluate_command(
     text: Annotated[
         Optional[list[str]], typer.Option("--text", metavar="[TASK=]FILE", help="Plain text for language models. Repeatable.")
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="On weights: a row for each tensor. Default: repeated layers share one row.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every tensor. Default: repeated layers share a row.")] = False,
     tau_jp: Annotated[
-        bool, typer.Option("--tau-jp", help="How much each task vector disturbs each task: tau-Jp, and the disentanglement error.")
+        bool, typer.Option("--tau-jp", help="Measure how much each task vector disturbs each task: tau-Jp and the disentanglement error.")
     ] = False,
     scale: Annotated[
-        float, typer.Option("--scale", "-s", metavar="S", help="Of the task vectors in --tau-jp's disentanglement error.")
+        float, typer.Option("--scale", "-s", metavar="S", help="With --tau-jp: scale of the task vectors in the disentanglement error.")
     ] = 1.0,
     negate: Annotated[
-        bool, typer.Option("--negate", help="Base minus the task vector: accuracy on --data target=FILE and --data control=FILE.")
+        bool, typer.Option("--negate", help="Subtract the task vector: accuracy on --data target=FILE and --data control=FILE.")
     ] = False,
-    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Scales that --negate tries.")] = "0:1:0.05",
+    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="With --negate: scales to try.")] = "0:1:0.05",
     fail_below: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -75,28 +82,26 @@ def evaluate_command(
         ),
     ] = None,
     max_samples: Annotated[
-        Optional[int], typer.Option("--max-samples", min=1, metavar="N", help="The first N examples of each file.")
+        Optional[int], typer.Option("--max-samples", min=1, metavar="N", help="Use the first N examples of each file.")
     ] = None,
-    batch_size: Annotated[Optional[int], typer.Option("--batch-size", min=1, metavar="N", help="Examples at once.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option("--batch-size", min=1, metavar="N", help="Examples per forward pass.")] = None,
     context: Annotated[
         Optional[int],
-        typer.Option("--context", min=2, metavar="N", help="Tokens in a window of --text. Default: 1024, or what the model has."),
+        typer.Option("--context", min=2, metavar="N", help="With --text: tokens per window. Default: 1024, or the model's maximum."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="What models compute in, whatever their weights.")
-    ] = "fp32",
-    csv: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write all numbers as a table, one metric a line.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Data type to compute in.")] = "fp32",
+    csv: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write all numbers as a table, one metric per line.")] = None,
     plot: Annotated[
         Optional[Path],
-        typer.Option("--plot", metavar="FILE.png|svg", help="Draw accuracy against bytes and errors by tensor; or tau-Jp."),
+        typer.Option("--plot", metavar="FILE.png|svg", help="Plot accuracy over bytes and errors by tensor, or tau-Jp."),
     ] = None,
     report: Annotated[
-        Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one page that needs nothing else.")
+        Optional[Path], typer.Option("--report", metavar="FILE.html", help="Write tables and plots as one self-contained page.")
     ] = None,
     *,
     run: options.Running,
 ) -> None:
-    """Say how close an artifact, an adapter or a merge comes to the fine-tune: on weights, on outputs, on tasks.
+    """Measure how close an artifact, an adapter or a merge is to the fine-tune: weights, outputs, accuracy.
 
     peru eval a.safetensors --base BASE --against MODEL
 
@@ -232,4 +237,4 @@ def _run(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("eval")(evaluate_command)
+    app.command("eval", cls=options.Command)(evaluate_command)

@@ -31,11 +31,11 @@ def inspect(
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="With --base: tensors that prune would store whole.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="A row for each tensor. Default: repeated layers share one row.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every tensor. Default: repeated layers share a row.")] = False,
     *,
     run: options.Running,
 ) -> None:
-    """Show what a checkpoint, an artifact or an adapter holds, or what a fine-tune changed and would cost.
+    """Show what a checkpoint, an artifact or an adapter holds, or what a fine-tune changed and what storing it would cost.
 
     peru inspect X
 
@@ -264,4 +264,4 @@ def _plans(comparison: Comparison, fine_bytes: int) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(inspect)
+    app.command(cls=options.Command)(inspect)

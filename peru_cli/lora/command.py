@@ -19,49 +19,56 @@ if TYPE_CHECKING:
     from peru_cli.lora.resize import Resize
 
 
-@options.shared(lacks=["tile_entries"])
+@options.shared(
+    lacks=["tile_entries"],
+    panels={
+        "Inputs": "base per_task",
+        "How much to keep": "rank energy max_bytes uniform_rank exact",
+        "Output": "output dtype rest base_id",
+    },
+)
 def svd_lora(
     models: Annotated[
         list[str],
         typer.Argument(metavar="[TASK=]MODEL...", help="LoRA adapters; with --base also full fine-tunes.", show_default=False),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The new adapter's folder; for several, OUT/TASK/.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="Folder of the new adapter; for several inputs OUT/TASK/.")],
     base: options.OptionalBase = None,
     rank: Annotated[Optional[int], typer.Option("--rank", "-r", metavar="Q", help="Keep Q singular values of every matrix.")] = None,
     energy: Annotated[
         Optional[str],
-        typer.Option("--energy", metavar="SHARE", help="Keep this share of each matrix's squared singular values: 0.99 or 99%."),
+        typer.Option("--energy", metavar="SHARE", help="Keep this share of the energy of every matrix: 99% or 0.99."),
     ] = None,
     max_bytes: Annotated[
         Optional[str],
-        typer.Option("--max-bytes", metavar="SIZE", help="Ranks of all matrices together: least total error for these bytes."),
+        typer.Option("--max-bytes", metavar="SIZE", help="Choose the ranks: least total error in at most this size."),
     ] = None,
     dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32", help="Of the factors. Default: that of the input.")
+        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32", help="Data type of the factors. Default: that of the input.")
     ] = None,
     uniform_rank: Annotated[
-        bool, typer.Option("--uniform-rank", help="One rank for all modules, filled with zeros: for llama.cpp and old diffusers.")
+        bool, typer.Option("--uniform-rank", help="Pad all modules with zeros to one rank, for llama.cpp and old diffusers.")
     ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Dense singular value decompositions: slow, for comparison.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Use dense singular value decompositions. Slow; for comparison.")] = False,
     rest: Annotated[
         str,
         typer.Option(
             "--rest",
             metavar="modules|delta",
-            help="Where a full fine-tune's norms, heads and so on go: into the adapter (PEFT's modules_to_save) or a delta beside it.",
+            help="Full fine-tunes: put norms and heads into the adapter (PEFT's modules_to_save), or into a delta beside it.",
         ),
     ] = "modules",
     per_task: Annotated[
-        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Full fine-tunes: keep tensors with matching names whole.")
+        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Full fine-tunes: store tensors whose names match whole.")
     ] = None,
     base_id: Annotated[
-        Optional[str], typer.Option("--base-id", metavar="ID", help="Full fine-tunes: the base's public name to record, e.g. org/name.")
+        Optional[str], typer.Option("--base-id", metavar="ID", help="Full fine-tunes: public name of the base to record, e.g. org/name.")
     ] = None,
     *,
     publishing: options.Publishing,
     run: options.Running,
 ) -> None:
-    """Make LoRA adapters smaller (PERU-LoRA), and adapters out of full fine-tunes, for PEFT, vLLM, diffusers and llama.cpp.
+    """Make LoRA adapters smaller (PERU-LoRA), or turn full fine-tunes into LoRA adapters. PEFT, vLLM, diffusers and llama.cpp read them.
 
     peru svd-lora ADAPTER -o small/ --rank 16
 
@@ -273,4 +280,4 @@ def _json(report: AdapterReport) -> dict[str, Any]:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command("svd-lora")(svd_lora)
+    app.command("svd-lora", cls=options.Command)(svd_lora)

@@ -15,6 +15,7 @@ from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.merge import recipe as recipes
 from peru_cli.merge.given import Given, build_by_tensor, default_of, first_parameters, shown
+from peru_cli.merge.help import HelpByMethod
 from peru_cli.merge.options import given_values, parse_search, with_method_options
 from peru_cli.methods.table import METHODS, Method, effective_values, find_method
 from peru_cli.publish.command import destination, publish
@@ -36,7 +37,14 @@ def _list_methods(value: bool) -> None:
     raise typer.Exit()
 
 
-@options.shared()
+@options.shared(
+    panels={
+        "Inputs": "base rename tokenizer pad_vocab_to config",
+        "Method": "method weight list_methods per_task merge_heads strict",
+        "Data": "data stats search batch_size",
+        "Output": "output compress dtype max_shard_size base_id write_recipe",
+    }
+)
 def merge(
     models: Annotated[
         list[str],
@@ -44,66 +52,69 @@ def merge(
             metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts; or one recipe.yml.", show_default=False
         ),
     ],
+    *,
+    base: options.OptionalBase = None,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="A folder, or a single file.safetensors.")],
     method: Annotated[
         Optional[str],
-        typer.Option("--method", "-m", metavar="METHOD", help=f"{', '.join(METHODS)}. See --list-methods.", show_default=False),
+        typer.Option("--method", "-m", metavar="METHOD", help=f"One of {len(METHODS)}: see --list-methods.", show_default=False),
     ] = None,
-    base: options.OptionalBase = None,
     weight: Annotated[
         Optional[list[str]],
-        typer.Option("--weight", "-w", metavar="TASK=W", help="A task's weight, 1 if not given; a='mlp:0.7,0.3' by tensor. Repeat it."),
+        typer.Option("--weight", "-w", metavar="TASK=W", help="Weight of a task, or a='mlp:0.7,0.3' by tensor. Repeatable. Default: 1."),
     ] = None,
     data: Annotated[
         Optional[list[str]],
-        typer.Option("--data", "-d", metavar="TASK=FILE", help="Examples of a task, for methods with data and --search. Repeat it."),
+        typer.Option("--data", "-d", metavar="TASK=FILE", help="Examples of a task, for --search and methods that use data. Repeatable."),
     ] = None,
     stats: Annotated[
-        Optional[str], typer.Option("--stats", metavar="DIR", help="Keep what methods with data collect in DIR, and take it from there.")
+        Optional[str], typer.Option("--stats", metavar="DIR", help="Cache for the statistics that methods collect from data.")
     ] = None,
     search: Annotated[
         Optional[str],
-        typer.Option("--search", metavar="OPTION=FROM:TO:STEP", help="Try values of a numeric option on --data and take the best one."),
+        typer.Option("--search", metavar="OPTION=FROM:TO:STEP", help="Find the best value of a numeric option on --data."),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Examples run through a model at once.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Examples per forward pass.")] = 16,
     compress: Annotated[
         Optional[str],
-        typer.Option("--compress", metavar="DENSITY", help="PERU-FFT: OUT/merged/ and OUT/TASK.safetensors pruned against it."),
+        typer.Option(
+            "--compress", metavar="DENSITY", help="PERU-FFT: write OUT/merged/, and each task pruned against it as OUT/TASK.safetensors."
+        ),
     ] = None,
     per_task: Annotated[
-        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
+        Optional[str],
+        typer.Option("--per-task", metavar="REGEX", help="Do not merge tensors whose names match: keep each task's own (heads)."),
     ] = None,
-    merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Average classifiers' heads too, where there is no base.")] = False,
+    merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Without a base: average classifier heads, too.")] = False,
     rename: Annotated[
         Optional[list[str]],
-        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes, to the base's names. Repeat it."),
+        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes to match the base. Repeatable."),
     ] = None,
     tokenizer: Annotated[
         Optional[str],
-        typer.Option("--tokenizer", metavar="union|base|TASK", help="Bring rows of embeddings and heads together by token."),
+        typer.Option("--tokenizer", metavar="union|base|TASK", help="Align embedding and head rows by token; write this vocabulary."),
     ] = None,
     pad_vocab_to: Annotated[
-        Optional[int], typer.Option("--pad-vocab-to", min=1, metavar="N", help="With --tokenizer: make the rows a multiple of N.")
+        Optional[int], typer.Option("--pad-vocab-to", min=1, metavar="N", help="With --tokenizer: pad the rows to a multiple of N.")
     ] = None,
     config: Annotated[
-        Optional[str], typer.Option("--config", metavar="TASK|base", help="Whose config.json to write, where they compute differently.")
+        Optional[str], typer.Option("--config", metavar="TASK|base", help="Whose config.json to use if the models' configs conflict.")
     ] = None,
     dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this type.")
+        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Data type of the output. Default: that of the inputs.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Cut OUT into shards of this size.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of a shard.")] = "5GB",
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name for the model card, e.g. org/name.")
     ] = None,
     write_recipe: Annotated[
         Optional[str],
-        typer.Option("--write-recipe", metavar="FILE", help="Write what was typed as a recipe for mergekit; with --dry-run, nothing else."),
+        typer.Option("--write-recipe", metavar="FILE", help="Write this command as a mergekit recipe; with --dry-run, write only that."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a recipe with keys that have no effect, instead of a warning.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Recipes: refuse keys that have no effect, instead of warning.")] = False,
     list_methods: Annotated[
-        bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List the methods with options and papers.")
+        bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List all methods with their options and papers.")
     ] = False,
-    *,
     publishing: options.Publishing,
     run: options.Running,
     **typed: Any,
@@ -124,7 +135,7 @@ def merge(
 
     peru merge a=MODEL b=MODEL --base BASE -o m/ --method ties --search scale=0:1:0.05 --data a=a.jsonl --data b=b.jsonl
 
-    A merge that was killed goes on where it was when the same command is typed again; --force starts afresh.
+    If a merge was killed, type the same command again to continue it; --force starts afresh.
     """
     given, varied = given_values(typed)
     if len(models) == 1 and recipes.is_recipe(models[0]):
@@ -386,4 +397,4 @@ def _summary(plan: MergePlan, recipe: Recipe, target: Path) -> dict[str, object]
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(with_method_options(merge, after="weight"))
+    app.command(cls=HelpByMethod)(with_method_options(merge, after="weight"))

@@ -52,8 +52,9 @@ def _parameter(name: str, flag: Flag) -> inspect.Parameter:
     declared = typer.Option(
         *names, metavar=flag.metavar or None, min=None if name in BY_TENSOR else flag.least, help=flag_help(name), show_default=False
     )
+    declared.rich_help_panel = "Method"
     annotation = Annotated[Optional[kind], declared]
-    return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+    return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def given_values(typed: Mapping[str, Any]) -> tuple[dict[str, Value], Given]:

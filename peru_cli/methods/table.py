@@ -32,23 +32,23 @@ class Flag:
 
 
 _SHARED: Mapping[str, Flag] = {
-    "scale": Flag(float, "S", "Factor of the merged task vector; below 0 is negation.", short="-s"),
-    "keep": Flag(Fraction, "DENSITY", "Share of each task vector that stays: 20% or 0.2.", short="-k"),
-    "scope": Flag(str, "global|tensor", "Trim over the whole task vector, or in each tensor. For adamerging: a scale a task, or a tensor."),
-    "reduce": Flag(str, "mean|sum", "What becomes of entries that agree in sign."),
-    "seed": Flag(int, "N", "Of the entries that are dropped at random, of sampled labels, of the order of examples.", least=0),
+    "scale": Flag(float, "S", "Factor of the merged task vector. Negative values subtract the tasks.", short="-s"),
+    "keep": Flag(Fraction, "DENSITY", "Share of each task vector to keep: 20% or 0.2.", short="-k"),
+    "scope": Flag(str, "global|tensor", "Trim over the whole task vector, or in each tensor. adamerging: a scale per task, or tensor."),
+    "reduce": Flag(str, "mean|sum", "How to combine entries that agree in sign."),
+    "seed": Flag(int, "N", "Seed of everything random: dropped entries, sampled labels, order of examples.", least=0),
     "rescale": Flag(
         str, "density|l1|none",
-        "What makes up for dropped entries: 1 / density (the papers), the ratio of L1 norms in each tensor (mergekit), or nothing.",
+        "How to make up for dropped entries: by 1 / density (papers), by the ratio of L1 norms in each tensor (mergekit), or not.",
     ),
-    "gamma": Flag(Fraction, "SHARE", "Share of largest entries that is dropped."),
-    "epsilon": Flag(float, "E", "Half the range of probabilities in a row; for ram, the size below which a change is none.", least=0),
+    "gamma": Flag(Fraction, "SHARE", "Share of the largest entries to drop."),
+    "epsilon": Flag(float, "E", "Half the range of keep probabilities in a row. ram: smaller changes count as none.", least=0),
     "normalize": Flag(bool, "", "Divide by the sum of the weights; for fisher, by each task's norm."),
-    "max-samples": Flag(int, "N", "The first N examples of each task, for methods with data and for --search.", least=1),
-    "alpha": Flag(float, "A", "Factor of what is off the diagonal in regmean's matrices, or most of ramplus-tl's amplification.", least=0),
-    "t": Flag(float, "T", "Where slerp stops: 0 the first model, 1 the second. For nearswap: the change that is taken in full."),
-    "ridge": Flag(float, "R", "Share of the mean diagonal that is added to the matrices that are solved.", least=0),
-    "plain": Flag(str, "REGEX", "Matrices with matching names are averaged, as vectors are."),
+    "max-samples": Flag(int, "N", "Use the first N examples of each task.", least=1),
+    "alpha": Flag(float, "A", "regmean: factor of off-diagonal entries. ramplus-tl: the largest amplification.", least=0),
+    "t": Flag(float, "T", "Point between the first model (0) and the second (1). nearswap: largest change that is taken in full."),
+    "ridge": Flag(float, "R", "Added to each matrix before it is inverted, as a share of its mean diagonal.", least=0),
+    "plain": Flag(str, "REGEX", "Average matrices whose names match, as vectors are averaged."),
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ _ALL = (
         "angles.nuslerp:nuslerp",
         {
             "weight": _WEIGHT,
-            "flatten": Option(True, flag=Flag(bool, "", "One angle for each tensor; --no-flatten: one for each row.")),
+            "flatten": Option(True, flag=Flag(bool, "", "One angle for each tensor. --no-flatten: one for each row.")),
             "row-wise": Option(False, flag=Flag(bool, "", "With --no-flatten: one angle for each column.")),
         },
         needs_base=False, tasks=(2, 2),
@@ -158,15 +158,15 @@ _ALL = (
     Method(
         "karcher", "the point of the sphere closest to all models", "https://arxiv.org/abs/2603.04972", "angles.karcher:Karcher",
         {
-            "max-iter": Option(10, flag=Flag(int, "N", "Most steps towards the mean.", least=1)),
-            "tol": Option(1e-5, flag=Flag(float, "L", "Length of a step that is the last one.", least=0)),
+            "max-iter": Option(10, flag=Flag(int, "N", "Most iterations.", least=1)),
+            "tol": Option(1e-5, flag=Flag(float, "L", "Stop when a step is shorter than this.", least=0)),
         },
         needs_base=False, tasks=(2, None), mergekit=Mergekit("karcher", {}, {"max-iter": "max_iter", "tol": "tol"}),
     ),
     Method(
         "model-stock", "from the base to the mean, as far as the fine-tunes agree", "https://arxiv.org/abs/2403.19522",
         "angles.model_stock:model_stock",
-        {"filter-wise": Option(False, flag=Flag(bool, "", "How far is found for each row, not for each tensor."))},
+        {"filter-wise": Option(False, flag=Flag(bool, "", "Find the step for each row, not for each tensor."))},
         tasks=(2, None), mergekit=Mergekit("model_stock", {}, {"filter-wise": "filter_wise"}),
     ),
     Method(
@@ -248,7 +248,7 @@ _ALL = (
         "ramplus-tl", "as ram, what one task changed amplified", "https://arxiv.org/abs/2601.13572", "entries.ram:RamPlus",
         {
             "epsilon": Option(1e-5), "alpha": Option(0.2),
-            "amplify": Option(0.1, flag=Flag(float, "R", "How much what one task changed grows with what it shares.", least=0)),
+            "amplify": Option(0.1, flag=Flag(float, "R", "How strongly to amplify what one task alone changed.", least=0)),
         },
         tasks=(2, None), mergekit=Mergekit("ramplus_tl", {}, {"epsilon": "epsilon", "alpha": "alpha", "amplify": "r"}),
     ),
@@ -269,7 +269,7 @@ _ALL = (
         "spectral.iso:IsoCts",
         {
             "weight": _WEIGHT, "scale": _SCALE,
-            "common": Option(Fraction(4, 5), flag=Flag(Fraction, "SHARE", "Share of the directions that all tasks have in common.")),
+            "common": Option(Fraction(4, 5), flag=Flag(Fraction, "SHARE", "Share of directions taken from the sum of all tasks.")),
             "plain": _PLAIN,
         },
         tasks=(2, None),
@@ -287,8 +287,8 @@ _ALL = (
         "consensus", "keep what several tasks use (TALL-masks)", "https://arxiv.org/abs/2405.07813", "consensus:Consensus",
         {
             "weight": _WEIGHT, "scale": Option(0.3),
-            "mask-lambda": Option(0.4, flag=Flag(float, "L", "Threshold of the masks, 0.2 to 0.6.", least=0)),
-            "min-tasks": Option(2, flag=Flag(int, "K", "Tasks that must use an entry for it to stay.", least=1)),
+            "mask-lambda": Option(0.4, flag=Flag(float, "L", "Threshold of the masks, usually 0.2 to 0.6.", least=0)),
+            "min-tasks": Option(2, flag=Flag(int, "K", "Keep entries that at least K tasks use.", least=1)),
         },
         tasks=(2, None),
     ),
@@ -296,10 +296,10 @@ _ALL = (
         "fisher", "average by how much each task's output depends on an entry", "https://arxiv.org/abs/2111.09832", "fisher:Fisher",
         {
             "weight": _WEIGHT, "normalize": Option(False),
-            "floor": Option(1e-6, flag=Flag(float, "F", "Least Fisher information of an entry.", least=0)),
+            "floor": Option(1e-6, flag=Flag(float, "F", "Smallest Fisher information of an entry.", least=0)),
             "expectation": Option(
                 "exact", ("exact", "sampled"),
-                Flag(str, "exact|sampled", "Fisher's sum over all labels, or one label drawn for each example."),
+                Flag(str, "exact|sampled", "Sum over all labels, or draw one label for each example."),
             ),
             "seed": _SEED, "max-samples": Option(256),
         },
@@ -319,7 +319,7 @@ _ALL = (
         {
             "scale": Option(0.3), "scope": Option("tensor", ("global", "tensor")),
             "steps": Option(500, flag=Flag(int, "N", "Steps of the optimiser.", least=0)),
-            "learning-rate": Option(1e-3, flag=Flag(float, "R", "Of the optimiser.", least=0)),
+            "learning-rate": Option(1e-3, flag=Flag(float, "R", "Learning rate of the optimiser.", least=0)),
             "seed": _SEED, "max-samples": Option(1000),
         },
         statistics="adamerging:LambdaCollector", collected_by=("scale", "scope", "steps", "learning-rate", "seed"),

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from peru_cli.pack.seal import PackResult
 
 
-@options.shared(lacks=["device"])
+@options.shared(
+    lacks=["device"],
+    panels={
+        "Inputs": "base add_to remove_from per_task",
+        "Method": "method seed decorrelate signs skip scale precision target exclude whole_weights residual max_error threshold keep",
+        "Output": "output merge_base dtype base_id",
+    },
+)
 def shuffle_pack(
     models: Annotated[
         list[str], typer.Argument(metavar="[TASK=]MODEL...", help="Models, PEFT LoRA adapters or peru artifacts.", show_default=False)
@@ -32,73 +39,81 @@ def shuffle_pack(
     ] = "superpose",
     threshold: Annotated[
         Optional[list[str]],
-        typer.Option("--threshold", metavar="[TASK=]L", help="Of tall-masks. Default: for each task the best of .2, .3, .4, .5, .6."),
+        typer.Option("--threshold", metavar="[TASK=]L", help="tall-masks: threshold of a task. Default: the best of .2, .3, .4, .5, .6."),
     ] = None,
     keep: Annotated[
         Optional[str],
-        typer.Option("--keep", "-k", metavar="SHARE", help="Of magnitude-masks: share of a task's entries. Default 10%."),
+        typer.Option("--keep", "-k", metavar="SHARE", help="magnitude-masks: share of a task's entries to keep. Default: 10%."),
     ] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed", min=0, metavar="N", help="Of blocks' places and signs. Default 0.")] = None,
+    seed: Annotated[
+        Optional[int], typer.Option("--seed", min=0, metavar="N", help="Seed of the permutations and signs. Default: 0.")
+    ] = None,
     decorrelate: Annotated[
         Optional[str],
-        typer.Option("--decorrelate", metavar="shuffle|shift|none", help="How blocks change places. Default shuffle.", show_default=False),
+        typer.Option(
+            "--decorrelate", metavar="shuffle|shift|none", help="How to permute repeated blocks. Default: shuffle.", show_default=False
+        ),
     ] = None,
     signs: Annotated[
-        Optional[bool], typer.Option("--signs/--no-signs", help="Random signs of columns (STA). Default yes.", show_default=False)
+        Optional[bool], typer.Option("--signs/--no-signs", help="Random signs for columns (STA). Default: yes.", show_default=False)
     ] = None,
     skip: Annotated[
-        Optional[int], typer.Option("--skip", min=1, metavar="K", help="Superpose every K-th block only, sum the others. Default 1.")
+        Optional[int], typer.Option("--skip", min=1, metavar="K", help="Superpose only every K-th block, sum the others. Default: 1.")
     ] = None,
     scale: Annotated[
         Optional[str],
-        typer.Option(
-            "--scale", "-s", metavar="S|auto", help="Factor of every task vector that comes back; auto: least squares. Default 1."
-        ),
+        typer.Option("--scale", "-s", metavar="S|auto", help="Factor of each retrieved task vector; auto: least squares. Default: 1."),
     ] = None,
     precision: Annotated[
         Optional[int],
         typer.Option(
-            "--precision", min=0, max=20, metavar="BITS", help="Of the step, below the RMS. Default: the fewest that do not show."
+            "--precision",
+            min=0,
+            max=20,
+            metavar="BITS",
+            help="Bits of precision below the RMS. Default: the fewest that make no difference.",
         ),
     ] = None,
     target: Annotated[
-        Optional[str], typer.Option("--target", metavar="REGEX", help="Superpose tensors with matching names, not what repeats.")
+        Optional[str], typer.Option("--target", metavar="REGEX", help="Superpose tensors whose names match. Default: layers that repeat.")
     ] = None,
     exclude: Annotated[
-        Optional[str], typer.Option("--exclude", metavar="REGEX", help="Do not superpose tensors with matching names.")
+        Optional[str], typer.Option("--exclude", metavar="REGEX", help="Do not superpose tensors whose names match.")
     ] = None,
     max_error: Annotated[
         Optional[float],
-        typer.Option("--max-error", min=0, metavar="E", help="Pack only tasks predicted to come back within E task vectors' lengths."),
+        typer.Option("--max-error", min=0, metavar="E", help="Fail if a task would come back with a relative error above E."),
     ] = None,
     whole_weights: Annotated[
-        bool, typer.Option("--whole-weights", help="Superpose whole weights, not differences (PSP): a baseline, and a poor one.")
+        bool, typer.Option("--whole-weights", help="Superpose weights instead of differences (PSP). A baseline, and a poor one.")
     ] = False,
     merge_base: Annotated[
-        Optional[str], typer.Option("--merge-base", metavar="DIR", help="Write the plain sums into a new base, which the pack then is of.")
+        Optional[str],
+        typer.Option("--merge-base", metavar="DIR", help="Write a new base with the sums added; the pack then belongs to it."),
     ] = None,
     residual: Annotated[
         Optional[str],
-        typer.Option("--residual", metavar="DENSITY", help="Keep the largest of what is lost: 1% of each task's entries."),
+        typer.Option("--residual", metavar="DENSITY", help="Also store the largest errors: this share of each task's entries, e.g. 1%."),
     ] = None,
-    add_to: Annotated[Optional[Path], typer.Option("--add-to", metavar="PACK", help="OUT is PACK and these tasks.")] = None,
+    add_to: Annotated[Optional[Path], typer.Option("--add-to", metavar="PACK", help="Add these tasks to PACK and write OUT.")] = None,
     remove_from: Annotated[
-        Optional[Path], typer.Option("--remove-from", metavar="PACK", help="OUT is PACK without these tasks, given as they were packed.")
+        Optional[Path],
+        typer.Option("--remove-from", metavar="PACK", help="Remove these tasks from PACK and write OUT. Name the models that were packed."),
     ] = None,
     per_task: Annotated[
-        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Keep tensors with matching names for each task (heads).")
+        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors whose names match for each task (heads).")
     ] = None,
     dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="What tasks come back in. Default: what they have.")
+        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Data type of retrieved tasks. Default: their own.")
     ] = None,
     base_id: Annotated[
-        Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
+        Optional[str], typer.Option("--base-id", metavar="ID", help="Public name of the base to record, e.g. org/name@commit.")
     ] = None,
     *,
     publishing: options.Publishing,
     run: options.Running,
 ) -> None:
-    """Superpose many fine-tunes in the space of one; `peru unpack --task` gets each of them back, nearly.
+    """Superpose many fine-tunes in the space of one; `peru unpack --task` gets each of them back, approximately.
 
     peru shuffle-pack a=MODEL b=MODEL c=MODEL --base BASE -o pack.safetensors --seed 7
 
@@ -334,4 +349,4 @@ def _report(result: PackResult, merge_base: Optional[str], published: dict[str, 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(name="shuffle-pack")(shuffle_pack)
+    app.command("shuffle-pack", cls=options.Command)(shuffle_pack)

@@ -22,49 +22,61 @@ if TYPE_CHECKING:
     from peru_cli.publish.run import Destination
 
 
-@options.shared()
+@options.shared(
+    panels={
+        "Inputs": "base rename per_task allow_unpaired",
+        "How much to keep": "keep max_bytes bits min_quality lossless scope values",
+        "Output": "output base_id",
+    }
+)
 def prune(
     models: Annotated[
         list[str], typer.Argument(metavar="[TASK=]MODEL", help="Fine-tunes: folders, .safetensors or .bin files, LoRA adapters, artifacts.")
     ],
     base: options.Base,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The artifact; a folder for several fine-tunes.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="OUT", help="The artifact, a .safetensors file; for several fine-tunes a folder.")
+    ],
     keep: Annotated[
-        Optional[str], typer.Option("--keep", "-k", metavar="DENSITY", help="Share of entries to keep: 10% or 0.1, largest changes first.")
+        Optional[str],
+        typer.Option("--keep", "-k", metavar="DENSITY", help="Keep this share of the entries, largest changes first: 10% or 0.1."),
     ] = None,
     max_bytes: Annotated[
         Optional[str],
-        typer.Option(
-            "--max-bytes", metavar="SIZE", help="The least error in so many bytes, of all artifacts together: 3MB. Mixed artifacts."
-        ),
+        typer.Option("--max-bytes", metavar="SIZE", help="Least error in at most this size, over all tasks together: 3MB."),
     ] = None,
     bits: Annotated[
-        Optional[str], typer.Option("--bits", metavar="NUMBER", help="The same as bits for each parameter, heads not counted: 0.1.")
+        Optional[str],
+        typer.Option("--bits", metavar="NUMBER", help="Least error in at most so many bits per parameter, heads not counted: 0.1."),
     ] = None,
     min_quality: Annotated[
         Optional[str],
-        typer.Option("--min-quality", metavar="SHARE", help="The fewest bytes that keep this share of the task vector's energy: 90%."),
+        typer.Option("--min-quality", metavar="SHARE", help="Fewest bytes that keep this share of the task vector's energy: 90%."),
     ] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Keep every changed entry: unpack gives the fine-tune bit for bit.")] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Keep every changed entry: unpack returns the fine-tune bit for bit.")
+    ] = False,
     scope: Annotated[
-        str, typer.Option("--scope", metavar="global|tensor", help="Take the largest over the whole task vector, or in each tensor.")
+        str, typer.Option("--scope", metavar="global|tensor", help="With --keep: the largest of the whole task vector, or of each tensor.")
     ] = "global",
     values: Annotated[
         str,
-        typer.Option("--values", metavar="auto|exact|bf16", help="auto: exact for 16-bit weights, bf16 differences for wider."),
+        typer.Option(
+            "--values", metavar="auto|exact|bf16", help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones."
+        ),
     ] = "auto",
     per_task: Annotated[
-        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors with matching names whole (heads).")
+        Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors whose names match whole (heads).")
     ] = None,
     rename: Annotated[
         Optional[list[str]],
-        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes, to the base's names. Repeat it."),
+        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes to match the base. Repeatable."),
     ] = None,
     allow_unpaired: Annotated[
-        bool, typer.Option("--allow-unpaired", help="Store tensors without a partner whole, even if they are above 10% of the bytes.")
+        bool, typer.Option("--allow-unpaired", help="Store tensors that the base lacks whole, even above 10% of the bytes.")
     ] = False,
     base_id: Annotated[
-        Optional[str], typer.Option("--base-id", metavar="ID", help="The base's public name to record, e.g. org/name@commit.")
+        Optional[str], typer.Option("--base-id", metavar="ID", help="Public name of the base to record, e.g. org/name@commit.")
     ] = None,
     *,
     publishing: options.Publishing,
@@ -82,10 +94,10 @@ def prune(
 
     peru prune MODEL --base BASE -o a.safetensors --lossless
 
-    --keep is Post-Pruning, with a merged base PERU-FFT: sparse deltas. --max-bytes, --bits and --min-quality choose low
-    rank, precision and plain values for every tensor, with one price for all of them.
+    --keep writes sparse deltas: Post-Pruning, or PERU-FFT if the base is a merge. --max-bytes, --bits and --min-quality choose rank and
+    precision for each tensor, at one price for all.
 
-    A prune --keep that was killed goes on where it was when the same command is typed again; --force starts afresh.
+    If prune --keep was killed, type the same command again to continue it; --force starts afresh.
     """
     goal = parse_goal(max_bytes, bits, min_quality)
     if (keep is not None) + lossless + (goal is not None) != 1:
@@ -260,4 +272,4 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(prune)
+    app.command(cls=options.Command)(prune)

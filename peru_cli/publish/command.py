@@ -66,4 +66,4 @@ def push(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(push)
+    app.command(cls=options.Command)(push)

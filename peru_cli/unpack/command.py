@@ -19,26 +19,25 @@ def unpack(
         str, typer.Argument(metavar="ARTIFACT", help="What `peru prune`, `shuffle-pack` or `merge` wrote, or a LoRA adapter.")
     ],
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="OUT", help="A directory, a .safetensors file, or - for one file on stdout.")
+        str, typer.Option("--output", "-o", metavar="OUT", help="A folder, a .safetensors file, or - for one file on stdout.")
     ],
     base: Annotated[
-        Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The base. Default: the one on the Hub that the artifact names.")
+        Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The base. Default: the Hub model that the artifact names.")
     ] = None,
     task: Annotated[
         Optional[str],
-        typer.Option(
-            "--task", metavar="TASK", help="Which task of a pack, of a merge that keeps heads, or of a folder or repo of artifacts."
-        ),
+        typer.Option("--task", metavar="TASK", help="Which task, if there are several: in a pack, a merge, or a folder of artifacts."),
     ] = None,
     dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Write floating tensors in this dtype.")
+        Optional[str],
+        typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Data type of the output. Default: that of the fine-tune."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard of a directory.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of a shard.")] = "5GB",
     *,
     publishing: options.Publishing,
     run: options.Running,
 ) -> None:
-    """Give a fine-tune back from its base and its artifact, its pack or its LoRA adapter; of a merge, the model under a task's head.
+    """Rebuild a fine-tune from its base and an artifact, a pack or a LoRA adapter; from a merge, the model with one task's head.
 
     peru unpack a.safetensors --base BASE -o restored/
 
@@ -84,4 +83,4 @@ def unpack(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(unpack)
+    app.command(cls=options.Command)(unpack)

@@ -18,13 +18,13 @@ def verify(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare what peru wrote with the digests that it carries; say of what that cannot be done. Reads everything once.
+    """Check files that peru wrote against the digests they carry. Says which files cannot be checked. Reads everything once.
 
     peru verify a.safetensors
 
     peru verify merged/ adapter/
 
-    Exit code 1 if something was changed. Whoever changes a file and its digests together is not found: see docs/trust.md.
+    The exit code is 1 if a file was changed. A file whose digests were changed along with it is not detected: see docs/trust.md.
     """
     from peru_cli.checkpoints.local import inputs
     from peru_cli.verify.run import CHANGED, UNKNOWN
@@ -49,4 +49,4 @@ def verify(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command()(verify)
+    app.command(cls=options.Command)(verify)

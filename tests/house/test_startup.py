@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import peru_cli
 from peru_cli.cli import app
+from peru_cli.methods.table import METHODS
 
 HEAVY = {"torch", "numpy", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib"}
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
@@ -49,6 +51,12 @@ def options_of(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?![\w])", text))
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help in this process as wide as in a process of its own."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 120)
+
+
 def test_the_known_commands_are_there() -> None:
     assert {"prune", "unpack"} <= set(COMMANDS)
 
@@ -75,25 +83,24 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_declared_option_is_in_the_help(name: str) -> None:
-    """What a user can type must be found in the help: nothing hidden, nothing cut off at 120 columns."""
+def test_every_declared_option_is_in_the_help(name: str, peru: Callable[..., str], wide: None) -> None:
+    """What a user can type must be found in the help: nothing cut off at 120 columns, every method's options in that method's help."""
     import typer.main
 
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     declared = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
-    assert declared - {"--help", "-h"} <= options_of(probe(name, "--help")[0])
+    found = options_of(probe(name, "--help")[0])
+    if name == "merge":
+        found |= {option for method in METHODS for option in options_of(peru("merge", "--help", "--method", method))}
+    assert declared - {"--help", "-h"} <= found
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_documented(name: str) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-    if not page.is_file():
-        pytest.skip("docs/cli.md is not written yet")
-    section = re.split(r"(?m)^#+ ", page.read_text("utf-8"))
-    mine = "\n".join(part for part in section if re.match(rf"`?(peru )?{name}\b", part))
-    assert mine, f"docs/cli.md has no section on {name}"
-    missing = options_of(probe(name, "--help")[0]) - options_of(mine) - {"--help", "-h"}
-    assert not missing, f"docs/cli.md does not name {sorted(missing)} of {name}"
+@pytest.mark.parametrize("method", ["ties", "karcher", "regmean"])
+def test_the_help_of_a_method_has_its_options_and_no_others(method: str, peru: Callable[..., str], wide: None) -> None:
+    found = options_of(peru("merge", "--method", method, "--help"))
+    own = {f"--{name}" for name in METHODS[method].options}
+    others = {f"--{name}" for one in METHODS.values() for name in one.options} - own
+    assert own <= found and not others & found
 
 
 def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
