@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peru_cli.errors import UsageError
+from peru_cli.kernels.random import words
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.philox import stream_key, words
+from peru_cli.methods.philox import stream_key
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
 from peru_cli.streaming.arrays import Array

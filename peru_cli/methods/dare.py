@@ -18,9 +18,10 @@ from fractions import Fraction
 
 import numpy as np
 
+from peru_cli.kernels.random import below
 from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.philox import stream_key, words
+from peru_cli.methods.philox import stream_key
 from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
 from peru_cli.methods.ties import disjoint_merge, elected_signs
 from peru_cli.streaming.arrays import Array, Arrays, Host
@@ -29,7 +30,7 @@ from peru_cli.streaming.arrays import Array, Arrays, Host
 def survivors(xp: Arrays, seed: int, task: str, tensor: str, start: int, n: int, density: Fraction) -> Array | None:
     """True where an entry stays; bool (n,), None if all do."""
     limit = int(density * 2**32)
-    return xp.upload(words(stream_key(seed, task, tensor), start, n) < limit) if limit < 2**32 else None
+    return xp.upload(below(stream_key(seed, task, tensor), start, n, limit)) if limit < 2**32 else None
 
 
 class Dare(Rule):

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from peru_cli.methods.philox import stream_key, words
+from peru_cli.kernels.random import words
+from peru_cli.methods.philox import stream_key
 
 OVERSAMPLING = 16  # at least so many more directions than are wanted in the range finder, or half as many again
 GAIN = 3e-3  # it stops when an iteration gains less than this share of the squared error

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.methods.philox import stream_key, words
+from peru_cli.kernels.random import words
+from peru_cli.methods.philox import stream_key
 
 DECORRELATE = ("shuffle", "shift", "none")
 LARGEST = 1 << 23  # of one task's integers: a float32 holds it, and 255 of them fit 32 bits

@@ -13,6 +13,7 @@ ROOMS = [
     "errors",
     "shown",
     "console",
+    "kernels",
     "checkpoints",
     "streaming",
     "methods",

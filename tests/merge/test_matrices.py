@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peru_cli.kernels.random import words
 from peru_cli.merge import matrices as engine
 from peru_cli.methods import matrices as panels
 from peru_cli.methods.by_tensor import ByTensor
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.philox import stream_key, words
+from peru_cli.methods.philox import stream_key
 from peru_cli.methods.table import METHODS, effective_values
 from tests.conftest import save
 from tests.merge.test_methods import Merged, family

@@ -9,14 +9,12 @@ import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from peru_cli.methods.philox import philox, stream_key, words
 from tests.conftest import raw, run_peru, save
 from tests.support.merge_reference import Table, breadcrumbs, consensus, flatten, slerp, ties_authors, ties_mergekit
 
@@ -160,27 +158,6 @@ def test_slerp(tmp_path: Path, peru, t: float) -> None:
     got = case.run("-m", "slerp", "--t", t, base=False)
     for name in SHAPES:
         close(got[name].view(-1), slerp(fine[0][name].view(-1), fine[1][name].view(-1), t))
-
-
-def test_philox_known_answers() -> None:
-    """Random123's kat_vectors for philox4x32-10: counter, key, output."""
-    cases = [
-        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0), [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
-    ]
-    for counter, key, expected in cases:
-        got = philox([np.array([word], dtype=np.uint64) for word in counter], key)
-        assert [int(word[0]) for word in got] == expected
-
-
-def test_random_words_do_not_depend_on_where_a_tile_begins() -> None:
-    key = stream_key(7, "news", "layer.weight")
-    whole = words(key, 0, 1000)
-    for start, n in ((0, 1), (3, 5), (999, 1), (4, 996), (501, 0)):
-        assert np.array_equal(words(key, start, n), whole[start : start + n])
-    assert len(words(key, (1 << 34) + 1, 6)) == 6
-    assert stream_key(7, "news", "layer.weight") != stream_key(7, "news", "layer.bias")
 
 
 @pytest.mark.parametrize("method", ["dare", "dare-ties"])

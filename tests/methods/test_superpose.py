@@ -14,8 +14,8 @@ import transformers as tr
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.kernels.random import words
 from peru_cli.methods import superpose as sp
-from peru_cli.methods.philox import words
 
 TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**TINY, "vocab_size": 60, "max_position_embeddings": 20}

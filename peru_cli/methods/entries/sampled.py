@@ -14,9 +14,10 @@ from abc import abstractmethod
 
 import numpy as np
 
+from peru_cli.kernels.random import words
 from peru_cli.methods.matrices import Matrices, MatrixRule, add, elect, halved_sum
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.philox import stream_key, words
+from peru_cli.methods.philox import stream_key
 from peru_cli.streaming.arrays import Host
 
 _NOTHING = 1e-7  # an L1 norm that is none

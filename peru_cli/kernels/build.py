@@ -1,0 +1,161 @@
+"""Python loops compiled by numba when they are first called, kept as object files, and called without the GIL.
+
+numba is imported only to compile. Later processes load the object file through llvmlite, which takes a third of the time that
+importing numba takes. Nothing is reordered or fused (no fastmath): additions and products are rounded one by one as NumPy
+rounds them, so the results are the same bits on every processor.
+
+    @kernels("*b *f4 i8", over={"BF16": {"b": "i2"}, ...})
+    def widen_all(bits, out, n): ...
+
+    widen_all["BF16"](bits, out, len(bits))
+
+A signature has one word for each argument: `i1 i2 i4 i8 u1 u2 u4 u8 f4 f8`, with a star for memory of such entries. Memory is
+passed as a contiguous array of entries of that size, whatever their kind: a float may be looked at as an integer. What a loop
+returns is an integer, or nothing. Functions that a loop calls are compiled along. With `over` there is one loop for each name in
+it; the table beside the name says what takes the place of words in the signature and of names in the code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from peru_cli.console import console
+from peru_cli.kernels import objects
+
+_KINDS = {
+    "i1": ctypes.c_int8, "i2": ctypes.c_int16, "i4": ctypes.c_int32, "i8": ctypes.c_int64,
+    "u1": ctypes.c_uint8, "u2": ctypes.c_uint16, "u4": ctypes.c_uint32, "u8": ctypes.c_uint64,
+    "f4": ctypes.c_float, "f8": ctypes.c_double,
+}  # fmt: skip
+_SYMBOL = "peru_kernel"
+_LIBRARY = {"memset", "memcpy", "memmove"}  # what compiled loops may call: it is there in every process
+_lock = threading.RLock()
+_engines: list[Any] = []  # they own the machine code
+_told = False
+
+
+class Kernel:
+    """One compiled loop; see the module."""
+
+    def __init__(self, function: Callable[..., Any], signature: str, name: str, bound: Mapping[str, Any]) -> None:
+        words = [word.replace(word.lstrip("*"), str(bound.get(word.lstrip("*"), word.lstrip("*")))) for word in signature.split()]
+        self.name, self._function, self._bound = name, function, bound
+        self._words = words
+        self._sizes = [np.dtype(word[1:]).itemsize if word[0] == "*" else 0 for word in words]
+        self._entry: Callable[..., int] | None = None
+
+    def __call__(self, *arguments: Any) -> int:
+        """Run the loop. TypeError for memory that is not what the signature says."""
+        entry = self._entry or self._load()
+        result = ctypes.c_int64(0)
+        where = ctypes.addressof(result)
+        error = ctypes.c_void_p()
+        if entry(where, ctypes.addressof(error), *map(self._address, arguments, self._sizes)):
+            raise RuntimeError(f"the loop {self.name} raised an error")  # none of them can
+        return result.value
+
+    def _address(self, argument: Any, size: int) -> Any:
+        if not size:
+            return argument
+        if argument.dtype.itemsize != size or not (argument.flags.c_contiguous and argument.flags.aligned):
+            raise TypeError(f"{self.name} takes contiguous entries of {size} bytes, not {argument.dtype} with strides {argument.strides}")
+        return argument.__array_interface__["data"][0]
+
+    def _load(self) -> Callable[..., int]:
+        """The machine code, from the cache or compiled now."""
+        with _lock:
+            if self._entry is None:
+                import llvmlite
+                import llvmlite.binding as llvm
+
+                llvm.initialize_native_target()
+                llvm.initialize_native_asmprinter()
+                cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+                machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
+                path = objects.path_of(self.name, self.name, llvmlite.__version__, machine.triple, cpu, features)
+                code = objects.load(path)
+                if code is None:
+                    code = self._compile(machine)
+                    objects.store(path, code)
+                engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+                engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+                engine.finalize_object()
+                _engines.append(engine)
+                taken: list[Any] = [ctypes.c_void_p if word[0] == "*" else _KINDS[word] for word in self._words]
+                prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *taken)
+                self._entry = prototype(engine.get_function_address(_SYMBOL))
+            return self._entry
+
+    def _compile(self, machine: Any) -> bytes:
+        """The object file: numba's code of this loop, without what would let Python call it."""
+        global _told
+        if not _told:
+            console.note("compiling loops for this processor: a few seconds, once")
+            _told = True
+        import llvmlite.binding as llvm
+        import numba
+
+        types: Any = numba.types
+
+        def typed(word: str) -> Any:
+            entry = getattr(types, np.dtype(word.lstrip("*")).name)
+            return types.CPointer(entry) if word[0] == "*" else entry
+
+        # Functions along with it are inlined: of them, nothing is left that a later process would have to find.
+        compiled: Any = numba.njit(tuple(map(typed, self._words)), nogil=True, error_model="numpy")(
+            _with_functions(self._function, self._bound)
+        )
+        signature = compiled.signatures[0]
+        module = llvm.parse_assembly(compiled.inspect_llvm(signature))
+        wanted = compiled.overloads[signature].fndesc.llvm_func_name
+        for function in module.functions:
+            if function.name == wanted:
+                function.name = _SYMBOL
+            elif not function.is_declaration:
+                function.linkage = "internal"
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes = llvm.create_new_module_pass_manager()
+        passes.add_global_dead_code_eliminate_pass()
+        passes.run(module, builder)
+        foreign = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")} - _LIBRARY
+        assert not foreign, f"{self.name} calls {foreign}"
+        return bytes(machine.emit_object(module))
+
+
+def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> Callable[..., Any]:
+    """The loop with names bound, and with the Python functions that it names compiled."""
+    import numba
+
+    assert isinstance(function, FunctionType)
+    names = {**function.__globals__, **bound}
+    for name in function.__code__.co_names:
+        if isinstance(names.get(name), FunctionType):
+            names[name] = numba.njit(error_model="numpy", forceinline=True)(_with_functions(names[name], bound))
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
+class Kernels:
+    """Loops that differ by what they are made for."""
+
+    def __init__(self, function: Callable[..., Any], signature: str, over: Mapping[str, Mapping[str, Any]]) -> None:
+        name = function.__name__
+        self._loops = {what: Kernel(function, signature, f"{name}-{what}", bound) for what, bound in over.items()}
+
+    def __getitem__(self, what: str) -> Kernel:
+        return self._loops[what]
+
+
+def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Compile a function when it is first called; see the module."""
+    return lambda function: Kernel(function, signature, function.__name__, {})
+
+
+def kernels(signature: str, over: Mapping[str, Mapping[str, Any]]) -> Callable[[Callable[..., Any]], Kernels]:
+    """The same, one for each of several variants."""
+    return lambda function: Kernels(function, signature, over)

@@ -1,0 +1,80 @@
+"""Compiled loops as files in the user's cache folder, so that they are compiled once for each processor.
+
+A file holds the SHA-256 of what follows it, then an object file. Whatever is damaged, foreign or cannot be read is compiled
+again; whatever cannot be written stays in memory. Files appear whole, so several processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+@cache
+def sources() -> bytes:
+    """A digest of all that loops are compiled from: the files of this folder."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.digest()
+
+
+def _folder() -> Path:
+    """NUMBA_CACHE_DIR, or a folder of the user's cache."""
+    if given := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(given) / "peru"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "peru" / "kernels"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "peru" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peru" / "kernels"
+
+
+def path_of(name: str, *what: str) -> Path | None:
+    """Where a loop's object file is or goes: named by the sources and by `what` else decides it. None without a home."""
+    digest = hashlib.sha256(sources() + "\0".join(what).encode()).hexdigest()[:24]
+    try:
+        return _folder() / f"{name}-{digest}.o"
+    except (RuntimeError, OSError):  # no home
+        return None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else could have put the file there: it is code that will be run."""
+    if not hasattr(os, "getuid"):
+        return True
+    return all(found.st_uid == os.getuid() and not found.st_mode & 0o022 for found in (path.stat(), path.parent.stat()))
+
+
+def load(path: Path | None) -> bytes | None:
+    """An object file; None if there is none that can be trusted."""
+    with suppress(OSError):
+        if path is not None and _is_ours(path):
+            data = path.read_bytes()
+            if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+                return data[_DIGEST:]
+    return None
+
+
+def store(path: Path | None, data: bytes) -> None:
+    """Keep an object file for later, if that is possible."""
+    if path is None:
+        return
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(data).digest() + data)
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise

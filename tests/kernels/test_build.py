@@ -1,0 +1,110 @@
+"""How loops are compiled, kept and found again: never a failure, never a rounding that NumPy does not make."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peru_cli.kernels import build, objects
+from peru_cli.kernels.build import kernel
+
+DRAW = """
+import sys
+from peru_cli.kernels.random import words
+print(words((0, 0), 0, 4).tolist(), "numba" in sys.modules)
+"""
+FIRST = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def _multiply_add(a, b, c, out, n):
+    for i in range(n):
+        out[i] = a[i] * b[i] + c[i]
+
+
+def _add_up(a, n, out):
+    total = a[0]
+    for i in range(1, n):
+        total += a[i]
+    out[0] = total
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    return tmp_path / "peru"
+
+
+def draw() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", DRAW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_products_and_sums_are_rounded_one_by_one(folder: Path) -> None:
+    """A fused multiply-add rounds once, and a sum in another order elsewhere: neither is what NumPy gives."""
+    noise = np.random.default_rng(0)
+    a, b, c = (noise.standard_normal(4099).astype(np.float32) for _ in range(3))
+    out = np.empty_like(a)
+    kernel("*f4 *f4 *f4 *f4 i8")(_multiply_add)(a, b, c, out, len(a))
+    assert np.array_equal(out, a * b + c)
+    exact = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert not np.array_equal(out, exact)  # which a fused one would nearly always give
+    total = np.empty(1, np.float32)
+    kernel("*f4 i8 *f4")(_add_up)(a, len(a), total)
+    assert total[0] == np.add.accumulate(a)[-1]
+
+
+def test_memory_of_another_width_or_with_gaps_is_refused(folder: Path) -> None:
+    add = kernel("*f4 i8 *f4")(_add_up)
+    for wrong in (np.zeros(4), np.zeros(8, np.float32)[::2]):
+        with pytest.raises(TypeError, match="contiguous entries of 4 bytes"):
+            add(wrong, 4, np.zeros(1, np.float32))
+
+
+def test_two_processes_at_once_and_a_third_that_needs_no_numba(folder: Path) -> None:
+    both = [draw(), draw()]
+    for process in both:
+        out, said = process.communicate(timeout=120)
+        assert out.split("] ")[0] + "]" == str(FIRST), said
+        assert "compiling loops" in said
+    assert [path.suffix for path in folder.iterdir()] == [".o"]
+    out, said = draw().communicate(timeout=120)
+    assert out == f"{FIRST} False\n" and not said
+
+
+def test_what_cannot_be_kept_or_trusted_is_compiled_again(folder: Path) -> None:
+    def answer() -> object:
+        total = np.empty(1, np.float32)
+        kernel("*f4 i8 *f4")(_add_up)(np.ones(3, np.float32), 3, total)
+        return total[0]
+
+    assert answer() == 3
+    (kept,) = folder.iterdir()
+    good = kept.read_bytes()
+    kept.write_bytes(good[:-1] + b"?")
+    assert objects.load(kept) is None and answer() == 3 and objects.load(kept) is not None
+    kept.chmod(0o666)  # anybody could have written it
+    assert objects.load(kept) is None
+    kept.unlink()
+    folder.rmdir()
+    folder.write_text("a file where the folder should be")
+    assert answer() == 3
+
+
+def test_without_a_home_loops_stay_in_memory(monkeypatch) -> None:
+    monkeypatch.setattr(objects, "_folder", lambda: Path("~nobody-of-that-name").expanduser())
+    assert objects.path_of("x") is None and objects.load(None) is None
+    objects.store(None, b"")
+
+
+def test_every_loop_has_a_name_of_its_own() -> None:
+    """Files are named by it, and their contents are trusted."""
+    seen: list[str] = []
+    for module in sorted(Path(build.__file__).parent.glob("*.py")):
+        names = vars(__import__(f"peru_cli.kernels.{module.stem}", fromlist=["x"])).values() if module.stem != "__init__" else []
+        for found in names:
+            seen += [found.name] if isinstance(found, build.Kernel) else []
+            seen += [loop.name for loop in found._loops.values()] if isinstance(found, build.Kernels) else []
+    assert len(seen) == len(set(seen)) > 0
