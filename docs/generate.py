@@ -16,7 +16,7 @@ from typer.completion import get_completion_script
 
 from peru_cli.methods.table import FLAGS, METHODS, Flag, flag_help, shown
 
-COMMANDS = ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "verify", "eval", "demo")
+COMMANDS = ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "export", "inspect", "verify", "eval", "demo")
 COMPLETIONS = {"bash": "peru.bash", "zsh": "_peru", "fish": "peru.fish"}
 
 

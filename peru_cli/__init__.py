@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from peru_cli.version import __version__
 
 if TYPE_CHECKING:
+    from peru_cli.export.patches import Patch as Patch
+    from peru_cli.export.patches import patches as patches
     from peru_cli.live.apply import apply as apply
     from peru_cli.live.apply import open_artifact as open_artifact
 
-__all__ = ["__version__", "apply", "open_artifact"]
+__all__ = ["Patch", "__version__", "apply", "open_artifact", "patches"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from peru_cli.live import apply as live
 
         return getattr(live, name)
+    if name in ("patches", "Patch"):
+        from peru_cli.export import patches as exported
+
+        return getattr(exported, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

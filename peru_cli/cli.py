@@ -19,6 +19,7 @@ from peru_cli.console import console
 from peru_cli.demo import command as demo
 from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, ReportLost, UsageError, from_os_error
 from peru_cli.evaluate import command as eval
+from peru_cli.export import command as export
 from peru_cli.inspect import command as inspect
 from peru_cli.lora import command as svd_lora
 from peru_cli.merge import command as merge
@@ -40,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, inspect, verify, eval, demo):
+for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, export, inspect, verify, eval, demo):
     command.register(app)
 
 

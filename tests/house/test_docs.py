@@ -72,6 +72,13 @@ def test_the_tour_runs_as_written(family: Path, monkeypatch: pytest.MonkeyPatch)
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_on_engines_runs_as_written(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family)
+    for line in "\n".join(blocks("docs/engines.md", "sh")).splitlines():
+        execute(line)
+    assert (family / "weight_v000001" / "model.safetensors.index.json").exists() and (family / "patch" / "patch.safetensors").exists()
+
+
 def test_every_command_is_in_the_readme() -> None:
     for command in ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "verify", "eval", "demo"):
         assert f"peru {command}" in PAGES["README.md"]

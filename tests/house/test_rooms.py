@@ -28,6 +28,7 @@ ROOMS = [
     "prune",
     "merge",
     "unpack",
+    "export",
     "lora",
     "pack",
     "evaluate",

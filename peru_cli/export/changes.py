@@ -1,0 +1,141 @@
+"""What a fine-tune changed, tensor by tensor and piece by piece: absolute values at flat positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
+from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import Mismatch
+from peru_cli.finetunes.fine_tune import FromArtifact
+from peru_cli.finetunes.verify import Proven
+from peru_cli.shown import listed
+from peru_cli.streaming.tiles import CHUNK
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_PIECE = 16 * CHUNK  # entries read at once: whole chunks, for their digests; few enough for a core's cache
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the fine-tune and what the engine has in its place: None if it has no such tensor, or of another shape or dtype."""
+
+    name: str  # the base's name where there is one
+    info: TensorInfo
+    base: TensorInfo | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed in one tensor. `positions` are flat, ascending and unique, (k,) int64; None if `raw` is the whole tensor."""
+
+    target: Target
+    positions: Array | None
+    raw: bytes  # k values, or all of them, in the tensor's dtype
+
+
+class Changes:
+    """The changes of a fine-tune against its base. Every byte of it is read once, in order, so that digests can prove it."""
+
+    def __init__(self, fine: Checkpoint, base: Checkpoint) -> None:
+        self.fine, self.base = fine, base
+        self._proven = Proven(fine) if isinstance(fine, FromArtifact) else None
+        pairing = pair_checkpoints(fine, base)
+        pairs = {pair.fine.name: pair for pair in pairing.pairs}
+        self.targets = [_target(info, pairs.get(name)) for name, info in sorted(fine.tensors.items())]
+        self.entries = sum(target.info.entries for target in self.targets)
+
+    def check_in_place(self) -> None:
+        """Mismatch unless each tensor can be patched in the engine's own checkpoint."""
+        if isinstance(self.base, Dequantized):
+            raise Mismatch(
+                f"{self.base.label} holds quantised weights, which engines keep as codes", "export between checkpoints of floats"
+            )
+        new = [target.name for target in self.targets if target.base is None]
+        if new:
+            raise Mismatch(
+                f"{self.fine.label} has tensors that {self.base.label} lacks, or has in another shape or dtype: {listed(new)}",
+                "engines patch the tensors that they have: send this model whole (peru unpack), or leave the tensors out of the fine-tune",
+            )
+
+    def pieces(self, target: Target) -> Iterator[tuple[int, memoryview, memoryview | None]]:
+        """A tensor from its first to its last entry: position, bytes of the fine-tune, bytes of the base (None if it has none).
+
+        The bytes are valid until the next piece.
+        """
+        reader = self._proven or self.fine
+        dtype, entries = target.info.dtype, target.info.entries
+        rooms = [bytearray(dtype.nbytes(min(_PIECE, entries))) for _ in range(2)]
+        for start in range(0, entries, _PIECE):
+            nbytes = dtype.nbytes(min(_PIECE, entries - start))
+            ours, theirs = (memoryview(room)[:nbytes] for room in rooms)
+            reader.read_into(target.info.name, dtype.nbytes(start), ours)
+            if target.base is None:
+                yield start, ours, None
+                continue
+            self.base.read_into(target.base.name, dtype.nbytes(start), theirs)
+            yield start, ours, theirs
+
+    def change(self, target: Target, index_bytes: int, dense: bool | None = None) -> Change | None:
+        """What changed in a tensor; None if nothing did.
+
+        With `dense` None the form is the smaller one when a position takes `index_bytes`. Memory: at most the tensor twice.
+        """
+        dtype = target.info.dtype
+        bits = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}.get(dtype.bits)
+        if target.base is None or bits is None or dense:
+            return self._whole(target, always=target.base is None)
+        places, values, whole = list[Array](), list[bytes](), bytearray()
+        limit = target.info.nbytes if dense is None else None
+        found = 0
+        for start, ours, theirs in self.pieces(target):
+            if limit is not None:
+                whole += ours
+            fine = np.frombuffer(ours, bits)
+            changed = _differing(fine, np.frombuffer(theirs or b"", bits))
+            found += len(changed)
+            if limit is None or found * (index_bytes + dtype.bits // 8) < limit:
+                places.append(changed + start)
+                values.append(fine[changed].tobytes())
+        if not found:
+            return None
+        if limit is not None and found * (index_bytes + dtype.bits // 8) >= limit:
+            return Change(target, None, bytes(whole))
+        return Change(target, np.concatenate(places), b"".join(values))
+
+    def _whole(self, target: Target, always: bool) -> Change | None:
+        room, changed = bytearray(target.info.nbytes), always
+        for start, ours, theirs in self.pieces(target):
+            at = target.info.dtype.nbytes(start)
+            room[at : at + len(ours)] = ours
+            changed = changed or ours != theirs
+        return Change(target, None, bytes(room)) if changed else None
+
+    def prove(self) -> None:
+        """All was read: Mismatch if the base is another one, BadFile if the artifact was altered."""
+        if self._proven is not None:
+            self._proven.prove()
+
+
+def _differing(a: Array, b: Array) -> Array:
+    """Where two arrays of integers differ; (n,), (n,) -> (k,) int64, ascending. Looks at eight bytes at once first: most are alike."""
+    each = 8 // a.itemsize
+    whole = len(a) // each * each
+    words = np.flatnonzero(a[:whole].view(np.uint64) != b[:whole].view(np.uint64))
+    near = (words[:, None] * each + np.arange(each)).ravel() if each > 1 else words
+    near = np.concatenate((near, np.arange(whole, len(a))))
+    found: Array = near[a[near] != b[near]]
+    return found
+
+
+def _target(info: TensorInfo, pair: Pair | None) -> Target:
+    if pair is None:
+        return Target(info.name, info, None)
+    alike = (pair.base.shape, pair.base.dtype) == (info.shape, info.dtype)
+    return Target(pair.base.name, info, pair.base if alike else None)

@@ -1,0 +1,95 @@
+"""`peru export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from peru_cli import options
+from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.errors import UsageError
+
+_TO = ("sglang", "prime-rl", "trl")
+
+
+@options.shared(
+    lacks=["device", "threads", "tile_entries"],
+    panels={"Inputs": "base task", "Output": "output to step base_step"},
+)
+def export(
+    model: Annotated[str, typer.Argument(metavar="X", help="An artifact, a pack, a LoRA adapter or a fine-tuned checkpoint.")],
+    *,
+    base: options.Base,
+    task: Annotated[Optional[str], typer.Option("--task", metavar="TASK", help="Which task of a pack or folder.")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The update's folder; for SGLang weight_v000001 and so on.")],
+    to: Annotated[str, typer.Option("--to", metavar="|".join(_TO), help="The engine or trainer that reads it.")],
+    step: Annotated[
+        Optional[int], typer.Option("--step", metavar="N", help="Number of this update. Default for SGLang: what the folder's name says.")
+    ] = None,
+    base_step: Annotated[
+        Optional[int], typer.Option("--base-step", metavar="M", help="The update that must be applied before. Default: N - 1.")
+    ] = None,
+    run: options.Running,
+) -> None:
+    """Write what a fine-tune changed as the weight update that a serving engine reads: new values, tensor by tensor.
+
+    peru export a.safetensors --base BASE --to sglang -o weight_v000001
+
+    peru export step-20.safetensors --base step-10/ --to prime-rl --step 20 --base-step 10 -o update/
+
+    Artifacts are verified while they are read. Nothing appears in OUT if base or artifact are wrong.
+    """
+    if to not in _TO:
+        raise UsageError(f"--to {to!r} is not one of {', '.join(_TO)}")
+
+    from peru_cli.checkpoints.local.atomic import PartialDirectory, check_target
+    from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.export.changes import Changes
+    from peru_cli.export.formats import FORMATS, parse_step
+    from peru_cli.finetunes.fine_tune import FromArtifact
+    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.finetunes.verify import verify_expanded
+    from peru_cli.vectors.settings import streaming
+
+    target = Path(output)
+    number = parse_step(to, target, step, base_step)
+    check_target(target, run.force or run.dry_run)
+    _need_zstandard(to)
+    with open_model(base) as below, open_fine_tune(model, below, task) as fine:
+        changes = Changes(fine, below)
+        changes.check_in_place()
+        console.note(f"{fine.label}: {fine.kind}, {plural(len(changes.targets), 'tensor')}, on {below.label}")
+        if run.dry_run:
+            console.result({"output": output, "to": to, "step": number.number, "base_step": number.before, "tensors": len(changes.targets)})
+            return
+        if not isinstance(fine, FromArtifact):  # an artifact is proven while it is read
+            with streaming("cpu", None, None, lambda entries: None) as how:
+                verify_expanded([fine], how)
+        with PartialDirectory(target, run.sync) as folder, console.progress(changes.entries, "export") as progress:
+            written = FORMATS[to](changes, folder.path, number, progress.advance)
+            changes.prove()
+            folder.commit()
+    share = f"{count(written.changed)} entries ({100 * written.changed / max(changes.entries, 1):.3g}%)"
+    console.note(f"wrote {output}: {share} in {plural(written.tensors, 'tensor')}, {si_bytes(written.nbytes)}")
+    console.result(
+        {
+            "output": output, "to": to, "step": number.number, "base_step": number.before, "bytes": written.nbytes,
+            "changed": written.changed, "entries": changes.entries, "changed_tensors": written.tensors,
+        }
+    )  # fmt: skip
+
+
+def _need_zstandard(to: str) -> None:
+    if to != "sglang":
+        return
+    try:
+        import zstandard  # noqa: F401
+    except ImportError as error:
+        raise UsageError("SGLang's format needs zstandard, which is not installed", "pip install 'peru-cli[export]'") from error
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(cls=options.Command)(export)

@@ -1,0 +1,81 @@
+"""`peru_cli.patches`: what a fine-tune changed, as tensors for an engine in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from peru_cli.checkpoints.resolve import open_model
+from peru_cli.errors import BadFile, UsageError
+from peru_cli.export.changes import Change, Changes
+from peru_cli.finetunes.open import open_fine_tune
+from peru_cli.finetunes.verify import verify_expanded
+from peru_cli.vectors.settings import streaming
+
+
+class Patch(NamedTuple):
+    """New values of one tensor, in the names and shapes of the base's checkpoint.
+
+    `values` are (k,) in `dtype`, `indices` (k,) flat, unique and ascending: int32, or int64 from 2^31 entries on. With `indices`
+    None, `values` are all of the tensor, (entries,). The fields are those of vLLM's CheckpointWeightPatch.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor | None
+
+
+def patches(
+    fine_tune: str | Path, base: str | Path, *, task: str | None = None, dense: bool | None = None, verify_first: bool = True
+) -> Iterator[Patch]:
+    """What changes in the base's tensors to make a fine-tune of it; tensors that stay the same are left out.
+
+    Args:
+        fine_tune: an artifact, a pack, a LoRA adapter or a checkpoint.
+        base: the base that the engine has loaded.
+        task: which task of a pack.
+        dense: True for whole tensors, False for changed entries only, None for whichever is smaller, tensor by tensor.
+        verify_first: read everything once beforehand, so that nothing wrong is handed out. Otherwise artifacts are proven only at
+            the end of the iteration, which raises then.
+
+    Memory: two tensors.
+
+    Raises:
+        Mismatch: the base is another one.
+        BadFile: the artifact is damaged, or torch lacks a dtype.
+        UsageError: a tensor is new or has another shape, and `dense` is False; or the pack has no such task.
+    """
+    with open_model(str(base)) as below, open_fine_tune(str(fine_tune), below, task) as fine:
+        if verify_first:
+            with streaming("cpu", None, None, lambda entries: None) as how:
+                verify_expanded([fine], how)
+        changes = Changes(fine, below)
+        for target in changes.targets:
+            if target.base is None and dense is False:
+                raise UsageError(f"{target.name} is new or has another shape: it has no changed entries", "use dense=None")
+            change = changes.change(target, _index_bytes(target.info.entries), dense)
+            if change is not None:
+                yield _patch(change)
+        changes.prove()
+
+
+def _index_bytes(entries: int) -> int:
+    return 4 if entries < 1 << 31 else 8
+
+
+def _patch(change: Change) -> Patch:
+    info = change.target.info
+    kind = getattr(torch, info.dtype.torch_name or "", None)
+    if kind is None:
+        raise BadFile(f"torch has no dtype for {info.name!r} ({info.dtype.name})")
+    values = torch.frombuffer(bytearray(change.raw), dtype=kind) if change.raw else torch.empty(0, dtype=kind)
+    if change.positions is None:
+        return Patch(change.target.name, info.shape, kind, values, None)
+    wide = np.int32 if _index_bytes(info.entries) == 4 else np.int64
+    return Patch(change.target.name, info.shape, kind, values, torch.from_numpy(change.positions.astype(wide)))
