@@ -76,7 +76,13 @@ def run(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _terminate)
     console.unfinished.clear()
     with inputs.watching() as watch:
-        return _run(arguments, watch)
+        code = _run(arguments, watch)
+    try:
+        console.close_summary(" ".join(["peru", *(sys.argv[1:] if arguments is None else arguments)]))
+    except OSError as error:
+        console.error(f"the summary could not be written: {error}")
+        return code or EXIT_FAILED
+    return code
 
 
 def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -25,6 +26,8 @@ class Console:
         self.quiet = False
         self.json = False
         self.data_on_stderr = False  # when stdout carries the output file itself
+        self.summary: Path | None = None  # tables, lines and the error go there, too, as Markdown
+        self._summary: list[str] = []
         self.unfinished: list[Path] = []  # journals that were left so that the same command can continue
 
     def note(self, text: str) -> None:
@@ -38,6 +41,7 @@ class Console:
 
     def error(self, text: str) -> None:
         """Why the command failed."""
+        self._tell(f"**Error:** {_markdown(shown.message(text))}\n")
         self._say(text, "error:", 31)
 
     def trace(self, error: BaseException) -> None:
@@ -56,6 +60,7 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """A line of human-readable data."""
+        self._tell(f"{_markdown(shown.printable(text))}\n")
         if not self.json:
             self._out(shown.printable(text))
 
@@ -64,6 +69,7 @@ class Console:
 
         A column's name may begin with marks: `?` says that it can be left out (the last one goes first), `>` aligns it right.
         """
+        self._tell(_markdown_table(columns, rows, title))
         if self.json:
             return
         if title:
@@ -82,6 +88,17 @@ class Console:
         if len(kept) < len(columns):
             left = ", ".join(name for i, name in enumerate(names) if i not in kept)
             self._out(f"(too narrow for: {left}; a wider terminal or a pipe shows all)")
+
+    def _tell(self, text: str) -> None:
+        if self.summary is not None:
+            self._summary.append(shown.masked(text))
+
+    def close_summary(self, command: str) -> None:
+        """Append what was told to the summary, under the command's name; nothing without one. OSError if it cannot be written."""
+        path, told, self.summary, self._summary = self.summary, self._summary, None, []
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"### {_markdown(shown.masked(command))}\n\n" + "\n".join(told) + "\n")
 
     def _width(self) -> int | None:
         """Columns of the terminal; None in a pipe, which takes any width."""
@@ -214,6 +231,18 @@ def _wrap(cell: str, width: int, right: bool) -> list[str]:
             lines.append(line[:width])
             line = line[width:]
     return [text.rstrip().ljust(width) for text in [*lines, line]]
+
+
+def _markdown(text: str) -> str:
+    """Text as it stands, in Markdown: no markup, one line."""
+    return re.sub(r"([\\`*_<>|#\[\]~])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
+    lines = [[_markdown(shown.printable(shown.cut(cell))) for cell in row] for row in ([c.lstrip("?>") for c in columns], *rows)]
+    lines.insert(1, ["---:" if ">" in column else "---" for column in columns])
+    head = f"{_markdown(shown.printable(title))}\n\n" if title else ""
+    return head + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _finite(value: Any) -> Any:

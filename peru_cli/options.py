@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
@@ -82,10 +83,19 @@ def _json(value: bool) -> bool:
     return value
 
 
+def _summary(value: Optional[Path]) -> Optional[Path]:
+    console.summary = value if value is not None else console.summary
+    return value
+
+
 Base = Annotated[str, typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 OptionalBase = Annotated[Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes and no progress bar.")]
+Summary = Annotated[
+    Optional[Path],
+    typer.Option("--summary", metavar="FILE.md", callback=_summary, help="Append the tables to FILE.md as Markdown, for CI."),
+]
 Stream = Annotated[bool, typer.Option("--stream", help="Read Hub models in byte ranges instead of downloading them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
@@ -127,6 +137,7 @@ class Running:
     threads: Threads = None
     tile_entries: TileEntries = None
     json: Json = False
+    summary: Summary = None
     quiet: Quiet = False
 
     @property

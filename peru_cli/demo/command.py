@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peru_cli.demo.run import Row
 
 
-@options.shared(lacks=["force", "dry_run", "no_sync", "stream", "device", "threads", "tile_entries"])
+@options.shared(lacks=["summary", "force", "dry_run", "no_sync", "stream", "device", "threads", "tile_entries"])
 def demo(
     context: typer.Context,
     output: Annotated[
