@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from peru_cli.checkpoints.dtypes import BY_TORCH_NAME, Dtype
@@ -36,6 +37,29 @@ def find_side_files(folder: Place) -> dict[str, Place]:
             found[path.name] = path
             inputs.note(path)
     return found
+
+
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def chat_template(files: Mapping[str, Place | bytes]) -> str | None:
+    """The chat template among a model's side files, the one of its own before that in the tokenizer's configuration; None without one."""
+
+    def content(name: str) -> bytes | None:
+        found = files.get(name)
+        return found if found is None or isinstance(found, bytes) else found.read_bytes()
+
+    if (own := content(CHAT_TEMPLATE)) is not None:
+        return own.decode("utf-8", "replace")
+    try:
+        table = json.loads(content(TOKENIZER_CONFIG) or b"{}")
+    except (ValueError, RecursionError):
+        return None
+    named = table.get("chat_template") if isinstance(table, dict) else None
+    if isinstance(named, list):  # several, by name
+        named = next((each.get("template") for each in named if isinstance(each, dict) and each.get("name") == "default"), None)
+    return named if isinstance(named, str) else None
 
 
 def config_with_dtype(content: bytes, dtype: Dtype) -> bytes:

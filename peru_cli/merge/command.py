@@ -188,6 +188,7 @@ def merge(
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.merge import output as out
+    from peru_cli.merge.cautions import cautions, idle
     from peru_cli.merge.matrices import check_memory
     from peru_cli.merge.plan import Options, check_same, plan_merge
     from peru_cli.merge.recipe.write import Typed, check_path, recipe_text, write_text
@@ -212,6 +213,8 @@ def merge(
     varied.check_tasks(names)
     parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=base is not None))
     rule = chosen.build(parameters)
+    for warning in () if varied.by_tensor else idle([parameters]):
+        console.warn(warning)
     target = Path(output)
     as_file = target.suffix == ".safetensors"
     if as_file and density is not None:
@@ -275,7 +278,8 @@ def merge(
         first = f", the first {samples} examples of each" if samples is not None else ""
         recipe = replace(recipe, searched=f"{searched.option}, the best of {searched.text} on {', '.join(seen)}{first}")
     _say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
-    for warning in check_same(plan):
+    zeros = idle(rule.at(number).parameters for number in range(len(plan.slots))) if varied.by_tensor else []
+    for warning in [*zeros, *cautions(plan, rule), *check_same(plan)]:
         console.warn(warning)
     running = None
     if data:

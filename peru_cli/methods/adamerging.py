@@ -32,6 +32,8 @@ ROLE = "lambda"
 class AdaMerging(Rule):
     """See the module. Tensors without a learned scale (buffers) have `--scale`."""
 
+    suffers_from_norms = False
+
     def _scale(self, task: int, name: str) -> float:
         found = whole(self.statistics[task], ROLE, name)
         return self.parameters.number("scale") if found is None else float(found)

@@ -66,6 +66,7 @@ class Rule(ABC):
     holds_all = False  # needs the inputs of all tasks at once
     trims: Sequence[Sequence[Fraction]] = ()  # for each trim the share of largest entries that each task keeps
     scope = "global"  # of the trims: "global" or "tensor"
+    suffers_from_norms = True  # on vectors: one that is much longer than the others outweighs them
     wants_signs = False  # `elect` is called on all tiles first, and its sum's sign becomes `RuleInput.majority`
     wants_products = False  # inner products of all inputs, for each tensor
     statistics: Sequence[Statistics] = ()  # of each task, for methods with data: set before the first tile

@@ -42,6 +42,8 @@ class Stage:
 class Forthcoming(Checkpoint):
     """What an earlier document will be: its tensors and configuration are known, its bytes are not there yet."""
 
+    ranged = True  # as for what lies elsewhere: nothing is sampled
+
     def __init__(self, name: str, plan: MergePlan) -> None:
         self.label, self.kind, self.warnings, self.metadata = name, "document of this recipe", [], {}
         self.tensors = {info.name: info for info in plan.outputs}

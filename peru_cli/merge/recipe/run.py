@@ -19,6 +19,7 @@ from peru_cli.console import console, plural, si_bytes
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.verify import verify_expanded
 from peru_cli.merge import output as out
+from peru_cli.merge.cautions import cautions, idle
 from peru_cli.merge.plan import check_same
 from peru_cli.merge.recipe.document import BLOCK, MAX_BYTES, Complaints, read_documents
 from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, plan_stage, read_all
@@ -66,13 +67,15 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
     for warning in complaints.warnings:
         console.warn(f"{name}: {warning}")
     _check(stages, target)
+    said: set[str] = set()
     for stage in stages:
         say(stage, name)
+        _caution(idle(stage.parameters) + cautions(stage.plan, stage.rule), said)
     threads = asked.run.threads or available_threads()
     if asked.run.dry_run:
         shown = [print_plan(stage, threads, asked.run.tile_entries or DEFAULT_TILE) for stage in stages]
         return {"output": str(target), "documents": shown, "warnings": complaints.warnings}
-    _Run(name, _recorded(text, name, recipes), recipes, asked, target).run()
+    _Run(name, _recorded(text, name, recipes), recipes, asked, target, said).run()
     last = stages[-1]
     console.line(f"{target}: {plural(len(last.plan.outputs), 'tensor')}, {si_bytes(sum(i.nbytes for i in last.plan.outputs))}")
     return {
@@ -95,6 +98,14 @@ def _headers_first(recipes: list[Recipe]) -> Iterator[None]:
         yield
     finally:
         session.stream = before
+
+
+def _caution(warnings: list[str], said: set[str]) -> None:
+    """Warn of what was not said yet."""
+    for warning in warnings:
+        if warning not in said:
+            console.warn(warning)
+    said |= set(warnings)
 
 
 def _plan_all(recipes: list[Recipe], asked: Asked, complaints: Complaints, merged: dict[str, Checkpoint]) -> list[Stage]:
@@ -142,7 +153,8 @@ def _recorded(text: str, name: str, recipes: list[Recipe]) -> str:
 class _Run:
     """Merges the documents, the earlier ones into a hidden folder beside the output that is removed at the end."""
 
-    def __init__(self, name: str, document: str, recipes: list[Recipe], asked: Asked, target: Path) -> None:
+    def __init__(self, name: str, document: str, recipes: list[Recipe], asked: Asked, target: Path, said: set[str]) -> None:
+        self._said = said  # warnings so far
         self._name, self._document, self._recipes, self._asked, self._target = name, document, recipes, asked, target
         self._folder = target.absolute().parent / f".{target.name}.peru-documents"
         self._merged: dict[str, Checkpoint] = {}
@@ -194,8 +206,7 @@ class _Run:
 
     def _write(self, stage: Stage, target: Path, sync: bool, force: bool) -> None:
         asked, plan, rule = self._asked, stage.plan, stage.rule
-        for warning in check_same(plan):
-            console.warn(warning)
+        _caution(cautions(plan, rule) + check_same(plan), self._said)  # what lay elsewhere, or was not merged yet, can be looked at now
         total = (3 if rule.trims else 1) * plan.entries
         with (
             console.progress(total, stage.recipe.name or "merge") as progress,

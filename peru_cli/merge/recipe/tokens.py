@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peru_cli.checkpoints.places import Place
+from peru_cli.checkpoints.sidefiles import CHAT_TEMPLATE, TOKENIZER_CONFIG, chat_template
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.finetunes.revocabulary import common_vocabulary
@@ -20,7 +21,6 @@ _FILES = re.compile(
     r"|(vocab|merges|bpe\.codes)\.txt|.*\.model|.*\.tiktoken|.*\.jinja|.*\.spm"
 )
 _VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATES = {
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -101,13 +101,13 @@ def settle_tokens(recipe: Recipe, opened: Mapping[ModelName, Checkpoint], donor:
     if recipe.chat_template is not None:
         text = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
         if recipe.chat_template == "auto":
-            text = _most_frequent([template for model in opened.values() if (template := chat_template(model))])
+            text = _most_frequent([template for model in opened.values() if (template := chat_template(model.side_files))])
         if text:
-            changed[TEMPLATE] = text.encode()
-            config = changed.get("tokenizer_config.json") or _bytes(donor, "tokenizer_config.json")
+            changed[CHAT_TEMPLATE] = text.encode()
+            config = changed.get(TOKENIZER_CONFIG) or _bytes(donor, TOKENIZER_CONFIG)
             if config is not None and "chat_template" in (table := _table(config)):
                 del table["chat_template"]
-                changed["tokenizer_config.json"] = (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+                changed[TOKENIZER_CONFIG] = (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
     return changed
 
 
@@ -127,14 +127,6 @@ def _table(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return parsed if isinstance(parsed, dict) else {}
-
-
-def chat_template(model: Checkpoint) -> str | None:
-    """A model's chat template; None if it has none."""
-    if (own := _bytes(model, TEMPLATE)) is not None:
-        return own.decode("utf-8", "replace")
-    found = _table(_bytes(model, "tokenizer_config.json") or b"{}").get("chat_template")
-    return found if isinstance(found, str) else None
 
 
 def vocabulary(model: Checkpoint) -> object:

@@ -34,6 +34,8 @@ def multislerp_factors(products: Products, weights: Sequence[float]) -> list[flo
 class MultiSlerp(ByAngles):
     """See the module."""
 
+    suffers_from_norms = False
+
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         factor = share_of_sum(parameters.weights) if parameters.flag("normalize") else 1.0

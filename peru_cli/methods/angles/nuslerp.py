@@ -44,12 +44,16 @@ def nuslerp_factors(inner: float, squares: tuple[float, float], t: float) -> tup
 class NuSlerp(ByAngles):
     """Of whole tensors."""
 
+    suffers_from_norms = False
+
     def factors(self, products: Products) -> Sequence[float]:
         return nuslerp_factors(products[0][1], (products[0][0], products[1][1]), share(self.parameters.weights))
 
 
 class NuSlerpAlong(MatrixRule):
     """Of rows or columns; a tensor of one dimension is one vector."""
+
+    suffers_from_norms = False
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
