@@ -25,6 +25,7 @@ from peru_cli.finetunes.delta import DeltaOnBase, origins_of_delta
 from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base
 from peru_cli.finetunes.mixed import MixedOnBase, origins_of_mixed
 from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
+from peru_cli.finetunes.update import is_update, open_update
 
 
 def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None, stored: bool = False) -> Checkpoint:
@@ -41,6 +42,10 @@ def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None,
 
 def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -> Checkpoint:
     path = locate(model)
+    if is_update(path):
+        if base is None:
+            raise UsageError(f"{model} is a weight update: it can be expanded only with its base", "add --base BASE")
+        return open_update(path, model, base)
     if (path.is_dir() and is_adapter(path)) or is_lora_file(path):
         return open_adapter(path, model, base)
     path = artifact_for(path, task)

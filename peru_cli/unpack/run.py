@@ -25,6 +25,7 @@ from peru_cli.finetunes.adapter import AdapterOnBase
 from peru_cli.finetunes.fine_tune import Artifact, FineTune, FromArtifact
 from peru_cli.finetunes.head import HeadOverMerge, tasks_of
 from peru_cli.finetunes.open import open_adapter, open_artifact, recorded_dtypes
+from peru_cli.finetunes.update import is_update, open_update
 from peru_cli.finetunes.verify import Proven, verify, verify_expanded
 from peru_cli.shown import listed
 from peru_cli.vectors.copy import copy_checkpoint, in_dtype
@@ -71,7 +72,7 @@ class Output:
 def choose(named: str, task: str | None) -> Place:
     """The merge, artifact or adapter that an argument means. UsageError if there is none, or several."""
     place = locate(named)
-    if tasks_of(place):
+    if tasks_of(place) or is_update(place):
         return place
     place = find_artifact(place, task)
     adapters = {} if place.is_file() else find_adapters(place)
@@ -91,6 +92,10 @@ def open_source(named: str, place: Place, base: str | None, task: str | None, dt
     """
     if tasks_of(place):
         return HeadOverMerge(place, task)
+    if is_update(place):
+        if base is None:
+            raise UsageError(f"{named} is a weight update, which does not name its base", "add --base BASE")
+        return open_update(place, named, open_model(base))
     if place.is_dir() or is_lora_file(place):
         opened = open_model(base if base is not None else base_of_adapter(place))
         return AdapterOnBase(open_adapter(place, named, opened), opened, dtype)
