@@ -232,7 +232,7 @@ def decode_streams(cursor: Cursor) -> tuple[list[Stream], list[Block]]:
 def _decode_stream(cursor: Cursor) -> Stream:
     dtype = cursor.dtype()
     values = cursor.one_of((EXACT, ROUNDED), "kind of values")
-    if not dtype.compressible or (values == ROUNDED and dtype.bits < 32):
+    if not dtype.compressible:
         raise BadFile(f"a stream of {dtype.name} entries cannot be")
     codecs = [cursor.one_of((RAW, PCO), "codec") for _ in range(2)]
     stream = Stream(dtype, values, codecs[0], codecs[1], cursor.number(MAX_BLOCK_ENTRIES))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
-from peru_cli.streaming.arrays import BITS, CPU, KIND, Array, Arrays
+from peru_cli.streaming.arrays import BITS, CPU, Array, Arrays
 
 _MANTISSA = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}
 NOT_ROUNDED = 0x7FC0  # the bf16 pattern (a NaN) that marks an entry whose exact difference is stored apart
@@ -109,35 +109,60 @@ class KeyRoom:
         return keys
 
 
-def round_difference(base: Bits, fine: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
-    """fine - base rounded to bf16, for float32 and float64.
+def round_difference(base: Bits, fine: Bits, dtype: Dtype, least: float | None = None) -> tuple[Bits, Bits]:
+    """fine - base rounded to bf16.
+
+    Args:
+        base, fine: bits of one dtype; (n,).
+        least: the smallest magnitude among the differences. If given, only sign and octave above it stay (see `_octaves`).
 
     Returns:
         codes: `order` of the bf16 pattern, int16; NOT_ROUNDED where base + bf16 would not be finite or
             the difference is not (NaN, infinity, overflow); (n,).
         apart: positions of those entries, ascending int64; their exact ULP differences are stored apart.
     """
-    kind = KIND[dtype.name]
     with np.errstate(over="ignore", invalid="ignore"):
-        patterns: Bits = CPU.narrow(fine.view(kind) - base.view(kind), _BF16)
-        apart = np.flatnonzero(~np.isfinite(_plus(base, patterns, dtype)))
+        difference = _floats(fine, dtype) - _floats(base, dtype)
+        patterns: Bits = CPU.narrow(difference if least is None else _octaves(difference, least), _BF16)
+        finite = np.isfinite(difference) & ((_plus(base, patterns, dtype) & ((1 << (dtype.bits - 1)) - 1)) < infinity(dtype))
+    apart = np.flatnonzero(~finite)
     patterns[apart] = NOT_ROUNDED
     return order(patterns), apart
 
 
 def add_rounded(base: Bits, codes: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
-    """base + the rounded difference, in the fine-tune's dtype.
+    """base + the rounded difference: in the fine-tune's dtype, or in float32 and rounded to its 16 bits.
 
     Returns the bits, (n,), and the positions at which the exact difference must be used instead.
     """
     patterns = order(codes)
     with np.errstate(over="ignore", invalid="ignore"):
-        return _plus(base, patterns, dtype).view(BITS[dtype.bits]), np.flatnonzero(patterns == NOT_ROUNDED)
+        return _plus(base, patterns, dtype), np.flatnonzero(patterns == NOT_ROUNDED)
+
+
+def _floats(bits: Bits, dtype: Dtype) -> Bits:
+    """float64 of F64, float32 of the others; (n,)."""
+    floats: Bits = CPU.widen(bits, dtype, np.empty(len(bits), "f8" if dtype.name == "F64" else "f4"))
+    return floats
+
+
+def _octaves(differences: Bits, least: float) -> Bits:
+    """1.375 x least x 2^k with the difference's sign, where its magnitude is from least x 2^k up to twice that; float32 (n,).
+
+    Magnitudes above a threshold are dense near it and fall off: their mean in an octave lies between 1.25 and 1.45 times its
+    beginning. What is not finite becomes anything. A `least` that no octave can begin at counts as 1.
+    """
+    start = np.float32(least)
+    if not 0 < start < np.inf:
+        start = np.float32(1)
+    single = differences.astype(np.float32, copy=False)
+    _, exponent = np.frexp(np.abs(single) / start)
+    found: Bits = np.sign(single) * np.ldexp(np.float32(1.375) * start, exponent - 1)
+    return found
 
 
 def _plus(base: Bits, patterns: Bits, dtype: Dtype) -> Bits:
-    """base + bf16 patterns, as floats of the base's dtype; (n,)."""
-    kind = KIND[dtype.name]
-    added = CPU.widen(patterns, _BF16, np.empty(len(patterns), kind))
-    total: Bits = np.add(base.view(kind), added, out=added)
-    return total
+    """base + bf16 patterns, as bits of the base's dtype; (n,)."""
+    total = _floats(base, dtype)
+    added: Bits = CPU.narrow(total + CPU.widen(patterns, _BF16, np.empty(len(patterns), total.dtype)), dtype)
+    return added

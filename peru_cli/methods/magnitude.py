@@ -43,6 +43,11 @@ class Threshold:
 ALL_CHANGED = Threshold(0)
 
 
+def key_value(key: int, wide: bool) -> float:
+    """The magnitude that a key stands for."""
+    return float(np.int64(key).view(np.float64)) if wide else float(np.int32(key).view(np.float32))
+
+
 @dataclass(frozen=True)
 class Window:
     """Keys from `low` on in `bins` bins of 2^shift keys each."""

@@ -8,8 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from peru_cli.artifacts.container import seal_of
 from peru_cli.artifacts.index import COPY as COPY_OF_BASE
 from peru_cli.artifacts.index import DELTA, EXACT, FROM_BASE, ROUNDED, STORED, WHOLE, SideFile, Stream, TensorRecord
@@ -21,6 +19,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.methods.magnitude import key_value
 from peru_cli.prune.journal import written_bytes
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import TaskVector
@@ -36,13 +35,15 @@ class PruneOptions:
 
     density: Fraction | None
     scope: str = "global"  # or "tensor"
-    values: str = "auto"  # or "exact", "bf16"
+    values: str = "auto"  # or "exact", "bf16", "log2"
     per_task: str | None = None
     base_name: BaseName | None = None
     allow_unpaired: bool = False  # store whatever has no partner whole, however much it is
 
     def rounds(self, dtype: Dtype) -> bool:
-        """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless."""
+        """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless, `bf16` for 16 bits."""
+        if self.values == "log2":
+            return True
         if dtype.bits == 16 or self.values == "exact":
             return False
         return self.values == "bf16" or self.density is not None
@@ -99,7 +100,7 @@ class Job:
         dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
         streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
         self.writer = SparseDeltaWriter(task.target, streams, self._metadata(None), sync, resume=True)
-        self.sink = Sink(self.writer, streams)
+        self.sink = Sink(self.writer, streams, octaves=options.values == "log2")
 
     def holds(self, journal: Journal) -> bool:
         """Whether the unfinished file is as long as a journal says, or the finished one is in its place."""
@@ -210,11 +211,6 @@ class Job:
     def _shared(self, pair: Pair) -> bytes | None:
         """The digest of a tensor that both have alike, None if they differ."""
         return self._once(f"{pair.fine.name} alike", 0, lambda: shared_digest(self._task.vector.fine, self._base, pair))
-
-
-def key_value(key: int, wide: bool) -> float:
-    """The magnitude that a key stands for."""
-    return float(np.int64(key).view(np.float64)) if wide else float(np.int32(key).view(np.float32))
 
 
 def _pieces(source: Checkpoint, info: TensorInfo, first: int = 0) -> Iterator[memoryview]:

@@ -62,7 +62,9 @@ def prune(
     values: Annotated[
         str,
         typer.Option(
-            "--values", metavar="auto|exact|bf16", help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones."
+            "--values",
+            metavar="auto|exact|bf16|log2",
+            help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: sign and octave alone.",
         ),
     ] = "auto",
     per_task: Annotated[
@@ -109,8 +111,8 @@ def prune(
         raise UsageError("--scope and --values go with --keep", "leave them out: every tensor gets what its bytes are best spent on")
     if scope not in ("global", "tensor"):
         raise UsageError(f"--scope {scope!r} is neither global nor tensor")
-    if values not in ("auto", "exact", "bf16"):
-        raise UsageError(f"--values {values!r} is not auto, exact or bf16")
+    if values not in ("auto", "exact", "bf16", "log2"):
+        raise UsageError(f"--values {values!r} is not auto, exact, bf16 or log2")
     density = options.parse_density(keep) if keep is not None else None
     options.check_base_id(base_id)
 

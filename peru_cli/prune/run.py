@@ -24,7 +24,7 @@ from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods.magnitude import ALL_CHANGED
-from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, key_value, stream_digest
+from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, stream_digest
 from peru_cli.prune.journal import PruneLog
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import run
@@ -34,7 +34,7 @@ from peru_cli.vectors.selection import Select
 from peru_cli.vectors.threshold_journal import ThresholdJournal
 from peru_cli.version import __version__
 
-__all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_bytes", "key_value", "plan_prune", "prune", "stream_digest"]
+__all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_bytes", "plan_prune", "prune", "stream_digest"]
 
 
 def plan_prune(
@@ -55,8 +55,8 @@ def plan_prune(
             raise UsageError(f"{fine.label} and {base.label} share no floating-point tensors: there is nothing to prune")
         if options.density is not None and int(options.density * task.entries) == 0:
             raise UsageError(f"--keep {float(options.density):g} of {task.entries:,} entries keeps nothing", "keep more")
-        if options.values == "bf16" and options.density is None:
-            raise UsageError("--lossless and --values bf16 contradict each other", "leave one out")
+        if options.values in ("bf16", "log2") and options.density is None:
+            raise UsageError(f"--lossless and --values {options.values} contradict each other", "leave one out")
         task.in_place = not force and is_in_place(target, left)
         check_target(target, force or task.in_place, new_folder)
         check_room(target, sum(info.nbytes for info in pairing.whole))

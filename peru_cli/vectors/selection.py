@@ -12,8 +12,9 @@ from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledB
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
-from peru_cli.methods.magnitude import Threshold, take_equals
+from peru_cli.methods.magnitude import Threshold, key_value, take_equals
 from peru_cli.streaming.aligned import read_bits
+from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import Aligned, Buffers, Family
@@ -25,6 +26,7 @@ class Sink:
 
     writer: BlockWriter
     streams: list[Stream]
+    octaves: bool = False  # of rounded values only sign and octave above the threshold are kept
     thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
     quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
@@ -131,12 +133,13 @@ class Select:
         candidates = Candidates(aligned, result, xp.download(positions), equal, ulp_difference(base, fine), fine, infinite=infinite)
         if sink.streams[sink.stream_number(dtype)].values != EXACT:
             candidates.exact = candidates.values
-            candidates.values, apart = round_difference(base, fine, dtype)
+            least = key_value(threshold.key, self._family.tasks[aligned.task].wide) if sink.octaves else None
+            candidates.values, apart = round_difference(base, fine, dtype, least)
             candidates.bits, _ = add_rounded(base, candidates.values, dtype)
             candidates.bits[apart] = fine[apart]
-            as_float = np.dtype(f"f{dtype.bits // 8}")
+            back, given = (CPU.widen(bits, dtype, np.empty(len(bits))) for bits in (candidates.bits, fine))
             with np.errstate(invalid="ignore", over="ignore"):
-                candidates.errors = np.abs(candidates.bits.view(as_float).astype(np.float64) - fine.view(as_float))
+                candidates.errors = np.abs(back - given)
             candidates.errors[apart] = 0.0
         return candidates
 

@@ -91,7 +91,7 @@ def test_golden_files_hold_what_they_are_there_for() -> None:
         seen |= {f"{t['base_dtype']} to {t['dtype']}" for t in tensors if t["mode"] == DELTA}
         seen |= {f"from base {f['from_base']}" for f in files}
     corners = {"prefix ", "prefix +", "prefix -", "mode 0", "mode 1", "mode 2", "grown", "apart", "from base 0", "from base 1"}
-    corners |= {"BF16 0", "F16 0", "F32 1", "F32 to BF16", *(code(row[0]) for row in document_rows("### Metadata"))}
+    corners |= {"BF16 0", "F16 0", "BF16 1", "F16 1", "F32 1", "F32 to BF16", *(code(row[0]) for row in document_rows("### Metadata"))}
     assert corners | {"blocks", "whole", "files", "index"} <= seen
 
 
@@ -108,7 +108,10 @@ def random_patterns(dtype: str, n: int, seed: int) -> Array:
     return bits
 
 
-@pytest.mark.parametrize("options", [["--lossless"], ["--keep", "40%"], ["--keep", "3%", "--scope", "tensor", "--values", "exact"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--lossless"], ["--keep", "40%"], ["--keep", "3%", "--scope", "tensor", "--values", "exact"], ["--keep", "20%", "--values", "log2"]],
+)
 def test_the_reader_follows_unpack_through_all_dtypes_and_many_blocks(tmp_path: Path, peru, options: list[str]) -> None:
     base: Tensors = {}
     fine: Tensors = {}

@@ -177,6 +177,7 @@ def test_wrong_options(tmp_path: Path, peru, pair) -> None:
         (to, "say how much to keep, in one way: --keep DENSITY"),
         ([*keep, "--lossless"], "say how much to keep, in one way: --keep DENSITY"),
         ([*to, "--lossless", "--values", "bf16"], "contradict"),
+        ([*to, "--lossless", "--values", "log2"], "contradict"),
         ([*keep, "--scope", "layer"], "'layer'"),
         ([*keep, "--values", "fp8"], "'fp8'"),
         ([*keep, "--per-task", "("], "not a regular expression"),

@@ -185,7 +185,50 @@ def lossless() -> Case:
     return Case({"model." + name: tensor for name, tensor in base.items()}, fine, ["--lossless"], fine)
 
 
-CASES = {"tiny": tiny, "heads": heads, "grown": grown, "lossless": lossless}
+def octaves() -> Case:
+    """BF16 and F16 with differences of which sign and octave are kept, some apart."""
+    base: Tensors = {}
+    fine: Tensors = {}
+    shape = (20, 24)
+    small = (noise(shape, 52) % np.uint64(2001)).astype(np.int64) - 1000
+    moved = small.astype(np.float32) * np.abs(small).astype(np.float32) / np.float32(1 << 26)  # every octave up to 2^-6
+    for seed, dtype in ((50, "BF16"), (51, "F16")):
+        wide = weights(shape, seed)
+        if dtype == "BF16":
+            a, b = to_bf16(wide), to_bf16(from_bf16(to_bf16(wide)) + moved)
+            a[0, :3], b[0, :3] = (0x7F7F, 0x3F80, 0x7F80), (0xFF7F, 0x7FC1, 0x3F80)  # overflow; a NaN; from infinity
+        else:
+            a, b = wide.astype(np.float16).view(np.uint16), (wide.astype(np.float16) + moved).astype(np.float16).view(np.uint16)
+            a[0, :2], b[0, :2] = (0xFBFF, 0x0000), (0x7BFF, 0x7BFF)  # the sum overflows; it does not
+        base[dtype], fine[dtype] = (dtype, a), (dtype, b)
+    floats = {"BF16": from_bf16, "F16": lambda bits: bits.view(np.float16).astype(np.float32)}
+    pairs = {name: (floats[name](base[name][1]), floats[name](fine[name][1])) for name in base}
+    changed = {name: base[name][1] != fine[name][1] for name in base}
+    masks = kept(pairs, changed, Fraction(1, 4), "global")
+    with np.errstate(invalid="ignore", over="ignore"):
+        keys = np.concatenate([np.abs(b - a)[masks[name]] for name, (a, b) in pairs.items()])
+    least = Fraction(float(keys[np.isfinite(keys)].min()))
+    expected: Tensors = {}
+    for name, (a, b) in pairs.items():
+        back = base[name][1].copy()
+        for i in zip(*np.nonzero(masks[name]), strict=True):
+            back[i] = fine[name][1][i]
+            with np.errstate(invalid="ignore", over="ignore"):
+                difference = float(b[i] - a[i])
+            if np.isfinite(difference):
+                size, octave = abs(Fraction(difference)) / least, 0
+                while 2 ** (octave + 1) <= size:
+                    octave += 1
+                level = from_bf16(to_bf16(np.array(float(least * Fraction(11, 8) * 2**octave), np.float32)))
+                with np.errstate(over="ignore"):
+                    total = a[i] + np.copysign(level, np.float32(difference))
+                    coded = to_bf16(total) if name == "BF16" else total.astype(np.float16).view(np.uint16)
+                back[i] = coded if np.isfinite(floats[name](np.array(coded, np.uint16))) else back[i]
+        expected[name] = (name, back)
+    return Case(base, fine, ["--keep", "25%", "--values", "log2"], expected)
+
+
+CASES = {"tiny": tiny, "heads": heads, "grown": grown, "lossless": lossless, "octaves": octaves}
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
@@ -210,8 +253,9 @@ def write_model(folder: Path, tensors: Tensors, files: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Replace every golden file."""
-    for name, make in CASES.items():
+    """Replace golden files: those named, or all."""
+    for name in sys.argv[1:] or CASES:
+        make = CASES[name]
         case, folder = make(), HERE / name
         if folder.exists():
             shutil.rmtree(folder)

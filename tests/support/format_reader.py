@@ -222,8 +222,9 @@ def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: st
     exact = values
     with np.errstate(all="ignore"):
         if rounded:
-            r = floats(order(values), "BF16").astype(FLOAT[dtype])
-            bits[positions] = (floats(b, dtype) + r).view(bits.dtype)
+            wide = "F64" if dtype == "F64" else "F32"
+            total = floats(b, dtype).astype(FLOAT[wide]) + floats(order(values), "BF16").astype(FLOAT[wide])
+            bits[positions] = cast(total.view(f"<i{total.itemsize}"), wide, dtype)
             marked = values == MARKER
             positions, b, exact = positions[marked], b[marked], apart
         bits[positions] = order((order(b) + exact).astype(bits.dtype))

@@ -306,22 +306,40 @@ def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, low: int,
     assert np.all(keys[~changed] == -1 if low <= 0 else keys[~changed] <= 0)
 
 
-@pytest.mark.parametrize("name", ["F32", "F64"])
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32", "F64"])
 def test_rounded_differences_are_bf16_or_stored_apart(name: str) -> None:
     base = patterns(name, seed=4).numpy()
-    noise = np.random.default_rng(5)
-    with np.errstate(invalid="ignore", over="ignore"):
-        near = (base.view(f"f{base.itemsize}") * (1 + noise.normal(size=len(base)) * 0.01)).astype(f"f{base.itemsize}").view(base.dtype)
+    noise, kind = np.random.default_rng(5), torch.float64 if name == "F64" else torch.float32
+    near = torch.from_numpy(base).view(FLOAT[name]).to(kind) * torch.from_numpy(1 + noise.normal(size=len(base)) * 0.01).to(kind)
+    near = near.to(FLOAT[name]).view(BITS[8 * base.itemsize]).numpy()
     for fine in (noise.permutation(base), near, base):
         codes, apart = round_difference(base, fine, BY_NAME[name])
         result, marked = add_rounded(base, codes, BY_NAME[name])
         assert codes.dtype == np.int16 and np.array_equal(apart, marked)
-        a, b = (torch.from_numpy(x).view(FLOAT[name]) for x in (base, fine))
+        a, b = (torch.from_numpy(x).view(FLOAT[name]).to(kind) for x in (base, fine))
         rounded = (b - a).float().bfloat16()
-        back = a + rounded.to(FLOAT[name])
+        back = (a + rounded.to(kind)).to(FLOAT[name])
         assert apart.tolist() == torch.nonzero(~torch.isfinite(back)).view(-1).tolist()
         stays = np.setdiff1d(np.arange(len(base)), apart)
         assert np.array_equal(result[stays], back.view(BITS[8 * base.itemsize]).numpy()[stays])
         assert np.array_equal(order(codes)[stays], rounded.view(torch.int16).numpy()[stays])
         assert set(codes[apart].tolist()) <= {NOT_ROUNDED}
         assert NOT_ROUNDED not in codes[stays]
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32", "F64"])
+def test_octaves_keep_the_sign_and_miss_no_magnitude_by_more_than_three_eighths(name: str) -> None:
+    noise, kind = np.random.default_rng(6), torch.float64 if name == "F64" else torch.float32
+    wide = torch.from_numpy(noise.normal(size=(2, 50_000)) * [[1], [0.1]]).to(kind)
+    a, b = wide[0].to(FLOAT[name]), (wide[0] + wide[1]).to(FLOAT[name])
+    difference = (b.to(kind) - a.to(kind)).double()
+    chosen = difference.abs() >= (least := 0.03125)
+    base, fine = (x[chosen].view(BITS[8 * x.element_size()]).numpy() for x in (a, b))
+    codes, apart = round_difference(base, fine, BY_NAME[name], least)
+    back = torch.from_numpy(order(codes)).view(torch.bfloat16).double()
+    assert not len(apart)
+    ratio = (back / difference[chosen]).numpy()
+    assert ratio.min() > 1.375 / 2 * (1 - 1e-6) and ratio.max() <= 1.375
+    assert set(back.abs().tolist()) <= {1.375 * least * 2.0**k for k in range(8)}  # 1.375 / 32 is a bf16 number
+    zero, _ = round_difference(base, base, BY_NAME[name], least)
+    assert not zero.any()

@@ -15,13 +15,13 @@ from peru_cli.checkpoints.digests import checkpoint_digest
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods import masking
+from peru_cli.methods.magnitude import key_value
 from peru_cli.methods.masking import GRID, MAGNITUDE, TALL, Overlap
 from peru_cli.methods.superpose import quality
 from peru_cli.pack.masks.passes import Cut, MaskGather, WriteMasks
 from peru_cli.pack.measure import Measured, settle_steps
 from peru_cli.pack.plan import PackOptions, PackPlan, plan_pack
 from peru_cli.pack.seal import PackResult, PackSealer
-from peru_cli.prune.run import key_value
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import TilePlan
 from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
