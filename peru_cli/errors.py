@@ -39,6 +39,12 @@ class Mismatch(PeruError):
     """Files that are each sound do not belong together (wrong base, other shapes)."""
 
 
+class GateMissed(PeruError):
+    """What came out is outside the bounds that the command line set."""
+
+    exit_code = EXIT_GATE
+
+
 class ReportLost(PeruError):
     """Standard output did not take the report of a command whose work is done. `message` says why."""
 

@@ -126,6 +126,10 @@ def with_trace(shop: Shop, task: str) -> tuple[Tensors, float]:
 
 MIXED = [Method(f"peru prune --bits {bits}", "peru, mixed", prune("--bits", bits)) for bits in BUDGETS]
 SPARSE = [Method(f"Post-Pruning {keep}", "Post-Pruning", prune("--keep", keep)) for keep in ("1%", "5%", "10%")]
+OCTAVES = [
+    Method(f"Post-Pruning {keep}, --values log2", "Post-Pruning, log2", prune("--keep", keep, "--values", "log2"))
+    for keep in ("2%", "5%", "10%", "20%")
+]
 MERGED = [Method(f"PERU-FFT {keep}, merge not counted", "PERU-FFT", fft(keep), True) for keep in ("1%", "5%", "10%")]
 LOW_RANK = [Method(f"low-rank residual, rank {rank}", "low rank", rival(rivals.low_rank, rank=rank)) for rank in (1, 4, 16)]
 PACKS = [
@@ -148,4 +152,4 @@ OTHERS = [
     *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
     *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
 ]
-METHODS = [*MIXED, *ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *MERGED, *PACKS]
+METHODS = [*MIXED, *ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *PACKS]

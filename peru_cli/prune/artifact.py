@@ -20,6 +20,7 @@ from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.magnitude import key_value
+from peru_cli.prune.gates import Gate
 from peru_cli.prune.journal import written_bytes
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import TaskVector
@@ -39,6 +40,7 @@ class PruneOptions:
     per_task: str | None = None
     base_name: BaseName | None = None
     allow_unpaired: bool = False  # store whatever has no partner whole, however much it is
+    gates: tuple[Gate, ...] = ()  # that the finished artifacts must pass
 
     def rounds(self, dtype: Dtype) -> bool:
         """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless, `bf16` for 16 bits."""
@@ -81,6 +83,7 @@ class PruneResult:
     fine_bytes: int
     not_finite: int
     largest_error: float
+    relative_error: float  # norm of what is lost over the norm of the task vector
     whole: list[TensorInfo] = field(default_factory=list)
 
     @property
@@ -165,7 +168,7 @@ class Job:
         side = sum(file.size for file, _ in files if file.origin == STORED)
         result = PruneResult(
             task.vector.name, task.target, task.entries, changed, kept, size, size - whole_bytes - side, whole_bytes, side,
-            fine.nbytes, sink.not_finite, sink.largest_error, whole,
+            fine.nbytes, sink.not_finite, sink.largest_error, sink.relative_error, whole,
         )  # fmt: skip
         return result, digest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -11,12 +12,14 @@ import typer
 from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.prune.gates import parse_gates
 from peru_cli.prune.mixed.goal import parse_goal
 from peru_cli.publish.command import destination, publish
 from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.prune.gates import Gate
     from peru_cli.prune.mixed.goal import Goal
     from peru_cli.prune.run import PruneOptions, PruneResult, PruneTask
     from peru_cli.publish.run import Destination
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     panels={
         "Inputs": "base rename per_task allow_unpaired",
         "How much to keep": "keep max_bytes bits min_quality lossless scope values",
+        "Gates": "fail_above",
         "Output": "output base_id",
     }
 )
@@ -67,6 +71,14 @@ def prune(
             help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: sign and octave alone.",
         ),
     ] = "auto",
+    fail_above: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--fail-above",
+            metavar="METRIC=VALUE",
+            help="Exit with 3 and write nothing above this: error=0.3, each task's relative error; bytes=3MB, all artifacts.",
+        ),
+    ] = None,
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors whose names match whole (heads).")
     ] = None,
@@ -115,6 +127,7 @@ def prune(
         raise UsageError(f"--values {values!r} is not auto, exact, bf16 or log2")
     density = options.parse_density(keep) if keep is not None else None
     options.check_base_id(base_id)
+    gates = parse_gates(fail_above or [])
 
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
@@ -142,7 +155,7 @@ def prune(
         for line in said:
             console.note(line)
     tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]
-    chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired)
+    chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired, gates=gates)
     place = destination(publishing, run.force, output)
     planned = job.plan_prune(opened_base, tasks, chosen, run.force or run.dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:
@@ -159,7 +172,9 @@ def prune(
         if run.dry_run:
             console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
             return
-        _to_goal(opened_base, opened, planned, goal, base_id, (run.device, run.threads, run.tile_entries), (out, several, run.sync), place)
+        _to_goal(
+            opened_base, opened, planned, goal, gates, base_id, (run.device, run.threads, run.tile_entries), (out, several, run.sync), place
+        )
         return
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
@@ -181,7 +196,7 @@ def prune(
 
 
 def _to_goal(
-    base: Checkpoint, opened: list[Checkpoint], planned: list[PruneTask], goal: Goal, base_id: str | None,
+    base: Checkpoint, opened: list[Checkpoint], planned: list[PruneTask], goal: Goal, gates: Sequence[Gate], base_id: str | None,
     settings: tuple[str, int | None, int | None], output: tuple[Path, bool, bool], place: Destination | None,
 ) -> None:  # fmt: skip
     """Mixed artifacts that meet a goal. `output` is where, whether it is a folder, and whether to wait for the disk."""
@@ -198,7 +213,7 @@ def _to_goal(
     total = 2 * sum(task.entries for task in planned)
     with console.progress(total, "prune") as progress, streaming(*settings, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
-        results = prune_mixed(base, planned, goal, named, how, sync, progress.step, console.note)
+        results = prune_mixed(base, planned, goal, named, how, sync, progress.step, console.note, gates)
     report(results, publish(place, [task.target for task in planned], "prune"))
 
 
@@ -242,12 +257,16 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
             count(r.kept),
             f"{100 * r.kept / r.entries:.3g}%",
             f"{100 * r.changed / r.entries:.3g}%",
-            f"{r.bits_per_parameter:.3f}",
+            f"{r.bits_per_parameter:.4f}",
+            f"{r.relative_error:.4f}",
             si_bytes(r.whole_bytes),
         ]
         for r in results
     ]
-    console.table(["task", "artifact", ">size", ">smaller", "?>kept", ">density", "?>changed", ">bits/param", "?>stored whole"], rows)
+    console.table(
+        ["task", "artifact", ">size", ">smaller", "?>kept", ">density", "?>changed", ">bits/param", "?>relative error", "?>stored whole"],
+        rows,
+    )
     console.result(
         [
             {
@@ -264,6 +283,7 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
                 "bits_per_parameter": r.bits_per_parameter,
                 "not_finite": r.not_finite,
                 "largest_error": r.largest_error,
+                "relative_error": r.relative_error,
                 "whole": [info.name for info in r.whole],
                 **published,
             }

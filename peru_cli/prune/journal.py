@@ -32,6 +32,8 @@ class _Mark:
     quota: int
     not_finite: int
     largest_error: float
+    energy: float
+    missed: float
     blocks: int
     news: list[News]
 
@@ -39,7 +41,7 @@ class _Mark:
 def written_bytes(journal: Journal, number: int, streams: list[Stream]) -> int:
     """Bytes of blocks that a journal says a task has written."""
     notes = (value["tasks"][number] for key, value in journal.notes.items() if key.startswith(_SLOTS))
-    return sum(Block(*block).nbytes(streams[block[0]].dtype) for noted in notes for block in noted[5])
+    return sum(Block(*block).nbytes(streams[block[0]].dtype) for noted in notes for block in noted[7])
 
 
 class PruneLog:
@@ -71,7 +73,7 @@ class PruneLog:
 
     def _restore(self, number: int, names: list[str], noted: Any, per_slot: bool) -> None:
         sink, pairs = self._sinks[number], self._family.tasks[number].pairs
-        (key, equals), sink.changed, quota, sink.not_finite, sink.largest_error, blocks, news, tensors = noted
+        (key, equals), sink.changed, quota, sink.not_finite, sink.largest_error, sink.energy, sink.missed, blocks, news, tensors = noted
         threshold = Threshold(key, equals)
         if per_slot:
             sink.thresholds += [threshold] * len(names)
@@ -95,7 +97,9 @@ class PruneLog:
     @staticmethod
     def _mark(sink: Sink) -> _Mark:
         blocks, news = sink.writer.news()
-        return _Mark(sink.thresholds[-1], sink.changed, sink.quotas[-1], sink.not_finite, sink.largest_error, blocks, news)
+        return _Mark(
+            sink.thresholds[-1], sink.changed, sink.quotas[-1], sink.not_finite, sink.largest_error, sink.energy, sink.missed, blocks, news
+        )  # fmt: skip
 
     def finished(self, tile: Tile) -> None:
         """Note slots that are finished, and all before them."""
@@ -121,6 +125,7 @@ class PruneLog:
         self._blocks[number] = mark.blocks
         return [
             [mark.threshold.key, mark.threshold.equals], mark.changed, mark.quota, mark.not_finite, mark.largest_error,
+            mark.energy, mark.missed,
             [[*astuple(block)[:-1], block.digest.hex()] for block in blocks], [_encode(news) for news in mark.news],
             [[sink.result[name].digest().hex(), sink.kept[name]] for name in mine],
         ]  # fmt: skip

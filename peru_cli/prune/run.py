@@ -25,6 +25,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods.magnitude import ALL_CHANGED
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, stream_digest
+from peru_cli.prune.gates import check
 from peru_cli.prune.journal import PruneLog
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import run
@@ -86,7 +87,10 @@ def prune(
     say: Callable[[str], None] = lambda text: None,
     fresh: bool = False,
 ) -> list[PruneResult]:
-    """Write the artifacts; all of them appear, or none. Goes on where a killed run stopped, unless `fresh`."""
+    """Write the artifacts; all of them appear, or none. Goes on where a killed run stopped, unless `fresh`.
+
+    GateMissed if what came out does not pass `options.gates`.
+    """
     family = Family(base, [task.vector for task in tasks], how)
     path, key = _journal_path(tasks[0].target), _key(base, tasks, options)
     for task in tasks:
@@ -104,6 +108,8 @@ def prune(
             job.journal = journal
         _passes(family, jobs, select, journal, options, note, say)
         sealed = [job.seal(select) for job in jobs]
+        for line in check(options.gates, [result for result, _ in sealed]):
+            say(line)
         journal.note(SEALED, {result.path.name: digest for result, digest in sealed})
         journal.flush()
         for job in jobs:
@@ -153,9 +159,10 @@ def _journal_path(target: Path) -> Path:
 
 
 def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> str:
-    """A digest of all that decides the artifacts' bytes."""
+    """A digest of all that decides the artifacts' bytes, and whether they are put in place."""
     named = options.base_name.metadata() if options.base_name is not None else None
     parts: list[object] = [__version__, str(options.density), options.scope, options.values, named, base.identity()]
+    parts += [gate.option for gate in options.gates]
     for task in tasks:
         pairing = task.vector.pairing
         pairs = [(pair.fine.name, pair.base.name, pair.grown) for pair in pairing.pairs]

@@ -79,6 +79,10 @@ class Arrays(Protocol):
         """The largest entry of a non-empty array; NaN if there is one."""
         ...
 
+    def squares(self, floats: Array, run: int) -> Host:
+        """The sum of squares of each run of so many entries, the last one shorter; float64 (runs,). Devices differ in the last digits."""
+        ...
+
     def where(self, flags: Array) -> Array:
         """Ascending positions of the true ones, int64."""
         ...
@@ -149,6 +153,10 @@ class Cpu:
 
     def largest(self, array: Array) -> Any:
         return array.max()
+
+    def squares(self, floats: Array, run: int) -> Host:
+        runs = (floats[at : at + run] for at in range(0, len(floats), run))
+        return np.array([np.dot(each, each) for each in runs], np.float64)
 
     def where(self, flags: Array) -> Array:
         # Up to a tenth of ones NumPy looks for the next one, which processors cannot predict; above it does not branch.

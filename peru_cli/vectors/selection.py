@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,10 +15,10 @@ from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
 from peru_cli.methods.magnitude import Threshold, key_value, take_equals
 from peru_cli.streaming.aligned import read_bits
-from peru_cli.streaming.arrays import CPU
+from peru_cli.streaming.arrays import CPU, Arrays
 from peru_cli.streaming.engine import Reads
-from peru_cli.streaming.tiles import Tile
-from peru_cli.vectors.family import Aligned, Buffers, Family
+from peru_cli.streaming.tiles import CHUNK, Tile
+from peru_cli.vectors.family import Aligned, Buffers, Family, TaskVector
 
 
 @dataclass
@@ -35,6 +36,13 @@ class Sink:
     changed: int = 0  # entries, where thresholds were looked for
     not_finite: int = 0  # kept entries whose difference is NaN or infinite
     largest_error: float = 0.0  # of values that were rounded
+    energy: float = 0.0  # squared norm of the task vector, as far as it is finite; 0 where nothing is lost anyway
+    missed: float = 0.0  # squared norm of what comes back minus the fine-tune, over the same
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of what is lost over the norm of the task vector, to four digits: the same for all tiles, threads and devices."""
+        return float(f"{math.sqrt(self.missed / self.energy):.4g}") if self.missed else 0.0
 
     def add_threshold(self, threshold: Threshold) -> None:
         """The threshold of the next slot, or of all."""
@@ -56,6 +64,8 @@ class Candidates:
     equal: Array | None  # which ones equal the threshold
     values: Array
     bits: Array  # what the result has there
+    energy: Array  # squared norm of the task vector, CHUNK by CHUNK of the tile; (chunks,)
+    missed: Array  # and of what is lost of it if all candidates are kept
     exact: Array | None = None  # exact differences, where values are rounded
     errors: Array | None = None  # of rounding
     infinite: Array | None = None  # which differences are not finite
@@ -112,8 +122,10 @@ class Select:
 
     def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> Candidates:
         sink, dtype, xp = self._sinks[aligned.task], aligned.pair.fine.dtype, self._family.how.xp
+        task = self._family.tasks[aligned.task]
         threshold = sink.thresholds[_threshold_number(sink, tile)]
         infinite = equal = None
+        energy = missed = np.zeros(-(-len(aligned.base) // CHUNK))
         if threshold.keeps_all:
             positions = xp.where(xp.not_equal(aligned.base, aligned.fine))
         else:
@@ -123,24 +135,32 @@ class Select:
             positions = xp.where((xp.greater if exhausted else xp.greater_equal)(keys, threshold.key))
             found = xp.download(xp.take(keys, positions))
             equal = None if exhausted else found == threshold.key
-            infinite = found == self._family.tasks[aligned.task].infinite_key
+            infinite = found == task.infinite_key
+            energy = _squares(xp, keys, task)
+            xp.put(keys, positions, np.zeros(len(found), found.dtype))
+            missed = _squares(xp, keys, task)
         base, fine = (xp.download(xp.take(bits, positions)) for bits in (aligned.base, aligned.fine))
         result = xp.download(aligned.base)
         if len(aligned.grown):
             result = np.concatenate((result, xp.download(aligned.grown)))
         elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
             result = result.copy()
-        candidates = Candidates(aligned, result, xp.download(positions), equal, ulp_difference(base, fine), fine, infinite=infinite)
+        where = xp.download(positions)
+        candidates = Candidates(aligned, result, where, equal, ulp_difference(base, fine), fine, energy, missed, infinite=infinite)
         if sink.streams[sink.stream_number(dtype)].values != EXACT:
             candidates.exact = candidates.values
-            least = key_value(threshold.key, self._family.tasks[aligned.task].wide) if sink.octaves else None
+            least = key_value(threshold.key, task.wide) if sink.octaves else None
             candidates.values, apart = round_difference(base, fine, dtype, least)
             candidates.bits, _ = add_rounded(base, candidates.values, dtype)
             candidates.bits[apart] = fine[apart]
-            back, given = (CPU.widen(bits, dtype, np.empty(len(bits))) for bits in (candidates.bits, fine))
+            back, given, before = (CPU.widen(bits, dtype, np.empty(len(bits))) for bits in (candidates.bits, fine, base))
             with np.errstate(invalid="ignore", over="ignore"):
                 candidates.errors = np.abs(back - given)
-            candidates.errors[apart] = 0.0
+                candidates.errors[apart] = 0.0
+                candidates.missed = missed + _by_chunk(where, np.square(candidates.errors), len(missed))
+                if threshold.keeps_all:
+                    squares = np.square(given - before)
+                    candidates.energy = _by_chunk(where, np.where(np.isfinite(squares), squares, 0.0), len(missed))
         return candidates
 
     def commit(self, tile: Tile, result: list[Candidates]) -> list[tuple[Candidates, list[FilledBlock]]]:
@@ -150,14 +170,23 @@ class Select:
         return committed
 
     def _commit_one(self, tile: Tile, c: Candidates) -> list[FilledBlock]:
-        sink, pair = self._sinks[c.aligned.task], c.aligned.pair
+        sink, pair, task = self._sinks[c.aligned.task], c.aligned.pair, self._family.tasks[c.aligned.task]
         if c.equal is not None:
             number = _threshold_number(sink, tile)
             equals = int(np.count_nonzero(c.equal))
             quota = sink.quotas[number]
             sink.quotas[number] -= min(equals, quota)
             if equals > quota:
-                c.keep(take_equals(c.equal, quota))
+                stays = take_equals(c.equal, quota)
+                key = sink.thresholds[number].key
+                gone = np.full(len(c.positions), np.square(key_value(key, task.wide)) if key < task.infinite_key else 0.0)
+                gone -= np.square(c.errors) if c.errors is not None else 0.0
+                gone[stays] = 0.0
+                c.missed = c.missed + _by_chunk(c.positions, gone, len(c.missed))
+                c.keep(stays)
+        for energy, missed in zip(c.energy.tolist(), c.missed.tolist(), strict=True):
+            sink.energy += energy
+            sink.missed += missed
         if not len(c.positions):
             return []
         if c.infinite is not None:
@@ -183,3 +212,20 @@ class Select:
 
 def _threshold_number(sink: Sink, tile: Tile) -> int:
     return tile.tensor if len(sink.thresholds) > 1 else 0
+
+
+def _squares(xp: Arrays, keys: Array, task: TaskVector) -> Array:
+    """Sums of squares of differences that are finite, CHUNK by CHUNK; float64 (chunks,). What is not finite leaves the keys."""
+    floats = xp.view(keys, "f8" if task.wide else "f4")
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = xp.squares(floats, CHUNK)
+        if not np.isfinite(sums).all():  # -1, which marks unchanged entries, is a NaN, too
+            xp.fill(keys, 0, where=xp.less(keys, 0))
+            xp.fill(keys, 0, where=xp.greater_equal(keys, task.infinite_key))
+            sums = xp.squares(xp.copy(floats, xp.empty(len(floats), "f8")), CHUNK)
+    return sums
+
+
+def _by_chunk(positions: Array, values: Array, chunks: int) -> Array:
+    """Sums of values by the CHUNK that they lie in; float64 (chunks,)."""
+    return np.bincount(positions // CHUNK, values, chunks)

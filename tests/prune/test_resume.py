@@ -54,6 +54,7 @@ VARIANTS = {
     "exact": ["--keep", "60%", "--values", "exact"],
     "tensor": ["--keep", "15%", "--scope", "tensor"],
     "lossless": ["--lossless"],
+    "octaves": ["--keep", "15%", "--values", "log2"],
     "several": ["--keep", "15%"],
 }
 
@@ -65,19 +66,24 @@ def arguments(folder: Path, out: Path, *options: object) -> list[str]:
     return [str(a) for a in (*given, *more)]
 
 
+def figures(printed: str) -> list[dict[str, object]]:
+    """What --json says, but for the place."""
+    return [{key: value for key, value in task.items() if key != "path"} for task in json.loads(printed)]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kill_at_many_moments_then_resume(models: Path, peru, variant: str) -> None:
     options = VARIANTS[variant]
     name = "out" if variant == "several" else "out.safetensors"
     (models / "whole").mkdir()
-    peru(*arguments(models, models / "whole" / name, *options))
+    said = figures(peru(*arguments(models, models / "whole" / name, *options, "--json")))
     expected = files(models / "whole")
     (models / "made").mkdir()
     out = models / "made" / name
     moment, resumed, killed = 1, 0, 0
     while run_and_kill(moment, arguments(models, out, *options)) == -signal.SIGKILL:
         killed += 1
-        peru(*arguments(models, out, *options))
+        assert figures(peru(*arguments(models, out, *options, "--json"))) == said
         resumed += "going on" in peru.stderr
         assert files(models / "made") == expected, moment  # and nothing beside it
         for path in sorted((models / "made").rglob("*"), reverse=True):

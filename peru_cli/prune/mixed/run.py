@@ -19,6 +19,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.console import si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.prune.artifact import PruneTask, shared_digest, side_files_of
+from peru_cli.prune.gates import Gate, check
 from peru_cli.prune.mixed.decompose import Spill, decompose, items_of
 from peru_cli.prune.mixed.goal import Goal
 from peru_cli.prune.mixed.represent import Frame, estimate, try_out
@@ -61,6 +62,11 @@ class MixedResult:
     def bits_per_parameter(self) -> float:
         """Bits of the delta for each paired floating entry."""
         return 8 * self.delta_bytes / max(self.entries, 1)
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of what is lost over the norm of the task vector."""
+        return math.sqrt(self.error / self.energy) if self.energy else 0.0
 
     @property
     def quality(self) -> float:
@@ -151,8 +157,12 @@ def prune_mixed(
     sync: bool,
     note: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = lambda text: None,
+    gates: Sequence[Gate] = (),
 ) -> list[MixedResult]:
-    """Write the artifacts; all of them appear, or none. UsageError if the limit is below what no choice can undercut."""
+    """Write the artifacts; all of them appear, or none.
+
+    UsageError if the limit is below what no choice can undercut; GateMissed if what came out does not pass the gates.
+    """
     with Spill(tasks[0].target.parent) as spill:
         family = _Family(base, tasks, goal, base_name, spill, how)
         limit = family.limit()
@@ -168,7 +178,7 @@ def prune_mixed(
             note("searching")
             log = _search_bytes(family, limit, least, say) if limit is not None else _search_quality(family, target or 0.0)
             note("writing")
-            results = _write(family, log, sync, target is None or goal.value, limit)
+            results = _write(family, log, sync, target is None or goal.value, limit, gates, say)
             if results is not None:
                 return results
             assert target is not None
@@ -237,7 +247,9 @@ def _search_quality(family: _Family, target: float) -> float:
     return found.at
 
 
-def _write(family: _Family, log: float, sync: bool, quality: float | bool, limit: int | None) -> list[MixedResult] | None:
+def _write(
+    family: _Family, log: float, sync: bool, quality: float | bool, limit: int | None, gates: Sequence[Gate], say: Callable[[str], None]
+) -> list[MixedResult] | None:
     """Write all artifacts; None, and nothing is left, if the measured quality is too low."""
     items, tasks = family.items, family.tasks
     with ExitStack() as stack:
@@ -251,6 +263,8 @@ def _write(family: _Family, log: float, sync: bool, quality: float | bool, limit
         results = [_seal(family, number, final, records[number], writers[number]) for number in range(len(tasks))]
         if limit is not None and sum(result.file_bytes for result in results) > limit:
             raise AssertionError("the artifacts became larger than was counted")
+        for line in check(gates, results):
+            say(line)
         for writer in writers:
             writer.container.commit()
         return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peru_cli.console import console, si_bytes
@@ -19,7 +18,7 @@ def report(results: list[MixedResult], published: dict[str, Any]) -> None:
             f"{r.fine_bytes / r.file_bytes:.1f}x",
             f"{r.bits_per_parameter:.4f}",
             f"{100 * r.quality:.4g}%",
-            f"{_relative(r.error, r.energy):.4f}",
+            f"{r.relative_error:.4f}",
             si_bytes(r.whole_bytes),
         ]
         for r in results
@@ -27,10 +26,6 @@ def report(results: list[MixedResult], published: dict[str, Any]) -> None:
     heads = ["task", "artifact", ">size", ">smaller", ">bits/param", ">energy", "?>relative error", "?>stored whole"]
     console.table(heads, rows)
     console.result([_figures(r) | published for r in results])
-
-
-def _relative(error: float, energy: float) -> float:
-    return math.sqrt(error / energy) if energy else 0.0
 
 
 def _figures(r: MixedResult) -> dict[str, Any]:
@@ -48,7 +43,7 @@ def _figures(r: MixedResult) -> dict[str, Any]:
         "energy": r.energy,
         "squared_error": r.error,
         "predicted_squared_error": r.predicted_error,
-        "relative_error": _relative(r.error, r.energy),
+        "relative_error": r.relative_error,
         "quality": r.quality,
         "ranks": r.ranks,
         "whole": [info.name for info in r.whole],
