@@ -6,13 +6,11 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
@@ -24,7 +22,7 @@ from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU, Array
 from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import CHUNK, Tile
-from peru_cli.vectors.family import StreamSettings
+from peru_cli.vectors.family import Aligned, Family, StreamSettings
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -70,12 +68,7 @@ class MergeBuffers:
         self.scratch = Scratch(how.xp, how.tile_entries, kind)
         self.base_bits: Array = None
         self.base_weights: Array = None
-        self.bits: list[Array] = []
-        self.uncast: list[Array] = []  # the base in each task's dtype
-
-
-def _input(slots: Sequence[Slot], task: int, tensor: int) -> TensorInfo | None:
-    return slots[tensor].of(task)
+        self.aligned: list[Aligned] = []
 
 
 class _Walk:
@@ -96,6 +89,7 @@ class _Walk:
         self._kind = "f8" if any(info.dtype.name == "F64" for info in infos) else "f4"
         self._xp = how.xp
         self._reads_base = rule.on_vectors
+        self._family = Family(plan.reference, plan.vectors, how)
 
     def _count_owed(self, done: dict[str, Any]) -> dict[int, list[list[int]]]:
         """Equals of tensors written by an earlier run, summed before the next slot that is walked over."""
@@ -114,46 +108,37 @@ class _Walk:
         return self._slots[tile.tensor]
 
     def reads(self) -> Reads:
-        slots = [self._plan.slots[number] for number in self._slots]
-        if self._reads_base and self._plan.base is not None:
-            yield self._plan.base, lambda tensor: slots[tensor].base
-        for task, vector in enumerate(self._plan.vectors):
-            yield vector.fine, partial(_input, slots, task)
+        slots = [self._plan.slots[number].base for number in self._slots]
+        base, *fines = self._family.reads(slots, range(len(self._plan.vectors)))
+        return [base, *fines] if self._reads_base else fines
 
     def buffers(self) -> MergeBuffers:
         return MergeBuffers(self._how, len(self._plan.vectors), self._width, self._kind)
 
     def apply(self, tile: Tile, room: MergeBuffers) -> list[list[Trimmed]]:
         slot = self._plan.slots[self.slot_number(tile)]
-        room.bits, room.uncast = [], []
+        bits = None
         if self._reads_base:
-            assert self._plan.base is not None
-            _, room.base_bits = read_bits(self._plan.base, slot.base, tile, room.base)
-            n = len(room.base_bits)
-            room.base_weights = self._xp.widen(room.base_bits, slot.base.dtype, room.scratch("base", n))
-        for number, info in enumerate(slot.inputs):
-            room.bits.append(read_bits(self._plan.vectors[slot.task(number)].fine, info, tile, room.inputs[number])[1])
-            if self._reads_base:
-                room.uncast.append(cast_bits(self._xp, room.base_bits, slot.base.dtype, info.dtype))
+            _, bits = read_bits(self._family.base, slot.base, tile, room.base)
+            room.base_bits = bits
+            room.base_weights = self._xp.widen(bits, slot.base.dtype, room.scratch("base", len(bits)))
+        room.aligned = [
+            self._family.align(slot.task(i), slot.base.name, tile, bits, room.inputs[i]) for i in range(len(slot.inputs))
+        ]  # fmt: skip
         if not self._rule.trims:
             return []
-        return [self._trim(tile, slot, number, room) for number in range(len(room.bits))]
+        return [self._trim(tile, slot, number, room) for number in range(len(room.aligned))]
 
-    def _input(self, slot: Slot, number: int, room: MergeBuffers, name: str) -> Array:
+    def _input(self, number: int, room: MergeBuffers, name: str) -> Array:
         """A task's difference from the base, or its weights, in room of that name; (n,)."""
-        xp, info, bits = self._xp, slot.inputs[number], room.bits[number]
-        n = len(bits)
-        out = room.scratch(name, n)
-        weights = xp.widen(bits, info.dtype, out)
+        aligned = room.aligned[number]
+        n = len(aligned.fine)
         if not self._reads_base:
-            return weights if weights is out else xp.copy(weights, out)
-        base = room.base_weights
-        if info.dtype is not slot.base.dtype:
-            base = xp.widen(room.uncast[number], info.dtype, room.scratch("cast", n))
-        return xp.subtract(weights, base, out=out)
+            return aligned.weights(self._xp, room.scratch(name, n))
+        return aligned.difference(self._xp, room.scratch(name, n), lambda: room.scratch("cast", n), room.base_weights)
 
     def _trim(self, tile: Tile, slot: Slot, number: int, room: MergeBuffers) -> list[Trimmed]:
-        xp, vector = self._xp, self._input(slot, number, room, f"input{number}")
+        xp, vector = self._xp, self._input(number, room, f"input{number}")
         keys = xp.view(xp.absolute(vector, out=room.scratch("keys", len(vector))), "i8" if self._kind == "f8" else "i4")
         result = []
         task = slot.task(number)
@@ -213,7 +198,7 @@ class _Walk:
         def inputs(task: int) -> Array:
             if rule.trims:  # trimming has made it
                 return room.scratch(f"input{task}", n)
-            return self._input(slot, task, room, f"input{task if rule.holds_all else task % 2}")
+            return self._input(task, room, f"input{task if rule.holds_all else task % 2}")
 
         base = room.base_weights if self._reads_base else None
         return RuleInput(
@@ -314,10 +299,9 @@ class Merge(_Walk):
         """Entries that are not finite and the same in all inputs stay (masks of -inf); any other is an error."""
         dtype, download = slot.info.dtype, self._xp.download
         at = np.flatnonzero((bits & ((1 << (dtype.bits - 1)) - 1)) >= infinity(dtype))
-        fines = [self._plan.vectors[slot.task(number)].fine for number in range(len(slot.inputs))]
-        found = [(fine, i.dtype, download(b)[at]) for fine, i, b in zip(fines, slot.inputs, room.bits, strict=True)]
+        found = [(self._plan.vectors[a.task].fine, a.pair.fine.dtype, download(a.fine)[at]) for a in room.aligned]
         if self._reads_base:
-            same = [b == download(uncast)[at] for (_, _, b), uncast in zip(found, room.uncast, strict=True)]
+            same = [b == download(a.base)[at] for (_, _, b), a in zip(found, room.aligned, strict=True)]
             value, source = download(room.base_bits)[at], slot.base.dtype
         else:
             value, source = found[0][2], found[0][1]

@@ -14,13 +14,12 @@ from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.errors import BadFile
-from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.superpose import LARGEST, flip
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.tiles import CHUNK, Tile
-from peru_cli.vectors.family import StreamSettings
+from peru_cli.vectors.family import Family, StreamSettings
 
 if TYPE_CHECKING:
     from peru_cli.pack.base import NewBase
@@ -58,6 +57,7 @@ class _Walk:
     def __init__(self, plan: PackPlan, how: StreamSettings, wide: bool = False) -> None:
         """With `wide`, differences are float64 in all tensors of a task that has an F64 one, as keys are."""
         self._plan, self._how, self._wide = plan, how, wide
+        self._family = Family(plan.base, plan.vectors, how)
         self._sums = plan.sums
         self._whole = {tensor.info.name for tensor in self._sums if tensor.mode == WHOLE}
         infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
@@ -69,17 +69,12 @@ class _Walk:
     def vector(self, number: int, source: str, tile: Tile, room: PackBuffers) -> tuple[memoryview, memoryview, Doubles]:
         """Bytes of base and fine-tune, and a task's difference (or its weights) as float32 (float64 for F64), (n,)."""
         vector = self._plan.vectors[number]
-        pair = vector.pairs[source]
-        base_raw, base_bits = read_bits(self._plan.base, pair.base, tile, room.base)
-        fine_raw, fine_bits = read_bits(vector.fine, pair.fine, tile, room.fine)
-        kind = "f8" if pair.fine.dtype.name == "F64" or (self._wide and vector.wide) else "f4"
-        n = tile.stop - tile.start
-        base = CPU.widen(cast_bits(CPU, base_bits, pair.base.dtype, pair.fine.dtype), pair.fine.dtype, room.cast[kind][:n])
-        fine = CPU.widen(fine_bits, pair.fine.dtype, room.vectors[kind][:n])
-        if source in self._whole:
-            np.copyto(room.vectors[kind][:n], fine)
-            return base_raw, fine_raw, room.vectors[kind][:n]
-        return base_raw, fine_raw, np.subtract(fine, base, out=room.vectors[kind][:n])
+        base_raw, base_bits = read_bits(self._plan.base, vector.pairs[source].base, tile, room.base)
+        aligned = self._family.align(number, source, tile, base_bits, room.fine)
+        kind = "f8" if aligned.pair.fine.dtype.name == "F64" or (self._wide and vector.wide) else "f4"
+        out, cast = (some[kind][: tile.stop - tile.start] for some in (room.vectors, room.cast))
+        vectors = aligned.weights(CPU, out) if source in self._whole else aligned.difference(CPU, out, lambda: cast)
+        return base_raw, aligned.fine.data.cast("B"), vectors
 
     def refuse(self, number: int, source: str, tile: Tile, what: str, room: PackBuffers) -> BadFile:
         """What is wrong with a task's values, or with the base's."""

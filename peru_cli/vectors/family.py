@@ -68,13 +68,33 @@ class Buffers:
 
 @dataclass
 class Aligned:
-    """What one task has of a tile: the base's bits cast to its dtype and its own, (n,), and rows that grew."""
+    """What one task has of a tile: the base's bits cast to its dtype and its own, (n,), and rows that grew.
+
+    Without a base (a method that merges the weights themselves) `base` is empty and `fine` is all there is.
+    """
 
     task: int
     pair: Pair
     base: Array
     fine: Array
     grown: Array
+
+    def weights(self, xp: Arrays, out: Array) -> Array:
+        """The fine-tune's weights in `out`, (n,) float32 or float64."""
+        weights = xp.widen(self.fine, self.pair.fine.dtype, out)
+        return weights if weights is out else xp.copy(weights, out)
+
+    def difference(self, xp: Arrays, out: Array, room: Callable[[], Array], base_weights: Array | None = None) -> Array:
+        """fine - base in `out`, (n,) float32 or float64, without bound: infinity and NaN stay what they are.
+
+        Args:
+            room: gives an array like `out` to widen the base into.
+            base_weights: the base in its own dtype, if it has been widened: serves tasks of that dtype.
+        """
+        dtype = self.pair.fine.dtype
+        if base_weights is None or dtype is not self.pair.base.dtype:
+            base_weights = xp.widen(self.base, dtype, room())
+        return xp.subtract(xp.widen(self.fine, dtype, out), base_weights, out=out)
 
 
 def _of_task(task: TaskVector, slots: Sequence[TensorInfo], tensor: int) -> TensorInfo | None:
@@ -106,11 +126,20 @@ class Family:
 
     def each(self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
         """Read the tile of each wanted task in turn; one's tensors are valid until the next."""
-        n = len(base_bits)
         for number in wanted:
-            pair = self.tasks[number].pairs.get(slot.name)
-            if pair is not None and len(fine := read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffers.fine)):
-                yield Aligned(number, pair, cast_bits(self.how.xp, base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
+            if slot.name in self.tasks[number].pairs:
+                aligned = self.align(number, slot.name, tile, base_bits, buffers.fine)
+                if len(aligned.fine) or len(aligned.grown):
+                    yield aligned
+
+    def align(self, number: int, slot: str, tile: Tile | Strip, base_bits: Array | None, buffer: TileBuffer) -> Aligned:
+        """Read what a task has of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
+        pair = self.tasks[number].pairs[slot]
+        fine = read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffer)
+        if base_bits is None:
+            return Aligned(number, pair, fine[:0], fine, fine[:0])
+        n = len(base_bits)
+        return Aligned(number, pair, cast_bits(self.how.xp, base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
 
     def reads(self, slots: Sequence[TensorInfo], wanted: Iterable[int]) -> Reads:
         """What a pass over these slots of the base and of the wanted tasks reads."""
