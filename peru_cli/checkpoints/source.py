@@ -5,12 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
+from peru_cli.checkpoints.digests import CHUNK, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place, fingerprint, sha256
+
+PIECE = 16 * CHUNK  # entries read at once where a tensor is only copied, digested or compared
+
+
+def pieces(info: TensorInfo, read: Callable[[int, memoryview], None], first: int = 0) -> Iterator[tuple[int, memoryview]]:
+    """A tensor's bytes from an entry on, piece by piece, in one reused buffer: each piece's offset in bytes, and the piece.
+
+    `read` fills a buffer with the tensor's bytes from an offset on.
+    """
+    room = memoryview(bytearray(info.dtype.nbytes(min(PIECE, info.entries))))
+    for start in range(first, info.entries, PIECE):
+        piece = room[: info.dtype.nbytes(min(PIECE, info.entries - start))]
+        read(info.dtype.nbytes(start), piece)
+        yield info.dtype.nbytes(start), piece
 
 
 class Checkpoint(ABC):
@@ -79,6 +94,28 @@ class Checkpoint(ABC):
         if data:
             self.read_into(name, 0, memoryview(data))
         return bytes(data)
+
+    def pieces(self, name: str, first: int = 0) -> Iterator[tuple[int, memoryview]]:
+        """A tensor's bytes from an entry on, piece by piece (see `pieces`). Between passes only."""
+        info = self.tensors[name]
+        if self.ranged and first < info.entries:
+            self.expect([(name, info.dtype.nbytes(first), info.dtype.nbytes(info.entries - first))])
+        yield from pieces(info, lambda offset, buffer: self.read_into(name, offset, buffer), first)
+
+    def digest(
+        self,
+        name: str,
+        use: Callable[[memoryview], object] = lambda data: None,
+        first: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> bytes:
+        """Digest of a tensor from an entry on, as a tensor of that shape; 32 bytes. Every piece that is read goes to `use`, too."""
+        info = self.tensors[name]
+        tree = TensorDigest(info.dtype, info.shape if shape is None else shape)
+        for _, piece in self.pieces(name, first):
+            tree.add(leaves(piece, info.dtype))
+            use(piece)
+        return tree.digest()
 
     def identity(self) -> str:
         """A digest that changes when the files do: sizes, times of change, all headers; no path is in it."""

@@ -31,12 +31,13 @@ from peru_cli.checkpoints.pairing import Pair
 from peru_cli.errors import UsageError
 from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
-from peru_cli.lora.remainder import copy_tensor, write_delta
+from peru_cli.lora.remainder import write_delta
 from peru_cli.methods.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
+from peru_cli.prune.doubts import is_changed
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
-from peru_cli.vectors.task_matrix import TaskMatrix, is_changed
+from peru_cli.vectors.task_matrix import TaskMatrix
 from peru_cli.version import __version__
 
 _FIRST_GUESS = 64  # singular values looked for at first, where their number is not given
@@ -248,7 +249,7 @@ def extract(
         step = _Write(plan, weights, wanted, ranks, stored, dtype, writer, how)
         run(step, step.tiles(), how.threads, how.advance)
         for info in rest.saved:
-            copy_tensor(plan.fine, info, writer, OUTER + plan.in_memory(info.name))
+            writer.copy(OUTER + plan.in_memory(info.name), plan.fine, info.name)
         for pair in rest.biases:
             matrix = TaskMatrix(plan.fine, plan.base, pair, pair.entries, 1, 0, torch.device("cpu"))
             difference = torch.cat([panel.view(-1) for _, panel in matrix.row_panels()])

@@ -7,15 +7,12 @@ from pathlib import Path
 
 from peru_cli.checkpoints.base_name import BaseName
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.lora.adapter import REST
 from peru_cli.checkpoints.pairing import Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.lora.extract_plan import Extraction
 from peru_cli.prune import run as pruning
 from peru_cli.vectors.family import StreamSettings, TaskVector
-
-_PIECE = 1 << 22  # bytes copied at once
 
 
 class Part(Checkpoint):
@@ -43,12 +40,3 @@ def write_delta(
     task = pruning.PruneTask(vector, folder / REST, None)
     (result,) = pruning.prune(plan.base, [task], pruning.PruneOptions(None, base_name=base_name), how, sync)
     return result.file_bytes
-
-
-def copy_tensor(source: Checkpoint, info: TensorInfo, writer: CheckpointWriter, name: str) -> None:
-    """Copy a tensor's bytes piece by piece."""
-    room = bytearray(min(_PIECE, info.nbytes))
-    for start in range(0, info.nbytes, _PIECE):
-        piece = memoryview(room)[: min(_PIECE, info.nbytes - start)]
-        source.read_into(info.name, start, piece)
-        writer.write(name, start, piece)

@@ -7,7 +7,7 @@ stay as they are: they are the norms of the rows of base + update, which DoRA re
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +38,6 @@ from peru_cli.methods.lowrank import DenseSvd, ThinSvd, move_scale, squared_dist
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
-
-_PIECE = 1 << 22  # bytes copied at once
 
 
 @dataclass
@@ -251,8 +249,7 @@ def _resize(
         step = _Write(job, wanted, contents, stored, writer, how)
         run(step, step.tiles(), how.threads, how.advance)
         for name, source in copied_tensors(adapter).items():
-            for start, piece in _pieces(adapter, source):
-                writer.write(name, start, piece)
+            writer.copy(name, adapter.file, source)
         writer.commit()
     rest = adapter.path / REST
     if folder is not None and rest.is_file():  # of the base, not of the factors: it stays what it is
@@ -268,12 +265,3 @@ def _sealed_files(adapter: Adapter) -> dict[str, bytes]:
     if adapter.layout != PEFT:
         return {}
     return beside({}, dict.fromkeys(find_side_files(adapter.path), b""))
-
-
-def _pieces(adapter: Adapter, name: str) -> Iterator[tuple[int, memoryview]]:
-    """A tensor's bytes, piece by piece, with their offsets."""
-    size = adapter.file.tensors[name].nbytes
-    for start in range(0, size, _PIECE):
-        room = memoryview(bytearray(min(_PIECE, size - start)))
-        adapter.file.read_into(name, start, room)
-        yield start, room

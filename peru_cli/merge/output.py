@@ -15,7 +15,6 @@ from pathlib import Path
 from peru_cli.checkpoints.architectures import is_output, is_tied
 from peru_cli.checkpoints.base_name import hub_repo
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, remove
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter
@@ -30,11 +29,9 @@ from peru_cli.methods.parameters import Value
 from peru_cli.methods.rules import Rule
 from peru_cli.prune import run as pruning
 from peru_cli.publish.card import PERU, as_text, front_matter, link
-from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import StreamSettings
 from peru_cli.version import __version__
 
-_PIECE = 16 * CHUNK
 _KEY = ".peru-merge-key"
 RECIPE_FILE = "mergekit_config.yml"
 
@@ -213,16 +210,8 @@ def write_heads(plan: MergePlan, folder: Path, sync: bool, merge_digest: str) ->
         said = head_metadata(vector.name, vector.pairing.prefix, vector.fine, merge_digest)
         with FileWriter(folder / f"{vector.name}.safetensors", heads, sync, said, files={}) as writer:
             for info in heads:
-                for start, data in _pieces(vector.fine, info):
-                    writer.write(info.name, info.dtype.nbytes(start), data)
+                writer.copy(info.name, vector.fine, info.name)
             writer.commit()
-
-
-def _pieces(source: Checkpoint, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
-    for start in range(0, info.entries, _PIECE):
-        room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries - start)))
-        source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
-        yield start, memoryview(room)
 
 
 def write_compressed(

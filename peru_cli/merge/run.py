@@ -19,12 +19,11 @@ from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
-from peru_cli.streaming.tiles import CHUNK, Tile, TilePlan
 from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
+from peru_cli.streaming.tiles import Tile, TilePlan
 from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
 from peru_cli.vectors.threshold_journal import ThresholdJournal
 
-_PIECE = 16 * CHUNK  # entries copied at once
 DEFAULT_TILE = 1 << 18  # entries; smaller tiles fit caches better, but threads then wait for each other at every operation
 
 
@@ -149,10 +148,9 @@ def _copy(plan: MergePlan, writer: CheckpointWriter) -> None:
     outputs = {info.name: info for info in plan.outputs}
     for info in plan.copied:
         wanted = outputs[info.name].dtype
-        room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
-        for start in range(0, info.entries, _PIECE):
-            view = memoryview(room)[: info.dtype.nbytes(min(_PIECE, info.entries - start))]
-            plan.reference.read_into(info.name, info.dtype.nbytes(start), view)
-            if wanted is not info.dtype:
-                view = cast_bits(CPU, np.frombuffer(view, BITS[info.dtype.bits]), info.dtype, wanted).data.cast("B")
-            writer.write(info.name, wanted.nbytes(start), view)
+        if wanted is info.dtype:
+            writer.copy(info.name, plan.reference, info.name)
+            continue
+        for offset, piece in plan.reference.pieces(info.name):
+            cast = cast_bits(CPU, np.frombuffer(piece, BITS[info.dtype.bits]), info.dtype, wanted)
+            writer.write(info.name, offset * wanted.bits // info.dtype.bits, cast.data.cast("B"))

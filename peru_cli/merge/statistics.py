@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
+from peru_cli.checkpoints.digests import checkpoint_digest
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import inputs
@@ -31,10 +31,8 @@ from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Collector, Found, TaskModel
 from peru_cli.methods.table import Method
 from peru_cli.streaming.arrays import KIND, Host
-from peru_cli.streaming.tiles import CHUNK
 from peru_cli.version import __version__
 
-_PIECE = 16 * CHUNK
 _DTYPE = {torch.float32: BY_NAME["F32"], torch.float64: BY_NAME["F64"]}
 
 
@@ -64,15 +62,7 @@ class Kept:
 
 def digest_checkpoint(checkpoint: Checkpoint) -> bytes:
     """The digest of all tensors of a checkpoint, as artifacts have it; reads everything once."""
-    digests = {}
-    for name, info in checkpoint.tensors.items():
-        tree = TensorDigest(info.dtype, info.shape)
-        for start in range(0, info.entries, _PIECE):
-            room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries - start)))
-            checkpoint.read_into(name, info.dtype.nbytes(start), memoryview(room))
-            tree.add(leaves(memoryview(room), info.dtype))
-        digests[name] = tree.digest()
-    return checkpoint_digest(digests)
+    return checkpoint_digest({name: checkpoint.digest(name) for name in checkpoint.tensors})
 
 
 @dataclass

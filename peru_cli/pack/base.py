@@ -24,7 +24,6 @@ from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.pack_task import float_kind, plus_vector, scaled
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.pack.plan import PackPlan
-from peru_cli.prune.run import stream_digest
 from peru_cli.publish.card import PERU, as_text, front_matter, link
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.tiles import Tile
@@ -134,7 +133,7 @@ class NewBase:
             self._writer.write(info.name, at, data)
             at += len(data)
 
-        return stream_digest(base, info, write)
+        return base.digest(info.name, write)
 
     def commit(self) -> None:
         """Put the new base in place."""

@@ -22,7 +22,6 @@ from peru_cli.pack.measure import Measured
 from peru_cli.pack.passes import Doubles, Superpose
 from peru_cli.pack.plan import PackPlan
 from peru_cli.pack.residual import write_residuals
-from peru_cli.prune.run import stream_digest
 from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import StreamSettings
 
@@ -131,7 +130,7 @@ class PackSealer:
         plan, problems = self._plan, []
         for tensor in plan.tensors:
             if tensor.mode == COPY:
-                digest = stream_digest(plan.base, plan.base.tensors[tensor.info.name])[:SHORT]
+                digest = plan.base.digest(tensor.info.name)[:SHORT]
             else:
                 digest = self._step.base_digests[tensor.info.name].digest()[:SHORT]
             if plan.old is None:
@@ -146,7 +145,7 @@ class PackSealer:
         vector = self._plan.vectors[number]
         digests = {name: digest.digest() for name, digest in self._step.results[number].items()} | own
         for pair in self._plan.same[vector.name]:
-            digests[pair.fine.name] = stream_digest(vector.fine, pair.fine)
+            digests[pair.fine.name] = vector.fine.digest(pair.fine.name)
         return checkpoint_digest(digests)
 
     def _prove(self, number: int) -> None:
@@ -154,7 +153,7 @@ class PackSealer:
         plan = self._plan
         vector = plan.vectors[number]
         assert plan.old is not None
-        own = {info.name: stream_digest(vector.fine, info) for info in plan.heads[vector.name]}
+        own = {info.name: vector.fine.digest(info.name) for info in plan.heads[vector.name]}
         if self._fine_digest(number, own) != plan.old.tasks[vector.name].digest:
             raise Mismatch(
                 f"{vector.fine.label} is not the checkpoint that was packed as {vector.name!r} in {plan.old.path}",
@@ -163,7 +162,7 @@ class PackSealer:
 
     def _record(self, number: int, scale: float) -> tuple[TaskRecord, PackedTask]:
         plan, vector, products = self._plan, self._plan.vectors[number], self._step.products
-        own = {info.name: stream_digest(vector.fine, info) for info in plan.heads[vector.name]}
+        own = {info.name: vector.fine.digest(info.name) for info in plan.heads[vector.name]}
         energy = float(products[number, number])
         found = quality(energy, *self._step.came_back(number), scale)
         norm = energy**0.5
@@ -205,7 +204,7 @@ class PackSealer:
         fines = {} if plan.removing else {vector.name: vector.fine for vector in plan.vectors}
         for tensor in task.tensors:
             if task.name in fines:
-                stream_digest(fines[task.name], tensor.info, self._writer.append_whole)
+                fines[task.name].digest(tensor.info.name, self._writer.append_whole)
                 continue
             assert plan.old is not None
             plan.old.verify_whole(task, tensor)

@@ -22,11 +22,9 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.magnitude import key_value
 from peru_cli.prune.gates import Gate
 from peru_cli.prune.journal import written_bytes
-from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import TaskVector
 from peru_cli.vectors.selection import Select, Sink
 
-_PIECE = 16 * CHUNK  # entries read at once where a tensor is only copied or compared
 SEALED = "sealed"  # in a journal: digests of finished artifacts by file name, before any is put in place
 
 
@@ -207,7 +205,7 @@ class Job:
         rows = first // max(info.entries // info.shape[0], 1) if first else 0
         shape = (info.shape[0] - rows, *info.shape[1:]) if first else info.shape
         use = self.writer.append_whole
-        digest = self._once(info.name, info.dtype.nbytes(info.entries - first), lambda: stream_digest(fine, info, use, first, shape))
+        digest = self._once(info.name, info.dtype.nbytes(info.entries - first), lambda: fine.digest(info.name, use, first, shape))
         assert digest is not None
         return digest
 
@@ -216,38 +214,13 @@ class Job:
         return self._once(f"{pair.fine.name} alike", 0, lambda: shared_digest(self._task.vector.fine, self._base, pair))
 
 
-def _pieces(source: Checkpoint, info: TensorInfo, first: int = 0) -> Iterator[memoryview]:
-    """A tensor's bytes from an entry on, piece by piece, in one reused buffer."""
-    if source.ranged and first < info.entries:
-        source.expect([(info.name, info.dtype.nbytes(first), info.dtype.nbytes(info.entries - first))])
-    room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
-    for start in range(first, info.entries, _PIECE):
-        view = memoryview(room)[: info.dtype.nbytes(min(_PIECE, info.entries - start))]
-        source.read_into(info.name, info.dtype.nbytes(start), view)
-        yield view
-
-
-def stream_digest(
-    source: Checkpoint,
-    info: TensorInfo,
-    use: Callable[[memoryview], None] = lambda data: None,
-    first: int = 0,
-    shape: tuple[int, ...] | None = None,
-) -> bytes:
-    """Digest of a tensor from an entry on, as a tensor of that shape; every piece that is read goes to `use`, too."""
-    digest = TensorDigest(info.dtype, info.shape if shape is None else shape)
-    for view in _pieces(source, info, first):
-        digest.add(leaves(view, info.dtype))
-        use(view)
-    return digest.digest()
-
-
 def shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:
     """The digest of a tensor that both have alike, None if they differ; reads both once."""
     if pair.fine.dtype is not pair.base.dtype:
         return None
     digest = TensorDigest(pair.base.dtype, pair.base.shape)
-    for a, b in zip(_pieces(base, pair.base), _pieces(fine, pair.fine), strict=True):  # an adapter's come out of what the base just gave
+    both = zip(base.pieces(pair.base.name), fine.pieces(pair.fine.name), strict=True)
+    for (_, a), (_, b) in both:  # an adapter's come out of what the base just gave
         if a != b:
             return None
         digest.add(leaves(a, pair.base.dtype))

@@ -24,7 +24,7 @@ from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods.magnitude import ALL_CHANGED
-from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place, stream_digest
+from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place
 from peru_cli.prune.gates import check
 from peru_cli.prune.journal import PruneLog
 from peru_cli.streaming.arrays import CPU
@@ -35,7 +35,7 @@ from peru_cli.vectors.selection import Select
 from peru_cli.vectors.threshold_journal import ThresholdJournal
 from peru_cli.version import __version__
 
-__all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_bytes", "plan_prune", "prune", "stream_digest"]
+__all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_bytes", "plan_prune", "prune"]
 
 
 def plan_prune(

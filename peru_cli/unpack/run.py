@@ -31,8 +31,6 @@ from peru_cli.shown import listed
 from peru_cli.vectors.copy import copy_checkpoint, in_dtype
 from peru_cli.vectors.family import StreamSettings
 
-_PIECE = 1 << 22  # bytes read at once
-
 
 class Output:
     """Where a fine-tune goes: a directory, one file, or a pipe."""
@@ -121,10 +119,9 @@ def report(source: FineTune, output: str, tensors: list[TensorInfo], files: dict
 
 def _read_all(source: Checkpoint) -> None:
     """Read every tensor, so that what carries digests is compared with them."""
-    room = bytearray(_PIECE)
-    for info in source.tensors.values():
-        for offset in range(0, info.nbytes, _PIECE):
-            source.read_into(info.name, offset, memoryview(room)[: min(_PIECE, info.nbytes - offset)])
+    for name in source.tensors:
+        for _ in source.pieces(name):
+            pass
 
 
 def unpack_to(source: FineTune, writer: CheckpointWriter, how: StreamSettings, note: Callable[[str], None]) -> None:

@@ -86,20 +86,3 @@ def _raw(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
 
 def _bits(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
     return np.frombuffer(_raw(source, info, start, n), BITS[info.dtype.bits])
-
-
-def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
-    """Whether any entry that both have differs, the base cast to the fine-tune's dtype; stops at the first that does."""
-    for start in range(0, pair.entries, _TILE):
-        n = min(_TILE, pair.entries - start)
-        mine, theirs = _raw(fine, pair.fine, start, n), _raw(base, pair.base, start, n)
-        if pair.fine.dtype is pair.base.dtype:
-            if mine != theirs:
-                return True
-        elif not pair.is_delta:
-            return True
-        else:
-            cast = cast_bits(CPU, np.frombuffer(theirs, BITS[pair.base.dtype.bits]), pair.base.dtype, pair.fine.dtype)
-            if not np.array_equal(cast, np.frombuffer(mine, BITS[pair.fine.dtype.bits])):
-                return True
-    return False

@@ -15,6 +15,7 @@ from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile, check_room, may_go_on, partial_path, remove
 from peru_cli.checkpoints.local.journal import Journal, fits
 from peru_cli.checkpoints.local.sealed import Collected, blank, complete, fill, model_digest
+from peru_cli.checkpoints.source import Checkpoint
 
 METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 
@@ -103,6 +104,11 @@ class CheckpointWriter(ABC):
     @abstractmethod
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write bytes of one tensor from byte `offset` on."""
+
+    def copy(self, name: str, source: Checkpoint, source_name: str) -> None:
+        """Write a tensor as it is in a checkpoint, under that name there."""
+        for offset, piece in source.pieces(source_name):
+            self.write(name, offset, piece)
 
     @abstractmethod
     def commit(self) -> None:

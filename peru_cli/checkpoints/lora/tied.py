@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from peru_cli.checkpoints.architectures import is_embedding, is_output, is_tied, tied_embedding
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.source import pieces
 
-_PIECE = 1 << 22  # bytes compared at once
 Read = Callable[[str, int, memoryview], None]
 
 
@@ -25,14 +26,8 @@ def is_untied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read
     one, other = tensors[head], tensors[embedding]
     if one.shape != other.shape or one.dtype is not other.dtype:
         return True
-    for start in range(0, one.nbytes, _PIECE):
-        size = min(_PIECE, one.nbytes - start)
-        ours, theirs = bytearray(size), bytearray(size)
-        read(head, start, memoryview(ours))
-        read(embedding, start, memoryview(theirs))
-        if ours != theirs:
-            return True
-    return False
+    both = zip(*(pieces(info, partial(read, info.name)) for info in (one, other)), strict=True)
+    return any(ours != theirs for (_, ours), (_, theirs) in both)
 
 
 def vocabulary(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], before: Mapping[str, TensorInfo]) -> int | None:

@@ -16,7 +16,6 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.mixed.scales import run_of_product, scale_of
 from peru_cli.methods.mixed.sums import Floats, add_difference
-from peru_cli.prune.artifact import stream_digest
 from peru_cli.prune.mixed.decompose import Item, Spill
 from peru_cli.prune.mixed.represent import represent
 from peru_cli.streaming.arrays import BITS, CPU
@@ -101,4 +100,4 @@ class Final:
 def store_rest(fine: Checkpoint, record: MixedRecord, use: Callable[[memoryview], None]) -> bytes:
     """Copy what is stored whole of a tensor into the artifact; its digest, 32 bytes."""
     first = 0 if record.mode == WHOLE else record.base_entries
-    return stream_digest(fine, record.info, use, first, whole_shape(record))
+    return fine.digest(record.info.name, use, first, whole_shape(record))
