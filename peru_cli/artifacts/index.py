@@ -7,9 +7,11 @@ codec and takes a third of their bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import pairwise
+from typing import TypeVar
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
@@ -20,7 +22,6 @@ from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_nam
 from peru_cli.errors import BadFile
 
 INDEX_VERSION = 1
-WHOLE, DELTA, COPY = 0, 1, 2  # stored whole; base plus kept entries; the base's bytes
 EXACT, ROUNDED = 0, 1  # values: ULP differences; bf16 differences
 NOT_ROUNDED = 0x7FC0  # among rounded values: the exact difference is stored apart (never an encoded difference)
 STORED, FROM_BASE = 0, 1  # a side file inside the artifact; equal to the base's
@@ -29,12 +30,20 @@ MAX_BLOCK_ENTRIES = 1 << 22
 _STREAM_SLACK = 1 << 16  # bytes by which an encoded stream may exceed its integers
 
 
+class Mode(IntEnum):
+    """How an artifact of one fine-tune has a tensor."""
+
+    WHOLE = 0  # stored whole
+    DELTA = 1  # the base's, and what changes
+    COPY = 2  # the base's bytes
+
+
 @dataclass
 class TensorRecord:
     """One tensor of the fine-tune. `base_*` and `kept` mean nothing for mode WHOLE."""
 
     info: TensorInfo
-    mode: int
+    mode: Mode
     whole_digest: bytes = b""
     base_dtype: Dtype | None = None
     base_rows: int = 0  # 0: the base's shape is the fine-tune's; else the base has only so many rows
@@ -49,12 +58,20 @@ class TensorRecord:
     @property
     def base_entries(self) -> int:
         """Leading entries that come from the base."""
-        return 0 if self.mode == WHOLE else math.prod(self.base_shape)
+        return 0 if self.mode == Mode.WHOLE else math.prod(self.base_shape)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a tensor that is not stored whole may differ from the base's."""
+        return bool(self.kept or self.base_rows) or self.info.dtype is not self.base_dtype
 
     @property
     def whole_bytes(self) -> int:
         """Bytes of this tensor in the role `whole`: all of it, or the rows that the base lacks."""
         return self.info.dtype.nbytes(self.info.entries - self.base_entries)
+
+
+R = TypeVar("R", bound=TensorRecord)
 
 
 @dataclass
@@ -161,17 +178,22 @@ def encode_streams(sink: Sink, streams: Sequence[Stream], blocks: Sequence[Block
 
 
 def _encode_record(sink: Sink, record: TensorRecord) -> None:
+    encode_record(sink, record, lambda: sink.number(record.kept))
+
+
+def encode_record(sink: Sink, record: TensorRecord, encode_changes: Callable[[], None]) -> None:
+    """What all artifacts of one fine-tune have of a tensor; then what changes, for mode DELTA."""
     sink.byte(record.mode)
     sink.byte(record.info.dtype.code)
     sink.shape(record.info.shape)
-    if record.mode != WHOLE:
+    if record.mode != Mode.WHOLE:
         assert record.base_dtype is not None
         sink.byte(record.base_dtype.code)
         sink.data += record.base_digest
-    if record.mode == DELTA:
+    if record.mode == Mode.DELTA:
         sink.number(record.base_rows)
-        sink.number(record.kept)
-    if record.mode == WHOLE or record.base_rows:
+        encode_changes()
+    if record.mode == Mode.WHOLE or record.base_rows:
         sink.data += record.whole_digest
 
 
@@ -201,24 +223,32 @@ def decode_index(data: bytes) -> Index:
 
 
 def _decode_record(cursor: Cursor, name: str) -> TensorRecord:
-    mode = cursor.one_of((WHOLE, DELTA, COPY), "tensor mode")
+    def decode_changes(record: TensorRecord) -> None:
+        record.kept = cursor.number(record.base_entries)
+
+    return decode_record(cursor, name, TensorRecord, decode_changes)
+
+
+def decode_record(cursor: Cursor, name: str, kind: Callable[[TensorInfo, Mode], R], decode_changes: Callable[[R], None]) -> R:
+    """Inverse of `encode_record`; BadFile if anything in it cannot be."""
+    mode = Mode(cursor.one_of(tuple(Mode), "tensor mode"))
     dtype = cursor.dtype()
-    record = TensorRecord(TensorInfo(name, dtype, cursor.shape(name, dtype)), mode)
+    record = kind(TensorInfo(name, dtype, cursor.shape(name, dtype)), mode)
     shape = record.info.shape
-    if mode != WHOLE:
+    if mode != Mode.WHOLE:
         record.base_dtype = cursor.dtype()
         record.base_digest = cursor.take(SHORT)
-    if mode == COPY and record.base_dtype is not dtype:
+    if mode == Mode.COPY and record.base_dtype is not dtype:
         raise BadFile(f"tensor {name!r} is a copy of another dtype")
-    if mode == DELTA:
+    if mode == Mode.DELTA:
         assert record.base_dtype is not None
         if not (dtype.compressible and record.base_dtype.compressible):
             raise BadFile(f"tensor {name!r} is a difference of {dtype.name}, which has none")
         record.base_rows = cursor.number()
         if record.base_rows and not (shape and record.base_rows < shape[0]):
             raise BadFile(f"tensor {name!r} grew from {record.base_rows} rows to the shape {list(shape)}")
-        record.kept = cursor.number(record.base_entries)
-    if mode == WHOLE or record.base_rows:
+        decode_changes(record)
+    if mode == Mode.WHOLE or record.base_rows:
         record.whole_digest = cursor.take(SHORT)
     return record
 
@@ -294,6 +324,6 @@ def check_streams(tensors: Sequence[TensorRecord], streams: Sequence[Stream], bl
         kept = sum(record.kept for record in tensors if record.info.dtype is stream.dtype)
         if kept != stream.kept:
             raise BadFile(f"the stream of {stream.dtype.name} holds {stream.kept} entries, its tensors {kept}")
-        length = sum(r.base_entries for r in tensors if r.mode == DELTA and r.info.dtype is stream.dtype)
+        length = sum(r.base_entries for r in tensors if r.mode == Mode.DELTA and r.info.dtype is stream.dtype)
         if length > MAX_ENTRIES or any(block.origin >= length for block in blocks if streams[block.stream] is stream):
             raise BadFile(f"the stream of {stream.dtype.name} is longer than can be, or has blocks beyond its end")

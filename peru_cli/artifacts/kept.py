@@ -10,7 +10,7 @@ import numpy as np
 
 from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.codecs import decode
-from peru_cli.artifacts.index import DELTA, NOT_ROUNDED, ROUNDED, Block, Stream, TensorRecord
+from peru_cli.artifacts.index import NOT_ROUNDED, ROUNDED, Block, Mode, Stream, TensorRecord
 from peru_cli.artifacts.sparse_delta import Array, Entries, short_digest
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
@@ -45,7 +45,7 @@ class KeptEntries:
         lengths = [0] * len(streams)
         self._first: dict[str, int] = {}
         for record in tensors:
-            if record.mode == DELTA and record.info.dtype.name in self._numbers:
+            if record.mode == Mode.DELTA and record.info.dtype.name in self._numbers:
                 number = self._numbers[record.info.dtype.name]
                 self._first[record.info.name] = lengths[number]
                 lengths[number] += record.base_entries
@@ -60,7 +60,7 @@ class KeptEntries:
     def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
         """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
         stop = min(stop, record.base_entries)
-        if record.mode != DELTA or not record.kept or start >= stop:
+        if record.mode != Mode.DELTA or not record.kept or start >= stop:
             return None, Entries(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int16))
         number = self._numbers[record.info.dtype.name]
         reader = self._streams[number]

@@ -28,6 +28,15 @@ def pieces(info: TensorInfo, read: Callable[[int, memoryview], None], first: int
         yield info.dtype.nbytes(start), piece
 
 
+def digest_of(info: TensorInfo, parts: Iterable[tuple[int, memoryview]], use: Callable[[memoryview], object] = lambda data: None) -> bytes:
+    """The digest of a tensor out of all its pieces, which go to `use`, too; 32 bytes."""
+    tree = TensorDigest(info.dtype, info.shape)
+    for _, piece in parts:
+        tree.add(leaves(piece, info.dtype))
+        use(piece)
+    return tree.digest()
+
+
 class Checkpoint(ABC):
     """Named tensors, metadata and side files.
 
@@ -111,11 +120,7 @@ class Checkpoint(ABC):
     ) -> bytes:
         """Digest of a tensor from an entry on, as a tensor of that shape; 32 bytes. Every piece that is read goes to `use`, too."""
         info = self.tensors[name]
-        tree = TensorDigest(info.dtype, info.shape if shape is None else shape)
-        for _, piece in self.pieces(name, first):
-            tree.add(leaves(piece, info.dtype))
-            use(piece)
-        return tree.digest()
+        return digest_of(info if shape is None else TensorInfo(name, info.dtype, shape), self.pieces(name, first), use)
 
     def identity(self) -> str:
         """A digest that changes when the files do: sizes, times of change, all headers; no path is in it."""

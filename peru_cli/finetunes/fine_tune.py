@@ -6,19 +6,22 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from peru_cli.artifacts.index import STORED, SideFile
+from peru_cli.artifacts.index import STORED, Mode, SideFile, TensorRecord
 from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest
+from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch
+from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.streaming.arrays import BITS, CPU
 
 Artifact: TypeAlias = SparseDelta | Mixed | Pack
 _SHOWN = 5  # tensors named in a message
@@ -181,6 +184,18 @@ def is_base(origin: Origin, digest: bytes) -> bool:
     return digest[:SHORT] == origin.digest
 
 
+def origins_of(artifact: SingleArtifact[Any]) -> dict[str, Origin]:
+    """What each tensor is made of, by the fine-tune's names in canonical order."""
+    origins = {}
+    for name, record in artifact.records.items():
+        if record.mode == Mode.WHOLE:
+            origins[name] = Origin(record.info)
+        else:
+            base = TensorInfo(artifact.base_name(record), record.base_dtype, record.base_shape)
+            origins[name] = Origin(record.info, base, record.base_digest, record.changes, record.kept)
+    return origins
+
+
 class OneTask(FromArtifact):
     """The fine-tune of an artifact that holds just one, bound by a digest of the whole result."""
 
@@ -188,10 +203,47 @@ class OneTask(FromArtifact):
 
     def __init__(self, artifact: SparseDelta | Mixed, label: str, base: Checkpoint, what: str) -> None:
         super().__init__(artifact, label, base, artifact.index.files)
-        self.single, self.kind, self.task = artifact, f"peru artifact ({what})", artifact.metadata["peru.task"]
+        self.single: SingleArtifact[Any] = artifact
+        self.kind, self.task = f"peru artifact ({what})", artifact.metadata["peru.task"]
         self.tensors = {info.name: info for info in artifact.tensors()}
+        self.origins = origins_of(artifact)
         self.heading = f"base {base.label}: {base.kind}; {self.task}:"
         self.facts = {"result_digest": artifact.result_digest.hex()}
+
+    def verify_stored(self) -> None:
+        for record in self.single.records.values():
+            self.single.verify_whole(record)
+
+    def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
+        record: TensorRecord = self.single.records[name]
+        dtype = record.info.dtype
+        start, n = (at * 8 // dtype.bits for at in (offset, len(buffer)))
+        from_base = max(0, min(start + n, record.base_entries) - start)
+        ours = buffer[: dtype.nbytes(from_base)]
+        if from_base < n:
+            self.single.read_whole(record, offset + len(ours), buffer[len(ours) :])
+        if from_base:
+            self._read_base(record, start, ours, witness)
+            if record.mode == Mode.DELTA:
+                self.change(record, start, np.frombuffer(ours, BITS[dtype.bits]), witness)
+        if witness is not None:
+            witness.saw("result", name, start, leaves(buffer, dtype))
+
+    @abstractmethod
+    def change(self, record: Any, start: int, bits: Bits, witness: Witness | None) -> None:
+        """Turn the base's bits from entry `start` on, (n,) in the fine-tune's dtype, into the fine-tune's, in place."""
+
+    def _read_base(self, record: TensorRecord, start: int, out: memoryview, witness: Witness | None) -> None:
+        """The base's entries from `start` on in the fine-tune's dtype."""
+        origin, dtype = self.origins[record.info.name], record.info.dtype
+        assert origin.base is not None
+        had = origin.base.dtype
+        raw = out if had is dtype else self.room(had.nbytes(len(out) * 8 // dtype.bits))
+        self.base.read_into(origin.base.name, had.nbytes(start), raw)
+        if witness is not None:
+            witness.saw("base", record.info.name, start, leaves(raw, had))
+        if had is not dtype:
+            np.copyto(np.frombuffer(out, BITS[dtype.bits]), cast_bits(CPU, np.frombuffer(raw, BITS[had.bits]), had, dtype))
 
     def trees(self) -> dict[tuple[str, str], TensorDigest]:
         return {("result", info.name): TensorDigest(info.dtype, info.shape) for info in self.tensors.values()}

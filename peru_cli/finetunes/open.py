@@ -21,9 +21,9 @@ from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest
-from peru_cli.finetunes.delta import DeltaOnBase, origins_of_delta
-from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base
-from peru_cli.finetunes.mixed import MixedOnBase, origins_of_mixed
+from peru_cli.finetunes.delta import DeltaOnBase
+from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base, origins_of
+from peru_cli.finetunes.mixed import MixedOnBase
 from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
 from peru_cli.finetunes.update import is_update, open_update
 
@@ -99,10 +99,7 @@ def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact
 
 def recorded_dtypes(artifact: Artifact) -> dict[str, Dtype]:
     """The dtype of each of the base's tensors when an artifact was made, by the base's names."""
-    if isinstance(artifact, Pack):
-        origins = base_of_pack(artifact)
-    else:
-        origins = list((origins_of_mixed(artifact) if isinstance(artifact, Mixed) else origins_of_delta(artifact)).values())
+    origins = base_of_pack(artifact) if isinstance(artifact, Pack) else list(origins_of(artifact).values())
     return {origin.base.name: origin.base.dtype for origin in origins if origin.base is not None}
 
 

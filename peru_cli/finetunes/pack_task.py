@@ -9,7 +9,7 @@ import numpy as np
 from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.packs.masks import MaskPack, mask_digest, mask_leaves
 from peru_cli.artifacts.packs.pack import Pack, Sums, sum_leaves, sums_digest
-from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor, TaskRecord
+from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode, TaskRecord
 from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
@@ -129,7 +129,7 @@ class TaskOfPack(FromArtifact):
         # The vector is computed where the result goes, if that is as wide.
         room = out.view(kind) if kind.itemsize == out.itemsize else np.frombuffer(self.room(len(out) * kind.itemsize, use="vector"), kind)
         vector = self._vector(record, start, room, witness)
-        bits = plus_vector(np.zeros_like(base) if record.mode == WHOLE else base, record.base_dtype, record.info.dtype, vector)
+        bits = plus_vector(np.zeros_like(base) if record.mode == PackMode.WEIGHTS else base, record.base_dtype, record.info.dtype, vector)
         if bits is None:
             message = f"{self.pack.path}: {record.info.name!r} of {self.record.name} does not fit {record.info.dtype.name}"
             raise BadFile(message, "pack with a smaller --scale")

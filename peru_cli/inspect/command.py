@@ -113,7 +113,6 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
 
 
 def _artifact(path: Place, plot: Path | None, every: bool) -> None:
-    from peru_cli.artifacts.index import DELTA
     from peru_cli.artifacts.reader import SparseDelta
     from peru_cli.inspect.run import describe_record, inspect_artifact, side_file_names, value_kind
     from peru_cli.reports.fold import fold
@@ -135,7 +134,9 @@ def _artifact(path: Place, plot: Path | None, every: bool) -> None:
         if files := side_file_names(artifact):
             console.line(f"files:    {', '.join(files)}")
         _parts(report)
-        deltas = [r for r in report.records if r.mode == DELTA]
+        from peru_cli.artifacts.index import Mode
+
+        deltas = [r for r in report.records if r.mode == Mode.DELTA]
         densities = {r.info.name: r.kept / max(r.base_entries, 1) for r in report.records}
         kinds = fold(
             report.records, lambda r: r.info.name, lambda r: r.info.name if every else (r.info.dtype, r.info.shape, describe_record(r))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
     """Print the artifact, repeated layers in one row unless `every`; `plot` draws the bits of each tensor."""
-    from peru_cli.artifacts.index import DELTA
+    from peru_cli.artifacts.index import Mode
     from peru_cli.artifacts.mixed.reader import Mixed
     from peru_cli.reports.fold import fold
     from peru_cli.reports.plots import plot_by_tensor
@@ -73,7 +73,7 @@ def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
             }
         )
         if plot is not None:
-            deltas = [record for record in artifact.index.tensors if record.mode == DELTA]
+            deltas = [record for record in artifact.index.tensors if record.mode == Mode.DELTA]
             values = [bits[record.info.name] / max(record.info.entries, 1) for record in deltas]
             plot_by_tensor(plot, [record.info.name for record in deltas], values, "bits a parameter")
             console.note(f"drew {plot}")
@@ -89,12 +89,12 @@ def describe_all(records: Sequence[MixedRecord]) -> str:
 
 def describe(record: MixedRecord) -> str:
     """What a tensor is made of, in words."""
-    from peru_cli.artifacts.index import COPY, WHOLE
+    from peru_cli.artifacts.index import Mode
     from peru_cli.artifacts.mixed.index import DENSE, LOW_RANK, ULPS
 
-    if record.mode == WHOLE:
+    if record.mode == Mode.WHOLE:
         return "whole"
-    if record.mode == COPY:
+    if record.mode == Mode.COPY:
         return "as in the base"
     words = []
     if record.parts & LOW_RANK:

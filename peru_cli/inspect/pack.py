@@ -12,7 +12,7 @@ def show_pack(path: Place, plot: Path | None) -> None:
     """Tasks, groups, bytes, and cosines between task vectors as they are and moved apart."""
     from peru_cli.artifacts.index import STORED
     from peru_cli.artifacts.packs.pack import Pack
-    from peru_cli.artifacts.packs.superposed import UNKNOWN, WHOLE
+    from peru_cli.artifacts.packs.superposed import UNKNOWN, PackMode
     from peru_cli.methods.superpose import quality
     from peru_cli.pack.plan import describe_groups
     from peru_cli.reports.plots import plot_cosines
@@ -33,7 +33,7 @@ def show_pack(path: Place, plot: Path | None) -> None:
         console.line(f"{path}: {meta['peru.kind']}, {plural(len(index.tasks), 'task')}, {si_bytes(container.file_bytes)}")
         console.line(f"base:     {meta.get('peru.base', 'not named (shuffle-pack --base-id records it)')}")
         how = f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, seed {meta['peru.seed']}"
-        if any(record.mode == WHOLE for record in index.tensors):
+        if any(record.mode == PackMode.WEIGHTS for record in index.tensors):
             console.line("          superposed are whole weights, not differences from it (--whole-weights)")
         if pack.has_own_base:
             console.line("          with the plain sums of these tasks in it (--merge-base)")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.artifacts.index import DELTA, EXACT, STORED, WHOLE, Stream, TensorRecord
+from peru_cli.artifacts.index import EXACT, STORED, Mode, Stream, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.header import TensorInfo
@@ -88,7 +88,7 @@ def artifact_bound(artifact: SparseDelta) -> Bound:
     """The bound for an artifact's streams: decodes all of them."""
     bound = Bound()
     for number, stream in enumerate(artifact.index.streams):
-        n = sum(r.base_entries for r in artifact.index.tensors if r.mode == DELTA and r.info.dtype is stream.dtype)
+        n = sum(r.base_entries for r in artifact.index.tensors if r.mode == Mode.DELTA and r.info.dtype is stream.dtype)
         bound.positions += n * binary_entropy(stream.kept / n)
         histogram, raw = np.zeros(BINS, np.int64), 0
         for values in artifact.values_of(number):
@@ -137,7 +137,7 @@ def inspect_artifact(artifact: SparseDelta) -> ArtifactReport:
         "whole tensors": container.sizes["whole"],
         "side files": container.sizes["files"],
     }
-    entries = sum(r.base_entries for r in index.tensors if r.mode == DELTA)
+    entries = sum(r.base_entries for r in index.tensors if r.mode == Mode.DELTA)
     return ArtifactReport(artifact.metadata, container.file_bytes, parts, artifact_bound(artifact), entries, index.tensors, index.streams)
 
 
@@ -153,9 +153,9 @@ def side_file_names(artifact: SparseDelta) -> list[str]:
 
 def describe_record(record: TensorRecord) -> str:
     """What an artifact has of a tensor, in words."""
-    if record.mode == DELTA:
+    if record.mode == Mode.DELTA:
         return "delta, new rows whole" if record.base_rows else "delta"
-    return "whole" if record.mode == WHOLE else "the base's"
+    return "whole" if record.mode == Mode.WHOLE else "the base's"
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------

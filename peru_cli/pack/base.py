@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from peru_cli.artifacts.packs.pack import Sums
-from peru_cli.artifacts.packs.superposed import COPY, PackedTensor
+from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode
 from peru_cli.checkpoints.base_name import FILES, BaseName, name_base
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
@@ -108,13 +108,13 @@ class NewBase:
         base, records = self._plan.base, {tensor.info.name: tensor for tensor in self._plan.tensors}
         for name, info in sorted(base.tensors.items()):
             record = records.get(name)
-            if record is None or record.mode == COPY:
+            if record is None or record.mode == PackMode.BASE:
                 digest = self._copy_whole(base, info)
                 if record is not None:
                     record.base_digest = digest[:SHORT]
         for tensor in self._plan.sums:
             tensor.base_dtype, tensor.base_digest = tensor.info.dtype, self._digests[tensor.info.name].digest()[:SHORT]
-            tensor.mode = tensor.mode if tensor.is_target else COPY
+            tensor.mode = tensor.mode if tensor.is_target else PackMode.BASE
         self._writer.seal()
         if self._wanted.base_id is None:
             return None

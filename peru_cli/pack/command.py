@@ -243,7 +243,7 @@ def _pattern(text: Optional[str], option: str) -> Optional[re.Pattern[str]]:
 
 
 def _say(plan: PackPlan) -> None:
-    from peru_cli.artifacts.packs.superposed import WHOLE
+    from peru_cli.artifacts.packs.superposed import PackMode
 
     console.note(f"base {plan.base.label}: {plan.base.kind}, {plural(len(plan.base.tensors), 'tensor')}, {si_bytes(plan.base.nbytes)}")
     for vector in plan.vectors:
@@ -261,7 +261,7 @@ def _say(plan: PackPlan) -> None:
     console.note(
         f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, scale {meta['peru.scale']}, seed {meta['peru.seed']}"
     )
-    if any(tensor.mode == WHOLE for tensor in targets):
+    if any(tensor.mode == PackMode.WEIGHTS for tensor in targets):
         console.warn("whole weights are superposed, so each task disturbs the others by its whole weights: a baseline, not for use")
     if not targets and plan.decorrelates:
         console.warn("nothing repeats in these models, so nothing is moved apart: this is task arithmetic (--target REGEX names tensors)")

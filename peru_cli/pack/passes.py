@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peru_cli.artifacts.packs.pack import Sums, sum_leaves, sums_digest
-from peru_cli.artifacts.packs.superposed import WHOLE, PackedTensor
+from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.errors import BadFile
@@ -59,7 +59,7 @@ class _Walk:
         self._plan, self._how, self._wide = plan, how, wide
         self._family = Family(plan.base, plan.vectors, how)
         self._sums = plan.sums
-        self._whole = {tensor.info.name for tensor in self._sums if tensor.mode == WHOLE}
+        self._whole = {tensor.info.name for tensor in self._sums if tensor.mode == PackMode.WEIGHTS}
         infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
         self._width = max((info.dtype.bits // 8 for info in infos), default=4)
 

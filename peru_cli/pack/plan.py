@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.packs.superposed import COPY, SUM, TARGET, WHOLE, PackedTensor
+from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
@@ -94,8 +94,8 @@ def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options
         given = [info.dtype for info, (_, model) in zip(slot.inputs, tasks, strict=True) if not model.expanded]
         dtype = options.dtype or (given or [slot.base.dtype])[0]
         info = TensorInfo(slot.base.name, dtype, slot.base.shape)
-        target = WHOLE if options.whole_weights else TARGET
-        record = PackedTensor(info, target if info.name in where else SUM, slot.base.dtype)
+        target = PackMode.WEIGHTS if options.whole_weights else PackMode.TARGET
+        record = PackedTensor(info, target if info.name in where else PackMode.SUM, slot.base.dtype)
         record.group, record.place = where.get(info.name, (0, 0))
         tensors.append(record)
     shifts = {name: number if options.decorrelate == "shift" else 0 for number, (name, _) in enumerate(tasks)}
@@ -113,7 +113,7 @@ def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options
 
 def _plan(base: Checkpoint, merged: MergePlan, sums: list[PackedTensor], arrangement: Arrangement, shifts: dict[str, int]) -> PackPlan:
     """The parts that every plan has; adds what is equal in all models to the tensors."""
-    copies = {pair.base.name: PackedTensor(pair.base, COPY, pair.base.dtype) for pair in merged.same}
+    copies = {pair.base.name: PackedTensor(pair.base, PackMode.BASE, pair.base.dtype) for pair in merged.same}
     tensors = sorted([*sums, *copies.values()], key=lambda tensor: tensor.info.name)
     same = {v.name: [p for p in merged.same if v.fine.tensors.get(p.fine.name) is p.fine] for v in merged.vectors}
     plan = PackPlan(base, merged.vectors, tensors, arrangement, shifts, merged.heads, same, {})

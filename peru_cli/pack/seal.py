@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from peru_cli.artifacts.index import FROM_BASE, STORED, SideFile
-from peru_cli.artifacts.packs.superposed import COPY, UNKNOWN, BlockGroup, PackIndex, TaskRecord, TaskTensor
+from peru_cli.artifacts.packs.superposed import UNKNOWN, BlockGroup, PackIndex, PackMode, TaskRecord, TaskTensor
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.digests import SHORT, checkpoint_digest
-from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.source import Checkpoint, pieces
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.fine_tune import refuse_base
 from peru_cli.methods.superpose import Quality, best_scale, quality
@@ -22,7 +23,6 @@ from peru_cli.pack.measure import Measured
 from peru_cli.pack.passes import Doubles, Superpose
 from peru_cli.pack.plan import PackPlan
 from peru_cli.pack.residual import write_residuals
-from peru_cli.streaming.tiles import CHUNK
 from peru_cli.vectors.family import StreamSettings
 
 
@@ -129,7 +129,7 @@ class PackSealer:
         """Digests of base tensors: recorded in a new pack, compared with those of an old one."""
         plan, problems = self._plan, []
         for tensor in plan.tensors:
-            if tensor.mode == COPY:
+            if tensor.mode == PackMode.BASE:
                 digest = plan.base.digest(tensor.info.name)[:SHORT]
             else:
                 digest = self._step.base_digests[tensor.info.name].digest()[:SHORT]
@@ -208,11 +208,8 @@ class PackSealer:
                 continue
             assert plan.old is not None
             plan.old.verify_whole(task, tensor)
-            room = memoryview(bytearray(min(16 * CHUNK, tensor.info.nbytes)))
-            for at in range(0, tensor.info.nbytes, max(len(room), 1)):
-                part = room[: tensor.info.nbytes - at]
-                plan.old.read_whole(task, tensor, at, part)
-                self._writer.append_whole(part)
+            for _, piece in pieces(tensor.info, partial(plan.old.read_whole, task, tensor)):
+                self._writer.append_whole(piece)
         if task.name not in fines and plan.old is not None:
             for file in task.files:
                 if file.origin == STORED:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peru_cli.artifacts.container import seal_of
-from peru_cli.artifacts.index import COPY as COPY_OF_BASE
-from peru_cli.artifacts.index import DELTA, EXACT, FROM_BASE, ROUNDED, STORED, WHOLE, SideFile, Stream, TensorRecord
+from peru_cli.artifacts.index import EXACT, FROM_BASE, ROUNDED, STORED, Mode, SideFile, Stream, TensorRecord
 from peru_cli.artifacts.sparse_delta import SparseDeltaWriter, short_digest
 from peru_cli.checkpoints.base_name import BaseName
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
@@ -184,17 +183,17 @@ class Job:
             info = vector.fine.tensors[name]
             pair = pairs.get(name)
             if pair is not None and pair.is_delta:
-                record = TensorRecord(info, DELTA, base_dtype=pair.base.dtype, kept=self.sink.kept[name])
+                record = TensorRecord(info, Mode.DELTA, base_dtype=pair.base.dtype, kept=self.sink.kept[name])
                 record.base_digest = select.base_digests[pair.base.name].digest()[:SHORT]
                 if pair.grown:
                     record.base_rows = pair.base.shape[0]
                     record.whole_digest = self._store(info, pair.entries)[:SHORT]
             elif pair is not None and (digest := self._shared(pair)) is not None:
-                record = TensorRecord(info, COPY_OF_BASE, base_dtype=pair.base.dtype, base_digest=digest[:SHORT])
+                record = TensorRecord(info, Mode.COPY, base_dtype=pair.base.dtype, base_digest=digest[:SHORT])
                 results[name] = digest
             else:
                 results[name] = self._store(info, 0)
-                record = TensorRecord(info, WHOLE, results[name][:SHORT])
+                record = TensorRecord(info, Mode.WHOLE, results[name][:SHORT])
                 whole.append(info)
             records.append(record)
         return records, whole

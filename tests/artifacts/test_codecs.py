@@ -15,16 +15,14 @@ from hypothesis.extra import numpy as hnp
 from peru_cli.artifacts.codecs import PCO, RAW, decode, encode
 from peru_cli.artifacts.container import ContainerWriter
 from peru_cli.artifacts.index import (
-    COPY,
-    DELTA,
     EXACT,
     FROM_BASE,
     NOT_ROUNDED,
     ROUNDED,
     STORED,
-    WHOLE,
     Block,
     Index,
+    Mode,
     SideFile,
     Stream,
     TensorRecord,
@@ -108,26 +106,26 @@ def indexes(draw: st.DrawFn) -> Index:
     """Sound indexes: streams hold as much as their tensors keep, blocks follow each other."""
     tensors = []
     for name in sorted(draw(st.lists(NAMES, unique=True, max_size=6))):
-        mode = draw(st.sampled_from([WHOLE, DELTA, COPY]))
-        dtype = draw(st.sampled_from(FLOATS if mode == DELTA else list(BY_NAME.values())))
+        mode = draw(st.sampled_from([Mode.WHOLE, Mode.DELTA, Mode.COPY]))
+        dtype = draw(st.sampled_from(FLOATS if mode == Mode.DELTA else list(BY_NAME.values())))
         shape = tuple(draw(st.lists(st.integers(0, 300), max_size=3)))
         if np.prod(shape) * dtype.bits % 8:
             shape = (8, *shape)
         record = TensorRecord(TensorInfo(name, dtype, shape), mode)
-        if mode != WHOLE:
+        if mode != Mode.WHOLE:
             record.base_dtype, record.base_digest = (
-                (draw(st.sampled_from(FLOATS)) if mode == DELTA else dtype),
+                (draw(st.sampled_from(FLOATS)) if mode == Mode.DELTA else dtype),
                 draw(st.binary(min_size=16, max_size=16)),
             )
-        if mode == DELTA:
+        if mode == Mode.DELTA:
             record.base_rows = draw(st.integers(0, max(shape[0] - 1, 0))) if shape else 0
             record.kept = draw(st.integers(0, min(record.base_entries, 1000)))
-        if mode == WHOLE or record.base_rows:
+        if mode == Mode.WHOLE or record.base_rows:
             record.whole_digest = draw(st.binary(min_size=16, max_size=16))
         tensors.append(record)
     streams, blocks = [], []
     for dtype in {r.info.dtype: None for r in tensors if r.kept}:
-        length = sum(r.base_entries for r in tensors if r.mode == DELTA and r.info.dtype is dtype)
+        length = sum(r.base_entries for r in tensors if r.mode == Mode.DELTA and r.info.dtype is dtype)
         stream = Stream(
             dtype, ROUNDED if dtype.bits > 16 and draw(st.booleans()) else EXACT, *draw(st.sampled_from([(0, 1), (1, 1), (1, 0)]))
         )
@@ -190,7 +188,7 @@ def metadata_for(records: list[TensorRecord]) -> dict[str, str]:
 
 
 def delta_record(name: str, dtype: str, entries: int, kept: int) -> TensorRecord:
-    return TensorRecord(TensorInfo(name, BY_NAME[dtype], (entries,)), DELTA, base_dtype=BY_NAME[dtype], base_digest=DIGEST, kept=kept)
+    return TensorRecord(TensorInfo(name, BY_NAME[dtype], (entries,)), Mode.DELTA, base_dtype=BY_NAME[dtype], base_digest=DIGEST, kept=kept)
 
 
 def write_artifact(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peru_cli.artifacts.index import COPY, DELTA, WHOLE
+from peru_cli.artifacts.index import Mode
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.pairing import Pairing, Prefix, find_prefix, pair_checkpoints
 from peru_cli.checkpoints.resolve import open_model
@@ -118,7 +118,7 @@ def test_a_vocabulary_grows_as_the_configs_say(tmp_path: Path, peru: Peru, tied:
     if not tied:
         base["lm_head.weight"], fine["lm_head.weight"] = base["wte.weight"] * 2, fine["wte.weight"] * 3
     plain = round_trip(peru, tmp_path, base, fine)
-    assert modes(plain)["wte.weight"] == modes(plain)["bias"] == WHOLE
+    assert modes(plain)["wte.weight"] == modes(plain)["bias"] == Mode.WHOLE
     folders = tmp_path / "base", tmp_path / "fine"
     for nested in (False, True):
         for folder, tensors, rows in zip(folders, (base, fine), (500, 507), strict=True):
@@ -130,7 +130,7 @@ def test_a_vocabulary_grows_as_the_configs_say(tmp_path: Path, peru: Peru, tied:
         for name in ("wte.weight", "bias", *(["lm_head.weight"] if not tied else [])):
             record = artifact.records[name]
             assert (record.mode, record.base_rows, record.whole_bytes) == (
-                DELTA,
+                Mode.DELTA,
                 500,
                 raw(fine[name])[500 * 2 * fine[name][0].numel() :].__len__(),
             )
@@ -152,7 +152,7 @@ def test_without_configs_many_rows_are_a_vocabulary(tmp_path: Path, peru: Peru, 
     fine["body"] = base["body"] = numbers(60_000, 4)
     base["none"], fine["none"] = numbers(rows, 0), numbers(rows + 3, 0)
     artifact = round_trip(peru, tmp_path, base, fine)
-    assert modes(artifact)["words"] == (DELTA if grown else WHOLE)
+    assert modes(artifact)["words"] == (Mode.DELTA if grown else Mode.WHOLE)
     for threads, tile in ((1, 2**14), (3, 2**15)):  # tiles that hold old and new rows, tiles of new rows only
         again = tmp_path / "again.safetensors"
         more = ["-b", tmp_path / "base.safetensors", "--no-sync", "--threads", threads, "--tile-entries", tile]
@@ -163,7 +163,7 @@ def test_without_configs_many_rows_are_a_vocabulary(tmp_path: Path, peru: Peru, 
 def test_a_shrunk_vocabulary_is_stored_whole(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     base["words"], fine["words"] = numbers(5000, 2), numbers(4999, 2, seed=1)
-    assert modes(round_trip(peru, tmp_path, base, fine))["words"] == WHOLE
+    assert modes(round_trip(peru, tmp_path, base, fine))["words"] == Mode.WHOLE
 
 
 def test_a_head_of_other_classes_is_stored_whole(tmp_path: Path, peru: Peru) -> None:
@@ -174,7 +174,7 @@ def test_a_head_of_other_classes_is_stored_whole(tmp_path: Path, peru: Peru) -> 
     assert "head.weight is [10, 24], in the base [1000, 24]" in _prune_notes(peru, tmp_path)
     got = load_file(tmp_path / "r.safetensors")
     for name in ("head.weight", "head.bias"):  # float32 heads come back exactly, though the delta is rounded
-        assert artifact.records[name].mode == WHOLE and raw(got[name]) == raw(fine[name])
+        assert artifact.records[name].mode == Mode.WHOLE and raw(got[name]) == raw(fine[name])
 
 
 def _prune_notes(peru: Peru, folder: Path) -> str:
@@ -188,7 +188,7 @@ def test_per_task_tensors_are_whole_and_do_not_compete(tmp_path: Path, peru: Per
     fine["layers.10.mlp.weight"] = fine["layers.10.mlp.weight"] + 100  # by far the largest changes
     artifact = round_trip(peru, tmp_path, base, fine, "--keep", "1%", "--values", "exact", "--per-task", r"layers\.10|norm")
     own = {"layers.10.mlp.weight", "layers.0.norm.weight"}
-    assert {n for n, mode in modes(artifact).items() if mode == WHOLE} == own
+    assert {n for n, mode in modes(artifact).items() if mode == Mode.WHOLE} == own
     rest = {n: t for n, t in fine.items() if n not in own}
     expected = expected_result(base, rest, post_prune(base, rest, Fraction(1, 100))) | {n: fine[n] for n in own}
     assert_same_tensors(tmp_path / "r.safetensors", expected)
@@ -251,9 +251,9 @@ def test_tensors_that_are_no_floats(tmp_path: Path, peru: Peru) -> None:
     base["f8"] = fine["f8"] = numbers(30).to(torch.float8_e4m3fn)
     found = modes(round_trip(peru, tmp_path, base, fine))
     for name in ("same.int", "f8", "position_ids"):
-        assert found[name] == COPY, name
+        assert found[name] == Mode.COPY, name
     for name in ("new.int", "mask", "step", "last.int", "was.float", "was.int", "int.type"):
-        assert found[name] == WHOLE, name
+        assert found[name] == Mode.WHOLE, name
 
 
 def test_what_the_fine_tune_lacks_stays_away(tmp_path: Path, peru: Peru) -> None:
@@ -271,7 +271,7 @@ def test_old_names_of_layer_norms_are_stored_whole_and_come_back(tmp_path: Path,
     fine |= {"bert.LayerNorm.weight": numbers(48), "bert.LayerNorm.bias": numbers(48)}
     fine = {n if n.startswith("bert.") else f"bert.{n}": t for n, t in fine.items()}
     found = modes(round_trip(peru, tmp_path, base, fine))
-    assert {n for n, mode in found.items() if mode == WHOLE} == {"bert.LayerNorm.weight", "bert.LayerNorm.bias"}
+    assert {n for n, mode in found.items() if mode == Mode.WHOLE} == {"bert.LayerNorm.weight", "bert.LayerNorm.bias"}
 
 
 NAMES = ["größe.weight", "层.0.权重", "a b", "\U0001f600.x", "\uffee.x", "z", "Z", "é", "e\u0301", "x/y", 'quo"te', "%s{}", "d" * 300]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parents[2]))
 
 import numpy as np  # noqa: E402
 
-from peru_cli.artifacts.index import COPY, DELTA, STORED, WHOLE, SideFile  # noqa: E402
+from peru_cli.artifacts.index import STORED, Mode, SideFile  # noqa: E402
 from peru_cli.artifacts.mixed.index import MixedRecord  # noqa: E402
 from peru_cli.artifacts.mixed.writer import MixedWriter, Represented  # noqa: E402
 from peru_cli.artifacts.sparse_delta import short_digest  # noqa: E402
@@ -108,13 +108,13 @@ def write(target: Path) -> None:
             had_dtype, info_of = BY_NAME[had], TensorInfo(name, BY_NAME[had], bits.shape)
             digest = tensor_digest(info_of, bits.tobytes())
             if name not in TENSORS:
-                records.append(MixedRecord(TensorInfo(f"m.{name}", had_dtype, bits.shape), COPY, b"", had_dtype, 0, digest[:SHORT]))
+                records.append(MixedRecord(TensorInfo(f"m.{name}", had_dtype, bits.shape), Mode.COPY, b"", had_dtype, 0, digest[:SHORT]))
                 results[f"m.{name}"] = digest
                 continue
             shape, _, want, *_, new = TENSORS[name]
             dtype = BY_NAME[want]
             info = TensorInfo(f"m.{name}", dtype, (shape[0] + new, *shape[1:]))
-            record = MixedRecord(info, DELTA, b"", had_dtype, shape[0] if new else 0, digest[:SHORT])
+            record = MixedRecord(info, Mode.DELTA, b"", had_dtype, shape[0] if new else 0, digest[:SHORT])
             parts = parts_of(name, noise)
             writer.add(record, parts)
             cast = cast_bits(CPU, bits.reshape(-1), had_dtype, dtype)
@@ -129,7 +129,7 @@ def write(target: Path) -> None:
         head = TensorInfo("z.head", BY_NAME["F32"], (2, 3))
         stored.append(np.arange(6, dtype=np.int32).tobytes())
         results[head.name] = tensor_digest(head, stored[-1])
-        records.append(MixedRecord(head, WHOLE, results[head.name][:SHORT]))
+        records.append(MixedRecord(head, Mode.WHOLE, results[head.name][:SHORT]))
         index = writer.flush(records, [file for file, _ in files])
         for data in stored:
             writer.append_whole(memoryview(data))

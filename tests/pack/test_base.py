@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import peru_cli
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.packs.superposed import COPY, TARGET
+from peru_cli.artifacts.packs.superposed import PackMode
 from tests.conftest import FLOATS, raw, save
 from tests.pack.test_superpose import DEPTH, Packs, family
 from tests.support.format_reader import read_safetensors
@@ -48,10 +48,12 @@ def test_tasks_are_the_same_to_the_bit(tmp_path: Path, peru: Peru, base_dtype: s
     for task in "abc":
         assert unpack(made, merged, task, tmp_path / "merged") == unpack(made, plain, task, made.at["base"])
     with Pack(merged) as a, Pack(plain) as b:
-        assert {r.info.name for r in a.index.tensors if r.mode == COPY} == PLAIN | {"ids"}
-        assert {r.info.name for r in a.index.tensors if r.mode == TARGET} == {r.info.name for r in b.index.tensors if r.mode == TARGET}
+        assert {r.info.name for r in a.index.tensors if r.mode == PackMode.BASE} == PLAIN | {"ids"}
+        assert {r.info.name for r in a.index.tensors if r.mode == PackMode.TARGET} == {
+            r.info.name for r in b.index.tensors if r.mode == PackMode.TARGET
+        }
         assert [(t.norm, t.error, t.cosine) for t in a.index.tasks] == [(t.norm, t.error, t.cosine) for t in b.index.tasks]
-        targets = {r.info.name for r in a.index.tensors if r.mode == TARGET}
+        targets = {r.info.name for r in a.index.tensors if r.mode == PackMode.TARGET}
         for name in targets:
             size = a.records[name].info.entries
             assert a.sums(a.records[name], 0, size).tolist() == b.sums(b.records[name], 0, size).tolist()
@@ -85,7 +87,7 @@ def test_plain_sums_cost_nothing(tmp_path: Path, peru: Peru) -> None:
     plain = Pack(made.run("ab", name="plain")).index
     merged = Pack(made.run("ab", "--merge-base", tmp_path / "merged", "--json")).index
     report = json.loads(made.text)
-    targets = sum(r.info.entries for r in plain.tensors if r.mode == TARGET)
+    targets = sum(r.info.entries for r in plain.tensors if r.mode == PackMode.TARGET)
     assert merged.entries == report["entries"] == targets < plain.entries and report["merge_base"] == str(tmp_path / "merged")
     share = sum(b.nbytes for b in merged.blocks) / sum(b.nbytes for b in plain.blocks)
     assert share == pytest.approx(targets / plain.entries, rel=0.02)

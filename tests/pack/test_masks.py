@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peru_cli.artifacts.packs.masks import MaskPack, decode_mask, encode_mask
-from peru_cli.artifacts.packs.superposed import SUM
+from peru_cli.artifacts.packs.superposed import PackMode
 from peru_cli.errors import BadFile
 from peru_cli.methods import masking
 from tests.conftest import FLOATS, raw, run_peru, save
@@ -55,7 +55,7 @@ def read_masks(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarra
     """Masks by task, sums, and each entry's step; flat."""
     with MaskPack(path) as pack:
         records = [record for record in pack.index.tensors if record.is_sum]
-        assert all(record.mode == SUM for record in records)
+        assert all(record.mode == PackMode.SUM for record in records)
         masks = {task: np.concatenate([pack.mask(task, r, 0, r.info.entries) for r in records]) for task in pack.tasks}
         sums = np.concatenate([pack.sums(r, 0, r.info.entries) for r in records])
         return masks, sums, np.concatenate([np.full(r.info.entries, 2.0**r.exponent) for r in records])

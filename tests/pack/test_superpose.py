@@ -16,7 +16,7 @@ import transformers as tr
 from safetensors.torch import load_file
 
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.packs.superposed import SUM, TARGET
+from peru_cli.artifacts.packs.superposed import PackMode
 from tests.conftest import FLOATS, raw, run_peru, save
 from tests.methods.test_superpose import plain_moves, plain_signs
 
@@ -114,14 +114,14 @@ def test_sums_and_tasks_are_those_of_a_plain_program(packs: Callable[..., Packs]
     assert sorted(found) == sorted(expected)
     for name, sums in expected.items():
         target = name.startswith("layers.") and not name.endswith("bias")
-        assert modes[name] == (TARGET if target else SUM) and np.array_equal(found[name], sums), name
+        assert modes[name] == (PackMode.TARGET if target else PackMode.SUM) and np.array_equal(found[name], sums), name
     for number, task in enumerate("abc"):
         moves = {"shuffle": plain_moves(7, task, "layers.", DEPTH), "none": list(range(DEPTH))}
         moves["shift"] = [(b + number) % DEPTH for b in range(DEPTH)]
         back = made.unpack(path, task)
         assert sorted(back) == sorted(made.fine[task])
         for name in expected:
-            target = modes[name] == TARGET
+            target = modes[name] == PackMode.TARGET
             place = plain_place(name, moves[decorrelate]) if target else name
             vector = expected[place].astype(np.float32) * np.float32(0.7 * steps[place])
             if target and signs == "--signs":
@@ -315,7 +315,7 @@ def test_skip_target_and_exclude(packs: Callable[..., Packs]) -> None:
 
     def targets(*options: object) -> set[str]:
         with Pack(made.run("ab", *options)) as pack:
-            return {record.info.name for record in pack.index.tensors if record.mode == TARGET}
+            return {record.info.name for record in pack.index.tensors if record.mode == PackMode.TARGET}
 
     every = {f"layers.{i}.{kind}.weight" for i in range(DEPTH) for kind in ("mlp", "attn")}
     assert targets() == every

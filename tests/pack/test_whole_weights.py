@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import peru_cli
 from peru_cli.artifacts.packs.pack import Pack
-from peru_cli.artifacts.packs.superposed import SUM, WHOLE
+from peru_cli.artifacts.packs.superposed import PackMode
 from tests.conftest import FLOATS, raw
 from tests.methods.test_superpose import plain_moves, plain_signs
 from tests.pack.test_superpose import DEPTH, Packs, family, plain_place
@@ -29,9 +29,9 @@ def test_sums_of_whole_weights_are_those_of_a_plain_program(tmp_path: Path, peru
     pack = made.run("ab", "--seed", 7, "--whole-weights", "--scale", "0.5", "--tile-entries", 16384)
     assert "a baseline, not for use" in made.peru.stderr  # type: ignore[attr-defined]
     with Pack(pack) as opened:
-        targets = [r for r in opened.index.tensors if r.mode == WHOLE]
+        targets = [r for r in opened.index.tensors if r.mode == PackMode.WEIGHTS]
         assert {r.info.name for r in targets} == {f"layers.{i}.{kind}.weight" for i in range(DEPTH) for kind in ("mlp", "attn")}
-        assert {r.info.name for r in opened.index.tensors if r.mode == SUM} >= {"embed.weight", "norm.weight"}
+        assert {r.info.name for r in opened.index.tensors if r.mode == PackMode.SUM} >= {"embed.weight", "norm.weight"}
         steps = {r.info.name: 2.0**r.exponent for r in targets}
         found = {r.info.name: opened.sums(r, 0, r.info.entries).reshape(len(made.base[r.info.name]), -1) for r in targets}
     moves = {task: plain_moves(7, task, "layers.", DEPTH) for task in "ab"}
@@ -64,7 +64,7 @@ def test_one_task_alone_and_changes(tmp_path: Path, peru: Peru) -> None:
     back = made.unpack(alone, "a")
     with Pack(alone) as opened:
         for record in opened.index.tensors:
-            if record.mode == WHOLE:
+            if record.mode == PackMode.WEIGHTS:
                 error = float((back[record.info.name].double() - made.fine["a"][record.info.name].double()).abs().max())
                 assert error <= 2.0**record.exponent / 2
     both = made.run("b", "--add-to", alone, name="both")

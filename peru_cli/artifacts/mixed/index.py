@@ -9,13 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
-from peru_cli.artifacts.index import COPY, DELTA, WHOLE, SideFile, TensorRecord, decode_files, encode_files
+from peru_cli.artifacts.index import SideFile, TensorRecord, decode_files, decode_record, encode_files, encode_record
 from peru_cli.checkpoints.digests import SHORT
-from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
+from peru_cli.checkpoints.header import MAX_ENTRIES
 from peru_cli.errors import BadFile
 from peru_cli.methods.mixed.scales import MAX_SCALE
 
@@ -44,6 +45,10 @@ class MixedRecord(TensorRecord):
     kept_rows: int = 0  # 0: all rows; else so many that the stream ROWS lists
     context: int = 0  # DENSE: the stream of its integers
     scale: int = 0  # DENSE: the number of their scale
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.parts or self.base_rows) or self.info.dtype is not self.base_dtype
 
     @property
     def rows(self) -> int:
@@ -112,15 +117,7 @@ def encode_mixed(index: MixedIndex) -> bytes:
 
 
 def _encode_record(sink: Sink, record: MixedRecord) -> None:
-    sink.byte(record.mode)
-    sink.byte(record.info.dtype.code)
-    sink.shape(record.info.shape)
-    if record.mode != WHOLE:
-        assert record.base_dtype is not None
-        sink.byte(record.base_dtype.code)
-        sink.data += record.base_digest
-    if record.mode == DELTA:
-        sink.number(record.base_rows)
+    def encode_parts() -> None:
         sink.byte(record.parts)
         if record.parts & LOW_RANK:
             sink.number(record.columns)
@@ -129,8 +126,8 @@ def _encode_record(sink: Sink, record: MixedRecord) -> None:
         if record.parts & DENSE:
             sink.byte(record.context)
             sink.signed(record.scale)
-    if record.mode == WHOLE or record.base_rows:
-        sink.data += record.whole_digest
+
+    encode_record(sink, record, encode_parts)
 
 
 def decode_mixed(data: bytes) -> MixedIndex:
@@ -138,7 +135,7 @@ def decode_mixed(data: bytes) -> MixedIndex:
     cursor = Cursor(data)
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
-    tensors = [_decode_record(cursor, name) for name in cursor.names()]
+    tensors = [decode_record(cursor, name, MixedRecord, partial(_decode_parts, cursor)) for name in cursor.names()]
     streams = [_decode_stream(cursor) for _ in range(cursor.count())]
     if any(a.number >= b.number for a, b in pairwise(streams)):
         raise BadFile("the streams of the artifact's index are not in order")
@@ -150,30 +147,8 @@ def decode_mixed(data: bytes) -> MixedIndex:
     return index
 
 
-def _decode_record(cursor: Cursor, name: str) -> MixedRecord:
-    mode = cursor.one_of((WHOLE, DELTA, COPY), "tensor mode")
-    dtype = cursor.dtype()
-    record = MixedRecord(TensorInfo(name, dtype, cursor.shape(name, dtype)), mode)
-    if mode != WHOLE:
-        record.base_dtype = cursor.dtype()
-        record.base_digest = cursor.take(SHORT)
-    if mode == COPY and record.base_dtype is not dtype:
-        raise BadFile(f"tensor {name!r} is a copy of another dtype")
-    if mode == DELTA:
-        _decode_parts(cursor, record)
-    if mode == WHOLE or record.base_rows:
-        record.whole_digest = cursor.take(SHORT)
-    return record
-
-
 def _decode_parts(cursor: Cursor, record: MixedRecord) -> None:
-    name, dtype, shape = record.info.name, record.info.dtype, record.info.shape
-    assert record.base_dtype is not None
-    if not (dtype.compressible and record.base_dtype.compressible):
-        raise BadFile(f"tensor {name!r} is a difference of {dtype.name}, which has none")
-    record.base_rows = cursor.number()
-    if record.base_rows and not (shape and record.base_rows < shape[0]):
-        raise BadFile(f"tensor {name!r} grew from {record.base_rows} rows to the shape {list(shape)}")
+    name, shape = record.info.name, record.info.shape
     record.parts = cursor.one_of(tuple(range(8)), "set of parts")
     if record.parts & LOW_RANK:
         record.columns = cursor.number()

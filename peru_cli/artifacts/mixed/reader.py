@@ -10,15 +10,11 @@ from typing import Any
 import numpy as np
 
 from peru_cli.artifacts.cache import BlockCache
-from peru_cli.artifacts.container import Container, opening
-from peru_cli.artifacts.index import DELTA, STORED, SideFile
+from peru_cli.artifacts.index import Mode
 from peru_cli.artifacts.mixed.index import CONTEXTS, DENSE, LEFT, LOW_RANK, RIGHT, ROWS, SCALES, ULPS, ULPS_OF, MixedRecord, decode_mixed
 from peru_cli.artifacts.mixed.streams import IntegerReader
 from peru_cli.artifacts.mixed.writer import KIND, check_mixed_metadata
-from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.pairing import Prefix
-from peru_cli.checkpoints.places import Place
+from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.errors import BadFile
 from peru_cli.methods.mixed.scales import MAX_SCALE, is_exact, run_of_product, scale_of
 
@@ -48,54 +44,20 @@ class _Place:
     ulps: int
 
 
-class Mixed:
+class Mixed(SingleArtifact[MixedRecord]):
     """An opened mixed artifact. Safe from many threads."""
 
-    def __init__(self, path: Place) -> None:
-        self.container = Container(path)
-        with opening(path, self.close):
-            self._open()
-        self._factors: BlockCache[Factors] = BlockCache(_CACHED_FACTORS)
-
     def _open(self) -> None:
-        self.path, self.metadata = self.container.path, self.container.metadata
         if (kind := self.metadata.get("peru.kind")) != KIND:
             raise BadFile(f"an artifact of kind {kind!r}, not {KIND}")
         check_mixed_metadata(self.metadata)
         self.index = decode_mixed(self.container.index)
-        counted = sum(record.base_entries for record in self.index.tensors if record.mode == DELTA)
+        counted = sum(record.base_entries for record in self.index.tensors if record.mode == Mode.DELTA)
         if int(self.metadata["peru.entries"]) != counted:
             raise BadFile(f"its metadata has 'peru.entries' as {self.metadata['peru.entries']}, its index has {counted}")
-        self.prefix = Prefix.decode(self.metadata["peru.prefix"])
-        self.records = {record.info.name: record for record in self.index.tensors}
-        self._whole_at: dict[str, int] = {}
-        whole = 0
-        for record in self.index.tensors:
-            self._whole_at[record.info.name] = whole
-            whole += record.whole_bytes
         self.integers = IntegerReader(self.path, self.index, partial(self.container.read, "blocks"))
-        files = sum(file.size for file in self.index.files if file.origin == STORED)
-        for role, size in (("blocks", self.integers.nbytes), ("whole", whole), ("files", files)):
-            if self.container.sizes[role] != size:
-                raise BadFile(f"its role {role!r} has {self.container.sizes[role]} bytes, the index accounts for {size}")
-
-    @property
-    def result_digest(self) -> bytes:
-        """Digest of the checkpoint that unpacking gives; 32 bytes."""
-        return bytes.fromhex(self.metadata["peru.result"])
-
-    def tensors(self) -> list[TensorInfo]:
-        """The fine-tune's tensors in canonical order."""
-        return [record.info for record in self.index.tensors]
-
-    def base_name(self, record: MixedRecord) -> str:
-        """The base's name for a tensor that is not stored whole."""
-        name = self.prefix.base_name(record.info.name)
-        if name is None:
-            raise BadFile(f"{self.path}: tensor {record.info.name!r} does not fit its own prefix {self.prefix}")
-        return name
-
-    # -- differences ----------------------------------------------------------------------------------
+        self._settle(self.index.tensors, self.index.files, self.integers.nbytes)
+        self._factors: BlockCache[Factors] = BlockCache(_CACHED_FACTORS)
 
     def difference(self, record: MixedRecord, start: int, stop: int) -> Floats | None:
         """What is added to the base from entry `start` to `stop`, float64 (stop - start,); None for nothing."""
@@ -180,28 +142,3 @@ class Mixed:
             if stream.number < CONTEXTS and at[stream.number] != stream.count:
                 raise BadFile(f"{self.path}: its stream {stream.number} has {stream.count} integers, its tensors {at[stream.number]}")
         return places
-
-    # -- tensors stored whole, side files -------------------------------------------------------------
-
-    def read_whole(self, record: MixedRecord, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer with bytes that the artifact stores whole, from byte `offset` of the tensor on."""
-        skipped = record.info.dtype.nbytes(record.base_entries)
-        self.container.read_into("whole", self._whole_at[record.info.name] + offset - skipped, buffer)
-
-    def side_file(self, file: SideFile) -> bytes:
-        """Contents of a side file that the artifact stores; BadFile if it was altered."""
-        before = self.index.files[: self.index.files.index(file)]
-        data = self.container.read("files", sum(other.size for other in before if other.origin == STORED), file.size)
-        if short_digest(data) != file.digest:
-            raise BadFile(f"{self.path}: the side file {file.name!r} was altered", "fetch or make it again")
-        return data
-
-    def close(self) -> None:
-        """Release the file."""
-        self.container.close()
-
-    def __enter__(self) -> Mixed:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -16,10 +16,10 @@ from peru_cli.artifacts.container import Container, opening
 from peru_cli.artifacts.index import SideFile, TensorRecord
 from peru_cli.artifacts.kept import KeptEntries
 from peru_cli.artifacts.packs.superposed import (
-    COPY,
     KIND,
     PackedTensor,
     PackIndex,
+    PackMode,
     TaskRecord,
     TaskTensor,
     check_metadata,
@@ -30,10 +30,10 @@ from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
+from peru_cli.checkpoints.source import digest_of, pieces
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.methods.superpose import Arrangement, Group
 from peru_cli.streaming.engine import available_threads
-from peru_cli.streaming.tiles import CHUNK
 
 Sums = np.ndarray[Any, np.dtype[Any]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -143,7 +143,7 @@ class Pack:
     @property
     def has_own_base(self) -> bool:
         """Whether the plain sums are in the base (`--merge-base`): of floating tensors, only these are the base's bytes."""
-        return any(record.mode == COPY and record.info.dtype.compressible for record in self.index.tensors)
+        return any(record.mode == PackMode.BASE and record.info.dtype.compressible for record in self.index.tensors)
 
     @property
     def arrangement(self) -> Arrangement:
@@ -197,13 +197,8 @@ class Pack:
 
     def verify_whole(self, task: TaskRecord, tensor: TaskTensor) -> None:
         """Check the digest of a task's own tensor; BadFile if it was altered."""
-        digest = TensorDigest(tensor.info.dtype, tensor.info.shape)
-        step = tensor.info.dtype.nbytes(16 * CHUNK)
-        for at in range(0, tensor.info.nbytes, step):
-            part = memoryview(bytearray(min(step, tensor.info.nbytes - at)))
-            self.read_whole(task, tensor, at, part)
-            digest.add(leaves(part, tensor.info.dtype))
-        if digest.digest()[:SHORT] != tensor.digest:
+        found = digest_of(tensor.info, pieces(tensor.info, partial(self.read_whole, task, tensor)))
+        if found[:SHORT] != tensor.digest:
             raise BadFile(f"{self.path}: tensor {tensor.info.name!r} of task {task.name} was altered", "fetch or make it again")
 
     def content(self, size: int, digest: bytes) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
-from peru_cli.artifacts.index import DELTA, Block, Stream, TensorRecord, check_streams, decode_streams, encode_streams
+from peru_cli.artifacts.index import Block, Mode, Stream, TensorRecord, check_streams, decode_streams, encode_streams
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.errors import BadFile
 
@@ -35,7 +35,7 @@ class Residual:
 
     def records(self, infos: Sequence[TensorInfo]) -> list[TensorRecord]:
         """The tensors as differences of what comes back, whose dtype they have."""
-        return [TensorRecord(info, DELTA, base_dtype=info.dtype, kept=kept) for info, kept in zip(infos, self.kept, strict=True)]
+        return [TensorRecord(info, Mode.DELTA, base_dtype=info.dtype, kept=kept) for info, kept in zip(infos, self.kept, strict=True)]
 
 
 def encode_residual(sink: Sink, residual: Residual) -> None:

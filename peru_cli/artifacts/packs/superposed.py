@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from itertools import pairwise
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
@@ -25,8 +26,6 @@ from peru_cli.methods.superpose import DECORRELATE, MOST_TASKS
 
 KIND = "superposed"
 INDEX_VERSION, WITH_RESIDUALS = 1, 2  # the index's versions
-COPY, SUM, TARGET = 0, 1, 2  # the base's bytes; a plain sum; a sum of vectors that were moved and flipped
-WHOLE = 3  # as TARGET, but of whole weights (PSP): the base is not added
 BLOCK_ENTRIES = 1 << 17
 MOST_EXPONENT = 1074
 UNKNOWN = 32767  # a cosine that nobody measured: the two tasks were not at hand together
@@ -58,12 +57,21 @@ def check_metadata(metadata: Mapping[str, str], forms: Mapping[str, str] = METAD
             raise BadFile(f"its metadata has {key!r} as {metadata[key][:80]!r}")
 
 
+class PackMode(IntEnum):
+    """How a pack has a tensor of the base."""
+
+    BASE = 0  # the base's bytes
+    SUM = 1  # a plain sum
+    TARGET = 2  # a sum of vectors that were moved and flipped
+    WEIGHTS = 3  # as TARGET, but of whole weights (PSP): the base is not added
+
+
 @dataclass
 class PackedTensor:
     """A base tensor that all tasks have. `info` has the base's name, and the dtype that tasks have it in."""
 
     info: TensorInfo
-    mode: int
+    mode: PackMode
     base_dtype: Dtype
     base_digest: bytes = b""
     exponent: int = 0  # of sums: the step is 2^exponent
@@ -73,12 +81,12 @@ class PackedTensor:
     @property
     def is_sum(self) -> bool:
         """Whether it has entries in the stream of sums."""
-        return self.mode != COPY
+        return self.mode != PackMode.BASE
 
     @property
     def is_target(self) -> bool:
         """Whether its sums are of vectors that were moved and flipped."""
-        return self.mode in (TARGET, WHOLE)
+        return self.mode in (PackMode.TARGET, PackMode.WEIGHTS)
 
 
 @dataclass
@@ -260,13 +268,13 @@ def decode_index(data: bytes) -> PackIndex:
 
 
 def _decode_tensor(cursor: Cursor, name: str, groups: int) -> PackedTensor:
-    mode = cursor.one_of((COPY, SUM, TARGET, WHOLE), "tensor mode")
+    mode = PackMode(cursor.one_of(tuple(PackMode), "tensor mode"))
     dtype = cursor.dtype()
     info = TensorInfo(name, dtype, cursor.shape(name, dtype))
     tensor = PackedTensor(info, mode, cursor.dtype(), cursor.take(SHORT))
     if tensor.is_sum and not (dtype.compressible and tensor.base_dtype.compressible):
         raise BadFile(f"tensor {name!r} is a sum of {dtype.name}, which has none")
-    if mode == COPY and tensor.base_dtype is not dtype:
+    if mode == PackMode.BASE and tensor.base_dtype is not dtype:
         raise BadFile(f"tensor {name!r} is a copy of another dtype")
     if tensor.is_sum:
         tensor.exponent = cursor.signed(MOST_EXPONENT)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.artifacts.index import COPY, DELTA, WHOLE, SideFile
+from peru_cli.artifacts.index import Mode, SideFile
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import MixedCounter, Represented
 from peru_cli.checkpoints.digests import SHORT
@@ -41,8 +41,8 @@ class Frame:
         return [
             replace(
                 record,
-                whole_digest=bytes(SHORT) if record.mode == WHOLE or record.base_rows else b"",
-                base_digest=bytes(SHORT) if record.mode in (DELTA, COPY) else b"",
+                whole_digest=bytes(SHORT) if record.mode == Mode.WHOLE or record.base_rows else b"",
+                base_digest=bytes(SHORT) if record.mode in (Mode.DELTA, Mode.COPY) else b"",
             )
             for record in self.records
         ]

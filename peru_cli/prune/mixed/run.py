@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peru_cli.artifacts.container import header_room
-from peru_cli.artifacts.index import COPY, DELTA, STORED, WHOLE
+from peru_cli.artifacts.index import STORED, Mode
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import KIND, MixedWriter
 from peru_cli.checkpoints.base_name import BaseName
@@ -92,11 +92,11 @@ class _Family:
             info, pair = vector.fine.tensors[name], pairs.get(name)
             if pair is not None and pair.is_delta:
                 rows = pair.base.shape[0] if pair.grown else 0
-                records.append(MixedRecord(info, DELTA, base_dtype=pair.base.dtype, base_rows=rows))
+                records.append(MixedRecord(info, Mode.DELTA, base_dtype=pair.base.dtype, base_rows=rows))
             elif pair is not None and (digest := shared_digest(vector.fine, self.base, pair)) is not None:
-                records.append(MixedRecord(info, COPY, base_dtype=pair.base.dtype, base_digest=digest))
+                records.append(MixedRecord(info, Mode.COPY, base_dtype=pair.base.dtype, base_digest=digest))
             else:
-                records.append(MixedRecord(info, WHOLE))
+                records.append(MixedRecord(info, Mode.WHOLE))
         files = [file for file, _ in side_files_of(vector.fine, self.base)]
         return Frame(
             records,
@@ -276,13 +276,13 @@ def _seal(family: _Family, number: int, final: Final, records: list[MixedRecord]
     digests = dict(final.digests[number])
     whole = []
     for record, known in zip(records, frame.records, strict=True):
-        if record.mode == COPY:
+        if record.mode == Mode.COPY:
             digests[record.info.name] = known.base_digest
             record.base_digest = known.base_digest[:SHORT]
-        elif record.mode == WHOLE or record.base_rows:
+        elif record.mode == Mode.WHOLE or record.base_rows:
             digest = store_rest(task.vector.fine, record, writer.append_whole)
             record.whole_digest = digest[:SHORT]
-            if record.mode == WHOLE:
+            if record.mode == Mode.WHOLE:
                 digests[record.info.name] = digest
                 whole.append(record.info)
     energy = sum(item.squared for item in family.items if item.task == number)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peru_cli.artifacts.index import WHOLE
+from peru_cli.artifacts.index import Mode
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import MixedWriter, Represented
-from peru_cli.artifacts.reader import whole_shape
+from peru_cli.artifacts.single import whole_shape
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import cast_bits
@@ -99,5 +99,5 @@ class Final:
 
 def store_rest(fine: Checkpoint, record: MixedRecord, use: Callable[[memoryview], None]) -> bytes:
     """Copy what is stored whole of a tensor into the artifact; its digest, 32 bytes."""
-    first = 0 if record.mode == WHOLE else record.base_entries
+    first = 0 if record.mode == Mode.WHOLE else record.base_entries
     return fine.digest(record.info.name, use, first, whole_shape(record))
