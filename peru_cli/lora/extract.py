@@ -30,6 +30,7 @@ from peru_cli.checkpoints.lora.writer import adapter_writer, beside
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.errors import UsageError
 from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
+from peru_cli.lora.passes import FactorPass, TargetPass
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
 from peru_cli.lora.remainder import write_delta
 from peru_cli.methods.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
@@ -53,18 +54,12 @@ class Options:
 
 
 class _Weights:
-    """What all passes over weights share: a tile is a weight."""
+    """The weights of a fine-tune as matrices, and their leading singular values."""
 
     def __init__(self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings) -> None:
         self.plan, self.weights, self.wanted, self.device = plan, weights, wanted, torch.device(how.xp.name)
+        self.entries = [weight.pair.entries for weight in weights]
         self._alone = threading.Lock()
-
-    def tiles(self) -> list[Tile]:
-        """One a weight, as long as it has entries."""
-        return [Tile(i, i, 0, weight.pair.entries) for i, weight in enumerate(self.weights)]
-
-    def buffers(self) -> None:
-        return None
 
     def matrices(self, weight: Weight) -> list[TaskMatrix]:
         """One a block."""
@@ -90,13 +85,15 @@ class _Weights:
         return find_range(matrix, rank, name)
 
 
-class Energies(_Weights):
+class Energies(TargetPass):
     """Squared singular values of every weight, as many as are asked for, blocks added up."""
 
     def __init__(
         self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings, enough: int = _FIRST_GUESS
     ) -> None:
-        super().__init__(plan, weights, wanted, how)
+        self._matrices = _Weights(plan, weights, wanted, how)
+        super().__init__(how, self._matrices.entries)
+        self.weights = weights
         self.enough: list[int] = [enough] * len(weights)
         self.energies: list[Array] = [np.zeros(0)] * len(weights)
         self.squared = [0.0] * len(weights)
@@ -109,8 +106,8 @@ class Energies(_Weights):
         weight = self.weights[tile.tensor]
         most = min(self.enough[tile.tensor], weight.rows, weight.columns)
         total, squared = np.zeros(most), 0.0
-        for matrix in self.matrices(weight):
-            found = self.leading(matrix, most, weight.name)
+        for matrix in self._matrices.matrices(weight):
+            found = self._matrices.leading(matrix, most, weight.name)
             values = found.values.square().cpu().numpy()[:most]
             total[: len(values)] += values
             squared += found.squared
@@ -118,9 +115,6 @@ class Energies(_Weights):
 
     def commit(self, tile: Tile, result: tuple[Array, float]) -> None:
         self.energies[tile.tensor], self.squared[tile.tensor] = result
-
-    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
-        pass
 
     def more(self, numbers: Sequence[int]) -> bool:
         """Ask for twice as many values of some weights, where there are more; whether there are any."""
@@ -155,45 +149,37 @@ def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: D
     return [rank if rank <= weight.largest_rank else 0 for rank, weight in zip(ranks, weights, strict=True)]
 
 
-class _Write(_Weights):
+class _Write(FactorPass):
     """Finds the factors of every weight, writes them and measures what they miss."""
 
     def __init__(
         self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, ranks: Sequence[int], stored: Sequence[int], dtype: Dtype,
         writer: CheckpointWriter, how: StreamSettings,
     ) -> None:  # fmt: skip
-        super().__init__(plan, weights, wanted, how)
-        self._ranks, self._stored, self._dtype, self._writer = ranks, stored, dtype, writer
-        self.reports: list[ModuleReport] = []
+        self._matrices = _Weights(plan, weights, wanted, how)
+        super().__init__(how, self._matrices.entries, ranks, stored, writer)
+        self._plan, self._weights, self._dtype = plan, weights, dtype
 
     def apply(self, tile: Tile, buffers: None) -> ModuleReport:
-        weight, rank, stored = self.weights[tile.tensor], self._ranks[tile.tensor], self._stored[tile.tensor]
+        weight, rank, stored = self._weights[tile.tensor], self._ranks[tile.tensor], self._stored[tile.tensor]
         nbytes = self._dtype.nbytes(stored * weight.blocks * (weight.rows + weight.columns))
         report = ModuleReport(weight.name, weight.rows, weight.columns, weight.blocks, None, stored, nbytes)
         downs, ups, kept = [], [], 0.0
-        for matrix in self.matrices(weight):
-            found = self.leading(matrix, rank, weight.name)
+        for matrix in self._matrices.matrices(weight):
+            found = self._matrices.leading(matrix, rank, weight.name)
             fitted = fit(matrix, found, min(rank, len(found.values)), lambda t: round_to(t, self._dtype, weight.name).double())
             left, right = (fitted.right.T, fitted.left.T) if weight.transposed else (fitted.left, fitted.right)
-            missing = stored - left.shape[1]
-            ups.append(torch.nn.functional.pad(left, (0, missing)).cpu())
-            downs.append(torch.nn.functional.pad(right, (0, 0, 0, missing)).cpu())
+            up, down = self.padded(left, right, stored)
+            ups.append(up)
+            downs.append(down)
             report.squared += fitted.squared
             report.squared_error += fitted.squared_error
             kept += float(found.values[:rank].square().sum())
         report.energy = min(kept / report.squared, 1.0) if report.squared else 1.0
         down_shape, up_shape = weight.shapes(stored)
-        down = torch.cat(downs).reshape(down_shape)
-        up = torch.stack(ups, dim=2).reshape(up_shape)  # experts innermost, as peft has it
-        for name, factor in zip(_factor_names(weight, self.plan), (down, up), strict=True):
-            self._writer.write(name, 0, as_bytes(round_to(factor, self._dtype, weight.name)))
+        joined = torch.cat(downs).reshape(down_shape), torch.stack(ups, dim=2).reshape(up_shape)  # experts innermost, as peft has it
+        self.write(_factor_names(weight, self._plan), joined, self._dtype, weight.name)
         return report
-
-    def commit(self, tile: Tile, result: ModuleReport) -> None:
-        self.reports.append(result)
-
-    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
-        pass
 
 
 def _factor_names(weight: Weight, plan: Extraction) -> tuple[str, str]:

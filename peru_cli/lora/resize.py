@@ -33,6 +33,7 @@ from peru_cli.checkpoints.lora.writer import (
 from peru_cli.checkpoints.places import on_disk, size_of
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.errors import UsageError
+from peru_cli.lora.passes import FactorPass, TargetPass
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
 from peru_cli.methods.lowrank import DenseSvd, ThinSvd, move_scale, squared_distance, thin_inner, thin_values
 from peru_cli.streaming.engine import run
@@ -69,54 +70,42 @@ class Resize:
 # -- the two passes over modules ------------------------------------------------------------------------
 
 
-class _Modules:
-    """What both passes share: a tile is a module."""
-
-    def __init__(self, adapter: Adapter, how: StreamSettings) -> None:
-        self._adapter, self._device = adapter, torch.device(how.xp.name)
-
-    def tiles(self) -> list[Tile]:
-        """One a module, as long as its factors have entries."""
-        return [Tile(i, i, 0, m.down.entries + m.up.entries) for i, m in enumerate(self._adapter.modules)]
-
-    def buffers(self) -> None:
-        return None
-
-    def _blocks(self, module: LoraModule) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Factors of each block on the device, as stored."""
-        return [(left.to(self._device), right.to(self._device)) for left, right in self._adapter.factors(module)]
+def _entries(adapter: Adapter) -> list[int]:
+    """Of each module's factors."""
+    return [module.down.entries + module.up.entries for module in adapter.modules]
 
 
-class Energies(_Modules):
+def _blocks(adapter: Adapter, module: LoraModule, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Factors of each block on the device, as stored."""
+    return [(left.to(device), right.to(device)) for left, right in adapter.factors(module)]
+
+
+class Energies(TargetPass):
     """Squared singular values of every module, blocks added up."""
 
     def __init__(self, adapter: Adapter, how: StreamSettings) -> None:
-        super().__init__(adapter, how)
+        super().__init__(how, _entries(adapter))
+        self._adapter = adapter
         self.energies: list[Array] = [np.zeros(0)] * len(adapter.modules)
 
     def apply(self, tile: Tile, buffers: None) -> Array:
         module = self._adapter.modules[tile.tensor]
-        values = [thin_values(left, right).square().cpu().numpy() for left, right in self._blocks(module)]
+        values = [thin_values(left, right).square().cpu().numpy() for left, right in _blocks(self._adapter, module, self.device)]
         total: Array = np.sum(values, axis=0) * module.scale**2
         return total
 
     def commit(self, tile: Tile, result: Array) -> None:
         self.energies[tile.tensor] = result
 
-    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
-        pass
 
-
-class _Write(_Modules):
+class _Write(FactorPass):
     """Factors every module at its rank, writes the factors and measures what they miss."""
 
     def __init__(
         self, job: Resize, wanted: Wanted, ranks: Sequence[int], stored: Sequence[int], writer: CheckpointWriter, how: StreamSettings
     ) -> None:
-        """`ranks` are of the contents, `stored` of the tensors: zeros fill the rest."""
-        super().__init__(job.adapter, how)
-        self._job, self._wanted, self._ranks, self._stored, self._writer = job, wanted, ranks, stored, writer
-        self.reports: list[ModuleReport] = []
+        super().__init__(how, _entries(job.adapter), ranks, stored, writer)
+        self._job, self._adapter, self._wanted = job, job.adapter, wanted
 
     def apply(self, tile: Tile, buffers: None) -> ModuleReport:
         adapter, number = self._adapter, tile.tensor
@@ -127,7 +116,7 @@ class _Write(_Modules):
             module.target, module.rows, module.columns, module.blocks, module.rank, stored, bytes_
         )  # fmt: skip
         blocks, kept = [], 0.0
-        for left, right in self._blocks(module):
+        for left, right in _blocks(adapter, module, self.device):
             whole = (left.double() * module.scale, right.double())
             new_left, new_right, squared, share = self._best(whole, (left, right), module.scale, rank)
             new_left = round_to(new_left, dtype, f"{adapter.label}: {module.name}")
@@ -135,12 +124,9 @@ class _Write(_Modules):
             report.squared += squared
             report.squared_error += squared_distance(whole, (new_left, new_right), squared)
             kept += share * squared
-            missing = stored - new_right.shape[0]
-            new_left = torch.nn.functional.pad(new_left, (0, missing))
-            blocks.append((new_left.cpu(), torch.nn.functional.pad(new_right, (0, 0, 0, missing)).cpu()))
+            blocks.append(self.padded(new_left, new_right, stored))
         report.energy = kept / report.squared if report.squared else 1.0
-        for name, factor in zip(factor_names(module, adapter.layout), module.join(blocks), strict=True):
-            self._writer.write(name, 0, as_bytes(factor))
+        self.write(factor_names(module, adapter.layout), module.join(blocks), dtype, f"{adapter.label}: {module.name}")
         self._small(module, stored)
         return report
 
@@ -170,12 +156,6 @@ class _Write(_Modules):
             info = self._adapter.file.tensors[module.alpha]
             alpha = torch.full(info.shape, float(rank)).to(getattr(torch, info.dtype.torch_name or ""))
             self._writer.write(module.alpha, 0, as_bytes(alpha))
-
-    def commit(self, tile: Tile, result: ModuleReport) -> None:
-        self.reports.append(result)
-
-    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
-        pass
 
 
 # -- the job --------------------------------------------------------------------------------------------
