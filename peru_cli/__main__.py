@@ -21,7 +21,7 @@ def main() -> None:
 
         code = run()
     except KeyboardInterrupt:  # before the command line was loaded
-        print("error: interrupted; nothing was left half done", file=sys.stderr)
+        print("error: interrupted: nothing unfinished was left behind", file=sys.stderr)
         code = 130
     if code == 130:
         # Where an extension module was being loaded, Python has noted an interrupt that nobody caught, and would end as if killed.

@@ -34,7 +34,7 @@ EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 a quality gate was missed, 13
 
 app = typer.Typer(
     name="peru",
-    help="Store many fine-tunes of one base model for little more than the price of the base, and get each of them back.",
+    help="Store many fine-tunes of one base model for little more than the price of the base, and rebuild each of them.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=True,
@@ -92,7 +92,7 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
             raise KeyboardInterrupt  # typer makes it an exit code without a word
         return int(code) if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        console.error(f"interrupted; {_left()}")
+        console.error(f"interrupted: {_left()}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`peru ... | head`). Point stdout elsewhere, or Python complains while exiting.
@@ -101,7 +101,7 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
     except ReportLost as error:
         _silence()
         done = f"wrote {shown.listed(map(str, watch.written))}, but the" if watch.written else "the"
-        console.error(f"{done} report could not be written to standard output: {error.message}")
+        console.error(f"{done} report could not be written to stdout: {error.message}")
         return EXIT_FAILED
     except Exception as error:
         return _report(_deeper(error))
@@ -126,11 +126,11 @@ def _silence() -> None:
 def _left() -> str:
     """What an interrupted command leaves, and how to go on."""
     if not console.unfinished:
-        return "nothing was left half done"
+        return "nothing unfinished was left behind"
     folder = console.unfinished[0].parent
     return (
-        f"what was finished so far is kept in {folder}, under hidden names that end in .peru-partial\n"
-        "  type the same command again to continue; add --force to start afresh and remove it"
+        f"the finished part is kept in {folder}, in hidden files that end in .peru-partial\n"
+        "  run the same command again to continue, or add --force to start over and remove them"
     )
 
 
@@ -163,7 +163,7 @@ def _report(error: Exception) -> int:
         console.error(str(from_os_error(error)))
         return EXIT_FAILED
     if isinstance(error, MemoryError):
-        console.error("not enough memory; try fewer --threads or smaller --tile-entries")
+        console.error("not enough memory: try fewer --threads or smaller --tile-entries")
         return EXIT_FAILED
-    console.error(f"a defect in peru: {type(error).__name__}: {error}\n  please report it with what `peru --debug ...` shows")
+    console.error(f"a defect in peru: {type(error).__name__}: {error}\n  please report it with the output of `peru --debug ...`")
     return EXIT_FAILED

@@ -87,7 +87,7 @@ class Console:
                 self._out(f"\x1b[1m{text}\x1b[0m" if number == 0 and _is_coloured(self._stream()) else text)
         if len(kept) < len(columns):
             left = ", ".join(name for i, name in enumerate(names) if i not in kept)
-            self._out(f"(too narrow for: {left}; a wider terminal or a pipe shows all)")
+            self._out(f"(too narrow for: {left}; use a wider terminal or a pipe to see all columns)")
 
     def _tell(self, text: str) -> None:
         if self.summary is not None:

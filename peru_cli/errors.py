@@ -50,8 +50,8 @@ class ReportLost(PeruError):
 
 
 _OS_HINTS = {
-    errno.ENOSPC: "the disk is full: free some room, or write with -o to another disk; nothing was left half done",
-    errno.EDQUOT: "the disk quota is used up: nothing was left half done",
+    errno.ENOSPC: "the disk is full: free some space, or write to another disk with -o; nothing unfinished was left behind",
+    errno.EDQUOT: "the disk quota is used up; nothing unfinished was left behind",
     errno.EACCES: "permission denied: check who owns the folder",
     errno.EPERM: "not permitted: check who owns the folder",
     errno.EROFS: "the file system is read-only: choose another place with -o",

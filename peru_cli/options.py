@@ -42,7 +42,7 @@ def parse_size(text: str, option: str) -> int:
         raise UsageError(f"{option} {text!r} is not a size", "write it as 500MB, 5GB or 64MiB")
     size = int(Fraction(match.group(1)) * _UNITS[match.group(2)])
     if size < 1:
-        raise UsageError(f"{option} {text!r} is no bytes at all")
+        raise UsageError(f"{option} {text!r} is zero bytes")
     return size
 
 
@@ -56,7 +56,7 @@ def parse_density(text: str, option: str = "--keep") -> Fraction:
         raise UsageError(f"{option} {text} keeps nothing", f"write a share above 0: {option} 1%")
     if density > 1:
         hint = f"at most {option} 100%" if match.group(2) else f"did you mean {option} {match.group(1)}%?"
-        raise UsageError(f"{option} {text} is more than all entries", hint)
+        raise UsageError(f"{option} {text} is more than 100%", hint)
     return density
 
 

@@ -158,7 +158,7 @@ def merge(
     if method is None:
         raise UsageError("no --method is given", "name one of --list-methods, or a recipe: peru merge recipe.yml -o merged/")
     if strict:
-        raise UsageError("--strict is for recipes", "leave it out")
+        raise UsageError("--strict works with recipes only", "leave it out")
     chosen = find_method(method)
     samples = given.get("max-samples")
     if search is not None and "max-samples" not in chosen.options:
@@ -172,13 +172,13 @@ def merge(
     if searched is not None:
         values[searched.option] = searched.points[0]
     if data and chosen.statistics is None and searched is None:
-        raise UsageError(f"{method} looks at no data", "leave --data out, or choose an option by it: --search OPTION=FROM:TO:STEP")
+        raise UsageError(f"{method} uses no data", "leave --data out, or search an option on it: --search OPTION=FROM:TO:STEP")
     if not data and (chosen.statistics is not None or searched is not None):
         what = f"{method}" if chosen.statistics is not None else "--search"
-        raise UsageError(f"{what} looks at examples of every task", "name them: --data TASK=FILE, once for each task")
+        raise UsageError(f"{what} needs examples of every task", "add --data TASK=FILE for each task")
     density = options.parse_density(compress, "--compress") if compress is not None else None
     if base is None and (chosen.needs_base or density is not None):
-        raise UsageError(f"{method if chosen.needs_base else '--compress'} works on differences from a base", "add --base BASE")
+        raise UsageError(f"{method if chosen.needs_base else '--compress'} needs a base", "add --base BASE")
     options.check_base_id(base_id)
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
     wanted = options.parse_dtype(dtype) if dtype is not None else None
@@ -204,12 +204,12 @@ def merge(
     if config is not None and config not in (names if base is None else (*names, "base")):
         raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {', '.join(names)}{' or base' if base else ''}")
     if tokenizer is not None and tokenizer not in ("union", *(names if base is None else (*names, "base"))):
-        raise UsageError(f"--tokenizer {tokenizer}: no model is called so", f"write union{', base' if base else ''} or {', '.join(names)}")
+        raise UsageError(f"--tokenizer {tokenizer}: no model has this name", f"write union{', base' if base else ''} or {', '.join(names)}")
     if tokenizer is None and pad_vocab_to is not None:
-        raise UsageError("--pad-vocab-to pads what --tokenizer writes", "add --tokenizer union")
+        raise UsageError("--pad-vocab-to needs --tokenizer", "add --tokenizer union")
     if tokenizer is not None and (density is not None or data):
         other = "--compress" if density is not None else "--data"
-        raise UsageError(f"--tokenizer does not go with {other}", "merge first, then go on from the merge")
+        raise UsageError(f"--tokenizer cannot be combined with {other}", "merge first, then continue with the merged model")
     varied.check_tasks(names)
     parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=base is not None))
     rule = chosen.build(parameters)
@@ -218,13 +218,13 @@ def merge(
     target = Path(output)
     as_file = target.suffix == ".safetensors"
     if as_file and density is not None:
-        raise UsageError("--compress writes a folder with merged/ and one artifact a task", "let -o end in /")
+        raise UsageError("--compress writes a folder: merged/ and one artifact per task", "end -o in /")
     if density is not None and any(name.lower() == "merged" for name in names):
-        raise UsageError("with --compress the name 'merged' is the merged model's", "give that task another name")
+        raise UsageError("with --compress, the name 'merged' is reserved for the merged model", "give the task another name")
     check_target(target, run.force or run.dry_run)
     if write_recipe is not None:
         if searched is not None:
-            raise UsageError("--search and --write-recipe do not go together", "search first, and write the recipe with what was found")
+            raise UsageError("--search and --write-recipe exclude each other", "search first, then write the recipe with the value found")
         check_path(Path(write_recipe), run.force)
     place = destination(publishing, run.force, output)
 
@@ -253,7 +253,7 @@ def merge(
     check_trims(plan, rule)
     check_memory(plan, rule)
     if as_file and any(plan.heads.values()):
-        raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
+        raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # else a killed run has taken the room already
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
@@ -338,7 +338,7 @@ def _refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
     """UsageError for options that say what a recipe says itself."""
     both = [f"--{name}" for name, value in (given | others).items() if value is not None]
     if both:
-        raise UsageError(f"{', '.join(both)} and a recipe both say how to merge", "write it into the recipe, or name the models instead")
+        raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
 
 
 def _print_curve(looked: Looked, names: tuple[str, ...]) -> None:
@@ -358,10 +358,10 @@ def _check_varied(varied: Given, method: Method, search: Optional[str], given: d
     several = [f"--{name}" for name in varied.by_tensor]
     if several and (method.statistics is not None or search is not None):
         what = "--search" if search is not None else method.name
-        raise UsageError(f"{what} takes one value for all tensors, and {', '.join(several)} has several", "write one number")
+        raise UsageError(f"{what} takes one value for all tensors, but {', '.join(several)} has several", "write one number")
     if set(varied.by_tensor) & {"keep", "gamma"} and values.get("scope") == "global":
         if "scope" in given:
-            raise UsageError("a share of the whole task vector cannot differ by tensor", "leave --scope out, or say --scope tensor")
+            raise UsageError("with --scope global, the density cannot differ between tensors", "leave --scope out, or use --scope tensor")
         values["scope"] = "tensor"
     for name in varied.of_single_tasks:
         values[name] = default_of(method, name)
@@ -379,7 +379,7 @@ def _say(plan: MergePlan, recipe: Recipe, method: Method, base: Optional[Checkpo
             listed = ", ".join(info.name for info in heads[:4]) + (", ..." if len(heads) > 4 else "")
             console.note(f"  kept for the task, {si_bytes(sum(info.nbytes for info in heads))}: {listed}")
     if len(tasks) == 1:
-        console.note("one model only: there is nothing to merge it with")
+        console.note("only one model: there is nothing to merge it with")
     same = {info.name for info in plan.copied}
     console.note(f"merging {plural(len(plan.slots), 'tensor')}, {count(plan.entries)} entries" + (f"; copying {len(same)}" if same else ""))
     console.note(f"{recipe.method} ({method.paper}): " + ", ".join(f"{name} {value}" for name, value in recipe.words().items()))

@@ -75,11 +75,11 @@ def check_memory(plan: MergePlan, rule: Rule) -> None:
         slot = plan.slots[number]
         if needed(slot, own) > room:
             size = " x ".join(map(str, as_matrix(slot.info.shape)))
-            hint = "merge fewer models at once, or use more memory"
+            hint = "merge fewer models at once, or use a machine with more memory"
             if isinstance(own, SpectralRule):
                 hint = f"--plain '^{re.escape(slot.info.name)}$' averages it instead"
             raise UsageError(
-                f"merging {slot.info.name} ({size}) takes {si_bytes(needed(slot, own))} at once, and {si_bytes(room)} are free", hint
+                f"merging {slot.info.name} ({size}) takes {si_bytes(needed(slot, own))} of memory, but only {si_bytes(room)} are free", hint
             )
 
 
@@ -136,7 +136,7 @@ class _Panel(Matrices):
             against = ", or the base is" if self._vectors else ""
             raise BadFile(
                 f"{label}: {self.name!r} is NaN or infinite at entry {entry:,}{against}",
-                f"a model with such weights is broken: repair it, or keep the tensor apart: --per-task '^{re.escape(self.name)}$'",
+                f"a model with such weights is broken: repair it, or keep the tensor for each task: --per-task '^{re.escape(self.name)}$'",
             )
 
     def tensor(self, task: int) -> torch.Tensor:
@@ -226,7 +226,7 @@ class MergeMatrices:
                 raise BadFile(f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are", "please report it")
             raise BadFile(
                 f"the merged {slot.info.name!r} does not fit {dtype.name} at {where}",
-                "write a wider dtype (--dtype bf16 or fp32), or lower the weights and the scale",
+                "use a wider dtype (--dtype bf16 or fp32), or smaller weights and scale",
             )
         self._writer.write(slot.info.name, dtype.nbytes(start), np.ascontiguousarray(bits).data.cast("B"))
 

@@ -94,7 +94,7 @@ def parse_search(text: str, method: Method, given: Mapping[str, Value]) -> Searc
     if name not in numeric:
         raise UsageError(f"--search: {method.name} has no numeric option --{name}", f"it has {', '.join(numeric)}")
     if name in given:
-        raise UsageError(f"--{name} is both given and searched for", "leave one of the two out")
+        raise UsageError(f"--{name} is both given and searched", "leave one of the two out")
     return Searched(name, tuple(_point(name, number, text) for number in parse_range(bounds, f"--search {name}")), bounds)
 
 
@@ -105,7 +105,7 @@ def parse_range(text: str, option: str) -> list[Fraction]:
         raise UsageError(f"{option} {text!r} is not FROM:TO:STEP in numbers", "write three numbers, as 0:1:0.05")
     start, stop, step = (Fraction(match.group(1)) / (100 if match.group(2) else 1) for match in numbers if match is not None)
     if step <= 0 or stop < start:
-        raise UsageError(f"{option} {text} goes nowhere", "FROM is at most TO, and STEP above 0")
+        raise UsageError(f"{option} {text} has no values", "FROM must be at most TO, and STEP above 0")
     steps = (stop - start) // step + 1
     if steps > _MOST_POINTS:
         raise UsageError(f"{option} {text} has {steps:,} values", "make the STEP larger")
@@ -115,13 +115,13 @@ def parse_range(text: str, option: str) -> list[Fraction]:
 def _point(name: str, number: Fraction, text: str) -> Value:
     flag = FLAGS[name]
     if flag.least is not None and number < flag.least:
-        raise UsageError(f"--search {text}: --{name} is at least {flag.least}")
+        raise UsageError(f"--search {text}: --{name} must be at least {flag.least}")
     if flag.kind is Fraction:
         if not 0 < number <= 1:
-            raise UsageError(f"--search {text}: --{name} is a share above 0, at most 100%")
+            raise UsageError(f"--search {text}: --{name} must be above 0 and at most 100%")
         return number
     if flag.kind is int:
         if number.denominator != 1:
-            raise UsageError(f"--search {text}: --{name} is a whole number")
+            raise UsageError(f"--search {text}: --{name} must be a whole number")
         return int(number)
     return float(number)

@@ -99,7 +99,7 @@ class Recipe:
         held = [f"{len(plan.outputs)} tensors, {nbytes:,} bytes."]
         if heads:
             held.append(
-                "Tensors that belong to one task lie apart: "
+                "Tensors that belong to one task are in files of their own: "
                 + ", ".join(f"`heads/{t}.safetensors` ({n:,} bytes)" for t, n in heads.items())
                 + "."
             )
@@ -109,7 +109,7 @@ class Recipe:
         chosen = [f"Chosen by accuracy: {self.searched}.", ""] if self.searched else []
         body = [
             "# Merged model", "",
-            f"Merged by {PERU} with the method [{self.method}]({self.paper}) out of {', '.join(self.tasks)}.", *held, "",
+            f"Merged by {PERU} with the method [{self.method}]({self.paper}) from {', '.join(self.tasks)}.", *held, "",
             *([f"Base: {link(self.base_name)}", "", *named, ""] if self.base_name and hub_repo(self.base_name) else named),
             "```sh", self.command(), "```", "", *written, *chosen, "| option | value |", "| --- | --- |", *options, "",
         ]  # fmt: skip
@@ -197,7 +197,7 @@ def _untie(writer: DirectoryWriter, plan: MergePlan, contents: Mapping[str, byte
 
 def _say_resumed(writer: CheckpointWriter, where: Where) -> None:
     if writer.journal is not None and writer.journal.done:
-        where.say(f"going on after {len(writer.journal.done)} tensors of an earlier run")
+        where.say(f"continuing after {len(writer.journal.done)} tensors of an earlier run")
 
 
 def write_heads(plan: MergePlan, folder: Path, sync: bool, merge_digest: str) -> None:

@@ -334,7 +334,7 @@ class Merge(_Walk):
             )
         raise BadFile(
             f"the merged {slot.info.name!r} does not fit {slot.info.dtype.name} at {where}",
-            "write a wider dtype (--dtype bf16 or fp32), or lower the weights and the scale",
+            "use a wider dtype (--dtype bf16 or fp32), or smaller weights and scale",
         )
 
 

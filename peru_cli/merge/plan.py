@@ -130,9 +130,9 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
         named = [(name, model.config()) for name, model in everyone]
         found = [f"configs compute differently: {line}" for line in describe(named)]
         if options.verb == "merged":
-            problems += [*found[:-1], f"{found[-1]} (--config TASK chooses whose is written)"] if found else []
+            problems += [*found[:-1], f"{found[-1]} (choose whose config is written with --config TASK)"] if found else []
         else:
-            warnings += [f"{line}; each task comes back under its own" for line in found]
+            warnings += [f"{line}; each task comes back with its own config" for line in found]
     pairings: dict[str, Pairing] = {}
     for name, model in tasks:
         matches = own is not None and any(own.search(n) for n in model.tensors)
@@ -206,13 +206,13 @@ class _Planner:
             else:
                 self._tensor(plan.reference.tensors[name], found)
         for kinds, names in self._dtypes.items():
-            self.problems.append(f"{kinds} in {len(names)} tensor(s), such as {names[0]}: say --dtype to merge them nevertheless")
+            self.problems.append(f"{kinds} in {len(names)} tensor(s), such as {names[0]}: add --dtype to merge them")
         if plan.base is None and self._own is None and not self._options.merge_heads and (reason := self._doubtful_heads()):
-            self.problems.append(f"{reason}: say --per-task REGEX to keep heads apart, or --merge-heads to average them")
+            self.problems.append(f"{reason}: use --per-task REGEX to keep each task's head, or --merge-heads to average them")
         if (reason := self._reordered_heads()) is not None:
-            self.problems.append(f"{reason}: say --per-task REGEX to keep heads apart")
+            self.problems.append(f"{reason}: use --per-task REGEX to keep each task's head")
         if not plan.slots and not self.problems:
-            self.problems.append("there is no floating-point tensor left to merge")
+            self.problems.append("no floating-point tensor is left to merge")
         for heads in plan.heads.values():
             heads.sort(key=lambda info: info.name)
 
@@ -301,7 +301,7 @@ class _Planner:
                 unnamed |= not isinstance(table, dict) or any(str(v).startswith("LABEL_") for v in table.values())
                 labels.append(table)
         if labels and (unnamed or any(table != labels[0] for table in labels)):
-            return "these are classifiers, and nothing says that their heads have the same classes"
+            return "these are classifiers, but nothing shows that their heads have the same classes"
         return None
 
 
@@ -362,12 +362,12 @@ def check_same(plan: MergePlan) -> list[str]:
     """
     warnings, problems = list(plan.warnings), []
     if plan.averaged:
-        warnings.append(f"{len(plan.averaged)} running means and variances are the models' mean: measure them anew on data if you can")
+        warnings.append(f"{len(plan.averaged)} running means and variances are averaged over the models: recompute them on data if you can")
     for vector in plan.vectors:
         for pair in (p for p in plan.same if vector.fine.tensors.get(p.fine.name) is p.fine):
             if not _alike(vector.fine, plan.reference, pair):
                 if pair.base.entries == 1 and not pair.base.dtype.compressible:
-                    warnings.append(f"{pair.base.name} differs in {vector.name}; that of {plan.reference.label} is written")
+                    warnings.append(f"{pair.base.name} differs in {vector.name}; the one of {plan.reference.label} is written")
                 else:
                     problems.append(f"{pair.base.name}: {pair.base.dtype.name}, differs in {vector.name}")
     if problems:

@@ -68,7 +68,7 @@ class Trial:
         for vector in plan.vectors:
             examples = running.examples[vector.name]
             if examples.labels is None:
-                raise BadFile(f"{examples.source} has no labels", "--search measures accuracy: name a file with a column 'label'")
+                raise BadFile(f"{examples.source} has no labels", "--search measures accuracy: use a file with a column 'label'")
             parts = load_task(plan, vector, examples, running.device)
             if parts.loaded.kind not in (TEXT, IMAGE):
                 raise Mismatch(f"{vector.fine.label} is a {parts.loaded.kind}: --search measures the accuracy of classifiers")

@@ -117,7 +117,7 @@ class Statistics:
             try:
                 kept.append(Kept(path, {slot.info.name: slot.inputs[number].name for slot in self._plan.slots}))
             except BadFile as error:
-                raise BadFile(f"{path}: {error.message}", "remove it: it will be collected again") from error
+                raise BadFile(f"{path}: {error.message}", "remove it: peru will collect it again") from error
         return kept
 
     def _collect(self, collector: Collector, numbers: Sequence[int], paths: Sequence[Path]) -> None:
@@ -155,7 +155,7 @@ class Statistics:
                 if not bool(torch.isfinite(tensor).all()):
                     raise BadFile(
                         f"{model.task}: the {self._method.name} statistics of {name.partition('/')[2]!r} are not finite",
-                        "its outputs are NaN or infinite on some example: leave the model out, or repair it",
+                        "its outputs are NaN or infinite for some example: leave the model out, or repair it",
                     )
                 writer.write(name, 0, tensor.cpu().contiguous().view(-1).numpy().data.cast("B"))
             writer.commit()

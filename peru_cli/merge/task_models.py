@@ -55,7 +55,7 @@ def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size:
     if strangers:
         raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {', '.join(tasks)}")
     if lacking:
-        raise UsageError(f"{why} looks at examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
+        raise UsageError(f"{why} needs examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
     return Running({task: read_examples(file, most) for task, file in files.items()}, pick_device(device), batch_size)
 
 

@@ -93,14 +93,14 @@ def parse_setting(text: str, read: Callable[[str], Value], option: str) -> Setti
         if match["first"] is not None:
             layers = (int(match["first"]), int(match["last"]))
             if layers[1] < layers[0]:
-                raise UsageError(f"{option} {text!r}: layers {layers[0]}..{layers[1]} go backwards")
+                raise UsageError(f"{option} {text!r}: layers {layers[0]}..{layers[1]} are in the wrong order")
         name = match["filter"].strip() if match["filter"] is not None else None
         clauses.append(Clause(tuple(read(part) for part in parts), value.startswith("["), name, layers))
         at = match.end() + 1
         if match.end() < len(text) <= at:
             raise UsageError(f"{option} {text!r} ends in a comma")
     if not clauses:
-        raise UsageError(f"{option} is given no value")
+        raise UsageError(f"{option} has no value")
     return tuple(clauses)
 
 
@@ -119,7 +119,7 @@ def check_setting(setting: Setting, spots: Mapping[str, Spot], option: str) -> N
     """UsageError for a filter or layers that no tensor meets."""
     for clause in unmatched(setting, spots.values()):
         what = f"layers {clause.layers[0]}..{clause.layers[1]}" if clause.layers is not None else repr(clause.filter)
-        raise UsageError(f"{option}: {what} meets no tensor that is merged", "`peru inspect MODEL` lists the names")
+        raise UsageError(f"{option}: {what} matches no tensor that is merged", "`peru inspect MODEL` lists the names")
     for clause in setting:
         last = max((spot.layer for spot in spots.values() if spot.layer is not None), default=-1)
         if clause.layers is not None and clause.layers[1] > last:

@@ -22,7 +22,7 @@ class ByTensor(Rule):
         self.wants_signs, self.wants_products = first.wants_signs, first.wants_products
         self.trims = max((rule.trims for rule in rules), key=len)
         if self.trims and self.scope == "global" and any(rule.trims != first.trims for rule in rules):
-            raise UsageError("a share of the whole task vector cannot differ by tensor", "add --scope tensor")
+            raise UsageError("with --scope global, the density cannot differ between tensors", "add --scope tensor")
 
     def at(self, slot: int) -> Rule:
         """The rule of a tensor."""

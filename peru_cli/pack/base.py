@@ -43,7 +43,7 @@ class MergeBase:
 def check_plain(plan: PackPlan) -> None:
     """Refuse a pack without plain sums."""
     if all(tensor.is_target for tensor in plan.sums if tensor.info.entries):
-        raise UsageError("everything is superposed, so there are no plain sums for --merge-base", "leave it out")
+        raise UsageError("--merge-base has nothing to write: every tensor is superposed", "leave it out")
 
 
 class NewBase:
@@ -95,7 +95,7 @@ class NewBase:
         vector = scaled(sums, self._scale * 2.0**record.exponent, np.empty(len(sums), float_kind(dtype)))
         bits = plus_vector(np.frombuffer(raw, BITS[record.base_dtype.bits]), record.base_dtype, dtype, vector)
         if bits is None:
-            raise BadFile(f"the plain sum of {record.info.name!r} does not fit {dtype.name}", "pack with a smaller --scale")
+            raise BadFile(f"the plain sum of {record.info.name!r} does not fit {dtype.name}", "use a smaller --scale")
         self._write(record.info, tile, bits)
 
     def _write(self, info: TensorInfo, tile: Tile, bits: Bits) -> None:

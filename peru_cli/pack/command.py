@@ -137,14 +137,14 @@ def shuffle_pack(
     apart = {f"--{name}": given[f"--{name}"] for name in of_packs}
     masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change)
     if add_to is not None and remove_from is not None:
-        raise UsageError("--add-to and --remove-from are two things", "do one after the other")
+        raise UsageError("--add-to and --remove-from exclude each other", "run one after the other")
     if change is not None and (fixed := [name for name, value in given.items() if value is not None]):
-        raise UsageError(f"{', '.join(fixed)}: settled when {change} was made", "leave it out, or pack anew")
+        raise UsageError(f"{', '.join(fixed)}: fixed when {change} was made", "leave it out, or make a new pack")
     if remove_from is not None and max_error is not None:
         raise UsageError("--max-error has no meaning with --remove-from", "leave it out")
     factor = 1.0 if scale is None else _scale(scale)
     if factor is None and masks is not None:
-        raise UsageError("--scale auto is for superposition", "masks print the least-squares scale: give it as --scale S")
+        raise UsageError("--scale auto works with --method superpose only", "masks print the least-squares scale: pass it as --scale S")
     if seed is not None and seed >= 10**19:
         raise UsageError(f"--seed {seed} has more than 19 digits")
     options.check_base_id(base_id)
@@ -231,7 +231,7 @@ def _scale(text: str) -> Optional[float]:
     except ValueError:
         value = 0.0
     if value is not None and not (math.isfinite(value) and value):
-        raise UsageError(f"--scale {text} is not a finite number other than 0, nor auto")
+        raise UsageError(f"--scale {text} is neither auto nor a finite number other than 0")
     return value
 
 
@@ -257,14 +257,14 @@ def _say(plan: PackPlan) -> None:
     targets = [tensor for tensor in plan.sums if tensor.is_target]
     share = 100 * sum(t.info.entries for t in targets) / max(plan.entries, 1)
     meta = plan.metadata
-    console.note(f"{count(plan.entries)} entries; {plural(len(targets), 'target')} with {share:.3g}% of them, the rest is a plain sum")
+    console.note(f"{count(plan.entries)} entries; {plural(len(targets), 'target')} with {share:.3g}% of them; the rest are plain sums")
     console.note(
         f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, scale {meta['peru.scale']}, seed {meta['peru.seed']}"
     )
     if any(tensor.mode == PackMode.WEIGHTS for tensor in targets):
-        console.warn("whole weights are superposed, so each task disturbs the others by its whole weights: a baseline, not for use")
+        console.warn("--whole-weights is a baseline, not for use: each task disturbs the others by its whole weights")
     if not targets and plan.decorrelates:
-        console.warn("nothing repeats in these models, so nothing is moved apart: this is task arithmetic (--target REGEX names tensors)")
+        console.warn("no layer repeats in these models, so nothing is superposed and this is task arithmetic (see --target)")
 
 
 def _groups(plan: PackPlan) -> None:
@@ -286,7 +286,7 @@ def _planned(plan: PackPlan, out: Path) -> dict[str, Any]:
 
 def _report(result: PackResult, merge_base: Optional[str], published: dict[str, Any]) -> None:
     for task, error in result.left_out.items():
-        console.warn(f"{task} is left out: it would miss {error:.4g} of its task vector's length")
+        console.warn(f"{task} is left out: its relative error would be {error:.4g}")
     columns = ["task", ">norm", ">predicted error", ">error", ">cosine", ">rounding", ">own tensors"]
     rows = [
         [
@@ -311,7 +311,7 @@ def _report(result: PackResult, merge_base: Optional[str], published: dict[str, 
         f" {result.bits_per_parameter:.3f} bits/param for all of them, precision {result.precision}"
     )
     if merge_base is not None:
-        console.line(f"{merge_base}: the base with the plain sums; unpack takes it with --base")
+        console.line(f"{merge_base}: the new base, with the plain sums; unpack needs it as --base")
     if result.best_scale is not None:
         console.line(f"scale {result.scale:g}; least squares would be {result.best_scale:.4g}")
     console.result(

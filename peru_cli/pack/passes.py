@@ -191,7 +191,7 @@ class Superpose(_Walk):
     def _check(self, number: int, source: str, tile: Tile, steps: Doubles, room: PackBuffers) -> None:
         if len(steps) and not (float(steps.max()) <= LARGEST and float(steps.min()) >= -LARGEST):
             finite = np.isfinite(steps).all()
-            what = "has changes too large for the pack's step: a coarser one (--precision) holds them" if finite else "is not finite"
+            what = "has changes too large for the pack's step: use a coarser one (smaller --precision)" if finite else "is not finite"
             raise self.refuse(number, source, tile, what, room)
 
     def commit(self, tile: Tile, result: Added) -> list[tuple[int, Sums]]:

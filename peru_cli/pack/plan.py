@@ -81,7 +81,7 @@ class PackPlan:
 def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options: PackOptions) -> PackPlan:
     """Settle a new pack. Mismatch with all problems at once; UsageError for options that cannot be."""
     if len(tasks) > MOST_TASKS:
-        raise UsageError(f"{len(tasks)} tasks are more than a pack holds, {MOST_TASKS}")
+        raise UsageError(f"{len(tasks)} tasks are too many: a pack holds at most {MOST_TASKS}")
     tasks = sorted(tasks)
     merged = plan_merge(base, tasks, True, Options(options.per_task, dtype=options.dtype, verb="packed"))
     groups = find_groups([slot.base for slot in merged.slots], options.target, options.exclude, options.skip)
@@ -125,13 +125,13 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
     """Settle adding tasks to a pack, or removing them; errors as `plan_pack` has them."""
     if pack.has_own_base:
         raise UsageError(
-            f"the plain sums of {pack.path} are in its base (--merge-base): tasks can be neither added nor removed",
-            "make a new pack; or keep one without --merge-base to change, and pack anew from it when it is published",
+            f"tasks cannot be added to or removed from {pack.path}: its plain sums are in its base (--merge-base)",
+            "make a new pack, or change the one that was made without --merge-base",
         )
     names = {name.lower(): name for name in pack.tasks}
     for name, _ in tasks:
         if not removing and name.lower() in names:
-            raise UsageError(f"{pack.path} has a task {names[name.lower()]} already", "give the new one another name: NAME=MODEL")
+            raise UsageError(f"{pack.path} already has a task {names[name.lower()]}", "give the new one another name: NAME=MODEL")
         if removing and name not in pack.tasks:
             raise UsageError(f"{pack.path} has no task {name!r}", f"it holds {listed(pack.tasks)}")
     after = len(pack.tasks) + (-len(tasks) if removing else len(tasks))
@@ -141,7 +141,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
     tasks = sorted(tasks)
     merged = plan_merge(base, tasks, True, Options(_strangers(pack, base, tasks), verb="packed"))
     sums = {record.info.name for record in pack.index.tensors if record.is_sum}
-    problems = [f"{name}: the pack has it, the models lack it" for name in sorted(sums - {slot.base.name for slot in merged.slots})]
+    problems = [f"{name}: in the pack, but not in the models" for name in sorted(sums - {slot.base.name for slot in merged.slots})]
     for slot in merged.slots:
         for info, (name, model) in zip(slot.inputs, tasks, strict=True):
             wanted = pack.records[slot.base.name].info.dtype
@@ -149,7 +149,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
                 problems.append(f"{info.name}: {info.dtype.name} in {name}, {wanted.name} in the pack")
     if problems:
         shown = "\n  ".join(problems[:_SHOWN])
-        raise Mismatch(f"these models do not fit {pack.path}: {len(problems)} tensor(s)\n  {shown}", "pack them on their own")
+        raise Mismatch(f"these models do not fit {pack.path}: {len(problems)} tensor(s)\n  {shown}", "make a pack of their own")
     shifts: dict[str, int] = {}
     for name, _ in tasks:
         taken = [task.shift for task in pack.index.tasks] + list(shifts.values())
@@ -158,7 +158,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
     plan = _plan(base, merged, [record for record in pack.index.tensors if record.is_sum], pack.arrangement, shifts)
     plan.tensors, plan.metadata, plan.old, plan.removing = pack.index.tensors, dict(pack.metadata), pack, removing
     if pack.index.residuals:
-        plan.warnings.append(f"the residuals of {listed(pack.tasks)} are left out: they correct what the sums of {pack.path} give back")
+        plan.warnings.append(f"the residuals of {listed(pack.tasks)} are left out: they fit the sums of {pack.path} only")
     return plan
 
 

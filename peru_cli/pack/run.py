@@ -66,7 +66,7 @@ def make_pack(
                 break
             left_out[worst] = errors[worst]
             if len(plan.vectors) == 1:
-                raise Mismatch(f"no task stays below --max-error {max_error:g}", f"the best misses {errors[worst]:.4g}")
+                raise Mismatch(f"no task stays below --max-error {max_error:g}", f"the smallest relative error is {errors[worst]:.4g}")
             measured = measured.without([v.name for v in plan.vectors].index(worst))
             plan = plan.without(worst)
         plan.metadata |= {"peru.precision": str(bits), "peru.scale": repr(scale)}

@@ -136,7 +136,7 @@ class PackSealer:
             if plan.old is None:
                 tensor.base_digest = digest
             elif tensor.base_digest != digest:
-                problems.append(f"{tensor.info.name}: other contents in {plan.base.label}")
+                problems.append(f"{tensor.info.name}: different contents in {plan.base.label}")
         if plan.old is not None:
             refuse_base(problems, plan.old, plan.base.label)
 
@@ -157,7 +157,7 @@ class PackSealer:
         if self._fine_digest(number, own) != plan.old.tasks[vector.name].digest:
             raise Mismatch(
                 f"{vector.fine.label} is not the checkpoint that was packed as {vector.name!r} in {plan.old.path}",
-                "removing it needs the very same weights, bit for bit; nothing was changed",
+                "removing a task needs the same weights, bit for bit; nothing was changed",
             )
 
     def _record(self, number: int, scale: float) -> tuple[TaskRecord, PackedTask]:

@@ -116,11 +116,11 @@ def prune(
     goal = parse_goal(max_bytes, bits, min_quality)
     if (keep is not None) + lossless + (goal is not None) != 1:
         raise UsageError(
-            "say how much to keep, in one way: --keep DENSITY, --max-bytes SIZE, --bits NUMBER, --min-quality SHARE or --lossless",
+            "say how much to keep: --keep DENSITY, --max-bytes SIZE, --bits NUMBER, --min-quality SHARE or --lossless",
             "for example --max-bytes 3MB or --keep 10%",
         )
     if goal is not None and (scope, values) != ("global", "auto"):
-        raise UsageError("--scope and --values go with --keep", "leave them out: every tensor gets what its bytes are best spent on")
+        raise UsageError("--scope and --values go with --keep", "leave them out: peru chooses the coding of each tensor")
     if scope not in ("global", "tensor"):
         raise UsageError(f"--scope {scope!r} is neither global nor tensor")
     if values not in ("auto", "exact", "bf16", "log2"):
@@ -142,7 +142,7 @@ def prune(
     out = Path(output)
     several = len(arguments) > 1 or output.endswith("/") or out.is_dir()
     if not several and out.suffix != ".safetensors":
-        raise UsageError(f"-o {output} should end in .safetensors (or in / for a folder of artifacts)")
+        raise UsageError(f"-o {output} should end in .safetensors, or in / for a folder of artifacts")
     targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
     stored = lossless and job.all_quantized([base, *(a.model for a in arguments)])
     opened_base = open_model(base, stored)
@@ -168,7 +168,7 @@ def prune(
         for doubt in find_doubts(opened_base, task.vector):
             console.warn(f"{task.vector.name}: {doubt}")
     if goal is not None:
-        console.note(f"looking for {goal}")
+        console.note(f"target: {goal}")
         if run.dry_run:
             console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
             return
@@ -179,7 +179,7 @@ def prune(
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
         again = density is not None and scope == "global"
-        why = "; as much as half of it more if the sampled threshold misses, --scope tensor fetches less" if again else ""
+        why = "; up to half as much again if the sampled threshold misses; --scope tensor fetches less" if again else ""
         console.note(f"fetching {si_bytes(fetched)} from the Hub in ranges{why}")
     if run.dry_run:
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
@@ -223,12 +223,12 @@ def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
     console.note(f"  {plural(len(pairing.pairs), 'tensor')} paired ({pairing.prefix}), {count(task.entries)} entries")
     grown = [pair.fine.name for pair in pairing.pairs if pair.grown]
     if grown:
-        console.note(f"  grown, new rows stored whole: {listed(grown)}")
+        console.note(f"  more rows than the base, new rows stored whole: {listed(grown)}")
     if pairing.whole:
         names = ", ".join(info.name for info in pairing.whole[:4]) + (", ..." if len(pairing.whole) > 4 else "")
         console.note(f"  stored whole, {si_bytes(sum(info.nbytes for info in pairing.whole))}: {names}")
     for info, other in pairing.reshaped[:3]:
-        console.note(f"    {info.name} is {list(info.shape)}, in the base {list(other.shape)}")
+        console.note(f"    {info.name} has shape {list(info.shape)}, {list(other.shape)} in the base")
     if chosen.density is not None:
         console.note(f"  keeping {count(int(chosen.density * task.entries))} entries ({float(chosen.density):.4g}), scope {chosen.scope}")
 

@@ -36,9 +36,9 @@ def find_doubts(base: Checkpoint, vector: TaskVector) -> list[str]:
     change, norm = (sqrt(sum(pair[side] for pair in lengths)) for side in (0, 1))
     if change == 0:
         if not any(is_changed(vector.fine, base, pair) for pair in pairs):
-            found.append("nothing changed in the tensors that base and fine-tune share: is this the right base?")
+            found.append("base and fine-tune are equal in all shared tensors: is this the right base?")
     elif norm and change > _TOO_LARGE * norm:
-        share = f"{100 * change / norm:.0f}% of the base's norm, where fine-tunes have 0.1 to 10%"
+        share = f"{100 * change / norm:.0f}% of the base's norm; fine-tunes usually have 0.1 to 10%"
         found.append(f"the task vector is as large as the weights ({share}, in a sample): is this the base that the model was made from?")
     if vector.pairing.base_only and not vector.pairing.whole:
         names = ", ".join(info.name for info in vector.pairing.base_only[:3])

@@ -133,7 +133,7 @@ def _passes(
     per_slot = options.density is not None and options.scope == "tensor"
     first = log.restore(per_slot)
     if journal.notes:
-        say(f"going on after {first} of {slots} tensors of an earlier run" if first else "going on where an earlier run stopped")
+        say(f"continuing after {first} of {slots} tensors of an earlier run" if first else "continuing where an earlier run stopped")
     select.watcher = log
     if per_slot:
         # Tensor by tensor, so that what came over the network need not come twice.
@@ -145,7 +145,7 @@ def _passes(
             family.forget()
         return
     if not first:
-        note("finding thresholds" if options.density is not None else "comparing")
+        note("finding thresholds" if options.density is not None else "comparing with the base")
         _set_thresholds(family, jobs, range(slots), ThresholdJournal(journal, "threshold", family.ranged))
     note("selecting and encoding")
     how.advance(sum(family.entries[:first]))

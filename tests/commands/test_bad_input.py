@@ -157,8 +157,8 @@ def test_every_altered_byte_of_an_artifact_is_noticed(tmp_path: Path, peru, chan
 @pytest.mark.parametrize(
     "keep,says",
     [
-        ("0", "keeps nothing"), ("0%", "keeps nothing"), ("0.000", "keeps nothing"), ("5", "5%"), ("101%", "more than all"),
-        ("1.01", "more than all"), ("-5%", "not a density"), ("-0.1", "not a density"), ("lots", "'lots' is not a density"),
+        ("0", "keeps nothing"), ("0%", "keeps nothing"), ("0.000", "keeps nothing"), ("5", "5%"), ("101%", "more than 100%"),
+        ("1.01", "more than 100%"), ("-5%", "not a density"), ("-0.1", "not a density"), ("lots", "'lots' is not a density"),
         ("", "not a density"), ("10 percent", "not a density"), ("nan", "not a density"), ("inf", "not a density"),
         ("1e-3", "not a density"), ("10%%", "not a density"), ("0x10", "not a density"), ("1/10", "not a density"),
         ("0.0000001%", "keeps nothing"),
@@ -174,8 +174,8 @@ def test_wrong_options(tmp_path: Path, peru, pair) -> None:
     to = ["prune", fine, "-b", base, "-o", tmp_path / "a.safetensors"]
     keep = [*to, "--keep", "5%"]
     cases: list[tuple[list[object], str]] = [
-        (to, "say how much to keep, in one way: --keep DENSITY"),
-        ([*keep, "--lossless"], "say how much to keep, in one way: --keep DENSITY"),
+        (to, "say how much to keep: --keep DENSITY"),
+        ([*keep, "--lossless"], "say how much to keep: --keep DENSITY"),
         ([*to, "--lossless", "--values", "bf16"], "contradict"),
         ([*to, "--lossless", "--values", "log2"], "contradict"),
         ([*keep, "--scope", "layer"], "'layer'"),
@@ -202,7 +202,7 @@ def test_wrong_options(tmp_path: Path, peru, pair) -> None:
     unpack = ["unpack", tmp_path / "a.safetensors", "-b", base, "-o", tmp_path / "r.safetensors"]
     for more, says in (
         (["--tile-entries", "5"], "16384"), (["--device", "cuda:99"], "no such GPU"), (["--dtype", "int8"], "'int8'"),
-        (["--max-shard-size", "big"], "'big'"), (["--max-shard-size", "0"], "no bytes"),
+        (["--max-shard-size", "big"], "'big'"), (["--max-shard-size", "0"], "zero bytes"),
     ):  # fmt: skip
         refused(peru, tmp_path, 2, *unpack, *more, says=says)
 

@@ -249,8 +249,8 @@ def test_an_interrupted_command_cleans_up(tmp_path: Path, pair: Pair, verb: str,
     kept = {f".{name}.peru-partial", f".{name}.peru-partial-journal"} if verb == "prune" else set()  # for the same command to go on with
     left = set(others(tmp_path, target))
     assert left <= kept and not target.exists()
-    promised = f"what was finished so far is kept in {tmp_path}" if left else "nothing was left half done"
-    assert promised in pair.stderr() and ("type the same command again" in pair.stderr()) == bool(left)
+    promised = f"the finished part is kept in {tmp_path}" if left else "nothing unfinished was left behind"
+    assert promised in pair.stderr() and ("run the same command again" in pair.stderr()) == bool(left)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see when the import begins")

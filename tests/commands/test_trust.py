@@ -266,9 +266,9 @@ def test_a_report_that_cannot_be_written_says_what_was(tmp_path: Path, pair) -> 
         inspected = subprocess.run([*command[:3], "inspect", out], stdout=full, stderr=subprocess.PIPE, text=True)
         quiet = subprocess.run([*command[:-2], "--force"], stdout=subprocess.PIPE, stderr=full, text=True)
     assert found.returncode == 1 and out.exists()
-    assert f"wrote {out}, but the report could not be written to standard output: No space left" in found.stderr
+    assert f"wrote {out}, but the report could not be written to stdout: No space left" in found.stderr
     assert "another disk" not in found.stderr and "Exception" not in found.stderr
-    assert inspected.returncode == 1 and "the report could not be written to standard output" in inspected.stderr
+    assert inspected.returncode == 1 and "the report could not be written to stdout" in inspected.stderr
     assert "wrote" not in inspected.stderr
     assert quiet.returncode == 0  # notes that nobody hears are no reason to fail
 

@@ -48,7 +48,7 @@ def test_a_table_fits_the_terminal_and_keeps_its_first_column_and_whole_numbers(
 
 def test_optional_columns_go_before_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = drawn(monkeypatch, 60)
-    assert lines[-1] == "(too narrow for: kept, stored whole; a wider terminal or a pipe shows all)"
+    assert lines[-1] == "(too narrow for: kept, stored whole; use a wider terminal or a pipe to see all columns)"
 
 
 def test_a_pipe_gets_all_columns_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:

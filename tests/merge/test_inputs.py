@@ -154,7 +154,7 @@ def test_heads_are_kept_and_found_again(tmp_path: Path, peru) -> None:
         heads = load_file(tmp_path / "m" / "heads" / f"{task}.safetensors")
         assert sorted(heads) == ["head.bias", "head.weight"] and all(raw(heads[n]) == raw(table[n]) for n in heads)
     peru("merge", *models, "-b", tmp_path / "base.safetensors", "-o", tmp_path / "m.safetensors", "-m", "ties", code=2)
-    assert "no place for per-task tensors" in peru.stderr
+    assert "cannot hold per-task tensors" in peru.stderr
     # PERU-FFT: both in one go equals merge, then prune; unpack gives heads back
     at = ["-b", tmp_path / "base.safetensors", "--no-sync"]
     peru("merge", *models, *at, "-o", tmp_path / "fft", "-m", "task-arithmetic", "--compress", "10%")

@@ -46,7 +46,7 @@ def test_kill_at_many_moments_then_resume(models: Path, peru, compress: bool) ->
         assert not out.exists(), moment
         peru(*arguments(models, out, *extra))
         assert files(out) == expected, moment
-        resumed += "going on after" in peru.stderr
+        resumed += "continuing after" in peru.stderr
         for path in sorted(out.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         out.rmdir()

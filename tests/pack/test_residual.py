@@ -188,4 +188,4 @@ def test_shares_that_make_no_sense(tmp_path: Path, peru: Peru, options: tuple[st
     assert says in made.peru.stderr and not out.exists()  # type: ignore[attr-defined]
     plain = made.run("a", name="plain")
     made.run("b", "--add-to", plain, "--residual", "1%", code=2)
-    assert "--residual: settled when" in made.peru.stderr  # type: ignore[attr-defined]
+    assert "--residual: fixed when" in made.peru.stderr  # type: ignore[attr-defined]

@@ -95,7 +95,7 @@ def test_scales_that_are_none(tmp_path: Path, peru: Peru) -> None:
     made = Packs(tmp_path, peru, *family("ab"))
     for text in ("0", "nan", "inf", "often"):
         made.run("ab", "--scale", text, code=2)
-        assert f"--scale {text} is not a finite number" in made.peru.stderr  # type: ignore[attr-defined]
+        assert f"--scale {text} is neither auto nor a finite number" in made.peru.stderr  # type: ignore[attr-defined]
     made.run("ab", "--scale", "auto", "--method", "tall-masks", code=2)
     made.run("ab", "--whole-weights", "--method", "tall-masks", code=2)
     assert "--whole-weights" in made.peru.stderr  # type: ignore[attr-defined]

@@ -52,7 +52,7 @@ def test_another_model_of_the_same_shapes_is(tmp_path: Path, peru, more: tuple[s
 
 
 def test_equal_models_are(tmp_path: Path, peru) -> None:
-    assert "nothing changed in the tensors that base and fine-tune share" in said(tmp_path, peru, weights(0), weights(0))
+    assert "base and fine-tune are equal in all shared tensors" in said(tmp_path, peru, weights(0), weights(0))
 
 
 def test_one_changed_entry_is_not_nothing(tmp_path: Path, peru) -> None:

@@ -84,7 +84,7 @@ def test_kill_at_many_moments_then_resume(models: Path, peru, variant: str) -> N
     while run_and_kill(moment, arguments(models, out, *options)) == -signal.SIGKILL:
         killed += 1
         assert figures(peru(*arguments(models, out, *options, "--json"))) == said
-        resumed += "going on" in peru.stderr
+        resumed += "continuing" in peru.stderr
         assert files(models / "made") == expected, moment  # and nothing beside it
         for path in sorted((models / "made").rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
@@ -159,7 +159,7 @@ def test_only_the_same_command_resumes(models: Path, peru, monkeypatch, what: st
     elif what == "boot":  # nothing was synced, and the machine went down
         monkeypatch.setattr(journal, "_boot", lambda: "another")
     peru(*arguments(models, out, *options))
-    assert ("going on" in peru.stderr) == (what in ("same", "torn"))
+    assert ("continuing" in peru.stderr) == (what in ("same", "torn"))
     peru(*arguments(models, models / "again.safetensors", *[o for o in options if o != "--force"]))
     assert out.read_bytes() == (models / "again.safetensors").read_bytes()
     assert not partial.exists() and not notes.exists()
@@ -171,7 +171,7 @@ def test_after_a_crash_of_the_machine_only_what_was_synced_counts(models: Path, 
     assert run_and_kill(5, command, "slots before") == -signal.SIGKILL
     monkeypatch.setattr(journal, "_boot", lambda: "another")
     peru(*command)
-    assert "going on after" in peru.stderr
+    assert "continuing after" in peru.stderr
     peru(*arguments(models, models / "again.safetensors", "--keep", "15%"))
     assert (models / "out.safetensors").read_bytes() == (models / "again.safetensors").read_bytes()
 
@@ -264,7 +264,7 @@ def test_a_killed_stream_asks_for_nothing_finished(hub: HubServer, models: Path,
     second = start(hub, models, "--stream")
     _, err = second.communicate(timeout=100)
     assert second.returncode == 0, err
-    assert "going on" in err or not any(line[0] == "note" for line in text)
+    assert "continuing" in err or not any(line[0] == "note" for line in text)
     assert (models / "hub.safetensors").read_bytes() == local(models)
     assert not [path for path in (models / "hf").rglob("*") if path.is_file()] and not notes.exists()
     names = sorted(places(models / "a.safetensors").keys() & {f"layers.{i}.weight" for i in range(LAYERS)} | {"embed"})
@@ -311,7 +311,7 @@ def test_a_moved_branch_starts_afresh(hub: HubServer, models: Path) -> None:
     hub.add(FINE, {"model.safetensors": models / "a.safetensors"})
     second = start(hub, models, "--stream")
     _, err = second.communicate(timeout=100)
-    assert second.returncode == 0 and "going on" not in err, err
+    assert second.returncode == 0 and "continuing" not in err, err
     assert (models / "hub.safetensors").read_bytes() == local(models)
 
 
@@ -334,5 +334,5 @@ def test_a_connection_that_stays_away_keeps_what_was_done(hub: HubServer, models
     hub.faults.clear()
     second = start(hub, models)  # the same models: by ranges or through the cache is no matter
     _, err = second.communicate(timeout=100)
-    assert second.returncode == 0 and "going on" in err, err
+    assert second.returncode == 0 and "continuing" in err, err
     assert (models / "hub.safetensors").read_bytes() == local(models)

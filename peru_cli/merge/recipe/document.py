@@ -90,13 +90,13 @@ def read_documents(text: str, label: str) -> list[Document]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1 + offset}: " if mark is not None else ""
-        raise BadFile(f"{label}: {where}this is no YAML: {error.problem or error.context}") from error
+        raise BadFile(f"{label}: {where}not valid YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()
-        raise BadFile(f"{label}: this is no YAML: {reason[0] if reason else type(error).__name__}") from error
+        raise BadFile(f"{label}: not valid YAML: {reason[0] if reason else type(error).__name__}") from error
     found = [document for document in documents if document.data is not None]
     if not found:
-        raise BadFile(f"{label} is empty", "a recipe has a merge_method and models")
+        raise BadFile(f"{label} is empty", "a recipe needs a merge_method and models")
     return found
 
 
@@ -112,9 +112,9 @@ class _Reader:
     def _plain(self, node: yaml.Node, path: Path) -> Any:
         self._lines[path] = node.start_mark.line + 1 + self._offset
         if len(self._lines) > _MOST_NODES or len(path) > _MOST_LEVELS:
-            raise yaml.MarkedYAMLError(problem="aliases or lists that grow without end", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="too many values or levels (aliases that expand without end?)", problem_mark=node.start_mark)
         if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
-            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not read", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not supported", problem_mark=node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(child, (*path, number)) for number, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
@@ -127,11 +127,11 @@ class _Reader:
         own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for number, (key, _) in enumerate(node.value):
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is no word", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key that is not a string", problem_mark=key.start_mark)
             if key.tag != "tag:yaml.org,2002:merge" and key.value in own[: own.index(key.value)] + own[own.index(key.value) + 1 :]:
                 again = max(i for i, (k, _) in enumerate(node.value) if k.value == key.value)
                 if again == number:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands here twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
         self._loader.flatten_mapping(node)
         table: dict[str, Any] = {}
         for key, value in node.value:

@@ -98,7 +98,7 @@ def _check_layers(source: Source, model: Checkpoint, complaints: Complaints) -> 
         first, last = source.layers
         complaints.error(
             source.layers_line,
-            f"layer_range [{first}, {last}] is out of bounds: {source.model} has {layers} layers, [0, {layers}] is all of them",
+            f"layer_range [{first}, {last}] is out of bounds: {source.model} has {layers} layers, so [0, {layers}] takes all of them",
         )
 
 
@@ -127,7 +127,7 @@ def _with_head(model: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
     if tied is None:
         return model
     full = Restacked(model.label, {name: (model, name) for name in model.tensors} | {HEAD: (model, tied)}, model)
-    full.kind = f"{model.kind}, its embedding taken for the head that it lacks"
+    full.kind = f"{model.kind}, with its embedding as the missing head"
     return full
 
 

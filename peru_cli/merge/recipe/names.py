@@ -9,7 +9,7 @@ from fractions import Fraction
 from peru_cli.methods.parameters import Value
 from peru_cli.methods.table import METHODS, Method
 
-KINDS = {"number": "no number", "share": "no number", "flag": "neither true nor false", "whole": "no whole number", "word": "no word"}
+KINDS = {"number": "no number", "share": "no number", "flag": "neither true nor false", "whole": "not a whole number", "word": "no word"}
 IGNORED = ("int8_mask",)  # accepted there, and changes nothing
 
 

@@ -91,13 +91,15 @@ def _in_order(recipes: Sequence[Recipe], complaints: Complaints) -> list[Recipe]
     results = [recipe for recipe in recipes if recipe.name is None] or [r for r in recipes if r.name not in used]
     if len(results) != 1:
         lines = ", ".join(str(recipe.method_line) for recipe in results) or "none"
-        complaints.error(None, f"one document, without a name, is the result; here there are {len(results)} (merge_method in line {lines})")
+        complaints.error(
+            None, f"exactly one document, the result, must have no name; {len(results)} have none (merge_method in line {lines})"
+        )
     complaints.settle()
     order: list[Recipe] = []
 
     def follow(recipe: Recipe, way: tuple[str, ...]) -> None:
         if recipe.name is not None and recipe.name in way:
-            complaints.error(recipe.method_line, f"documents that need each other: {' -> '.join([*way, recipe.name])}")
+            complaints.error(recipe.method_line, f"documents depend on each other in a circle: {' -> '.join([*way, recipe.name])}")
             return
         for model in recipe.models():
             if model.model in named:
@@ -109,7 +111,7 @@ def _in_order(recipes: Sequence[Recipe], complaints: Complaints) -> list[Recipe]
     complaints.settle()
     for recipe in recipes:
         if recipe not in order:
-            complaints.warn(recipe.method_line, f"the document {recipe.name!r} is used by no other: it is not merged")
+            complaints.warn(recipe.method_line, f"no other document uses {recipe.name!r}, so it is not merged")
     return order
 
 

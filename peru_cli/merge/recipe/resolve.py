@@ -51,12 +51,12 @@ def check(recipe: Recipe, complaints: Complaints) -> None:
     """What can be said of a recipe before any model is opened: the method, numbers of inputs, bases, values that are nowhere."""
     known = recipe.method
     if ours(known) is None:
-        complaints.error(recipe.method_line, f"peru has no {known.name} yet: `peru merge --list-methods` lists what it has")
+        complaints.error(recipe.method_line, f"peru does not have {known.name} yet: `peru merge --list-methods` lists its methods")
     if known.base == "needed" and recipe.base is None and not all(part.base for module in recipe.modules for part in module.slices):
-        complaints.error(recipe.method_line, f"{known.name} works on differences from a base: add base_model")
+        complaints.error(recipe.method_line, f"{known.name} needs a base: add base_model")
         return
     if known.name == "slerp" and recipe.base is None:
-        complaints.error(recipe.method_line, "slerp goes from the base to the other model: add base_model, which is one of the two")
+        complaints.error(recipe.method_line, "slerp interpolates from the base to the other model: add base_model, one of the two models")
         return
     for module in recipe.modules:
         for part in module.slices:
@@ -68,7 +68,7 @@ def _check_slice(recipe: Recipe, module: Module, part: Slice, complaints: Compla
     found = inputs_of(recipe, module, part)
     base = base_of(recipe, part)
     if known.base in ("needed", "possible") and base is not None and found.base is None:
-        complaints.error(part.line, f"{base} is the base and no source here, and the sources have different layers: list it with its own")
+        complaints.error(part.line, f"the base {base} is not among the sources, whose layers differ: list it with its own layer_range")
     least, most = known.inputs
     if len(found.merged) < least or (most is not None and len(found.merged) > most):
         wanted = f"{least}" if most == least else f"at least {least}"
@@ -82,7 +82,7 @@ def _check_slice(recipe: Recipe, module: Module, part: Slice, complaints: Compla
         for source in found.merged if parameter.own else found.merged[:1]:
             if not any(name in level for level in _levels(recipe, module, part, source if parameter.own else None)):
                 of = f" of {source.model}" if parameter.own else ""
-                hint = ": mergekit takes the base for one more input here, list it with a weight" if source.line == part.line else ""
+                hint = ": mergekit treats the base as one more input here, so list it with a weight" if source.line == part.line else ""
                 complaints.error(source.line if parameter.own else recipe.method_line, f"{known.name} needs a {name}{of}{hint}")
 
 
@@ -99,7 +99,7 @@ def check_filters(recipe: Recipe, spots: Mapping[str, Spot], complaints: Complai
     """Errors for filters that no tensor's name holds; that of a head which is tied, and so not there, is a warning."""
     for setting, key in _settings(recipe):
         for clause in unmatched(setting, spots.values()):
-            text = f"the filter {clause.filter!r} of {key} meets no tensor"
+            text = f"the filter {clause.filter!r} of {key} matches no tensor"
             if tied and clause.filter is not None and clause.filter in "lm_head.weight":
                 complaints.warn(clause.line, f"{text}: the head is tied to the embedding")
             else:

@@ -53,11 +53,11 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
     if not place.is_file():
         raise UsageError(*why_not_here(name))
     if size_of(place) > MAX_BYTES:
-        raise BadFile(f"{name} has {size_of(place):,} bytes: a recipe has at most {MAX_BYTES:,}")
+        raise BadFile(f"{name} has {size_of(place):,} bytes; a recipe can have at most {MAX_BYTES:,}")
     try:
         text = place.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadFile(f"{name} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise BadFile(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     complaints = Complaints(name, asked.strict)
     recipes = read_all(read_documents(text, name), complaints)
     target = Path(asked.output)
@@ -135,7 +135,7 @@ def _check(stages: list[Stage], target: Path) -> None:
     for stage in stages:
         check_trims(stage.plan, stage.rule)
     if target.suffix == ".safetensors" and any(stages[-1].plan.heads.values()):
-        raise UsageError("a single file has no place for per-task tensors", "let -o name a folder: they go to OUT/heads/TASK.safetensors")
+        raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
     if not atomic.partial_path(target).exists():
         atomic.check_room(target, sum(info.nbytes for stage in stages for info in stage.plan.outputs))
 

@@ -20,12 +20,12 @@ from peru_cli.methods.parameters import Value
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _MESSAGES = {
     "missing": "is missing",
-    "string_type": "is no text",
-    "list_type": "is no list",
-    "int_type": "is no whole number",
-    "dict_type": "is no table",
-    "model_type": "is no table",
-    "model_attributes_type": "is no table",
+    "string_type": "is not a string",
+    "list_type": "is not a list",
+    "int_type": "is not a whole number",
+    "dict_type": "is not a table",
+    "model_type": "is not a table",
+    "model_attributes_type": "is not a table",
     "bool_type": "is neither true nor false",
 }
 
@@ -163,7 +163,7 @@ class Recipe:
 def read_recipe(document: Document, complaints: Complaints) -> Recipe | None:
     """A document as a recipe; None after errors, which are with the complaints."""
     if not isinstance(document.data, dict):
-        complaints.error(document.line(()), "this is no table of keys: a recipe has a merge_method and models")
+        complaints.error(document.line(()), "this is not a table of keys: a recipe needs a merge_method and models")
         return None
     errors = len(complaints.errors)
     try:
@@ -208,7 +208,7 @@ class _Check:
     def _strangers(self, part: _Part, path: Path) -> None:
         known = [*type(part).model_fields]
         for key in part.model_extra or {}:
-            self._warn((*path, key), f"{_spelt((*path, key))} has no effect, mergekit ignores it too{did_you_mean(key, known)}")
+            self._warn((*path, key), f"{_spelt((*path, key))} has no effect; mergekit ignores it, too{did_you_mean(key, known)}")
 
     def recipe(self, parsed: _Recipe) -> Recipe | None:
         self._strangers(parsed, ())
@@ -221,7 +221,7 @@ class _Check:
         given = [key for key in ("models", "slices", "modules") if getattr(parsed, key) is not None]
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
-            self._error((given[1],) if given else (), f"a recipe has one of models, slices and modules; this one has {said}")
+            self._error((given[1],) if given else (), f"a recipe needs exactly one of models, slices and modules; this one has {said}")
             return None
         modules = []
         if parsed.modules is not None:
@@ -253,7 +253,7 @@ class _Check:
 
     def _module(self, name: str | None, parsed: _Module, path: Path) -> Module:
         if (parsed.models is None) == (parsed.slices is None):
-            self._error(path, f"{_spelt(path)} has one of models and slices")
+            self._error(path, f"{_spelt(path)} needs exactly one of models and slices")
         slices = []
         if parsed.models is not None:
             where = (*path, "models")
@@ -285,17 +285,17 @@ class _Check:
         layers = None
         where = (*path, "layer_range")
         if parsed.layer_range is not None and whole:
-            self._warn(where, "layer_range has no effect under models, mergekit ignores it too: write it under slices")
+            self._warn(where, "layer_range has no effect under models; mergekit ignores it, too: write it under slices")
         elif parsed.layer_range is not None:
             if len(parsed.layer_range) != 2:
                 self._error(where, f"layer_range has {len(parsed.layer_range)} numbers: write two, as [0, 32]")
             elif not 0 <= parsed.layer_range[0] < parsed.layer_range[1]:
                 first, last = parsed.layer_range
-                self._error(where, f"layer_range [{first}, {last}] holds no layer: the second number is the first layer that is left out")
+                self._error(where, f"layer_range [{first}, {last}] holds no layer: the second number is the first layer that is not taken")
             else:
                 layers = (parsed.layer_range[0], parsed.layer_range[1])
         elif not whole:
-            self._error(path, "a source of a slice needs its layer_range, as [0, 32]")
+            self._error(path, "a source of a slice needs a layer_range, such as [0, 32]")
         settings = self._settings(parsed.parameters, (*path, "parameters"), True)
         return Source(model, layers, settings, self._document.line(path), self._document.line(where)) if model is not None else None
 
@@ -323,9 +323,9 @@ class _Check:
             names.append(value if isinstance(value, str) else None)
         for key in table:
             if key == "override_architecture":
-                self._warn((*path, key), "override_architecture has no effect: peru goes by the names of tensors")
+                self._warn((*path, key), "override_architecture has no effect: peru uses the names of the tensors")
             elif key not in ("model", "lora"):
-                self._warn((*path, key), f"{key} has no effect, mergekit ignores it too")
+                self._warn((*path, key), f"{key} has no effect; mergekit ignores it, too")
         if names[0] is None:
             self._error(path, f"{_spelt(path)} names no model")
             return None
@@ -338,7 +338,7 @@ class _Check:
             source = self._tokenizer_source(parsed.tokenizer_source, ("tokenizer_source",))
             return Tokenizer(source, self._document.line(("tokenizer_source",)))
         if parsed.tokenizer_source is not None:
-            self._error(("tokenizer_source",), "tokenizer_source and tokenizer say the same: keep one of them")
+            self._error(("tokenizer_source",), "tokenizer_source and tokenizer mean the same: keep one of them")
         table = parsed.tokenizer
         self._strangers(table, ("tokenizer",))
         source = "union" if table.source is None else self._tokenizer_source(table.source, ("tokenizer", "source"))
@@ -365,9 +365,9 @@ class _Check:
             elif parameter is None:
                 hint = did_you_mean(key, self._method.parameters)
                 have = ", ".join(self._method.parameters) or "none"
-                self._warn(where, f"{self._method.name} has no parameter {key!r}, mergekit ignores it too{hint or f' (it has {have})'}")
+                self._warn(where, f"{self._method.name} has no parameter {key!r}; mergekit ignores it, too{hint or f' (it has {have})'}")
             elif own and not parameter.own:
-                self._warn(where, f"{key} is of the whole merge: of a single model it has no effect, mergekit ignores it too")
+                self._warn(where, f"{key} belongs to the whole merge: on a single model it has no effect; mergekit ignores it, too")
                 self._setting(value, where, key, parameter)
             elif (setting := self._setting(value, where, key, parameter)) is not None:
                 found[key] = setting
@@ -398,13 +398,13 @@ class _Check:
                 self._warn((*where, stranger), f"{stranger} has no effect here{did_you_mean(stranger, ('filter', 'value'))}")
             word = table.get("filter")
             if word is not None and not isinstance(word, str):
-                self._error((*where, "filter"), f"the filter {word!r} of {key} is no text")
+                self._error((*where, "filter"), f"the filter {word!r} of {key} is not a string")
                 continue
             if table.get("value") is None:
                 self._error(where, f"{key} has a filter without a value" if word is not None else f"{key} has no value")
                 continue
             if clauses and clauses[-1].filter in (None, "*"):
-                self._warn(where, f"{key}: this value is never reached, the one before is for all tensors")
+                self._warn(where, f"{key}: this value is never used, because the one before applies to all tensors")
             clause = self._clause(table["value"], word, (*where, "value"), key, parameter)
             if clause is not None:
                 clauses.append(clause)
@@ -438,10 +438,10 @@ class _Check:
             return None
         if parameter.kind == "share":
             if number < 0:
-                self._error(path, f"{key} {value!r} is below 0: it is a share of the entries")
+                self._error(path, f"{key} {value!r} is below 0: a density is a share of the entries")
                 return None
             if number > 1:
-                self._warn(path, f"{key} {value!r} is more than all entries: taken as 1, as mergekit does")
+                self._warn(path, f"{key} {value!r} is above 1 and counts as 1, as in mergekit")
             return min(number, Fraction(1))
         return int(number) if parameter.kind == "whole" else float(number)
 

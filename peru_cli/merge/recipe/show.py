@@ -130,9 +130,9 @@ def say(stage: Stage, label: str) -> None:
         console.note(f"  {line}")
     console.note("  in force: " + ", ".join(_in_force(stage)))
     for word in recipe.ignored:
-        console.note(f"  {word} is accepted and changes nothing, as in mergekit")
+        console.note(f"  {word} is accepted without effect, as in mergekit")
     if recipe.dtype is not None and recipe.dtype.name != "F32":
-        console.note("  dtype is the type that is written: peru computes in float32 and rounds once, mergekit computes in it")
+        console.note("  dtype is the output dtype: peru computes in float32 and rounds once, where mergekit computes in dtype")
     if stage.layout.config.get("num_hidden_layers"):
         console.note(f"  config.json: num_hidden_layers {stage.layout.config['num_hidden_layers']}")
 

@@ -55,7 +55,7 @@ def check_template(recipe: Recipe, line: int, complaints: Complaints) -> None:
     text = recipe.chat_template
     if text is not None and text != "auto" and text not in CHAT_TEMPLATES and "{" not in text:
         known = ", ".join(("auto", *CHAT_TEMPLATES))
-        complaints.error(line, f"chat_template {text!r} is unknown: write {known}, or a template in Jinja")
+        complaints.error(line, f"chat_template {text!r} is unknown: write {known}, or a Jinja template")
 
 
 def align_tokens(
@@ -71,12 +71,12 @@ def align_tokens(
     if wanted.tokens:
         complaints.error(wanted.line, "tokenizer.tokens chooses the rows of single tokens, which peru cannot do yet")
     if wanted.source == "base" and recipe.base is None:
-        complaints.error(wanted.line, "the tokenizer is to be the base's, and there is no base_model")
+        complaints.error(wanted.line, "the tokenizer should be the base's, but there is no base_model")
         return dict(opened), []
     source = str(recipe.base) if wanted.source == "base" else wanted.source
     named = {str(name): model for name, model in opened.items()}
     if source != "union" and source not in named:
-        complaints.error(wanted.line, f"the tokenizer's source {source!r} is none of the models of this recipe")
+        complaints.error(wanted.line, f"the tokenizer source {source!r} is not a model of this recipe")
         return dict(opened), []
     known = [found for model in opened.values() if (found := vocabulary(model)) is not None]
     sizes = [rows for model in opened.values() if isinstance(rows := model.config().get("vocab_size"), int)]

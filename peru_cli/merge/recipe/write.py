@@ -41,7 +41,7 @@ def recipe_text(typed: Typed) -> tuple[str, list[str]]:
     """
     method, mapped = typed.method, typed.method.mergekit
     if mapped is None:
-        raise UsageError(f"mergekit has no method of the kind of {method.name}", "leave --write-recipe out")
+        raise UsageError(f"mergekit has no method like {method.name}", "leave --write-recipe out")
     document: dict[str, Any] = {"merge_method": mapped.name}
     if typed.base is not None:
         document["base_model"] = typed.base

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peru_cli.pack.masks.run import MaskOptions, MaskResult
     from peru_cli.pack.plan import PackPlan
 
-_ANEW = "mask anew, with all fine-tunes"
+_ANEW = "make new masks from all fine-tunes"
 
 
 def read_options(
@@ -42,9 +42,9 @@ def read_options(
         return None
     if change is not None:
         said = f"--add-to and --remove-from change packs, not masks ({change})"
-        raise UsageError(f"{said}: with another task the sum of all task vectors is another, and so is every mask", _ANEW)
+        raise UsageError(f"{said}: every mask depends on the sum of all task vectors", _ANEW)
     if wrong := [name for name, value in given.items() if value is not None]:
-        raise UsageError(f"{', '.join(wrong)}: no meaning with --method {method}, which moves nothing apart", "leave it out")
+        raise UsageError(f"{', '.join(wrong)}: no meaning with --method {method}, which superposes nothing", "leave it out")
     density = options.parse_density(keep) if keep is not None else MaskOptions().keep
     return MaskOptions(method, _read_thresholds(thresholds), density)
 
@@ -55,7 +55,7 @@ def refuse_masks(change: Path) -> None:
     from peru_cli.artifacts.packs.masks import KIND
 
     if artifact_kind(change) == KIND:
-        raise UsageError(f"{change} holds masks: with another task the sum of all task vectors is another, and so is every mask", _ANEW)
+        raise UsageError(f"{change} holds masks, and every mask depends on the sum of all task vectors", _ANEW)
 
 
 def _read_thresholds(texts: list[str]) -> dict[str, float]:

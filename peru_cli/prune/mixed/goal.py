@@ -23,28 +23,28 @@ class Goal:
     def __str__(self) -> str:
         if self.kind == "bytes":
             return f"at most {int(self.value):,} bytes"
-        return f"{self.value:g} bits a parameter" if self.kind == "bits" else f"{100 * self.value:g}% of the energy"
+        return f"{self.value:g} bits/param" if self.kind == "bits" else f"{100 * self.value:g}% of the energy"
 
 
 def parse_goal(max_bytes: str | None, bits: str | None, min_quality: str | None) -> Goal | None:
     """The goal that the options name; None if none does. UsageError for a value that cannot be, or for two of them."""
     if sum(option is not None for option in (max_bytes, bits, min_quality)) > 1:
-        raise UsageError("--max-bytes, --bits and --min-quality are three ways to say how much", "give one of them")
+        raise UsageError("--max-bytes, --bits and --min-quality exclude each other", "give one of them")
     if max_bytes is not None:
         return Goal("bytes", options.parse_size(max_bytes, "--max-bytes"))
     if bits is not None:
-        return Goal("bits", _number(bits, "--bits", 64, "such as 0.1: bits for each parameter of the base"))
+        return Goal("bits", _number(bits, "--bits", 64, "such as 0.1: bits per parameter of the base"))
     if min_quality is None:
         return None
     text = min_quality.strip()
     percent = text.endswith("%")
     value = _number(text.removesuffix("%"), "--min-quality", 100 if percent else 1, "as 99% or 0.99") / (100 if percent else 1)
     if value >= 1:
-        raise UsageError("--min-quality 100% leaves nothing out", "--lossless keeps every bit")
+        raise UsageError("--min-quality 100% means that nothing is lost", "use --lossless instead")
     return Goal("quality", value)
 
 
 def _number(text: str, option: str, most: float, how: str) -> float:
     if not re.fullmatch(r"(\d+(\.\d*)?|\.\d+)", text.strip()) or not 0 < float(text) <= most:
-        raise UsageError(f"{option} {text!r} is not a number above 0 and up to {most:g}", f"write it {how}")
+        raise UsageError(f"{option} {text!r} is not a number above 0 and at most {most:g}", f"write it {how}")
     return float(text)

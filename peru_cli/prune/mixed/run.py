@@ -169,7 +169,7 @@ def prune_mixed(
         least = try_out([], family.frames, spill, 1.0, how)[0]
         if limit is not None and least > limit:
             rest = f", {si_bytes(family.rest_bytes)} of it for tensors stored whole and side files" if family.rest_bytes else ""
-            raise UsageError(f"the limit is {limit:,} bytes, and an artifact that changes nothing takes {least:,}{rest}", "allow more")
+            raise UsageError(f"the limit is {limit:,} bytes, but an artifact without changes takes {least:,}{rest}", "allow more bytes")
         note("decomposing")
         _first_ranks(family, limit)
         family.decompose(range(len(family.items)))
@@ -233,7 +233,7 @@ def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], 
         return 700.0  # nothing fits: the artifact changes nothing
     if found.value + least < 0.99 * limit:
         taken = int(found.value) + least
-        say(f"{limit:,} bytes are more than is needed, or finer than the artifact can be cut: it takes {taken:,}")
+        say(f"the artifact takes {taken:,} of {limit:,} bytes: more would not help, or the next step would exceed the limit")
     return found.at
 
 
@@ -243,7 +243,7 @@ def _search_quality(family: _Family, target: float) -> float:
     log = _estimated(family, False, target * family.energy)
     found = approach(lambda at: family.try_out(at)[1], target * family.energy, log, 0.3, 0.01, _TRIALS)
     if found is None:
-        raise UsageError(f"--min-quality {1 - target:.6g} is more than quantised differences reach", "--lossless keeps every bit")
+        raise UsageError(f"--min-quality {1 - target:.6g} is higher than quantised differences can reach", "use --lossless")
     return found.at
 
 

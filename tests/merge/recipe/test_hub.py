@@ -32,7 +32,7 @@ def test_a_recipe_on_the_hub_and_what_is_fetched_for_it(tmp_path: Path, monkeypa
         hub.add("org/bad", {"mergekit_config.yml": text.replace("0.5", "{filter: mpl, value: 1}").encode()})
         arguments = ("-o", "out", "--no-sync")
         bad = run_peru("merge", "hf://models/org/bad/mergekit_config.yml", *arguments, env=hub.env(tmp_path / "home"))
-        assert bad.returncode == 2 and "line 3: the filter 'mpl' of density meets no tensor" in bad.stderr
+        assert bad.returncode == 2 and "line 3: the filter 'mpl' of density matches no tensor" in bad.stderr
         weights = sum((tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "a", "b"))
         assert 0 < hub.fetched(".safetensors") < weights / 3
         good = run_peru("merge", "hf://models/org/good/mergekit_config.yml", *arguments, env=hub.env(tmp_path / "home"))
