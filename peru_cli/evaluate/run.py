@@ -40,7 +40,10 @@ class Score:
     kind: str
     n: int  # examples, or tokens of a language model
     unit: str
-    nbytes: int
+    nbytes: int  # everything that it comes back from, but a base that is no merge
+    place: str  # where its own bytes are
+    shared_bytes: int  # of those, what other tasks need, too
+    shared: str  # where: a pack or a merge, or ""
     against_bytes: int | None
     metrics: dict[str, Estimate] = field(default_factory=dict)
     compared: Compared | None = None
@@ -108,7 +111,8 @@ def _evaluate(
     torch.set_num_threads(settings.threads or (1 if subject.parameters < _SMALL else available_threads()))
     score = Score(
         comparison.task, comparison.model, comparison.against, ours.kind, len(examples), "examples",
-        subject.nbytes + subject.head_bytes, theirs.subject.nbytes if theirs is not None else None,
+        subject.nbytes + subject.shared_bytes, subject.place, subject.shared_bytes, subject.shared,
+        theirs.subject.nbytes + theirs.subject.shared_bytes if theirs is not None else None,
     )  # fmt: skip
     built = ours.build(settings), theirs.build(settings) if theirs is not None else None
     size = batch_size or BATCH_SIZES[ours.kind]

@@ -169,9 +169,18 @@ def notes(scores: Sequence[Score], weights: bool) -> list[str]:
         said.append("intervals are for 95%; KL in nats, of the model's predictions from those of --against")
     elif scores:
         said.append("intervals are for 95%")
+    if any(score.shared for score in scores):
+        said.append(f"bytes include what tasks share; in all {si_bytes(bytes_in_all(scores))}")
     if weights:
         said.append("weights as changes of the base: error 0 is equal, 1 as far off as the base itself")
     return said
+
+
+def bytes_in_all(scores: Sequence[Score]) -> int:
+    """Of all models that were run: a pack or a merge counts once for all its tasks, a model run on several data sets once."""
+    shared = {score.shared: score.shared_bytes for score in scores if score.shared}
+    own = {score.place: score.nbytes - score.shared_bytes for score in scores}
+    return sum(shared.values()) + sum(own.values())
 
 
 def as_json(scores: Sequence[Score], weights: dict[str, WeightsReport], failed: Sequence[str]) -> dict[str, Any]:
@@ -181,11 +190,13 @@ def as_json(scores: Sequence[Score], weights: dict[str, WeightsReport], failed: 
         "tasks": [
             {
                 "task": s.task, "model": s.model, "against": s.against, "kind": s.kind, s.unit: s.n, "bytes": s.nbytes,
+                "own_bytes": s.nbytes - s.shared_bytes, "shared_bytes": s.shared_bytes, "shared": s.shared or None,
                 "against_bytes": s.against_bytes, "metrics": {name: _estimate(e) for name, e in s.metrics.items()},
                 "warnings": s.warnings,
             }
             for s in scores
         ],
+        "bytes_in_all": bytes_in_all(scores),
         "mean_normalised": None if mean is None else _estimate(mean),
         "weights": {
             task: {

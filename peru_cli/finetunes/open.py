@@ -27,6 +27,8 @@ from peru_cli.finetunes.mixed import MixedOnBase
 from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
 from peru_cli.finetunes.update import is_update, open_update
 
+MERGE_METHOD = "peru.merge.method"  # in the metadata of a merge
+
 
 def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None, stored: bool = False) -> Checkpoint:
     """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError.
@@ -126,7 +128,7 @@ def open_adapter(path: Place, label: str, base: Checkpoint | None) -> LoraCheckp
     """An adapter and the sparse delta beside it. UsageError without a base, or with a merge as base; Mismatch if it does not fit."""
     if base is None:
         raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
-    if "peru.merge.method" in base.metadata:
+    if MERGE_METHOD in base.metadata:
         raise UsageError(
             f"{label} is a LoRA adapter, and {base.label} is a merge, which no adapter was trained on",
             "fold it into its own base first (peru unpack), or merge with --compress",

@@ -22,7 +22,7 @@ from peru_cli.errors import UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest, fine_name
 from peru_cli.finetunes.fine_tune import FromArtifact
 from peru_cli.finetunes.head import HEADS, HeadOverMerge
-from peru_cli.finetunes.open import artifact_for, on_base, open_artifact, open_fine_tune
+from peru_cli.finetunes.open import MERGE_METHOD, artifact_for, on_base, open_artifact, open_fine_tune
 from peru_cli.finetunes.pack_task import TaskOfPack
 from peru_cli.live.applied import verify_base
 from peru_cli.live.memory import TensorTable, empty_tensor, fill, read_tensors
@@ -34,6 +34,8 @@ Tensors = dict[str, torch.Tensor]
 class EvalModel:
     """A model by its header: shapes of its tensors by its checkpoint's names, side files, and the bytes that it takes on the disk.
 
+    `nbytes` is what only this model takes, `place` where: equal places are counted once. `shared_bytes` is what it shares with
+    other tasks, `shared` where that lies: a pack, or a merge.
     `read` gives the tensors themselves, in the dtypes of the files.
     """
 
@@ -42,7 +44,9 @@ class EvalModel:
     files: dict[str, bytes]
     nbytes: int
     read: Callable[[], Tensors]
-    head_bytes: int = 0  # of the task's head beside a merge, which `nbytes` leaves out
+    place: str = ""
+    shared_bytes: int = 0
+    shared: str = ""
     own_head: bool = True  # False where a task's head was put onto a merge, whose config counts another one
 
     @property
@@ -137,7 +141,13 @@ def open_eval_model(model: str, task: str, base: Base | None) -> EvalModel:
             raise UsageError(f"{model} is a peru artifact: it needs its base", "add --base BASE")
         source = base.open(path, model, task or None)
         shapes = {name: info.shape for name, info in source.tensors.items()}
-        return EvalModel(model, shapes, source.contents()[0], size_of(path), lambda: base.compute(source))
+        own, place, shared, where = size_of(path), str(path), 0, ""
+        if isinstance(source, TaskOfPack):
+            own, place = source.pack.own_bytes(source.record), f"{path} {source.task}"
+            shared, where = size_of(path) - own, str(path)
+        elif MERGE_METHOD in base.checkpoint.metadata:
+            shared, where = sum(size_of(file) for file in set(base.checkpoint.files)), base.checkpoint.label
+        return EvalModel(model, shapes, source.contents()[0], own, lambda: base.compute(source), place, shared, where)
     if (path / HEADS).is_dir():
         return _under_head(path, model, task)
     under = None if base is None else base.checkpoint
@@ -151,7 +161,7 @@ def open_eval_model(model: str, task: str, base: Base | None) -> EvalModel:
         with open_fine_tune(model, under) as opened:
             return {fine_name(opened, name): tensor for name, tensor in read_tensors(opened).items()}
 
-    return EvalModel(model, shapes, files, sum(size_of(file) for file in set(mine)), read)
+    return EvalModel(model, shapes, files, sum(size_of(file) for file in set(mine)), read, str(path))
 
 
 def _under_head(folder: Place, label: str, task: str) -> EvalModel:
@@ -168,4 +178,4 @@ def _under_head(folder: Place, label: str, task: str) -> EvalModel:
         shapes = {name: info.shape for name, info in model.tensors.items()}
         sizes = [size_of(file) for file in model.files]
         own = model.has_config
-        return EvalModel(label, shapes, model.contents()[0], sum(sizes[:-1]), read, head_bytes=sizes[-1], own_head=own)
+        return EvalModel(label, shapes, model.contents()[0], sizes[-1], read, f"{folder} {task}", sum(sizes[:-1]), str(folder), own)

@@ -38,7 +38,8 @@ def show_masks(path: Place, plot: Path | None) -> None:
         console.line(f"how:      {meta['peru.method']}{share}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")
         console.line()
         rows = [[part, count(nbytes), f"{8 * nbytes / entries:.4f}" if part in ("sums", "masks") else ""] for part, nbytes in parts.items()]
-        console.table(["part", ">bytes", ">bits/param"], rows)
+        in_all = ["deltas in all", count(pack.delta_bytes), f"{8 * pack.delta_bytes / entries:.4f}"]
+        console.table(["part", ">bytes", ">bits/param"], [*rows, in_all])
         console.line()
         tasks = _tasks(pack, entries)
         pairs = [(other, task.name, before) for task in index.tasks for other, (before, _) in task.cosines.items() if before != UNKNOWN]
@@ -49,9 +50,10 @@ def show_masks(path: Place, plot: Path | None) -> None:
             {
                 "metadata": meta,
                 "file_bytes": container.file_bytes,
+                "delta_bytes": pack.delta_bytes,
                 "parts": parts,
                 "entries": index.entries,
-                "bits_per_parameter": 8 * (parts["sums"] + parts["masks"]) / entries,
+                "bits_per_parameter": 8 * pack.delta_bytes / entries,
                 "tasks": tasks,
                 "cosines": [{"tasks": [a, b], "cosine": cosine / 10_000} for a, b, cosine in pairs],
             }

@@ -40,7 +40,8 @@ def show_pack(path: Place, plot: Path | None) -> None:
         console.line(f"how:      {how}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")
         console.line()
         rows = [[part, count(nbytes), f"{8 * nbytes / entries:.4f}" if part == "sums" else ""] for part, nbytes in parts.items()]
-        console.table(["part", ">bytes", ">bits/param"], rows)
+        in_all = ["deltas in all", count(pack.delta_bytes), f"{8 * pack.delta_bytes / entries:.4f}"]
+        console.table(["part", ">bytes", ">bits/param"], [*rows, in_all])
         console.line()
         energies = {task.name: float(task.norm) ** 2 for task in index.tasks}
         total = sum(energies.values())
@@ -67,9 +68,10 @@ def show_pack(path: Place, plot: Path | None) -> None:
             {
                 "metadata": meta,
                 "file_bytes": container.file_bytes,
+                "delta_bytes": pack.delta_bytes,
                 "parts": parts,
                 "entries": index.entries,
-                "bits_per_parameter": 8 * parts["sums"] / entries,
+                "bits_per_parameter": 8 * pack.delta_bytes / entries,
                 "groups": [{"prefix": g.prefix, "members": list(g.members)} for g in pack.arrangement.groups],
                 "tasks": [
                     {

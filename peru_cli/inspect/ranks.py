@@ -94,7 +94,9 @@ def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device:
     console.line()
     _spectra(spectra, RANKS, with_scale=False)
     console.line()
-    _plans(plans, 0, fine.nbytes)
+    console.table(
+        ["peru svd-lora", ">bytes of factors", ">relative error"], [[f"--rank {p.rank}", count(p.bytes), f"{p.error:.3f}"] for p in plans]
+    )
     others = sum(info.nbytes for info in fine.tensors.values()) - sum(weight.pair.fine.nbytes for weight in plan.weights)
     console.line(
         f"factors of {plural(len(spectra), 'weight')} alone; {si_bytes(others)} of other tensors are kept whole where they changed"

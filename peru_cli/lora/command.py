@@ -238,14 +238,14 @@ def _totals(report: AdapterReport) -> None:
 
     numbers, paper = sum(m.numbers for m in report.modules), sum(m.papers_count for m in report.modules)
     before = f"{'the fine-tune' if report.notes else 'the input'}'s {si_bytes(report.bytes_before)}"
-    ratio = report.bytes_before / report.file_bytes
-    size = f"{si_bytes(report.file_bytes)}, " + (f"{ratio:.1f}x smaller than {before}" if ratio >= 1 else f"larger than {before}")
+    ratio = report.bytes_before / report.total_bytes
+    parts = f" (adapter {si_bytes(report.file_bytes)}, delta beside it {si_bytes(report.rest_bytes)})" if report.rest_bytes else ""
+    size = f"{si_bytes(report.total_bytes)}{parts}, " + (f"{ratio:.1f}x smaller than {before}" if ratio >= 1 else f"larger than {before}")
     console.line(f"{report.path}: {size}; relative error {report.error:.4g}")
     console.line(f"  factors: {count(numbers)} numbers, {count(paper)} as the paper counts them, q (d_out + d_in + 1)")
     if not report.notes:
-        if report.kept_bytes or report.rest_bytes:
-            beside = f", and the delta beside it, {si_bytes(report.rest_bytes)}" if report.rest_bytes else ""
-            console.line(f"  held whole as before: {si_bytes(report.kept_bytes)}{beside}")
+        if report.kept_bytes:
+            console.line(f"  held whole as before: {si_bytes(report.kept_bytes)}")
         return
     notes = report.notes
     if notes["modules_to_save"]:
@@ -266,6 +266,7 @@ def _json(report: AdapterReport) -> dict[str, Any]:
     return {
         "task": report.name,
         "path": str(report.path),
+        "bytes": report.total_bytes,
         "file_bytes": report.file_bytes,
         "bytes_before": report.bytes_before,
         "kept_bytes": report.kept_bytes,

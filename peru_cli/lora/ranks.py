@@ -98,6 +98,11 @@ class AdapterReport:
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def total_bytes(self) -> int:
+        """Everything that the fine-tune comes back from with the base: the adapter and the delta beside it."""
+        return self.file_bytes + self.rest_bytes
+
+    @property
     def error(self) -> float:
         """Of all modules together."""
         squared = sum(module.squared for module in self.modules)

@@ -237,7 +237,8 @@ def _resize(
     total = sum(info.nbytes for info in tensors)
     kept = total - sum(report.bytes for report in step.reports)
     size = header_bytes(tensors, metadata, _sealed_files(adapter)) + total
-    return AdapterReport(job.name, target, size, step.reports, size_of(adapter.weights), kept, size_of(rest) if rest.is_file() else 0)
+    beside_it = size_of(rest) if rest.is_file() else 0
+    return AdapterReport(job.name, target, size, step.reports, size_of(adapter.weights) + beside_it, kept, beside_it)
 
 
 def _sealed_files(adapter: Adapter) -> dict[str, bytes]:

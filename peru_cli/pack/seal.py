@@ -50,6 +50,7 @@ class PackResult:
     left_out: dict[str, float]
     file_bytes: int
     sums_bytes: int
+    delta_bytes: int  # file_bytes less tasks' own tensors and side files: what bits a parameter count
     entries: int
     precision: int
     scale: float
@@ -57,8 +58,8 @@ class PackResult:
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits of the sums for each of them."""
-        return 8 * self.sums_bytes / max(self.entries, 1)
+        """Bits of all tasks' deltas together for each paired floating entry of the base."""
+        return 8 * self.delta_bytes / max(self.entries, 1)
 
 
 class PackSealer:
@@ -109,9 +110,11 @@ class PackSealer:
         before = self._new_base.commit if self._new_base is not None else lambda: None
         size = self._writer.finish(plan.metadata | {"peru.sums": sums.hex()}, index, [content for _, content in contents], before)
         square, products = float(step.products[-1, -1]), [float(x) for x in step.products[-1, :-1]]
+        apart = sum(task.whole_bytes for task in tasks) + sum(len(content) for _, content in contents)
         return PackResult(
             target, reports, [task.name for task in tasks], self._left_out, size, sum(block.nbytes for block in index.blocks),
-            plan.entries, int(plan.metadata["peru.precision"]), scale, None if plan.removing else best_scale(products, square),
+            size - apart, plan.entries,
+            int(plan.metadata["peru.precision"]), scale, None if plan.removing else best_scale(products, square),
         )  # fmt: skip
 
     def _add_residuals(self, index: PackIndex, reports: Sequence[PackedTask]) -> None:

@@ -115,6 +115,33 @@ def test_gates_end_with_exit_code_three(family: Path, peru: Peru, tmp_path: Path
     assert "exists already" in peru.stderr and "another --csv" in peru.stderr  # type: ignore[attr-defined]
 
 
+def test_sizes_add_up_when_tasks_share_a_merge(tmp_path: Path, peru: Peru) -> None:
+    """Heads beside a merge, and PERU-FFT's deltas on one: the merge counts for each task, and once in all."""
+    tasks = {"digits": "digits", "fashion": "fashion_mnist"}
+    fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]
+    data = [part for task, name in tasks.items() for part in ("-d", f"{task}={demo.images(name)}")]
+    how = ["--method", "task-arithmetic", "--scale", 0.3, "--per-task", "classifier", "--compress", "5%", "--no-sync"]
+    peru("merge", *fine, "-b", demo.BASE, "-o", tmp_path / "fft", *how)
+    merged = tmp_path / "fft" / "merged"
+    shutil.copy(demo.fine_tune("digits") / "preprocessor_config.json", merged)
+    weights = (merged / "model.safetensors").stat().st_size
+    deltas = {task: tmp_path / "fft" / f"{task}.safetensors" for task in tasks}
+    for found, own in (
+        (run(peru, merged, *data, "--max-samples", 20), {task: merged / "heads" / f"{task}.safetensors" for task in tasks}),
+        (run(peru, *(f"{t}={path}" for t, path in deltas.items()), "-b", merged, *data, "--max-samples", 20), deltas),
+        (run(peru, tmp_path / "fft", "-b", merged, *data, "--max-samples", 20), deltas),
+    ):
+        sizes = {task: path.stat().st_size for task, path in own.items()}
+        assert {task["task"]: (task["own_bytes"], task["shared_bytes"]) for task in found["tasks"]} == {
+            task: (size, weights) for task, size in sizes.items()
+        }
+        assert all(task["bytes"] == task["own_bytes"] + task["shared_bytes"] for task in found["tasks"])
+        assert found["bytes_in_all"] == weights + sum(sizes.values())
+    assert "bytes include what tasks share; in all " in peru("eval", merged, *data, "--max-samples", 20)
+    alone = run(peru, demo.fine_tune("digits"), "-d", f"digits={demo.images('digits')}", "--max-samples", 20)
+    assert alone["tasks"][0]["shared"] is None and alone["bytes_in_all"] == alone["tasks"][0]["bytes"]
+
+
 def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = {"digits": "digits", "fashion": "fashion_mnist"}
     fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]
@@ -122,7 +149,9 @@ def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru, mon
     against = [part for given in fine for part in ("-a", given)]
     pack, options = tmp_path / "pack.safetensors", ["--max-samples", 120]
     peru("shuffle-pack", *fine, "-b", demo.BASE, "-o", pack, "--scale", 0.5, "--per-task", "classifier", "--no-sync")
-    packed = run(peru, pack, "-b", demo.BASE, *data, *against, *options)["tasks"]
+    found = run(peru, pack, "-b", demo.BASE, *data, *against, *options)
+    packed = found["tasks"]
+    assert found["bytes_in_all"] == pack.stat().st_size == packed[0]["shared_bytes"] + sum(task["own_bytes"] for task in packed)
     for task in tasks:
         peru("unpack", pack, "--task", task, "-b", demo.BASE, "-o", tmp_path / task, "--no-sync")
     unpacked = run(peru, *(f"{task}={tmp_path / task}" for task in tasks), *data, *against, *options)["tasks"]

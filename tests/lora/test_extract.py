@@ -115,6 +115,7 @@ def test_the_rest_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None and not config["lora_bias"] and config["bias"] == "none"
     assert said["delta_bytes"] == (tmp_path / "a" / REST).stat().st_size
+    assert said["bytes"] == said["delta_bytes"] + (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     peru("unpack", tmp_path / "a", "-b", tmp_path / "base", "-o", tmp_path / "full.safetensors", "--no-sync")
     restored, after = load_file(tmp_path / "full.safetensors"), load_file(tmp_path / "fine" / "model.safetensors")
     assert sorted(restored) == sorted(after)
@@ -122,7 +123,9 @@ def test_the_rest_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
     assert all(raw(restored[name]) == raw(tensor) for name, tensor in after.items() if name not in factored)
     assert sorted(said["delta_tensors"]) == sorted(set(after) - factored)
     # a smaller adapter keeps it
-    peru("svd-lora", tmp_path / "a", "-o", tmp_path / "b", "--rank", 2, "--no-sync")
+    printed = peru("svd-lora", tmp_path / "a", "-o", tmp_path / "b", "--rank", 2, "--no-sync")
+    sizes = [sum((tmp_path / d / f).stat().st_size for f in (REST, "adapter_model.safetensors")) for d in "ab"]
+    assert f"{sizes[0] / sizes[1]:.1f}x smaller than the input's" in printed and "delta beside it" in printed
     assert (tmp_path / "b" / REST).read_bytes() == (tmp_path / "a" / REST).read_bytes()
     # the delta knows its base
     other = load_file(tmp_path / "base" / "model.safetensors")

@@ -213,6 +213,9 @@ def test_measured_error_scale_and_bytes_are_those_of_what_unpack_gives(packs: Ca
     assert shown["parts"]["masks"] == sum(task["mask_bytes"] for task in report["packed"])
     assert sum(shown["parts"].values()) == path.stat().st_size
     assert shown["parts"]["sums"] == report["sums_bytes"]
+    apart = shown["parts"]["tasks' own tensors"] + shown["parts"]["side files"]
+    assert shown["delta_bytes"] == report["delta_bytes"] == path.stat().st_size - apart
+    assert shown["bits_per_parameter"] == report["bits_per_parameter"] == 8 * shown["delta_bytes"] / shown["entries"]
     table = made.peru("inspect", path)
     assert "tall-masks, scale 0.5, precision 5" in table and "0.6" in table
 

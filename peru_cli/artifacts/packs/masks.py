@@ -21,7 +21,7 @@ from peru_cli.artifacts.container import artifact_kind
 from peru_cli.artifacts.packs.pack import Pack, Sums
 from peru_cli.artifacts.packs.superposed import KIND as SUPERPOSED
 from peru_cli.artifacts.packs.superposed import METADATA as PACK_METADATA
-from peru_cli.artifacts.packs.superposed import PackedTensor, PackIndex, check_metadata, decimal, decode_index, encode_index
+from peru_cli.artifacts.packs.superposed import PackedTensor, PackIndex, TaskRecord, check_metadata, decimal, decode_index, encode_index
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
 from peru_cli.artifacts.sparse_delta import short_digest
@@ -221,6 +221,10 @@ class MaskPack(Pack):
     def arrangement(self) -> Arrangement:
         """Nothing is moved or flipped."""
         return Arrangement([], 0, "none", False)
+
+    def own_bytes(self, task: TaskRecord) -> int:
+        """Of the file, what only this task needs: its own tensors and its mask."""
+        return super().own_bytes(task) + self.masks[task.name].nbytes
 
     def load(self) -> MaskPack:
         """Hold all sums and masks in memory, decoded: 2 bytes a sum (4 where they are large), one bit an entry and task."""

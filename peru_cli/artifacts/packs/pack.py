@@ -125,6 +125,16 @@ class Pack:
             at += block.nbytes
         return at
 
+    @property
+    def delta_bytes(self) -> int:
+        """Of the file, without tasks' own tensors and side files: what bits a parameter count."""
+        return self.container.file_bytes - self.container.sizes["whole"] - self.container.sizes["files"]
+
+    def own_bytes(self, task: TaskRecord) -> int:
+        """Of the file, what only this task needs: its own tensors and its residual."""
+        residuals = zip(self.index.tasks, self.index.residuals, strict=False)
+        return task.whole_bytes + sum(residual.nbytes for other, residual in residuals if other is task)
+
     def load(self) -> Pack:
         """Hold all in memory, decoded, so that tasks are swapped in a moment: see `load_sums`."""
         return self.load_sums()

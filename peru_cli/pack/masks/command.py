@@ -139,7 +139,7 @@ def report(result: MaskResult, published: dict[str, Any]) -> None:
     console.table(["task", *columns], rows)
     console.line(
         f"{pack.path}: {plural(len(pack.all_tasks), 'task')}, {si_bytes(pack.file_bytes)},"
-        f" {pack.bits_per_parameter:.3f} bits/param for their sum, precision {pack.precision}"
+        f" {pack.bits_per_parameter:.3f} bits/param for all of them, precision {pack.precision}"
     )
     console.line(f"scale {pack.scale:g}; least squares would be {pack.best_scale:.4g}")
     console.result(
@@ -148,6 +148,7 @@ def report(result: MaskResult, published: dict[str, Any]) -> None:
             "method": result.method,
             "file_bytes": pack.file_bytes,
             "sums_bytes": pack.sums_bytes,
+            "delta_bytes": pack.delta_bytes,
             "entries": pack.entries,
             "bits_per_parameter": pack.bits_per_parameter,
             "precision": pack.precision,
