@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -85,8 +86,25 @@ def run(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _load_help() -> None:
+    """Import what prints help, without rich's Markdown and tracebacks: peru's help has neither, and they are a third of the wait."""
+    unused = {name: ModuleType(name) for name in ("rich.markdown", "rich.traceback") if name not in sys.modules}
+    for name, module in unused.items():
+        kind = name.removeprefix("rich.").title()
+        setattr(module, kind, type(kind, (), {}))
+    sys.modules.update(unused)
+    try:
+        import typer.rich_utils  # noqa: F401
+    finally:
+        for name in unused:  # whoever else imports them gets the real ones
+            del sys.modules[name]
+
+
 def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
     try:
+        given = sys.argv[1:] if arguments is None else arguments
+        if not given or {"-h", "--help"} & set(given):
+            _load_help()
         code = app(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer makes it an exit code without a word

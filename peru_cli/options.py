@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
@@ -199,8 +199,13 @@ def in_panel(parameter: inspect.Parameter, title: str) -> None:
     get_args(parameter.annotation)[1].rich_help_panel = title
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _parameter(kind: type, name: str, other: dict[str, Any]) -> inspect.Parameter:
-    annotation = other.get(name, get_type_hints(kind, include_extras=True)[name])
+    annotation = other.get(name, _hints(kind)[name])
     parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(kind, name), annotation=annotation)
     in_panel(parameter, kind.__name__)
     return parameter

@@ -15,7 +15,7 @@ import peru_cli
 from peru_cli.cli import app
 from peru_cli.methods.table import METHODS
 
-HEAVY = {"torch", "numpy", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib"}
+HEAVY = {"torch", "numpy", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib", "pcodec", "yaml", "markdown_it"}
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
 PINNED = {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "120", "COLUMNS": "120"}
 # Runs the command line as `peru` does, then says on stderr which modules were loaded.
@@ -44,6 +44,14 @@ def probe(*arguments: str) -> tuple[str, set[str]]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, set(done.stderr.splitlines()[-1].split()[1:])
+
+
+def test_few_modules_are_loaded_for_version_and_help() -> None:
+    """Each costs the user about half a millisecond: half of these are Python's own and typer's."""
+    count = PROBE.replace('*sorted({name.split(".")[0] for name in sys.modules})', "len(sys.modules)")
+    for argument, most in (("--version", 100), ("--help", 320)):
+        done = subprocess.run([sys.executable, "-c", count, argument], capture_output=True, text=True, timeout=120, check=True)
+        assert int(done.stderr.split()[-1]) <= most, argument
 
 
 def options_of(text: str) -> set[str]:
@@ -112,6 +120,9 @@ def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
         assert not probe(*command)[1] & {"torch", "transformers", "peft", "huggingface_hub", "matplotlib"}
     _, loaded = probe("unpack", str(tmp_path / "a.safetensors"), "--base", str(demo.BASE), "-o", str(tmp_path / "r"))
     assert "torch" not in loaded
+    for kind in ("tiny/artifact", "mixed/artifact", "pack/pack", "masks/masks"):
+        _, loaded = probe("inspect", str(Path(__file__).parents[1] / "golden" / f"{kind}.safetensors"))
+        assert not loaded & {"torch", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib"}
 
 
 def test_lora_adapters_do_without_peft(tmp_path: Path) -> None:
