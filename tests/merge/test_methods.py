@@ -109,6 +109,14 @@ def test_ties_equals_mergekit_written_out_and_peft(tmp_path: Path, peru, tasks: 
     close(got, case.by_tensor(lambda own: merge_utils.ties(own, torch.tensor(weights), 0.4)))
 
 
+def test_ties_divides_by_weights_that_hardly_sum_to_anything_as_mergekit_does(tmp_path: Path, peru) -> None:
+    """mergekit's `divisor[divisor.abs() < 1e-8] = 1`: below it nothing is left of the vector, above it all of it is."""
+    case = Merged(tmp_path, peru, *family(1))
+    options = ("-m", "ties", "--variant", "mergekit", "--keep", "100%", "--weight")
+    close(case.vector(*options, "t0=0.000000011"), case.vectors[0])
+    close(case.vector(*options, "t0=0.000000009"), torch.zeros_like(case.vectors[0]))
+
+
 def test_trimming_equals_peft_magnitude_pruning(tmp_path: Path, peru) -> None:
     case = Merged(tmp_path, peru, *family(1, ties=False))
     close(case.vector("-m", "ties", "--keep", "0.1"), merge_utils.magnitude_based_pruning(case.vectors[0], 0.1))

@@ -256,6 +256,19 @@ def test_error_follows_the_square_root_of_the_tasks(packs: Callable[..., Packs],
         assert fine["rounding"] < coarse["rounding"] / 100
 
 
+@pytest.mark.parametrize("bits", [0, 3])
+def test_what_rounding_alone_misses_is_predicted(packs: Callable[..., Packs], bits: int) -> None:
+    """A single task has no interference: its error is that of numbers rounded to a step, step / sqrt(12)."""
+    made = packs("a", size=40)
+    pack = made.run("a", "--json", "--precision", bits)
+    (task,) = json.loads(made.text)["packed"]
+    steps = {record.info.name: 2.0**record.exponent for record in Pack(pack).index.tensors if record.is_sum}
+    squared = sum(steps[name] ** 2 / 12 * made.base[name].numel() for name in steps)
+    norm = math.sqrt(sum(float((made.fine["a"][name] - made.base[name]).double().square().sum()) for name in steps))
+    assert task["predicted_error"] == pytest.approx(math.sqrt(squared) / norm, rel=1e-3)
+    assert task["error"] == pytest.approx(task["predicted_error"], rel=0.03)
+
+
 def test_the_size_grows_by_the_entropy_of_a_wider_sum_only(packs: Callable[..., Packs]) -> None:
     made = packs("abcdefgh", size=40)
     bits = {}
