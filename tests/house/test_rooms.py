@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "peru_cli"
@@ -38,6 +39,15 @@ ROOMS = [
     "cli",
     "__main__",
 ]
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    diagram = page.split("```")[3]
+    named = set(re.findall(r"\b([a-z_]+)(?:/|\.py)", diagram))
+    folders = {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {PACKAGE.name, "recipe", "masks", "packs"}
+    assert set(ROOMS) <= named and folders <= named
+    assert named <= {path.stem for path in PACKAGE.rglob("*")}, "named, and not there"
 
 
 def modules() -> dict[str, Path]:
