@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,11 @@ from pathlib import Path
 import rivals
 from judge import Judge, Tensors, encoder_tensors
 
+from peru_cli import cli
+from peru_cli.console import console
+
 MERGE_SCALE = 0.3  # of task arithmetic, the usual one for eight tasks
-BUDGETS = ("0.02", "0.03", "0.045", "0.06", "0.1", "0.3", "1.0")
+BUDGETS = ("0.02", "0.03", "0.045", "0.06", "0.1", "0.3", "1.0", "1.5")
 
 
 class Shop:
@@ -31,9 +34,14 @@ class Shop:
         return self.judge.cache / "full-bf16" / task
 
     def peru(self, *arguments: object) -> str:
-        """Run a command; loud if it fails."""
-        command = [sys.executable, "-m", "peru_cli", *map(str, arguments)]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        """Run a command in this process, which spares the imports, and give what it prints; loud if it fails."""
+        console.quiet = console.json = console.data_on_stderr = False
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = cli.run([str(argument) for argument in arguments])
+        if code:
+            raise RuntimeError(f"peru {' '.join(map(str, arguments))} ended with exit code {code}")
+        return printed.getvalue()
 
     def shared(self, name: str, *arguments: object) -> Path:
         """What a command makes of all tasks, once: a folder or a file."""

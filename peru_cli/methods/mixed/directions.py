@@ -15,6 +15,7 @@ import torch
 
 from peru_cli.methods.mixed.rates import SLOPE, bits, missed, quantise
 from peru_cli.methods.mixed.scales import MAX_SCALE, is_exact, scale_number, scale_of
+from peru_cli.methods.mixed.weights import regain
 
 LARGEST = 2047  # magnitude of an integer in a factor
 ROUNDS = 2  # of refinement: a third gains less than 0.1% of the error
@@ -62,8 +63,11 @@ def choose_scales(values: Floats, rows: int, columns: int, multiplier: float) ->
     return numbers[best, each], total[best, each]
 
 
-def quantised(spectrum: Spectrum, multiplier: float) -> LowRank | None:
-    """The directions that are worth their bits as integers; None if none is. The sums of their products are exact."""
+def quantised(spectrum: Spectrum, multiplier: float, longer: bool = False) -> LowRank | None:
+    """The directions that are worth their bits as integers; None if none is. The sums of their products are exact.
+
+    `longer` makes up for the directions that are left out (weights.py, `regain`).
+    """
     positive = spectrum.values > 0
     values = spectrum.values[positive]
     rows, columns = len(spectrum.left), len(spectrum.right)
@@ -73,7 +77,7 @@ def quantised(spectrum: Spectrum, multiplier: float) -> LowRank | None:
         return None
     numbers = np.maximum(numbers[keep], _finest(spectrum, np.flatnonzero(positive)[keep]))
     while True:
-        found = _refined(spectrum, np.flatnonzero(positive)[keep], numbers)
+        found = _refined(spectrum, np.flatnonzero(positive)[keep], numbers, longer)
         largest = np.abs(found.left).max(0), np.abs(found.right).max(1)
         if is_exact(*largest, found.scales):
             return found
@@ -92,8 +96,8 @@ def _spread(numbers: Integers) -> int:
     return max(int(numbers.max() - numbers.min()) // 4 - 1, 0)
 
 
-def _refined(spectrum: Spectrum, keep: Integers, numbers: Integers) -> LowRank:
-    """Round one factor, solve for the other against it as rounded, and so in turn."""
+def _refined(spectrum: Spectrum, keep: Integers, numbers: Integers, longer: bool) -> LowRank:
+    """Round one factor, solve for the other against it as rounded, and so in turn; at last make that one longer."""
     values, steps = spectrum.values, np.sqrt(scale_of(numbers))
     rows, columns = len(spectrum.left), len(spectrum.right)
     root = np.sqrt(values[keep])
@@ -101,12 +105,15 @@ def _refined(spectrum: Spectrum, keep: Integers, numbers: Integers) -> LowRank:
     scaled_left, scaled_right = spectrum.left * values, spectrum.right * values
     right: Integers = quantise(spectrum.right[:, keep] * root, steps, ratios[0], LARGEST)
     left: Integers = np.zeros((rows, len(keep)), np.int16)
-    for _ in range(ROUNDS):
+    for last in range(1 - ROUNDS, 1):
         left = quantise(_solve(scaled_left, spectrum.right, _scaled(right, steps)), steps, ratios[1], LARGEST)
-        right = quantise(_solve(scaled_right, spectrum.left, _scaled(left, steps)), steps, ratios[0], LARGEST)
+        solved = _solve(scaled_right, spectrum.left, _scaled(left, steps))
+        if longer and not last:
+            solved *= regain(spectrum.squared, _squared(_scaled(left, steps), solved))
+        right = quantise(solved, steps, ratios[0], LARGEST)
     a, b = _scaled(left, steps), _scaled(right, steps)
     inside = float(((_inner(spectrum.left, a) * values[:, None]) * _inner(spectrum.right, b)).sum())
-    error = spectrum.squared - 2 * inside + float((_inner(a, a) * _inner(b, b)).sum())
+    error = spectrum.squared - 2 * inside + _squared(a, b)
     return LowRank(left, np.ascontiguousarray(right.T), numbers, max(error, 0.0))
 
 
@@ -120,6 +127,11 @@ def _inner(a: Floats, b: Floats) -> Floats:
     """a^T b; (n, k), (n, m) -> (k, m). By torch, whose threads are switched off in passes: the same bits for any number of threads."""
     result: Floats = (torch.from_numpy(a).T @ torch.from_numpy(b)).numpy()
     return result
+
+
+def _squared(a: Floats, b: Floats) -> float:
+    """The squared norm of a b^T; (n, k), (m, k)."""
+    return float((_inner(a, a) * _inner(b, b)).sum())
 
 
 def _solve(scaled: Floats, other: Floats, fixed: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""What one multiplier makes of every tensor: its parts, their error, and the bytes of all artifacts together."""
+"""What one price makes of every tensor: its parts, their error, and the bytes of all artifacts together."""
 
 from __future__ import annotations
 
@@ -17,18 +17,32 @@ from peru_cli.methods.mixed.directions import choose_scales, quantised
 from peru_cli.methods.mixed.rates import bits, entropy
 from peru_cli.methods.mixed.scales import scale_of
 from peru_cli.methods.mixed.sums import rounded_error
+from peru_cli.methods.mixed.weights import VECTOR, weight_of
 from peru_cli.prune.mixed.decompose import Item, Spill, spectrum_of
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
 
-VECTOR_WEIGHT = 8.0  # an error in a bias reaches every activation whole, one in a matrix times an activation that is mostly below one
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Price:
+    """Squared error that a bit is worth. `of_outputs`: as outputs feel it, by kinds of tensors; else as it is in matrices."""
+
+    multiplier: float
+    of_outputs: bool
+
+    def of(self, item: Item) -> float:
+        """In a tensor."""
+        if self.of_outputs:
+            return self.multiplier / weight_of(item.name, item.columns > 0)
+        return self.multiplier if item.columns else self.multiplier / VECTOR
 
 
 @dataclass
 class Frame:
-    """What an artifact holds whatever the multiplier: records of all tensors in canonical order, side files, other bytes."""
+    """What an artifact holds whatever the price: records of all tensors in canonical order, side files, other bytes."""
 
     records: list[MixedRecord]
     files: list[SideFile]
@@ -48,36 +62,37 @@ class Frame:
         ]
 
 
-def represent(item: Item, spill: Spill, multiplier: float) -> tuple[Represented, float]:
-    """A tensor's parts at a multiplier, and the squared error of the result, rounded to the fine-tune's dtype."""
+def represent(item: Item, spill: Spill, price: Price) -> tuple[Represented, float]:
+    """A tensor's parts at a price, and the squared error of the result, rounded to the fine-tune's dtype."""
     parts = Represented()
     if item.columns:
         spectrum, rows = spectrum_of(item, spill)
-        found = quantised(spectrum, multiplier)
+        found = quantised(spectrum, price.of(item), price.of_outputs)
         if found is None:
             return parts, item.squared
         parts.left, parts.right, parts.scales, parts.rows = found.left, found.right, found.scales, rows
         return parts, rounded_error(found.squared_error, item.ulps)
     values = spill.get(item.held[0])
-    plain = dense.quantised(values, multiplier / VECTOR_WEIGHT)
+    plain = dense.quantised(values, price.of(item))
     if plain is None:
         return parts, item.squared
     parts.dense, parts.dense_scale = plain.integers, plain.scale
     return parts, rounded_error(plain.squared_error, item.ulps)
 
 
-def estimate(items: Sequence[Item], spill: Spill, multiplier: float) -> tuple[float, float, list[int]]:
-    """Bytes and squared error at a multiplier, nearly, without rounding anything; and which items want more directions than are held."""
+def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, float, list[int]]:
+    """Bytes and squared error at a price, nearly, without rounding anything; and which items want more directions than are held."""
     total, error, short = 0.0, 0.0, []
     for number, item in enumerate(items):
         if not item.columns:
             values = spill.get(item.held[0])
-            plain = dense.quantised(values, multiplier / VECTOR_WEIGHT)
+            plain = dense.quantised(values, price.of(item))
             total += entropy(plain.integers) if plain is not None else 0
             error += rounded_error(plain.squared_error, item.ulps) if plain is not None else item.squared
             continue
         values = spill.get(item.held[1])
         rows, columns = item.held[0].shape[0], item.columns
+        multiplier = price.of(item)
         numbers, totals = choose_scales(values, rows, columns, multiplier)
         keep = totals < np.square(values)
         steps = scale_of(numbers[keep])
@@ -93,8 +108,8 @@ def estimate(items: Sequence[Item], spill: Spill, multiplier: float) -> tuple[fl
 class Trial:
     """The pass that counts; a tile is a tensor."""
 
-    def __init__(self, items: Sequence[Item], frames: Sequence[Frame], spill: Spill, multiplier: float) -> None:
-        self._items, self._spill, self._multiplier = items, spill, multiplier
+    def __init__(self, items: Sequence[Item], frames: Sequence[Frame], spill: Spill, price: Price) -> None:
+        self._items, self._spill, self._price = items, spill, price
         self._frames = frames
         self._records = [frame.copies() for frame in frames]
         self._named = [{record.info.name: record for record in records} for records in self._records]
@@ -105,7 +120,7 @@ class Trial:
         return None
 
     def apply(self, tile: Tile, buffers: None) -> tuple[Represented, float]:
-        return represent(self._items[tile.tensor], self._spill, self._multiplier)
+        return represent(self._items[tile.tensor], self._spill, self._price)
 
     def commit(self, tile: Tile, result: tuple[Represented, float]) -> None:
         item = self._items[tile.tensor]
@@ -123,8 +138,8 @@ class Trial:
         ]
 
 
-def try_out(items: Sequence[Item], frames: Sequence[Frame], spill: Spill, multiplier: float, how: StreamSettings) -> tuple[int, float]:
-    """Bytes of all artifacts together and their squared error, at a multiplier."""
-    trial = Trial(items, frames, spill, multiplier)
+def try_out(items: Sequence[Item], frames: Sequence[Frame], spill: Spill, price: Price, how: StreamSettings) -> tuple[int, float]:
+    """Bytes of all artifacts together and their squared error, at a price."""
+    trial = Trial(items, frames, spill, price)
     run(trial, [Tile(i, i, 0, item.pair.entries) for i, item in enumerate(items)], how.threads)
     return sum(trial.sizes()), sum(trial.errors)

@@ -22,7 +22,7 @@ from peru_cli.prune.artifact import PruneTask, shared_digest, side_files_of
 from peru_cli.prune.gates import Gate, check
 from peru_cli.prune.mixed.decompose import Spill, decompose, items_of
 from peru_cli.prune.mixed.goal import Goal
-from peru_cli.prune.mixed.represent import Frame, estimate, try_out
+from peru_cli.prune.mixed.represent import Frame, Price, estimate, try_out
 from peru_cli.prune.mixed.search import approach
 from peru_cli.prune.mixed.write import Final, store_rest
 from peru_cli.streaming.engine import run
@@ -145,7 +145,11 @@ class _Family:
         decompose(self.base, [task.vector for task in self.tasks], self.items, numbers, self.spill, self.how)
 
     def try_out(self, log: float) -> tuple[int, float]:
-        return try_out(self.items, self.frames, self.spill, math.exp(log), self.how)
+        return try_out(self.items, self.frames, self.spill, self.price(log), self.how)
+
+    def price(self, log: float) -> Price:
+        """At a logarithm of the multiplier. A goal that is an energy is met by what the weights themselves are worth."""
+        return Price(math.exp(log), self.goal.kind != "quality")
 
 
 def prune_mixed(
@@ -166,7 +170,7 @@ def prune_mixed(
     with Spill(tasks[0].target.parent) as spill:
         family = _Family(base, tasks, goal, base_name, spill, how)
         limit = family.limit()
-        least = try_out([], family.frames, spill, 1.0, how)[0]
+        least = try_out([], family.frames, spill, family.price(0.0), how)[0]
         if limit is not None and least > limit:
             rest = f", {si_bytes(family.rest_bytes)} of it for tensors stored whole and side files" if family.rest_bytes else ""
             raise UsageError(f"the limit is {limit:,} bytes, but an artifact without changes takes {least:,}{rest}", "allow more bytes")
@@ -206,7 +210,7 @@ def _estimated(family: _Family, by_bytes: bool, target: float) -> float:
     short: list[int] = []
 
     def measure(log: float) -> float:
-        nbytes, error, wanting = estimate(family.items, family.spill, math.exp(log))
+        nbytes, error, wanting = estimate(family.items, family.spill, family.price(log))
         short[:] = wanting
         return nbytes if by_bytes else error
 
@@ -255,7 +259,7 @@ def _write(
     with ExitStack() as stack:
         writers = [stack.enter_context(MixedWriter(task.target, family.metadata(task, None), sync)) for task in tasks]
         records = [frame.copies() for frame in family.frames]
-        final = Final(family.base, [task.vector for task in tasks], items, records, writers, family.spill, math.exp(log))
+        final = Final(family.base, [task.vector for task in tasks], items, records, writers, family.spill, family.price(log))
         run(final, [Tile(i, i, 0, item.pair.entries) for i, item in enumerate(items)], family.how.threads, family.how.advance)
         energy = family.energy
         if quality is not True and energy and 1 - sum(final.errors) / energy < quality:

@@ -17,7 +17,7 @@ from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.mixed.scales import run_of_product, scale_of
 from peru_cli.methods.mixed.sums import Floats, add_difference
 from peru_cli.prune.mixed.decompose import Item, Spill
-from peru_cli.prune.mixed.represent import represent
+from peru_cli.prune.mixed.represent import Price, represent
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.tiles import CHUNK, Tile
 from peru_cli.vectors.family import TaskVector
@@ -50,10 +50,10 @@ class Final:
 
     def __init__(
         self, base: Checkpoint, tasks: Sequence[TaskVector], items: Sequence[Item], records: Sequence[Sequence[MixedRecord]],
-        writers: Sequence[MixedWriter], spill: Spill, multiplier: float,
+        writers: Sequence[MixedWriter], spill: Spill, price: Price,
     ) -> None:  # fmt: skip
         self._base, self._tasks, self._items, self._writers = base, tasks, items, writers
-        self._spill, self._multiplier = spill, multiplier
+        self._spill, self._price = spill, price
         self._named = [{record.info.name: record for record in some} for some in records]
         self.errors, self.predicted = [0.0] * len(tasks), [0.0] * len(tasks)
         self.digests: list[dict[str, bytes]] = [{} for _ in tasks]
@@ -63,7 +63,7 @@ class Final:
 
     def apply(self, tile: Tile, buffers: None) -> _Made:
         item = self._items[tile.tensor]
-        parts, predicted = represent(item, self._spill, self._multiplier)
+        parts, predicted = represent(item, self._spill, self._price)
         pair, fine = item.pair, self._tasks[item.task].fine
         dtype = pair.fine.dtype
         mine, theirs = TensorDigest(dtype, pair.fine.shape), TensorDigest(pair.base.dtype, pair.base.shape)

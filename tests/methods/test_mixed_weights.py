@@ -1,0 +1,45 @@
+"""What an error counts by kind of tensor, and directions made longer for those that are left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from peru_cli.methods.mixed.directions import Spectrum, quantised
+from peru_cli.methods.mixed.scales import product
+from peru_cli.methods.mixed.weights import REGAINED, VECTOR, weight_of
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("bert.encoder.layer.0.attention.self.query.weight", 0.5),
+        ("model.layers.3.self_attn.k_proj.weight", 0.5),
+        ("decoder.block.0.layer.0.SelfAttention.q.weight", 0.5),
+        ("model.layers.3.self_attn.v_proj.weight", 1.0),
+        ("transformer.h.0.attn.c_attn.weight", 1.0),
+        ("embeddings.word_embeddings.weight", 0.5),
+        ("model.embed_tokens.weight", 0.5),
+        ("embeddings.position_embeddings.weight", 1.0),
+        ("bert.pooler.dense.weight", 16.0),
+    ],
+)
+def test_errors_count_by_the_kind_of_tensor(name: str, weight: float) -> None:
+    assert weight_of(name, True) == weight
+    assert weight_of(name.replace("weight", "bias"), False) == VECTOR
+
+
+def test_kept_directions_are_longer_by_a_power_of_what_is_left_out() -> None:
+    noise = np.random.default_rng(5)
+    left, right = (np.linalg.qr(noise.standard_normal((n, 6)))[0] for n in (300, 200))
+    values = np.array([80.0, 80.0, 80.0, 1.0, 1.0, 1.0])
+    squared = float(np.square(values).sum()) + 6000  # of which the spectrum holds a part
+    spectrum = Spectrum(left, values, right, squared)
+    wanted = (left[:, :3] * values[:3]) @ right[:, :3].T
+    for longer, factor in ((False, 1.0), (True, (squared / 19200) ** REGAINED)):
+        found = quantised(spectrum, 0.008, longer)
+        assert found is not None and len(found.scales) == 3
+        made = product(found.left, found.right, found.scales)
+        assert np.sum(made * wanted) / np.sum(wanted * wanted) == pytest.approx(factor, rel=0.01)
+        missed = (left * values) @ right.T - made
+        assert found.squared_error == pytest.approx(float(np.square(missed).sum()) + 6000, rel=1e-9)
