@@ -11,7 +11,7 @@ import numpy as np
 from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.inspect.run import BINS, Bound, binary_entropy, entropy_bits, symbols
-from peru_cli.methods.delta import round_difference, ulp_difference
+from peru_cli.methods.delta import round_difference
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Tile
@@ -111,9 +111,10 @@ class _Measure:
         aligned = self._aligned(tile, buffers)
         if aligned is None or not len(aligned.base):
             return np.zeros(0, np.int64), 0, 0, 0.0, 0.0
-        xp, n, found = self._family.how.xp, len(aligned.base), self._family.changed(aligned)
-        # With 1 as the lowest key of interest, an unchanged entry has key 0, or -1 if anything is not finite.
-        keys = np.maximum(xp.download(self._family.keys(aligned, 1, buffers)), 0)
+        xp, n = self._family.how.xp, len(aligned.base)
+        keys = self._family.differences(aligned, buffers).keys(aligned.base, aligned.fine, aligned.pair.fine.dtype.name)
+        found = int(np.count_nonzero(keys >= 0))
+        np.maximum(keys, 0, out=keys)
         values = keys.view(np.float64 if self._wide else np.float32).astype(np.float64)
         not_finite = int(np.count_nonzero(keys >= self._family.tasks[0].infinite_key))
         if not_finite:
@@ -166,12 +167,11 @@ class _Values:
         slot = self._family.slots[tile.tensor]
         _, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
         for aligned in self._family.each(slot, tile, base_bits, buffers, [0]):
-            dtype, xp = aligned.pair.fine.dtype, self._family.how.xp
-            positions = xp.where(xp.not_equal(aligned.base, aligned.fine))
-            base, fine = (xp.download(xp.take(bits, positions)) for bits in (aligned.base, aligned.fine))
-            exact, raw = symbols(ulp_difference(base, fine))
+            dtype = aligned.pair.fine.dtype
+            positions, keys, ulps, fine = self._family.differences(aligned, buffers).select(aligned.base, aligned.fine, dtype.name, 0)
+            base = self._family.how.xp.download(aligned.base)[positions]
+            exact, raw = symbols(ulps)
             lossless = np.bincount(exact, minlength=BINS)
-            keys = xp.download(xp.take(self._family.keys(aligned, 1, buffers), positions))
             large = np.flatnonzero(keys >= self._thresholds[0])
             keys, base, fine = keys[large], base[large], fine[large]
             coded = exact[large] if dtype.bits == 16 else round_difference(base, fine, dtype)[0].view(np.uint16)

@@ -75,40 +75,6 @@ def add_ulps(base: Bits, ulps: Bits) -> Bits:
     return order(order(base) + ulps)
 
 
-class KeyRoom:
-    """Reused room for the keys of a tile; one a thread."""
-
-    def __init__(self, xp: Arrays, entries: int, wide: bool) -> None:
-        self.xp, self.wide = xp, wide
-        self._a, self._b = (xp.empty(entries, "f8" if wide else "f4") for _ in range(2))
-        self._base: Array = None  # whose floats are at hand: several fine-tunes are compared with one tile of it
-        self._floats: Array = None
-
-    def keys(self, base: Array, fine: Array, dtype: Dtype, low: int) -> Array:
-        """The key of every entry: |fine - base| in float32 (float64 if wide) as its bit pattern.
-
-        Args:
-            base, fine: bits of the same dtype; (n,). The same array object as the call before means the same contents.
-            low: the smallest key that the caller will look at. Above 0, the keys of unchanged entries may be
-                0; else they are -1, and changed entries whose difference is zero (+0.0 and -0.0) have 0.
-
-        Returns:
-            Integers that order as the magnitudes do; keys that are not finite all tie as the largest,
-            `INFINITE_KEY`. Valid until the next call; (n,).
-        """
-        xp, n = self.xp, len(base)
-        if base is not self._base:
-            self._base, self._floats = base, xp.widen(base, dtype, self._b[:n])
-        a = self._a[:n]
-        magnitude = xp.absolute(xp.subtract(xp.widen(fine, dtype, a), self._floats, out=a), out=a)
-        keys = xp.view(magnitude, "i8" if self.wide else "i4")
-        infinite = INFINITE_KEY[self.wide]
-        if low <= 0 or (n and xp.largest(keys) >= infinite):
-            xp.clip(keys, None, infinite, out=keys)
-            xp.fill(keys, -1, where=xp.equal(base, fine))
-        return keys
-
-
 def round_difference(base: Bits, fine: Bits, dtype: Dtype, least: float | None = None) -> tuple[Bits, Bits]:
     """fine - base rounded to bf16.
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.streaming.arrays import Array, Arrays
+from peru_cli.kernels.deltas import add_bins
+from peru_cli.streaming.arrays import Array, Differences
 
 Keys = np.ndarray[Any, np.dtype[Any]]  # int32 or int64
 Weights = np.ndarray[Any, np.dtype[np.float64]]
+Bins = np.ndarray[Any, np.dtype[np.int64]]
 MAX_BINS = 1 << 20
-_FLUSH = 1 << 18  # keys collected before they are binned
 
 
 @dataclass(frozen=True)
@@ -64,28 +65,19 @@ class Window:
             shift += 1
         return cls(low, shift, ((high - low) >> shift) + 1)
 
+    @property
+    def high(self) -> int:
+        """The last key in it."""
+        return self.low + (self.bins << self.shift) - 1
+
 
 @dataclass
 class Counted:
-    """What a run of entries adds to a tally: keys above the window, changed entries, the bins of keys within it (k,).
-
-    `times` says how many keys each of the bins stands for, (k,); None for one each.
-    """
+    """What a run of entries adds to a tally: keys above the window, changed entries, the keys within it (k,)."""
 
     above: int
     changed: int
-    bins: Keys
-    times: Keys | None = None
-
-    @classmethod
-    def together(cls, parts: list[Counted]) -> Counted:
-        """Several as one, each bin once, ascending."""
-        bins = np.concatenate([part.bins for part in parts])
-        times = np.concatenate([np.ones(len(part.bins), np.int64) if part.times is None else part.times for part in parts])
-        distinct, where = np.unique(bins, return_inverse=True)
-        summed = np.zeros(len(distinct), np.int64)
-        np.add.at(summed, where, times)
-        return cls(sum(part.above for part in parts), sum(part.changed for part in parts), distinct, summed)
+    within: Keys
 
 
 class Tally:
@@ -98,60 +90,45 @@ class Tally:
         self.window = window
         self.above = 0
         self.changed = 0
-        self._bins = np.zeros(window.bins, dtype=np.int64)
-        self._waiting: list[Keys] = []
-        self._waiting_size = 0
+        self.bins = np.zeros(window.bins, dtype=np.int64)  # keys in each
+        self._told: tuple[int, int, Bins] | None = None  # above, changed and bins when news was last asked for
         self._lock = threading.Lock()
 
-    def count(self, xp: Arrays, keys: Array, changed: int) -> Counted:
-        """Count a tile's keys (n,), of which `changed` entries differ from the base; for `add`."""
-        window = self.window
-        reaching = xp.greater_equal(keys, window.low)
-        beyond = window.low + (window.bins << window.shift)
-        over = xp.greater_equal(keys, beyond) if beyond <= np.iinfo(f"i{keys.itemsize}").max else None
-        above = xp.count(over) if over is not None else 0
-        # Few keys are within the window and many above it: picking out these few is the fast part.
-        within = reaching if over is None else xp.not_equal(reaching, over, out=over)
-        bins = xp.download(xp.take(keys, xp.where(within))) - window.low
-        if window.shift:
-            bins >>= window.shift
-        return Counted(above, changed, bins)
+    def count(self, room: Differences, base: Array, fine: Array, dtype: str) -> Counted:
+        """Count a tile's keys, for `add`; bits (n,) and (n,)."""
+        above, changed, within = room.count(base, fine, dtype, self.window.low, self.window.high)
+        return Counted(above, changed, within)
 
     def add(self, counted: Counted) -> None:
         """Add what was counted."""
         with self._lock:
             self.above += counted.above
             self.changed += counted.changed
-            if counted.times is not None:
-                np.add.at(self._bins, counted.bins, counted.times)
-                return
-            self._waiting.append(counted.bins)
-            self._waiting_size += len(counted.bins)
-            if self._waiting_size >= _FLUSH:
-                self._flush()
+            add_bins(self.bins, counted.within, self.window.low, self.window.shift)
 
-    def add_keys(self, xp: Arrays, keys: Array, changed: int) -> None:
-        """Count a tile's keys (n,), of which `changed` entries differ from the base, and add that."""
-        self.add(self.count(xp, keys, changed))
+    def restore(self, above: int, changed: int, bins: Bins, times: Bins) -> None:
+        """Add what an earlier run counted: bins (k,), each once, and how many keys are in each."""
+        self.above += above
+        self.changed += changed
+        self.bins[bins] += times
+
+    def news(self) -> tuple[int, int, Bins, Bins]:
+        """What was added since the last call, as `restore` takes it."""
+        above, changed, before = self._told or (0, 0, np.zeros_like(self.bins))
+        grown = np.flatnonzero(self.bins != before)
+        times = self.bins[grown] - before[grown]
+        before[grown] += times
+        self._told = self.above, self.changed, before
+        return self.above - above, self.changed - changed, grown, times
 
     def missed(self, k: int, largest_key: int, n: int) -> tuple[int, int, int, int] | None:
         """If the k-th largest of n keys is not in the window: its rank among the keys on its side, their bounds and number."""
-        inside = int(self.bins().sum())
+        inside = int(self.bins.sum())
         if self.above >= k:
             return k, self.window.low + (self.window.bins << self.window.shift), largest_key, self.above
         if self.above + inside < k:
             return k - self.above - inside, 0, self.window.low - 1, n - self.above - inside
         return None
-
-    def _flush(self) -> None:
-        if self._waiting:
-            np.add.at(self._bins, np.concatenate(self._waiting), 1)
-            self._waiting, self._waiting_size = [], 0
-
-    def bins(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Keys in each bin; int64 (bins,)."""
-        self._flush()
-        return self._bins
 
 
 def decide(tally: Tally, k: int, largest_key: int) -> Threshold | Window:
@@ -164,7 +141,7 @@ def decide(tally: Tally, k: int, largest_key: int) -> Threshold | Window:
     """
     if tally.changed <= k:
         return ALL_CHANGED
-    window, bins = tally.window, tally.bins()
+    window, bins = tally.window, tally.bins
     if tally.above >= k:
         return Window.over(window.low + (window.bins << window.shift), largest_key)
     at_least = tally.above + np.cumsum(bins[::-1])[::-1]  # keys in this bin or above

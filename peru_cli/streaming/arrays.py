@@ -14,12 +14,32 @@ from typing import Any, Protocol
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.kernels.deltas import Room, put
 
 Array = Any  # np.ndarray, or torch.Tensor on a GPU
 Host = np.ndarray[Any, np.dtype[Any]]
 KIND = {"F16": "f2", "F32": "f4", "F64": "f8"}
 BITS = {16: "i2", 32: "i4", 64: "i8"}
 _SPARSE, _BRANCHLESS = 1 / 25, 1 / 10
+
+
+class Differences(Protocol):
+    """A fine-tune's tile against the base's: bits of one dtype (named), (n,) both. What a key is: kernels/deltas.py."""
+
+    def keys(self, base: Array, fine: Array, dtype: str) -> Host:
+        """The key of every entry; (n,), valid until the next call."""
+        ...
+
+    def count(self, base: Array, fine: Array, dtype: str, low: int, high: int) -> tuple[int, int, Host]:
+        """How many keys are above `high`, how many entries differ, and the keys from `low` to `high`, (k,)."""
+        ...
+
+    def select(self, base: Array, fine: Array, dtype: str, least: int) -> tuple[Host, Host, Host, Host]:
+        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+
+        All (k,). Keys are valid until the next call. With 0: all entries that differ.
+        """
+        ...
 
 
 class Arrays(Protocol):
@@ -79,10 +99,6 @@ class Arrays(Protocol):
         """The largest entry of a non-empty array; NaN if there is one."""
         ...
 
-    def squares(self, floats: Array, run: int) -> Host:
-        """The sum of squares of each run of so many entries, the last one shorter; float64 (runs,). Devices differ in the last digits."""
-        ...
-
     def where(self, flags: Array) -> Array:
         """Ascending positions of the true ones, int64."""
         ...
@@ -93,6 +109,10 @@ class Arrays(Protocol):
 
     def put(self, array: Array, positions: Array, values: Host) -> None:
         """array[positions] = values."""
+        ...
+
+    def differences(self, entries: int, wide: bool) -> Differences:
+        """One thread's room for tiles of so many entries, compared in float32, or float64 if wide."""
         ...
 
     def running_count(self, flags: Array) -> Array:
@@ -154,10 +174,6 @@ class Cpu:
     def largest(self, array: Array) -> Any:
         return array.max()
 
-    def squares(self, floats: Array, run: int) -> Host:
-        runs = (floats[at : at + run] for at in range(0, len(floats), run))
-        return np.array([np.dot(each, each) for each in runs], np.float64)
-
     def where(self, flags: Array) -> Array:
         # Up to a tenth of ones NumPy looks for the next one, which processors cannot predict; above it does not branch.
         # So between these densities it is shown more ones than there are.
@@ -171,7 +187,10 @@ class Cpu:
         return array.take(positions)
 
     def put(self, array: Array, positions: Array, values: Host) -> None:
-        array[positions] = values
+        put(array, positions, values)
+
+    def differences(self, entries: int, wide: bool) -> Differences:
+        return Room(entries, "f8" if wide else "f4")
 
     def running_count(self, flags: Array) -> Array:
         return np.cumsum(flags, dtype=np.int64)

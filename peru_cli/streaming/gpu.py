@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.streaming.arrays import BITS, KIND, Host
 
 Array = torch.Tensor
@@ -28,6 +28,42 @@ def find_gpu(name: str) -> torch.device | None:
 
 def _float_type(dtype: Dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.name == "BF16" else _TYPE[KIND[dtype.name]]
+
+
+class OnDevice:
+    """Differences (streaming/arrays.py) on a device."""
+
+    def __init__(self, xp: Gpu, entries: int, wide: bool) -> None:
+        self._xp, self._kind, self._infinite = xp, "i8" if wide else "i4", 0x7FF0_0000_0000_0000 if wide else 0x7F80_0000
+        self._a, self._b = (xp.empty(entries, "f8" if wide else "f4") for _ in range(2))
+
+    def _keys(self, base: Array, fine: Array, dtype: str) -> Array:
+        xp, n, named = self._xp, len(base), BY_NAME[dtype]
+        a = self._a[:n]
+        torch.sub(xp.widen(fine, named, a), xp.widen(base, named, self._b[:n]), out=a)
+        keys = xp.view(a.abs_(), self._kind)
+        return keys.clamp_(max=self._infinite).masked_fill_(base == fine, -1)
+
+    def keys(self, base: Array, fine: Array, dtype: str) -> Host:
+        return self._xp.download(self._keys(base, fine, dtype))
+
+    def count(self, base: Array, fine: Array, dtype: str, low: int, high: int) -> tuple[int, int, Host]:
+        keys, high = self._keys(base, fine, dtype), min(high, self._infinite)
+        within = keys[(keys >= low) & (keys <= high)]
+        return self._xp.count(keys > high), self._xp.count(keys >= 0), self._xp.download(within)
+
+    def select(self, base: Array, fine: Array, dtype: str, least: int) -> tuple[Host, Host, Host, Host]:
+        keys, download = self._keys(base, fine, dtype), self._xp.download
+        positions = self._xp.where(keys >= least)
+        chosen = fine[positions]
+        ulps = _order(chosen) - _order(base[positions])
+        return download(positions), download(keys[positions]), download(ulps), download(chosen)
+
+
+def _order(bits: Array) -> Array:
+    """Sign-magnitude patterns to integers in total order (methods/delta.py)."""
+    width = bits.element_size() * 8
+    return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
 
 
 class Gpu:
@@ -71,10 +107,6 @@ class Gpu:
     def largest(self, array: Array) -> Any:
         return array.max().item()
 
-    def squares(self, floats: Array, run: int) -> Host:
-        runs = torch.nn.functional.pad(floats.double().square(), (0, -len(floats) % run)).view(-1, run)
-        return self.download(runs.sum(dim=1))
-
     def where(self, flags: Array) -> Array:
         return torch.nonzero(flags).view(-1)
 
@@ -83,6 +115,9 @@ class Gpu:
 
     def put(self, array: Array, positions: Array, values: Host) -> None:
         array[positions] = torch.from_numpy(np.ascontiguousarray(values)).to(array.device)
+
+    def differences(self, entries: int, wide: bool) -> OnDevice:
+        return OnDevice(self, entries, wide)
 
     def running_count(self, flags: Array) -> Array:
         return torch.cumsum(flags, 0, dtype=torch.int64)

@@ -11,10 +11,10 @@ import numpy as np
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.methods.delta import INFINITE_KEY, KeyRoom, cast_bits
+from peru_cli.methods.delta import INFINITE_KEY, cast_bits
 from peru_cli.methods.magnitude import Counted, Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
 from peru_cli.streaming.aligned import TileBuffer, read_bits, read_runs
-from peru_cli.streaming.arrays import Array, Arrays
+from peru_cli.streaming.arrays import Array, Arrays, Differences
 from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
 from peru_cli.vectors.threshold_journal import Found, ThresholdJournal
@@ -63,7 +63,7 @@ class Buffers:
     def __init__(self, how: StreamSettings, tasks: Sequence[TaskVector]) -> None:
         widths = [d.bits // 8 for t in tasks for p in t.pairs.values() for d in (p.fine.dtype, p.base.dtype)]
         self.base, self.fine = (TileBuffer(how.xp, how.tile_entries, max(widths, default=1)) for _ in range(2))
-        self.keys = {wide: KeyRoom(how.xp, how.tile_entries, wide) for wide in {task.wide for task in tasks}}
+        self.differences = {wide: how.xp.differences(how.tile_entries, wide) for wide in {task.wide for task in tasks}}
 
 
 @dataclass
@@ -161,14 +161,9 @@ class Family:
         pairs = [pair for slot in slots for task in self.tasks if task.fine.ranged and (pair := task.pairs.get(slot.name)) is not None]
         return sum(slot.nbytes for slot in slots if self.base.ranged) + sum(pair.fine.nbytes for pair in pairs)
 
-    def keys(self, aligned: Aligned, low: int, buffers: Buffers) -> Array:
-        """Keys of one task's tile (see `KeyRoom.keys`)."""
-        room = buffers.keys[self.tasks[aligned.task].wide]
-        return room.keys(aligned.base, aligned.fine, aligned.pair.fine.dtype, low)
-
-    def changed(self, aligned: Aligned) -> int:
-        """How many entries of one task's tile differ from the base."""
-        return self.how.xp.count(self.how.xp.not_equal(aligned.base, aligned.fine))
+    def differences(self, aligned: Aligned, buffers: Buffers) -> Differences:
+        """What compares one task's tile with the base's."""
+        return buffers.differences[self.tasks[aligned.task].wide]
 
 
 class _Group:
@@ -221,10 +216,11 @@ class _Sample:
     def apply(self, tile: Strip, buffers: Buffers) -> list[tuple[int, Keys, int]]:
         family, slot = self._group.family, self._group.slot(tile)
         base_bits = read_runs(family.base, slot, tile.runs, buffers.base)
-        return [
-            (a.task, family.how.xp.download(family.keys(a, 0, buffers)).copy(), family.changed(a))
-            for a in family.each(slot, tile, base_bits, buffers, self._wanted)
-        ]
+        found = []
+        for a in family.each(slot, tile, base_bits, buffers, self._wanted):
+            keys = family.differences(a, buffers).keys(a.base, a.fine, a.pair.fine.dtype.name).copy()
+            found.append((a.task, keys, int(np.count_nonzero(keys >= 0))))
+        return found
 
     def reads(self) -> Reads:
         return self._group.family.reads(self._group.tensors, self._wanted)
@@ -285,15 +281,14 @@ class _Count:
         _, base_bits = read_bits(family.base, slot, tile, buffers.base)
         found = {}
         for a in family.each(slot, tile, base_bits, buffers, list(self.tallies)):
-            keys = family.keys(a, self.tallies[a.task].window.low, buffers)
-            found[a.task] = self.tallies[a.task].count(family.how.xp, keys, family.changed(a))
+            found[a.task] = self.tallies[a.task].count(family.differences(a, buffers), a.base, a.fine, a.pair.fine.dtype.name)
         return found
 
     def commit(self, tile: Tile, result: dict[int, Counted]) -> None:
         for number, counted in result.items():
             self.tallies[number].add(counted)
-        if self._log is not None:
-            self._log.count(result, tile.tensor, last=tile.stop == self._group.entries[tile.tensor])
+        if self._log is not None and tile.stop == self._group.entries[tile.tensor]:
+            self._log.count(self.tallies, tile.tensor)
 
     def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
         pass

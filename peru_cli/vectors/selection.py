@@ -12,10 +12,10 @@ from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
 from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledBlock
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.methods.delta import add_rounded, round_difference, ulp_difference
+from peru_cli.methods.delta import add_rounded, round_difference
 from peru_cli.methods.magnitude import Threshold, key_value, take_equals
 from peru_cli.streaming.aligned import read_bits
-from peru_cli.streaming.arrays import CPU, Arrays
+from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import CHUNK, Tile
 from peru_cli.vectors.family import Aligned, Buffers, Family, TaskVector
@@ -126,29 +126,26 @@ class Select:
         threshold = sink.thresholds[_threshold_number(sink, tile)]
         infinite = equal = None
         energy = missed = np.zeros(-(-len(aligned.base) // CHUNK))
-        if threshold.keeps_all:
-            positions = xp.where(xp.not_equal(aligned.base, aligned.fine))
-        else:
-            keys = self._family.keys(aligned, threshold.key, buffers)
-            # Once no equals may be taken any more, that stays so: whoever sees it need not look at them.
-            exhausted = not sink.quotas[_threshold_number(sink, tile)]
-            positions = xp.where((xp.greater if exhausted else xp.greater_equal)(keys, threshold.key))
-            found = xp.download(xp.take(keys, positions))
+        room = self._family.differences(aligned, buffers)
+        # Once no equals may be taken any more, that stays so: whoever sees it need not look at them.
+        exhausted = not threshold.keeps_all and not sink.quotas[_threshold_number(sink, tile)]
+        where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted)
+        if not threshold.keeps_all:
             equal = None if exhausted else found == threshold.key
             infinite = found == task.infinite_key
-            energy = _squares(xp, keys, task)
-            xp.put(keys, positions, np.zeros(len(found), found.dtype))
-            missed = _squares(xp, keys, task)
-        base, fine = (xp.download(xp.take(bits, positions)) for bits in (aligned.base, aligned.fine))
+            keys = room.keys(aligned.base, aligned.fine, dtype.name)
+            np.maximum(keys, 0, out=keys)
+            energy = _squares(keys, task)
+            keys[where] = 0
+            missed = _squares(keys, task)
         result = xp.download(aligned.base)
         if len(aligned.grown):
             result = np.concatenate((result, xp.download(aligned.grown)))
         elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
             result = result.copy()
-        where = xp.download(positions)
-        candidates = Candidates(aligned, result, where, equal, ulp_difference(base, fine), fine, energy, missed, infinite=infinite)
+        candidates = Candidates(aligned, result, where, equal, ulps, fine, energy, missed, infinite=infinite)
         if sink.streams[sink.stream_number(dtype)].values != EXACT:
-            candidates.exact = candidates.values
+            candidates.exact, base = candidates.values, result[where]
             least = key_value(threshold.key, task.wide) if sink.octaves else None
             candidates.values, apart = round_difference(base, fine, dtype, least)
             candidates.bits, _ = add_rounded(base, candidates.values, dtype)
@@ -201,7 +198,7 @@ class Select:
     def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
         for c, blocks in committed:
             sink, pair = self._sinks[c.aligned.task], c.aligned.pair
-            c.result[c.positions] = c.bits
+            CPU.put(c.result, c.positions, c.bits)
             raw = c.result.data.cast("B")
             sink.result[pair.fine.name].add_at(tile.start, leaves(raw, pair.fine.dtype))
             for block in blocks:
@@ -214,16 +211,19 @@ def _threshold_number(sink: Sink, tile: Tile) -> int:
     return tile.tensor if len(sink.thresholds) > 1 else 0
 
 
-def _squares(xp: Arrays, keys: Array, task: TaskVector) -> Array:
+def _squares(keys: Array, task: TaskVector) -> Array:
     """Sums of squares of differences that are finite, CHUNK by CHUNK; float64 (chunks,). What is not finite leaves the keys."""
-    floats = xp.view(keys, "f8" if task.wide else "f4")
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums = xp.squares(floats, CHUNK)
-        if not np.isfinite(sums).all():  # -1, which marks unchanged entries, is a NaN, too
-            xp.fill(keys, 0, where=xp.less(keys, 0))
-            xp.fill(keys, 0, where=xp.greater_equal(keys, task.infinite_key))
-            sums = xp.squares(xp.copy(floats, xp.empty(len(floats), "f8")), CHUNK)
+    floats = keys.view("f8" if task.wide else "f4")
+    with np.errstate(over="ignore"):
+        sums = _by_run(floats)
+        if not np.isfinite(sums).all():
+            keys[keys >= task.infinite_key] = 0
+            sums = _by_run(floats.astype(np.float64))
     return sums
+
+
+def _by_run(floats: Array) -> Array:
+    return np.array([np.dot(run, run) for run in (floats[at : at + CHUNK] for at in range(0, len(floats), CHUNK))], np.float64)
 
 
 def _by_chunk(positions: Array, values: Array, chunks: int) -> Array:

@@ -11,10 +11,9 @@ import numpy as np
 
 from peru_cli.artifacts.codecs import PCO, Integers, decode, encode
 from peru_cli.checkpoints.local.journal import Journal
-from peru_cli.methods.magnitude import Counted, Tally, Threshold, Window
+from peru_cli.methods.magnitude import Tally, Threshold, Window
 
 EVERY = 1.0  # seconds between two notes where reading again costs nothing but time
-_MANY = 1 << 20  # bins that wait one by one
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,6 @@ class ThresholdJournal:
     def __init__(self, journal: Journal, name: str, ranged: bool) -> None:
         self._journal, self._name, self._pace = journal, name, Pace(ranged)
         self._round = 0
-        self._parts: dict[int, list[Counted]] = {}
-        self._size = 0
 
     def known(self) -> tuple[dict[int, Found], dict[int, Window], int] | None:
         """Thresholds that were found, windows to count for the others, and how many counts came before; None of a new search."""
@@ -64,7 +61,7 @@ class ThresholdJournal:
 
     def begin(self, found: dict[int, Found], windows: dict[int, Window], counts: int) -> None:
         """Note what is known before a count."""
-        self._round, self._parts, self._size = counts, {}, 0
+        self._round = counts
         key = f"{self._name} round {counts}"
         if key not in self._journal.notes:
             settled = [[number, f.threshold.key, f.threshold.equals, f.changed] for number, f in found.items()]
@@ -77,28 +74,21 @@ class ThresholdJournal:
             if key.startswith(f"{self._name} count {self._round} "):
                 first = int(key.rsplit(" ", 1)[1]) + 1
                 for number, above, changed, bins, times in value:
-                    tallies[number].add(Counted(above, changed, _unpack(bins, True), _unpack(times, False)))
+                    tallies[number].restore(above, changed, _unpack(bins, True), _unpack(times, False))
+        for tally in tallies.values():
+            tally.news()  # it is noted
         return first
 
-    def count(self, result: dict[int, Counted], slot: int, last: bool) -> None:
-        """Take what a tile added; `last` says that it is its slot's last one."""
-        for number, counted in result.items():
-            parts = self._parts.setdefault(number, [])
-            parts.append(counted)
-            self._size += len(counted.bins)
-        if self._size > _MANY:
-            self._parts = {number: [Counted.together(parts)] for number, parts in self._parts.items()}
-            self._size = 0
-        if last and self._pace.due():
-            sums = [(number, Counted.together(parts)) for number, parts in self._parts.items()]
-            noted = [[number, c.above, c.changed, _pack(c.bins, True), _pack(c.times, False)] for number, c in sums]
+    def count(self, tallies: dict[int, Tally], slot: int) -> None:
+        """A slot was counted, and all before it."""
+        if self._pace.due():
+            news = [(number, tally.news()) for number, tally in tallies.items()]
+            noted = [[number, above, changed, _pack(bins, True), _pack(times, False)] for number, (above, changed, bins, times) in news]
             self._journal.note(f"{self._name} count {self._round} {slot}", noted)
-            self._parts, self._size = {}, 0
 
 
-def _pack(values: Integers | None, ascending: bool) -> Any:
+def _pack(values: Integers, ascending: bool) -> Any:
     """Whole numbers as [how many, codec's bytes]."""
-    assert values is not None
     if not len(values):
         return [0, ""]
     steps = np.diff(values, prepend=0) if ascending else values

@@ -16,7 +16,6 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.methods.delta import (
     INFINITE_KEY,
     NOT_ROUNDED,
-    KeyRoom,
     add_rounded,
     add_ulps,
     cast_bits,
@@ -27,6 +26,7 @@ from peru_cli.methods.delta import (
 from peru_cli.methods.magnitude import (
     ALL_CHANGED,
     MAX_BINS,
+    Counted,
     Tally,
     Threshold,
     Window,
@@ -83,12 +83,9 @@ def tallied(window: Window, keys: np.ndarray, parts: Iterator[int]) -> Tally:
     total = Tally(window)
 
     def add(start: int, stop: int) -> None:
-        part = keys[start:stop].copy()
-        changed = int(np.count_nonzero(part >= 0))
-        if window.low > 0:
-            part[part < 0] = 0  # what KeyRoom.keys may say of unchanged entries then
-        space = SPACES[start % 2]
-        total.add_keys(space, space.upload(part), changed)
+        part = keys[start:stop]
+        within = part[(part >= window.low) & (part <= window.high)]
+        total.add(Counted(int(np.count_nonzero(part > window.high)), int(np.count_nonzero(part >= 0)), within))
 
     edges = sorted({0, len(keys), *parts})
     threads = [threading.Thread(target=add, args=ends) for ends in pairwise(edges)]
@@ -287,23 +284,48 @@ def test_ulp_differences_undo_themselves_for_every_pattern(name: str) -> None:
 
 
 @pytest.mark.parametrize("xp", SPACES, ids=["numpy", "torch"])
-@pytest.mark.parametrize("low", [0, 1, 0x3A00_0000])
 @pytest.mark.parametrize("name,wide", [*((name, True) for name in FLOAT), ("F16", False), ("BF16", False), ("F32", False)])
-def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, low: int, xp: Arrays) -> None:
+def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, xp: Arrays) -> None:
+    """In float64 by torch; counts and choices are what the keys say, of tiles of any length."""
     base = patterns(name, seed=1)
     fine = base[torch.randperm(len(base), generator=torch.Generator().manual_seed(2))]
     fine[::3] = base[::3]
     kind = np.float64 if wide else np.float32
-    room = KeyRoom(xp, len(base) + 5, wide)
+    room = xp.differences(len(base) + 5, wide)
     numbers = [bits.view(FLOAT[name]).double().numpy().astype(kind) for bits in (fine, base)]
+    ours = [xp.upload(bits.numpy()) for bits in (base, fine)]
     with np.errstate(invalid="ignore", over="ignore"):
-        keys = xp.download(room.keys(xp.upload(base.numpy()), xp.upload(fine.numpy()), BY_NAME[name], low))
+        keys = room.keys(*ours, name).copy()
         difference = np.abs(numbers[0] - numbers[1])
     difference[~np.isfinite(difference)] = np.inf
     want = difference.view(np.int64 if wide else np.int32).astype(np.int64)
     changed = (base != fine).numpy()
     assert np.array_equal(keys[changed], want[changed]) and keys.max() == INFINITE_KEY[wide]
-    assert np.all(keys[~changed] == -1 if low <= 0 else keys[~changed] <= 0)
+    assert np.all(keys[~changed] == -1)
+    ulps = ulp_difference(base.numpy(), fine.numpy())
+    middle = int(np.median(keys[changed]))
+    for n in (len(keys), 1025, 1024, 7, 0):
+        part, bits = keys[:n], [each[:n] for each in ours]
+        for low, high in ((0, 2 * middle), (middle, middle), (middle, INFINITE_KEY[wide]), (1, 1 << 20)):
+            above, differ, within = room.count(*bits, name, low, high)
+            assert above == np.count_nonzero(part > high) and differ == np.count_nonzero(part >= 0)
+            assert np.array_equal(within, part[(part >= low) & (part <= high)])
+        for least in (0, middle, INFINITE_KEY[wide], INFINITE_KEY[wide] + 2):
+            found = room.select(*bits, name, least)
+            at = np.flatnonzero(part >= least)
+            for got, expected in zip(found, (at, part[at], ulps[at], fine.numpy()[at]), strict=True):
+                assert np.array_equal(got, expected) and got.dtype == expected.dtype
+
+
+def test_news_of_a_tally_are_what_was_added_since() -> None:
+    """A search that goes on from them counts the same."""
+    window = Window(10, 1, 5)
+    tally, again = Tally(window), Tally(window)
+    for keys in ([10, 19, 12], [], [13, 13]):
+        tally.add(Counted(2, 5, np.array(keys, np.int32)))
+        again.restore(*tally.news())
+        assert again.bins.tolist() == tally.bins.tolist() and (again.above, again.changed) == (tally.above, tally.changed)
+    assert tally.bins.tolist() == [1, 3, 0, 0, 1]
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16", "F32", "F64"])

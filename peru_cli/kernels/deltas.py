@@ -1,0 +1,144 @@
+"""Differences of a tile from the base: their keys, how many are in a window, and which are kept (methods/delta.py, magnitude.py).
+
+The key of an entry is the pattern of |fine - base| in float32 (float64 where that is wide), an integer that orders as the magnitudes
+do; all that is not finite ties as the largest, and entries with equal bits have -1. Bits are those of one dtype, (n,) both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from peru_cli.kernels.build import kernels
+from peru_cli.kernels.scalars import DTYPES, Key, magnitude, order, widen
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+_BLOCK = 1024  # entries whose keys are made at once, which vectorises, before some are picked out, which does not
+_WORD = 8  # flags looked at together
+
+
+@kernels("*b *b i8 *k", DTYPES)
+def _keys(base: Any, fine: Any, n: int, out: Any) -> None:
+    for i in range(n):
+        key = magnitude(widen(fine[i]) - widen(base[i]))
+        out[i] = Key(-1) if base[i] == fine[i] else key
+
+
+# A block's flags are read as words: most of them are 0 where few entries are wanted.
+@kernels("*b *b i8 k k *k *u1 *u8 *k *i8", DTYPES)
+def _count(
+    base: Any, fine: Any, n: int, low: Any, high: Any, keys: Any, flags: Any, flag_words: Any, within: Any, counts: Any
+) -> int:  # fmt: skip
+    found: Any = 0
+    above: Any = 0
+    changed: Any = 0
+    for start in range(0, n, _BLOCK):
+        size = min(_BLOCK, n - start)
+        higher, other = np.int32(0), np.int32(0)
+        for i in range(size):
+            a, b = base[start + i], fine[start + i]
+            key = magnitude(widen(b) - widen(a))
+            key = Key(-1) if a == b else key
+            keys[i] = key
+            higher = np.int32(higher + np.int32(key > high))
+            other = np.int32(other + np.int32(a != b))
+            flags[i] = np.uint8((key >= low) & (key <= high))
+        for i in range(size, _BLOCK):
+            flags[i] = np.uint8(0)
+        above += higher
+        changed += other
+        for word in range(_BLOCK // _WORD):
+            if flag_words[word] != np.uint64(0):
+                for i in range(_WORD * word, _WORD * word + _WORD):
+                    within[found] = keys[i]
+                    found += np.int64(flags[i])
+    counts[0], counts[1] = above, changed
+    return found  # type: ignore[no-any-return]
+
+
+@kernels("*b *b i8 k *k *u1 *u8 *i4 *k *b *b", DTYPES)
+def _select(
+    base: Any, fine: Any, n: int, least: Any, keys: Any, flags: Any, flag_words: Any, positions: Any, found_keys: Any, ulps: Any, bits: Any
+) -> int:
+    found: Any = 0
+    for start in range(0, n, _BLOCK):
+        size = min(_BLOCK, n - start)
+        for i in range(size):
+            a, b = base[start + i], fine[start + i]
+            key = magnitude(widen(b) - widen(a))
+            key = Key(-1) if a == b else key
+            keys[i] = key
+            flags[i] = np.uint8(key >= least)
+        for i in range(size, _BLOCK):
+            flags[i] = np.uint8(0)
+        first = found
+        for word in range(_BLOCK // _WORD):
+            if flag_words[word] != np.uint64(0):
+                for i in range(_WORD * word, _WORD * word + _WORD):
+                    positions[found] = start + i
+                    found += np.int64(flags[i])
+        for j in range(first, found):
+            at = positions[j]
+            found_keys[j] = keys[at - start]
+            bits[j] = fine[at]
+            ulps[j] = order(fine[at]) - order(base[at])
+    return found  # type: ignore[no-any-return]
+
+
+@kernels("*i8 *k i8 i8 i8", {"i4": {"k": "i4"}, "i8": {"k": "i8"}})
+def _add_bins(bins: Any, keys: Any, n: int, low: int, shift: int) -> None:
+    for i in range(n):
+        bins[(np.int64(keys[i]) - low) >> shift] += 1
+
+
+@kernels("*b *i8 *b i8", {"2": {"b": "u2"}, "4": {"b": "u4"}, "8": {"b": "u8"}})
+def _put(out: Any, positions: Any, values: Any, n: int) -> None:
+    for i in range(n):
+        out[positions[i]] = values[i]
+
+
+def add_bins(bins: Ints, keys: Ints, low: int, shift: int) -> None:
+    """Count keys (int32 or int64) in bins of 2^shift keys each from `low` on; int64 bins, all keys within them."""
+    _add_bins[f"i{keys.itemsize}"](bins, keys, len(keys), low, shift)
+
+
+def put(out: Ints, positions: Ints, values: Ints) -> None:
+    """out[positions] = values, of one dtype of 2, 4 or 8 bytes; positions int64, all within."""
+    _put[str(out.itemsize)](out, positions, values, len(positions))
+
+
+class Room:
+    """One thread's room for tiles of so many entries, of one kind of float (`f4` or `f8`)."""
+
+    def __init__(self, entries: int, kind: str) -> None:
+        self._kind, key = kind, f"i{kind[1]}"
+        self._infinite = int(np.array(np.inf, kind).view(key))
+        self._block, self._flags = np.empty(_BLOCK, key), np.empty(_BLOCK, np.uint8)
+        self._keys, self._found = np.empty(entries, key), np.empty(entries + _WORD, key)
+        self._positions = np.empty(entries + _WORD, np.int32)
+
+    def keys(self, base: Ints, fine: Ints, dtype: str) -> Ints:
+        """The key of every entry; (n,), valid until the next call of this."""
+        out = self._keys[: len(base)]
+        _keys[f"{dtype} {self._kind}"](base, fine, len(base), out)
+        return out
+
+    def count(self, base: Ints, fine: Ints, dtype: str, low: int, high: int) -> tuple[int, int, Ints]:
+        """How many keys are above `high`, how many entries differ, and the keys from `low` to `high`, (k,)."""
+        counts, flags = np.empty(2, np.int64), self._flags
+        low, high = min(low, self._infinite + 1), min(high, self._infinite)  # no key is larger
+        loop = _count[f"{dtype} {self._kind}"]
+        found = loop(base, fine, len(base), low, high, self._block, flags, flags.view(np.uint64), self._found, counts)
+        return int(counts[0]), int(counts[1]), self._found[:found].copy()
+
+    def select(self, base: Ints, fine: Ints, dtype: str, least: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+
+        All (k,). Keys are valid until the next call. With 0: all entries that differ.
+        """
+        n, flags = len(base), self._flags
+        ulps, bits = np.empty(n + _WORD, fine.dtype), np.empty(n + _WORD, fine.dtype)
+        loop = _select[f"{dtype} {self._kind}"]
+        found = loop(base, fine, n, least, self._block, flags, flags.view(np.uint64), self._positions, self._found, ulps, bits)
+        return self._positions[:found].astype(np.int64), self._found[:found], ulps[:found].copy(), bits[:found].copy()

@@ -1,0 +1,102 @@
+"""Floats out of the bits of each checkpoint dtype and back, one entry at a time, for loops to call.
+
+A loop made by `kernels(over=DTYPES)` names `widen`, `magnitude`, `order` and `Key`; each dtype has its own in their place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_BIAS = np.float32(2.0**112)  # between the exponents of float16 and float32
+
+
+def _widen_bf16(bits: Any) -> Any:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+def _widen_f16(bits: Any) -> Any:
+    """Shift into place, then multiply to mend the exponent's bias: exact, for subnormal numbers too."""
+    sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
+    rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
+    finite = np.float32(np.uint32(rest | sign).view(np.float32) * _BIAS)
+    infinite = np.uint32(rest | sign | np.uint32(0x7F80_0000)).view(np.float32)
+    return infinite if rest >= np.uint32(0x0F80_0000) else finite
+
+
+def _widen_f32(bits: Any) -> Any:
+    return np.uint32(bits).view(np.float32)
+
+
+def _doubled_bf16(bits: Any) -> Any:
+    return np.float64(_widen_bf16(bits))
+
+
+def _doubled_f16(bits: Any) -> Any:
+    return np.float64(_widen_f16(bits))
+
+
+def _doubled_f32(bits: Any) -> Any:
+    return np.float64(_widen_f32(bits))
+
+
+def _widen_f64(bits: Any) -> Any:
+    return np.uint64(bits).view(np.float64)
+
+
+def _magnitude_single(number: Any) -> Any:
+    """The pattern of |number|, all that is not finite as infinity; int32."""
+    return np.int32(min(np.int32(np.float32(number).view(np.int32) & np.int32(0x7FFF_FFFF)), np.int32(0x7F80_0000)))
+
+
+def _magnitude_double(number: Any) -> Any:
+    """The same of a float64; int64."""
+    return np.int64(min(np.float64(number).view(np.int64) & np.int64(0x7FFF_FFFF_FFFF_FFFF), np.int64(0x7FF0_0000_0000_0000)))
+
+
+def _order_16(bits: Any) -> Any:
+    """Sign-magnitude pattern to an integer in total order (methods/delta.py)."""
+    return np.uint16(bits ^ np.uint16(0x7FFF)) if bits >= np.uint16(0x8000) else np.uint16(bits)
+
+
+def _order_32(bits: Any) -> Any:
+    return np.uint32(bits ^ np.uint32(0x7FFF_FFFF)) if bits >= np.uint32(0x8000_0000) else np.uint32(bits)
+
+
+def _order_64(bits: Any) -> Any:
+    return np.uint64(bits ^ np.uint64(0x7FFF_FFFF_FFFF_FFFF)) if bits >= np.uint64(1 << 63) else np.uint64(bits)
+
+
+def widen(bits: Any) -> Any:
+    """Bits as a float32, or a float64 in loops that are wide; stands for that of each dtype."""
+    raise NotImplementedError
+
+
+def magnitude(number: Any) -> Any:
+    """The pattern of |number|; stands for that of each width."""
+    raise NotImplementedError
+
+
+def order(bits: Any) -> Any:
+    """Bits as an integer in total order; stands for that of each width."""
+    raise NotImplementedError
+
+
+Key: Any = np.int32  # the integer of a loop's floats: int64 in those that are wide
+_SINGLE = {"f": "f4", "k": "i4", "Key": np.int32, "magnitude": _magnitude_single}
+_DOUBLE = {"f": "f8", "k": "i8", "Key": np.int64, "magnitude": _magnitude_double}
+_BITS_16 = {"b": "u2", "order": _order_16}
+_BITS_32 = {"b": "u4", "order": _order_32}
+_BITS_64 = {"b": "u8", "order": _order_64}
+
+# By dtype and the kind of float that is computed with. `b` are bits, `f` floats, `k` integers of a float's width.
+DTYPES: dict[str, dict[str, Any]] = {
+    "BF16 f4": {**_BITS_16, **_SINGLE, "widen": _widen_bf16},
+    "F16 f4": {**_BITS_16, **_SINGLE, "widen": _widen_f16},
+    "F32 f4": {**_BITS_32, **_SINGLE, "widen": _widen_f32},
+    "BF16 f8": {**_BITS_16, **_DOUBLE, "widen": _doubled_bf16},
+    "F16 f8": {**_BITS_16, **_DOUBLE, "widen": _doubled_f16},
+    "F32 f8": {**_BITS_32, **_DOUBLE, "widen": _doubled_f32},
+    "F64 f8": {**_BITS_64, **_DOUBLE, "widen": _widen_f64},
+}
