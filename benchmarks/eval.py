@@ -20,8 +20,8 @@ from typing import Any
 
 from peru_cli.evaluate import run as job
 from peru_cli.evaluate.plan import Comparison
-from peru_cli.inference.data import read_examples
 from peru_cli.inference.prepare import Settings
+from peru_cli.inference.reading import read_examples
 
 PERU = [sys.executable, "-m", "peru_cli"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.console import console
-from peru_cli.inference.data import read_examples
 from peru_cli.inference.models import pick_device
+from peru_cli.inference.reading import read_examples
 from peru_cli.merge.data import look
 from peru_cli.merge.plan import Options, plan_merge
 from peru_cli.merge.search import Trial

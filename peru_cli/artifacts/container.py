@@ -17,7 +17,7 @@ from blake3 import blake3
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
 from peru_cli.checkpoints.local.atomic import PartialFile
-from peru_cli.checkpoints.local.checkpoint import open_random, read_header
+from peru_cli.checkpoints.local.files import open_random, read_header
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.shown import listed

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peru_cli import demo
-from peru_cli.inference.data import read_examples
 from peru_cli.inference.eval_model import open_eval_model
 from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.prepare import Settings, load
+from peru_cli.inference.reading import read_examples
 
 BATCH = 250  # images
 PROCESSOR = "preprocessor_config.json"  # how pixels become inputs

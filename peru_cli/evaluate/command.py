@@ -129,7 +129,7 @@ def evaluate_command(
     from peru_cli.evaluate import show as evalshow
     from peru_cli.evaluate.plan import check_comparisons, check_gates, parse_gate, weight_pairs
     from peru_cli.finetunes.open import only_task
-    from peru_cli.inference.data import split_data
+    from peru_cli.inference.reading import split_data
 
     gates = [parse_gate(given, True) for given in fail_below or []] + [parse_gate(given, False) for given in fail_above or []]
     named = {a.task or only_task(a.model) or default_task(a.model): a.model for a in split_arguments(models)}
@@ -196,7 +196,7 @@ def _check_output(path: Optional[Path], option: str, force: bool) -> None:
 
 
 def _read(files: dict[str, str], texts: list[str], most: Optional[int]) -> dict[str, Examples]:
-    from peru_cli.inference.data import read_examples, read_text, split_data
+    from peru_cli.inference.reading import read_examples, read_text, split_data
 
     plain = set(split_data(texts, "--text").values())
     return {task: read_text(file) if file in plain else read_examples(file, most) for task, file in files.items()}

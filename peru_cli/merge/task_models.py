@@ -12,10 +12,11 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.adapter import fine_name
 from peru_cli.finetunes.fine_tune import FineTune
-from peru_cli.inference.data import Examples, read_examples, split_data
+from peru_cli.inference.data import Examples
 from peru_cli.inference.eval_model import in_memory
 from peru_cli.inference.models import build_model, pick_device
 from peru_cli.inference.prepare import Loaded, Settings, load
+from peru_cli.inference.reading import read_examples, split_data
 from peru_cli.live.memory import read_tensors
 from peru_cli.merge.plan import MergePlan
 from peru_cli.vectors.family import TaskVector

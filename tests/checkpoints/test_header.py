@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo, build_header, check_tensor_name, header_length, parse_header
-from peru_cli.checkpoints.local.checkpoint import RandomAccessFile, SafetensorsCheckpoint, read_header
+from peru_cli.checkpoints.local.checkpoint import SafetensorsCheckpoint
+from peru_cli.checkpoints.local.files import RandomAccessFile, read_header
 from peru_cli.errors import BadFile
 from tests.conftest import raw
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from peru_cli.errors import BadFile, PeruError, UsageError
-from peru_cli.inference.data import read_examples, split_data
+from peru_cli.inference.reading import read_examples, split_data
 
 ROWS = [
     {"text": "a fine film", "text_pair": "a film", "label": 1},

@@ -186,10 +186,10 @@ def test_results_do_not_depend_on_the_batch(tmp_path: Path, peru: Peru, kind: st
         found = run(peru, fine, "-d", file, "--batch-size", size)
         assert found["values"]["accuracy"] == 1, (size, found["values"])
     # and to the last digits, not only in the choice
-    from peru_cli.inference.data import read_examples
     from peru_cli.inference.eval_model import open_eval_model
     from peru_cli.inference.inputs import class_logits
     from peru_cli.inference.prepare import Settings, load
+    from peru_cli.inference.reading import read_examples
 
     loaded = load(open_eval_model(str(fine), "", None), read_examples(str(file)), [], Settings())
     np.testing.assert_allclose(class_logits(loaded.model, loaded.inputs, 7), wanted, rtol=1e-3, atol=1e-3)

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from peru_cli import demo
 from peru_cli.errors import PeruError
 from peru_cli.inference import inputs as evaluation_inputs
-from peru_cli.inference.data import Examples, read_examples
+from peru_cli.inference.data import Examples
 from peru_cli.inference.eval_model import Base, open_eval_model
 from peru_cli.inference.inputs import IGNORED, class_logits
 from peru_cli.inference.models import CAUSAL, SEQ2SEQ
 from peru_cli.inference.prepare import Loaded, Settings, load, prepare
+from peru_cli.inference.reading import read_examples
 from tests.support import models
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
 
-from peru_cli.checkpoints.checks import impostors
-from peru_cli.checkpoints.dtypes import BY_TORCH_NAME
-from peru_cli.checkpoints.header import Header, TensorInfo, check_tensor_name, header_length, parse_header
-from peru_cli.checkpoints.hub.names import RemoteFile
+from peru_cli.checkpoints.header import Header, TensorInfo
 from peru_cli.checkpoints.local import inputs
+from peru_cli.checkpoints.local.files import RandomAccess, RandomAccessFile, open_random, read_header
 from peru_cli.checkpoints.local.readahead import Echo, ReadAhead
 from peru_cli.checkpoints.local.sealed import Sealed, file_digest, is_sealed, read_digests, told_files
-from peru_cli.checkpoints.places import Place, children, on_disk
+from peru_cli.checkpoints.local.torch_files import TorchCheckpoint
+from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
@@ -27,94 +22,6 @@ from peru_cli.errors import BadFile, UsageError
 _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _SIDE_BY_SIDE = 8  # files on the Hub opened at once
-_HAS_PREADV = hasattr(os, "preadv")
-
-
-class RandomAccess(Protocol):
-    """An open file that any thread reads at any offset."""
-
-    size: int
-    header: Header | None
-
-    @property
-    def path(self) -> Place | RemoteFile:
-        """The file, as messages name it."""
-        ...
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset`; BadFile if the file ends first."""
-        ...
-
-    def close(self) -> None:
-        """Release it."""
-        ...
-
-
-class RandomAccessFile:
-    """A file read at any offset by any thread: `preadv` where there is one, else one locked handle."""
-
-    def __init__(self, path: Place) -> None:
-        self.path = path
-        self._file = os.fdopen(inputs.open_regular(on_disk(path)), "rb", buffering=0)
-        self._lock = threading.Lock()
-        self.header: Header | None = None  # once it was read
-        self.size = os.fstat(self._file.fileno()).st_size
-        if hasattr(os, "posix_fadvise"):
-            # From a cold disk this reads 1.6 times as fast as asking for each tile ahead of time.
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset`; BadFile if the file ends first."""
-        done = 0
-        while done < len(buffer):
-            got = self._read_some(offset + done, buffer[done:])
-            if got == 0:
-                raise BadFile(f"{self.path}: the file ends at byte {offset + done}: it shrank while being read")
-            done += got
-
-    def _read_some(self, offset: int, buffer: memoryview) -> int:
-        if _HAS_PREADV:
-            return os.preadv(self._file.fileno(), [buffer], offset)
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.readinto(buffer) or 0
-
-    def close(self) -> None:
-        """Close the handle."""
-        self._file.close()
-
-
-def open_random(place: Place) -> RandomAccess:
-    """Open a file to be read at any offset; a file on the Hub by ranges, if so the command says."""
-    return RandomAccessFile(place) if isinstance(place, Path) or not place.streams else place.ranges()
-
-
-def read_header(file: RandomAccess) -> Header:
-    """Read and check the header of an open safetensors file, once; BadFile names the file."""
-    if file.header is None:
-        file.header = _read_header(file)
-    return file.header
-
-
-def _read_header(file: RandomAccess) -> Header:
-    try:
-        prefix = bytearray(min(8, file.size))
-        file.read_into(0, memoryview(prefix))
-        text = bytearray(header_length(bytes(prefix), file.size))
-        file.read_into(8, memoryview(text))
-        return parse_header(bytes(text), file.size)
-    except BadFile as error:
-        refuse_impostor(file)
-        raise BadFile(f"{file.path}: {error.message}", error.hint) from error
-
-
-def refuse_impostor(file: RandomAccess) -> None:
-    """Raise BadFile if the first bytes of a file say that it is something else than the weights it is named for."""
-    head = bytearray(min(impostors.HEAD, file.size))
-    if head:
-        file.read_into(0, memoryview(head))
-    if (found := impostors.describe(bytes(head), file.path.name)) is not None:
-        raise BadFile(f"{file.path}: {found[0]}", found[1])
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -244,72 +151,11 @@ def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
             raise
         return file
 
-    # Whole files are downloaded one at a time anyway (hubdownload.py), and in this thread, which hears Ctrl-C.
+    # Whole files are downloaded one at a time anyway (hub/download.py), and in this thread, which hears Ctrl-C.
     if len(files) == 1 or not any(not isinstance(file, Path) and file.streams for file in files):
         return [open_one(file) for file in files]
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
         return list(pool.map(open_one, files))
-
-
-class TorchCheckpoint(Checkpoint):
-    """pytorch_model.bin files, read through `torch.load(weights_only=True, mmap=True)` and nothing else."""
-
-    def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
-        self.label, self.kind, self.side_files, self.warnings, self.metadata = label, kind, side_files, [], {}
-        self.files = files
-        self._bytes: dict[str, memoryview] = {}
-        tensors: dict[str, TensorInfo] = {}
-        for path in files:
-            for name, (info, data) in _load_torch_file(path).items():
-                if name in tensors:
-                    raise BadFile(f"{path}: tensor {name!r} stands in another shard too")
-                tensors[name], self._bytes[name] = info, data
-        self.tensors = tensors
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self._bytes[name][offset : offset + len(buffer)]
-
-
-def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
-    if not isinstance(path, Path) and path.streams:
-        raise UsageError(f"{path} is a PyTorch file, which cannot be read by ranges", "leave --stream out, or name one with safetensors")
-    import torch
-
-    with closing(RandomAccessFile(path)) as file:
-        refuse_impostor(file)
-        prefix = bytearray(min(4, file.size))
-        file.read_into(0, memoryview(prefix))
-    # Files from before the zip format cannot be mapped: they are read whole.
-    zipped = prefix == b"PK\x03\x04"
-    try:
-        loaded: Any = torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises pickle, zip and runtime errors alike; each means the same here
-        reason = str(error).strip().splitlines()
-        raise BadFile(
-            f"{path}: torch cannot load this safely ({reason[0] if reason else type(error).__name__})",
-            "pickles that would run code are refused: save the model as safetensors",
-        ) from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise BadFile(f"{path}: holds a {type(loaded).__name__}, not a table of tensors")
-    result: dict[str, tuple[TensorInfo, memoryview]] = {}
-    for name, tensor in loaded.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise BadFile(f"{path}: the entry {name!r} is a {type(tensor).__name__}, not a tensor")
-        try:
-            check_tensor_name(name)
-        except BadFile as error:
-            raise BadFile(f"{path}: {error.message}") from error
-        dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None or tensor.layout != torch.strided:
-            raise BadFile(f"{path}: tensor {name!r} is {tensor.dtype}, {tensor.layout}, which safetensors does not know")
-        flat = tensor.detach().contiguous().view(-1)  # a copy only where the file holds a transposed view
-        data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-        result[name] = (TensorInfo(name, dtype, tuple(tensor.shape)), data)
-    return result
 
 
 def _read_index(path: Place) -> dict[str, str]:
