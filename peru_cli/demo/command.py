@@ -96,7 +96,7 @@ def _table(rows: list[Row], base_bytes: int) -> None:
         for row in rows
     ]
     console.table(["method", ">size", ">bits/param", ">accuracy %", ">of fine-tunes %"], cells)
-    console.line("* nothing smaller is more accurate")
+    console.line("* no smaller row is more accurate")
     console.line(
         f"Sizes are for all {len(fine_tuned.accuracies)} tasks, heads and configs included, on top of the base's {si_bytes(base_bytes)}."
     )

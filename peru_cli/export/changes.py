@@ -61,7 +61,7 @@ class Changes:
         if new:
             raise Mismatch(
                 f"{self.fine.label} has tensors that {self.base.label} lacks, or has in another shape or dtype: {listed(new)}",
-                "engines patch the tensors that they have: send this model whole (peru unpack), or leave the tensors out of the fine-tune",
+                "engines patch only tensors that they have: send the whole model (peru unpack), or remove these from the fine-tune",
             )
 
     def pieces(self, target: Target) -> Iterator[tuple[int, memoryview, memoryview | None]]:

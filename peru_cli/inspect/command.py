@@ -68,7 +68,7 @@ def inspect(
     if plot is not None:
         check_plot(plot)
         if not artifact and not adapter and base is None:
-            raise UsageError("--plot draws an artifact, an adapter, or a fine-tune with its --base")
+            raise UsageError("--plot needs an artifact, an adapter, or a fine-tune with its --base")
     if adapter:
         show_adapter(model, base, plot, run.device, run.threads)
     elif artifact:
@@ -122,7 +122,7 @@ def _artifact(path: Place, plot: Path | None, every: bool) -> None:
         report = inspect_artifact(artifact)
         meta = report.metadata
         console.line(f"{path}: {meta['peru.kind']}, task {meta['peru.task']}, {si_bytes(report.file_bytes)}")
-        console.line(f"base:     {meta.get('peru.base', 'not named (prune --base-id records it)')}")
+        console.line(f"base:     {meta.get('peru.base', 'not recorded (prune --base-id records it)')}")
         lossless = meta["peru.density"] == "lossless"
         density = "lossless" if lossless else f"--keep {100 * float(Fraction(meta['peru.density'])):g}%, scope {meta['peru.scope']}"
         console.line(f"kept:     {count(int(meta['peru.kept']))} of {count(report.entries)} entries ({density})")
@@ -216,7 +216,7 @@ def _pair(
     console.line(f"{count(comparison.changed)} of {count(comparison.entries)} entries changed ({changed:.3g}%), norm {comparison.norm:.4g}")
     if comparison.not_finite:
         console.line(
-            f"{count(comparison.not_finite)} differences are NaN or infinite, left out of norms; prune keeps them first and exactly"
+            f"{count(comparison.not_finite)} differences are NaN or infinite and not counted in norms; prune keeps them first, and exactly"
         )
     if pairing.whole:
         console.line(f"stored whole, {si_bytes(comparison.whole_bytes)}: {', '.join(info.name for info in pairing.whole)}")

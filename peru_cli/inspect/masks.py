@@ -19,7 +19,7 @@ def show_masks(path: Place, plot: Path | None) -> None:
     from peru_cli.artifacts.packs.superposed import UNKNOWN
 
     if plot is not None:
-        raise UsageError(f"--plot has nothing to draw of masks ({path})", "leave it out")
+        raise UsageError(f"--plot cannot draw masks ({path})", "leave it out")
     with MaskPack(path) as pack:
         meta, index, container = pack.metadata, pack.index, pack.container
         masks = sum(mask.nbytes for mask in pack.masks.values())
@@ -33,7 +33,7 @@ def show_masks(path: Place, plot: Path | None) -> None:
         }
         entries = max(index.entries, 1)
         console.line(f"{path}: {meta['peru.kind']}, {plural(len(index.tasks), 'task')}, {si_bytes(container.file_bytes)}")
-        console.line(f"base:     {meta.get('peru.base', 'not named (shuffle-pack --base-id records it)')}")
+        console.line(f"base:     {meta.get('peru.base', 'not recorded (shuffle-pack --base-id records it)')}")
         share = f", keep {meta['peru.density']}" if "peru.density" in meta else ""
         console.line(f"how:      {meta['peru.method']}{share}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")
         console.line()

@@ -31,11 +31,11 @@ def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
         delta_bytes = container.file_bytes - container.sizes["whole"] - container.sizes["files"]
         quality, missed = (1 - error / energy, math.sqrt(error / energy)) if energy else (1.0, 0.0)
         console.line(f"{path}: {meta['peru.kind']}, task {meta['peru.task']}, {si_bytes(container.file_bytes)}")
-        console.line(f"base:     {meta.get('peru.base', 'not named (prune --base-id records it)')}")
+        console.line(f"base:     {meta.get('peru.base', 'not recorded (prune --base-id records it)')}")
         console.line(f"goal:     {meta['peru.goal']}")
-        console.line(f"kept:     {100 * quality:.4g}% of the difference's energy, relative error {missed:.4f}")
+        console.line(f"kept:     {100 * quality:.4g}% of the task vector's energy, relative error {missed:.4f}")
         console.line(
-            f"bits:     {8 * delta_bytes / max(entries, 1):.4f} for each of {count(entries)} entries, heads and side files not counted"
+            f"bits:     {8 * delta_bytes / max(entries, 1):.4f} per parameter ({count(entries)}), heads and side files not counted"
         )
         parts = {role: container.sizes[role] for role in ("blocks", "index", "whole", "files")} | {"header": container.header_bytes}
         console.line("bytes:    " + ", ".join(f"{role} {count(n)}" for role, n in parts.items()))

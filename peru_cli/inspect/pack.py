@@ -31,10 +31,10 @@ def show_pack(path: Place, plot: Path | None) -> None:
         groups = describe_groups(index.tensors, pack.arrangement.groups)
         pairs = [(other, task.name, *cosines) for task in index.tasks for other, cosines in task.cosines.items()]
         console.line(f"{path}: {meta['peru.kind']}, {plural(len(index.tasks), 'task')}, {si_bytes(container.file_bytes)}")
-        console.line(f"base:     {meta.get('peru.base', 'not named (shuffle-pack --base-id records it)')}")
+        console.line(f"base:     {meta.get('peru.base', 'not recorded (shuffle-pack --base-id records it)')}")
         how = f"decorrelate {meta['peru.decorrelate']}, signs {meta['peru.signs']}, seed {meta['peru.seed']}"
         if any(record.mode == PackMode.WEIGHTS for record in index.tensors):
-            console.line("          superposed are whole weights, not differences from it (--whole-weights)")
+            console.line("          the pack superposes whole weights, not task vectors (--whole-weights)")
         if pack.has_own_base:
             console.line("          with the plain sums of these tasks in it (--merge-base)")
         console.line(f"how:      {how}, scale {meta['peru.scale']}, precision {meta['peru.precision']}")

@@ -27,7 +27,7 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
     with Adapter(locate(model), model) as adapter:
         if not adapter.modules:
             size = size_of(adapter.weights)
-            console.line(f"{model}: {adapter.kind}, {si_bytes(size)}; its updates are no pairs of factors, and have no ranks to show")
+            console.line(f"{model}: {adapter.kind}, {si_bytes(size)}; its updates are not pairs of factors, so they have no ranks")
             console.result({"kind": adapter.kind, "layout": adapter.layout, "file_bytes": size, "modules": []})
             return
         total = sum(module.down.entries + module.up.entries for module in adapter.modules)
@@ -46,11 +46,11 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
         whole = sum(adapter.file.tensors[name].nbytes for name in adapter.whole.values())
         if whole:
             console.line(
-                f"held whole, {si_bytes(whole)}: {', '.join(sorted(adapter.whole)[:4])}{', ...' if len(adapter.whole) > 4 else ''}"
+                f"stored whole, {si_bytes(whole)}: {', '.join(sorted(adapter.whole)[:4])}{', ...' if len(adapter.whole) > 4 else ''}"
             )
         rest = locate(model) / REST
         if rest.is_file():
-            console.line(f"beside it, {si_bytes(size_of(rest))}: {REST}, what the adapter cannot hold (`peru inspect` shows it, too)")
+            console.line(f"beside it, {si_bytes(size_of(rest))}: {REST}, for what the adapter cannot hold (see `peru inspect`)")
         most = max(module.rank for module in adapter.modules)
         ranks = [rank for rank in RANKS if rank < most]
         plans = rank_plans(spectra, [*ranks, most])
@@ -99,7 +99,7 @@ def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device:
     )
     others = sum(info.nbytes for info in fine.tensors.values()) - sum(weight.pair.fine.nbytes for weight in plan.weights)
     console.line(
-        f"factors of {plural(len(spectra), 'weight')} alone; {si_bytes(others)} of other tensors are kept whole where they changed"
+        f"factors of {plural(len(spectra), 'weight')} alone; {si_bytes(others)} of other tensors are stored whole where they changed"
     )
     return {"ranks": [spectrum.json() for spectrum in spectra], "rank_plans": [vars(plan) for plan in plans]}
 

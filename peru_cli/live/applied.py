@@ -110,8 +110,8 @@ class Applied:
 def not_restored(tensors: int) -> Mismatch:
     """What to say of tensors that are no longer where they were."""
     return Mismatch(
-        f"the base was not restored: {tensors} change(s) were to tensors that the model has replaced or reshaped since",
-        "load the base again; take the artifact off before the model's weights are exchanged",
+        f"the base was not restored: the model has since replaced or reshaped tensors of {tensors} change(s)",
+        "load the base again; restore the artifact before you replace the model's weights",
     )
 
 
@@ -234,7 +234,7 @@ def owners(table: Mapping[str, Tensor], names: Mapping[str, str], source: FromAr
             kept[fine] = name
         elif not _equal(source, owner, fine):
             raise Mismatch(
-                f"{names[owner]} and {name} are tied in this model, in the fine-tune of {source.artifact.path} they differ",
+                f"{names[owner]} and {name} are tied in this model, but differ in the fine-tune of {source.artifact.path}",
                 "load the base untied (tie_word_embeddings=False), or unpack",
             )
     return kept

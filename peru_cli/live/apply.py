@@ -71,7 +71,7 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
     if isinstance(artifact, Pack):
         return _apply_pack(model, artifact, artifact.task(task).name, verify)
     if task is not None:
-        raise UsageError(f"{artifact.path} is no pack, it holds one fine-tune", "leave task out")
+        raise UsageError(f"{artifact.path} is not a pack: it holds one fine-tune", "leave task out")
     is_module = isinstance(model, torch.nn.Module)
     if isinstance(model, torch.nn.Module) and (earlier := _applied.get(model)) is not None:
         Claim(as_saved(model).values(), str(artifact.path)).release()  # not another thread's

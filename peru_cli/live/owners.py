@@ -31,8 +31,8 @@ class Claim:
                 for other in _claims.get(key, ()):
                     if other._thread is not self._thread and other._thread.is_alive():
                         raise UsageError(
-                            f"{other._what} is on these weights, applied by another thread",
-                            "restore it there first (`with apply(...)` does), or give each thread weights of its own",
+                            f"another thread has applied {other._what} to these weights",
+                            "restore it there first (`with apply(...)` does), or give each thread its own weights",
                         )
             for key in self._keys:
                 _claims.setdefault(key, []).append(self)

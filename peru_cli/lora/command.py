@@ -82,9 +82,9 @@ def svd_lora(
     """
     wanted = _wanted(rank, energy, max_bytes, dtype, uniform_rank, exact)
     if rest not in ("modules", "delta"):
-        raise UsageError(f"--rest {rest!r} is neither modules nor delta")
+        raise UsageError(f"--rest {rest!r} is not modules or delta")
     if base is None and (per_task is not None or base_id is not None or rest != "modules"):
-        raise UsageError("--per-task, --base-id and --rest are about full fine-tunes, which need their base", "add --base BASE")
+        raise UsageError("--per-task, --base-id and --rest apply to full fine-tunes, which need their base", "add --base BASE")
     options.check_base_id(base_id)
 
     from peru_cli.checkpoints.local.atomic import check_target
@@ -104,7 +104,7 @@ def svd_lora(
         if not _open_adapters(argument.model, name if several else "", where, opened_base, resizes):
             extractions.append((_open_full(argument.model, name, opened_base, per_task), where))
     if resizes and extractions:
-        raise UsageError("adapters and full fine-tunes cannot be worked on together", "run the command once for each kind")
+        raise UsageError("adapters and full fine-tunes cannot be combined in one run", "run the command once for each kind")
     check_target(target, run.force or run.dry_run)
     _check_output(target, output, resizes)
     place = destination(publishing, run.force, output)
@@ -172,8 +172,10 @@ def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint
         if adapter.products or adapter.foreign or not adapter.modules:
             adapter.close()
             if base is None or len(found) > 1:
-                hint = "name it alone, with --base BASE" if base is not None else "add --base BASE: what it changes is factored then"
-                raise UsageError(f"{label}: {adapter.kind}: no products of two thin factors that could be truncated", hint)
+                hint = (
+                    "name it alone, with --base BASE" if base is not None else "add --base BASE: peru then factors what the adapter changes"
+                )
+                raise UsageError(f"{label}: {adapter.kind}: it has no thin factors that could be truncated", hint)
             return False
         jobs.append(Resize("/".join(part for part in (name, inner) if part), adapter, where / inner))
         if base is not None:
@@ -189,7 +191,7 @@ def _open_full(model: str, name: str, base: Optional[Checkpoint], per_task: Opti
     if base is None:
         opened = open_model(model)
         opened.close()
-        raise UsageError(f"{model} is no LoRA adapter but a {opened.kind}", "an adapter out of a full fine-tune needs --base BASE")
+        raise UsageError(f"{model} is not a LoRA adapter but a {opened.kind}", "for an adapter from a full fine-tune, add --base BASE")
     return plan_extraction(name, open_fine_tune(model, base), base, per_task)
 
 
@@ -242,10 +244,10 @@ def _totals(report: AdapterReport) -> None:
     parts = f" (adapter {si_bytes(report.file_bytes)}, delta beside it {si_bytes(report.rest_bytes)})" if report.rest_bytes else ""
     size = f"{si_bytes(report.total_bytes)}{parts}, " + (f"{ratio:.1f}x smaller than {before}" if ratio >= 1 else f"larger than {before}")
     console.line(f"{report.path}: {size}; relative error {report.error:.4g}")
-    console.line(f"  factors: {count(numbers)} numbers, {count(paper)} as the paper counts them, q (d_out + d_in + 1)")
+    console.line(f"  factors: {count(numbers)} numbers, {count(paper)} by the paper's count, q (d_out + d_in + 1)")
     if not report.notes:
         if report.kept_bytes:
-            console.line(f"  held whole as before: {si_bytes(report.kept_bytes)}")
+            console.line(f"  other tensors, unchanged: {si_bytes(report.kept_bytes)}")
         return
     notes = report.notes
     if notes["modules_to_save"]:

@@ -213,7 +213,7 @@ def extract(
     plan: Extraction, target: Path, wanted: Wanted, options: Options, how: StreamSettings, sync: bool, note: Callable[[str], None]
 ) -> AdapterReport:
     """Write one adapter into a folder that is not there yet (below a PartialDirectory)."""
-    note(f"{plan.name}: comparing")
+    note(f"{plan.name}: comparing with the base")
     changed = {info.name for info in plan.pairing.whole}
     changed |= {pair.fine.name for pair in plan.pairing.pairs if pair.grown or is_changed(plan.fine, plan.base, pair)}
     weights = [weight for weight in plan.weights if weight.tensor in changed]
@@ -223,7 +223,7 @@ def extract(
     ranks = choose(plan, weights, wanted, dtype, fixed, how)
     weights, ranks = [w for w, r in zip(weights, ranks, strict=True) if r], [r for r in ranks if r]
     if not weights:
-        raise UsageError(f"{plan.fine.label}: no weight matrix changed that is larger than its factors would be", "use `peru prune`")
+        raise UsageError(f"{plan.fine.label}: every weight matrix that changed is smaller than its factors would be", "use `peru prune`")
     stored = [max(ranks)] * len(ranks) if wanted.uniform else ranks
     rest = plan_rest(plan, weights, changed, options.in_modules)
     tensors = _tensors(plan, weights, stored, rest, dtype)

@@ -111,7 +111,7 @@ def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str
     plan = Extraction(name, fine, base, pairing)
     plan.renamed, problem = names_in_memory(plan.config) if for_peft else ({}, None)
     if problem is not None:
-        plan.warnings.append(f"{fine.label}: {problem}; modules are named as in the checkpoint")
+        plan.warnings.append(f"{fine.label}: {problem}; modules keep the names of the checkpoint")
     found = (_weight(plan.in_memory(pair.fine.name), pair, plan.config) for pair in pairing.pairs)
     plan.weights = [weight for weight in found if weight is not None and weight.largest_rank]
     if not plan.weights:

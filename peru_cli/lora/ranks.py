@@ -123,7 +123,7 @@ def choose_ranks(wanted: Wanted, energies: Sequence[Array], costs: Sequence[int]
     assert wanted.max_bytes is not None
     least = fixed_bytes + sum(costs)
     if wanted.max_bytes < least:
-        raise UsageError(f"{what} needs at least {least:,} bytes at rank 1, --max-bytes says {wanted.max_bytes:,}", "allow more bytes")
+        raise UsageError(f"{what} needs at least {least:,} bytes at rank 1, but --max-bytes is {wanted.max_bytes:,}", "allow more bytes")
     room = wanted.max_bytes - fixed_bytes
     if wanted.uniform:
         return [max(1, min(room // sum(costs), max(len(values) for values in energies)))] * len(energies)
@@ -144,7 +144,7 @@ def round_to(tensor: torch.Tensor, dtype: Dtype, what: str) -> torch.Tensor:
 
     rounded = tensor.to(getattr(torch, dtype.torch_name or ""))
     if not bool(torch.isfinite(rounded).all()):
-        raise BadFile(f"{what} does not fit {dtype.name}", "choose --dtype bf16 or fp32")
+        raise BadFile(f"{what} does not fit {dtype.name}", "use --dtype bf16 or fp32")
     return rounded
 
 

@@ -179,7 +179,7 @@ def ranks_of(job: Resize, wanted: Wanted, how: StreamSettings) -> tuple[list[int
     stored = [max(contents)] * len(modules) if wanted.uniform else contents
     if len(set(stored)) > 1 and any(m.kind == PARAMETER and m.parameter is None for m in modules):
         name = next(m.name for m in modules if m.kind == PARAMETER and m.parameter is None)
-        raise UsageError(f"{job.adapter.label}: which parameter of {name} a rank is for cannot be told", "use --uniform-rank")
+        raise UsageError(f"{job.adapter.label}: peru cannot tell which parameter of {name} a rank belongs to", "use --uniform-rank")
     return contents, stored
 
 

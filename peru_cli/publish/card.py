@@ -123,9 +123,11 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
             body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {shlex.quote(task)}/")
     body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
     if packed:
-        body.append("Tasks of a pack share one sum of their differences, so each comes back nearly: `peru inspect` says how near.")
+        body.append(
+            "The tasks of a pack share one sum of their task vectors, so each comes back approximately: `peru inspect` shows how closely."
+        )
     if not bases and not found.merged:
-        body.append("The artifacts do not name their base; they hold digests of its tensors, so that another one is refused.")
+        body.append("The artifacts do not name their base. They hold digests of its tensors, so peru refuses any other base.")
     return body
 
 
@@ -152,7 +154,7 @@ def _artifact_row(file: str, container: Container) -> str:
     named, whole = f"| `{markdown(file)}` | {markdown(meta['peru.task'])} |", container.sizes["whole"]
     if meta["peru.kind"] == MIXED:
         energy, error = float(meta["peru.energy"]), float(meta["peru.error"])
-        kept = f"{100 * (1 - error / energy if energy else 1):.3g}% of the difference's energy"
+        kept = f"{100 * (1 - error / energy if energy else 1):.3g}% of the task vector's energy"
         density = "mixed"
     else:
         entries_kept = int(meta["peru.kept"])
@@ -193,7 +195,11 @@ def _adapters_card(found: Contents, repo: str) -> list[str]:
         known = [rank for rank in ranks if isinstance(rank, int)]
         rank = f"{min(known)} to {max(known)}" if len(set(known)) > 1 else str(known[0]) if known else ""
         body.append(f"| `{markdown(folder)}` | {sum(path.stat().st_size for path in inside):,} | {rank} |")
-    body += ["", f"Together {_bytes(found.nbytes)}. PEFT loads it without peru. A whole checkpoint, base and adapter in one:", ""]
+    body += [
+        "",
+        f"Together {_bytes(found.nbytes)}. PEFT loads it without peru. To write a whole checkpoint with base and adapter in one:",
+        "",
+    ]
     body += ["```sh", "pip install peru-cli"]
     for folder in found.adapters:
         name = f"hf://models/{repo}/{folder}" if folder != "." else repo

@@ -34,14 +34,14 @@ def publish(place: Optional[Destination], outputs: Sequence[Path], command: str,
     from peru_cli.publish import run as job
 
     done = job.publish(outputs, place, f"peru {command}", bases)
-    console.note(f"published: {done.url}" if done.new else f"{place} holds just this already: {done.url}")
+    console.note(f"published: {done.url}" if done.new else f"{place} already holds exactly this: {done.url}")
     return {"published": done.json()}
 
 
 @options.shared(lacks=["push", "no_sync", "stream", "device", "threads", "tile_entries"], force=options.ForcePush)
 def push(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="What peru wrote: artifacts, or one folder.", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repo on the Hub; it is made if it is not there.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repo on the Hub; created if it is missing.")],
     *,
     publishing: options.Publishing,
     run: options.Running,

@@ -68,16 +68,16 @@ def destination(
     """What the command line says, checked as text; None without --push."""
     if push is None:
         if private or revision is not None or message is not None:
-            raise UsageError("--private, --revision and --commit-message say how to publish", "add --push org/name")
+            raise UsageError("--private, --revision and --commit-message need --push", "add --push org/name")
         return None
     if not _REPO.fullmatch(push) or "--" in push or ".." in push or len(push) > 96:
-        raise UsageError(f"--push {push!r} is no name of a repo", "write it as org/name")
+        raise UsageError(f"--push {push!r} is not the name of a repo", "write it as org/name")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise UsageError(f"--revision {revision!r} is no name of a branch")
+        raise UsageError(f"--revision {revision!r} is not the name of a branch")
     if message is not None and not message.strip():
         raise UsageError("--commit-message is empty")
     if output == "-":
-        raise UsageError("-o - leaves nothing that could be published", "name a file or folder with -o")
+        raise UsageError("-o - leaves nothing to publish", "name a file or folder with -o")
     return Destination(push, private, revision or "main", message, force)
 
 
@@ -98,10 +98,10 @@ def check(place: Destination, taken: bool = True) -> None:
         names = [str(who.get("name")), *(str(org.get("name")) for org in who.get("orgs") or ())]
         owner = place.repo.split("/")[0]
         if role == "read":
-            raise PeruError(f"{place.repo}: the token may only read", _NEW_TOKEN)
+            raise PeruError(f"{place.repo}: the token is read-only", _NEW_TOKEN)
         if who.get("name") and owner.lower() not in {name.lower() for name in names}:  # tokens of CI providers have no name
             raise PeruError(
-                f"{place.repo}: the token is {names[0]}'s, who is not in {owner}",
+                f"{place.repo}: the token belongs to {names[0]}, who is not a member of {owner}",
                 f"name a repo of {' or '.join(names)}: {names[0]}/{place.repo.split('/')[1]}",
             )
         state = _state(api, place) if _exists(api, place) else None
@@ -126,7 +126,7 @@ def publish(paths: Sequence[Path], place: Destination, made_by: str, bases: tupl
         hint = f"{error.hint}\n  " if error.hint else ""
         raise type(error)(f"{_names(paths)} is complete, but not published: {error.message}", f"{hint}then: {again}") from error
     except KeyboardInterrupt:
-        console.warn(f"{_names(paths)} is complete; whether it was published, {place} shows: all of it, or nothing")
+        console.warn(f"{_names(paths)} is complete; look at {place} to see whether it was published (all of it, or nothing)")
         raise
 
 
@@ -169,9 +169,9 @@ def collect(paths: Sequence[Path]) -> dict[str, Path]:
     """Files to publish by their path in the repo: weights, configurations, cards. Anything else is left out, and said so."""
     if all(path.is_file() for path in paths):
         if len({path.name for path in paths}) < len(paths):
-            raise UsageError("two of the files have the same name", "publish them in repos of their own")
+            raise UsageError("two of the files have the same name", "publish them in separate repos")
         if odd := [str(path) for path in paths if path.suffix != ".safetensors"]:
-            raise UsageError(f"{odd[0]} is no .safetensors file", "peru publishes what it wrote")
+            raise UsageError(f"{odd[0]} is not a .safetensors file", "peru publishes what it wrote")
         return {path.name: path for path in paths}
     if len(paths) > 1:
         raise UsageError("folders are published one at a time", "name one folder, or several files")
@@ -181,13 +181,13 @@ def collect(paths: Sequence[Path]) -> dict[str, Path]:
     inside = path.resolve()
     if out := [str(file) for file in chosen.values() if not file.resolve().is_relative_to(inside)]:
         raise UsageError(
-            f"{path} holds links to what lies outside of it: {listed(out)}",
-            "peru publishes what lies in the folder: put the files themselves there, or remove the links",
+            f"{path} holds links to files outside of it: {listed(out)}",
+            "peru publishes only files in the folder: put the files themselves there, or remove the links",
         )
     if not any(name.endswith(".safetensors") for name in chosen):
         raise UsageError(f"{path} holds nothing that peru publishes", "name what peru wrote: an artifact, an adapter or a model")
     if left := sorted(set(found) - set(chosen)):
-        console.warn(f"not published, as peru does not write such files: {', '.join(left[:5])}" + (", ..." if len(left) > 5 else ""))
+        console.warn(f"not published, because peru does not write such files: {', '.join(left[:5])}" + (", ..." if len(left) > 5 else ""))
     return chosen
 
 
@@ -201,7 +201,7 @@ def _api() -> HfApi:
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if constants.HF_HUB_OFFLINE:
-        raise PeruError("HF_HUB_OFFLINE is set, so nothing can be published", "unset it")
+        raise PeruError("HF_HUB_OFFLINE is set, so peru cannot publish", "unset it")
     if not console.shows_progress:
         disable_progress_bars()
     if get_token() is None:
@@ -209,7 +209,7 @@ def _api() -> HfApi:
     return HfApi(library_name="peru")
 
 
-_NEW_TOKEN = "make a token that may write at https://huggingface.co/settings/tokens, then set HF_TOKEN or run `hf auth login`"
+_NEW_TOKEN = "create a token with write access at https://huggingface.co/settings/tokens, then set HF_TOKEN or run `hf auth login`"
 
 
 def _exists(api: HfApi, place: Destination) -> bool:
@@ -223,7 +223,7 @@ def _exists(api: HfApi, place: Destination) -> bool:
             raise
         return False
     if place.private and not about.private:
-        raise UsageError(f"{place.repo} exists and is public: --private is about new repos", "make it private in its settings first")
+        raise UsageError(f"{place.repo} exists and is public: --private applies to new repos only", "first make it private in its settings")
     return True
 
 
@@ -243,7 +243,7 @@ def _state(api: HfApi, place: Destination) -> _State | None:
 def _new_branch(api: HfApi, place: Destination) -> _State:
     """Make the branch from the repo's first commit, which is empty unless somebody made the repo by other means."""
     if place.revision.startswith("refs/"):
-        raise PeruError(f"{place}: there is no such reference", "open the pull request first, or name a branch")
+        raise PeruError(f"{place}: no such reference", "open the pull request first, or name a branch")
     first = api.list_repo_commits(place.repo)[-1].commit_id
     api.create_branch(place.repo, branch=place.revision, revision=first, exist_ok=True)
     state = _state(api, place)
@@ -257,7 +257,7 @@ def _refuse_content(place: Destination, state: _State) -> None:
         listed = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
         raise UsageError(
             f"{place} holds {plural(len(others), 'file')} already: {listed}",
-            "choose another repo, a new --revision, or --force to put this in their place (they stay in the repo's history)",
+            "choose another repo, a new --revision, or --force to replace them (they stay in the repo's history)",
         )
 
 
@@ -308,11 +308,11 @@ def _explain_answer(place: Destination, status: int, error: Any) -> PeruError:
     if status == 401:
         return PeruError(f"{place}: the Hub does not accept the token{tail}", _NEW_TOKEN)
     if status == 403:
-        return PeruError(f"{place}: the token has no right to write there{tail}", "ask the repo's owner for write access, or " + _NEW_TOKEN)
+        return PeruError(f"{place}: the token has no write access there{tail}", "ask the repo's owner for write access, or " + _NEW_TOKEN)
     if status in (409, 412):
-        return PeruError(f"{place} was changed by somebody else meanwhile{tail}", "look at it and push again")
+        return PeruError(f"{place} was changed by somebody else in the meantime{tail}", "look at the change and push again")
     if status == 429:
-        return PeruError(f"{place}: the Hub asks to wait: too many requests{tail}", "try again in some minutes")
+        return PeruError(f"{place}: too many requests to the Hub{tail}", "try again in a few minutes")
     if status >= 500:
         return PeruError(f"{place}: the Hub failed with status {status}{tail}", "try again later; https://status.huggingface.co says more")
     return PeruError(f"{place}: the Hub refused it with status {status}{tail}")

@@ -55,7 +55,7 @@ def unpack(
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
     to_pipe = output == "-"
     if to_pipe and sys.stdout.isatty():
-        raise UsageError("-o - writes a checkpoint to stdout, which is a terminal", "send it into a pipe or a file")
+        raise UsageError("-o - writes a checkpoint to stdout, and stdout is a terminal", "redirect it to a pipe or a file")
     console.data_on_stderr = to_pipe
 
     from peru_cli.unpack.run import Output, choose, open_source, report, unpack_to

@@ -53,9 +53,7 @@ class Output:
         if dtype is not None and "config.json" in files:
             files["config.json"] = config_with_dtype(files["config.json"], dtype)
         if self.to_folder and missing and source.base is not None:
-            console.warn(
-                f"{source.base.label} lacks the {listed(missing)} that it had when this was made: {self.target} will lack them too"
-            )
+            console.warn(f"{source.base.label} no longer has {listed(missing)}, so {self.target} will lack them, too")
         return [in_dtype(info, dtype) for info in source.tensors.values()], files
 
     def writer(self, tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:

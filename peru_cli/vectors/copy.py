@@ -65,7 +65,7 @@ class _Copy:
 def refuse_overflow(label: str, info: TensorInfo, bits: Bits, source: Dtype, cast: Bits) -> None:
     """Raise BadFile if a finite value became infinite when it was cast to the tensor's dtype."""
     if _overflows(bits, source, cast, info.dtype):
-        raise BadFile(f"{label}: {info.name} does not fit {info.dtype.name}", "choose --dtype bf16 or fp32")
+        raise BadFile(f"{label}: {info.name} does not fit {info.dtype.name}", "use --dtype bf16 or fp32")
 
 
 def _overflows(bits: Bits, source: Dtype, cast: Bits, target: Dtype) -> bool:

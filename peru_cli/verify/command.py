@@ -36,14 +36,14 @@ def verify(
             raise UsageError(f"{path}: no such file or folder", "verify looks at files on this machine")
         found += compare(Path(path))
     inputs.check()
-    console.table(["file", "verdict", "what that stands on"], [[f.file, f.verdict, f.said] for f in found])
+    console.table(["file", "verdict", "what was checked"], [[f.file, f.verdict, f.said] for f in found])
     console.result([asdict(finding) for finding in found])
     changed = [f for f in found if f.verdict == CHANGED]
     unknown = sum(f.verdict == UNKNOWN for f in found)
     if unknown:
-        console.note(f"{unknown} of {len(found)} cannot be checked")
+        console.note(f"{unknown} of {len(found)} files cannot be checked")
     if changed:
-        console.error(f"{len(changed)} of {len(found)} changed after they were written: {changed[0].file}")
+        console.error(f"{len(changed)} of {len(found)} files changed after they were written: {changed[0].file}")
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -51,10 +51,10 @@ def _weights(path: Path) -> Iterator[Finding]:
         with open_file(path, str(path)) as opened:
             assert isinstance(opened, SafetensorsCheckpoint)
             if not is_sealed(opened.metadata):
-                yield Finding(str(path), UNKNOWN, "it carries no digests: peru did not write it, or wrote it with `peru unpack`")
+                yield Finding(str(path), UNKNOWN, "it has no digests: peru did not write it, or wrote it with `peru unpack`")
                 return
             opened.verify()
-            yield Finding(str(path), SOUND, f"header and {len(opened.tensors)} tensors are as they were written")
+            yield Finding(str(path), SOUND, f"header and {len(opened.tensors)} tensors are unchanged")
             for name, digest in told_files(opened.metadata).items():
                 yield _beside(path.parent / name, digest)
     except (PeruError, OSError) as error:
@@ -91,7 +91,7 @@ def _artifact(path: Path) -> str:
                     pack.sums(packed, start, stop)
                     for name in pack.tasks:
                         pack.mask(name, packed, start, stop)
-        return f"header, index, blocks and {len(pack.tasks)} tasks' own tensors are as they were written; {seal}"
+        return f"header, index, blocks and {len(pack.tasks)} tasks' own tensors are unchanged; {seal}"
     with SparseDelta(path) as delta:
         for record in delta.index.tensors:
             delta.verify_whole(record)
@@ -100,7 +100,7 @@ def _artifact(path: Path) -> str:
         for file in delta.index.files:
             if file.origin == STORED:
                 delta.side_file(file)
-    return f"header, index and blocks are as they were written, base and result are compared when it is unpacked; {seal}"
+    return f"header, index and blocks are unchanged; `peru unpack` also checks base and result; {seal}"
 
 
 def _binding(head: Path) -> Iterator[Finding]:

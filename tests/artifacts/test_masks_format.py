@@ -237,7 +237,7 @@ def test_wrong_bases_and_tasks_are_refused(made: Path, peru: Peru) -> None:
     peru("unpack", path, "--task", "a", "-b", longer, "-o", out, code=1)
     assert "embed: F32 [31, 8]" in peru.stderr and not out.exists()  # type: ignore[attr-defined]
     peru("inspect", path, "--plot", made / "x.png", code=2)
-    assert "nothing to draw of masks" in peru.stderr  # type: ignore[attr-defined]
+    assert "cannot draw masks" in peru.stderr  # type: ignore[attr-defined]
 
 
 # -- in memory ----------------------------------------------------------------------------------------

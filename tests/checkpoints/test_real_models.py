@@ -248,7 +248,7 @@ def test_side_files_travel_when_they_differ_from_the_bases(tmp_path: Path, peru:
     bare.parent.mkdir()
     bare.write_bytes((base / "model.safetensors").read_bytes())
     peru("unpack", tmp_path / "a.safetensors", "-b", bare, "-o", tmp_path / "out2", "--no-sync")
-    assert "lacks the tokenizer.json" in peru.stderr and "vocab.txt" not in peru.stderr  # type: ignore[attr-defined]
+    assert "no longer has tokenizer.json" in peru.stderr and "vocab.txt" not in peru.stderr  # type: ignore[attr-defined]
     assert {path.name for path in (tmp_path / "out2").iterdir()} == files - {"tokenizer.json"}
     assert (tmp_path / "out2" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 

@@ -153,7 +153,7 @@ def test_an_artifact_and_a_pack_take_turns(family: Family, peru: Peru) -> None:
     assert bits(model.state_dict()) == family.expected["a"]
     peru_cli.apply(model, pack, task="b").restore()
     assert bits(model.state_dict()) == before
-    with pytest.raises(UsageError, match="is no pack"):
+    with pytest.raises(UsageError, match="is not a pack"):
         peru_cli.apply(model, delta, task="a")
 
 

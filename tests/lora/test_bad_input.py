@@ -148,7 +148,7 @@ def test_factors_that_are_not_finite(tmp_path: Path, peru, adapter: Path, factor
         (("--energy", "99"), "did you mean --energy 99%?"),
         (("--max-bytes", "lots"), "is not a size"),
         (("--rank", 2, "--dtype", "fp64"), "no program loads such an adapter"),
-        (("--rank", 2, "--rest", "away"), "neither modules nor delta"),
+        (("--rank", 2, "--rest", "away"), "not modules or delta"),
         (("--rank", 2, "--base-id", "org/x"), "add --base BASE"),
         (("--rank", 2, "--per-task", "x"), "add --base BASE"),
     ],
@@ -197,7 +197,7 @@ def test_folders_and_models_that_are_no_adapter(tmp_path: Path, peru, adapter: P
     base = {f"{name}.weight": torch.zeros(shape) for name, shape in SHAPES.items()}
     save(base, tmp_path / "model.safetensors")
     at = ("-o", tmp_path / "out", "--rank", 2)
-    refused(tmp_path, peru, "svd-lora", tmp_path / "model.safetensors", *at, code=2, says=("is no LoRA adapter", "needs --base BASE"))
+    refused(tmp_path, peru, "svd-lora", tmp_path / "model.safetensors", *at, code=2, says=("is not a LoRA adapter", "add --base BASE"))
     refused(tmp_path, peru, "svd-lora", tmp_path / "nothing", *at, code=2, says=("no such file or folder",))
     (tmp_path / "empty").mkdir()
     refused(tmp_path, peru, "svd-lora", tmp_path / "empty", *at, code=2, says=("a folder without model.safetensors",))
@@ -228,7 +228,7 @@ def test_full_fine_tunes_that_cannot_become_adapters(tmp_path: Path, peru) -> No
     save({f"other.{i}": torch.ones(90, 90) for i in range(3)}, fine)
     refused(tmp_path, peru, "svd-lora", fine, *at, code=1, says=("share only 0 of the fine-tune's", "is this the base"))
     save(base, fine)
-    refused(tmp_path, peru, "svd-lora", fine, *at, code=2, says=("no weight matrix changed",))
+    refused(tmp_path, peru, "svd-lora", fine, *at, code=2, says=("every weight matrix that changed",))
     broken = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise) for name, tensor in base.items()}
     broken[f"{Q}.weight"][3, 5] = float("nan")
     save(broken, fine)

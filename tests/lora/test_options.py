@@ -131,7 +131,7 @@ def test_a_byte_budget_is_kept_and_spent(tmp_path: Path, peru, dtype: torch.dtyp
         assert said["relative_error"] <= one["relative_error"] * 1.0001  # choosing over all modules together is no worse
     assert errors == sorted(errors, reverse=True)
     peru("svd-lora", source, "-o", tmp_path / "none", "--max-bytes", 400, code=2)
-    assert "at rank 1, --max-bytes says 400" in peru.stderr
+    assert "at rank 1, but --max-bytes is 400" in peru.stderr
 
 
 def test_uniform_rank_fills_with_zeros(tmp_path: Path, peru) -> None:

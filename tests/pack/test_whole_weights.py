@@ -55,7 +55,7 @@ def test_sums_of_whole_weights_are_those_of_a_plain_program(tmp_path: Path, peru
         state = load_file(made.at["base"])
         with peru_cli.apply(state, peru_cli.open_artifact(pack), task=task):
             assert {n: raw(t) for n, t in state.items()} == {n: raw(t) for n, t in back.items()}
-    assert "superposed are whole weights" in peru("inspect", pack)
+    assert "superposes whole weights" in peru("inspect", pack)
 
 
 def test_one_task_alone_and_changes(tmp_path: Path, peru: Peru) -> None:

@@ -156,7 +156,7 @@ def test_only_what_peru_writes_is_published(user: User) -> None:
     save(random_pair("bf16")[0], folder / "model.safetensors")
     said = user.peru("push", folder, "me/out")
     assert sorted(user.hub.repos["me/out"].files()) == ["README.md", "config.json", "model.safetensors"]
-    assert "not published, as peru does not write such files: .env, .git/config.json, notes.txt, secret.key" in said.stderr
+    assert "not published, because peru does not write such files: .env, .git/config.json, notes.txt, secret.key" in said.stderr
     (folder / "model.safetensors").unlink()
     assert "nothing that peru publishes" in user.peru("push", folder, "me/other", code=2).stderr
 
@@ -182,10 +182,10 @@ def test_names_that_are_no_yaml_and_no_markdown(user: User) -> None:
 @pytest.mark.parametrize(
     ("more", "env", "code", "said"),
     [
-        (("--push", "me/x"), {"HF_TOKEN": ""}, 1, "there is no token for the Hub\n  make a token"),
-        (("--push", "me/x"), {"HF_TOKEN": READ_TOKEN}, 1, "may only read"),
+        (("--push", "me/x"), {"HF_TOKEN": ""}, 1, "there is no token for the Hub\n  create a token"),
+        (("--push", "me/x"), {"HF_TOKEN": READ_TOKEN}, 1, "is read-only"),
         (("--push", "me/x"), {"HF_TOKEN": "hf_wrong"}, 1, "does not accept the token"),
-        (("--push", "other/x"), {}, 1, "the token is me's, who is not in other\n  name a repo of me or team: me/x"),
+        (("--push", "other/x"), {}, 1, "the token belongs to me, who is not a member of other\n  name a repo of me or team: me/x"),
         (("--push", "me/x"), {"HF_HUB_OFFLINE": "1"}, 1, "HF_HUB_OFFLINE is set"),
         (("--push", "me/x"), {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "http://127.0.0.1:9 cannot be reached"),
     ],
@@ -201,7 +201,7 @@ def test_what_cannot_be_published_is_said_before_any_work(user: User, more: tupl
     ("more", "said"),
     [
         (("--push", "x"), "write it as org/name"),
-        (("--push", "me/x", "--revision", "a b"), "no name of a branch"),
+        (("--push", "me/x", "--revision", "a b"), "not the name of a branch"),
         (("--push", "me/x", "--commit-message", " "), "--commit-message is empty"),
         (("--private",), "add --push org/name"),
         (("--revision", "x"), "add --push org/name"),
@@ -215,10 +215,10 @@ def test_what_makes_no_sense_is_said_without_asking_the_hub(user: User, more: tu
 @pytest.mark.parametrize(
     ("method", "part", "status", "said"),
     [
-        ("POST", "/api/repos/create", 403, "no right to write"),
-        ("POST", "/preupload/", 403, "no right to write"),
+        ("POST", "/api/repos/create", 403, "no write access"),
+        ("POST", "/preupload/", 403, "no write access"),
         ("POST", "objects/batch", 401, "does not accept the token"),
-        ("PUT", "/store/", 403, "no right to write"),
+        ("PUT", "/store/", 403, "no write access"),
         ("POST", "/commit/", 500, "the Hub failed with status 500"),
         ("POST", "/commit/", 429, "too many requests"),
     ],

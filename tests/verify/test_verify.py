@@ -64,7 +64,7 @@ def test_what_cannot_be_checked_is_said(outputs: Path, peru) -> None:
     base = outputs.parent / "base.safetensors"
     peru("unpack", outputs / "sparse.safetensors", "-b", base, "-o", outputs.parent / "r", "--no-sync")
     assert "cannot be checked" in peru("verify", base, outputs.parent / "r")
-    assert "2 of 2 cannot be checked" in peru.stderr
+    assert "2 of 2 files cannot be checked" in peru.stderr
     peru("verify", outputs.parent / "nowhere", code=2)
     (outputs.parent / "empty").mkdir()
     peru("verify", outputs.parent / "empty", code=2)
