@@ -90,6 +90,10 @@ def _summary(value: Optional[Path]) -> Optional[Path]:
 
 Base = Annotated[str, typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
 OptionalBase = Annotated[Optional[str], typer.Option("--base", "-b", metavar="BASE", help="The checkpoint that deltas are taken against.")]
+Rename = Annotated[
+    Optional[list[str]],
+    typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes to match the base. Repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes and no progress bar.")]
 Summary = Annotated[

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from peru_cli.checkpoints.header import TensorInfo, check_tensor_name
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch, UsageError
 
+RENAME = "peru.rename"  # in an artifact's metadata: the rules, as --rename took them, in JSON
 Rule = tuple[re.Pattern[str], str]
 
 
@@ -29,11 +31,20 @@ def parse_renames(texts: Sequence[str]) -> list[Rule]:
     return rules
 
 
+def decode_rules(metadata: Mapping[str, str]) -> list[str]:
+    """The rules that an artifact records; none if it records none, or what is there is no list of texts."""
+    try:
+        found = json.loads(metadata.get(RENAME, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
 class Renamed(Checkpoint):
     """The same tensors, each name changed by the rules, in their order. Mismatch if two come to the same name."""
 
     def __init__(self, model: Checkpoint, rules: Sequence[Rule]) -> None:
-        self._model = model
+        self._model, self.rules = model, [f"{pattern.pattern}={replacement}" for pattern, replacement in rules]
         self._old: dict[str, str] = {}
         for name in sorted(model.tensors):
             new = name
@@ -67,6 +78,12 @@ class Renamed(Checkpoint):
 
     def close(self) -> None:
         self._model.close()
+
+
+def record_rules(models: Iterable[Checkpoint], before: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Metadata of what is made of models: their rules, behind those that `before` records; empty if there are none."""
+    rules = decode_rules(before or {}) + [rule for model in models if isinstance(model, Renamed) for rule in model.rules]
+    return {RENAME: json.dumps(list(dict.fromkeys(rules)), ensure_ascii=False)} if rules else {}
 
 
 def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:

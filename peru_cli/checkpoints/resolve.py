@@ -13,6 +13,7 @@ from peru_cli.checkpoints.hub.names import parse_hub_name
 from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
 from peru_cli.checkpoints.lora.config import refuse_model_beside
 from peru_cli.checkpoints.places import Place, is_on_hub, locate, why_not_here
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 
@@ -94,9 +95,16 @@ def open_model(model: str, stored: bool = False) -> Checkpoint:
 def open_recorded_base(model: str, dtypes: Mapping[str, Dtype]) -> Checkpoint:
     """Open the base of an artifact: with the tensors of the files if these have the recorded dtypes, else as floats."""
     checkpoint = open_model(model, stored=True)
-    found = checkpoint.tensors
-    same = all(found[name].dtype is dtype for name, dtype in dtypes.items() if name in found)
-    return checkpoint if same else usable(checkpoint)
+    return checkpoint if _has(checkpoint, dtypes) else usable(checkpoint)
+
+
+def as_recorded(base: Checkpoint, dtypes: Mapping[str, Dtype]) -> Checkpoint:
+    """The base of an artifact, of what was opened as floats: the tensors of its files if these have the recorded dtypes."""
+    return base.stored if isinstance(base, Dequantized) and _has(base.stored, dtypes) else base
+
+
+def _has(checkpoint: Checkpoint, dtypes: Mapping[str, Dtype]) -> bool:
+    return all(checkpoint.tensors[name].dtype is dtype for name, dtype in dtypes.items() if name in checkpoint.tensors)
 
 
 def _name(checkpoint: Checkpoint, place: Place) -> None:

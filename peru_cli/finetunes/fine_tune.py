@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,6 +129,17 @@ class FromArtifact(FineTune):
     @abstractmethod
     def settle(self, witness: Witness) -> None:
         """Everything was read: BadFile if it is not what the artifact was made from."""
+
+    def config(self) -> dict[str, Any]:
+        """The config.json that the artifact carries, else the base's."""
+        carried = next((file for file in self._carried if file.name == "config.json" and file.origin == STORED), None)
+        if carried is None:
+            return super().config()
+        try:
+            parsed = json.loads(self.artifact.side_file(carried))
+        except (ValueError, RecursionError):
+            return {}
+        return parsed if isinstance(parsed, dict) else {}
 
     def contents(self) -> tuple[dict[str, bytes], list[str]]:
         contents, missing = {}, []

@@ -17,7 +17,7 @@ from peru_cli.checkpoints.lora.adapter import REST, find_adapters, is_adapter, i
 from peru_cli.checkpoints.lora.expand import LoraCheckpoint
 from peru_cli.checkpoints.places import Place, locate
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
-from peru_cli.checkpoints.resolve import open_model
+from peru_cli.checkpoints.resolve import as_recorded, open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest
@@ -37,7 +37,8 @@ def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None,
     come as floats unless `stored` asks for the tensors of its files.
     """
     opened = _open(model, base, task, stored)
-    if opened.expanded and base is not None and not isinstance(opened, Dequantized):
+    below = opened.stored if isinstance(opened, Dequantized) else opened
+    if below.expanded and base is not None:
         base.echo()
     return opened
 
@@ -61,9 +62,10 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
             if base is None:
                 raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
             try:
-                return open_artifact(path, model, base, task or None)
+                made = open_artifact(path, model, lambda artifact: as_recorded(base, recorded_dtypes(artifact)), task or None)
             except UsageError as error:
                 raise UsageError(error.message, f"write TASK={model}") from error
+            return made if stored or made.base is base else usable(made)
         return opened if stored else usable(opened)
     return open_model(model, stored)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from peru_cli.checkpoints.digests import TensorDigest
 from peru_cli.checkpoints.local.writer import NullWriter
+from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.finetunes.adapter import AdapterWithRest
@@ -82,7 +83,7 @@ def verify(source: FromArtifact, how: StreamSettings) -> None:
 def verify_expanded(models: Sequence[Checkpoint], how: StreamSettings, note: Callable[[str], None] = lambda text: None) -> None:
     """Check the artifacts among these fine-tunes, and those beside adapters, by their digests: see `verify`."""
     for model in models:
-        found = model.delta if isinstance(model, AdapterWithRest) else model
+        found = model.delta if isinstance(model, AdapterWithRest) else model.stored if isinstance(model, Dequantized) else model
         if isinstance(found, FromArtifact):
             note(f"verifying {model.label}")
             verify(found, how)

@@ -8,18 +8,28 @@ where all of these have one, and what is left into a sparse delta beside the ada
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peru_cli.checkpoints.architectures import experts_are_in_out, has_tied_embeddings, is_conv1d, is_embedding, is_grouped_convolution
+from peru_cli.checkpoints.architectures import (
+    experts_are_in_out,
+    has_tied_embeddings,
+    is_conv1d,
+    is_embedding,
+    is_grouped_convolution,
+    is_output,
+    is_tied,
+)
+from peru_cli.checkpoints.checks.unpaired import judge
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.loaded_names import names_in_memory
 from peru_cli.checkpoints.lora.module import CONVOLUTION, LINEAR, PARAMETER
 from peru_cli.checkpoints.pairing import Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.errors import UsageError
+from peru_cli.errors import Mismatch, UsageError
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,14 @@ def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str
     UsageError as `pair_checkpoints` does, and UsageError if there is no weight.
     """
     pairing = pair_checkpoints(fine, base, per_task)
+    try:
+        said = judge(fine, base, pairing, re.compile(per_task) if per_task is not None else None, allowed=False)
+    except Mismatch as error:
+        hint = "is this the base? --per-task REGEX names what is stored whole; for other names, `peru prune --rename REGEX=NEW`"
+        raise Mismatch(error.message, hint) from error
     plan = Extraction(name, fine, base, pairing)
+    _say_what_stays(plan)
+    plan.warnings += [said] if said is not None else []
     plan.renamed, problem = names_in_memory(plan.config) if for_peft else ({}, None)
     if problem is not None:
         plan.warnings.append(f"{fine.label}: {problem}; modules keep the names of the checkpoint")
@@ -117,6 +134,19 @@ def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str
     if not plan.weights:
         raise UsageError(f"{fine.label} and {base.label} share no weight matrix that an adapter could hold")
     return plan
+
+
+def _say_what_stays(plan: Extraction) -> None:
+    """An adapter adds to its base and takes nothing away: a word on what the fine-tune lacks, UsageError for a tied head."""
+    heads = [info.name for info in plan.pairing.base_only if is_output(info.name)]
+    if heads and is_tied(plan.config):
+        raise UsageError(
+            f"{plan.base.label} stores {heads[0]}, and {plan.fine.label} ties it to its embedding: an adapter would leave the base's there",
+            "name a base that was saved without it, or use `peru prune`",
+        )
+    reshaped = {other.name for _, other in plan.pairing.reshaped}
+    if left := [info.name for info in plan.pairing.base_only if info.name not in reshaped]:
+        plan.warnings.append(f"{plan.fine.label} lacks {len(left)} tensor(s) of the base, which stay the base's: {', '.join(left[:3])}")
 
 
 def _weight(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:

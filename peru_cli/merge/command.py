@@ -86,10 +86,7 @@ def merge(
         typer.Option("--per-task", metavar="REGEX", help="Do not merge tensors whose names match: keep each task's own (heads)."),
     ] = None,
     merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Without a base: average classifier heads, too.")] = False,
-    rename: Annotated[
-        Optional[list[str]],
-        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes to match the base. Repeatable."),
-    ] = None,
+    rename: options.Rename = None,
     tokenizer: Annotated[
         Optional[str],
         typer.Option("--tokenizer", metavar="union|base|TASK", help="Align embedding and head rows by token; write this vocabulary."),

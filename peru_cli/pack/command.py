@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.shared(
     lacks=["device"],
     panels={
-        "Inputs": "base add_to remove_from per_task",
+        "Inputs": "base add_to remove_from rename per_task",
         "Method": "method seed decorrelate signs skip scale precision target exclude whole_weights residual max_error threshold keep",
         "Output": "output merge_base dtype base_id",
     },
@@ -106,6 +106,7 @@ def shuffle_pack(
     dtype: Annotated[
         Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Data type of retrieved tasks. Default: their own.")
     ] = None,
+    rename: options.Rename = None,
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="Public name of the base to record, e.g. org/name@commit.")
     ] = None,
@@ -153,6 +154,8 @@ def shuffle_pack(
     from peru_cli.artifacts.packs.pack import Pack
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import check_room, check_target
+    from peru_cli.checkpoints.renamed import record_rules
+    from peru_cli.checkpoints.renamed import rename as under_other_names
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
@@ -188,7 +191,8 @@ def shuffle_pack(
     old = Pack(change) if change is not None else None
     opened_base = open_model(base)
     opened = [open_fine_tune(model, opened_base) for _, model in arguments]
-    tasks = [(name, as_unpacked(model)) for (name, _), model in zip(arguments, opened, strict=True)]
+    models_on_base, said = under_other_names([as_unpacked(model) for model in opened], rename or [])
+    tasks = [(name, model) for (name, _), model in zip(arguments, models_on_base, strict=True)]
     if masks is not None:
         plan = plan_masks(opened_base, tasks, chosen, masks)
     else:
@@ -201,6 +205,8 @@ def shuffle_pack(
         check_room(new_base.target, opened_base.nbytes)
     for warning in [w for model in (opened_base, *(m for _, m in tasks)) for w in model.warnings] + plan.warnings:
         console.warn(warning)
+    for line in said:
+        console.note(line)
     _say(plan)
     if run.dry_run and masks is not None:
         console.result(packmasks.planned(plan, masks, out))
@@ -211,6 +217,7 @@ def shuffle_pack(
         return
     if old is None and new_base is None and (named := name_base(opened_base, base_id)) is not None:
         plan.metadata |= named.metadata()
+    plan.metadata |= record_rules((model for _, model in tasks), plan.metadata)
     tiles = run.tile_entries or job.default_tile(len(plan.vectors))
     passes = masks.passes if masks is not None else 1 if plan.removing else 2
     passes += 2 * len(plan.vectors) if density is not None else 0

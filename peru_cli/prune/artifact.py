@@ -17,6 +17,7 @@ from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.pairing import Pair
+from peru_cli.checkpoints.renamed import record_rules
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.magnitude import key_value
 from peru_cli.prune.gates import Gate
@@ -135,6 +136,7 @@ class Job:
             metadata["peru.scope"] = options.scope
         if options.base_name is not None:
             metadata |= options.base_name.metadata()
+        metadata |= record_rules([task.vector.fine])
         if measured is None:
             measured = dict.fromkeys(("peru.kept", "peru.changed"), "9" * 19)
             measured |= {"peru.threshold": "9" * 26, "peru.largest_error": "9" * 26, "peru.result": "0" * 64}

@@ -82,10 +82,7 @@ def prune(
     per_task: Annotated[
         Optional[str], typer.Option("--per-task", metavar="REGEX", help="Store tensors whose names match whole (heads).")
     ] = None,
-    rename: Annotated[
-        Optional[list[str]],
-        typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes to match the base. Repeatable."),
-    ] = None,
+    rename: options.Rename = None,
     allow_unpaired: Annotated[
         bool, typer.Option("--allow-unpaired", help="Store tensors that the base lacks whole, even above 10% of the bytes.")
     ] = False,

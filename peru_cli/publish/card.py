@@ -14,6 +14,7 @@ from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
+from peru_cli.checkpoints.renamed import RENAME, decode_rules
 from peru_cli.console import count, si_bytes
 from peru_cli.shown import markdown, printable
 from peru_cli.version import __version__
@@ -122,6 +123,9 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
             which = f" --task {shlex.quote(task)}" if tasks is not None or name_one else ""
             body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {shlex.quote(task)}/")
     body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
+    for rules in dict.fromkeys(tuple(decode_rules(meta)) for meta in metadata.values() if RENAME in meta):
+        said = " ".join(f"--rename {shlex.quote(rule)}" for rule in rules)
+        body.append(f"Tensors come back under the base's names: the fine-tunes' own were changed by `{markdown(said)}`.")
     if packed:
         body.append(
             "The tasks of a pack share one sum of their task vectors, so each comes back approximately: `peru inspect` shows how closely."

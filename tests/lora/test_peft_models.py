@@ -145,6 +145,40 @@ def test_a_merge_of_adapters_whose_heads_differ_is_untied(tmp_path: Path, peru) 
         torch.testing.assert_close(got(IDS).logits, wrapped(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_tied_head_that_the_base_stores_again_follows_its_embedding(tmp_path: Path, peru) -> None:
+    """Factors of the embedding change the head, too: for PEFT the two are one tensor."""
+    from safetensors.torch import save_file
+
+    wrapped = adapt(llama(tied=True), tmp_path, target_modules=["embed_tokens"])
+    table = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(table | {"lm_head.weight": table["model.embed_tokens.weight"].clone()}, tmp_path / "base" / "model.safetensors")
+    peru("unpack", tmp_path / "lora", "-b", tmp_path / "base", "-o", tmp_path / "full", "--no-sync")
+    assert "lm_head.weight repeats the embedding" in peru.stderr
+    merged = wrapped.merge_and_unload().eval()
+    got = tr.AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
+    assert got.lm_head.weight is got.model.embed_tokens.weight
+    with torch.no_grad():
+        torch.testing.assert_close(got(IDS).logits, merged(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_fine_tune_lacks_an_adapter_cannot_take_away(tmp_path: Path, peru) -> None:
+    """A tied head that only the base stores would stay the base's; other tensors stay with a word."""
+    from safetensors.torch import save_file
+
+    adapt(llama(tied=True), tmp_path, target_modules=["q_proj"])
+    table = load_file(tmp_path / "base" / "model.safetensors")
+    fine = tmp_path / "fine"
+    fine.mkdir()
+    (fine / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
+    save_file({n: t + 0.1 * torch.randn(t.shape) for n, t in table.items() if "layers.1.mlp.up" not in n}, fine / "model.safetensors")
+    at = ["-b", tmp_path / "base", "--rank", 2, "--no-sync", "--rest", "delta"]
+    peru("svd-lora", fine, *at, "-o", tmp_path / "out")
+    assert "lacks 1 tensor(s) of the base, which stay the base's: model.layers.1.mlp.up_proj.weight" in peru.stderr
+    save_file(table | {"lm_head.weight": table["model.embed_tokens.weight"].clone()}, tmp_path / "base" / "model.safetensors")
+    peru("svd-lora", fine, *at, "-o", tmp_path / "out2", code=2)
+    assert "lm_head.weight" in peru.stderr and "ties it to its embedding" in peru.stderr
+
+
 @pytest.mark.parametrize("model", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
 def test_a_model_and_an_adapter_in_one_folder(tmp_path: Path, peru, model: str) -> None:
     """Which is meant cannot be told: both are named, and their files can be."""

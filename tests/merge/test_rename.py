@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from peru_cli.publish.card import card, contents
 from tests.conftest import assert_same_tensors, save
 
 NOISE = torch.Generator().manual_seed(2)
@@ -67,3 +70,29 @@ def test_rules_that_do_nothing_or_too_much_are_refused(tmp_path: Path, peru) -> 
     ):
         peru(*merge, "--rename", rule, code=code)
         assert says in peru.stderr and not (tmp_path / "m").exists(), (rule, peru.stderr)
+
+
+def test_a_pack_of_renamed_models_gives_them_back_under_the_bases_names(tmp_path: Path, peru) -> None:
+    b, f, base, fine = family(tmp_path)
+    peru("shuffle-pack", f"a={f}", "-b", b, "-o", tmp_path / "p.safetensors", "--no-sync", code=1)
+    peru("shuffle-pack", f"a={f}", "-b", b, "-o", tmp_path / "p.safetensors", "--no-sync", *RULES)
+    assert "6 tensors renamed, such as" in peru.stderr
+    peru("unpack", tmp_path / "p.safetensors", "--task", "a", "-b", b, "-o", tmp_path / "a.safetensors", "--no-sync")
+    got = load_file(tmp_path / "a.safetensors")
+    assert sorted(got) == sorted(base)
+    for name in base:
+        torch.testing.assert_close(got[name], fine[name], rtol=0, atol=0.01)
+
+
+def test_artifacts_and_their_cards_record_the_rules(tmp_path: Path, peru) -> None:
+    b, f, _, _ = family(tmp_path)
+    for command, out, more in (
+        ("prune", "a.safetensors", ["--lossless"]),
+        ("prune", "b.safetensors", ["--min-quality", "50%"]),
+        ("shuffle-pack", "p.safetensors", []),
+    ):
+        peru(command, f"a={f}", "-b", b, "-o", tmp_path / out, "--no-sync", *more, *RULES)
+        with safe_open(tmp_path / out, "np") as file:
+            assert json.loads(file.metadata()["peru.rename"]) == RULES[1::2]
+        text = card(contents({out: tmp_path / out}), "me/deltas")
+        assert r"--rename '^model\.(visual)=\1' --rename 'language_model\.='" in text, text

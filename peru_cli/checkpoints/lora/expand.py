@@ -84,6 +84,7 @@ class LoraCheckpoint(Checkpoint):
                 f"the adapter {label} does not fit {base.label}: {len(fitting.problems)} module(s)\n  " + "\n  ".join(fitting.problems[:5]),
                 "is this the base that the adapter was trained on?",
             )
+        self._follow_embedding()
         self.tensors = dict(self.tensors) | {name: TensorInfo(name, F32, u.info.shape) for name, u in self.updates.items()}
         self.kind = f"{adapter.kind} ({self.prefix})"
         plain = {
@@ -114,6 +115,14 @@ class LoraCheckpoint(Checkpoint):
             path.write_bytes(with_settings(self.side_files["config.json"].read_bytes(), **settings))
             self.side_files = dict(self.side_files) | {"config.json": path}
             self.warnings.append("config.json is written with " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+
+    def _follow_embedding(self) -> None:
+        """Leave out the base's output matrix where it repeats an embedding that is updated: in memory the two are one tensor."""
+        embedding = tied_embedding(self._base.config(), self._base.tensors)
+        heads = [name for name in self._base.tensors if is_output(name) and name not in self._kept and name not in self.updates]
+        if heads and embedding in self.updates and not is_untied(self._base.config(), self._base.tensors, self._base.read_into):
+            self.tensors = {name: info for name, info in self.tensors.items() if name not in heads}
+            self.warnings.append(f"{heads[0]} repeats the embedding, which the adapter updates, and is left out")
 
     def _touches_head(self) -> bool:
         """Whether the adapter holds or updates an output matrix or an embedding, so that the two may have come apart."""

@@ -15,6 +15,7 @@ from peru_cli.artifacts.mixed.writer import KIND, MixedWriter
 from peru_cli.checkpoints.base_name import BaseName
 from peru_cli.checkpoints.digests import SHORT, checkpoint_digest
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.renamed import record_rules
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.console import si_bytes
 from peru_cli.errors import UsageError
@@ -117,6 +118,7 @@ class _Family:
             "peru.entries": str(task.entries),
             "peru.goal": self.goal.encode(),
             **named,
+            **record_rules([task.vector.fine]),
             **measured,
         }
 

@@ -201,6 +201,24 @@ def test_lossless_keeps_codes_and_scales_as_they_are(tmp_path: Path, peru) -> No
     assert (tmp_path / "r" / "config.json").read_bytes() == (fine / "config.json").read_bytes()
 
 
+def test_a_lossless_artifact_of_codes_stands_for_its_fine_tune(tmp_path: Path, peru) -> None:
+    """Also where the artifact carries a config.json of its own, whose block sizes are not the base's."""
+    base, fine, _, _ = family(tmp_path)
+    config = json.loads((fine / "config.json").read_text())
+    (fine / "config.json").write_text(json.dumps(config | {"architectures": ["Other"]}))
+    a, at = tmp_path / "a.safetensors", ["-b", base, "--no-sync"]
+    peru("prune", fine, *at, "-o", a, "--lossless")
+    for number, model in enumerate((a, fine)):
+        peru("merge", f"x={model}", *at, "-o", tmp_path / f"m{number}", "-m", "task-arithmetic", "--scale", 0.5)
+        peru("prune", model, *at, "-o", tmp_path / f"p{number}.safetensors", "--keep", "10%")
+        peru("svd-lora", model, *at, "-o", tmp_path / f"l{number}", "--rank", 4)
+    for name in ("m{}/model.safetensors", "l{}/adapter_model.safetensors"):
+        one, other = (load_file(tmp_path / name.format(i)) for i in (0, 1))
+        assert sorted(one) == sorted(other) and all(raw(one[n]) == raw(other[n]) for n in one), name
+    total = json.loads(peru("eval", f"x={a}", "-b", base, "-a", fine, "--json"))["weights"]["x"]["total"]
+    assert total["error"] == 0 and total["changed"] > 0
+
+
 CODES = torch.zeros(4, 8, dtype=torch.float8_e4m3fn)
 BROKEN = [
     ({"a.weight": CODES, "b.weight": CODES.clone(), "b.weight_scale": torch.ones(1)}, "a.weight: F8_E4M3 without its scale"),
