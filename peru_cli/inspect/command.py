@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +18,12 @@ from peru_cli.errors import UsageError
 if TYPE_CHECKING:
     from peru_cli.checkpoints.places import Place
     from peru_cli.checkpoints.source import Checkpoint
-    from peru_cli.inspect.compare import Comparison
+    from peru_cli.inspect.compare import Comparison, Plan
     from peru_cli.inspect.run import ArtifactReport
+    from peru_cli.prune.mixed.run import Foreseen
+    from peru_cli.vectors.family import TaskVector
+
+BUDGETS = (0.02, 0.05, 0.1, 0.3, 1.0)  # bits a parameter, of mixed artifacts that are foreseen
 
 Plot = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Draw it, too (needs matplotlib).")]
 
@@ -41,7 +46,9 @@ def inspect(
 
     peru inspect ADAPTER --plot spectrum.png
 
-    peru inspect MODEL --base BASE --plot delta.png
+    peru inspect MODEL --base BASE --plot frontier.png
+
+    With --base, --plot also foresees mixed artifacts (prune --bits) at several budgets, and draws error over size of all choices.
     """
     from peru_cli.artifacts.container import artifact_kind, find_artifact
     from peru_cli.artifacts.mixed.writer import KIND as MIXED
@@ -231,27 +238,52 @@ def _pair(
     ]
     console.table(["tensor", "?>count", "?dtype", "shape", ">changed", "?>norm", ">relative"], rows)
     console.line()
-    _plans(comparison, fine.nbytes)
+    foreseen = _foreseen(vector, base, device, threads) if plot is not None else []
+    _plans(comparison, foreseen, fine.nbytes)
     ranks = show_ranks(fine, base, per_task, device, threads)
     inputs.check()
-    console.result({"prefix": pairing.prefix.encode(), "fine_tune_bytes": fine.nbytes, **asdict(comparison), **ranks})
+    console.result(
+        {
+            "prefix": pairing.prefix.encode(),
+            "fine_tune_bytes": fine.nbytes,
+            **asdict(comparison),
+            "mixed": [asdict(f) for f in foreseen],
+            **ranks,
+        }
+    )
     if plot is not None:
-        lossy = [p for p in comparison.plans if p.density is not None]
+        sparse = [(_density(p), p.predicted_bytes, p.relative_error) for p in comparison.plans]
+        mixed = [(f"{f.bits:g} bits", f.file_bytes, f.relative_error) for f in foreseen]
+        drawn = [c for c in comparison.changes if math.isfinite(c.relative)]  # of zeros no change is a share
         plot_comparison(
             plot,
-            [c.name for c in comparison.changes],
-            [c.relative for c in comparison.changes],
-            [p.density or 0.0 for p in lossy],
-            [p.predicted_bytes / 1e6 for p in lossy],
-            [p.relative_error for p in lossy],
+            [c.name for c in drawn],
+            [c.relative for c in drawn],
+            {"--keep, --lossless": sparse, "--bits (mixed)": mixed},
+            fine.nbytes,
         )
         console.note(f"drew {plot}")
 
 
-def _plans(comparison: Comparison, fine_bytes: int) -> None:
+def _density(plan: Plan) -> str:
+    return "lossless" if plan.density is None else f"{100 * plan.density:g}%"
+
+
+def _foreseen(vector: TaskVector, base: Checkpoint, device: str, threads: int | None) -> list[Foreseen]:
+    """Mixed artifacts at several budgets: that takes a decomposition."""
+    from peru_cli.prune.artifact import PruneTask
+    from peru_cli.prune.mixed.run import foresee
+    from peru_cli.vectors.settings import streaming
+
+    task = PruneTask(vector, Path("foreseen.safetensors"), None)
+    with console.progress(task.entries, "mixed") as progress, streaming(device, threads, None, progress.advance) as how:
+        return foresee(base, task, BUDGETS, how)
+
+
+def _plans(comparison: Comparison, foreseen: list[Foreseen], fine_bytes: int) -> None:
     rows = [
         [
-            "--lossless" if p.density is None else f"--keep {100 * p.density:g}%",
+            "--lossless" if p.density is None else f"--keep {_density(p)}",
             count(p.kept),
             si_bytes(p.predicted_bytes),
             f"{fine_bytes / max(p.predicted_bytes, 1):.1f}x",
@@ -259,6 +291,17 @@ def _plans(comparison: Comparison, fine_bytes: int) -> None:
             f"{p.relative_error:.3f}",
         ]
         for p in comparison.plans
+    ]
+    rows += [
+        [
+            f"--bits {f.bits:g}",
+            "",
+            si_bytes(f.file_bytes),
+            f"{fine_bytes / f.file_bytes:.1f}x",
+            f"{f.bits_per_parameter:.3f}",
+            f"{f.relative_error:.3f}",
+        ]
+        for f in foreseen
     ]
     console.table(["peru prune", "?>kept", ">predicted size", ">smaller", ">bits/param", ">relative error"], rows)
 

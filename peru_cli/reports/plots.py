@@ -73,23 +73,28 @@ def plot_comparison(
     path: Path,
     names: Sequence[str],
     relative: Sequence[float],
-    densities: Sequence[float],
-    megabytes: Sequence[float],
-    errors: Sequence[float],
+    choices: Mapping[str, Sequence[tuple[str, int, float]]],
+    fine_bytes: int,
 ) -> None:
-    """Change by tensor on the left; predicted size and relative error by density on the right."""
+    """Change by tensor on the left; relative error over size on the right: lines of choices, each its name, bytes and error."""
     with _figure(path, 11, max(4.0, 0.13 * min(len(names), 40) + 1.2), 2) as (left, right):
         _bars(left, names, relative, "norm of the change / norm of the base")
-        percents = [100 * density for density in densities]
-        right.plot(percents, megabytes, marker="o", color="#3b6ea5")
-        right.set_xlabel("entries kept, %")
-        right.set_ylabel("predicted artifact, MB", color="#3b6ea5")
+        right.set_xscale("log")
+        for (label, points), color, mark, side in zip(choices.items(), ("#b5533c", "#3b6ea5"), "so", (7, -7), strict=False):
+            if points:
+                right.plot([p[1] / 1e6 for p in points], [100 * p[2] for p in points], marker=mark, color=color, label=label)
+            for name, nbytes, error in points:
+                align = "left" if side > 0 else "right"
+                right.annotate(
+                    name, (nbytes / 1e6, 100 * error), (side, side / 2), textcoords="offset points", ha=align, fontsize=7, color=color
+                )
+        right.axvline(fine_bytes / 1e6, color="#888888", linestyle=":", label="the fine-tune")
+        right.set_xlabel("predicted artifact, MB")
+        right.set_ylabel("relative error: of the task vector's norm lost, %")
         right.set_ylim(bottom=0)
-        second = right.twinx()
-        second.spines["right"].set_visible(True)
-        second.plot(percents, [100 * error for error in errors], marker="s", color="#b5533c")
-        second.set_ylabel("of the task vector's norm lost, %", color="#b5533c")
-        second.set_ylim(bottom=0)
+        right.margins(x=0.2)
+        right.grid(alpha=0.25)
+        right.legend(frameon=False, fontsize=8)
 
 
 def plot_frontier(path: Path, points: Sequence[tuple[str, int, float]], title: str) -> None:

@@ -188,3 +188,16 @@ def test_every_command_reads_the_kind(peru: Peru, tmp_path: Path) -> None:
     peru("merge", f"a={tmp_path / 'back.safetensors'}", f"b={fine}", "-o", tmp_path / "m2", *merge)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("m1", "m2"))
     assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_inspect_foresees_size_and_error_and_draws_them(peru: Peru, tmp_path: Path) -> None:
+    base, fine = make_pair(tmp_path)
+    plot = tmp_path / "frontier.png"
+    said = json.loads(peru("inspect", fine, "--base", base, "--plot", plot, "--json"))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    (seen,) = (each for each in said["mixed"] if each["bits"] == 1.0)  # smaller budgets do not pay for a header here
+    (made,) = json.loads(peru("prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--bits", "1", "--json"))
+    assert seen["file_bytes"] == pytest.approx(made["file_bytes"], rel=0.1)
+    assert seen["relative_error"] == pytest.approx(made["relative_error"], rel=0.15)
+    table = peru("inspect", fine, "--base", base, "--plot", plot)
+    assert "--bits 1 " in table and "--bits" not in peru("inspect", fine, "--base", base)

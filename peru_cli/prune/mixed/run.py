@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -190,6 +191,38 @@ def prune_mixed(
             assert target is not None
             target *= 0.99
         raise AssertionError("the measured quality stays below the predicted one")
+
+
+@dataclass
+class Foreseen:
+    """What `--bits` is expected to give: bytes of the artifact, and norm of the error over the norm of the task vector."""
+
+    bits: float
+    file_bytes: int
+    bits_per_parameter: float
+    relative_error: float
+
+
+def foresee(base: Checkpoint, task: PruneTask, budgets: Sequence[float], how: StreamSettings) -> list[Foreseen]:
+    """Artifacts at several budgets, in bits a parameter: estimated after one decomposition; nothing is rounded or written.
+
+    A budget that does not pay for header and index is left out.
+    """
+    found = []
+    with Spill(Path(tempfile.gettempdir())) as spill:
+        family = _Family(base, [task], Goal("bits", max(budgets)), None, spill, how)
+        least = try_out([], family.frames, spill, family.price(0.0), how)[0]
+        _first_ranks(family, family.limit())
+        family.decompose(range(len(family.items)))
+        for bits in sorted(budgets, reverse=True):
+            room = int(bits * family.entries / 8) + family.rest_bytes - least
+            if room <= 0 or not family.energy:
+                break
+            nbytes, error, _ = estimate(family.items, spill, family.price(_estimated(family, True, room)))
+            size = least + int(nbytes)
+            relative = math.sqrt(min(error / family.energy, 1.0))
+            found.append(Foreseen(bits, size, 8 * (size - family.rest_bytes) / family.entries, relative))
+    return found[::-1]
 
 
 def _first_ranks(family: _Family, limit: int | None) -> None:
