@@ -76,6 +76,13 @@ def test_more_bytes_bring_less_error_and_beat_sparse_deltas_of_the_same_size(per
     assert errors[1] ** 2 < 0.5 * missed / energy
 
 
+@pytest.mark.parametrize("size", [9_300, 11_000, 12_345, 16_000, 27_000])
+def test_small_models_use_the_limit_up(peru: Peru, tmp_path: Path, size: int) -> None:
+    base, fine = make_pair(tmp_path)
+    (said,) = json.loads(peru("prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--max-bytes", size, "--json"))
+    assert 0.99 * size < said["file_bytes"] <= size
+
+
 def test_quality_is_reached_and_not_much_exceeded(peru: Peru, tmp_path: Path) -> None:
     base, fine = make_pair(tmp_path)
     (said,) = json.loads(peru("prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--min-quality", "90%", "--json"))

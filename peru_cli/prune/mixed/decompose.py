@@ -72,8 +72,12 @@ class Spill:
 
 @dataclass
 class Item:
-    """One tensor of one task. `held` is left, values, right, rows of a matrix, or the values of anything else."""
+    """One tensor of one task; `number` counts through all of them.
 
+    `held` is left, values, right, rows of a matrix, or the values of anything else.
+    """
+
+    number: int
     task: int
     pair: Pair
     columns: int  # 0: no matrix
@@ -91,13 +95,13 @@ class Item:
 
 def items_of(tasks: Sequence[TaskVector]) -> list[Item]:
     """All tensors that have a difference, task by task, in canonical order."""
-    items = []
+    items: list[Item] = []
     for number, task in enumerate(tasks):
         for pair in sorted(task.pairs.values(), key=lambda pair: pair.fine.name):
             shape = pair.fine.shape
             columns = (shape[-1] if len(shape) != 4 else math.prod(shape[1:])) if len(shape) > 1 and pair.entries >= SMALLEST else 0
             rows = pair.entries // columns if columns else 0
-            items.append(Item(number, pair, columns if min(rows, columns) > 1 else 0, most=min(rows, columns)))
+            items.append(Item(len(items), number, pair, columns if min(rows, columns) > 1 else 0, most=min(rows, columns)))
     return items
 
 

@@ -28,16 +28,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Price:
-    """Squared error that a bit is worth. `of_outputs`: as outputs feel it, by kinds of tensors; else as it is in matrices."""
+    """Squared error that a bit is worth. `of_outputs`: as outputs feel it, by kinds of tensors; else as it is in matrices.
+
+    Where no multiplier comes near the limit, as many tensors as just fit have a lower one.
+    """
 
     multiplier: float
     of_outputs: bool
+    lower: float = 0.0
+    with_lower: int = 0  # the first so many tensors
 
     def of(self, item: Item) -> float:
         """In a tensor."""
+        multiplier = self.lower if item.number < self.with_lower else self.multiplier
         if self.of_outputs:
-            return self.multiplier / weight_of(item.name, item.columns > 0)
-        return self.multiplier if item.columns else self.multiplier / VECTOR
+            return multiplier / weight_of(item.name, item.columns > 0)
+        return multiplier if item.columns else multiplier / VECTOR
 
 
 @dataclass

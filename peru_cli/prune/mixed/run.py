@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peru_cli.artifacts.container import header_room
@@ -147,8 +147,8 @@ class _Family:
     def decompose(self, numbers: Sequence[int]) -> None:
         decompose(self.base, [task.vector for task in self.tasks], self.items, numbers, self.spill, self.how)
 
-    def try_out(self, log: float) -> tuple[int, float]:
-        return try_out(self.items, self.frames, self.spill, self.price(log), self.how)
+    def try_out(self, price: Price) -> tuple[int, float]:
+        return try_out(self.items, self.frames, self.spill, price, self.how)
 
     def price(self, log: float) -> Price:
         """At a logarithm of the multiplier. A goal that is an energy is met by what the weights themselves are worth."""
@@ -183,9 +183,9 @@ def prune_mixed(
         target = 1 - goal.value if goal.kind == "quality" else None
         for _ in range(4):
             note("searching")
-            log = _search_bytes(family, limit, least, say) if limit is not None else _search_quality(family, target or 0.0)
+            price = _search_bytes(family, limit, least, say) if limit is not None else _search_quality(family, target or 0.0)
             note("writing")
-            results = _write(family, log, sync, target is None or goal.value, limit, gates, say)
+            results = _write(family, price, sync, target is None or goal.value, limit, gates, say)
             if results is not None:
                 return results
             assert target is not None
@@ -262,39 +262,63 @@ def _estimated(family: _Family, by_bytes: bool, target: float) -> float:
         start = found.at
 
 
-def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], None]) -> float:
+def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], None]) -> Price:
     if not family.energy:
-        return 0.0
-    room = limit - least
+        return family.price(0.0)
+    room, tolerance = limit - least, int(_TOLERANCE * limit)
+    tried: dict[float, int] = {}
+
+    def measure(at: float) -> int:
+        tried[at] = family.try_out(family.price(at))[0] - least
+        return tried[at]
+
     log = _estimated(family, True, max(room, 1))
-    found = approach(lambda at: family.try_out(at)[0] - least, max(room, 1e-9), log, -1.0, _TOLERANCE * limit / max(room, 1), _TRIALS)
+    found = approach(measure, max(room, 1e-9), log, -1.0, tolerance / max(room, 1), _TRIALS)
     if found is None:
-        return 700.0  # nothing fits: the artifact changes nothing
-    if found.value + least < 0.99 * limit:
-        taken = int(found.value) + least
-        say(f"the artifact takes {taken:,} of {limit:,} bytes: more would not help, or the next step would exceed the limit")
-    return found.at
+        return family.price(700.0)  # nothing fits: the artifact changes nothing
+    price, taken = family.price(found.at), int(found.value)
+    over = [at for at, nbytes in tried.items() if nbytes > room]
+    if taken < room - tolerance and over:
+        price, taken = _between(family, replace(price, lower=math.exp(max(over))), taken, room, least, tolerance)
+    if taken + least < 0.99 * limit:
+        say(f"the artifact takes {taken + least:,} of {limit:,} bytes: more would not help, or the next step would exceed the limit")
+    return price
 
 
-def _search_quality(family: _Family, target: float) -> float:
+def _between(family: _Family, price: Price, taken: int, room: int, least: int, tolerance: int) -> tuple[Price, int]:
+    """How many tensors have the lower multiplier, which is too low for all; what fits, and the bytes that it takes."""
+    fits, exceeds = 0, len(family.items)
+    while exceeds - fits > 1 and taken < room - tolerance:
+        mixed = replace(price, with_lower=(fits + exceeds) // 2)
+        nbytes = family.try_out(mixed)[0] - least
+        if nbytes > room:
+            exceeds = mixed.with_lower
+            continue
+        fits = mixed.with_lower
+        if nbytes >= taken:
+            price, taken = mixed, nbytes
+    return price, taken
+
+
+def _search_quality(family: _Family, target: float) -> Price:
     if not family.energy:
-        return 0.0
+        return family.price(0.0)
     log = _estimated(family, False, target * family.energy)
-    found = approach(lambda at: family.try_out(at)[1], target * family.energy, log, 0.3, 0.01, _TRIALS)
+    found = approach(lambda at: family.try_out(family.price(at))[1], target * family.energy, log, 0.3, 0.01, _TRIALS)
     if found is None:
         raise UsageError(f"--min-quality {1 - target:.6g} is higher than quantised differences can reach", "use --lossless")
-    return found.at
+    return family.price(found.at)
 
 
 def _write(
-    family: _Family, log: float, sync: bool, quality: float | bool, limit: int | None, gates: Sequence[Gate], say: Callable[[str], None]
+    family: _Family, price: Price, sync: bool, quality: float | bool, limit: int | None, gates: Sequence[Gate], say: Callable[[str], None]
 ) -> list[MixedResult] | None:
     """Write all artifacts; None, and nothing is left, if the measured quality is too low."""
     items, tasks = family.items, family.tasks
     with ExitStack() as stack:
         writers = [stack.enter_context(MixedWriter(task.target, family.metadata(task, None), sync)) for task in tasks]
         records = [frame.copies() for frame in family.frames]
-        final = Final(family.base, [task.vector for task in tasks], items, records, writers, family.spill, family.price(log))
+        final = Final(family.base, [task.vector for task in tasks], items, records, writers, family.spill, price)
         run(final, [Tile(i, i, 0, item.pair.entries) for i, item in enumerate(items)], family.how.threads, family.how.advance)
         energy = family.energy
         if quality is not True and energy and 1 - sum(final.errors) / energy < quality:
