@@ -63,8 +63,10 @@ def hub(tmp_path: Path, peru: Peru) -> Iterator[Hub]:
         yield Hub(writes, reads, tmp_path, peru)
 
 
-@pytest.mark.parametrize("options", [["--lossless"], ["--keep", "10%"]], ids=["lossless", "10%"])
-def test_a_sparse_delta(hub: Hub, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    "options", [["--lossless"], ["--keep", "10%"], ["--keep", "10%", "--values", "log2"], ["--max-bytes", "4kB"]], ids=" ".join
+)
+def test_one_artifact(hub: Hub, options: list[str]) -> None:
     out = hub.folder / "x.safetensors"
     hub.here("prune", hub.names[0], "-b", hub.base, "-o", out, *options)
     found = hub.follow(hub.push(out, "me/x"), "a|x")
