@@ -17,7 +17,7 @@ from peru_cli.methods.mixed.directions import choose_scales, quantised
 from peru_cli.methods.mixed.rates import bits, entropy
 from peru_cli.methods.mixed.scales import scale_of
 from peru_cli.methods.mixed.sums import rounded_error
-from peru_cli.methods.mixed.weights import VECTOR, weight_of
+from peru_cli.methods.mixed.weights import VECTOR, regain, weight_of
 from peru_cli.prune.mixed.decompose import Item, Spill, spectrum_of
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
@@ -104,7 +104,10 @@ def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, 
         steps = scale_of(numbers[keep])
         each = rows * bits(np.sqrt(values[keep] / rows / steps)) + columns * bits(np.sqrt(values[keep] / columns / steps))
         total += float(each.sum())
-        missed = item.squared - float((np.square(values[keep]) - (totals[keep] - multiplier * each)).sum())
+        kept = float((np.square(values[keep]) - (totals[keep] - multiplier * each)).sum())
+        missed = item.squared - kept
+        if price.of_outputs:
+            missed += kept * (regain(item.squared, kept) - 1) ** 2
         error += rounded_error(max(missed, 0.0), item.ulps) if keep.any() else item.squared
         if keep.all() and item.rank < item.most:
             short.append(number)
