@@ -137,9 +137,9 @@ def evaluate_command(
     files = split_data([*(data or []), *(text or [])], "--data")
     if tau_jp or negate:
         if tau_jp and negate:
-            raise UsageError("--tau-jp and --negate are two measurements", "ask for one of them")
+            raise UsageError("--tau-jp and --negate exclude each other", "use one of them")
         if gates or csv is not None or dtype != "fp32":
-            raise UsageError("--tau-jp and --negate know no gates, no --csv and no --dtype", "use --json; they compute in float32")
+            raise UsageError("--tau-jp and --negate cannot be combined with gates, --csv or --dtype", "use --json; they compute in float32")
         from peru_cli.evaluate import interference_command as interference
         from peru_cli.merge.options import parse_range
 
@@ -156,9 +156,9 @@ def evaluate_command(
                 console.note(f"{said} {path}")
         return
     if not files and not others:
-        raise UsageError("nothing to compare with and nothing to run on", "add --against MODEL, --data FILE, or both")
+        raise UsageError("nothing to compare with, and no data to run on", "add --against MODEL, --data FILE, or both")
     if not files and base is None:
-        raise UsageError("weights are compared as changes of their base", "add --base BASE, or --data FILE to compare outputs")
+        raise UsageError("weights are compared relative to their base", "add --base BASE, or --data FILE to compare outputs")
     examples = _read(files, text or [], max_samples)
     check_gates(gates, examples, bool(others), base is not None)
     pairs = weight_pairs(named, others) if base is not None else {}

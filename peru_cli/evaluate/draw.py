@@ -61,7 +61,7 @@ def _plot(path: Path, scores: Sequence[Score], weights: dict[str, WeightsReport]
         plots.plot_errors(path, errors)
     else:
         raise UsageError(
-            "--plot: there is nothing to draw", "it draws accuracy against bytes, and the weights' error with --base and --against"
+            "--plot: there is nothing to draw", "it draws accuracy against bytes, and with --base and --against the error of the weights"
         )
 
 

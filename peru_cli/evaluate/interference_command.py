@@ -36,7 +36,7 @@ def tau_jp(
 
     for task in models:
         if task not in examples:
-            raise UsageError(f"--tau-jp looks at examples of every task, and {task} has none", f"add --data {task}=FILE")
+            raise UsageError(f"--tau-jp needs examples of every task, and {task} has none", f"add --data {task}=FILE")
     vectors = _vectors(models, base, examples, device, batch_size)
     total = 3 * sum(map(len, examples.values()))
     with console.progress(total, "tau-Jp", "examples") as progress:
@@ -63,14 +63,14 @@ def negate(
     from peru_cli.reports.plots import plot_negation
 
     if len(models) != 1:
-        raise UsageError(f"--negate takes one model, not {len(models)}", "name the fine-tune whose task is to be forgotten")
+        raise UsageError(f"--negate takes one model, not {len(models)}", "name the fine-tune whose task should be forgotten")
     if set(examples) != {"target", "control"}:
-        raise UsageError("--negate looks at a target and a control task", "--data target=FILE --data control=FILE")
+        raise UsageError("--negate needs data of a target task and a control task", "add --data target=FILE --data control=FILE")
     if set(against) - {"control"}:
         raise UsageError("--negate takes only --against control=MODEL", "the model whose head judges the control task")
     ((task, model),) = models.items()
     if task == "control":
-        raise UsageError("with --negate the name 'control' is the other task's", "give the model another name")
+        raise UsageError("with --negate, the name 'control' is reserved for the control task", "give the model another name")
     tasks = {task: model} | ({"control": against["control"]} if against else {})
     vectors = _vectors(tasks, base, {task: examples["target"], "control": examples["control"]}, device, batch_size)
     control = vectors.load("control") if against else load_base(vectors, examples["control"])
@@ -101,7 +101,7 @@ def _vectors(
     from peru_cli.merge.task_models import Running
 
     if base is None:
-        raise UsageError("task vectors are differences from a base", "add --base BASE")
+        raise UsageError("task vectors need a base", "add --base BASE")
     opened = open_model(base)
     tasks = [(task, open_fine_tune(model, opened, task)) for task, model in models.items()]
     return Vectors(opened, tasks, Running(dict(examples), pick_device(device), batch_size or 32))

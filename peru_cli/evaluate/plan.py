@@ -88,7 +88,7 @@ def check_gates(gates: list[Gate], examples: Mapping[str, Examples], compared: b
             if gate.metric not in _expected(found, compared, has_base):
                 where = f" for {task!r}" if task else ""
                 raise UsageError(
-                    f"{gate.option}: it will not be measured{where}", f"it needs {_NEEDS.get(gate.metric, '--against and --data')}"
+                    f"{gate.option} will not be measured{where}", f"it needs {_NEEDS.get(gate.metric, '--against and --data')}"
                 )
 
 

@@ -85,7 +85,7 @@ def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> t
         others.append({name: path.read_bytes() for name, path in base.checkpoint.side_files.items()})
     ours = prepare(subject, examples, others, settings.context)
     if ours.kind in (TEXT, IMAGE) and problem_of(ours.config) == VALUE and ours.config.num_labels != 1:
-        raise Mismatch(f"{ours.label} is a regression of {ours.config.num_labels} values at once", "peru measures regressions of one value")
+        raise Mismatch(f"{ours.label} predicts {ours.config.num_labels} values at once", "peru measures regressions of one value")
     if other is None:
         return ours, None
     theirs = prepare(other, examples, others[1:], settings.context, like=ours)
@@ -98,7 +98,7 @@ def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> t
         raise Mismatch(f"{said}: they cannot be compared", "problem_type in their config.json decides")
     if ours.kind in (TEXT, IMAGE) and examples.by_number(ours.config) and label_order(ours.config, theirs.config) is not None:
         raise Mismatch(
-            f"{ours.label} and {theirs.label} have the same labels in another order, so {examples.source}'s numbers mean two things",
+            f"{ours.label} and {theirs.label} have the same labels in different orders, so the numbers in {examples.source} are ambiguous",
             "write the labels' names instead of their numbers",
         )
     return ours, theirs
@@ -156,7 +156,7 @@ def _score_classes(score: Score, got: Array, wanted: Array | None, labels: Array
         if len(labels) >= _ENOUGH and accuracy.low <= 1 / score.classes:
             score.warnings.append(
                 f"{100 * accuracy.value:.1f}% is near chance, {100 / score.classes:.1f}% for {score.classes} classes: "
-                "is this the model of this task, and are the classes numbered as the model has them?"
+                "is this the model for this task, and are the classes numbered as in the model?"
             )
     if wanted is None:
         return
@@ -210,7 +210,7 @@ def _add_kl(score: Score, kl: Array) -> None:
 
 def _require_finite(logits: Array, label: str) -> None:
     if not np.isfinite(logits).all():
-        raise Mismatch(f"{label}: some outputs are NaN or infinite", "try --dtype fp32; or the weights themselves are broken")
+        raise Mismatch(f"{label}: some outputs are NaN or infinite", "try --dtype fp32; if that does not help, the weights are broken")
 
 
 def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

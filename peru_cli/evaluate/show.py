@@ -150,7 +150,7 @@ def show(scores: Sequence[Score], weights: dict[str, WeightsReport], every: bool
             said = f"differ: {', '.join(different[:4])}" if different else "are equal"
             console.line(f"{task}: {plural(len(report.heads), 'tensor')} that the base lacks {said}")
         if report.total.not_finite:
-            console.line(f"{task}: {plural(report.total.not_finite, 'difference')} not finite, left out")
+            console.line(f"{task}: {plural(report.total.not_finite, 'difference')} not finite and not counted")
     if (mean := mean_of(scores)) is not None:
         console.line(f"mean normalised accuracy {cell('normalised', mean)} %")
     for note in notes(scores, False):
@@ -166,13 +166,13 @@ def notes(scores: Sequence[Score], weights: bool) -> list[str]:
     if any("distance" in score.metrics for score in scores):
         said.append("distance is the mean squared difference of both models' outputs")
     if any("kl" in score.metrics for score in scores):
-        said.append("intervals are for 95%; KL in nats, of the model's predictions from those of --against")
+        said.append("95% intervals; KL in nats, from the predictions of --against to those of the model")
     elif scores:
-        said.append("intervals are for 95%")
+        said.append("95% intervals")
     if any(score.shared for score in scores):
         said.append(f"bytes include what tasks share; in all {si_bytes(bytes_in_all(scores))}")
     if weights:
-        said.append("weights as changes of the base: error 0 is equal, 1 as far off as the base itself")
+        said.append("weights relative to the base: error 0 is equal, 1 is as far off as the base itself")
     return said
 
 

@@ -180,7 +180,7 @@ def refuse_base(problems: list[str], artifact: Artifact, label: str, gave_up: bo
     if not problems:
         return
     wanted = artifact.metadata.get("peru.base")
-    hint = f"it was made from {wanted}" if wanted else f"the {_noun(artifact)} does not say where its base came from (--base-id records it)"
+    hint = f"it was made from {wanted}" if wanted else f"the {_noun(artifact)} does not record its base (--base-id does)"
     if isinstance(artifact, Pack) and artifact.has_own_base:
         hint = f"its base is the one that --merge-base wrote{f', {wanted}' if wanted else ''}"
     number = f"{'at least ' if gave_up else ''}{len(problems)} tensor(s) differ"

@@ -26,12 +26,12 @@ def tasks_of(folder: Place) -> list[str]:
 class HeadOverMerge(FineTune):
     """The merged tensors under the fine-tune's names, and the head's own."""
 
-    def __init__(self, folder: Place, task: str | None, hint: str = "say --task TASK: ") -> None:
+    def __init__(self, folder: Place, task: str | None, hint: str = "add --task TASK: ") -> None:
         """Open both. UsageError, with the names of all tasks after the hint, if there is no such task."""
         super().__init__()
         known = tasks_of(folder)
         if task not in known:
-            said = f"{folder} has no head for {task!r}" if task is not None else f"{folder} is a merge that keeps a head for each task"
+            said = f"{folder} has no head for {task!r}" if task is not None else f"{folder} is a merge with a head for each task"
             raise UsageError(said, hint + (listed(known) or "none"))
         self._merged = open_directory(folder, str(folder))
         path = folder / HEADS / f"{task}.safetensors"
@@ -84,7 +84,7 @@ def check_bound(merged: Checkpoint, head: Checkpoint) -> list[str]:
         return []
     digests = merged.digests() if isinstance(merged, SafetensorsCheckpoint) else None
     if digests is None:
-        return [f"whether {head.label} belongs to {merged.label} cannot be told: these weights carry no digests"]
+        return [f"peru cannot tell whether {head.label} belongs to {merged.label}: these weights have no digests"]
     if model_digest(digests) != wanted:
         raise Mismatch(f"{head.label} is the head of another merge than {merged.label}", "fetch or make both again, together")
     return []

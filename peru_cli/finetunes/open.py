@@ -60,7 +60,7 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
         if "peru.format" in opened.metadata:
             opened.close()
             if base is None:
-                raise UsageError(f"{model} is a peru artifact: it can be expanded only with its base", "add --base BASE")
+                raise UsageError(f"{model} is a peru artifact and needs its base", "add --base BASE")
             try:
                 made = open_artifact(path, model, lambda artifact: as_recorded(base, recorded_dtypes(artifact)), task or None)
             except UsageError as error:
@@ -129,10 +129,10 @@ def only_task(model: str) -> str | None:
 def open_adapter(path: Place, label: str, base: Checkpoint | None) -> LoraCheckpoint | AdapterWithRest:
     """An adapter and the sparse delta beside it. UsageError without a base, or with a merge as base; Mismatch if it does not fit."""
     if base is None:
-        raise UsageError(f"{label} is a LoRA adapter: it can be expanded only with its base", "add --base BASE")
+        raise UsageError(f"{label} is a LoRA adapter and needs its base", "add --base BASE")
     if MERGE_METHOD in base.metadata:
         raise UsageError(
-            f"{label} is a LoRA adapter, and {base.label} is a merge, which no adapter was trained on",
+            f"{label} is a LoRA adapter, but {base.label} is a merge, and no adapter was trained on it",
             "fold it into its own base first (peru unpack), or merge with --compress",
         )
     adapter = LoraCheckpoint(path, label, base)

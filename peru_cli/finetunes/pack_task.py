@@ -132,7 +132,7 @@ class TaskOfPack(FromArtifact):
         bits = plus_vector(np.zeros_like(base) if record.mode == PackMode.WEIGHTS else base, record.base_dtype, record.info.dtype, vector)
         if bits is None:
             message = f"{self.pack.path}: {record.info.name!r} of {self.record.name} does not fit {record.info.dtype.name}"
-            raise BadFile(message, "pack with a smaller --scale")
+            raise BadFile(message, "use a smaller --scale")
         if kind.itemsize != out.itemsize:
             np.copyto(out, bits)
         return raw

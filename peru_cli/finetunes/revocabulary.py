@@ -55,13 +55,13 @@ class _Model:
         tokens = read_tokens(model)
         if tokens is None:
             raise UsageError(
-                f"{model.label} has no tokenizer.json, vocab.json or vocab.txt: which row is which token is not known",
+                f"{model.label} has no tokenizer.json, vocab.json or vocab.txt, so peru cannot match rows to tokens",
                 "save its tokenizer beside it (tokenizer.save_pretrained), or leave --tokenizer out",
             )
         inputs = [t for t in model.tensors.values() if len(t.shape) == 2 and is_input(t.name)]
         if not inputs or len({t.shape[0] for t in inputs}) > 1:
             raise Mismatch(
-                f"{model.label}: its embedding is not known by its name", "leave --tokenizer out, and --per-task REGEX for its rows"
+                f"{model.label}: peru does not recognise its embedding by name", "leave --tokenizer out, and --per-task REGEX for its rows"
             )
         self.rows = inputs[0].shape[0]
         self.tokens = {token: number for token, number in tokens.items() if number < self.rows}
@@ -89,7 +89,7 @@ def common_vocabulary(
     said = [f"vocabulary: {len(target.tokens):,} tokens of {donor.name} in {target.rows:,} rows"]
     if new:
         shown = ", ".join(map(repr, new[:8])) + (", ..." if len(new) > 8 else "")
-        said.append(f"  {len(new)} tokens of other models have been added: {shown}")
+        said.append(f"  {len(new)} tokens of other models are added: {shown}")
     return [Revocabulary(m, models, has_base, target, donor) for m in models], said
 
 
@@ -117,8 +117,8 @@ def _with_added(donor: Checkpoint, files: Mapping[str, bytes], added: list[dict[
     """Tokenizer files that hold further added tokens."""
     if "tokenizer.json" not in files:
         raise UsageError(
-            f"{donor.label} has no tokenizer.json, into which the other models' tokens could be added",
-            "save its tokenizer once more with transformers' fast tokenizers, or choose one: --tokenizer TASK",
+            f"{donor.label} has no tokenizer.json to add the other models' tokens to",
+            "save its tokenizer again with transformers' fast tokenizers, or choose another: --tokenizer TASK",
         )
     changed: dict[str, Any] = {"tokenizer.json": json.loads(files["tokenizer.json"])}
     changed["tokenizer.json"].setdefault("added_tokens", []).extend(added)

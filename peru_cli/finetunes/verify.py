@@ -45,7 +45,7 @@ class Proven(Checkpoint):
         """All of a tensor was read."""
         origin, artifact = self.source.origins[name], self.source.artifact
         if origin.base is not None and not is_base(origin, self._witness.digest("base", name)):
-            self._bad.append(f"{origin.base.name}: other contents in {self.source.base.label}")
+            self._bad.append(f"{origin.base.name}: different contents in {self.source.base.label}")
             if len(self._bad) >= _FEW:
                 refuse_base(self._bad, artifact, self.source.base.label, gave_up=True)
         elif (found := self._witness.kept(name)) != origin.kept:

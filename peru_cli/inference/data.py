@@ -95,7 +95,7 @@ class Examples:
             except ValueError:
                 found[i] = math.nan
             if not math.isfinite(found[i]):
-                raise BadFile(f"{self.place(i)}: the label {label!r} is not a number", "the model's head gives a number: a regression")
+                raise BadFile(f"{self.place(i)}: the label {label!r} is not a number", "the model predicts a number (a regression)")
         return found
 
     def label_sets(self, config: Any) -> Array | None:
@@ -114,7 +114,7 @@ class Examples:
                 elif isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
                     found[i, number] = True
                 else:
-                    hint = f"write the names or numbers of those that hold, or {count} times 0 or 1"
+                    hint = f"write the names or numbers of the labels that hold, or 0 or 1 for each of the {count} labels"
                     raise BadFile(f"{self.place(i)}: the model's head has no label {value!r}", hint)
         return found
 
@@ -161,7 +161,7 @@ def class_doubts(examples: Examples, config: Any) -> list[str]:
     own = _named_classes(config)
     if own is not None and sorted(own) != sorted(called):
         theirs = ", ".join(sorted(own, key=lambda name: own[name])[:4]) + (", ..." if len(own) > 4 else "")
-        return [f"{examples.source} calls its classes {shown}, the model {theirs}: they are taken to be the same in this order"]
+        return [f"{examples.source} calls its classes {shown}, the model {theirs}: peru assumes the same order"]
     return []
 
 

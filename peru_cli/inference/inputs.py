@@ -61,7 +61,7 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
     if kind == IMAGE:
         return _encode_images(examples, files, config, label)
     if not any(_VOCABULARY.fullmatch(name) for name in files):  # transformers would make up an empty one
-        raise BadFile(f"{label}: no tokenizer beside it or its base", "put tokenizer.json beside the model or its base")
+        raise BadFile(f"{label}: no tokenizer beside the model or its base", "put tokenizer.json beside the model or its base")
     tokenizer = _tokenizer(files, label)
     longest = _longest(tokenizer, config)
     _check_vocabulary(tokenizer, config, label)
@@ -90,7 +90,7 @@ def _tokenizer(files: Files, label: str) -> Any:
                 _TOKENIZER[:] = [key, transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)]
             except Exception as error:  # transformers raises whatever its tokenizers' own code raises
                 raise BadFile(
-                    f"{label}: no tokenizer that transformers loads ({reason(error)})", "put tokenizer.json beside the model or its base"
+                    f"{label}: transformers cannot load its tokenizer ({reason(error)})", "put tokenizer.json beside the model or its base"
                 ) from error
     return _TOKENIZER[1]
 
@@ -115,8 +115,8 @@ def _check_vocabulary(tokenizer: Any, config: Any, label: str) -> None:
     if isinstance(rows, int) and ids and max(ids) >= rows:
         more = sum(number >= rows for number in ids)
         raise Mismatch(
-            f"{label}: its tokenizer has {len(ids)} tokens, the embedding {rows} rows: {more} tokens have none",
-            "it is another model's tokenizer, or tokens were added after the embedding was saved",
+            f"{label}: its tokenizer has {len(ids)} tokens, the embedding {rows} rows: {more} tokens have no row",
+            "the tokenizer belongs to another model, or tokens were added after the embedding was saved",
         )
 
 
@@ -139,7 +139,7 @@ def _encode_classified(examples: Examples, coded: Any, tokenizer: Any, config: A
     """
     rows = coded["input_ids"]
     if (empty := next((i for i, row in enumerate(rows) if not row), None)) is not None:
-        raise BadFile(f"{examples.place(empty)}: the tokenizer of {label} makes no token of it")
+        raise BadFile(f"{examples.place(empty)}: the tokenizer of {label} gives no token for it")
     size, given = getattr(config.get_text_config(), "vocab_size", None), getattr(config, "pad_token_id", None)
     pad, padded = _pad_id(tokenizer, config), takes_attention_mask(config, TEXT, label)
     if not (isinstance(given, int) and given >= 0 and (size is None or given < size)):
@@ -212,16 +212,14 @@ def _encode_images(examples: Examples, files: Files, config: Any, label: str) ->
             raise Mismatch(f"{examples.source}: images are {list(images.shape[1:])}, {label} takes {wanted}")
         return Inputs(np.zeros(len(images), np.int64), lambda numbers: {"pixel_values": torch.from_numpy(images[numbers])})
     if not any(name in files for name in ("preprocessor_config.json", "processor_config.json")):
-        raise BadFile(
-            f"{label}: no preprocessor_config.json, so nothing says how pixels become inputs", "put it beside the model or its base"
-        )
+        raise BadFile(f"{label}: no preprocessor_config.json, which says how pixels become inputs", "put it beside the model or its base")
     with folder(files) as place:
         try:
             processor: Any = transformers.AutoImageProcessor.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False, backend="pil"
             )
         except (ValueError, OSError, KeyError, ImportError) as error:
-            raise BadFile(f"{label}: no image processor that transformers loads ({reason(error)})") from error
+            raise BadFile(f"{label}: transformers cannot load its image processor ({reason(error)})") from error
     if size and not processor.do_resize and not getattr(processor, "do_center_crop", False):
         _check_sizes(examples, size, label)
 
@@ -242,7 +240,7 @@ def _check_sizes(examples: Examples, size: tuple[int, ...], label: str) -> None:
         found = image.shape[1:3] if isinstance(image, np.ndarray) else _header_size(examples, i, image)
         if found != size:
             place = examples.place(i) if isinstance(examples.images, list) else examples.source
-            raise Mismatch(f"{place}: {found[0]}x{found[1]} pixels, {label} takes {size[0]}x{size[1]} and its processor does not resize")
+            raise Mismatch(f"{place}: {found[0]}x{found[1]} pixels, {label} takes {size[0]}x{size[1]}, and its processor does not resize")
 
 
 def _header_size(examples: Examples, i: int, path: Any) -> tuple[int, int]:

@@ -83,10 +83,12 @@ def load_config(files: Files, label: str) -> Any:
             config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
             if _names_code(files["config.json"]):
-                raise BadFile(f"{label}: it can be run only with Python code of its own, which peru never runs") from error
+                raise BadFile(f"{label}: it needs its own Python code, and peru never runs such code") from error
             raise BadFile(f"{label}: transformers does not know its config.json ({reason(error)})") from error
     if _names_code(files["config.json"]):
-        console.note(f"{label}: its config.json names Python code of its own (auto_map), which is not run; transformers' own model is used")
+        console.note(
+            f"{label}: its config.json names its own Python code (auto_map), which peru does not run; transformers' own model is used"
+        )
     return config
 
 
@@ -151,7 +153,7 @@ def require_shapes(config: Any, kind: str, shapes: Shapes, label: str) -> None:
     wrong = [f"{name}: {list(shape)}, the config says {list(expected[name])}" for name, shape in named.items()
              if name in expected and shape != expected[name]]  # fmt: skip
     if wrong:
-        raise Mismatch(f"{label}: {len(wrong)} tensor(s) are not as its config says\n  " + "\n  ".join(wrong[:5]))
+        raise Mismatch(f"{label}: {len(wrong)} tensor(s) do not match its config\n  " + "\n  ".join(wrong[:5]))
     head = [name for name in expected if not name.startswith(prefix) and not name.endswith(_OFTEN_ABSENT)]
     if kind in (TEXT, IMAGE) and head and not any(name in named for name in head):
         raise _missing(head, kind, config, label)
@@ -170,7 +172,7 @@ def _under_prefix(found: Mapping[str, _T], expected: Mapping[str, torch.Size], p
 def _missing(names: list[str], kind: str, config: Any, label: str) -> Mismatch:
     names = sorted(names)
     listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    hint = "a bare encoder has no head: name the fine-tune, or give it with --against" if kind in (TEXT, IMAGE) else None
+    hint = "a bare encoder has no head: name the fine-tune, or pass it with --against" if kind in (TEXT, IMAGE) else None
     return Mismatch(f"{label}: no weights for {listed}, which a {_model_class(config, kind, label).__name__} needs", hint)
 
 
@@ -189,7 +191,7 @@ def _model_class(config: Any, kind: str, label: str) -> Any:
     try:
         return auto._model_mapping[type(config)]
     except KeyError as error:
-        raise Mismatch(f"{label} is a {config.model_type}, of which transformers makes no model for {kind}") from error
+        raise Mismatch(f"{label} is a {config.model_type}, and transformers has no such model for {kind}") from error
 
 
 def build_model(

@@ -96,7 +96,7 @@ def _file(path: Path) -> Examples:
         return _npz(path)
     if kind == ".txt":
         return Examples(str(path), texts=[text]) if (text := _text(path)).strip() else Examples(str(path))
-    raise UsageError(f"{path}: not a kind of file that is read", "known are .jsonl, .csv, .tsv, .parquet, .npz, .txt and folders of images")
+    raise UsageError(f"{path}: unknown kind of file", "peru reads .jsonl, .csv, .tsv, .parquet, .npz, .txt and folders of images")
 
 
 def _text(path: Path) -> str:
@@ -105,7 +105,7 @@ def _text(path: Path) -> str:
     try:
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError) as error:
-        raise BadFile(f"{path}: not a gzip file that can be read to its end") from error
+        raise BadFile(f"{path}: not a complete gzip file") from error
     except UnicodeDecodeError as error:
         raise BadFile(f"{path}: not UTF-8 text (byte {error.start})") from error
 
@@ -130,7 +130,7 @@ def _csv_lines(path: Path, reader: Any) -> Iterator[tuple[int, Mapping[str, Any]
             if not cells:
                 continue
             if len(cells) != len(names):
-                raise BadFile(f"{path}, line {reader.line_num}: {len(cells)} cells, the first line names {len(names)} columns")
+                raise BadFile(f"{path}, line {reader.line_num}: {len(cells)} cells, but the first line names {len(names)} columns")
             yield reader.line_num, dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise BadFile(f"{path}, line {reader.line_num}: {error}") from error
@@ -147,7 +147,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
             wanted = [name for name in file.schema_arrow.names if name.lower() in (*TEXT, *PAIR, *TARGET, *LABEL)]
             return file.read(columns=wanted).to_pylist()  # type: ignore[no-any-return]
     except (ArrowException, OSError) as error:
-        raise BadFile(f"{path}: not a Parquet file that can be read ({error})") from error
+        raise BadFile(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
@@ -166,16 +166,16 @@ def _rows(source: str, rows: Iterable[tuple[int, Mapping[str, Any]]], unit: str,
             columns = _columns(source, row, examples)
         for kind, name in columns.items():
             if name not in row or row[name] is None:
-                raise BadFile(f"{source}, {place}: no {name!r}, which earlier lines have")
+                raise BadFile(f"{source}, {place}: {name!r} is missing, though earlier lines have it")
             value = row[name]
             if kind == "labels":
                 value = _label(value, f"{source}, {place}", typed)
             elif not isinstance(value, str):
-                raise BadFile(f"{source}, {place}: {name!r} is {type(value).__name__}, not a text")
+                raise BadFile(f"{source}, {place}: {name!r} is {type(value).__name__}, not a string")
             getattr(examples, kind).append(value)
         for kind, aliases in (("labels", LABEL), ("pairs", PAIR)):
             if kind not in columns and (late := _column(row, aliases)) is not None and row[late] is not None:
-                raise BadFile(f"{source}, {place}: has {late!r}, which earlier lines lack")
+                raise BadFile(f"{source}, {place}: has {late!r}, though earlier lines lack it")
         examples.places.append(place)
     return examples
 
@@ -213,7 +213,7 @@ def _npz(path: Path) -> Examples:
             arrays = {name: data[name] for name in ("x", "y") if name in data.files}
             names = ", ".join(data.files)
     except (OSError, ValueError, EOFError, KeyError, _zip_error()) as error:
-        raise BadFile(f"{path}: not an .npz file that can be read ({error})") from error
+        raise BadFile(f"{path}: not a readable .npz file ({error})") from error
     if "x" not in arrays:
         raise BadFile(f"{path}: no array 'x'; it holds {names or 'nothing'}", "images are x (n, height, width[, channels]), labels y (n,)")
     x, y = arrays["x"], arrays.get("y")

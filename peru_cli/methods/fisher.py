@@ -102,7 +102,7 @@ class FisherCollector(Collector):
 
     def check(self, task_model: TaskModel) -> None:
         if self._exact and not hasattr(task_model.model.config, "num_labels"):
-            raise UsageError(f"{task_model.task}: not a classifier", "say --expectation sampled")
+            raise UsageError(f"{task_model.task}: not a classifier", "add --expectation sampled")
 
     def collect(self, models: Sequence[TaskModel]) -> list[Found]:
         return [self._diagonal(task_model) for task_model in models]
@@ -117,7 +117,7 @@ class FisherCollector(Collector):
         for _, batch in task_model.examples.batches(1, task_model.device):
             logits = task_model.model(**batch).logits
             if self._exact and logits.dim() != 2:
-                raise UsageError(f"{task_model.task} is a language model: too many labels to sum over", "say --expectation sampled")
+                raise UsageError(f"{task_model.task} is a language model: too many labels to sum over", "add --expectation sampled")
             rows = logits[..., 0].numel()
             draws = None if self._exact else label_draws(seed, drawn, rows)
             drawn += rows

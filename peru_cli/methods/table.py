@@ -393,5 +393,5 @@ def effective_values(method: Method, given: Mapping[str, Value]) -> dict[str, Va
             raise UsageError(f"--{name} {value!r} is not {' or '.join(option.choices)}")
         values[name] = value
     if variant == "peft" and values.get("reduce") == "sum":
-        raise UsageError("--variant peft has no --reduce sum", "peft's program always takes the mean")
+        raise UsageError("--variant peft has no --reduce sum", "peft always takes the mean")
     return values

@@ -232,7 +232,7 @@ def test_wrong_bases_and_tasks_are_refused(made: Path, peru: Peru) -> None:
     torch.manual_seed(1)
     wrong = change(made, "base", **{"layers.1.w": torch.randn(16, 8)})
     peru("unpack", path, "--task", "a", "-b", wrong, "-o", out, code=1)
-    assert "layers.1.w: other contents" in peru.stderr and not out.exists()  # type: ignore[attr-defined]
+    assert "layers.1.w: different contents" in peru.stderr and not out.exists()  # type: ignore[attr-defined]
     longer = change(made, "base", "longer", embed=torch.randn(31, 8))
     peru("unpack", path, "--task", "a", "-b", longer, "-o", out, code=1)
     assert "embed: F32 [31, 8]" in peru.stderr and not out.exists()  # type: ignore[attr-defined]

@@ -205,7 +205,7 @@ def test_unpacking_what_is_not_there(made: Path, peru: Peru) -> None:
     torch.manual_seed(1)
     wrong = change(made, "base", **{"layers.1.w": torch.randn(16, 8)})
     peru("unpack", pack, "--task", "a", "-b", wrong, "-o", out, code=1)
-    assert "layers.1.w: other contents" in peru.stderr and not out.exists()  # type: ignore[attr-defined]
+    assert "layers.1.w: different contents" in peru.stderr and not out.exists()  # type: ignore[attr-defined]
     peru("prune", made / "a.safetensors", "-b", base_path, "-o", made / "d.safetensors", "--keep", "10%")
     peru("unpack", made / "d.safetensors", "--task", "x", "-b", base_path, "-o", out, code=2)
     assert "d.safetensors holds a" in peru.stderr  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ def test_a_pipe_gets_no_byte_of_a_wrong_result(tmp_path: Path, peru, pair) -> No
     base = load_file(base_file)
     base["scalar"] += 1  # the last tensor by name
     done = run_peru("unpack", tmp_path / "a.safetensors", "-b", save(base, tmp_path / "other.safetensors"), "-o", "-")
-    assert done.returncode == 1 and done.stdout == "" and "scalar: other contents" in done.stderr
+    assert done.returncode == 1 and done.stdout == "" and "scalar: different contents" in done.stderr
 
 
 def test_models_of_other_families_are_refused_with_what_was_compared(tmp_path: Path, peru, pair) -> None:

@@ -299,8 +299,8 @@ def test_code_that_a_model_names_is_neither_run_nor_asked_for(tmp_path: Path, pe
     own = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoTokenizer": ["evil.T", None]}
     (fine / "config.json").write_text(json.dumps(config | {"auto_map": own}))
     peru("eval", fine, "--data", data)
-    assert "names Python code of its own (auto_map), which is not run" in stderr(peru)
+    assert "names its own Python code (auto_map), which peru does not run" in stderr(peru)
     (fine / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "evil"}))
     peru("eval", fine, "--data", data, code=1)
-    assert "Python code of its own, which peru never runs" in stderr(peru)
+    assert "its own Python code, and peru never runs such code" in stderr(peru)
     assert not (tmp_path / "ran").exists()

@@ -196,7 +196,7 @@ def test_several_tasks_one_merge_and_their_mean(tmp_path: Path, peru: Peru) -> N
         ([tmp_path / "m", *data[:2], *against], "no data is called 'fashion'"),
         ([*fine, *data, "-d", f"letters={demo.images('digits')}"], "no model is called 'letters'"),
         ([tmp_path / "m", "-d", demo.images("digits")], "has no head for 'm'"),
-        ([tmp_path / "m"], "nothing to compare with and nothing to run on"),
+        ([tmp_path / "m"], "nothing to compare with, and no data to run on"),
         ([tmp_path / "m", *against], "add --base BASE"),
     ):
         peru("eval", *arguments, code=2)
@@ -278,7 +278,7 @@ def test_models_whose_labels_are_in_another_order_are_compared_by_name(family: P
     assert value(task, "agreement") == 1 and value(task, "kl") == pytest.approx(0, abs=1e-12)  # rounding of a sum in another order
     assert value(task, "accuracy") == value(task, "against_accuracy") == value(plain, "accuracy") > 0.4
     peru("eval", family / "moved", "-a", family / "plain", "-d", family / "test.jsonl", code=1)
-    assert "same labels in another order" in peru.stderr and "test.jsonl" in peru.stderr  # type: ignore[attr-defined]
+    assert "same labels in different orders" in peru.stderr and "test.jsonl" in peru.stderr  # type: ignore[attr-defined]
 
 
 def test_seq2seq_models_are_run_on_targets(tmp_path: Path, peru: Peru) -> None:

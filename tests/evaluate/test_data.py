@@ -105,16 +105,16 @@ def test_images_come_from_arrays_and_folders(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl, line 2: not an object"),
         ("a.jsonl", '{"txt": "a", "label": 1}\n', "no column 'text'; its columns are 'txt', 'label'"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl, line 2: no 'label', which earlier lines have"),
-        ("a.jsonl", '{"text": "a"}\n\n{"text": "b", "label": 1}\n', "a.jsonl, line 3: has 'label', which earlier lines lack"),
-        ("a.jsonl", '{"text": 7}\n', "a.jsonl, line 1: 'text' is int, not a text"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl, line 2: 'label' is missing, though earlier lines have it"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b", "label": 1}\n', "a.jsonl, line 3: has 'label', though earlier lines lack it"),
+        ("a.jsonl", '{"text": 7}\n', "a.jsonl, line 1: 'text' is int, not a string"),
         ("a.jsonl", '{"text": "a", "label": {"x": 1}}\n', "a.jsonl, line 1: the label {'x': 1} is neither"),
         ("a.jsonl", '{"text": "a", "label": true}\n', "a.jsonl, line 1: the label True is neither"),
-        ("a.csv", "text,label\na,1\nb\n", "a.csv, line 3: 1 cells, the first line names 2 columns"),
+        ("a.csv", "text,label\na,1\nb\n", "a.csv, line 3: 1 cells, but the first line names 2 columns"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl: not UTF-8 text"),
-        ("a.jsonl.gz", b"\x1f\x8b and no more", "a.jsonl.gz: not a gzip file"),
-        ("a.npz", b"PK and no more", "a.npz: not an .npz file"),
-        ("a.parquet", b"PAR1 and no more", "a.parquet: not a Parquet file"),
+        ("a.jsonl.gz", b"\x1f\x8b and no more", "a.jsonl.gz: not a complete gzip file"),
+        ("a.npz", b"PK and no more", "a.npz: not a readable .npz file"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet: not a readable Parquet file"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
@@ -133,7 +133,7 @@ def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
         ({"x": image.astype(np.int32)}, "x is int32 [2, 4, 4]"),
         ({"x": image, "y": np.zeros(3, np.int64)}, "y is int64 [3], not one class number for each of 2 images"),
         ({"x": image, "y": np.zeros(3)}, "y is float64"),
-        ({"x": np.array([{}])}, "not an .npz file that can be read"),  # pickled objects are never loaded
+        ({"x": np.array([{}])}, "not a readable .npz file"),  # pickled objects are never loaded
     ):
         np.savez(tmp_path / "a.npz", **arrays)
         with pytest.raises(BadFile, match=r"a\.npz") as caught:
@@ -182,7 +182,7 @@ def test_data_is_given_by_task(tmp_path: Path) -> None:
             read_examples(source)
         assert said in str(raised.value)
     (tmp_path / "a.pickle").write_bytes(b"x")
-    with pytest.raises(UsageError, match="not a kind of file"):
+    with pytest.raises(UsageError, match="unknown kind of file"):
         read_examples(str(tmp_path / "a.pickle"))
 
 

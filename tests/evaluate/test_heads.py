@@ -203,7 +203,7 @@ def test_a_tokenizer_that_does_not_fit_its_model(tmp_path: Path, peru: Peru) -> 
     file = write(tmp_path / "t.jsonl", [{"text": "w1 w2", "label": 0}])
     peru("eval", fine, "-d", file, code=1)
     said = peru.stderr  # type: ignore[attr-defined]
-    assert "its tokenizer has 66 tokens, the embedding 64 rows: 2 tokens have none" in said
+    assert "its tokenizer has 66 tokens, the embedding 64 rows: 2 tokens have no row" in said
 
 
 def test_shares_are_in_per_cent_and_a_bare_95_is_asked_about(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:

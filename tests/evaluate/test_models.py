@@ -189,10 +189,10 @@ def test_what_does_not_fit_is_said_before_anything_runs(tmp_path: Path, monkeypa
     assert "memory has labels, so a classifier is needed" in refused(lm, texts()) and "LlamaForCausalLM" in refused(lm, texts())
     assert "memory has targets, so a language model is needed" in refused(fine, Examples("memory", texts=["a"], targets=["b"]))
     assert "it needs targets, and memory has none" in refused(seq2seq, texts(labels=None))
-    assert "no model for image classification" in refused(fine, images)
+    assert "no such model for image classification" in refused(fine, images)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (fine / name).unlink(missing_ok=True)
-    assert "no tokenizer beside it or its base" in refused(fine, texts())
+    assert "no tokenizer beside the model or its base" in refused(fine, texts())
     config = json.loads((fine / "config.json").read_text())
     (fine / "config.json").write_text(json.dumps({**config, "model_type": "no-such"}))
     assert "transformers does not know its config.json" in refused(fine, texts())

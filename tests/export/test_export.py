@@ -99,7 +99,7 @@ def test_a_wrong_base_or_a_damaged_artifact_leaves_no_update(family: tuple[Path,
     state["same"][0] += 1
     save_file(state, other / "model.safetensors", {"format": "pt"})
     peru("export", artifact, "--base", other, "--to", "prime-rl", "--step", 1, "-o", tmp_path / "u", code=1)
-    assert "same: other contents" in peru.stderr  # type: ignore[attr-defined]
+    assert "same: different contents" in peru.stderr  # type: ignore[attr-defined]
     raw = bytearray(artifact.read_bytes())
     raw[len(raw) // 2] ^= 1
     artifact.write_bytes(raw)

@@ -170,7 +170,7 @@ def test_what_cannot_be_says_so_and_leaves_everything(tmp_path: Path, peru: Peru
         text = said("shuffle-pack", f"{task}={made.at[task]}", option, pack, "-b", merged, "-o", out)
         assert "its plain sums are in its base (--merge-base)" in text
     text = said("unpack", pack, "--task", "a", "-b", made.at["base"], "-o", out, code=1)
-    assert "other contents" in text and "the one that --merge-base wrote" in text
+    assert "different contents" in text and "the one that --merge-base wrote" in text
     text = said("shuffle-pack", *models, "-b", made.at["base"], "-o", out, "--merge-base", merged)
     assert f"{merged} exists already" in text
     bare = {n: save({k: t for k, t in made_of.items() if k != "scalar"}, tmp_path / f"bare-{n}.safetensors")

@@ -152,7 +152,7 @@ def test_another_base_is_refused(peru: Peru, tmp_path: Path) -> None:
     tensors["norm.1.weight"][3] += 1
     save_file(tensors, tmp_path / "other.safetensors")
     peru("unpack", tmp_path / "a.safetensors", "--base", tmp_path / "other.safetensors", "-o", tmp_path / "b.safetensors", code=1)
-    assert "norm.1.weight: other contents" in peru.stderr  # type: ignore[attr-defined]
+    assert "norm.1.weight: different contents" in peru.stderr  # type: ignore[attr-defined]
     assert not (tmp_path / "b.safetensors").exists()
 
 

@@ -61,6 +61,6 @@ class BoundBase:
     def _compare(self, name: str) -> None:
         if self._collected[name].digest() != self._wanted[name]:
             raise Mismatch(
-                f"{self._base.label} is not the base that {self._label} was made from: {name} has other contents",
+                f"{self._base.label} is not the base that {self._label} was made from: {name} has different contents",
                 "name the base that `peru svd-lora` was given",
             )

@@ -78,5 +78,5 @@ class NuSlerpAlong(MatrixRule):
 def nuslerp(parameters: Parameters) -> Rule:
     """The rule of `nuslerp`; UsageError for `--row-wise` where the tensors are flattened."""
     if parameters.flag("flatten") and parameters.flag("row-wise"):
-        raise UsageError("--row-wise says how vectors lie in a matrix, and --flatten makes one vector of it", "add --no-flatten")
+        raise UsageError("--row-wise chooses the vectors of a matrix, but --flatten makes the matrix one vector", "add --no-flatten")
     return (NuSlerp if parameters.flag("flatten") else NuSlerpAlong)(parameters)
