@@ -1,4 +1,4 @@
-"""What strangers wrote, made fit to be shown: nothing that a terminal or a browser obeys, no passwords, no message of megabytes.
+"""Make text from files safe to show: no control sequences or markup, no passwords, no megabytes.
 
 Names, labels and metadata come out of files of strangers, messages of libraries quote addresses with passwords in them. Whatever peru
 prints, and whatever it writes for people to read (cards, reports), goes through here.

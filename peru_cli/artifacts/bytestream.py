@@ -1,4 +1,4 @@
-"""Numbers and names as the indexes of artifacts have them: LEB128 varints, front-coded names (docs/format.md).
+"""Numbers and names in the indexes of artifacts: LEB128 varints, front-coded names (docs/format.md).
 
 Reading trusts nothing: every length is checked against what is left.
 """

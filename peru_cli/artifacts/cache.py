@@ -1,4 +1,4 @@
-"""Decoded blocks, kept for a while: tiles of several threads lie in one block, which one of them decodes for all."""
+"""A cache of decoded blocks: one thread decodes a block for all threads whose tiles lie in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codecs for streams of integers. An id names each for ever (docs/format.md, "Codecs")."""
+"""Codecs for streams of integers. Ids never change (docs/format.md, "Codecs")."""
 
 from __future__ import annotations
 

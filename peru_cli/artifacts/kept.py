@@ -1,4 +1,4 @@
-"""Kept entries of sparse deltas: any tensor's, decoded block by block, every byte checked before it is used."""
+"""Read kept entries of any tensor of a sparse delta, block by block; every byte is checked before it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What artifacts of one fine-tune have in common: its tensors, what is stored of them whole, and side files."""
+"""The common part of artifacts that hold one fine-tune: tensors, tensors stored whole, side files."""
 
 from __future__ import annotations
 

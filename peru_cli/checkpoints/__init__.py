@@ -1,1 +1,1 @@
-"""Where tensors come from and go to: names, headers and bytes, and nothing about methods."""
+"""Where tensors come from and go to: names, headers and bytes. Nothing here knows about methods."""

@@ -1,4 +1,4 @@
-"""The little that tensor names and shapes do not tell about how modules use their weights."""
+"""What names and shapes of tensors cannot tell about how modules use their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base's name in an artifact: where everybody finds it, and what its files are there."""
+"""The base's public name in an artifact, and the digests of the base's files there."""
 
 from __future__ import annotations
 

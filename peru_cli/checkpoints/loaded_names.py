@@ -1,4 +1,4 @@
-"""What transformers calls a checkpoint's tensors once they are loaded: PEFT goes by those names.
+"""The names that transformers gives a checkpoint's tensors once loaded; PEFT uses these names.
 
 For most models they are the checkpoint's own. Some were renamed since their checkpoints were made (a ViT's
 `encoder.layer.0.attention.attention.query` is `layers.0.attention.q_proj` in memory); loading and saving translate.

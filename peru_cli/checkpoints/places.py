@@ -1,4 +1,4 @@
-"""Where a model lies: a path on this machine, or one in a repo of the Hugging Face Hub."""
+"""The place of a model: a path on this machine, or a path in a repo on the Hugging Face Hub."""
 
 from __future__ import annotations
 

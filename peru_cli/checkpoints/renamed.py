@@ -1,4 +1,4 @@
-"""A checkpoint under other names: what changed between versions of a library, as its user says."""
+"""`--rename`: a checkpoint under other names, for names that changed between versions of a library."""
 
 from __future__ import annotations
 

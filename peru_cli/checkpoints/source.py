@@ -1,4 +1,4 @@
-"""A checkpoint as the rest of peru sees it: named tensors whose bytes can be read from any offset."""
+"""The interface of all checkpoints: named tensors whose bytes can be read from any offset."""
 
 from __future__ import annotations
 

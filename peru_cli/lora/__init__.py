@@ -1,1 +1,1 @@
-"""`peru svd-lora`: smaller adapters, and adapters out of full fine-tunes."""
+"""`peru svd-lora`: smaller adapters, and adapters from full fine-tunes."""

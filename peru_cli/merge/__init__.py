@@ -1,1 +1,1 @@
-"""`peru merge`: one checkpoint out of several."""
+"""`peru merge`: one checkpoint from several."""

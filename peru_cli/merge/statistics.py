@@ -1,4 +1,4 @@
-"""Statistics of merges with data: collected from models in memory, kept in one safetensors file for each task, read in tiles.
+"""Statistics of merges with data: collected from models in memory, stored in one safetensors file per task, read in tiles.
 
 A file is called METHOD-KEY.safetensors; the key is a digest of all that decides its contents: the fine-tune's tensors and
 side files, the examples (without their labels), the options that the methods' table names, and, where all tasks are looked

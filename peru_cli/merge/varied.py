@@ -1,4 +1,4 @@
-"""Values that differ by tensor: by a part of the name, by layer, along the depth. Recipes and `--weight a='mlp:0.7'` share them."""
+"""Values that differ between tensors: by part of the name, by layer or by depth. For recipes and `--weight a='mlp:0.7'`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The published methods as pure functions on arrays. Nothing here knows of files."""
+"""The published methods as pure functions on arrays. Nothing here knows about files."""

@@ -1,4 +1,4 @@
-"""AdaMerging: task arithmetic whose scales are learned, so that the merged model is sure of itself on every task's inputs.
+"""AdaMerging: task arithmetic with learned scales: they minimise the entropy of the merged model's predictions on every task's inputs.
 
     theta* = theta_0 + sum_t lambda_t,l tau_t,l;    lambda minimises the sum over tasks of the mean entropy of p(y | x; theta*)
 

@@ -1,4 +1,4 @@
-"""Fisher merging: an average of the models in which an entry counts for as much as the task's output depends on it.
+"""Fisher merging: average the models, with each entry weighted by how much the task's output depends on it.
 
     F_t = E_x sum_y p(y | x) (d/d theta log p(y | x))^2;    theta* = sum_t w_t F_t theta_t / sum_t w_t F_t
 

@@ -1,4 +1,4 @@
-"""RegMean: of every linear layer the one that comes closest to all models' outputs on their own inputs.
+"""RegMean: for every linear layer, the weight closest to all models' outputs on their own inputs.
 
     minimise sum_t w_t |X_t W^T - X_t W_t^T|^2:    W*^T = (sum_t w_t G_t)^-1 sum_t w_t G_t W_t^T,    G_t = X_t^T X_t / N_t
 

@@ -1,4 +1,4 @@
-"""What every merge method is to the engine: statistics that it wants first, and a pure function on tiles.
+"""The interface of merge methods: the statistics that a method needs first, and a pure function on tiles.
 
     gather     exact thresholds of the task vectors (`trims`), sign counts (`wants_signs`) or inner products
                (`wants_products`); all of them add up over tiles, so tiles and threads change nothing

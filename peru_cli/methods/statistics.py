@@ -1,4 +1,4 @@
-"""What merges that look at data need to know of each task: how it is collected, and how a rule reads it.
+"""Statistics for merges with data: how they are collected, and how a method reads them.
 
 A method with data names a `Collector` in the table. It is given tasks' models in memory with examples, and returns arrays
 by role and tensor name; merge/statistics.py keeps them in a safetensors file for each task (`ROLE/TENSOR`), under a key

@@ -1,4 +1,4 @@
-"""The table of merge methods: the command, its options, `--list-methods`, the help and the documentation read it.
+"""The table of merge methods: the command, its options, `--list-methods`, the help and the docs are made from it.
 
 A new method is one file in this folder and one entry here. An option that no other method has is declared in its entry.
 """

@@ -1,4 +1,4 @@
-"""The base of a pack whose plain sums cost it nothing (`shuffle-pack --merge-base`): they are written into a new base.
+"""`shuffle-pack --merge-base`: write the plain sums into a new base, so that they take no space in the pack.
 
 Its tensors have the dtypes that tasks come back in, so that unpacking rounds once, as it does without: what a task gets
 is the same to the bit. What is superposed, and what the pack does not know, is the old base's.

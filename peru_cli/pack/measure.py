@@ -1,4 +1,4 @@
-"""Before a pack is written: inner products of the task vectors, and what follows from them for steps, scale and errors."""
+"""Measurements before a pack is written: inner products of the task vectors, and from them steps, scale and errors."""
 
 from __future__ import annotations
 

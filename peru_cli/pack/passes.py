@@ -1,4 +1,4 @@
-"""The passes of packing: measure the task vectors where they are, then move, flip, round and add them."""
+"""The passes of packing: measure the task vectors, then move, flip, round and add them."""
 
 from __future__ import annotations
 

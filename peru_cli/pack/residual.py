@@ -1,4 +1,4 @@
-"""`shuffle-pack --residual`: what superposition lost of each task, its largest part kept as a sparse delta of what comes back.
+"""`shuffle-pack --residual`: keep the largest errors of superposition for each task, as a sparse delta.
 
 Post-Pruning (methods/magnitude.py) with the retrieved task in the base's place: of the entries of theta_t - theta_t^, the
 largest in magnitude, exactly as many as asked for, equals in canonical order.

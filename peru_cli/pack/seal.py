@@ -1,4 +1,4 @@
-"""What follows a pack's sums: residuals, tasks' own tensors, side files, index, header; and what is told of it."""
+"""Finish a pack after its sums: residuals, tasks' own tensors, side files, index, header, report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One artifact of `peru prune` in the making: kept entries, tensors stored whole, side files, metadata."""
+"""An unfinished artifact of `peru prune`: kept entries, tensors stored whole, side files, metadata."""
 
 from __future__ import annotations
 

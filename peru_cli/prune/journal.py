@@ -1,4 +1,4 @@
-"""What a killed prune leaves to the next one: for each tensor that is finished, what the pass that writes had come to."""
+"""The journal of `peru prune`: the writer's state after each finished tensor, from which a killed run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`peru prune`: sparse deltas of one or several fine-tunes against a base that is read once for all.
+"""`peru prune`: sparse deltas of one or several fine-tunes against a base that is read only once.
 
 Post-Pruning (PERU paper, section 4.1) is this with the pre-trained model as base, PERU-FFT with a merged one.
 """

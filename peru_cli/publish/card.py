@@ -1,4 +1,4 @@
-"""Model cards: README.md as the Hub reads it, made from what the files themselves say. Holds no local path."""
+"""Model cards: a README.md for the Hub, made from what the files record. It never contains a local path."""
 
 from __future__ import annotations
 

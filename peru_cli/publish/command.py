@@ -1,4 +1,4 @@
-"""`peru push`, and what `--push` does at the end of the commands that write something."""
+"""`peru push`, and `--push` at the end of commands that write an output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repeated layers told as one: `model.layers.{0..31}.mlp.up_proj.weight`."""
+"""Show repeated layers as one row: `model.layers.{0..31}.mlp.up_proj.weight`."""
 
 from __future__ import annotations
 

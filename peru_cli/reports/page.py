@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables, plots as inline SVG, the gates and how they came out."""
+"""A report as one HTML page that needs nothing else: tables, plots as inline SVG, and the results of gates."""
 
 from __future__ import annotations
 

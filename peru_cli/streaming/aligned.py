@@ -1,4 +1,4 @@
-"""Aligned inputs: the same run of entries out of several checkpoints, read into reused buffers."""
+"""Aligned inputs: the same run of entries from several checkpoints, read into reused buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which device the tensor work runs on."""
+"""Choose the device for tensor work."""
 
 from __future__ import annotations
 

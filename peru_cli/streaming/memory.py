@@ -1,4 +1,4 @@
-"""How much memory there is for work that cannot be cut into tiles."""
+"""How much memory is available for work that cannot be cut into tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copy a checkpoint that is expanded while it is read into a writer, tile by tile, in whatever dtype is wanted."""
+"""Copy a checkpoint into a writer, tile by tile, in any dtype; compact forms are expanded while they are read."""
 
 from __future__ import annotations
 

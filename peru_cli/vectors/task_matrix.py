@@ -1,4 +1,4 @@
-"""One weight's task vector as a matrix that is read in panels: fine-tune minus base, cast as everywhere in peru."""
+"""The task vector of one weight as a matrix that is read in panels: fine-tune minus the base cast to its dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for thresholds in a journal: what was sampled, counted and settled, so that a killed run goes on there."""
+"""The journal of the search for thresholds: what was sampled, counted and decided, so that a killed run can continue."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`peru verify`: what peru wrote, compared with the digests that it carries."""
+"""`peru verify`: compare files that peru wrote with the digests in them."""

@@ -1,4 +1,4 @@
-"""Compare what peru wrote with the digests that it carries, and say of what that cannot be done."""
+"""Compare files that peru wrote with the digests in them, and report files that cannot be checked."""
 
 from __future__ import annotations
 

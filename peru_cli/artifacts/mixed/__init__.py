@@ -1,1 +1,1 @@
-"""Artifacts of kind `mixed`: each tensor in the representation that its bytes are best spent on (docs/mixed.md)."""
+"""Artifacts of kind `mixed`: each tensor in the coding that makes the best use of its bytes (docs/mixed.md)."""

@@ -1,4 +1,4 @@
-"""What superposition lost of a task, as a sparse delta of what comes back: part of a pack's index from version 2 on.
+"""Residuals of packs: a sparse delta that corrects what superposition lost of a task (index version 2).
 
 Byte layout: docs/packs.md, "Residuals".
 """

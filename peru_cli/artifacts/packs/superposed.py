@@ -1,4 +1,4 @@
-"""The index of packs (kind `superposed`): which tensors are sums, how their blocks move, and what each task has of its own.
+"""The index of packs (kind `superposed`): which tensors are sums, how their blocks move, and what belongs to one task.
 
 Byte layout: docs/packs.md.
 """

@@ -1,1 +1,1 @@
-"""What is looked at before any weight is used: files that are something else, configs, vocabularies, buffers, tensors without a partner."""
+"""Checks before any weight is used: file types, configs, vocabularies, buffers, unpaired tensors."""

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are no weights: statistics, frequencies, masks. Known by their names, as torch and transformers give them.
+"""Tensors that are not weights: statistics, frequencies, masks. Recognised by the names that torch and transformers use.
 
 A part of a difference between two of them means nothing, and a sum of such differences can leave their domain (a variance below 0).
 """

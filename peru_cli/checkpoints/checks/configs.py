@@ -1,4 +1,4 @@
-"""Whether two config.json describe the same function of the same weights.
+"""Whether two config.json files describe the same function of the same weights.
 
 All fields are compared but those that are known to change nothing that a forward pass computes from given weights and inputs.
 """

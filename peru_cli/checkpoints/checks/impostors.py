@@ -1,4 +1,4 @@
-"""What a file is that is not the weights it is named for: told from its first bytes."""
+"""Recognise files that are not what their names say, from their first bytes."""
 
 from __future__ import annotations
 

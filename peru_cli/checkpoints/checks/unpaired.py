@@ -1,4 +1,4 @@
-"""What of two models finds no partner: that is stored whole or lost, not compressed, so it is counted and said."""
+"""Tensors without a partner in the other model: stored whole or lost, not compressed, so they are counted and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as commands that compute with weights take it: no husks, no codes without their scales."""
+"""Checkpoints fit for computing: no empty weights, no codes without their scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens of a checkpoint's tokenizer, by the files that lie beside its weights, without running any of it.
+"""The tokens of a checkpoint's tokenizer, read from its files without running it.
 
 tokenizer.json (tokenizers), vocab.json, vocab.txt, added_tokens.json and tokenizer_config.json (transformers). Where only a
 binary vocabulary is there (sentencepiece, tiktoken), the tokens are not known, and files are compared by their bytes.

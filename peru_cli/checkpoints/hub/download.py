@@ -1,4 +1,4 @@
-"""Weights on their way into the shared cache: by ranges, so that a download that broke goes on where it was, and checked by their digest.
+"""Download weights into the shared cache in ranges: an interrupted download continues, and the digest is checked at the end.
 
 huggingface_hub begins a broken file anew, and believes whatever bytes come. A file that lies in its cache under the name of a finished
 one, it takes as it is.

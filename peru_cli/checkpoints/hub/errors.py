@@ -1,4 +1,4 @@
-"""What the Hub and the way to it can answer, as a user should read it: which repo, which file, which environment variable."""
+"""Errors of the Hub and the network as messages: which repo, which file, which environment variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an argument names a model on the Hub, and what a file there is known by."""
+"""Names of models and files on the Hub."""
 
 from __future__ import annotations
 

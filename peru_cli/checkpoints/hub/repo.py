@@ -1,4 +1,4 @@
-"""A model repo on the Hub at one commit, and paths in it that read as paths on a disk do.
+"""A model repo on the Hub at one commit, and paths in it that behave like paths on a disk.
 
 A revision is resolved to a commit once, in one request that lists the files too; everything after asks for that commit. Files
 come through huggingface_hub's shared cache, each when its bytes are first wanted, or by ranges that touch no disk (hubranges.py).

@@ -1,4 +1,4 @@
-"""How one command reads from the Hub: by ranges or through the cache, and how it is interrupted."""
+"""How one command reads from the Hub: by ranges or through the cache, and how reading is interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs that are there whole or not at all.
+"""Outputs that appear whole or not at all.
 
 Everything is written to `.NAME.peru-partial` beside the target, synced, and renamed. An exception removes
 it; a kill leaves it behind under a name that nobody takes for the real thing, and the next run of the

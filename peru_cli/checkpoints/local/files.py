@@ -1,4 +1,4 @@
-"""Open files that any thread reads at any offset, and the headers of those that are safetensors."""
+"""Open files that any thread can read at any offset, and the headers of safetensors files."""
 
 from __future__ import annotations
 

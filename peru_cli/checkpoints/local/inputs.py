@@ -1,4 +1,4 @@
-"""What a command reads stays what it was when the command first looked at it, or the command fails; and what is read is a regular file.
+"""Inputs must be regular files and must not change while a command reads them; otherwise it fails.
 
 Every file that peru opens is noted with its size, time of change and inode, small ones with their bytes. The engine compares at the
 end of each pass, and everything that puts an output in place compares before it does (atomic.py): an input that was overwritten

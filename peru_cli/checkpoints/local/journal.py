@@ -1,4 +1,4 @@
-"""What an unfinished output already holds, so that a killed run goes on where it was.
+"""The journal of an unfinished output, from which a killed run continues.
 
 A text file beside the unfinished data: the first line is the key (a digest of all that decides the result), every
 further line one JSON value. `["done", TENSOR, NOTE]`: all bytes of a tensor are written. `["note", WHAT, VALUE]`: what a pass found out.

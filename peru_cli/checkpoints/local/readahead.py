@@ -1,4 +1,4 @@
-"""Ranges of remote files fetched before they are wanted: in the order in which they will be, several at once, few bytes held.
+"""Fetch ranges of remote files ahead of the reader: in reading order, several at once, with a bound on memory.
 
 A pass says beforehand which ranges it will read. Neighbours are joined, long ranges cut, and threads fetch them while the pass computes;
 a fetched piece goes as soon as it has been taken. What was not announced, or is wanted before its turn, the reader fetches itself, so

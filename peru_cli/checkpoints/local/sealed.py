@@ -1,4 +1,4 @@
-"""Digests in the files that peru writes for others to load: merges, heads, adapters, statistics; compared whenever peru reads them back.
+"""Digests in plain files that peru writes (merges, heads, adapters, statistics), checked whenever peru reads them.
 
 Three entries of the safetensors metadata, which every reader skips (docs/format.md, "Sealed files"):
 

@@ -1,4 +1,4 @@
-"""PyTorch files, read through `torch.load(weights_only=True, mmap=True)` and nothing else."""
+"""PyTorch files, read only through `torch.load(weights_only=True, mmap=True)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint whose sizes are known beforehand: every tensor goes to its final offset at once."""
+"""Write a checkpoint whose sizes are known in advance: every tensor goes straight to its final offset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as their files have them: modules, factors, scales and what is held whole, without any base.
+"""LoRA adapters as stored in their files: modules, factors, scales and whole tensors; no base needed.
 
 The update of a module is scale * B @ A (Hu et al. 2021, https://arxiv.org/abs/2106.09685), the scale alpha / r, or
 alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). Convolutions have it on flattened

@@ -1,4 +1,4 @@
-"""Which base an adapter was made from: digests of the weights under its factors, where peru made it out of a full fine-tune."""
+"""Bind an adapter to its base: digests of the base's weights, for adapters that peru made from full fine-tunes."""
 
 from __future__ import annotations
 

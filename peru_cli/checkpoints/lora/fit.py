@@ -1,4 +1,4 @@
-"""Where an adapter's modules belong in a base: which tensor each of them updates, and how; from headers alone."""
+"""Fit an adapter to a base: which tensor each module updates, and how; from headers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One LoRA module: a pair of factors, what it stands for and how it is taken apart."""
+"""One LoRA module: a pair of factors, its update, and how to split it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config of a model whose tensors an adapter has changed: head and embedding apart, and the size of its vocabulary."""
+"""Config changes for adapters that untie head and embedding or resize the vocabulary."""
 
 from __future__ import annotations
 

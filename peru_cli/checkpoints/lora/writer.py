@@ -1,4 +1,4 @@
-"""Adapters written so that they load everywhere: the scale in the factors, alpha = r, keys as their layout has them."""
+"""Write adapters that load everywhere: the scale in the factors, alpha = r, keys in the adapter's layout."""
 
 from __future__ import annotations
 

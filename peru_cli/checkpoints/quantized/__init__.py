@@ -1,1 +1,1 @@
-"""Weights stored as codes with scales beside them: what is recognised, and FP8 turned back into floats while it is read."""
+"""Weights stored as codes and scales: recognise the scheme, and dequantise FP8 while it is read."""

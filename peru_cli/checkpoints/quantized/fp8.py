@@ -1,4 +1,4 @@
-"""A checkpoint of FP8 weights as one of floats: w = code * scale of its block, computed while it is read.
+"""An FP8 checkpoint read as floats: w = code * scale of its block, computed while it is read.
 
 As transformers' Fp8Dequantize and compressed-tensors have it: codes and scales to float32, one product, rounded once to the
 type that comes out (nearest, ties to even).

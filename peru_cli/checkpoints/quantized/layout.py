@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are codes and scales of a quantised weight, told from headers and config.json alone.
+"""Find the codes and scales of quantised weights, from headers and config.json alone.
 
 A quantised weight and its companions are one thing. FP8 (and the symmetric INT8 of compressed-tensors) is turned back into
 floats while it is read (fp8.py); every other scheme is refused by its name. Layouts:

@@ -1,4 +1,4 @@
-"""A YAML file as plain values that remember their lines, and what is wrong with it, all of it together."""
+"""Read a YAML file as plain values with line numbers, and collect all errors."""
 
 from __future__ import annotations
 

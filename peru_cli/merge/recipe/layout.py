@@ -1,4 +1,4 @@
-"""Which tensor of which model stands where in the output: whole models as they are, slices restacked under new layer numbers."""
+"""Lay out the tensors of the output: whole models unchanged, slices restacked under new layer numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mergekit's methods with their parameters and defaults (version 0.1.5): what recipes may say of each, and what peru calls it."""
+"""mergekit's methods with their parameters and defaults (version 0.1.5): and peru's names for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every input of a recipe comes to at every tensor: sources and bases told apart, values taken from the nearest level."""
+"""Resolve a recipe for every tensor: which inputs are sources and which are bases, and values from the nearest level."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe may say, checked by pydantic before anything is opened; every error and warning has its line."""
+"""The schema of recipes, checked by pydantic before anything is opened; every error and warning has its line."""
 
 from __future__ import annotations
 

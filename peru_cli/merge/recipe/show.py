@@ -1,4 +1,4 @@
-"""What a recipe was understood as: models, method, parameters in force, groups of tensors, bytes to read, memory."""
+"""Show how a recipe was understood: models, method, parameters in force, groups of tensors, bytes to read, memory."""
 
 from __future__ import annotations
 

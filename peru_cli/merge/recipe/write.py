@@ -1,4 +1,4 @@
-"""What was typed as a recipe (`--write-recipe`): one that mergekit reads, with a word where mergekit does otherwise."""
+"""`--write-recipe`: write the command as a recipe for mergekit, with a comment where mergekit differs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Methods that interpolate on spheres: what they need of a tensor is inner products."""
+"""Methods that interpolate on spheres. They need only inner products of tensors."""

@@ -1,4 +1,4 @@
-"""The first pass: every tensor's difference as what quantisation starts from, singular vectors or plain values, held on disk."""
+"""The first pass: decompose every tensor's task vector into singular vectors or plain values, kept on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one price makes of every tensor: its parts, their error, and the bytes of all artifacts together."""
+"""Code every tensor at one price: its parts, their error, and the bytes of all artifacts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `peru prune` says of mixed artifacts."""
+"""The report of `peru prune` for mixed artifacts."""
 
 from __future__ import annotations
 

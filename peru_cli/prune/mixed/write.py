@@ -1,4 +1,4 @@
-"""The last pass: integers into the artifact, and what unpacking will make of them: digests, and the error as measured."""
+"""The last pass: write integers into the artifact, and compute digests and errors of what unpacking will give."""
 
 from __future__ import annotations
 
