@@ -1,4 +1,4 @@
-"""What `peru eval` draws: --plot and --report."""
+"""`peru eval --plot` and `--report`."""
 
 from __future__ import annotations
 

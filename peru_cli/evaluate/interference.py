@@ -1,4 +1,4 @@
-"""How task vectors disturb each other: tau-Jp, disentanglement error, and negation, on models that are put together in memory."""
+"""How task vectors disturb each other: tau-Jp, disentanglement error, and negation, on models assembled in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`peru eval --tau-jp` and `--negate`: what task vectors do to each other's tasks."""
+"""`peru eval --tau-jp` and `--negate`: how task vectors affect each other's tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `peru eval` is asked for: which model is run on which data, against what, and what must not be missed. No model is read."""
+"""The plan of `peru eval`: which model runs on which data, what it is compared with, and the gates. No model is read."""
 
 from __future__ import annotations
 

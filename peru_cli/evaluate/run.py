@@ -1,4 +1,4 @@
-"""`peru eval`: plan what is compared, look at everything that can be looked at, then run the models task by task."""
+"""`peru eval`: plan the comparisons, check everything that headers and data show, then run the models task by task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close a model's weights come to another's, measured on what both changed in their base. Streams tiles, without torch."""
+"""Compare the weights of two models by what both changed in their base. Streams tiles, without torch."""
 
 from __future__ import annotations
 

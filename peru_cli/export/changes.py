@@ -1,4 +1,4 @@
-"""What a fine-tune changed, tensor by tensor and piece by piece: absolute values at flat positions."""
+"""The entries that a fine-tune changed, tensor by tensor and piece by piece: new values at flat positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A safetensors file whose tensors become known one after another: their bytes wait in files beside it, one for each width."""
+"""Write a safetensors file whose tensors become known one by one: their bytes wait in temporary files, one per width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter on its base, with what it could not hold from the sparse delta beside it."""
+"""A LoRA adapter on its base, together with the sparse delta beside it, if there is one."""
 
 from __future__ import annotations
 

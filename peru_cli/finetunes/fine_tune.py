@@ -1,4 +1,4 @@
-"""What every compact form of a fine-tune has in common: it is a checkpoint that is computed from its base while it is read."""
+"""The base class of compact fine-tunes: checkpoints that are computed from their base while they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merge under one task's head: the complete model of that task, out of `MERGED/` and `MERGED/heads/TASK.safetensors`."""
+"""A merge under one task's head: the complete model of that task, from `MERGED/` and `MERGED/heads/TASK.safetensors`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an argument names, opened as a fine-tune: a full checkpoint, a LoRA adapter, a peru artifact or one task of a pack."""
+"""Open an argument as a fine-tune: a full checkpoint, a LoRA adapter, a peru artifact or one task of a pack."""
 
 from __future__ import annotations
 

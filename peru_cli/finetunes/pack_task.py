@@ -1,4 +1,4 @@
-"""One task of a pack on the pack's base: base + scale * its vector out of the sums -> the task's bits."""
+"""One task of a pack on the pack's base: base + scale * its vector from the sums -> the task's bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of other vocabularies as models of one: rows of embedding and output matrix by token, tokenizer files to match.
+"""`--tokenizer`: bring models to one vocabulary, with embedding and head rows matched by token and tokenizer files to match.
 
 A token that a model lacks takes the only holder's row, else the base's, else the holders' mean; the merge method runs on what
 comes out. As mergekit has it (`tokenizer: {source: union}`), but for rows that no token has: there is one mean row for all.

@@ -1,4 +1,4 @@
-"""Prove a fine-tune while it is copied: whoever copies `Proven` copies the fine-tune, and every tile is digested on its way."""
+"""Verify a fine-tune while it is copied: `Proven` reads like the fine-tune and digests every tile on the way."""
 
 from __future__ import annotations
 

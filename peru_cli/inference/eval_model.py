@@ -1,4 +1,4 @@
-"""What `peru eval` looks at: models, adapters, artifacts and merges, from their headers first and then as tensors in memory.
+"""The models of `peru eval`: checkpoints, adapters, artifacts and merges, first by their headers, then as tensors in memory.
 
 Nothing is written: an artifact's fine-tune, or a pack's task, is computed beside the base's tensors in memory.
 """

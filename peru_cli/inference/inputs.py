@@ -1,4 +1,4 @@
-"""Examples as a model takes them: through its own tokenizer or image processor, in batches of like length."""
+"""Turn examples into a model's inputs: with its own tokenizer or image processor, in batches of similar length."""
 
 from __future__ import annotations
 

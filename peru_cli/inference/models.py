@@ -1,4 +1,4 @@
-"""Models in memory, as transformers runs them: built from tensors, and what they are and need by names and shapes alone.
+"""Build transformers models from tensors, and tell from names and shapes what they are and need.
 
 Nothing here knows of artifacts: inference/eval_model.py turns what a user names into tensors and side files.
 """

@@ -1,4 +1,4 @@
-"""A model and the examples that it is run on: what fits is found from headers and side files, before any weights are read."""
+"""Match a model with its examples, from headers and side files, before any weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples out of files: JSONL, CSV, Parquet, .npz, a folder of images, plain text, or a name that `datasets` knows.
+"""Read examples from files: JSONL, CSV, Parquet, .npz, a folder of images, plain text, or a name that `datasets` knows.
 
 Everything is read and looked at here, before any model is: what is wrong is said with the file and the line.
 """

@@ -1,4 +1,4 @@
-"""`peru inspect` of a mixed artifact: what each tensor is made of, what it takes, and what was missed."""
+"""`peru inspect` of a mixed artifact: how each tensor is coded, its size and its error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`peru inspect` of ranks: an adapter's spectra, and what an adapter out of a fine-tune would keep and cost."""
+"""`peru inspect` for ranks: the spectra of an adapter, and what an adapter from a fine-tune would keep and cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every live swap stands on: matching names, checking the base, and putting the weights back."""
+"""The common part of live swaps: match names, check the base, restore the weights."""
 
 from __future__ import annotations
 

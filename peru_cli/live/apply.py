@@ -1,4 +1,4 @@
-"""Put an artifact onto weights in memory, and take it off again, to the bit.
+"""Apply an artifact to weights in memory, and restore them bit for bit.
 
     artifact = peru_cli.open_artifact("news.safetensors")
     applied = peru_cli.apply(model, artifact)        # the model is the fine-tune now

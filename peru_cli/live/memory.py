@@ -1,4 +1,4 @@
-"""Tensors in memory as a checkpoint, and a checkpoint's tensors into memory."""
+"""Tensors in memory read as a checkpoint, and a checkpoint's tensors loaded into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has changed which weights: one thread at a time, and the last change is taken back first."""
+"""Keep track of who has changed which weights: one thread at a time, and the last change is restored first."""
 
 from __future__ import annotations
 

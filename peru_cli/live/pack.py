@@ -1,4 +1,4 @@
-"""Put a task of a pack onto weights in memory, another one in its place, and the base back, to the bit.
+"""Apply a task of a pack to weights in memory, switch to another task, and restore the base bit for bit.
 
     pack = peru_cli.open_artifact("pack.safetensors")
     applied = peru_cli.apply(model, pack, task="a")

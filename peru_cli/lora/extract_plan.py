@@ -1,4 +1,4 @@
-"""What an adapter out of a full fine-tune will hold, settled from names and shapes: low-rank weights, and the rest.
+"""The plan of an adapter from a full fine-tune, from names and shapes alone: low-rank weights, and the rest.
 
 The rest is what B A cannot hold: norms, embeddings, heads, biases, grown vocabularies, parameters of their own. A module
 of which the adapter can have every tensor goes to PEFT's `modules_to_save`, biases of low-rank modules to `lora_bias`

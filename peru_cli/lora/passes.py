@@ -1,4 +1,4 @@
-"""What all passes over low-rank targets share: the modules of an adapter that is resized, the weights of a fine-tune that becomes one."""
+"""The common part of all passes over low-rank targets: modules of an adapter, or weights of a full fine-tune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks to keep, and what became of each module: shared by resizing adapters and extracting them."""
+"""Choose ranks, and report each module: shared by resizing and extracting adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter cannot hold of a fine-tune: a sparse delta of the tensors that are left, beside the adapter."""
+"""The part of a fine-tune that an adapter cannot hold: a sparse delta beside the adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Singular value spectra: what each rank would keep and cost, of an adapter's modules or of a fine-tune's task vectors."""
+"""Singular value spectra: what each rank would keep and cost, for an adapter's modules or a fine-tune's task vectors."""
 
 from __future__ import annotations
 

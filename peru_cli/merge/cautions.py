@@ -1,4 +1,4 @@
-"""What a user should hear before anything is written: weights of 0, equal inputs, norms far apart, chat templates that differ."""
+"""Warnings before anything is written: weights of 0, equal inputs, norms far apart, chat templates that differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge looks at before it merges, where it looks at data: statistics of every task, and the search for an option's value."""
+"""Merges with data: collect the statistics of every task, and search for the best value of an option."""
 
 from __future__ import annotations
 

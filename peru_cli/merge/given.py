@@ -1,4 +1,4 @@
-"""Weights and densities as they are typed, of one task or all, the same everywhere or by tensor: `--keep a='0..31:[10%,50%]'`."""
+"""Weights and densities from the command line, for one task or all, for all tensors or by tensor: `--keep a='0..31:[10%,50%]'`."""
 
 from __future__ import annotations
 

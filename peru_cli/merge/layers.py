@@ -1,4 +1,4 @@
-"""Which layer a tensor belongs to, by its name alone: `model.layers.7.mlp.up_proj.weight` is in layer 7 of `model.layers`."""
+"""Find the layer of a tensor by its name: `model.layers.7.mlp.up_proj.weight` is in layer 7 of `model.layers`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass of a merge over whole matrices: one tensor of all tasks at a time, as much of it as memory has room for.
+"""The pass of a merge over whole matrices: each thread takes one tensor of all tasks, once memory has room for it.
 
 Threads take tensors, not parts of them, and linear algebra runs on one thread each, so any number of threads gives the
 same bytes. A tensor waits until what others hold leaves room for it.

@@ -1,4 +1,4 @@
-"""Options of merge methods on the command line: declared in the methods' table, so that a method brings its own."""
+"""Options of merge methods on the command line: each method declares its own in the table of methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a merge goes: a file or a folder with heads and model card, or merge and artifacts together (PERU-FFT)."""
+"""The output of a merge: a file, a folder with heads and model card, or merge and artifacts together (PERU-FFT)."""
 
 from __future__ import annotations
 

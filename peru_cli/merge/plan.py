@@ -1,4 +1,4 @@
-"""What a merge will do, settled from headers alone: which tensors merge, which are copied, which belong to one task.
+"""The plan of a merge, from headers alone: which tensors merge, which are copied, which belong to one task.
 
 Everything that headers show to be wrong is collected and reported at once, before any tensor is read.
 """

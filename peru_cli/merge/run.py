@@ -1,4 +1,4 @@
-"""`peru merge`: one checkpoint out of several, tile by tile; the same bytes for any tiles, threads and device."""
+"""`peru merge`: one checkpoint from several, tile by tile; the same bytes for any tile size, thread count and device."""
 
 from __future__ import annotations
 

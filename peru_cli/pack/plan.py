@@ -1,4 +1,4 @@
-"""What a pack will hold, settled from headers alone: which tensors are superposed, which summed, which belong to one task."""
+"""The plan of a pack, from headers alone: which tensors are superposed, which are summed, which belong to one task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs that a base is not the one that a fine-tune was made from, looked for before anything is written."""
+"""Check for signs of a wrong base before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `--max-bytes`, `--bits` and `--min-quality` ask for."""
+"""The goals `--max-bytes`, `--bits` and `--min-quality`."""
 
 from __future__ import annotations
 
