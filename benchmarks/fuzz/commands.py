@@ -171,7 +171,7 @@ class Run:
             )
             right.names({n: t for n, t in got.items() if n in fine or n not in stay}, set(fine), "svd-lora")
             for name, tensor in fine.items():
-                if not any(part in name for part in ("up", "embed", "conv")):
+                if not any(part in name for part in ("up", "embed", "conv", "lm_head")):
                     right.rounded(got[name], tensor.double(), f"svd-lora: {name}")
 
     def inspect(self) -> None:
