@@ -44,10 +44,10 @@ class Kernel:
     """One compiled loop; see the module."""
 
     def __init__(self, function: Callable[..., Any], signature: str, name: str, bound: Mapping[str, Any]) -> None:
-        words = [word.replace(word.lstrip("*"), str(bound.get(word.lstrip("*"), word.lstrip("*")))) for word in signature.split()]
+        words = [stars * "*" + str(bound.get(word[stars:], word[stars:])) for word in signature.split() if (stars := word.count("*")) >= 0]
         self.name, self._function, self._bound = name, function, bound
         self._words = words
-        self._sizes = [np.dtype(word[1:]).itemsize if word[0] == "*" else 0 for word in words]
+        self._sizes = [0 if word[0] != "*" else 8 if word[1] == "*" else np.dtype(word[1:]).itemsize for word in words]
         self._entry: Callable[..., int] | None = None
 
     def __call__(self, *arguments: Any) -> int:
@@ -104,8 +104,7 @@ class Kernel:
         types: Any = numba.types
 
         def typed(word: str) -> Any:
-            entry = getattr(types, np.dtype(word.lstrip("*")).name)
-            return types.CPointer(entry) if word[0] == "*" else entry
+            return types.CPointer(typed(word[1:])) if word[0] == "*" else getattr(types, np.dtype(word).name)
 
         # Functions along with it are inlined: of them, nothing is left that a later process would have to find.
         compiled: Any = numba.njit(tuple(map(typed, self._words)), nogil=True, error_model="numpy")(

@@ -68,6 +68,32 @@ def _order_64(bits: Any) -> Any:
     return np.uint64(bits ^ np.uint64(0x7FFF_FFFF_FFFF_FFFF)) if bits >= np.uint64(1 << 63) else np.uint64(bits)
 
 
+def _narrow_bf16(number: Any) -> Any:
+    """Round to nearest even by adding just less than half a unit, and one more where the last bit is odd."""
+    pattern = np.float32(number).view(np.uint32)
+    rounded = np.uint16(np.uint32(pattern + np.uint32((pattern >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)) >> np.uint32(16))
+    quiet = np.uint16(np.uint32(pattern >> np.uint32(16)) | np.uint32(0x0040))
+    return rounded if number == number else quiet
+
+
+def _narrow_f16(number: Any) -> Any:
+    """The same of float16, whose subnormal numbers round as what is added to 1/2; NaNs all become one."""
+    pattern = np.float32(number).view(np.uint32)
+    rest = np.uint32(pattern & np.uint32(0x7FFF_FFFF))
+    odd = np.uint32(np.uint32(rest >> np.uint32(13)) & np.uint32(1))
+    normal = np.uint32(np.uint32(rest - np.uint32(0x3800_0000) + np.uint32(0xFFF) + odd) >> np.uint32(13))
+    half = np.float32(np.uint32(rest).view(np.float32) + np.float32(0.5))
+    small = np.uint32(np.float32(half).view(np.uint32) - np.uint32(0x3F00_0000))
+    found = small if rest < np.uint32(0x3880_0000) else min(normal, np.uint32(0x7C00))
+    found = found if rest <= np.uint32(0x7F80_0000) else np.uint32(0x7E00)
+    return np.uint16(found | np.uint32(np.uint32(pattern >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+def narrow(number: Any) -> Any:
+    """A float32 rounded to 16 bits; stands for that of each dtype."""
+    raise NotImplementedError
+
+
 def widen(bits: Any) -> Any:
     """Bits as a float32, or a float64 in loops that are wide; stands for that of each dtype."""
     raise NotImplementedError
@@ -83,9 +109,13 @@ def order(bits: Any) -> Any:
     raise NotImplementedError
 
 
-Key: Any = np.int32  # the integer of a loop's floats: int64 in those that are wide
-_SINGLE = {"f": "f4", "k": "i4", "Key": np.int32, "magnitude": _magnitude_single}
-_DOUBLE = {"f": "f8", "k": "i8", "Key": np.int64, "magnitude": _magnitude_double}
+Float: Any = np.float32  # a loop's floats: float64 in those that are wide
+Key: Any = np.int32  # the integer of their width
+MAGNITUDE: Any = np.int32(2**31 - 1)  # all bits of it but the sign's
+_SINGLE = {"f": "f4", "k": "i4", "Float": np.float32, "Key": np.int32, "MAGNITUDE": np.int32(2**31 - 1), "magnitude": _magnitude_single}
+_DOUBLE = {"f": "f8", "k": "i8", "Float": np.float64, "Key": np.int64, "MAGNITUDE": np.int64(2**63 - 1), "magnitude": _magnitude_double}
+FLOATS: dict[str, dict[str, Any]] = {"f4": _SINGLE, "f8": _DOUBLE}
+ROUNDED = {"BF16": {"narrow": _narrow_bf16}, "F16": {"narrow": _narrow_f16}}
 _BITS_16 = {"b": "u2", "order": _order_16}
 _BITS_32 = {"b": "u4", "order": _order_32}
 _BITS_64 = {"b": "u8", "order": _order_64}

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,9 +138,21 @@ class _Walk:
             return aligned.weights(self._xp, room.scratch(name, n))
         return aligned.difference(self._xp, room.scratch(name, n), lambda: room.scratch("cast", n), room.base_weights)
 
+    def _add(self, room: MergeBuffers, total: Array | None, number: int, flags: Array | None, first: float, second: float) -> Array:
+        """RuleInput.add: of the task's own bits, or of the vector that trimming has made."""
+        aligned, made = room.aligned[number], bool(self._rule.trims)
+        n, dtype, base = len(aligned.fine), aligned.pair.fine.dtype, room.base_weights if self._reads_base and not made else None
+        bits, name = aligned.fine, dtype.name
+        if made:
+            bits, name = self._xp.view(room.scratch(f"input{number}", n), f"i{self._kind[1]}"), "F64" if self._kind == "f8" else "F32"
+        elif base is not None and dtype is not aligned.pair.base.dtype:
+            base = self._xp.widen(aligned.base, dtype, room.scratch("cast", n))
+        out = room.scratch("sum", n) if total is None else total
+        self._xp.accumulate(out, bits, name, base, flags, (first, second), total is None)
+        return out
+
     def _trim(self, tile: Tile, slot: Slot, number: int, room: MergeBuffers) -> list[Trimmed]:
         xp, vector = self._xp, self._input(number, room, f"input{number}")
-        keys = xp.view(xp.absolute(vector, out=room.scratch("keys", len(vector))), "i8" if self._kind == "f8" else "i4")
         result = []
         task = slot.task(number)
         for trim, quotas in zip(self._decided.thresholds, self._quotas[task], strict=True):
@@ -147,11 +160,10 @@ class _Walk:
             threshold = trim[task][group]
             if threshold.keeps_all:
                 result.append(Trimmed(None, None, 0))
-            elif not quotas[group]:  # once no equals may be taken any more, that stays so
-                result.append(Trimmed(xp.greater(keys, threshold.key), None, 0))
             else:
-                above, at_least = xp.greater(keys, threshold.key), xp.greater_equal(keys, threshold.key)
-                result.append(Trimmed(above, at_least, xp.count(at_least) - xp.count(above)))
+                above, at_least, equals = xp.trim(vector, threshold.key)
+                # Once no equals may be taken any more, that stays so: they are not counted.
+                result.append(Trimmed(above, at_least, equals) if quotas[group] else Trimmed(above, None, 0))
         return result
 
     def commit(self, tile: Tile, result: list[list[Trimmed]]) -> list[list[Array | None]]:
@@ -202,7 +214,7 @@ class _Walk:
 
         base = room.base_weights if self._reads_base else None
         return RuleInput(
-            slot.info.name, number, tile.start, n, len(slot.inputs), self._xp, base, inputs,
+            slot.info.name, number, tile.start, n, len(slot.inputs), self._xp, base, inputs, partial(self._add, room),
             lambda task, index: flags[task][index], room.scratch, slot.info.shape, self._decided.majority,
         )  # fmt: skip
 

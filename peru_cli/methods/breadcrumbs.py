@@ -10,8 +10,8 @@ order. If keep + gamma exceeds 1, fewer of the largest go, as in mergekit.
 from __future__ import annotations
 
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
-from peru_cli.methods.ties import disjoint_merge, elected_signs
+from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
+from peru_cli.methods.ties import elect_and_merge
 from peru_cli.streaming.arrays import Array
 
 
@@ -32,16 +32,17 @@ class Breadcrumbs(Rule):
         kept, outliers = int(self._kept[task] * n), int(self.parameters.share("gamma", task) * n)
         return min(kept + outliers, n) if trim == 0 else min(outliers, n - kept)
 
-    def _part(self, tile: RuleInput, number: int) -> Array:
-        """What stays of a task's vector, weighted; (n,)."""
+    def _stays(self, tile: RuleInput, number: int) -> Array | None:
+        """Which entries of a task's vector stay; None if all do."""
         large = tile.kept(number, 0)
         if len(self.trims) > 1:  # the largest are among the large
             outliers = tile.kept(number, 1)
-            large = tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
-        return scaled(masked(tile.inputs(number), large, tile), self.parameters.weights[number], tile)
+            return tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
+        return large
 
     def merge(self, tile: RuleInput) -> Array:
-        vector = add_up(tile, (self._part(tile, number) for number in range(tile.tasks)))
+        weights = self.parameters.weights
+        vector = sum_of_parts(tile, ((number, self._stays(tile, number), weights[number], 1.0) for number in range(tile.tasks)))
         return onto_base(tile, vector, self.parameters.number("scale"))
 
 
@@ -51,8 +52,7 @@ class BreadcrumbsTies(Breadcrumbs):
     holds_all = True
 
     def merge(self, tile: RuleInput) -> Array:
-        entries = [self._part(tile, number) for number in range(tile.tasks)]
-        signs = elected_signs(add_up(tile, entries), None, tile)
-        mean = self.parameters.text("reduce") == "mean"
-        vector = disjoint_merge(entries, [1.0] * tile.tasks, signs, mean, self.parameters.weights, tile)
+        stays, weights = [self._stays(tile, number) for number in range(tile.tasks)], self.parameters.weights
+        shares = weights if self.parameters.text("reduce") == "mean" else None
+        vector = elect_and_merge(tile, stays, [(weight, 1.0) for weight in weights], [1.0] * tile.tasks, shares)
         return onto_base(tile, vector, self.parameters.number("scale"))

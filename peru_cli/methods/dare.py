@@ -22,8 +22,8 @@ from peru_cli.kernels.random import below
 from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
-from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
-from peru_cli.methods.ties import disjoint_merge, elected_signs
+from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
+from peru_cli.methods.ties import elect_and_merge
 from peru_cli.streaming.arrays import Array, Arrays, Host
 
 
@@ -41,17 +41,18 @@ class Dare(Rule):
         self._densities = [parameters.share("keep", task) for task in range(len(parameters.tasks))]
         self._rescales = parameters.text("rescale") == "density"
 
-    def _dropped(self, tile: RuleInput, number: int) -> Array:
-        """What stays of a task's vector, rescaled and weighted; (n,)."""
+    def _stays(self, tile: RuleInput, number: int) -> Array | None:
+        """Which entries of a task's vector stay; None if all do."""
         seed, task = int(self.parameters.number("seed")), self.parameters.tasks[number]
-        stays = survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._densities[number])
-        rescale = float(1 / self._densities[number]) if self._rescales else 1.0
-        rescaled = scaled(masked(tile.inputs(number), stays, tile), rescale, tile)
-        return scaled(rescaled, self.parameters.weights[number], tile)
+        return survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._densities[number])
+
+    def _factors(self, number: int) -> tuple[float, float]:
+        """What rescales a task's vector, and its weight."""
+        return float(1 / self._densities[number]) if self._rescales else 1.0, self.parameters.weights[number]
 
     def merge(self, tile: RuleInput) -> Array:
-        vector = add_up(tile, (self._dropped(tile, number) for number in range(tile.tasks)))
-        return onto_base(tile, vector, self.parameters.number("scale"))
+        parts = ((number, self._stays(tile, number), *self._factors(number)) for number in range(tile.tasks))
+        return onto_base(tile, sum_of_parts(tile, parts), self.parameters.number("scale"))
 
 
 class DareTies(Dare):
@@ -60,10 +61,10 @@ class DareTies(Dare):
     holds_all = True
 
     def merge(self, tile: RuleInput) -> Array:
-        entries = [self._dropped(tile, number) for number in range(tile.tasks)]
-        signs = elected_signs(add_up(tile, entries), None, tile)
-        mean = self.parameters.text("reduce") == "mean"
-        vector = disjoint_merge(entries, [1.0] * tile.tasks, signs, mean, self.parameters.weights, tile)
+        stays = [self._stays(tile, number) for number in range(tile.tasks)]
+        shares = self.parameters.weights if self.parameters.text("reduce") == "mean" else None
+        factors = [self._factors(number) for number in range(tile.tasks)]
+        vector = elect_and_merge(tile, stays, factors, [1.0] * tile.tasks, shares)
         return onto_base(tile, vector, self.parameters.number("scale"))
 
 

@@ -42,7 +42,9 @@ class RuleInput:
 
     `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its
     weights for rules on whole weights; a rule may overwrite it, and without `holds_all` it is valid until the call
-    after the next. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all.
+    after the next. `add(total, t, flags, first, second)` is total + inputs(t) * flags * first * second in one pass, rounded
+    step by step; total and flags may be None, for nothing and for all. `kept(t, i)` are bools, true where trim i keeps an
+    entry of task t; None if it keeps all.
     """
 
     name: str  # the tensor's name in the output
@@ -53,6 +55,7 @@ class RuleInput:
     xp: Arrays
     base: Array | None
     inputs: Callable[[int], Array]
+    add: Callable[[Array | None, int, Array | None, float, float], Array]
     kept: Callable[[int, int], Array | None]
     room: Scratch
     shape: tuple[int, ...] = ()  # of the whole tensor
@@ -97,7 +100,15 @@ class Rule(ABC):
 
 def weighted_sum(tile: RuleInput, weights: Sequence[float]) -> Array:
     """Sum over tasks of weight * input, in the order of the tasks; (n,)."""
-    return add_up(tile, (scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(weights)))
+    return sum_of_parts(tile, ((number, None, weight, 1.0) for number, weight in enumerate(weights)))
+
+
+def sum_of_parts(tile: RuleInput, parts: Iterable[tuple[int, Array | None, float, float]]) -> Array:
+    """Sum of what stays of tasks' inputs times two factors, in their order: (task, bools or None, factor, factor); (n,)."""
+    total: Array | None = None
+    for part in parts:
+        total = tile.add(total, *part)
+    return total
 
 
 def add_up(tile: RuleInput, parts: Iterable[Array]) -> Array:
@@ -122,4 +133,4 @@ def masked(value: Array, flags: Array | None, tile: RuleInput) -> Array:
 
 def onto_base(tile: RuleInput, vector: Array, scale: float) -> Array:
     """base + scale * vector, in the vector's memory; (n,)."""
-    return tile.xp.add(scaled(vector, scale, tile), tile.base, out=vector)
+    return tile.xp.onto_base(vector, tile.base, scale)

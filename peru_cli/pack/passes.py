@@ -166,7 +166,9 @@ class Superpose(_Walk):
             np.rint(steps, out=steps)
             self._check(number, source, tile, steps, room)
             difference = rows[number] - steps
-            rounding[number] = np.dot(difference, difference)
+            for start in range(0, n, PIECE):
+                piece = difference[start : start + PIECE]
+                rounding[number] += np.dot(piece, piece)
             (np.subtract if removing else np.add)(sums, steps.astype(np.int32), out=sums)
         if self._new_base is not None and not record.is_target:
             self._new_base.merge(record, tile, base_raw, sums)

@@ -9,11 +9,13 @@ Floating entries of a checkpoint are "bits": integers of the dtype's width, sinc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.kernels import merging
 from peru_cli.kernels.deltas import Room, put
 
 Array = Any  # np.ndarray, or torch.Tensor on a GPU
@@ -119,6 +121,39 @@ class Arrays(Protocol):
         """How many are true up to and including each entry, int64."""
         ...
 
+    # Verbs of merges; on the CPU each is one compiled loop (kernels/merging.py says what they mean).
+
+    def accumulate(
+        self, total: Array, bits: Array, dtype: str, base: Array | None, flags: Array | None, factors: tuple[float, float], first: bool
+    ) -> None:
+        """total (+)= (bits of a dtype - base) * flags * both factors; `first` overwrites the total."""
+        ...
+
+    def trim(self, values: Array, threshold: int) -> tuple[Array, Array, int]:
+        """Where a magnitude's pattern is above a threshold, where at or above it, and how many are equal; bools (n,)."""
+        ...
+
+    def disjoint(
+        self,
+        values: Sequence[Array],
+        flags: Sequence[Array | None],
+        before: Sequence[tuple[float, float]],
+        after: Sequence[float],
+        shares: Sequence[float] | None,
+        strict: bool,
+        out: Array,
+    ) -> Array:
+        """TIES' election and disjoint merge, into `out`."""
+        ...
+
+    def elected(self, values: Sequence[Array], flags: Sequence[Array | None], before: Sequence[tuple[float, float]]) -> int:
+        """How many entries elect + less how many elect -."""
+        ...
+
+    def onto_base(self, vector: Array, base: Array, scale: float) -> Array:
+        """base + scale * vector, in the vector's memory."""
+        ...
+
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         """Bits as floats of the kind of `out` (f4 or f8), exactly; a view of the bits where that is their kind."""
         ...
@@ -195,56 +230,22 @@ class Cpu:
     def running_count(self, flags: Array) -> Array:
         return np.cumsum(flags, dtype=np.int64)
 
+    accumulate, trim, disjoint = staticmethod(merging.accumulate), staticmethod(merging.trim), staticmethod(merging.disjoint)
+    elected, onto_base = staticmethod(merging.elected), staticmethod(merging.onto_base)
+
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         if dtype.name in ("F32", "F64"):
             floats = bits.view(KIND[dtype.name])
             return floats if floats.dtype == out.dtype else self.copy(floats, out)
         if out.dtype == np.float64:
             return self.copy(self.widen(bits, dtype, np.empty(len(bits), np.float32)), out)
-        return _widen_bf16(bits, out) if dtype.name == "BF16" else _widen_f16(bits, out)
+        return merging.widened(bits, dtype.name, out)
 
     def narrow(self, floats: Array, dtype: Dtype) -> Array:
         if dtype.bits == 16:
             single = floats if floats.dtype == np.float32 else floats.astype(np.float32)
-            return _narrow_bf16(single) if dtype.name == "BF16" else single.astype(np.float16).view(np.int16)
+            return merging.narrowed(single, dtype.name)
         return floats.astype(KIND[dtype.name], copy=False).view(BITS[dtype.bits])
-
-
-def _widen_bf16(bits: Host, out: Host) -> Host:
-    """bfloat16 is the upper half of a float32."""
-    pattern = out.view(np.uint32)
-    np.copyto(pattern, bits.view(np.uint16))
-    np.left_shift(pattern, 16, out=pattern)
-    return out
-
-
-def _widen_f16(bits: Host, out: Host) -> Host:
-    """Four times as fast as NumPy's conversion: shift into place, then multiply to mend the exponent's bias."""
-    pattern = out.view(np.int32)
-    np.copyto(pattern, bits)  # extends the sign
-    np.left_shift(pattern, 13, out=pattern)  # leaves it in the bits 28 to 31: 28 to 30 are not wanted
-    np.bitwise_and(pattern, np.int32(-0x7000_0001), out=pattern)
-    np.multiply(out, np.float32(2.0**112), out=out)  # exact, for subnormal numbers too
-    if len(bits) and (bits & 0x7FFF).max() >= 0x7C00:
-        at = np.flatnonzero((bits & 0x7FFF) >= 0x7C00)  # infinities and NaNs
-        special = bits[at].astype(np.int32)
-        out.view(np.uint32)[at] = ((special & 0x8000) << 16 | 0x7F80_0000 | (special & 0x3FF) << 13).view(np.uint32)
-    return out
-
-
-def _narrow_bf16(floats: Host) -> Host:
-    """Round to nearest even by adding just less than half a unit, and one more where the last bit is odd."""
-    pattern = floats.view(np.uint32)
-    rounded = pattern >> 16
-    rounded &= 1
-    rounded += pattern
-    rounded += 0x7FFF
-    rounded >>= 16
-    result = rounded.astype(np.uint16).view(np.int16)
-    if len(floats) and np.isnan(floats.max()):
-        at = np.flatnonzero(np.isnan(floats))
-        result.view(np.uint16)[at] = (pattern[at] >> 16) | 0x0040
-    return result
 
 
 CPU = Cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,20 @@ def _order(bits: Array) -> Array:
     return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
 
 
+def _vote(value: Array, flags: Array | None, factors: tuple[float, float]) -> Array:
+    """What stays of a task's vector, times both factors."""
+    value = value if flags is None else value * flags
+    return value * factors[0] * factors[1]
+
+
+def _sum(parts: Sequence[Array]) -> Array:
+    """Their sum, in their order."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
 class Gpu:
     """torch on one device. With the device "cpu" it gives the same bytes: that is how it is tested where no GPU is."""
 
@@ -121,6 +136,39 @@ class Gpu:
 
     def running_count(self, flags: Array) -> Array:
         return torch.cumsum(flags, 0, dtype=torch.int64)
+
+    def accumulate(
+        self, total: Array, bits: Array, dtype: str, base: Array | None, flags: Array | None, factors: tuple[float, float], first: bool
+    ) -> None:
+        floats = self.widen(bits, BY_NAME[dtype], torch.empty_like(total))
+        part = _vote(floats if base is None else floats - base, flags, factors)
+        total.copy_(part if first else total + part)
+
+    def trim(self, values: Array, threshold: int) -> tuple[Array, Array, int]:
+        keys = self.view(values.abs(), f"i{values.element_size()}")
+        above, at_least = keys > threshold, keys >= threshold
+        return above, at_least, self.count(at_least) - self.count(above)
+
+    def disjoint(
+        self, values: Sequence[Array], flags: Sequence[Array | None], before: Sequence[tuple[float, float]], after: Sequence[float],
+        shares: Sequence[float] | None, strict: bool, out: Array,
+    ) -> Array:  # fmt: skip
+        votes = [_vote(*vote) for vote in zip(values, flags, before, strict=True)]
+        total = _sum(votes)
+        signs = (total > 0 if strict else total >= 0).to(out.dtype) * 2 - 1
+        parts = [(vote * signs).clamp_(min=0.0) for vote in votes]  # |entry| where it agrees
+        merged = _sum([part * weight for part, weight in zip(parts, after, strict=True)])
+        if shares is not None:
+            divisor = _sum([(part > 0).to(out.dtype) * share for part, share in zip(parts, shares, strict=True)])
+            merged = merged / divisor.masked_fill_(divisor.abs() < 1e-8, 1.0)
+        return torch.mul(merged, signs, out=out)
+
+    def elected(self, values: Sequence[Array], flags: Sequence[Array | None], before: Sequence[tuple[float, float]]) -> int:
+        total = _sum([_vote(*vote) for vote in zip(values, flags, before, strict=True)])
+        return self.count(total > 0) - self.count(total < 0)
+
+    def onto_base(self, vector: Array, base: Array, scale: float) -> Array:
+        return vector.mul_(scale).add_(base)
 
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         floats = bits.view(_float_type(dtype))

@@ -1,0 +1,235 @@
+"""Merges of tiles: add up what stays of task vectors, trim them, elect signs, put the result onto the base.
+
+Arrays are 1-D runs of entries, (n,): floats of the kind that is computed with, `f4` or `f8`, and bools for what stays. Every product
+and sum is rounded, in the order in which the formulas have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from peru_cli.kernels.build import kernels
+from peru_cli.kernels.scalars import DTYPES, FLOATS, MAGNITUDE, ROUNDED, Float, Key, narrow, widen
+
+Floats = np.ndarray[Any, np.dtype[Any]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+_BLOCK = 1024  # entries whose sums over tasks are held at once
+_LEAST = 1e-8  # below that, a sum of weights is 0
+_ALL = np.ones(1, np.bool_)  # where no flags are looked at
+
+
+def _less_base(value: Any, base: Any, i: int) -> Any:
+    return value - base[i]
+
+
+def _as_it_is(value: Any, unused: Any, i: int) -> Any:
+    return value
+
+
+def _where_flagged(value: Any, flags: Any, i: int) -> Any:
+    return value * Float(flags[i])
+
+
+def _added(value: Any, total: Any, i: int) -> Any:
+    return total[i] + value
+
+
+against: Any = _as_it_is  # these three stand for what a loop is made for
+flagged: Any = _as_it_is
+onto: Any = _as_it_is
+
+_PARTS = {
+    f"{dtype}{' less base' * base}{' flagged' * flags}{' added' * more}": {
+        **bound,
+        "against": _less_base if base else _as_it_is,
+        "flagged": _where_flagged if flags else _as_it_is,
+        "onto": _added if more else _as_it_is,
+    }
+    for (dtype, bound), base, flags, more in product(DTYPES.items(), *[(False, True)] * 3)
+}
+
+
+@kernels("*b *f *u1 i8 f f *f", _PARTS)
+def _accumulate(bits: Any, base: Any, flags: Any, n: int, first: Any, second: Any, total: Any) -> None:
+    for i in range(n):
+        total[i] = onto(flagged(against(widen(bits[i]), base, i), flags, i) * first * second, total, i)
+
+
+@kernels("*k i8 k *u1 *u1", FLOATS)
+def _trim(patterns: Any, n: int, threshold: Any, above: Any, at_least: Any) -> int:
+    equals: Any = 0
+    for start in range(0, n, _BLOCK):
+        same = np.int32(0)
+        for i in range(start, min(start + _BLOCK, n)):
+            key = Key(patterns[i] & MAGNITUDE)
+            above[i] = np.uint8(key > threshold)
+            at_least[i] = np.uint8(key >= threshold)
+            same = np.int32(same + np.int32(key == threshold))
+        equals += same
+    return equals  # type: ignore[no-any-return]
+
+
+def _weighted(value: Any, flag: Any, first: Any, second: Any) -> Any:
+    return value * Float(flag) * first * second
+
+
+def _vote(values: Any, flags: Any, before: Any, task: int, start: int, size: int, total: Any) -> None:
+    """total = or += a task's votes of a block."""
+    value, flag, first, second = values[task], flags[task], before[2 * task], before[2 * task + 1]
+    if task == 0:
+        for i in range(size):
+            total[i] = _weighted(value[start + i], flag[start + i], first, second)
+    else:
+        for i in range(size):
+            total[i] = total[i] + _weighted(value[start + i], flag[start + i], first, second)
+
+
+@kernels("**f **u1 *f *f *f i8 i8 i8 i8 *f *f *f *f", FLOATS)
+def _disjoint(
+    values: Any, flags: Any, before: Any, after: Any, shares: Any, tasks: int, n: int, mean: int, strict: int,
+    signs: Any, divisor: Any, total: Any, out: Any,
+) -> None:  # fmt: skip
+    for start in range(0, n, _BLOCK):
+        size = min(_BLOCK, n - start)
+        for task in range(tasks):
+            _vote(values, flags, before, task, start, size, signs)
+        for i in range(size):
+            positive = signs[i] > Float(0) if strict else signs[i] >= Float(0)
+            signs[i] = Float(1) if positive else Float(-1)
+            divisor[i] = Float(0)
+            total[i] = Float(-0.0)  # to which any first summand is added without a trace
+        for task in range(tasks):
+            value, flag, first, second = values[task], flags[task], before[2 * task], before[2 * task + 1]
+            weight, share = after[task], shares[task]
+            for i in range(size):
+                part = _weighted(value[start + i], flag[start + i], first, second) * signs[i]
+                part = Float(0) if part <= Float(0) else part  # |entry| where it agrees
+                divisor[i] = divisor[i] + (share if part > Float(0) else Float(0))
+                total[i] = total[i] + part * weight
+        if mean:
+            for i in range(size):
+                divide = Float(1) if abs(divisor[i]) < Float(_LEAST) else divisor[i]
+                out[start + i] = total[i] / divide * signs[i]
+        else:
+            for i in range(size):
+                out[start + i] = total[i] * signs[i]
+
+
+@kernels("**f **u1 *f i8 i8 *f", FLOATS)
+def _elected(values: Any, flags: Any, before: Any, tasks: int, n: int, total: Any) -> int:
+    elected: Any = 0
+    for start in range(0, n, _BLOCK):
+        size = min(_BLOCK, n - start)
+        for task in range(tasks):
+            _vote(values, flags, before, task, start, size, total)
+        more = np.int32(0)
+        for i in range(size):
+            more = np.int32(more + np.int32(total[i] > Float(0)) - np.int32(total[i] < Float(0)))
+        elected += more
+    return elected  # type: ignore[no-any-return]
+
+
+@kernels("*f *f i8 f", FLOATS)
+def _onto(vector: Any, base: Any, n: int, scale: Any) -> None:
+    for i in range(n):
+        vector[i] = vector[i] * scale + base[i]
+
+
+@kernels("*f4 i8 *u2", ROUNDED)
+def _narrow(numbers: Any, n: int, out: Any) -> None:
+    for i in range(n):
+        out[i] = narrow(numbers[i])
+
+
+@kernels("*b i8 *f", {dtype: DTYPES[f"{dtype} f4"] for dtype in ROUNDED})
+def _widen(bits: Any, n: int, out: Any) -> None:
+    for i in range(n):
+        out[i] = widen(bits[i])
+
+
+def accumulate(
+    total: Floats, bits: Floats, dtype: str, base: Floats | None, flags: Flags | None, factors: tuple[float, float], first: bool
+) -> None:
+    """total (+)= (bits - base) * flags * factors, one after the other; `first` overwrites the total.
+
+    Args:
+        bits: entries of a dtype, as integers or as what they are.
+        base: floats to subtract; None for nothing.
+        flags: what stays, the rest becomes 0; None for all.
+    """
+    what = f"{dtype} {total.dtype.str[1:]}{' less base' * (base is not None)}{' flagged' * (flags is not None)}{' added' * (not first)}"
+    others = total if base is None else base, _ALL if flags is None else flags
+    _accumulate[what](bits, *others, len(total), *factors, total)
+
+
+def trim(values: Floats, threshold: int) -> tuple[Flags, Flags, int]:
+    """Where a magnitude's pattern is above a threshold, where at or above it, and how many are equal; bools (n,)."""
+    above, at_least = np.empty(len(values), np.bool_), np.empty(len(values), np.bool_)
+    return above, at_least, _trim[values.dtype.str[1:]](values, len(values), threshold, above, at_least)
+
+
+def _pointers(arrays: Sequence[Any]) -> Any:
+    assert all(array.flags.c_contiguous and len(array) == len(arrays[0]) for array in arrays)
+    return np.array([array.__array_interface__["data"][0] for array in arrays], np.uint64)
+
+
+def _of_tasks(values: Sequence[Floats], flags: Sequence[Flags | None], before: Sequence[tuple[float, float]]) -> tuple[Any, ...]:
+    """Arguments that loops over tasks have in common, and what they point to."""
+    ones = np.ones(len(values[0]), np.bool_) if any(each is None for each in flags) else _ALL
+    held = [ones if each is None else each for each in flags]
+    kind = values[0].dtype
+    return kind.str[1:], (_pointers(values), _pointers(held), np.array(before, kind).reshape(-1)), held
+
+
+def disjoint(
+    values: Sequence[Floats],
+    flags: Sequence[Flags | None],
+    before: Sequence[tuple[float, float]],
+    after: Sequence[float],
+    shares: Sequence[float] | None,
+    strict: bool,
+    out: Floats,
+) -> Floats:
+    """TIES' election and disjoint merge (methods/ties.py), into `out`; (n,).
+
+    Args:
+        values, flags, before: a task's vote is value * flag * both factors; one each a task.
+        after: factor of the votes that agree with the elected sign.
+        shares: divide by their sum over the tasks that agree (by 1 where that is 0); None does not divide.
+        strict: a sum of 0 elects -, else +.
+    """
+    kind, arguments, _held = _of_tasks(values, flags, before)
+    mean, tasks, n = shares is not None, len(values), len(out)
+    given = np.array(after, out.dtype), np.array(shares if shares is not None else after, out.dtype)
+    blocks = (np.empty(_BLOCK, out.dtype) for _ in range(3))
+    _disjoint[kind](*arguments, *given, tasks, n, mean, strict, *blocks, out)
+    return out
+
+
+def elected(values: Sequence[Floats], flags: Sequence[Flags | None], before: Sequence[tuple[float, float]]) -> int:
+    """How many entries elect + less how many elect -, of votes as `disjoint` has them."""
+    kind, arguments, _held = _of_tasks(values, flags, before)
+    return _elected[kind](*arguments, len(values), len(values[0]), np.empty(_BLOCK, values[0].dtype))
+
+
+def onto_base(vector: Floats, base: Floats, scale: float) -> Floats:
+    """base + scale * vector, in the vector's memory; (n,)."""
+    _onto[vector.dtype.str[1:]](vector, base, len(vector), scale)
+    return vector
+
+
+def narrowed(numbers: Floats, dtype: str) -> Any:
+    """float32 rounded to BF16 or F16, nearest even, as bits; int16 (n,). NaNs stay some NaN."""
+    out = np.empty(len(numbers), np.int16)
+    _narrow[dtype](np.ascontiguousarray(numbers), len(numbers), out)
+    return out
+
+
+def widened(bits: Any, dtype: str, out: Floats) -> Floats:
+    """BF16 or F16 bits as float32, exactly; (n,)."""
+    _widen[dtype](np.ascontiguousarray(bits), len(bits), out)
+    return out
