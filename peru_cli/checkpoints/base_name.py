@@ -94,8 +94,8 @@ def _refuse_moved(artifact: Place, name: BaseName, where: str) -> None:
     published = [published_digest(file) for file in files]
     if name.digests and None not in published and not set(name.digests) <= set(published):
         raise Mismatch(
-            f"{where} is not the base that {artifact} was made from: its weight files are others by now",
-            f"it was made from {name.name}; a copy of that can be given with --base",
+            f"{where} is not the base that {artifact} was made from: its weight files have changed",
+            f"it was made from {name.name}: pass a copy of that with --base",
         )
 
 
@@ -104,5 +104,5 @@ def base_of_adapter(adapter: Place) -> str:
     config = read_config(adapter, str(adapter)) if adapter.is_dir() else {}
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or hub_repo(name) is None:
-        raise UsageError(f"{adapter} needs its base, and names none on the Hub", "add --base BASE")
+        raise UsageError(f"{adapter} needs its base, but names none on the Hub", "add --base BASE")
     return f"hf://models/{name}" + (f"@{revision}" if isinstance(revision, str) and revision else "")

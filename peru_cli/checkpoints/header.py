@@ -59,7 +59,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise BadFile(f"the name {_named(key)} stands twice in the header")
+            raise BadFile(f"the name {_named(key)} appears twice in the header")
         seen[key] = value
     return seen
 

@@ -31,7 +31,9 @@ class Argument:
 def check_task(name: str) -> str:
     """A task's name if it is a good one; UsageError otherwise."""
     if not _TASK.fullmatch(name):
-        raise UsageError(f"{name!r} is no task name", "use letters, digits, '_', '-' and '.', at most 64, beginning with a letter or digit")
+        raise UsageError(
+            f"{name!r} is not a task name", "use letters, digits, '_', '-' and '.', at most 64, beginning with a letter or digit"
+        )
     return name
 
 
@@ -85,7 +87,7 @@ def open_model(model: str, stored: bool = False) -> Checkpoint:
         if "peru.format" in checkpoint.metadata:
             checkpoint.close()
             raise UsageError(
-                f"{model} is a peru artifact, and a model is meant here", "unpack it first: peru unpack ARTIFACT -b BASE -o DIR"
+                f"{model} is a peru artifact, but a model is needed here", "unpack it first: peru unpack ARTIFACT -b BASE -o DIR"
             )
         _name(checkpoint, path)
         return checkpoint if stored else usable(checkpoint)

@@ -39,10 +39,10 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any] | str, str]] = {
-    "duplicate tensor": ('{"a":@,"a":@}', "'a' stands twice"),
-    "duplicate metadata": ('{"__metadata__":{"k":"1","k":"2"},"a":@}', "'k' stands twice"),
-    "duplicate metadata table": ('{"__metadata__":{},"__metadata__":{},"a":@}', "stands twice"),
-    "duplicate field": ('{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', "'dtype' stands twice"),
+    "duplicate tensor": ('{"a":@,"a":@}', "'a' appears twice"),
+    "duplicate metadata": ('{"__metadata__":{"k":"1","k":"2"},"a":@}', "'k' appears twice"),
+    "duplicate metadata table": ('{"__metadata__":{},"__metadata__":{},"a":@}', "appears twice"),
+    "duplicate field": ('{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', "'dtype' appears twice"),
     "leading space": (" " + json.dumps({"a": U8}), "does not begin with '{'"),
     "byte order mark": ("\ufeff" + json.dumps({"a": U8}), "does not begin with '{'"),
     "empty name": ({"": U8}, "empty name"),
@@ -206,7 +206,7 @@ def test_the_reference_reads_what_is_built_here(tmp_path: Path) -> None:
 def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"same": torch.ones(2), name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(BadFile, match=r"two\.safetensors: tensor 'same' stands in another shard"):
+    with pytest.raises(BadFile, match=r"two\.safetensors: tensor 'same' is in another shard"):
         SafetensorsCheckpoint("both", "files", [tmp_path / "one.safetensors", tmp_path / "two.safetensors"], {})
 
 

@@ -190,7 +190,7 @@ def test_wrong_options(tmp_path: Path, peru, pair) -> None:
         ([*keep, "--nonsense"], "--nonsense"),
         (["prune", fine, "-o", tmp_path / "a.safetensors", "--keep", "5%"], "--base"),
         (["prune", fine, "-b", base, "--keep", "5%", "-o", tmp_path / "a.bin"], "should end in .safetensors"),
-        (["prune", f"two words={fine}", "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "5%"], "'two words' is no task name"),
+        (["prune", f"two words={fine}", "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "5%"], "'two words' is not a task name"),
         (["prune", "x=", "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "5%"], "names no model"),
         (["prune", f"Sst={fine}", f"sST={base}", "-b", base, "-o", tmp_path / "all", "--keep", "5%"], "'sST'"),
         (["prune", fine, f"FINE={base}", "-b", base, "-o", tmp_path / "all", "--keep", "5%"], "'FINE'"),
@@ -293,7 +293,7 @@ def test_broken_shards_are_named(tmp_path: Path, peru, pair) -> None:
     (folder / "model-2.safetensors").unlink()
     refused(peru, tmp_path, 1, *to, says=("model-2.safetensors", "not there"))
     save(load_file(fine), folder / "model-2.safetensors")
-    refused(peru, tmp_path, 1, *to, says="stands in another shard")
+    refused(peru, tmp_path, 1, *to, says="is in another shard")
 
 
 def test_odd_configs_do_no_harm(tmp_path: Path, peru, pair) -> None:

@@ -133,7 +133,7 @@ def test_an_input_that_is_replaced_or_removed(tmp_path: Path, peru, pair, monkey
         (fine / "new").write_bytes(data)
         os.replace(fine / "new", weights)
 
-    for change, says in ((replace, "was changed while"), (weights.unlink, "went away while")):
+    for change, says in ((replace, "was changed while"), (weights.unlink, "disappeared while")):
         with monkeypatch.context() as patch:
             change_while_read(patch, weights, change, 9)
             peru("prune", f"t={fine}", "-b", base, "-o", out, "--lossless", "--no-sync", code=1)

@@ -60,7 +60,7 @@ def judge(fine: Checkpoint, base: Checkpoint, pairing: Pairing, chosen: re.Patte
     if max(share for share, _ in sides) > REFUSED and not allowed:
         raise Mismatch(
             f"{fine.label} and {base.label} pair only in part ({pairing.prefix})\n  {text}",
-            "is this the base? --rename REGEX=NEW brings names together, --per-task REGEX names heads, --allow-unpaired stores all whole",
+            "is this the base? --rename REGEX=NEW matches names, --per-task REGEX marks heads, --allow-unpaired stores all whole",
         )
     return f"{fine.label} and {base.label} pair only in part: {text}"
 

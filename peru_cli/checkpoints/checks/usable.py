@@ -27,5 +27,5 @@ def refuse_husks(checkpoint: Checkpoint) -> None:
     if husks:
         raise BadFile(
             f"{checkpoint.label}: {len(husks)} of {len(checkpoint.tensors)} tensors are empty (shape [0]): {', '.join(husks[:3])}",
-            "saving under ZeRO-3 without gathering leaves such husks: consolidate them, with zero_to_fp32.py or accelerate merge-weights",
+            "saving under ZeRO-3 without gathering leaves empty tensors: consolidate them with zero_to_fp32.py or accelerate merge-weights",
         )

@@ -48,7 +48,7 @@ def fetch_blob(source: RangeFile, digest: str, blob: Path) -> None:
             if found != digest:
                 partial.unlink()
                 raise BadFile(
-                    f"{source.path}: the Hub sends other bytes than it lists: their SHA-256 is {found[:16]}...", "type the command again"
+                    f"{source.path}: the Hub sends other bytes than it lists: their SHA-256 is {found[:16]}...", "run the command again"
                 )
             os.replace(partial, blob)
         finally:

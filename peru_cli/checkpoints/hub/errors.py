@@ -33,7 +33,7 @@ def explained(what: str, revision: str | None = None) -> Iterator[None]:
     except OSError as error:
         if str(error).startswith("Consistency check failed"):  # how the client says that a body was shorter or longer than announced
             raise HubError(
-                f"{what}: the download ended early or late: other bytes than the Hub announced", "type the command again"
+                f"{what}: the download ended early or late: other bytes than the Hub announced", "run the command again"
             ) from error
         raise
 

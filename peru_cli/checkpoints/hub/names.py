@@ -27,7 +27,7 @@ def parse_hub_name(text: str) -> HubName | None:
     explicit = text.startswith("hf://")
     rest = text.removeprefix("hf://").removeprefix("models/") if explicit else text
     if explicit and rest.startswith(("datasets/", "spaces/", "buckets/", "kernels/")):
-        raise UsageError(f"{text} is no model repo", "write hf://models/ORG/NAME@REVISION/PATH")
+        raise UsageError(f"{text} is not a model repo", "write hf://models/ORG/NAME@REVISION/PATH")
     match = _NAME.fullmatch(rest)
     parts = (match["path"] or "").rstrip("/").split("/") if match else []
     if match is None or ".." in match["repo"] or "--" in match["repo"] or any(part in (".", "..") or "\\" in part for part in parts):

@@ -117,7 +117,7 @@ class RangeFile:
                     self._check_linked(response)
                     url, redirects = urljoin(url, response.headers["Location"]), redirects + 1
                     if redirects > _MAX_REDIRECTS or urlsplit(url).scheme not in ("http", "https"):
-                        raise HubError(f"{self.path}: redirected in circles, or to what is no web address")
+                        raise HubError(f"{self.path}: redirected in circles, or to something that is not a web address")
                     continue
                 self._check(response, url, start, stop)
                 if foreign:
@@ -152,7 +152,7 @@ class RangeFile:
         size, etag = response.headers.get("X-Linked-Size"), (response.headers.get("X-Linked-Etag") or "").strip('W/"')
         digest = self.path.sha256
         if (size is not None and size != str(self.size)) or (digest and len(etag) == len(digest) and etag != digest):
-            raise BadFile(f"{self.path}: the Hub redirects to another file than it lists", "type the command again")
+            raise BadFile(f"{self.path}: the Hub redirects to another file than it lists", "run the command again")
 
     def _check(self, response: Any, url: str, start: int, stop: int) -> None:
         status = response.status_code
@@ -160,7 +160,7 @@ class RangeFile:
             with self._lock:
                 if self._storage == url:  # else another thread, whose request expired with this one, has a new address already
                     self._storage = None
-            raise _Again(HubError(f"{self.path}: the storage of {constants.ENDPOINT} refuses access ({status})", "type the command again"))
+            raise _Again(HubError(f"{self.path}: the storage of {constants.ENDPOINT} refuses access ({status})", "run the command again"))
         if status == 429 or status >= 500 or status == 408:
             raise _Again(self._error(response), response)
         if status >= 400:
@@ -173,7 +173,7 @@ class RangeFile:
         etag = (response.headers.get("ETag") or "").removeprefix("W/")
         with self._lock:
             if self._etags.setdefault(_origin(url), etag) != etag:
-                raise BadFile(f"{self.path}: the file on the server changed between two ranges", "type the command again")
+                raise BadFile(f"{self.path}: the file on the server changed between two ranges", "run the command again")
 
     def _error(self, response: Any) -> BaseException:
         if isinstance(response, hubsocket.Answer):

@@ -164,7 +164,7 @@ class HubRepo:
         if check is not None and _sha256(found) != check:
             found.resolve().unlink()
             found.unlink(missing_ok=True)
-            raise BadFile(f"{self}/{path}: the Hub sent other bytes than it lists", "type the command again")
+            raise BadFile(f"{self}/{path}: the Hub sent other bytes than it lists", "run the command again")
         return found
 
     def streams(self, path: str) -> bool:

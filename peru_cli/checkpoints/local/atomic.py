@@ -46,8 +46,8 @@ def check_room(target: Path, nbytes: int, elsewhere: str = "write to another dis
     free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.is_dir())).free
     if free < nbytes:
         raise PeruError(
-            f"{target} needs {nbytes:,} bytes, the disk has {free:,} free",
-            f"free some room, or {elsewhere}",
+            f"{target} needs {nbytes:,} bytes, but the disk has only {free:,} free",
+            f"free some space, or {elsewhere}",
         )
 
 

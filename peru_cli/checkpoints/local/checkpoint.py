@@ -40,7 +40,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 header = read_header(file)
                 for name, info in header.tensors.items():
                     if name in tensors:
-                        raise BadFile(f"{path}: tensor {name!r} stands in another shard too")
+                        raise BadFile(f"{path}: tensor {name!r} is in another shard, too")
                     tensors[name] = info
                     self._where[name] = (file, header.data_offset + info.begin)
                 metadata.update(header.metadata)

@@ -194,12 +194,12 @@ def _compare(path: str, state: tuple[int, ...]) -> None:
     try:
         now = _state(os.stat(path))
     except OSError as error:
-        raise Changed(f"{path} went away while it was being read ({error.strerror}): nothing was written", _HINT) from error
+        raise Changed(f"{path} disappeared while it was being read ({error.strerror}): nothing was written", _HINT) from error
     if now != state:
         raise _changed(path)
 
 
-_HINT = "type the command again when nothing changes its inputs any more"
+_HINT = "run the command again when nothing changes its inputs any more"
 
 
 def _changed(path: str | Path) -> Changed:

@@ -26,7 +26,7 @@ class TorchCheckpoint(Checkpoint):
         for path in files:
             for name, (info, data) in _load_torch_file(path).items():
                 if name in tensors:
-                    raise BadFile(f"{path}: tensor {name!r} stands in another shard too")
+                    raise BadFile(f"{path}: tensor {name!r} is in another shard, too")
                 tensors[name], self._bytes[name] = info, data
         self.tensors = tensors
 

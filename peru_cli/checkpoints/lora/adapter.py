@@ -64,7 +64,7 @@ class Adapter:
                 self.foreign, self.shared, whole = sort_foreign(list(self.file.tensors), self.config["peft_type"])
                 keys = Sorted(PEFT, whole=whole)
                 if not self.foreign:
-                    raise BadFile(f"{self.weights}: nothing of {self.config['peft_type']} in it")
+                    raise BadFile(f"{self.weights}: it holds no {self.config['peft_type']} parameters")
             elif self.config:
                 keys = sort_peft(self.file.tensors, str(self.weights))
             else:

@@ -16,7 +16,7 @@ from peru_cli.errors import BadFile, UsageError
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-MERGED = "merge the adapter into its base with peft (merge_and_unload) and work on that"
+MERGED = "merge the adapter into its base with peft (merge_and_unload) and use the result"
 # Settings under which the update of a weight is not scale * B @ A, or the base itself is changed, and the values that leave them off.
 _OFF: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
@@ -72,7 +72,7 @@ def read_config(folder: Place, label: str) -> dict[str, Any]:
         hint = MERGED
         if isinstance(init, str) and init not in _INITS:
             hint = "it changes the base: convert it to plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        raise UsageError(f"{label} is no plain LoRA adapter: {', '.join(odd)}", hint)
+        raise UsageError(f"{label} is not a plain LoRA adapter: {', '.join(odd)}", hint)
     for name in ("r", "lora_alpha"):
         value = config.get(name, 8)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

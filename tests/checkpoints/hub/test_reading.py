@@ -143,7 +143,7 @@ def test_refusals_say_which_repo_file_and_variable(hub: HubServer, pair: tuple[P
     refused(hub, home, "org/none", "org/none: no such repo", "HF_TOKEN", "hf auth login")
     refused(hub, home, "org/none", "org/none: no such repo", "the token in use (HF_TOKEN)", HF_TOKEN=hub.token)
     refused(hub, home, "org/fine@v9", "org/fine has no revision 'v9'")
-    refused(hub, home, "hf://datasets/org/fine", "is no model repo", code=2)
+    refused(hub, home, "hf://datasets/org/fine", "is not a model repo", code=2)
     refused(hub, home, "hf://models/org/fine@v2/other.safetensors", "no such file", code=2)
     hub.add("org/gated", pair[1], gated=True)
     refused(hub, home, "org/gated", "org/gated@", "is gated", f"{hub.url}/org/gated", "HF_TOKEN")
