@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,15 @@ def test_eval_measures_what_unpack_gives(peru: Peru, tmp_path: Path) -> None:
     error = next(iter(ours["weights"].values()))["total"]["error"]
     assert error == pytest.approx(made["relative_error"], rel=1e-6)
     peru("eval", out, *at, "--against", fine, "--fail-above", f"error={error * 0.9}", code=3)
+
+
+def test_a_limit_that_pays_for_no_change_is_said(peru: Peru, tmp_path: Path) -> None:
+    base, fine = make_pair(tmp_path)
+    command = ["prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--max-bytes"]
+    peru(*command, "1kB", code=2)
+    least = re.search(r"an artifact without changes takes ([\d,]+\d)", peru.stderr)
+    assert least is not None
+    peru(*command, int(least.group(1).replace(",", "")) + 8)
+    assert "no change fits into" in peru.stderr
+    peru(*command, "20kB", "--force")
+    assert "no change fits" not in peru.stderr

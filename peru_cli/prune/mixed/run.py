@@ -25,7 +25,7 @@ from peru_cli.prune.gates import Gate, check
 from peru_cli.prune.mixed.decompose import Spill, decompose, items_of
 from peru_cli.prune.mixed.goal import Goal
 from peru_cli.prune.mixed.represent import Frame, Price, estimate, try_out
-from peru_cli.prune.mixed.search import approach
+from peru_cli.prune.mixed.search import Found, approach
 from peru_cli.prune.mixed.write import Final, store_rest
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
@@ -275,12 +275,14 @@ def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], 
     log = _estimated(family, True, max(room, 1))
     found = approach(measure, max(room, 1e-9), log, -1.0, tolerance / max(room, 1), _TRIALS)
     if found is None:
-        return family.price(700.0)  # nothing fits: the artifact changes nothing
+        found = Found(700.0, 0.0)
     price, taken = family.price(found.at), int(found.value)
     over = [at for at, nbytes in tried.items() if nbytes > room]
     if taken < room - tolerance and over:
         price, taken = _between(family, replace(price, lower=math.exp(max(over))), taken, room, least, tolerance)
-    if taken + least < 0.99 * limit:
+    if not taken:
+        say(f"no change fits into {limit:,} bytes: the artifact gives the base's weights back; allow more")
+    elif taken + least < 0.99 * limit:
         say(f"the artifact takes {taken + least:,} of {limit:,} bytes: more would not help, or the next step would exceed the limit")
     return price
 
