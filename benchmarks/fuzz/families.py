@@ -211,7 +211,7 @@ def nans(rng: random.Random, family: Family) -> None:
     for name in ["layers.0.up.weight", "embed_tokens.weight"]:
         if name in family.values["a"]:
             family.values["a"][name][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    family.may |= {"pack", "merge", "prune"}  # a warning, or a word
+    family.may |= {"pack", "merge", "prune"}
 
 
 def husk(rng: random.Random, family: Family) -> None:

@@ -146,7 +146,8 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], labe
         if f"{name}_zero_point" in tensors:
             problems.append(f"{name} has a zero point, which peru does not read")
     bare = [name for name, weight in layout.weights.items() if weight.scale is None]
-    if bare and (method or len(bare) < len(layout.weights)):
+    marked = any(_MARKERS.search(name) for name in tensors)  # ComfyUI's way to say that codes have scales
+    if bare and (method or marked or len(bare) < len(layout.weights)):
         problems += [f"{name}: {tensors[name].dtype.name} without its scale" for name in bare]
     for name in tensors:
         if name not in layout.companions and re.search(r"(_scale_inv|\.weight_scale|\.scale_weight)$", name):

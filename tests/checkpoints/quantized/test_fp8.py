@@ -222,6 +222,7 @@ def test_a_lossless_artifact_of_codes_stands_for_its_fine_tune(tmp_path: Path, p
 CODES = torch.zeros(4, 8, dtype=torch.float8_e4m3fn)
 BROKEN = [
     ({"a.weight": CODES, "b.weight": CODES.clone(), "b.weight_scale": torch.ones(1)}, "a.weight: F8_E4M3 without its scale"),
+    ({"a.weight": CODES, "scaled_fp8": CODES[0, :2].clone()}, "a.weight: F8_E4M3 without its scale"),
     ({"a.weight": CODES, "b.weight_scale_inv": torch.ones(1, 1)}, "b.weight_scale_inv: a scale without the codes"),
     ({"a.weight": CODES, "a.weight_scale": torch.ones(3)}, "[3] scales for a weight of shape [4, 8]"),
     ({"a.weight": CODES, "a.weight_scale": torch.ones(1), "a.weight_zero_point": torch.ones(1)}, "has a zero point"),
