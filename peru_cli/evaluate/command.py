@@ -145,10 +145,10 @@ def evaluate_command(
 
         read = _read(files, text or [], max_samples)
         if tau_jp:
-            drawing = interference.tau_jp(named, base, read, scale, run.device, batch_size)
+            drawing = interference.tau_jp(named, base, read, scale, run.device, run.threads, batch_size)
         else:
             points = [float(point) for point in parse_range(scales, "--scales")]
-            drawing = interference.negate(named, base, others, read, points, run.device, batch_size)
+            drawing = interference.negate(named, base, others, read, points, run.device, run.threads, batch_size)
         if plot is not None or report is not None:
             from peru_cli.evaluate import draw as evaldraw
 

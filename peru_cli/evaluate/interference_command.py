@@ -28,10 +28,17 @@ class Drawing:
 
 
 def tau_jp(
-    models: Mapping[str, str], base: Optional[str], examples: Mapping[str, Examples], scale: float, device: str, batch_size: Optional[int]
+    models: Mapping[str, str],
+    base: Optional[str],
+    examples: Mapping[str, Examples],
+    scale: float,
+    device: str,
+    threads: Optional[int],
+    batch_size: Optional[int],
 ) -> Drawing:
     """Print tau-Jp(i -> j) of all tasks and the disentanglement error of each."""
     from peru_cli.evaluate.interference import measure_interference
+    from peru_cli.evaluate.run import threads_for
     from peru_cli.reports.plots import plot_tau_jp
 
     for task in models:
@@ -39,7 +46,7 @@ def tau_jp(
             raise UsageError(f"--tau-jp needs examples of every task, and {task} has none", f"add --data {task}=FILE")
     vectors = _vectors(models, base, examples, device, batch_size)
     total = 3 * sum(map(len, examples.values()))
-    with console.progress(total, "tau-Jp", "examples") as progress:
+    with threads_for(vectors.plan.entries, threads), console.progress(total, "tau-Jp", "examples") as progress:
         found = measure_interference(vectors, scale, progress.advance)
     names = found.tasks
     rows = [[i, *(f"{found.tau_jp[i, j]:.4g}" for j in names)] for i in names]
@@ -56,10 +63,11 @@ def tau_jp(
 
 def negate(
     models: Mapping[str, str], base: Optional[str], against: Mapping[str, str], examples: Mapping[str, Examples], scales: list[float],
-    device: str, batch_size: Optional[int],
+    device: str, threads: Optional[int], batch_size: Optional[int],
 ) -> Drawing:  # fmt: skip
     """Print accuracies of the base minus a task vector, and the best scale of the negation protocol."""
     from peru_cli.evaluate.interference import KEPT, load_base, measure_negation
+    from peru_cli.evaluate.run import threads_for
     from peru_cli.reports.plots import plot_negation
 
     if len(models) != 1:
@@ -75,7 +83,7 @@ def negate(
     vectors = _vectors(tasks, base, {task: examples["target"], "control": examples["control"]}, device, batch_size)
     control = vectors.load("control") if against else load_base(vectors, examples["control"])
     total = (len(scales) + 1) * sum(map(len, examples.values()))
-    with console.progress(total, "negate", "examples") as progress:
+    with threads_for(vectors.plan.entries, threads), console.progress(total, "negate", "examples") as progress:
         points, best = measure_negation(vectors, task, control, examples["control"], scales, progress.advance)
     rows = [
         [f"{p.scale:g}", f"{100 * p.target:.2f}", f"{100 * p.control:.2f}", "best" if p is best else ""]

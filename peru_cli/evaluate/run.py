@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,6 +75,22 @@ def evaluate(
     return found
 
 
+def _threads(parameters: int) -> int:
+    """How many threads suit a model of so many parameters."""
+    return 1 if parameters < _SMALL else available_threads()
+
+
+@contextmanager
+def threads_for(parameters: int, wanted: int | None) -> Iterator[None]:
+    """Have torch compute with the threads that the user asks for, or those that suit a model's size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or _threads(parameters))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> tuple[Prepared, Prepared | None]:
     """A task's models by their headers, with its examples encoded."""
     examples, task = comparison.examples, comparison.task
@@ -108,7 +124,7 @@ def _evaluate(
     comparison: Comparison, ours: Prepared, theirs: Prepared | None, settings: Settings, batch_size: int | None, advance: Advance
 ) -> Score:
     subject, examples = ours.subject, comparison.examples
-    torch.set_num_threads(settings.threads or (1 if subject.parameters < _SMALL else available_threads()))
+    torch.set_num_threads(settings.threads or _threads(subject.parameters))
     score = Score(
         comparison.task, comparison.model, comparison.against, ours.kind, len(examples), "examples",
         subject.nbytes + subject.shared_bytes, subject.place, subject.shared_bytes, subject.shared,
