@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from peru_cli.artifacts import bytestream
 from peru_cli.artifacts.codecs import PCO, RAW, decode, encode
 from peru_cli.artifacts.container import ContainerWriter
 from peru_cli.artifacts.index import (
@@ -344,3 +345,14 @@ def test_a_sealed_artifact_with_odd_metadata_is_refused(tmp_path: Path, key: str
         SparseDelta(sealed(tmp_path / "bad.safetensors", index, data, **{key: value}))
     assert key in caught.value.message and "bad.safetensors" in caught.value.message
     assert "\x1b" not in caught.value.message
+
+
+def test_signed_numbers_are_written_as_the_format_says() -> None:
+    """0, -1, 1, -2, ... as varints 0, 1, 2, 3, ...: packs and mixed artifacts have exponents and scales so."""
+    for value, written in ((0, b"\0"), (-1, b"\1"), (1, b"\2"), (-2, b"\3"), (-64, b"\x7f"), (64, b"\x80\1"), (-1074, b"\xe3\x10")):
+        sink = bytestream.Sink()
+        sink.signed(value)
+        assert bytes(sink.data) == written
+        assert bytestream.Cursor(written).signed(abs(value)) == value
+    with pytest.raises(BadFile):
+        bytestream.Cursor(b"\3").signed(1)
