@@ -90,7 +90,7 @@ def open_model(model: str, stored: bool = False) -> Checkpoint:
                 f"{model} is a peru artifact, but a model is needed here", "unpack it first: peru unpack ARTIFACT -b BASE -o DIR"
             )
         _name(checkpoint, path)
-        return checkpoint if stored else usable(checkpoint)
+        return usable(checkpoint, stored)
     raise UsageError(*why_not_here(model))
 
 

@@ -66,7 +66,7 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
             except UsageError as error:
                 raise UsageError(error.message, f"write TASK={model}") from error
             return made if stored or made.base is base else usable(made)
-        return opened if stored else usable(opened)
+        return usable(opened, stored)
     return open_model(model, stored)
 
 

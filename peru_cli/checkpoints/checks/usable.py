@@ -8,11 +8,11 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 
 
-def usable(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, or FP8 weights of it as floats. Closes it and raises UsageError or BadFile if its weights cannot be used."""
+def usable(checkpoint: Checkpoint, stored: bool = False) -> Checkpoint:
+    """The checkpoint, or unless `stored` FP8 weights of it as floats. Closes it and raises UsageError or BadFile if its weights cannot be used."""
     try:
         refuse_husks(checkpoint)
-        if isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
+        if stored or isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
             return checkpoint
         layout = recognise(checkpoint.tensors, checkpoint.config(), checkpoint.label)
         return checkpoint if layout is None or not layout.weights else Dequantized(checkpoint, layout)

@@ -219,6 +219,13 @@ def test_a_lossless_artifact_of_codes_stands_for_its_fine_tune(tmp_path: Path, p
     assert total["error"] == 0 and total["changed"] > 0
 
 
+def test_lossless_refuses_husks_among_codes(tmp_path: Path, peru) -> None:
+    base, fine, _, _ = family(tmp_path)
+    save_file(load_file(fine / "model.safetensors") | {"norm.weight": torch.empty(0)}, fine / "model.safetensors")
+    peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync", code=1)
+    assert "norm.weight" in peru.stderr and "ZeRO-3" in peru.stderr
+
+
 CODES = torch.zeros(4, 8, dtype=torch.float8_e4m3fn)
 BROKEN = [
     ({"a.weight": CODES, "b.weight": CODES.clone(), "b.weight_scale": torch.ones(1)}, "a.weight: F8_E4M3 without its scale"),
