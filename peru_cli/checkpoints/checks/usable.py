@@ -9,7 +9,7 @@ from peru_cli.errors import BadFile
 
 
 def usable(checkpoint: Checkpoint, stored: bool = False) -> Checkpoint:
-    """The checkpoint, or unless `stored` FP8 weights of it as floats. Closes it and raises UsageError or BadFile if its weights cannot be used."""
+    """The checkpoint, its FP8 weights as floats unless `stored`. Closes it, and raises UsageError or BadFile, if it cannot be used."""
     try:
         refuse_husks(checkpoint)
         if stored or isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
