@@ -203,7 +203,7 @@ class Revocabulary(Checkpoint):
         """A row that the model has no token for, in its own dtype."""
         token, dtype = self._tokens.get(row), self.tensors[name].dtype
         if token is None:
-            return _bits(self._mean(self._donor, name), dtype)
+            return _bits(self._mean_of_tokens(name), dtype)
         holders = [m for m in self._models if token in m.tokens and self._theirs(m, name) is not None]
         if len(holders) > 1 and self._base in holders:
             holders = [m for m in holders if m is self._base]
@@ -233,6 +233,21 @@ class Revocabulary(Checkpoint):
             self._means[key] = total / max(rows, 1)
         return self._means[key]
 
+    def _mean_of_tokens(self, name: str) -> Floats:
+        """The mean of the rows that stand for tokens, float64 (columns,): what rows that stand for none are filled with.
+
+        So they are the mean of the merged rows, too, in every method that adds rows up.
+        """
+        key = (id(self), name)
+        if key not in self._means:
+            info, numbers = self.tensors[name], sorted(self._tokens)
+            step, total = max(1, _PIECE // max(info.entries // info.shape[0], 1)), np.zeros(info.entries // info.shape[0])
+            for first, last in _runs(numbers):
+                for start in range(first, last, step):
+                    total += _read_rows(self, info, start, min(step, last - start)).sum(0)
+            self._means[key] = total / len(numbers)
+        return self._means[key]
+
     def expect(self, ranges: Iterator[tuple[str, int, int]], keep: bool = False) -> None:  # type: ignore[override]
         """Rows come from elsewhere: only tensors that are read as they are can be announced."""
         self._own.model.expect((r for r in ranges if r[0] not in self._own.tables), keep)
@@ -245,6 +260,15 @@ class Revocabulary(Checkpoint):
 
     def close(self) -> None:
         self._own.model.close()
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs [first, last)."""
+    first = 0
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            yield numbers[first], numbers[at - 1] + 1
+            first = at
 
 
 def _read_rows(model: Checkpoint, info: TensorInfo, start: int, count: int) -> Floats:

@@ -29,7 +29,7 @@ class Breadcrumbs(Rule):
         self.scope = parameters.text("scope")
 
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
-        kept, outliers = int(self._kept[task] * n), int(self.parameters.share("gamma", task) * n)
+        kept, outliers = (self.parameters.count(share, n) for share in (self._kept[task], self.parameters.share("gamma", task)))
         return min(kept + outliers, n) if trim == 0 else min(outliers, n - kept)
 
     def _stays(self, tile: RuleInput, number: int) -> Array | None:

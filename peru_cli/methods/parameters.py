@@ -14,7 +14,8 @@ class Parameters:
     """Effective options of one merge, or of one tensor: task names and weights in the order of the command line, and the rest.
 
     `own` has options that differ by task, a value for each: `number` and `share` of a task look there first.
-    `has_base`: whether a base was given, for methods that work with and without one.
+    `has_base`: whether a base was given, for methods that work with and without one. `in_doubles`: shares of entries are
+    counted as mergekit counts them, in doubles, where 29% of 100 is 28.
     """
 
     tasks: tuple[str, ...]
@@ -22,6 +23,7 @@ class Parameters:
     values: Mapping[str, Value] = field(default_factory=dict)
     own: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     has_base: bool = False
+    in_doubles: bool = False
 
     def _value(self, name: str, task: int | None) -> Value:
         return self.own[name][task] if task is not None and name in self.own else self.values[name]
@@ -37,6 +39,10 @@ class Parameters:
         value = self._value(name, task)
         assert isinstance(value, Fraction)
         return value
+
+    def count(self, share: Fraction, n: int) -> int:
+        """floor(share * n): how many of n entries a share is."""
+        return int(float(share) * n) if self.in_doubles else int(share * n)
 
     def flag(self, name: str) -> bool:
         """An option's value as yes or no."""

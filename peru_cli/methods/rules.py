@@ -79,7 +79,7 @@ class Rule(ABC):
 
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
         """How many of n entries a trim leaves a task: of everything, or of one tensor (`slot`) where that is the scope."""
-        return int(self.trims[trim][task] * n)
+        return self.parameters.count(self.trims[trim][task], n)
 
     def at(self, slot: int) -> Rule:
         """The rule of a tensor (its number in canonical order), where tensors have rules of their own."""

@@ -93,7 +93,6 @@ class Method:
     statistics: str | None = None  # `module:class` of what collects statistics from data
     collected_by: tuple[str, ...] = ()  # options that the statistics depend on
     mergekit: Mergekit | None = None
-    mark: str = ""  # what --list-methods says of it, such as "recommended"
 
     def build(self, parameters: Parameters) -> Rule:
         """The method with its parameters set; UsageError if they contradict each other."""

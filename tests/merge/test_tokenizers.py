@@ -122,7 +122,10 @@ def test_rows_are_brought_together_by_token(tmp_path: Path, peru, number: int, d
             tasks = [weights[m] for m in "abc"]
             expected = sum(tasks) / 3 if method[0] == "linear" else weights["base"] + 0.5 * sum(t - weights["base"] for t in tasks)
             torch.testing.assert_close(got[table][number].double(), expected, rtol=1e-5, atol=1e-6, msg=f"{table} {number} {token}")
-        assert torch.isfinite(got[table]).all()
+        # Rows without a token: the mean of those with one, which mergekit writes.
+        spare = [number for number in range(rows) if number not in names]
+        mean = got[table][sorted(names)].double().mean(0).expand(len(spare), SIZE)
+        torch.testing.assert_close(got[table][spare].double(), mean, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["vocab_size"] == rows and config["eos_token_id"] == 10
     donor = "base" if source == "union" else source

@@ -177,7 +177,7 @@ class Values:
                 value = own[option][0] if option in own else declared.default
                 assert value is not None
                 values[option] = value
-        return Parameters(self._tasks[: len(sources)], tuple(weights), values, own, self._has_base)
+        return Parameters(self._tasks[: len(sources)], tuple(weights), values, own, self._has_base, in_doubles=True)
 
     def _whole(self, name: str, value: Value, default: Value | None, values: dict[str, Value], weights: list[float]) -> None:
         option = _option(self._mapped.whole, name)

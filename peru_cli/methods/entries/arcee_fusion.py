@@ -2,8 +2,11 @@
 
     I = |tau| * KL(softmax(theta) || softmax(theta_0)) of the row;   keep tau where I >= median(I) + 1.5 (Q3 - Q1), in each tensor
 
-Source: Arcee AI, mergekit 0.1.5 (`arcee_fusion`). Rows are along the last axis, 1e-8 is added to probabilities. Quantile q of n
-sorted entries is number floor(q (n - 1)), exact at any size (the program samples beyond 10^6 entries); all in float64.
+Source: Arcee AI, Meet Mergekit v0.1 (2025), https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration:
+difference times KL of softmaxes, threshold median + 1.5 (Q3 - Q1). What it leaves open are facts of what mergekit 0.1.5 (LGPL) computes,
+checked by running it; none of its code is here. Rows are along the last axis. Quantile q of n sorted entries is number floor(q (n - 1)):
+of NumPy's rules this one leaves the fewest entries apart, 2 of 66,947, others 3 to 8. 1e-8 keeps logarithms finite and changes no entry
+there. Quantiles are exact at any size (the program samples beyond 10^6 entries); all in float64.
 """
 
 from __future__ import annotations

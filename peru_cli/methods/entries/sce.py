@@ -10,7 +10,7 @@ first in canonical order.
 
 from __future__ import annotations
 
-from typing import Any
+from fractions import Fraction
 
 import numpy as np
 
@@ -20,10 +20,9 @@ from peru_cli.streaming.arrays import Host
 _LEAST = 1e-6
 
 
-def selected(variance: Host, share: Any) -> Host:
-    """Bools: the floor(share * non-zeros) entries with the highest variance, the first of equals; (rows, columns)."""
+def selected(variance: Host, k: int) -> Host:
+    """Bools: the k entries with the highest variance, the first of equals; (rows, columns)."""
     flat = variance.reshape(-1)
-    k = int(share * int(np.count_nonzero(flat)))
     chosen = np.zeros(len(flat), np.bool_)
     if k:
         threshold = np.partition(flat, len(flat) - k)[len(flat) - k]
@@ -40,10 +39,15 @@ class Sce(MatrixRule):
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
 
+    def _count(self, share: Fraction, n: int) -> int:
+        """floor(share * n); mergekit multiplies a tensor's count by a number, and torch does that in float32."""
+        return int(np.float32(n) * np.float32(share)) if self.parameters.in_doubles else int(share * n)
+
     def merge_matrix(self, matrices: Matrices) -> Host:
         vectors = [matrices[task] for task in range(matrices.tasks)]
         if (share := self.parameters.share("keep")) < 1:
-            mask = selected(np.var(vectors, axis=0), share)
+            variance = np.var(vectors, axis=0)
+            mask = selected(variance, self._count(share, int(np.count_nonzero(variance))))
             vectors = [vector * mask for vector in vectors]
         energies = [halved_sum(vector * vector) for vector in vectors]
         total = sum(energies)

@@ -270,3 +270,19 @@ def test_what_was_typed_is_written_as_a_recipe(options: tuple[str, ...], says: s
 def test_a_method_that_mergekit_has_not_is_no_recipe(tmp_path: Path, peru) -> None:
     peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "consensus", "--write-recipe", tmp_path / "r.yml", code=2)
     assert "mergekit has no method like consensus" in peru.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "key", "density", "kept"), [("ties", "density", 0.29, 28), ("sce", "select_topk", 0.29, 29)])
+def test_shares_are_counted_as_mergekit_counts_them(method: str, key: str, density: float, kept: int, tmp_path: Path, peru) -> None:
+    # mergekit 0.1.5 keeps so many of 100 entries: it multiplies in doubles, for sce in single precision.
+    noise = torch.Generator().manual_seed(0)
+    base = {"layers.0.weight": torch.randn(10, 10, generator=noise)}
+    for name in ("base", "a", "b"):
+        changed = {key: tensor + (name != "base") * torch.randn(10, 10, generator=noise) for key, tensor in base.items()}
+        save(tmp_path / name, changed, layers=1)
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 1.0} if method == "ties" else {}} for name in "ab"]
+    recipe = {"merge_method": method, "base_model": str(tmp_path / "base"), "models": models[: 1 if method == "ties" else 2]}
+    (tmp_path / "r.yml").write_text(json.dumps(recipe | {"parameters": {key: density}}))
+    peru("merge", tmp_path / "r.yml", "-o", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")["layers.0.weight"]
+    assert int((found != base["layers.0.weight"]).sum()) == kept
