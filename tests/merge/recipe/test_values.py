@@ -221,7 +221,7 @@ def test_values_by_tensor_on_the_command_line(
     [
         (("-w", "a=mpl:0.7"), "--weight: 'mpl' matches no tensor"),
         (("-w", "a=0..4:[1,2]"), "layers 0..4 go beyond the last layer, 3"),
-        (("-w", "a=3..1:[1,2]"), "layers 3..1 go backwards"),
+        (("-w", "a=3..1:[1,2]"), "layers 3..1 are in the wrong order"),
         (("-w", "a=mlp:"), "cannot be read"),
         (("-w", "a=[1,]"), "lacks a value"),
         (("-w", "a=1,"), "ends in a comma"),
