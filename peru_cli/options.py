@@ -102,6 +102,10 @@ Summary = Annotated[
 ]
 Stream = Annotated[bool, typer.Option("--stream", help="Read Hub models in byte ranges instead of downloading them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code beside a model that its config.json names. Default: never."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads. Default: all available.")]

@@ -27,7 +27,7 @@ COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
         "What to measure": "tau_jp scale negate scales",
         "Gates": "fail_below fail_above",
         "Output": "every csv plot report",
-        "Running": "batch_size dtype",
+        "Running": "batch_size dtype trust_remote_code",
     },
 )
 def evaluate_command(
@@ -90,6 +90,7 @@ def evaluate_command(
         typer.Option("--context", min=2, metavar="N", help="With --text: tokens per window. Default: 1024, or the model's maximum."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="fp32|bf16|fp16", help="Data type to compute in.")] = "fp32",
+    trust_remote_code: options.TrustRemoteCode = False,
     csv: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write all numbers as a table, one metric per line.")] = None,
     plot: Annotated[
         Optional[Path],
@@ -130,11 +131,15 @@ def evaluate_command(
     from peru_cli.evaluate.plan import check_comparisons, check_gates, parse_gate, weight_pairs
     from peru_cli.finetunes.open import only_task
     from peru_cli.inference.reading import split_data
+    from peru_cli.inference.remote_code import trusting
 
     gates = [parse_gate(given, True) for given in fail_below or []] + [parse_gate(given, False) for given in fail_above or []]
     named = {a.task or only_task(a.model) or default_task(a.model): a.model for a in split_arguments(models)}
     others = split_data(against or [], "--against")
     files = split_data([*(data or []), *(text or [])], "--data")
+    if trust_remote_code and not files:
+        raise UsageError("--trust-remote-code is for models that run on --data or --text", "leave it out: no model is run")
+    everyone = [*named.values(), *others.values(), *([base] if base is not None else [])]
     if tau_jp or negate:
         if tau_jp and negate:
             raise UsageError("--tau-jp and --negate exclude each other", "use one of them")
@@ -144,11 +149,12 @@ def evaluate_command(
         from peru_cli.merge.options import parse_range
 
         read = _read(files, text or [], max_samples)
-        if tau_jp:
-            drawing = interference.tau_jp(named, base, read, scale, run.device, run.threads, batch_size)
-        else:
-            points = [float(point) for point in parse_range(scales, "--scales")]
-            drawing = interference.negate(named, base, others, read, points, run.device, run.threads, batch_size)
+        with trusting(everyone, trust_remote_code):
+            if tau_jp:
+                drawing = interference.tau_jp(named, base, read, scale, run.device, run.threads, batch_size)
+            else:
+                points = [float(point) for point in parse_range(scales, "--scales")]
+                drawing = interference.negate(named, base, others, read, points, run.device, run.threads, batch_size)
         if plot is not None or report is not None:
             from peru_cli.evaluate import draw as evaldraw
 
@@ -164,7 +170,8 @@ def evaluate_command(
     pairs = weight_pairs(named, others) if base is not None else {}
     comparisons = check_comparisons(named, examples, others) if files else []
     weights = _weights(pairs, base, run.device, run.threads) if base is not None and pairs else {}
-    scores = _run(comparisons, base, dtype, run.device, run.threads, batch_size, context) if files else []
+    with trusting(everyone, trust_remote_code):
+        scores = _run(comparisons, base, dtype, run.device, run.threads, batch_size, context) if files else []
     inputs.check()
     evalshow.show(scores, weights, every)
     rows = evalshow.numbers(scores, weights)

@@ -13,6 +13,7 @@ from peru_cli.errors import UsageError
 from peru_cli.evaluate.show import cell, mean_of, notes, score_tables, weight_tables
 from peru_cli.reports import plots
 from peru_cli.reports.page import write_report
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.evaluate.interference_command import Drawing
@@ -80,7 +81,7 @@ def draw_one(plot: Path | None, report: Path | None, drawing: Drawing, models: I
         yield plot, "drew"
     if report is not None:
         drawn = [(drawing.caption, _svg(drawing.plot))]
-        title = f"peru eval, {drawing.title}: {', '.join(models)}"
+        title = f"peru eval, {drawing.title}: {listed(models)}"
         write_report(report, title, _command(), drawing.tables, [], drawn, [], [], [])
         yield report, "wrote"
 
@@ -108,5 +109,5 @@ def _page(path: Path, scores: Sequence[Score], weights: dict[str, WeightsReport]
     said = notes(scores, bool(weights))
     if (mean := mean_of(scores)) is not None:
         said.insert(0, f"mean normalised accuracy {cell('normalised', mean)} %")
-    names = ", ".join(dict.fromkeys([*(score.model for score in scores), *([] if scores else weights)]))
+    names = listed(dict.fromkeys([*(score.model for score in scores), *([] if scores else weights)]))
     write_report(path, f"peru eval: {names}", _command(), tables, folded, drawn, gates, missed, said)

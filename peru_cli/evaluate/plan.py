@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peru_cli.errors import UsageError
 from peru_cli.inference.data import Examples
+from peru_cli.shown import listed
 
 HIGHER = (
     "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "pearson", "spearman", "normalised", "difference", "agreement", "cosine", "sign",
@@ -121,7 +122,7 @@ def check_comparisons(models: Mapping[str, str], data: Mapping[str, Examples], a
     tasks = list(models) if "" in data and alone is None else list(data)
     unknown = [task for task in tasks if alone is None and task not in models]
     if unknown:
-        raise UsageError(f"--data {unknown[0]}=...: no model is called {unknown[0]!r}", f"the models are {', '.join(models)}")
+        raise UsageError(f"--data {unknown[0]}=...: no model is called {unknown[0]!r}", f"the models are {listed(models)}")
     idle = [task for task in models if alone is None and task not in tasks]
     if idle:
         raise UsageError(f"no --data for {idle[0]!r}", f"add --data {idle[0]}=FILE")
@@ -129,7 +130,7 @@ def check_comparisons(models: Mapping[str, str], data: Mapping[str, Examples], a
         for task in against:
             if task not in tasks and not (task == alone and tasks == [""]):
                 raise UsageError(
-                    f"--against {task}=...: no data is called {task!r}", f"the tasks are {', '.join(t or '(one)' for t in tasks)}"
+                    f"--against {task}=...: no data is called {task!r}", f"the tasks are {listed(t or '(one)' for t in tasks)}"
                 )
         lacking = [task for task in tasks if task and task not in against]
         if lacking:
@@ -152,5 +153,5 @@ def weight_pairs(models: Mapping[str, str], against: Mapping[str, str]) -> dict[
         return {task: (model, against[""]) for task, model in models.items()}
     for task in against:
         if task not in models:
-            raise UsageError(f"--against {task}=...: no model is called {task!r}", f"the models are {', '.join(models)}")
+            raise UsageError(f"--against {task}=...: no model is called {task!r}", f"the models are {listed(models)}")
     return {task: (models[task], other) for task, other in against.items()}

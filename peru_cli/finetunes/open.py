@@ -26,6 +26,7 @@ from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base, ori
 from peru_cli.finetunes.mixed import MixedOnBase
 from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
 from peru_cli.finetunes.update import is_update, open_update
+from peru_cli.shown import listed
 
 MERGE_METHOD = "peru.merge.method"  # in the metadata of a merge
 
@@ -53,7 +54,7 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
         return open_adapter(path, model, base)
     path = artifact_for(path, task)
     if path.is_dir() and not any(path.glob("*.safetensors")) and (several := find_adapters(path)):
-        names = ", ".join(str(folder) for folder in several.values())
+        names = listed(str(folder) for folder in several.values())
         raise UsageError(f"{model} holds several adapters: {names}", "name one of them")
     if path.is_file() and path.suffix == ".safetensors":
         opened = open_file(path, model)

@@ -15,6 +15,7 @@ import transformers
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.inference.data import Array, Examples
 from peru_cli.inference.models import IMAGE, SEQ2SEQ, TEXT, Files, folder, quiet_transformers, reason, takes_attention_mask
+from peru_cli.inference.remote_code import code_for
 
 _VOCABULARY = re.compile(r"tokenizer\.json|(vocab|merges)\.(json|txt)|.*\.(model|spm|tiktoken)")
 _LONGEST = 1_000_000  # tokens; tokenizers say 1e30 for "no limit"
@@ -83,11 +84,13 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
 def _tokenizer(files: Files, label: str) -> Any:
     """The tokenizer among side files; the last one again if they are the same but for the names of labels, as a pack's tasks have them."""
     settings = {name: value for name, value in json.loads(files["config.json"]).items() if name not in ("id2label", "label2id")}
-    key = settings, {name: content for name, content in files.items() if name != "config.json"}
+    code = code_for(files)
+    key = settings, {name: content for name, content in files.items() if name != "config.json"}, code
     if not _TOKENIZER or _TOKENIZER[0] != key:
-        with folder(files) as place:
+        with folder({**files, **code}) as place:
             try:
-                _TOKENIZER[:] = [key, transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)]
+                tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=bool(code))
+                _TOKENIZER[:] = [key, tokenizer]
             except Exception as error:  # transformers raises whatever its tokenizers' own code raises
                 raise BadFile(
                     f"{label}: transformers cannot load its tokenizer ({reason(error)})", "put tokenizer.json beside the model or its base"
@@ -213,12 +216,15 @@ def _encode_images(examples: Examples, files: Files, config: Any, label: str) ->
         return Inputs(np.zeros(len(images), np.int64), lambda numbers: {"pixel_values": torch.from_numpy(images[numbers])})
     if not any(name in files for name in ("preprocessor_config.json", "processor_config.json")):
         raise BadFile(f"{label}: no preprocessor_config.json, which says how pixels become inputs", "put it beside the model or its base")
-    with folder(files) as place:
+    code = code_for(files)
+    with folder({**files, **code}) as place:
         try:
             processor: Any = transformers.AutoImageProcessor.from_pretrained(
-                place, local_files_only=True, trust_remote_code=False, backend="pil"
+                place, local_files_only=True, trust_remote_code=bool(code), backend="pil"
             )
-        except (ValueError, OSError, KeyError, ImportError) as error:
+        except Exception as error:
+            if not code and not isinstance(error, (ValueError, OSError, KeyError, ImportError)):
+                raise
             raise BadFile(f"{label}: transformers cannot load its image processor ({reason(error)})") from error
     if size and not processor.do_resize and not getattr(processor, "do_center_crop", False):
         _check_sizes(examples, size, label)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ import transformers
 from peru_cli.console import console
 from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.inference.data import Examples
+from peru_cli.inference.remote_code import auto_map, code_for, register_models
+from peru_cli.shown import listed
 
 TEXT, IMAGE, CAUSAL, SEQ2SEQ = "text classification", "image classification", "causal language model", "seq2seq language model"
 CLASSES, LABELS, VALUE = "classes", "independent labels", "a value"  # what a classifier's head is for
@@ -75,30 +76,36 @@ def folder(files: Files) -> Iterator[Path]:
 
 
 def load_config(files: Files, label: str) -> Any:
-    """The transformers config among side files. BadFile if there is none, or none that transformers knows."""
+    """The transformers config among side files. BadFile if there is none, or none that transformers knows.
+
+    Code that it names is run only under `trusting` (remote_code.py).
+    """
     if "config.json" not in files:
         raise BadFile(f"{label}: no config.json, so transformers cannot tell what the model is", "name the model's folder")
-    with folder({"config.json": files["config.json"]}) as place:
+    named, code = auto_map(files["config.json"]), code_for(files)
+    with folder({"config.json": files["config.json"], **code}) as place:
         try:
-            config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            if _names_code(files["config.json"]):
-                raise BadFile(f"{label}: it needs its own Python code, and peru never runs such code") from error
+            config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=bool(code))
+            if code:
+                config = register_models(config, named, place, _AUTO.values())
+        except Exception as error:
+            if code:
+                raise BadFile(f"{label}: its own Python code could not be loaded ({reason(error)})") from error
+            if not isinstance(error, (ValueError, OSError, KeyError)):
+                raise
+            if named:
+                raise BadFile(
+                    f"{label}: it needs its own Python code, which peru does not run",
+                    "add --trust-remote-code to run it, after reading it: such code can do anything that you can",
+                ) from error
             raise BadFile(f"{label}: transformers does not know its config.json ({reason(error)})") from error
-    if _names_code(files["config.json"]):
+    if code:
+        console.warn(f"{label}: its own Python code is run ({listed(sorted(code))})")
+    elif named:
         console.note(
             f"{label}: its config.json names its own Python code (auto_map), which peru does not run; transformers' own model is used"
         )
     return config
-
-
-def _names_code(config: bytes) -> bool:
-    """Whether a config.json says which code to run."""
-    try:
-        table = json.loads(config)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(table, dict) and bool(table.get("auto_map"))
 
 
 def kind_of(examples: Examples, config: Any, label: str) -> str:

@@ -20,6 +20,7 @@ from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.resolve import split_argument
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.inference.data import Examples, Label
+from peru_cli.shown import listed
 
 # Columns by their names in common data sets, the first that is there: 'text' and 'text_pair' for our own files, then GLUE's.
 TEXT = ("text", "question", "sentence", "sentence1", "premise", "question1")
@@ -211,7 +212,7 @@ def _npz(path: Path) -> Examples:
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: data[name] for name in ("x", "y") if name in data.files}
-            names = ", ".join(data.files)
+            names = listed(data.files)
     except (OSError, ValueError, EOFError, KeyError, _zip_error()) as error:
         raise BadFile(f"{path}: not a readable .npz file ({error})") from error
     if "x" not in arrays:

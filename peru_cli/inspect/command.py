@@ -14,6 +14,7 @@ from peru_cli import options
 from peru_cli.checkpoints.local import inputs
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.places import Place
@@ -112,7 +113,7 @@ def _checkpoint(checkpoint: Checkpoint) -> None:
     dtypes = ", ".join(f"{count(n)} {dtype}" for dtype, n in totals["entries_by_dtype"].items())
     console.line(f"{checkpoint.label}: {checkpoint.kind}, {plural(totals['tensors'], 'tensor')}, {si_bytes(totals['bytes'])}; {dtypes}")
     if totals["side_files"]:
-        console.line(f"files: {', '.join(totals['side_files'])}")
+        console.line(f"files: {listed(totals['side_files'])}")
     console.table(["tensor", "dtype", "shape", ">count", ">bytes"], rows)
     tensors = [{"name": t.name, "dtype": t.dtype.name, "shape": t.shape, "bytes": t.nbytes} for t in checkpoint.tensors.values()]
     inputs.check()
@@ -139,7 +140,7 @@ def _artifact(path: Place, plot: Path | None, every: bool) -> None:
         if "peru.largest_error" in meta:
             console.line(f"largest error of a kept entry: {float(meta['peru.largest_error']):.3g}")
         if files := side_file_names(artifact):
-            console.line(f"files:    {', '.join(files)}")
+            console.line(f"files:    {listed(files)}")
         _parts(report)
         from peru_cli.artifacts.index import Mode
 
@@ -226,7 +227,7 @@ def _pair(
             f"{count(comparison.not_finite)} differences are NaN or infinite and not counted in norms; prune keeps them first, and exactly"
         )
     if pairing.whole:
-        console.line(f"stored whole, {si_bytes(comparison.whole_bytes)}: {', '.join(info.name for info in pairing.whole)}")
+        console.line(f"stored whole, {si_bytes(comparison.whole_bytes)}: {listed(info.name for info in pairing.whole)}")
     console.line()
     changes = [
         (len(members), together(name, members))

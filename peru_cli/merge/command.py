@@ -19,6 +19,7 @@ from peru_cli.merge.help import HelpByMethod
 from peru_cli.merge.options import given_values, parse_search, with_method_options
 from peru_cli.methods.table import METHODS, Method, effective_values, find_method
 from peru_cli.publish.command import destination, publish
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.source import Checkpoint
@@ -41,7 +42,7 @@ def _list_methods(value: bool) -> None:
     panels={
         "Inputs": "base rename tokenizer pad_vocab_to config",
         "Method": "method weight list_methods per_task merge_heads strict",
-        "Data": "data stats search batch_size",
+        "Data": "data stats search batch_size trust_remote_code",
         "Output": "output compress dtype max_shard_size base_id write_recipe",
     }
 )
@@ -75,6 +76,7 @@ def merge(
         typer.Option("--search", metavar="OPTION=FROM:TO:STEP", help="Find the best value of a numeric option on --data."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Examples per forward pass.")] = 16,
+    trust_remote_code: options.TrustRemoteCode = False,
     compress: Annotated[
         Optional[str],
         typer.Option(
@@ -173,6 +175,8 @@ def merge(
     if not data and (chosen.statistics is not None or searched is not None):
         what = f"{method}" if chosen.statistics is not None else "--search"
         raise UsageError(f"{what} needs examples of every task", "add --data TASK=FILE for each task")
+    if trust_remote_code and not data:
+        raise UsageError("--trust-remote-code is for models that run on --data", "leave it out: this merge runs no model")
     density = options.parse_density(compress, "--compress") if compress is not None else None
     if base is None and (chosen.needs_base or density is not None):
         raise UsageError(f"{method if chosen.needs_base else '--compress'} needs a base", "add --base BASE")
@@ -199,9 +203,9 @@ def merge(
     if len(names) < least or (most is not None and len(names) > most):
         raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
     if config is not None and config not in (names if base is None else (*names, "base")):
-        raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {', '.join(names)}{' or base' if base else ''}")
+        raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {listed(names)}{' or base' if base else ''}")
     if tokenizer is not None and tokenizer not in ("union", *(names if base is None else (*names, "base"))):
-        raise UsageError(f"--tokenizer {tokenizer}: no model has this name", f"write union{', base' if base else ''} or {', '.join(names)}")
+        raise UsageError(f"--tokenizer {tokenizer}: no model has this name", f"write union{', base' if base else ''} or {listed(names)}")
     if tokenizer is None and pad_vocab_to is not None:
         raise UsageError("--pad-vocab-to needs --tokenizer", "add --tokenizer union")
     if tokenizer is not None and (density is not None or data):
@@ -280,6 +284,7 @@ def merge(
         console.warn(warning)
     running = None
     if data:
+        from peru_cli.inference.remote_code import trusting
         from peru_cli.merge import data as mergedata
         from peru_cli.merge.task_models import read_data
 
@@ -310,7 +315,9 @@ def merge(
         verify_expanded(opened, how, progress.step)
         if running is not None:
             wanted_values = (searched.option, searched.points) if searched is not None else None
-            looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
+            all_models = [*(a.model for a in arguments), *([base] if base is not None else [])]
+            with trusting(all_models, trust_remote_code):
+                looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
             rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
         where = out.Where(target, run.sync, run.force, progress.step, console.note)
         if density is not None:

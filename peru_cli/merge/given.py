@@ -12,6 +12,7 @@ from peru_cli.merge.layers import spots
 from peru_cli.merge.varied import Setting, build, check_setting, is_plain, parse_setting, read_number, value_at
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.table import Method
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.methods.rules import Rule
@@ -62,11 +63,9 @@ class Given:
             for task in found:
                 if task != ALL and task not in names:
                     text = f"--{option} {task}={self.texts[option][task]}: no model is called {task!r}"
-                    raise UsageError(text, f"write TASK=VALUE; the tasks are {', '.join(names)}")
+                    raise UsageError(text, f"write TASK=VALUE; the tasks are {listed(names)}")
                 if task == ALL and option == "weight":
-                    raise UsageError(
-                        f"--weight {self.texts[option][task]} names no task", f"write TASK=W; the tasks are {', '.join(names)}"
-                    )
+                    raise UsageError(f"--weight {self.texts[option][task]} names no task", f"write TASK=W; the tasks are {listed(names)}")
 
 
 def _reader(option: str) -> Callable[[str], Value]:

@@ -24,6 +24,7 @@ from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
+from peru_cli.shown import listed
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.vectors.family import TaskVector
 
@@ -201,8 +202,8 @@ class _Planner:
                     plan.heads[task].append(pair.fine)
                 if plan.base is not None:
                     plan.copied.append(plan.reference.tensors[name])
-            elif lacking := ", ".join(task for task in self._models if task not in found and (task, name) not in self._options.absent):
-                self.problems.append(f"{name}: in {', '.join(found)}, not in {lacking}{self._keep(name)}")
+            elif lacking := listed(task for task in self._models if task not in found and (task, name) not in self._options.absent):
+                self.problems.append(f"{name}: in {listed(found)}, not in {lacking}{self._keep(name)}")
             else:
                 self._tensor(plan.reference.tensors[name], found)
         for kinds, names in self._dtypes.items():
@@ -248,7 +249,7 @@ class _Planner:
         plan, name = self._plan, base.name
         grown = [f"{task} {pair.fine.shape[0]:,}" for task, pair in found.items() if pair.grown]
         if grown:
-            self.problems.append(f"vocabularies differ: {name} has {', '.join(grown)} rows, {plan.reference.label} {base.shape[0]:,}")
+            self.problems.append(f"vocabularies differ: {name} has {listed(grown)} rows, {plan.reference.label} {base.shape[0]:,}")
             return
         infos = [pair.fine for pair in found.values()]
         kinds = {info.dtype.compressible for info in [*infos, base]}
@@ -262,11 +263,11 @@ class _Planner:
         elif kinds == {True}:
             given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
             if len(set(given.values())) > 1 and self._options.dtype is None:
-                text = "dtypes differ: " + ", ".join(f"{task} {dtype}" for task, dtype in given.items())
+                text = "dtypes differ: " + listed(f"{task} {dtype}" for task, dtype in given.items())
                 self._dtypes.setdefault(text, []).append(name)
             plan.slots.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
         elif len(kinds) == 2 or len({info.dtype.name for info in [*infos, base]}) > 1:
-            dtypes = ", ".join(f"{task} {pair.fine.dtype.name}" for task, pair in found.items())
+            dtypes = listed(f"{task} {pair.fine.dtype.name}" for task, pair in found.items())
             self.problems.append(f"{name}: {dtypes}, {plan.reference.label} {base.dtype.name} cannot be merged{self._keep(name)}")
         elif base.dtype.name.startswith(("F8", "F6", "F4", "C")):
             self.problems.append(f"{name}: {base.dtype.name} cannot be merged: convert the models to bf16, fp16 or fp32 first")
@@ -332,7 +333,7 @@ def drop_tied_heads(models: Sequence[Checkpoint]) -> list[str]:
             continue
         for model in holders:
             model.tensors = {n: info for n, info in model.tensors.items() if n != name}
-        said.append(f"{name} repeats the embedding in {', '.join(model.label for model in holders)} and is left out")
+        said.append(f"{name} repeats the embedding in {listed(model.label for model in holders)} and is left out")
     return said
 
 

@@ -30,6 +30,7 @@ from peru_cli.merge.task_models import Running, TaskParts, digest_inputs, load_t
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Collector, Found, TaskModel
 from peru_cli.methods.table import Method
+from peru_cli.shown import listed
 from peru_cli.streaming.arrays import KIND, Host
 from peru_cli.version import __version__
 
@@ -126,7 +127,7 @@ class Statistics:
             collector.check(model)
         for model in models:
             self._progress.expect(collector.work(model))
-        self._progress.say(f"collecting statistics of {', '.join(model.task for model in models)}")
+        self._progress.say(f"collecting statistics of {listed(model.task for model in models)}")
         for number, model, found in zip(numbers, models, collector.collect(models), strict=True):
             self._write(paths[number], model, found)
 

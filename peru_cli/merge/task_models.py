@@ -19,6 +19,7 @@ from peru_cli.inference.prepare import Loaded, Settings, load
 from peru_cli.inference.reading import read_examples, split_data
 from peru_cli.live.memory import read_tensors
 from peru_cli.merge.plan import MergePlan
+from peru_cli.shown import listed
 from peru_cli.vectors.family import TaskVector
 
 
@@ -54,7 +55,7 @@ def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size:
         files = {tasks[0]: files[""]}
     strangers, lacking = [task for task in files if task not in tasks], [task for task in tasks if task not in files]
     if strangers:
-        raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {', '.join(tasks)}")
+        raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {listed(tasks)}")
     if lacking:
         raise UsageError(f"{why} needs examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
     return Running({task: read_examples(file, most) for task, file in files.items()}, pick_device(device), batch_size)

@@ -25,6 +25,7 @@ from peru_cli.finetunes.pack_task import float_kind, plus_vector, scaled
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.pack.plan import PackPlan
 from peru_cli.publish.card import PERU, as_text, front_matter, link
+from peru_cli.shown import listed
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.tiles import Tile
 from peru_cli.version import __version__
@@ -68,7 +69,7 @@ class NewBase:
             contents["config.json"] = config_with_dtype(contents["config.json"], dtypes.pop())
         old = plan.base.public_name
         head = front_matter([old] if old else [], "merge", "transformers" if "config.json" in contents else None, ["merge", "peru"])
-        tasks = ", ".join(vector.name for vector in plan.vectors)
+        tasks = listed(vector.name for vector in plan.vectors)
         what = (
             f"Made by {PERU} out of {link(old) if old else 'a base'} and the tasks {tasks}. Tensors that their pack does not superpose",
             f"hold the base plus {plan.metadata['peru.scale']} times the sum of the tasks' differences from it, the others the base.",

@@ -158,7 +158,7 @@ def _publish(paths: Sequence[Path], place: Destination, made_by: str, bases: tup
     done = api.create_commit(
         place.repo,
         operations,
-        commit_message=place.message or f"{made_by}: {', '.join(path.resolve().name for path in paths)}",
+        commit_message=place.message or f"{made_by}: {listed(path.resolve().name for path in paths)}",
         revision=place.revision,
         parent_commit=state.commit,
     )

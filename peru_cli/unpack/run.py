@@ -73,7 +73,7 @@ def choose(named: str, task: str | None) -> Place:
     place = find_artifact(place, task)
     adapters = {} if place.is_file() else find_adapters(place)
     if adapters and "" not in adapters:
-        raise UsageError(f"{named} holds several adapters: {', '.join(map(str, adapters.values()))}", "name one of them")
+        raise UsageError(f"{named} holds several adapters: {listed(map(str, adapters.values()))}", "name one of them")
     if not place.is_file() and not adapters:
         special = Path(named).exists() and not Path(named).is_dir()
         message, hint = why_not_here(named)

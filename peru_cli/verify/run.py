@@ -50,6 +50,9 @@ def _weights(path: Path) -> Iterator[Finding]:
             return
         with open_file(path, str(path)) as opened:
             assert isinstance(opened, SafetensorsCheckpoint)
+            if not is_sealed(opened.metadata) and any(key.startswith("peru.") for key in opened.metadata):
+                yield Finding(str(path), CHANGED, "its metadata was altered: it no longer says what peru wrote here")
+                return
             if not is_sealed(opened.metadata):
                 yield Finding(str(path), UNKNOWN, "it has no digests: peru did not write it, or wrote it with `peru unpack`")
                 return

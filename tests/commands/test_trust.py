@@ -17,7 +17,7 @@ from peru_cli.checkpoints.local import checkpoint as local
 from peru_cli.errors import UsageError
 from peru_cli.publish.run import collect
 from tests.conftest import random_pair, run_peru, save
-from tests.support import models
+from tests.support import data_family, models
 
 Peru = Callable[..., str]
 
@@ -302,5 +302,47 @@ def test_code_that_a_model_names_is_neither_run_nor_asked_for(tmp_path: Path, pe
     assert "names its own Python code (auto_map), which peru does not run" in stderr(peru)
     (fine / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "evil"}))
     peru("eval", fine, "--data", data, code=1)
-    assert "its own Python code, and peru never runs such code" in stderr(peru)
+    assert "its own Python code, which peru does not run" in stderr(peru) and "--trust-remote-code" in stderr(peru)
     assert not (tmp_path / "ran").exists()
+    peru("eval", fine, "--trust-remote-code", "-b", _base, "--against", fine, code=2)  # weights alone: no model is run
+
+
+OWN_CODE = """
+from transformers import BertConfig, BertForSequenceClassification
+from .tools import ran
+class Config(BertConfig):
+    model_type = "own"
+class Model(BertForSequenceClassification):
+    config_class = Config
+    def forward(self, *given, **named):
+        ran()
+        return super().forward(*given, **named)
+"""
+
+
+@pytest.mark.parametrize("kind", ["own", "bert"])
+def test_code_is_run_for_those_who_mean_it(tmp_path: Path, peru, kind: str) -> None:
+    """The model's own class in eval and in a merge with data, for its own type and for one of transformers'; then never again."""
+    family = data_family.write_family(tmp_path, count=4)
+    plain = json.loads(peru("eval", family / "a", "--data", family / "a.jsonl", "--json"))
+    for name in ("base", "a", "b"):
+        path = family / name / "config.json"
+        own = {"AutoModelForSequenceClassification": "own.Model"} | ({"AutoConfig": "own.Config"} if kind == "own" else {})
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": own, "model_type": kind}))
+        (family / name / "own.py").write_text(OWN_CODE if kind == "own" else OWN_CODE.replace("config_class = Config", "pass"))
+        (family / name / "tools.py").write_text(f"def ran():\n    open({str(tmp_path / 'ran')!r}, 'w')\n")
+    trusted = json.loads(peru("eval", family / "a", "--data", family / "a.jsonl", "--json", "--trust-remote-code"))
+    assert "its own Python code is run (own.py, tools.py)" in stderr(peru) and (tmp_path / "ran").exists()
+    assert trusted["tasks"] == plain["tasks"] if "tasks" in plain else trusted == plain
+    (tmp_path / "ran").unlink()
+    merge = data_family.command(family, "fisher", "-o", tmp_path / "merged")
+    peru(*merge, "--trust-remote-code")
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    peru("eval", family / "a", "--data", family / "a.jsonl", code=1 if kind == "own" else 0)
+    assert not (tmp_path / "ran").exists()
+    own = json.loads((family / "a" / "config.json").read_text())
+    other = own | {"auto_map": {"AutoConfig": "org/repo--own.Config"}}
+    (family / "a" / "config.json").write_text(json.dumps(other))
+    peru("eval", family / "a", "--data", family / "a.jsonl", "--trust-remote-code", code=2)
+    assert "names code of another repo" in stderr(peru)

@@ -258,7 +258,7 @@ def test_a_killed_stream_asks_for_nothing_finished(hub: HubServer, models: Path,
             before, still = now, time.monotonic()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    text = [json.loads(line) for line in before.split("\n")[1:-1]]
+    text = [json.loads(line.partition("\t")[0]) for line in before.split("\n")[1:-1]]
     hub.faults.clear()
     hub.clear()
     second = start(hub, models, "--stream")

@@ -59,6 +59,14 @@ def test_what_peru_wrote_is_sound_and_every_change_is_told(outputs: Path, peru) 
         path.write_bytes(sound)
 
 
+def test_an_artifact_that_no_longer_says_what_it_is_was_changed(outputs: Path, peru) -> None:
+    """Damage to the very key that makes it an artifact must not make it somebody else's file."""
+    for name in ("sparse", "pack", "masks"):
+        path = outputs / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes().replace(b'"peru.format"', b'"peru.furmat"'))
+        assert "was altered" in peru("verify", path, code=1)
+
+
 def test_what_cannot_be_checked_is_said(outputs: Path, peru) -> None:
     """Files of others, and what unpack wrote."""
     base = outputs.parent / "base.safetensors"

@@ -33,6 +33,7 @@ from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import digest_of, pieces
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.methods.superpose import Arrangement, Group
+from peru_cli.shown import listed
 from peru_cli.streaming.engine import available_threads
 
 Sums = np.ndarray[Any, np.dtype[Any]]
@@ -173,7 +174,7 @@ class Pack:
         if name is None and len(self.tasks) == 1:
             return self.index.tasks[0]
         if name not in self.tasks:
-            has = f"{self.path} holds {', '.join(self.tasks)}"
+            has = f"{self.path} holds {listed(self.tasks)}"
             raise UsageError(f"{has}: say which" if name is None else f"{has}, and no {name!r}", "--task NAME")
         return self.tasks[name]
 

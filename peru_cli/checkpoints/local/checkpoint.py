@@ -18,6 +18,7 @@ from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
+from peru_cli.shown import listed
 
 _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
@@ -212,13 +213,13 @@ def open_directory(folder: Place, label: str) -> Checkpoint:
     indices = [f for f in children(folder, "*.safetensors.index*.json") if not f.name.startswith(".")]
     index = next((f for f in indices if f.name == _INDEX), indices[0] if len(indices) == 1 else None)
     if indices and index is None:
-        raise UsageError(f"{label} holds several shard indices: {', '.join(f.name for f in indices)}", "keep the one that you mean")
+        raise UsageError(f"{label} holds several shard indices: {listed(f.name for f in indices)}", "keep the one that you mean")
     single = folder / "model.safetensors"
     others = [f.name for f in indices if f is not index]
     if index is not None and not (single.is_file() and single.name not in _read_index(index).values()):
         sharded = _open_sharded(label, index)
         if others:
-            sharded.warnings.append(f"{label} holds several shard indices: {index.name} is taken, not {', '.join(others)}")
+            sharded.warnings.append(f"{label} holds several shard indices: {index.name} is taken, not {listed(others)}")
         return sharded
     files = [f for f in children(folder, "*.safetensors") if not f.name.startswith(".")]
     preferred = [f for f in files if f.name == "model.safetensors"] or files

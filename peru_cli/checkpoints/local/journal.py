@@ -2,19 +2,24 @@
 
 A text file beside the unfinished data: the first line is the key (a digest of all that decides the result), every
 further line one JSON value. `["done", TENSOR, NOTE]`: all bytes of a tensor are written. `["note", WHAT, VALUE]`: what a pass found out.
-A line counts once its newline is there. What a process has written outlives the process, not the machine: `["boot", ID]` says which
+Each ends in a tab and 16 digits of BLAKE3, of the line before's digits and its own value: lines count down to the first that is torn
+or altered. What a process has written outlives the process, not the machine: `["boot", ID]` says which
 boot wrote the lines after it, `["synced"]` that everything before it is on the disk. After another boot only that counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.sealed import DIGESTS, blanked
@@ -42,36 +47,31 @@ class Journal:
         self._synced_at = time.monotonic()
         self.done: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
-        if not (self._read(json.dumps([key]).encode()) and fits(self)):
-            self.done, self.notes = {}, {}
+        self._seal = b""
+        afresh = not (self._read(key) and fits(self))
+        if afresh:
+            self.done, self.notes, self._seal = {}, {}, b""
             for file in files:
                 file.empty()
-            path.write_bytes(json.dumps([key]).encode() + b"\n")
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._append(["boot", _boot()])
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if afresh else 0), 0o666)
+        self._append(*([[key]] if afresh else []), ["boot", _boot()])
 
-    def _read(self, first: bytes) -> bool:
-        try:
-            lines = self._path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
-        except FileNotFoundError:
+    def _read(self, key: str) -> bool:
+        lines = _lines(self._path)
+        if not lines or lines[0].value != [key]:
             return False
-        if not lines or lines[0] != first:
-            return False
-        values, synced, boot = [], 0, None
-        for line in lines[1:]:
-            try:
-                values.append(json.loads(line))
-            except ValueError:
-                break
-            if values[-1][0] == "synced":
-                synced = len(values)
-            elif values[-1][0] == "boot":
-                boot = values[-1][1]
-        trusted = len(values) if boot is not None and boot == _boot() else synced
-        os.truncate(self._path, sum(len(line) + 1 for line in lines[: 1 + trusted]))
-        for value in values[:trusted]:
-            if value[0] in ("done", "note"):
-                (self.done if value[0] == "done" else self.notes)[value[1]] = value[2]
+        synced, boot = 0, None
+        for number, line in enumerate(lines):
+            if line.value[0] == "synced":
+                synced = number
+            elif line.value[0] == "boot":
+                boot = line.value[1]
+        trusted = lines if boot is not None and boot == _boot() else lines[: synced + 1]
+        os.truncate(self._path, trusted[-1].end)
+        self._seal = trusted[-1].seal
+        for line in trusted:
+            if line.value[0] in ("done", "note"):
+                (self.done if line.value[0] == "done" else self.notes)[line.value[1]] = line.value[2]
         return True
 
     def note(self, what: str, value: Any) -> None:
@@ -101,8 +101,13 @@ class Journal:
             os.fsync(self._fd)
             self._append(["synced"])
 
-    def _append(self, line: list[Any]) -> None:
-        os.write(self._fd, json.dumps(line).encode() + b"\n")
+    def _append(self, *lines: list[Any]) -> None:
+        told = b""
+        for line in lines:
+            text = json.dumps(line).encode()
+            self._seal = _seal(self._seal, text)
+            told += text + b"\t" + self._seal + b"\n"
+        os.write(self._fd, told)
 
     def close(self) -> None:
         """Leave it for the next run."""
@@ -121,13 +126,38 @@ class Journal:
 
 def notes_at(path: Path, key: str | None = None) -> dict[str, Any]:
     """The notes of the journal that is there, of this key or of any; only a hint if somebody is writing it."""
-    try:
-        first, *values = (json.loads(line) for line in path.read_bytes().split(b"\n")[:-1])
-    except (OSError, ValueError):
-        return {}
-    if key is not None and first != [key]:
+    values = [line.value for line in _lines(path)]
+    if not values or (key is not None and values[0] != [key]):
         return {}
     return {value[1]: value[2] for value in values if value[0] == "note"}
+
+
+@dataclass
+class _Line:
+    """A line that is as it was written: its value, its seal, and the offset in bytes at which it ends."""
+
+    value: Any
+    seal: bytes
+    end: int
+
+
+def _seal(before: bytes, text: bytes) -> bytes:
+    """16 hexadecimal digits of a line and all before it."""
+    return blake3(before + text).hexdigest(8).encode()
+
+
+def _lines(path: Path) -> list[_Line]:
+    """The lines of a journal down to the first that is torn or was altered; none if there is no journal."""
+    found: list[_Line] = []
+    seal, end = b"", 0
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
+            text, _, told = line.rpartition(b"\t")
+            seal, end = _seal(seal, text), end + len(line) + 1
+            if told != seal:
+                break
+            found.append(_Line(json.loads(text), seal, end))
+    return found
 
 
 def fits(file: PartialFile, header: bytes, size: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from peru_cli.checkpoints.lora.config import rank_of, scale_of
 from peru_cli.errors import BadFile
+from peru_cli.shown import listed
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 _NAMES = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha")
@@ -64,7 +65,7 @@ class Alphas:
                 return found
         scales = {self._scale_in(known, module, rank): known for known in self._said if known not in self._components}
         if len(scales) > 1:
-            names = ", ".join(sorted(scales.values()))
+            names = listed(sorted(scales.values()))
             raise BadFile(f"{self._label}: its metadata record alpha for {names}, and {module} belongs to none of them")
         return next(iter(scales), None)
 

@@ -12,6 +12,7 @@ from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.lora.foreign import PREFIXES, refuse_kind
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.errors import BadFile, UsageError
+from peru_cli.shown import listed
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -72,7 +73,7 @@ def read_config(folder: Place, label: str) -> dict[str, Any]:
         hint = MERGED
         if isinstance(init, str) and init not in _INITS:
             hint = "it changes the base: convert it to plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        raise UsageError(f"{label} is not a plain LoRA adapter: {', '.join(odd)}", hint)
+        raise UsageError(f"{label} is not a plain LoRA adapter: {listed(odd)}", hint)
     for name in ("r", "lora_alpha"):
         value = config.get(name, 8)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -113,7 +114,7 @@ def check_can_be_added(config: Mapping[str, Any], label: str) -> None:
     """Refuse an adapter that no sum of base and B @ A expresses; UsageError."""
     odd = _not_plain(config, _NOT_ADDED)
     if odd:
-        raise UsageError(f"{label} cannot be added to its base weight by weight: {', '.join(odd)}", MERGED)
+        raise UsageError(f"{label} cannot be added to its base weight by weight: {listed(odd)}", MERGED)
 
 
 def _first_match(table: Any, name: str, default: float) -> float:

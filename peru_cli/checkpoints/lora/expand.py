@@ -31,6 +31,7 @@ from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch, UsageError
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +115,7 @@ class LoraCheckpoint(Checkpoint):
             path = Path(self._made.name) / "config.json"
             path.write_bytes(with_settings(self.side_files["config.json"].read_bytes(), **settings))
             self.side_files = dict(self.side_files) | {"config.json": path}
-            self.warnings.append("config.json is written with " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+            self.warnings.append("config.json is written with " + listed(f"{name} {value}" for name, value in settings.items()))
 
     def _follow_embedding(self) -> None:
         """Leave out the base's output matrix where it repeats an embedding that is updated: in memory the two are one tensor."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.errors import BadFile
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def open_product(module: str, parts: Mapping[str, TensorInfo], alpha: float | No
     halves = [_half(kind, half, parts) for half in "12"]
     if any(half is None for half in halves):
         raise BadFile(
-            f"{label}: {module}: its {kind} has {', '.join(sorted(parts))} only", "the file is incomplete: save or download it again"
+            f"{label}: {module}: its {kind} has {listed(sorted(parts))} only", "the file is incomplete: save or download it again"
         )
     sizes = [half for half in halves if half is not None]
     (rows, columns, rank), (more_rows, more_columns, other) = sizes

@@ -17,6 +17,7 @@ from peru_cli.merge.layers import Spot, comes_first, depth, layer_count, layer_o
 from peru_cli.merge.recipe.document import Complaints
 from peru_cli.merge.recipe.resolve import Inputs, Origin, inputs_of
 from peru_cli.merge.recipe.schema import ModelName, Module, Recipe, Slice, Source
+from peru_cli.shown import listed
 
 HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight")
@@ -29,7 +30,7 @@ class Restacked(Checkpoint):
         """`taken` has for every name a model and its name there; side files are those of `like`."""
         models = {id(model): model for model, _ in taken.values()}
         self.label, self.side_files, self.metadata = label, like.side_files, like.metadata
-        self.kind = "layers of " + ", ".join(model.label for model in models.values())
+        self.kind = "layers of " + listed(model.label for model in models.values())
         self.warnings = []
         self.files: Sequence[Place] = [file for model in models.values() for file in model.files]
         self.expanded = all(model.expanded for model in models.values())
@@ -134,8 +135,8 @@ def _with_head(model: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
 def task_names(sources: Sequence[Sequence[Source]]) -> list[str]:
     """A name for the inputs of each position: the model's if it is one and the same everywhere, else its number; all distinct."""
     found: list[str] = []
-    for position, listed in enumerate(sources):
-        models = {source.model for source in listed}
+    for position, at_position in enumerate(sources):
+        models = {source.model for source in at_position}
         model = next(iter(models))
         name = default_task(model.lora or model.model) if len(models) == 1 else f"input{position + 1}"
         taken = {other.lower() for other in found}

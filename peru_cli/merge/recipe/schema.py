@@ -16,6 +16,7 @@ from peru_cli.merge.recipe.document import Complaints, Document, Path, did_you_m
 from peru_cli.merge.recipe.names import IGNORED, KINDS, KNOWN, Known, Parameter
 from peru_cli.merge.varied import Clause, Setting
 from peru_cli.methods.parameters import Value
+from peru_cli.shown import listed
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _MESSAGES = {
@@ -274,7 +275,7 @@ class _Check:
         found = tuple(source for source in sources if source is not None)
         lengths = {source.layers[1] - source.layers[0] for source in found if source.layers is not None}
         if len(lengths) > 1:
-            ranges = ", ".join(str(list(source.layers)) for source in found if source.layers is not None)
+            ranges = listed(str(list(source.layers)) for source in found if source.layers is not None)
             self._error((*path, "sources"), f"the sources of a slice have different numbers of layers: {ranges}")
         base = self._model(part.base_model, (*path, "base_model")) if part.base_model is not None else None
         return Slice(found, base, self._settings(part.parameters, (*path, "parameters"), False), self._document.line(path))

@@ -14,6 +14,7 @@ from peru_cli.merge.recipe.plan import Stage
 from peru_cli.merge.recipe.resolve import inputs_of
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.rules import Rule
+from peru_cli.shown import listed
 
 _PROCESS = 150_000_000  # bytes that the interpreter and its libraries take
 _SAMPLE = 16 << 20  # of keys, for each task, while thresholds are looked for
@@ -121,7 +122,7 @@ def say(stage: Stage, label: str) -> None:
     recipe = stage.recipe
     title = f"document {recipe.name}" if recipe.name is not None else label
     base = f", base {stage.layout.base.label}" if stage.layout.base is not None and stage.plan.base is not None else ""
-    console.note(f"{title}: {recipe.method.name} of {', '.join(name for name, _ in stage.layout.tasks)}{base}")
+    console.note(f"{title}: {recipe.method.name} of {listed(name for name, _ in stage.layout.tasks)}{base}")
     for model in stage.opened.values():
         for warning in model.warnings:
             console.warn(warning)

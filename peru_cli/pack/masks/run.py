@@ -22,6 +22,7 @@ from peru_cli.pack.masks.passes import Cut, MaskGather, WriteMasks
 from peru_cli.pack.measure import Measured, settle_steps
 from peru_cli.pack.plan import PackOptions, PackPlan, plan_pack
 from peru_cli.pack.seal import PackResult, PackSealer
+from peru_cli.shown import listed
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import TilePlan
 from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
@@ -69,7 +70,7 @@ def plan_masks(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], option
     names = [vector.name for vector in plan.vectors]
     for name in masks.thresholds:
         if name and name not in names:
-            raise UsageError(f"--threshold {name}=...: no model is called {name!r}", f"the tasks are {', '.join(names)}")
+            raise UsageError(f"--threshold {name}=...: no model is called {name!r}", f"the tasks are {listed(names)}")
     if masks.method == MAGNITUDE:
         plan.metadata["peru.density"] = str(masks.keep)
         if not int(masks.keep * plan.entries):
