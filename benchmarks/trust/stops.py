@@ -234,7 +234,7 @@ def _interrupted(case: Case, run: Run, code: int | None) -> str:
         return "130, complete"
     if state != "as before":
         return state
-    if left and "type the same command again" not in run.said:
+    if left and "the same command again" not in run.said:
         return f"LEFT {left} WITHOUT A WORD"
     return "130, to go on with" if left else "130, as before"
 
