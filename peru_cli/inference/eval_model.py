@@ -144,7 +144,7 @@ def open_eval_model(model: str, task: str, base: Base | None) -> EvalModel:
         own, place, shared, where = size_of(path), str(path), 0, ""
         if isinstance(source, TaskOfPack):
             own, place = source.pack.own_bytes(source.record), f"{path} {source.task}"
-            shared, where = size_of(path) - own, str(path)
+            shared, where = size_of(path) - sum(map(source.pack.own_bytes, source.pack.index.tasks)), str(path)
         elif MERGE_METHOD in base.checkpoint.metadata:
             shared, where = sum(size_of(file) for file in set(base.checkpoint.files)), base.checkpoint.label
         return EvalModel(model, shapes, source.contents()[0], own, lambda: base.compute(source), place, shared, where)

@@ -241,7 +241,7 @@ def test_limits_are_those_of_the_code() -> None:
     assert container.MAX_INDEX_BYTES == 2**30 and tuple(code(row[0]) for row in document_rows("## Container")) == container.ROLES
     assert (bytestream.MAX_NAMES_BYTES, index.MAX_BLOCK_ENTRIES, index.BLOCK_ENTRIES) == (10**8, 2**22, 2**17)
     assert (header.MAX_ENTRIES, header.MAX_DIMENSIONS, sidefiles.MAX_SIDE_FILE_BYTES) == (2**62, 64, 64_000_000)
-    assert (index.WHOLE, index.DELTA, index.COPY, index.EXACT, index.ROUNDED, index.NOT_ROUNDED) == (0, 1, 2, 0, 1, 32704)
+    assert (index.Mode.WHOLE, index.Mode.DELTA, index.Mode.COPY, index.EXACT, index.ROUNDED, index.NOT_ROUNDED) == (0, 1, 2, 0, 1, 32704)
     assert (index.STORED, index.FROM_BASE, codecs.RAW, codecs.PCO) == (0, 1, 0, 1)
 
 
