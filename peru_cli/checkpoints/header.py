@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ MAX_WRITTEN_HEADER_BYTES = 25_000_000  # huggingface_hub's cap
 MAX_ENTRIES = 1 << 62
 MAX_DIMENSIONS = 64
 METADATA_KEY = "__metadata__"
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _named(name: str) -> str:
 
 def _is_unicode(text: str) -> bool:
     """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
+    return _SURROGATE.search(text) is None
 
 
 def check_tensor_name(name: str) -> None:
@@ -83,7 +85,7 @@ def check_tensor_name(name: str) -> None:
         raise BadFile("a tensor has an empty name")
     if name == METADATA_KEY:
         raise BadFile(f"a tensor is named {name}, which a header reserves")
-    if any(unicodedata.category(character) == "Cc" for character in name):
+    if _CONTROL.search(name):
         raise BadFile(f"the tensor name {_named(name)} holds a control character")
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or name.startswith(("/", "\\")):
