@@ -52,10 +52,10 @@ class Texts:
 class Judge:
     """The cache that benchmarks/papers/finetunes.py made, a folder for outputs, and one encoder."""
 
-    def __init__(self, cache: Path, store: Path, examples: int | None) -> None:
+    def __init__(self, cache: Path, store: Path, examples: int | None, part: str = "test") -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.cache, self.store, self.examples = cache, store, examples
+        self.cache, self.store, self.examples, self.part = cache, store, examples, part
         self.base = encoder_tensors(cache / "base-bf16")
         self.parameters = sum(tensor.numel() for tensor in self.base.values())
         self._tokenizer = AutoTokenizer.from_pretrained(cache / "base-bf16")
@@ -72,7 +72,7 @@ class Judge:
 
     def reference(self, task: str) -> Array:
         """The fine-tune's logits, float32 (examples, classes), from disk if they are there."""
-        path = self.store / f"{task}-{self.examples or 'all'}.npy"
+        path = self.store / f"{'' if self.part == 'test' else self.part + '-'}{task}-{self.examples or 'all'}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, self.outputs(task, self.fine_tune(task)))
@@ -94,9 +94,9 @@ class Judge:
             return torch.cat([model(**batch).logits for batch in self.texts(task).batches]).numpy()
 
     def texts(self, task: str) -> Texts:
-        """The first examples of the task's test part."""
+        """The first examples of the task's part."""
         if task not in self._texts:
-            lines = (self.cache / "data" / f"{task}.test.jsonl").read_text("utf-8").splitlines()
+            lines = (self.cache / "data" / f"{task}.{self.part}.jsonl").read_text("utf-8").splitlines()
             rows = [json.loads(line) for line in lines[: self.examples]]
             tokens = [dict(self._tokenizer(row["text"], row.get("text_pair"), truncation=True)) for row in rows]
             order = sorted(range(len(rows)), key=lambda i: len(tokens[i]["input_ids"]))

@@ -150,7 +150,7 @@ def _lines(path: Path) -> list[_Line]:
     """The lines of a journal down to the first that is torn or was altered; none if there is no journal."""
     found: list[_Line] = []
     seal, end = b"", 0
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
             text, _, told = line.rpartition(b"\t")
             seal, end = _seal(seal, text), end + len(line) + 1
