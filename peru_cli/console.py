@@ -28,6 +28,7 @@ class Console:
         self.data_on_stderr = False  # when stdout carries the output file itself
         self.summary: Path | None = None  # tables, lines and the error go there, too, as Markdown
         self._summary: list[str] = []
+        self._bar: Any = None  # the progress bar that is shown: lines go above it
         self.unfinished: list[Path] = []  # journals that were left so that the same command can continue
 
     def note(self, text: str) -> None:
@@ -50,8 +51,12 @@ class Console:
             print(shown.lines("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
 
     def _say(self, text: str, mark: str = "", colour: int = 0) -> None:
+        line = (_marked(mark, colour) + " " if mark else "") + shown.message(text)
         with suppress(OSError):  # nobody hears it: no reason to fail
-            print((_marked(mark, colour) + " " if mark else "") + shown.message(text), file=sys.stderr, flush=True)
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def result(self, value: Any) -> None:
         """The machine-readable result, if --json was given; null stands for infinity and NaN, which JSON has not."""
@@ -129,9 +134,11 @@ class Console:
     def progress(self, total: int, what: str, unit: str = "entries") -> Iterator[Progress]:
         """A progress bar over `total` units; silent unless stderr is a terminal."""
         progress = Progress(total, what, unit, show=self.shows_progress)
+        before, self._bar = self._bar, progress.bar if progress.bar is not None else self._bar
         try:
             yield progress
         finally:
+            self._bar = before
             progress.close()
 
 
@@ -139,48 +146,40 @@ class Progress:
     """A bar that any thread may advance; its total may turn out larger."""
 
     def __init__(self, total: int, what: str, unit: str, show: bool) -> None:
-        self._bar: Any = None
+        self.bar: Any = None
         self._lock = threading.Lock()
         if show:
             from tqdm import tqdm
 
-            self._bar = tqdm(
+            self.bar = tqdm(
                 total=total, desc=shown.message(what), unit=" " + unit, unit_scale=True, leave=False, mininterval=0.2, dynamic_ncols=True
             )
 
     def advance(self, amount: int) -> None:
         """Count `amount` more units as done."""
-        if self._bar is not None:
+        if self.bar is not None:
             with self._lock:
-                if self._bar.n + amount > self._bar.total:
-                    self._bar.total = self._bar.n + amount
-                self._bar.update(amount)
+                if self.bar.n + amount > self.bar.total:
+                    self.bar.total = self.bar.n + amount
+                self.bar.update(amount)
 
     def expect(self, amount: int) -> None:
         """There are `amount` more units to do."""
-        if self._bar is not None:
+        if self.bar is not None:
             with self._lock:
-                self._bar.total += amount
-                self._bar.refresh()
+                self.bar.total += amount
+                self.bar.refresh()
 
     def step(self, what: str) -> None:
         """Say what is being done now."""
-        if self._bar is not None:
+        if self.bar is not None:
             with self._lock:
-                self._bar.set_description(shown.message(what))
-
-    def write(self, text: str) -> None:
-        """A note above the bar; dropped when quiet."""
-        if self._bar is not None:
-            with self._lock:
-                self._bar.write(text, file=sys.stderr)
-        else:
-            console.note(text)
+                self.bar.set_description(shown.message(what))
 
     def close(self) -> None:
         """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 _LEAST_TEXT = 12  # characters that a column of text keeps on a narrow terminal

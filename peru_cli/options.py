@@ -67,6 +67,11 @@ def parse_dtype(text: str) -> Dtype:
     return BY_NAME[DTYPES[text]]
 
 
+def dtype_word(dtype: Dtype) -> str:
+    """The inverse of `parse_dtype`."""
+    return next(word for word, name in DTYPES.items() if name == dtype.name)
+
+
 def check_base_id(text: str | None) -> None:
     """Refuse a base's name that cannot be printed."""
     if text is not None and not text.isprintable():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, Self, TypeVar
 
@@ -18,7 +19,7 @@ from peru_cli.errors import BadFile
 R = TypeVar("R", bound=TensorRecord)
 
 
-class SingleArtifact(Generic[R]):
+class SingleArtifact(ABC, Generic[R]):
     """An opened artifact of one fine-tune. Safe from many threads."""
 
     records: dict[str, R]  # by the fine-tune's names, in canonical order
@@ -29,9 +30,9 @@ class SingleArtifact(Generic[R]):
         with opening(path, self.close):
             self._open()
 
+    @abstractmethod
     def _open(self) -> None:
         """Decode the index and hand it to `_settle`; BadFile if anything in it cannot be."""
-        raise NotImplementedError
 
     def _settle(self, tensors: Sequence[R], files: Sequence[SideFile], block_bytes: int) -> None:
         """Take what the index has; BadFile if the roles have other sizes."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from peru_cli import options
-from peru_cli.console import Progress, console, si_bytes
+from peru_cli.console import console, si_bytes
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def demo(
         work.mkdir(parents=True, exist_ok=True)
         rows = []
         progress = stack.enter_context(console.progress(MODELS * len(NAMES), "demo", "models"))
-        for row in run_demo(work, _Commands(context, progress), progress.advance):
+        for row in run_demo(work, _Commands(context), progress.advance):
             rows.append(row)
     base_bytes = (family.BASE / "model.safetensors").stat().st_size
     if plot is not None:
@@ -68,13 +68,13 @@ def demo(
 class _Commands:
     """Runs peru command lines in this process. Shows each as it could be typed; the `unpack` of one task stands for all."""
 
-    def __init__(self, context: typer.Context, progress: Progress) -> None:
-        self._main, self._progress = context.find_root().command.main, progress
+    def __init__(self, context: typer.Context) -> None:
+        self._main = context.find_root().command.main
         self._shown: list[str] = []
 
     def __call__(self, arguments: list[str]) -> None:
         if arguments[0] != "unpack" or self._shown[-1] != "unpack":
-            self._progress.write(f"$ peru {' '.join(arguments)}")
+            console.note(f"$ peru {' '.join(arguments)}")
         self._shown.append(arguments[0])
         quiet, as_json = console.quiet, console.json
         with contextlib.redirect_stdout(io.StringIO()):

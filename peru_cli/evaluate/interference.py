@@ -18,8 +18,8 @@ from peru_cli.inference.models import IMAGE, TEXT
 from peru_cli.inference.prepare import Settings, load
 from peru_cli.inference.taujp import change_norms
 from peru_cli.live.memory import read_tensors
+from peru_cli.merge.data.task_models import Running, TaskParts, load_task, read_floats, trace_names
 from peru_cli.merge.plan import MergePlan, Options, plan_merge
-from peru_cli.merge.task_models import Running, TaskParts, load_task, read_floats, trace_names
 
 Advance = Callable[[int], None]
 

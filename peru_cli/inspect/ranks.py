@@ -111,7 +111,7 @@ def _spectra(spectra: Sequence[Spectrum], ranks: Sequence[int], with_scale: bool
         row += [str(s.rank), f"{s.scale:.4g}"] if with_scale else []
         row += [f"{s.norm:.4g}", f"{s.effective_rank:.1f}"]
         rows.append([*row, *("" if s.rank is not None and rank >= s.rank else f"{s.error(rank):.3f}" for rank in ranks)])
-    names = ["module", ">shape", *([">rank", ">scale"] if with_scale else []), ">norm", ">effective rank"]
+    names = ["module", ">shape", *([">rank", ">scale"] if with_scale else []), "?>norm", "?>effective rank"]
     console.table([*names, *(f">error at {rank}" for rank in ranks)], rows)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.sidefiles import chat_template
-from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule
-from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.streaming.aligned import read_entries
+from peru_cli.streaming.arrays import CPU
 
 _RUNS, _RUN = 64, 1 << 12  # sampled runs of entries, at most one a tensor
 _WHOLE = 256 << 20  # bytes that are read to tell whether what looks equal is
@@ -72,12 +72,12 @@ def _sampled(plan: MergePlan, rule: Rule) -> list[str]:
     for number, start in _sample(plan):
         slot = plan.slots[number]
         n = min(_RUN, slot.info.entries - start)
-        bits = {slot.task(own): _bits(plan.vectors[slot.task(own)].fine, info, start, n) for own, info in enumerate(slot.inputs)}
+        bits = {slot.task(own): read_entries(plan.vectors[slot.task(own)].fine, info, start, n) for own, info in enumerate(slot.inputs)}
         for i, j in differ:
             differ[i, j] |= _differ(slot, bits, i, j)
         if plan.base is None:
             continue
-        base = _bits(plan.base, slot.base, start, n)
+        base = read_entries(plan.base, slot.base, start, n)
         weights = rule.at(number).parameters.weights
         for own, info in enumerate(slot.inputs):
             task = slot.task(own)
@@ -120,12 +120,6 @@ def _sample(plan: MergePlan) -> Iterator[tuple[int, int]]:
             yield number, max(0, (entries - _RUN) // 2)
 
 
-def _bits(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Bits:
-    room = bytearray(info.dtype.nbytes(n))
-    source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
-    return np.frombuffer(room, BITS[info.dtype.bits])
-
-
 def _changes(fine: Bits, info: TensorInfo, base: Bits, base_info: TensorInfo) -> Doubles:
     """Fine-tune minus base in float64, 0 where that is no number; (n,)."""
     cast = cast_bits(CPU, base, base_info.dtype, info.dtype)
@@ -156,7 +150,7 @@ def _equal(plan: MergePlan, task: int, other: int | None) -> bool | None:
             return False
         source = plan.base if other is None else plan.vectors[other].fine
         assert source is not None
-        ours, own = (_bits(model, info, 0, info.entries) for model, info in ((plan.vectors[task].fine, mine), (source, theirs)))
+        ours, own = (read_entries(model, info, 0, info.entries) for model, info in ((plan.vectors[task].fine, mine), (source, theirs)))
         if not np.array_equal(ours, own if theirs.dtype is mine.dtype else cast_bits(CPU, own, theirs.dtype, mine.dtype)):
             return None
     return True

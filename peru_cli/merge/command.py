@@ -23,7 +23,6 @@ from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.source import Checkpoint
-    from peru_cli.merge.data import Looked
     from peru_cli.merge.output import Recipe
     from peru_cli.merge.plan import MergePlan
     from peru_cli.methods.parameters import Value
@@ -139,18 +138,19 @@ def merge(
     """
     given, varied = given_values(typed)
     if len(models) == 1 and recipes.is_recipe(models[0]):
-        _refuse_beside_a_recipe(given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress,
-                                 **{"write-recipe": write_recipe})  # fmt: skip
+        _refuse_beside_a_recipe(
+            given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress, rename=rename,
+            tokenizer=tokenizer,
+            **{"write-recipe": write_recipe, "pad-vocab-to": pad_vocab_to, "trust-remote-code": trust_remote_code or None},
+        )  # fmt: skip
         from peru_cli.merge.recipe.plan import Wanted
         from peru_cli.merge.recipe.run import Asked, merge_recipe
 
         options.check_base_id(base_id)
         place = destination(publishing, run.force, output)
-        words = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
-        words += [*(["--config", config] if config else []), *(["--dtype", dtype] if dtype else [])]
         asked = Asked(
             output, options.parse_dtype(dtype) if dtype is not None else None, Wanted(per_task, merge_heads, config),
-            options.parse_size(max_shard_size, "--max-shard-size"), tuple(words), strict, run,
+            options.parse_size(max_shard_size, "--max-shard-size"), strict, run,
         )  # fmt: skip
         summary = merge_recipe(models[0], asked)
         console.result(summary if run.dry_run else summary | publish(place, [Path(output)], "merge"))
@@ -286,8 +286,8 @@ def merge(
     running = None
     if data:
         from peru_cli.inference.remote_code import trusting
-        from peru_cli.merge import data as mergedata
-        from peru_cli.merge.task_models import read_data
+        from peru_cli.merge.data import collect as mergedata
+        from peru_cli.merge.data.task_models import read_data
 
         limit = int(samples) if samples is not None else None
         running = read_data(data, names, run.device, batch_size, method if chosen.statistics else "--search", limit)
@@ -326,7 +326,9 @@ def merge(
         else:
             (out.write_file if as_file else out.write_directory)(plan, rule, recipe, where, how)
     if looked is not None and looked.points:
-        _print_curve(looked, names)
+        from peru_cli.merge.data.curve import print_curve
+
+        print_curve(looked, names)
     console.line(f"{target}: {plural(len(plan.outputs), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.outputs))}")
     for result in results:
         bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
@@ -344,18 +346,6 @@ def _refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
     both = [f"--{name}" for name, value in (given | others).items() if value is not None]
     if both:
         raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
-
-
-def _print_curve(looked: Looked, names: tuple[str, ...]) -> None:
-    """The searched values with accuracies in %, the best one marked."""
-    from peru_cli.merge.output import show
-
-    best = looked.parameters.values[looked.searched]
-    rows = [["fine-tunes", *(f"{100 * looked.fine[name]:.2f}" for name in names), "100.00", ""]]
-    for point in looked.points:
-        cells = [f"{100 * point.accuracies[name]:.2f}" for name in names]
-        rows.append([show(point.value), *cells, f"{100 * point.normalised:.2f}", "best" if point.value == best else ""])
-    console.table([looked.searched, *(f">{name}" for name in names), ">normalised", ""], rows)
 
 
 def _check_varied(varied: Given, method: Method, search: Optional[str], given: dict[str, Value], values: dict[str, Value]) -> None:

@@ -1,7 +1,7 @@
 """Statistics for merges with data: how they are collected, and how a method reads them.
 
 A method with data names a `Collector` in the table. It is given tasks' models in memory with examples, and returns arrays
-by role and tensor name; merge/statistics.py keeps them in a safetensors file for each task (`ROLE/TENSOR`), under a key
+by role and tensor name; merge/data/statistics.py keeps them in a safetensors file for each task (`ROLE/TENSOR`), under a key
 made of the model's digest, the examples' digest and the options named in the table, so that they are collected once.
 """
 

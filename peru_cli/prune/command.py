@@ -251,17 +251,17 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
             str(r.path),
             si_bytes(r.file_bytes),
             f"{r.fine_bytes / r.file_bytes:.1f}x",
-            count(r.kept),
-            f"{100 * r.kept / r.entries:.3g}%",
-            f"{100 * r.changed / r.entries:.3g}%",
             f"{r.bits_per_parameter:.4f}",
             f"{r.relative_error:.4f}",
+            f"{100 * r.kept / r.entries:.3g}%",
+            count(r.kept),
+            f"{100 * r.changed / r.entries:.3g}%",
             si_bytes(r.whole_bytes),
         ]
         for r in results
     ]
     console.table(
-        ["task", "artifact", ">size", ">smaller", "?>kept", ">density", "?>changed", ">bits/param", "?>relative error", "?>stored whole"],
+        ["task", "artifact", ">size", ">smaller", ">bits/param", ">relative error", "?>density", "?>kept", "?>changed", "?>stored whole"],
         rows,
     )
     console.result(

@@ -8,11 +8,11 @@ from math import isfinite, sqrt
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import Bits, cast_bits
-from peru_cli.streaming.arrays import BITS, CPU
+from peru_cli.streaming.aligned import read_bytes, read_entries
+from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import TaskVector
 
 _CHUNKS, _ENTRIES = 128, 1 << 12  # at most so many runs of so many entries: under a tenth of a second
@@ -55,8 +55,8 @@ def _samples(base: Checkpoint, fine: Checkpoint, pairs: list[Pair]) -> Iterator[
         for wanted in range(-(-begin // step) * step, begin + pair.entries, step):
             start = min(wanted - begin, max(pair.entries - _ENTRIES, 0))
             n = min(_ENTRIES, pair.entries - start)
-            mine = _bits(fine, pair.fine, start, n)
-            theirs = _bits(base, pair.base, start, n)
+            mine = read_entries(fine, pair.fine, start, n)
+            theirs = read_entries(base, pair.base, start, n)
             yield mine, cast_bits(CPU, theirs, pair.base.dtype, pair.fine.dtype), pair.fine.dtype
         at = begin + pair.entries
 
@@ -67,16 +67,6 @@ def _floats(bits: Bits, dtype: Dtype) -> Bits:
     return wide
 
 
-def _raw(checkpoint: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
-    data = bytearray(info.dtype.nbytes(n))
-    checkpoint.read_into(info.name, info.dtype.nbytes(start), memoryview(data))
-    return data
-
-
-def _bits(checkpoint: Checkpoint, info: TensorInfo, start: int, n: int) -> Bits:
-    return np.frombuffer(_raw(checkpoint, info, start, n), BITS[info.dtype.bits])
-
-
 def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
     """Whether any entry that both have differs, the base cast to the fine-tune's dtype; stops at the first that does."""
     same_dtype = pair.fine.dtype is pair.base.dtype
@@ -85,10 +75,10 @@ def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
     for start in range(0, pair.entries, _AT_ONCE):
         n = min(_AT_ONCE, pair.entries - start)
         if same_dtype:
-            changed = _raw(fine, pair.fine, start, n) != _raw(base, pair.base, start, n)
+            changed = read_bytes(fine, pair.fine, start, n) != read_bytes(base, pair.base, start, n)
         else:
-            cast = cast_bits(CPU, _bits(base, pair.base, start, n), pair.base.dtype, pair.fine.dtype)
-            changed = not np.array_equal(_bits(fine, pair.fine, start, n), cast)
+            cast = cast_bits(CPU, read_entries(base, pair.base, start, n), pair.base.dtype, pair.fine.dtype)
+            changed = not np.array_equal(read_entries(fine, pair.fine, start, n), cast)
         if changed:
             return True
     return False

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.streaming.arrays import BITS, Array, Arrays
+from peru_cli.streaming.arrays import BITS, Array, Arrays, Host
 from peru_cli.streaming.tiles import Tile
 
 
@@ -28,6 +30,18 @@ class TileBuffer:
 def clip(tile: Tile, entries: int) -> int:
     """How many entries of the tile a tensor of so many entries has."""
     return max(0, min(tile.stop, entries) - tile.start)
+
+
+def read_bytes(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
+    """The bytes of `n` entries of any tensor, in memory of their own."""
+    room = bytearray(info.dtype.nbytes(n))
+    source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+    return room
+
+
+def read_entries(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
+    """Entries of a floating tensor as integers of its width, in memory of their own; (n,)."""
+    return np.frombuffer(read_bytes(source, info, start, n), BITS[info.dtype.bits])
 
 
 def read_raw(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer) -> memoryview:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.lowrank import Matrix
-from peru_cli.streaming.arrays import BITS, CPU, Host
+from peru_cli.streaming.aligned import read_entries
+from peru_cli.streaming.arrays import CPU, Host
 
 _PANEL = 1 << 19  # entries of a row panel
 _COLUMN_PANEL = 1 << 24  # entries of a column panel: its rows are read one by one, so they should be long
@@ -64,8 +64,8 @@ class TaskMatrix(Matrix):
         room = np.empty(min(_TILE, len(out)), out.dtype)
         for at in range(0, len(out), _TILE):
             part, entry = out[at : at + _TILE], self.start + start + at
-            minuend = CPU.widen(_bits(self.fine, fine, entry, len(part)), fine.dtype, part)
-            cast = cast_bits(CPU, _bits(self.base, base, entry, len(part)), base.dtype, fine.dtype)
+            minuend = CPU.widen(read_entries(self.fine, fine, entry, len(part)), fine.dtype, part)
+            cast = cast_bits(CPU, read_entries(self.base, base, entry, len(part)), base.dtype, fine.dtype)
             subtrahend = CPU.widen(cast, fine.dtype, room[: len(part)])
             np.subtract(minuend, subtrahend, out=part)
             # a sum shows NaN and infinity faster than looking for them does
@@ -76,13 +76,3 @@ class TaskMatrix(Matrix):
                 else:
                     wrong = f"{self.base.label}: {base.name} is NaN or infinite"
                 raise BadFile(f"{wrong} at entry {entry + first}", f"--per-task '^{re.escape(fine.name)}$' keeps it whole")
-
-
-def _raw(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
-    room = bytearray(info.dtype.nbytes(n))
-    source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
-    return room
-
-
-def _bits(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
-    return np.frombuffer(_raw(source, info, start, n), BITS[info.dtype.bits])

@@ -87,3 +87,20 @@ def test_an_error_is_red_on_a_terminal() -> None:
     os.close(theirs)
     assert os.read(ours, 1000).startswith(b"\x1b[1;31merror:\x1b[0m no such command")
     os.close(ours)
+
+
+def test_notes_stand_above_the_bar_and_not_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console()
+    with console.progress(10, "work") as progress:
+        progress.advance(3)
+        console.note("a note\x1b[2J")
+        console.warn("a warning")
+    console.note("after")
+    lines = terminal.getvalue().replace("\r", "\n").split("\n")
+    assert any(line.startswith("work:") for line in lines) and "after" in lines
+    note = next(line for line in lines if "a note" in line)
+    assert note.startswith("a note") and "\x1b" not in note
+    assert any(line.endswith("a warning") and "work:" not in line for line in lines)

@@ -15,8 +15,8 @@ from peru_cli.checkpoints.resolve import default_task
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.merge.layers import Spot, comes_first, depth, layer_count, layer_of, main_stack, renumbered, spots
 from peru_cli.merge.recipe.document import Complaints
+from peru_cli.merge.recipe.parts import ModelName, Module, Recipe, Slice, Source
 from peru_cli.merge.recipe.resolve import Inputs, Origin, inputs_of
-from peru_cli.merge.recipe.schema import ModelName, Module, Recipe, Slice, Source
 from peru_cli.shown import listed
 
 HEAD = "lm_head.weight"

@@ -15,8 +15,9 @@ from peru_cli.merge.plan import MergePlan, Options, plan_merge
 from peru_cli.merge.recipe.document import Complaints, Document
 from peru_cli.merge.recipe.layout import HEAD, Layout, changed_config, lay_out
 from peru_cli.merge.recipe.names import ours
+from peru_cli.merge.recipe.parts import ModelName, Recipe
 from peru_cli.merge.recipe.resolve import Values, check, check_filters, inputs_of
-from peru_cli.merge.recipe.schema import ModelName, Recipe, read_recipe
+from peru_cli.merge.recipe.schema import read_recipe
 from peru_cli.merge.recipe.tokens import align_tokens, check_template, settle_tokens
 from peru_cli.merge.varied import build
 from peru_cli.methods.parameters import Parameters

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peru_cli.merge.layers import Spot
 from peru_cli.merge.recipe.document import Complaints
 from peru_cli.merge.recipe.names import ours
-from peru_cli.merge.recipe.schema import ModelName, Module, Recipe, Settings, Slice, Source
+from peru_cli.merge.recipe.parts import ModelName, Module, Recipe, Settings, Slice, Source
 from peru_cli.merge.varied import Setting, unmatched, value_at
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.table import Method

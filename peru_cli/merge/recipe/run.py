@@ -22,11 +22,11 @@ from peru_cli.merge import output as out
 from peru_cli.merge.cautions import cautions, idle
 from peru_cli.merge.plan import check_same
 from peru_cli.merge.recipe.document import BLOCK, MAX_BYTES, Complaints, read_documents
+from peru_cli.merge.recipe.parts import Recipe
 from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, plan_stage, read_all
-from peru_cli.merge.recipe.schema import Recipe
 from peru_cli.merge.recipe.show import effective, print_plan, say
 from peru_cli.merge.run import DEFAULT_TILE, check_trims
-from peru_cli.options import Running
+from peru_cli.options import Running, dtype_word
 from peru_cli.streaming.engine import available_threads
 from peru_cli.vectors.settings import streaming
 
@@ -39,9 +39,19 @@ class Asked:
     dtype: Dtype | None
     wanted: Wanted
     max_shard_bytes: int
-    extra: tuple[str, ...]
     strict: bool
     run: Running
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The words of the command line that decide what is merged."""
+        wanted = self.wanted
+        words = [*(["--per-task", wanted.per_task] if wanted.per_task else []), *(["--merge-heads"] if wanted.merge_heads else [])]
+        return (
+            *words,
+            *(["--config", wanted.config] if wanted.config else []),
+            *(["--dtype", dtype_word(self.dtype)] if self.dtype is not None else []),
+        )
 
 
 def merge_recipe(name: str, asked: Asked) -> dict[str, object]:

@@ -14,7 +14,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.finetunes.revocabulary import common_vocabulary
 from peru_cli.merge.recipe.document import Complaints
-from peru_cli.merge.recipe.schema import ModelName, Recipe
+from peru_cli.merge.recipe.parts import ModelName, Recipe
 
 _FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges|chat_template)\.json"

@@ -23,7 +23,7 @@ def report(results: list[MixedResult], published: dict[str, Any]) -> None:
         ]
         for r in results
     ]
-    heads = ["task", "artifact", ">size", ">smaller", ">bits/param", ">energy", "?>relative error", "?>stored whole"]
+    heads = ["task", "artifact", ">size", ">smaller", ">bits/param", "?>energy", ">relative error", "?>stored whole"]
     console.table(heads, rows)
     console.result([_figures(r) | published for r in results])
 

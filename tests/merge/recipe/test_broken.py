@@ -166,8 +166,11 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, peru) -> None:
     assert all(f"line {line}: " in peru.stderr for line in (5, 6, 7))
 
 
-@pytest.mark.parametrize("option", [("-m", "ties"), ("-b", "base"), ("-w", "a=1"), ("--keep", "10%"), ("--compress", "5%")])
-def test_a_recipe_and_options_that_say_the_same_are_refused(option: tuple[str, str], tmp_path: Path, peru) -> None:
+UNHEARD = [("--rename", "a=b"), ("--tokenizer", "union"), ("--pad-vocab-to", "8"), ("--trust-remote-code",)]  # dropped without a word once
+
+
+@pytest.mark.parametrize("option", [("-m", "ties"), ("-b", "base"), ("-w", "a=1"), ("--keep", "10%"), ("--compress", "5%"), *UNHEARD])
+def test_a_recipe_and_options_that_say_the_same_are_refused(option: tuple[str, ...], tmp_path: Path, peru) -> None:
     (tmp_path / "recipe.yml").write_text(LINEAR + AB)
     peru("merge", tmp_path / "recipe.yml", "-o", tmp_path / "out", *option, code=2)
     assert "cannot be combined with a recipe" in peru.stderr
