@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 from peru_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, UntypedStorage
 
 _lock = threading.Lock()
 _claims: dict[tuple[torch.device, int], list[Claim]] = {}  # by storage: who is on it, the last one at the end
@@ -25,10 +26,12 @@ class Claim:
         self._thread = threading.current_thread()
         self._what = what
         storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor) and t.device.type != "meta"]
-        self._keys = list(dict.fromkeys((s.device, s.data_ptr()) for s in storages if s.data_ptr()))
+        self._keys: dict[tuple[torch.device, int], weakref.ref[UntypedStorage]] = {
+            (s.device, s.data_ptr()): weakref.ref(s) for s in storages if s.data_ptr()
+        }
         with _lock:
             for key in self._keys:
-                for other in _claims.get(key, ()):
+                for other in self._others(key):
                     if other._thread is not self._thread and other._thread.is_alive():
                         raise UsageError(
                             f"another thread has applied {other._what} to these weights",
@@ -36,6 +39,13 @@ class Claim:
                         )
             for key in self._keys:
                 _claims.setdefault(key, []).append(self)
+
+    def _others(self, key: tuple[torch.device, int]) -> list[Claim]:
+        """The claims on a storage. Those on freed memory, whose address was given out again, are dropped."""
+        _claims[key] = [claim for claim in _claims.get(key, ()) if claim._keys[key]() is not None]
+        if not _claims[key]:
+            return _claims.pop(key)
+        return _claims[key]
 
     def check_last(self) -> None:
         """UsageError if a later change is on the same weights: what it keeps aside is this one's work."""
@@ -56,4 +66,4 @@ class Claim:
                     claims.remove(self)
                 if not claims:
                     _claims.pop(key, None)
-            self._keys = []
+            self._keys = {}

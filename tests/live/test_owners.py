@@ -134,3 +134,30 @@ def test_nested_applies_to_a_state_dict_come_off_in_their_order(made) -> None:
     second.restore()
     first.restore()
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+
+
+def test_weights_that_are_gone_belong_to_nobody(made) -> None:
+    """A claim was found by its address. New weights at the address of freed ones belonged to the thread that had changed those."""
+    _, artifacts = made
+    base = base_of(made)
+    refused: list[UsageError] = []
+
+    def other(state: dict[str, torch.Tensor]) -> None:
+        try:
+            apply(state, artifacts[0]).restore()
+        except UsageError as error:
+            refused.append(error)
+
+    seen: set[int] = set()
+    for _ in range(50):
+        state = {name: tensor.clone() for name, tensor in base.items()}
+        again = seen & {tensor.data_ptr() for tensor in state.values()}
+        thread = threading.Thread(target=other, args=(state,))
+        thread.start()
+        thread.join()
+        if again or refused:
+            break
+        seen |= {tensor.data_ptr() for tensor in state.values()}
+        apply(state, artifacts[0])  # dropped with the weights, never restored
+        del state
+    assert again and not refused
