@@ -9,13 +9,13 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; exits with its code."""
-    if sys.argv[1:] == ["--version"]:  # answered without loading the command line's machinery
+    """Run the command line and exit with its code."""
+    if sys.argv[1:] == ["--version"]:  # answered before the command line is loaded
         from peru_cli.version import __version__
 
         print(f"peru {__version__}")
         return
-    gc.set_threshold(200_000)  # torch makes a million lasting objects while loading: looking through them costs 0.2 s
+    gc.set_threshold(200_000)  # loading torch makes a million permanent objects: scanning them costs 0.2 s
     try:
         from peru_cli.cli import run
 
@@ -24,7 +24,7 @@ def main() -> None:
         print("error: interrupted: nothing unfinished was left behind", file=sys.stderr)
         code = 130
     if code == 130:
-        # Where an extension module was being loaded, Python has noted an interrupt that nobody caught, and would end as if killed.
+        # Interrupted while an extension module was being loaded, Python has recorded an unhandled interrupt and would exit as if killed.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)

@@ -60,18 +60,18 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> None:
-    """Set what holds for every command."""
+    """Set what applies to every command."""
     global _debug
     _debug = debug
 
 
 def _terminate(signum: int, frame: Any) -> None:
     interrupt()
-    raise KeyboardInterrupt  # clean up: remove what is half done
+    raise KeyboardInterrupt  # clean up: remove partial outputs
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; prints what failed."""
+    """Run the command line and return the exit code. Prints what failed."""
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _terminate)
@@ -87,7 +87,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _load_help() -> None:
-    """Import what prints help, without rich's Markdown and tracebacks: peru's help has neither, and they are a third of the wait."""
+    """Import what prints help without rich's Markdown and tracebacks: peru's help needs neither, and they take a third of the time."""
     unused = {name: ModuleType(name) for name in ("rich.markdown", "rich.traceback") if name not in sys.modules}
     for name, module in unused.items():
         kind = name.removeprefix("rich.").title()
@@ -96,7 +96,7 @@ def _load_help() -> None:
     try:
         import typer.rich_utils  # noqa: F401
     finally:
-        for name in unused:  # whoever else imports them gets the real ones
+        for name in unused:  # other importers get the real modules
             del sys.modules[name]
 
 
@@ -107,13 +107,13 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
             _load_help()
         code = app(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt  # typer makes it an exit code without a word
+            raise KeyboardInterrupt  # typer turns it into an exit code without a message
         return int(code) if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         console.error(f"interrupted: {_left()}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader went away (`peru ... | head`). Point stdout elsewhere, or Python complains while exiting.
+        # The reader has gone (`peru ... | head`). Point stdout elsewhere, or Python complains while exiting.
         _silence()
         return EXIT_FAILED
     except ReportLost as error:
@@ -126,7 +126,7 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
 
 
 def _deeper(error: Exception) -> Exception:
-    """Whatever failed while an input changed failed because of that: what it says of weights and digests would mislead."""
+    """If an input changed while it was read, report that instead of the error: what the error says of weights and digests would mislead."""
     if isinstance(error, (PeruError, OSError)) and not isinstance(error, UsageError):
         try:
             inputs.unchanged()
@@ -136,13 +136,13 @@ def _deeper(error: Exception) -> Exception:
 
 
 def _silence() -> None:
-    """Let go of what standard output does not take, or Python tries once more while exiting."""
-    with contextlib.suppress(OSError, ValueError):  # where it has no descriptor, nothing is left to be done
+    """Drop what standard output did not accept, or Python tries again while exiting."""
+    with contextlib.suppress(OSError, ValueError):  # stdout may have no descriptor; then nothing is left to do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _left() -> str:
-    """What an interrupted command leaves, and how to go on."""
+    """What an interrupted command leaves behind, and how to continue."""
     if not console.unfinished:
         return "nothing unfinished was left behind"
     folder = console.unfinished[0].parent
@@ -153,7 +153,7 @@ def _left() -> str:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the command line, what was probably meant, and where to read on."""
+    """What is wrong with the command line, what was probably meant, and where to read more."""
     context = getattr(error, "ctx", None)
     message, path = error.format_message().rstrip("."), context.command_path if context is not None else "peru"
     asked, known = getattr(error, "option_name", None), getattr(context, "command", None)

@@ -20,16 +20,16 @@ from peru_cli.errors import ReportLost
 
 
 class Console:
-    """What a command says. `quiet` drops notes and progress; `json` replaces tables by one JSON value."""
+    """Prints what a command says. `quiet` drops notes and progress; `json` replaces tables with one JSON value."""
 
     def __init__(self) -> None:
         self.quiet = False
         self.json = False
         self.data_on_stderr = False  # when stdout carries the output file itself
-        self.summary: Path | None = None  # tables, lines and the error go there, too, as Markdown
+        self.summary: Path | None = None  # tables, lines and the error are also written here, as Markdown
         self._summary: list[str] = []
-        self._bar: Any = None  # the progress bar that is shown: lines go above it
-        self.unfinished: list[Path] = []  # journals that were left so that the same command can continue
+        self._bar: Any = None  # the visible progress bar: lines are printed above it
+        self.unfinished: list[Path] = []  # journals kept so that the same command can continue
 
     def note(self, text: str) -> None:
         """Something worth knowing while it happens."""
@@ -37,7 +37,7 @@ class Console:
             self._say(text)
 
     def warn(self, text: str) -> None:
-        """Something that a user should act on or know; shown even when quiet."""
+        """Something that a user should know or act on; shown even if quiet."""
         self._say(text, "warning:", 33)
 
     def error(self, text: str) -> None:
@@ -52,14 +52,14 @@ class Console:
 
     def _say(self, text: str, mark: str = "", colour: int = 0) -> None:
         line = (_marked(mark, colour) + " " if mark else "") + shown.message(text)
-        with suppress(OSError):  # nobody hears it: no reason to fail
+        with suppress(OSError):  # if nobody can read it, that is no reason to fail
             if self._bar is not None:
                 self._bar.write(line, file=sys.stderr)
             else:
                 print(line, file=sys.stderr, flush=True)
 
     def result(self, value: Any) -> None:
-        """The machine-readable result, if --json was given; null stands for infinity and NaN, which JSON has not."""
+        """Print the machine-readable result if --json was given. Infinity and NaN, which JSON lacks, become null."""
         if self.json:
             self._out(shown.printable_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)))
 
@@ -70,10 +70,9 @@ class Console:
             self._out(shown.printable(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table in plain columns; long names are cut. On a narrow terminal, columns are left out and words are wrapped.
+        """Print a table in plain columns; long names are cut. On a narrow terminal, columns are left out and words are wrapped.
 
-        A column's name may begin with marks: `?` says that it can be left out (the last one goes first), `>` aligns it right.
-        """
+        A column's name may begin with marks: `?` makes it optional (the last one is dropped first), `>` aligns it right."""
         self._tell(_markdown_table(columns, rows, title))
         if self.json:
             return
@@ -99,14 +98,14 @@ class Console:
             self._summary.append(shown.masked(text))
 
     def close_summary(self, command: str) -> None:
-        """Append what was told to the summary, under the command's name; nothing without one. OSError if it cannot be written."""
+        """Append what was printed to the summary file, under the command's name, if there is one. OSError if it cannot be written."""
         path, told, self.summary, self._summary = self.summary, self._summary, None, []
         if path is not None:
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"### {_markdown(shown.masked(command))}\n\n" + "\n".join(told) + "\n")
 
     def _width(self) -> int | None:
-        """Columns of the terminal; None in a pipe, which takes any width."""
+        """Columns of the terminal. None in a pipe, which takes any width."""
         return shutil.get_terminal_size().columns if self._stream().isatty() else None
 
     def _stream(self) -> Any:
@@ -127,12 +126,12 @@ class Console:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether progress bars are shown: on a terminal only."""
+        """Whether progress bars are shown: only on a terminal."""
         return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     @contextmanager
     def progress(self, total: int, what: str, unit: str = "entries") -> Iterator[Progress]:
-        """A progress bar over `total` units; silent unless stderr is a terminal."""
+        """A progress bar over `total` units; hidden unless stderr is a terminal."""
         progress = Progress(total, what, unit, show=self.shows_progress)
         before, self._bar = self._bar, progress.bar if progress.bar is not None else self._bar
         try:
@@ -143,7 +142,7 @@ class Console:
 
 
 class Progress:
-    """A bar that any thread may advance; its total may turn out larger."""
+    """A bar that any thread may advance. Its total may grow."""
 
     def __init__(self, total: int, what: str, unit: str, show: bool) -> None:
         self.bar: Any = None
@@ -164,14 +163,14 @@ class Progress:
                 self.bar.update(amount)
 
     def expect(self, amount: int) -> None:
-        """There are `amount` more units to do."""
+        """Add `amount` units to the total."""
         if self.bar is not None:
             with self._lock:
                 self.bar.total += amount
                 self.bar.refresh()
 
     def step(self, what: str) -> None:
-        """Say what is being done now."""
+        """Name the current step."""
         if self.bar is not None:
             with self._lock:
                 self.bar.set_description(shown.message(what))
@@ -182,23 +181,23 @@ class Progress:
             self.bar.close()
 
 
-_LEAST_TEXT = 12  # characters that a column of text keeps on a narrow terminal
+_LEAST_TEXT = 12  # characters that a text column keeps on a narrow terminal
 
 console = Console()
 
 
 def _is_coloured(stream: Any) -> bool:
-    """Whether escapes are welcome: on a terminal, unless NO_COLOR (no-color.org) or TERM say otherwise."""
+    """Whether to use colours: on a terminal, unless NO_COLOR (no-color.org) or TERM say otherwise."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _marked(word: str, colour: int) -> str:
-    """A word in bold and colour (31 red, 33 yellow) where stderr shows colours."""
+    """A word in bold and colour (31 red, 33 yellow) if stderr shows colours."""
     return f"\x1b[1;{colour}m{word}\x1b[0m" if _is_coloured(sys.stderr) else word
 
 
 def _fit(columns: Sequence[str], widths: list[int], room: int | None) -> tuple[list[int], list[int]]:
-    """Which columns are shown, and how wide: optional ones go first, from the right, then the widest text is wrapped."""
+    """Which columns to show, and how wide. Optional columns are dropped first, from the right; then the widest text is wrapped."""
     kept, widths = list(range(len(columns))), list(widths)
 
     def too_wide() -> int:
@@ -210,13 +209,13 @@ def _fit(columns: Sequence[str], widths: list[int], room: int | None) -> tuple[l
     while too_wide() > 0 and (texts := [i for i in kept if ">" not in columns[i] and widths[i] > _LEAST_TEXT]):
         widest = max(texts, key=lambda i: widths[i])
         widths[widest] = max(_LEAST_TEXT, widths[widest] - too_wide())
-    while too_wide() > 0 and len(kept) > 2:  # numbers are left out whole before they are cut
+    while too_wide() > 0 and len(kept) > 2:  # numeric columns are dropped whole before numbers are cut
         kept.pop()
     return kept, widths
 
 
 def _wrap(cell: str, width: int, right: bool) -> list[str]:
-    """The lines of a cell. Names break at dots and slashes, else anywhere; numbers are never wrapped."""
+    """The lines of a cell. Names break at dots and slashes, or anywhere if they must; numbers are never wrapped."""
     if len(cell) <= width or right:
         return [cell.rjust(width) if right else cell.ljust(width)]
     breakable = cell.replace(".", ".\0").replace("/", "/\0").replace("_", "_\0").replace(" ", " \0")
@@ -233,7 +232,7 @@ def _wrap(cell: str, width: int, right: bool) -> list[str]:
 
 
 def _markdown(text: str) -> str:
-    """Text as it stands, in Markdown: no markup, one line."""
+    """Plain text as Markdown: escaped, on one line."""
     return re.sub(r"([\\`*_<>|#\[\]~])", r"\\\1", " ".join(text.split()))
 
 
@@ -245,7 +244,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title
 
 
 def _finite(value: Any) -> Any:
-    """A JSON value with null in place of numbers that JSON has not."""
+    """A JSON value in which numbers that JSON lacks are null."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What can go wrong, as a user should read it: what, where, and what to do next; and the exit codes."""
+"""Errors as a user should read them (what, where, what to do next), and exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PeruError(Exception):
     """A failure that the user can act on: a message, and a hint about what to do next."""
 
     exit_code = EXIT_FAILED
-    passes = False  # whether the same command may well succeed later: then what was done is kept for it
+    passes = False  # whether the same command may succeed later: then its partial work is kept
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class PeruError(Exception):
 
 
 class UsageError(PeruError):
-    """The command line asks for something that cannot be: found before any tensor is read."""
+    """The command line asks for something impossible. Found before any tensor is read."""
 
     exit_code = EXIT_USAGE
 
@@ -40,13 +40,13 @@ class Mismatch(PeruError):
 
 
 class GateMissed(PeruError):
-    """What came out is outside the bounds that the command line set."""
+    """The result is outside the bounds that the command line set."""
 
     exit_code = EXIT_GATE
 
 
 class ReportLost(PeruError):
-    """Standard output did not take the report of a command whose work is done. `message` says why."""
+    """Standard output did not accept the report of a command that has finished its work. `message` says why."""
 
 
 _OS_HINTS = {
@@ -61,6 +61,6 @@ _OS_HINTS = {
 
 
 def from_os_error(error: OSError) -> PeruError:
-    """The user's reading of an operating-system error (which file, what to do)."""
+    """Explain an operating-system error to the user: which file, and what to do."""
     where = f"{error.filename}: " if error.filename else ""
     return PeruError(f"{where}{error.strerror or error}", _OS_HINTS.get(error.errno or 0))

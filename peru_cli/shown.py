@@ -1,8 +1,7 @@
 """Make text from files safe to show: no control sequences or markup, no passwords, no megabytes.
 
-Names, labels and metadata come out of files of strangers, messages of libraries quote addresses with passwords in them. Whatever peru
-prints, and whatever it writes for people to read (cards, reports), goes through here.
-"""
+Names, labels and metadata come from strangers' files, and messages of libraries quote addresses with passwords in them.
+Everything that peru prints or writes for people to read (cards, reports) goes through here."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from urllib.parse import unquote
 
 LONGEST_NAME = 200  # characters of one name in a message
 MOST_NAMES = 10  # in one message
-_LONGEST_PART = 255  # of a path: what file systems take
-_LONGEST_LINE = 5000  # more than the longest path
+_LONGEST_PART = 255  # of a path: the limit of file systems
+_LONGEST_LINE = 5000  # longer than the longest path
 
-# What Unicode calls control (Cc), format (Cf: the marks that turn the direction of text, zero-width and soft characters), surrogate (Cs)
-# and separator (Zl, Zp), but for the number signs of Arabic and Syriac, which are visible.
+# Unicode's control (Cc), format (Cf: text direction, zero-width and soft characters), surrogate (Cs) and separator (Zl, Zp)
+# characters, except the Arabic and Syriac number signs, which are visible.
 _INVISIBLE = (
     "\x7f-\x9f\xad\u061c\u070f\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f"
 )
 _CONTROL = re.compile(f"[\x00-\x1f{_INVISIBLE}]")
-_CONTROL_IN_JSON = re.compile(f"[{_INVISIBLE}]")  # json.dumps has spelt the others
-_OWN_LINE = re.compile(r"\n(?=  |\n|$)")  # messages go on in indented lines; a name that holds a newline cannot make one of its own
+_CONTROL_IN_JSON = re.compile(f"[{_INVISIBLE}]")  # json.dumps has escaped the others
+_OWN_LINE = re.compile(r"\n(?=  |\n|$)")  # messages continue in indented lines, so a newline in a name cannot start a line of its own
 
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_NAME + 1},}}")
 _USER = re.compile(r"(?<=://)[^\s/?#\"'<>]+@")
@@ -44,12 +43,12 @@ def _spelt(character: re.Match[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """One line of text in which every character that is obeyed rather than shown is spelt: `\\x1b`, `\\u202e`, `\\n`."""
+    """One line of text with control characters escaped: `\\x1b`, `\\u202e`, `\\n`."""
     return text if text.isascii() and text.isprintable() else _CONTROL.sub(_spelt, text)
 
 
 def printable_json(text: str) -> str:
-    """JSON that means the same, with such characters spelt as JSON has them."""
+    """Equivalent JSON with such characters escaped as JSON does."""
     if text.isascii():
         return _CONTROL_IN_JSON.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
@@ -61,7 +60,7 @@ def printable_json(text: str) -> str:
 
 
 def _secrets() -> list[str]:
-    """Passwords and tokens that the environment holds, as they may be quoted; the longest first."""
+    """Passwords and tokens in the environment, also in quoted form, longest first."""
     found = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
     for name, value in os.environ.items():
         if _ADDRESS_VARIABLE.fullmatch(name) and "@" in value:
@@ -81,7 +80,7 @@ def masked(text: str) -> str:
 
 
 def cut(text: str, longest: int = LONGEST_NAME) -> str:
-    """Text of at most `longest` characters; of a longer one its beginning and its length."""
+    """Text of at most `longest` characters: longer text is cut to its beginning and its length."""
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
 
 
@@ -100,13 +99,13 @@ def _cut_run(found: re.Match[str]) -> str:
 
 
 def message(text: str) -> str:
-    """A message as the terminal gets it. Only lines that go on indented are lines of their own."""
+    """A message for the terminal. Only indented continuation lines keep their line breaks."""
     lines = [cut(_LONG_RUN.sub(_cut_run, line), _LONGEST_LINE) for line in _OWN_LINE.split(masked(text))]
     return "\n".join(printable(line) for line in lines)
 
 
 def lines(text: str) -> str:
-    """Text of several lines that are ours (a traceback), each made printable."""
+    """Text of several lines that peru wrote (a traceback), each made printable."""
     return "\n".join(printable(line) for line in masked(text).split("\n"))
 
 
@@ -116,5 +115,5 @@ def html(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text for a cell of a Markdown table, or between backticks."""
+    """Text for a Markdown table cell, or between backticks."""
     return printable(text).replace("`", "'").replace("|", "\\|").replace("<", "&lt;")

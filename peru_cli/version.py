@@ -1,3 +1,3 @@
-"""The version of peru, as its outputs record it."""
+"""The version of peru, which its outputs record."""
 
 __version__ = "0.1.0"

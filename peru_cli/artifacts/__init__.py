@@ -1,1 +1,1 @@
-"""peru's file format: the container, the index, the codecs, and one module per kind of artifact."""
+"""peru's file format: the container, the index, the codecs, and one module for each kind of artifact."""

@@ -1,7 +1,6 @@
-"""Numbers and names in the indexes of artifacts: LEB128 varints, front-coded names (docs/format.md).
+"""Encode numbers and names in artifact indexes: LEB128 varints, front-coded names (docs/format.md).
 
-Reading trusts nothing: every length is checked against what is left.
-"""
+The reader trusts nothing: it checks every length against the bytes that are left."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from peru_cli.checkpoints.dtypes import BY_CODE, Dtype
 from peru_cli.checkpoints.header import MAX_DIMENSIONS, MAX_ENTRIES, MAX_HEADER_BYTES, check_tensor_name
 from peru_cli.errors import BadFile
 
-MAX_NAMES_BYTES = MAX_HEADER_BYTES  # of all tensor names together: front coding could make gigabytes of a small index
+MAX_NAMES_BYTES = MAX_HEADER_BYTES  # limit for all tensor names together: with front coding, a small index could expand to gigabytes
 
 
 class Sink:
-    """Takes numbers and names."""
+    """Writes numbers and names."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -31,7 +30,7 @@ class Sink:
         self.data.append(value)
 
     def signed(self, value: int) -> None:
-        """Zigzag: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
+        """Write a signed number in zigzag coding: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
         self.number(2 * value if value >= 0 else -2 * value - 1)
 
     def text(self, value: bytes) -> None:
@@ -44,7 +43,7 @@ class Sink:
             self.number(size)
 
     def name(self, name: str, previous: bytes) -> bytes:
-        """Front-coded against the name before (empty for the first); returns the name's own bytes."""
+        """Write a name, front-coded against the previous one (empty for the first). Returns the encoded name for the next call."""
         encoded = name.encode("utf-8")
         shared = _shared(previous, encoded)
         self.number(shared)
@@ -53,7 +52,7 @@ class Sink:
 
 
 class Cursor:
-    """Reads the index; every length is checked against what is left."""
+    """Reads an index. Every length is checked against the bytes that are left."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -87,7 +86,7 @@ class Cursor:
             shift += 7
 
     def count(self) -> int:
-        """A number of records, each of which takes at least one byte."""
+        """Read a number of records, each of which takes at least one byte."""
         return self.number(len(self._data) - self._at)
 
     def dtype(self) -> Dtype:
@@ -103,12 +102,12 @@ class Cursor:
             raise BadFile("the artifact's index holds a name that is not UTF-8") from error
 
     def signed(self, most: int) -> int:
-        """A zigzag number of a magnitude of at most `most`."""
+        """Read a zigzag number whose magnitude is at most `most`."""
         value = self.number(2 * most)
         return -(value + 1) // 2 if value % 2 else value // 2
 
     def shape(self, name: str, dtype: Dtype) -> tuple[int, ...]:
-        """The shape of a tensor that can be."""
+        """Read a tensor's shape. BadFile if no tensor can have it."""
         shape = tuple(self.number() for _ in range(self.number(MAX_DIMENSIONS)))
         if math.prod(max(size, 1) for size in shape) > MAX_ENTRIES:
             raise BadFile(f"tensor {name!r} has the impossible shape {list(shape)}")
@@ -117,7 +116,7 @@ class Cursor:
         return shape
 
     def names(self) -> Iterator[str]:
-        """A count, then so many front-coded names, each before the rest of its record: read that before the next one."""
+        """Read a count and that many front-coded names. Each name precedes the rest of its record: read the record before the next name."""
         name, names_left = b"", MAX_NAMES_BYTES
         for number in range(self.count()):
             shared = self.number(len(name))
@@ -139,5 +138,5 @@ class Cursor:
 
 
 def _shared(a: bytes, b: bytes) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

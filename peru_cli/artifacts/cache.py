@@ -12,14 +12,14 @@ V = TypeVar("V")
 
 
 class BlockCache(Generic[V]):
-    """The last few values by key. Safe from many threads."""
+    """The last few values by key. Thread-safe."""
 
     def __init__(self, size: int) -> None:
         self._size, self._lock = size, threading.Lock()
         self._futures: OrderedDict[Hashable, Future[V]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of a key; whoever asks first makes it, the others wait. Errors are kept as values are."""
+        """The value of a key. The first caller makes it, the others wait. Errors are cached like values."""
         with self._lock:
             future = self._futures.get(key)
             mine = future is None

@@ -15,12 +15,12 @@ from peru_cli.errors import BadFile
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are heard afterwards. Blocking them in this thread is not enough: another of the process takes them."""
+    """Hold back Ctrl-C and SIGTERM until the end. Blocking them in this thread is not enough: another thread would receive them."""
     caught: list[int] = []
-    mine = threading.current_thread() is threading.main_thread()  # only there can handlers be set, and do they run
+    mine = threading.current_thread() is threading.main_thread()  # only the main thread can set handlers, and handlers run in it
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if mine else {}
     for number, handler in before.items():
-        if handler is not None:  # None: set from C, and could not be put back
+        if handler is not None:  # None: the handler was set from C and could not be put back
             signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield
@@ -32,13 +32,13 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(caught[0])
 
 
-with _interrupts_wait():  # pcodec's initialisation makes a panic of a KeyboardInterrupt
+with _interrupts_wait():  # pcodec's initialisation turns a KeyboardInterrupt into a panic
     from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
 
 RAW = 0  # little-endian integers
-PCO = 1  # pcodec 1.x, wrapped format: header, metadata of one chunk, its one page
+PCO = 1  # pcodec 1.x, wrapped format: header, metadata of one chunk, its single page
 
-_LEVEL = 8  # higher levels gain under 0.3% here and take twice as long
+_LEVEL = 8  # higher levels gain less than 0.3% here and take twice as long
 _PCO_TYPE = {"int16": "i16", "int32": "i32", "int64": "i64", "uint32": "u32", "uint64": "u64"}
 
 Integers = np.ndarray[Any, np.dtype[Any]]
@@ -63,10 +63,9 @@ def encode(values: Integers, codec: int) -> bytes:
 
 
 def decode(data: bytes, codec: int, dtype: str, count: int) -> Integers:
-    """Decode exactly `count` integers of NumPy type `dtype`; the room taken is ours, never the stream's claim.
+    """Decode exactly `count` integers of NumPy type `dtype`. The buffer has our size, whatever the stream claims.
 
-    Raises BadFile for anything that is not such a stream.
-    """
+    Raises BadFile if the data is not such a stream."""
     if codec == RAW:
         if len(data) != count * np.dtype(dtype).itemsize:
             raise BadFile(f"a raw stream of {count} {dtype} has {len(data)} bytes")

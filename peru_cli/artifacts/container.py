@@ -1,9 +1,7 @@
 """The container of format 1: a safetensors file with sorted metadata and one U8 tensor for each role.
 
-Roles: `blocks` (kept entries), `whole` (tensors stored whole), `files` (side files), `index`. Their sizes
-are known at the end only, so the header's room is reserved and filled in last. docs/format.md has the
-bytes.
-"""
+Roles: `blocks` (kept entries), `whole` (tensors stored whole), `files` (side files), `index`. Their sizes are known only
+at the end, so space for the header is reserved and filled in last. docs/format.md defines the bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ FORMAT = "1"
 ROLES = ("blocks", "whole", "files", "index")
 MAX_INDEX_BYTES = 1 << 30
 _DIGEST = "peru.digest"
-_BLANK = "0" * 64  # stands for the digest while it is taken
+_BLANK = "0" * 64  # stands in for the digest while it is computed
 _U8 = BY_NAME["U8"]
 
 
@@ -40,24 +38,23 @@ def _header(sizes: Mapping[str, int], metadata: Mapping[str, str], reserve: int 
 
 
 def _seal(blank_header: bytes, index: bytes) -> str:
-    """The digest of a file's header, padding and all, in which the digest itself is blank, and of its index."""
+    """The digest of a file's header and index. The header is taken with its padding and with the digest itself blank."""
     return blake3(b"peru header 1\0" + blank_header + index).hexdigest()
 
 
 def header_room(largest_metadata: Mapping[str, str]) -> int:
-    """Bytes before the data of an artifact whose metadata is at most so long."""
+    """Bytes to reserve before the data of an artifact whose metadata is at most this long."""
     worst = _header(dict.fromkeys(ROLES, MAX_ENTRIES // 8), {**largest_metadata, _DIGEST: _BLANK})
     return -(-len(worst) // 64) * 64
 
 
 class ContainerWriter:
-    """Appends roles in their order, then seals the file with its header. A context manager, as PartialFile is."""
+    """Appends roles in order, then seals the file with its header. A context manager, like PartialFile."""
 
     def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool, resume: bool = False) -> None:
-        """`largest_metadata` has every key that `finish` will be given, with a value at least as long.
+        """`largest_metadata` has every key that `finish` will get, with a value at least as long.
 
-        With `resume`, what an earlier run left is there for `skip`.
-        """
+        With `resume`, the bytes that an earlier run left are kept for `skip`."""
         self.file = PartialFile(target, sync, resume)
         self._sizes = dict.fromkeys(ROLES, 0)
         self._data_offset = header_room(largest_metadata)
@@ -65,7 +62,7 @@ class ContainerWriter:
         self._last = 0
 
     def append(self, role: str, data: bytes | memoryview) -> None:
-        """Append to a role; roles come in the order of ROLES."""
+        """Append to a role. Roles must come in the order of ROLES."""
         number = ROLES.index(role)
         assert number >= self._last, f"{role} after {ROLES[self._last]}"
         self._last = number
@@ -74,17 +71,17 @@ class ContainerWriter:
         self._sizes[role] += len(data)
 
     def skip(self, role: str, nbytes: int) -> None:
-        """Append bytes that an earlier run has written there."""
+        """Count bytes of a role that an earlier run has already written."""
         self.append(role, b"")
         self._at += nbytes
         self._sizes[role] += nbytes
 
     def holds(self, nbytes: int) -> bool:
-        """Whether an earlier run left at least so many bytes of roles."""
+        """Whether an earlier run left at least this many bytes of roles."""
         return os.fstat(self.file.fd).st_size >= (self._data_offset + nbytes if nbytes else 0)
 
     def read_first(self, offset: int, nbytes: int) -> bytes:
-        """Bytes of the first role, which have been written already."""
+        """Read bytes of the first role that are already written."""
         return self.file.read_at(self._data_offset + offset, nbytes)
 
     @property
@@ -93,17 +90,16 @@ class ContainerWriter:
         return dict(self._sizes)
 
     def finish(self, metadata: Mapping[str, str], index: bytes, before: Callable[[], None] = lambda: None) -> int:
-        """`seal` and `commit`; returns the file's size in bytes.
+        """`seal` and `commit`. Returns the size of the file in bytes.
 
-        `before` is called when all is written and only the file's name is to be changed: what belongs to it can follow suit.
-        """
+        `before` is called when everything is written and only the rename is left."""
         self.seal(metadata, index)
         before()
         self.commit()
         return self._at
 
     def seal(self, metadata: Mapping[str, str], index: bytes) -> tuple[int, str]:
-        """Append the index and write the header; returns the file's size in bytes and the digest in its header."""
+        """Append the index and write the header. Returns the size of the file in bytes and the digest in its header."""
         self.append("index", index)
         digest = _seal(_header(self._sizes, {**metadata, _DIGEST: _BLANK}, reserve=self._data_offset), index)
         header = _header(self._sizes, {**metadata, _DIGEST: digest}, reserve=self._data_offset)
@@ -114,7 +110,7 @@ class ContainerWriter:
         return self._at, digest
 
     def commit(self) -> None:
-        """Put the sealed file in place."""
+        """Rename the sealed file into place."""
         self.file.commit()
 
     def __enter__(self) -> ContainerWriter:
@@ -126,7 +122,7 @@ class ContainerWriter:
 
 @contextmanager
 def opening(path: Place, close: Callable[[], None]) -> Iterator[None]:
-    """Close what could not be opened, and name the file in the reason."""
+    """If opening fails, close the file and name it in the error."""
     try:
         yield
     except BadFile as error:
@@ -177,17 +173,17 @@ class Container:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return self._file.size
 
     def read_into(self, role: str, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer from a role; BadFile beyond its end."""
+        """Fill a buffer from a role. BadFile beyond its end."""
         if offset < 0 or offset + len(buffer) > self.sizes[role]:
             raise BadFile(f"{self.path}: reads past the end of its role {role!r}")
         self._file.read_into(self._begin[role] + offset, buffer)
 
     def read(self, role: str, offset: int, nbytes: int) -> bytes:
-        """Bytes of a role; BadFile beyond its end (checked before room is taken)."""
+        """Read bytes of a role. BadFile beyond its end, which is checked before memory is allocated."""
         if nbytes < 0 or offset < 0 or offset + nbytes > self.sizes[role]:
             raise BadFile(f"{self.path}: reads past the end of its role {role!r}")
         data = bytearray(nbytes)
@@ -200,10 +196,9 @@ class Container:
 
 
 def find_artifact(place: Place, task: str | None = None) -> Place:
-    """A task's artifact in a folder or repo, or the one that holds no other weights; else the place itself.
+    """Find a task's artifact in a folder or repo, or the one artifact if there are no other weights. Otherwise returns the place itself.
 
-    UsageError if several files could be meant, or the task is none of them.
-    """
+    UsageError if several files could be meant, or if none belongs to the task."""
     files = [file for file in children(place, "*.safetensors") if not file.name.startswith(".")]
     if task is not None and place.is_dir():
         mine = [file for file in files if file.name.removesuffix(".safetensors") == task] or (files if len(files) == 1 else [])
@@ -220,7 +215,7 @@ def find_artifact(place: Place, task: str | None = None) -> Place:
 
 
 def artifact_kind(path: Place) -> str | None:
-    """The kind that a peru artifact says it is, sound or not; None for anything else."""
+    """The kind that an artifact claims, damaged or not. None for any other file."""
     if not path.is_file() or path.suffix != ".safetensors":
         return None
     file = open_random(path)
@@ -234,7 +229,7 @@ def artifact_kind(path: Place) -> str | None:
 
 
 def seal_of(path: Path) -> str | None:
-    """The digest in an artifact's header; None for anything else."""
+    """The digest in an artifact's header. None for any other file."""
     try:
         file = open_random(path)
     except OSError:
@@ -248,5 +243,5 @@ def seal_of(path: Path) -> str | None:
 
 
 def is_artifact(path: Place) -> bool:
-    """Whether a file is a peru artifact, sound or not; False for what is no safetensors file."""
+    """Whether a file is a peru artifact, damaged or not. False if it is not a safetensors file."""
     return artifact_kind(path) is not None

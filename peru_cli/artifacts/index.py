@@ -1,8 +1,7 @@
-"""The binary index of a sparse-delta artifact: what each tensor is and where its entries lie.
+"""The binary index of a sparse-delta artifact: how each tensor is stored and where its entries are.
 
-Byte layout: docs/format.md, "Index". Numbers are LEB128 varints; names are front-coded, which needs no
-codec and takes a third of their bytes.
-"""
+Byte layout: docs/format.md, "Index". Numbers are LEB128 varints. Names are front-coded, which needs no codec and takes a
+third of their bytes."""
 
 from __future__ import annotations
 
@@ -22,31 +21,31 @@ from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_nam
 from peru_cli.errors import BadFile
 
 INDEX_VERSION = 1
-EXACT, ROUNDED = 0, 1  # values: ULP differences; bf16 differences
-NOT_ROUNDED = 0x7FC0  # among rounded values: the exact difference is stored apart (never an encoded difference)
-STORED, FROM_BASE = 0, 1  # a side file inside the artifact; equal to the base's
-BLOCK_ENTRIES = 1 << 17  # kept entries a block: smaller ones cost bytes, larger ones memory and latency
+EXACT, ROUNDED = 0, 1  # how values are coded: ULP differences; bf16 differences
+NOT_ROUNDED = 0x7FC0  # marks a value whose exact difference is stored apart (never an encoded difference)
+STORED, FROM_BASE = 0, 1  # where a side file is: inside the artifact; equal to the base's
+BLOCK_ENTRIES = 1 << 17  # kept entries per block: smaller blocks cost bytes, larger ones cost memory and latency
 MAX_BLOCK_ENTRIES = 1 << 22
 _STREAM_SLACK = 1 << 16  # bytes by which an encoded stream may exceed its integers
 
 
 class Mode(IntEnum):
-    """How an artifact of one fine-tune has a tensor."""
+    """How an artifact of one fine-tune stores a tensor."""
 
     WHOLE = 0  # stored whole
-    DELTA = 1  # the base's, and what changes
-    COPY = 2  # the base's bytes
+    DELTA = 1  # the base's tensor and what changes in it
+    COPY = 2  # the base's bytes, unchanged
 
 
 @dataclass
 class TensorRecord:
-    """One tensor of the fine-tune. `base_*` and `kept` mean nothing for mode WHOLE."""
+    """One tensor of the fine-tune. `base_*` and `kept` are unused in mode WHOLE."""
 
     info: TensorInfo
     mode: Mode
     whole_digest: bytes = b""
     base_dtype: Dtype | None = None
-    base_rows: int = 0  # 0: the base's shape is the fine-tune's; else the base has only so many rows
+    base_rows: int = 0  # 0: the base has the fine-tune's shape; otherwise the number of rows that the base has
     base_digest: bytes = b""
     kept: int = 0
 
@@ -57,7 +56,7 @@ class TensorRecord:
 
     @property
     def base_entries(self) -> int:
-        """Leading entries that come from the base."""
+        """Number of leading entries that come from the base."""
         return 0 if self.mode == Mode.WHOLE else math.prod(self.base_shape)
 
     @property
@@ -76,10 +75,9 @@ R = TypeVar("R", bound=TensorRecord)
 
 @dataclass
 class Block:
-    """So many kept entries of one stream that decode on their own.
+    """Kept entries of one stream that decode on their own.
 
-    `origin` is the stream position that their first gap counts from: one past the block before.
-    """
+    `origin` is the stream position that the first gap counts from: one past the previous block."""
 
     stream: int
     origin: int
@@ -91,7 +89,7 @@ class Block:
     digest: bytes
 
     def nbytes(self, dtype: Dtype) -> int:
-        """Bytes of the block in the role `blocks`."""
+        """Size of the block in the role `blocks`."""
         return self.positions_bytes + self.values_bytes + self.apart * dtype.bits // 8
 
 
@@ -114,7 +112,7 @@ class Stream:
 
 @dataclass
 class SideFile:
-    """A small file of the fine-tune: inside the artifact, or the base's own."""
+    """A small file of the fine-tune: stored in the artifact, or equal to the base's."""
 
     name: str
     origin: int
@@ -124,20 +122,20 @@ class SideFile:
 
 @dataclass
 class Index:
-    """All that a sparse-delta artifact knows of its contents."""
+    """The contents of a sparse-delta artifact."""
 
     tensors: list[TensorRecord]
     streams: list[Stream]
-    blocks: list[Block]  # in the order of their bytes
+    blocks: list[Block]  # in file order
     files: list[SideFile]
 
     def stream_of(self, dtype: Dtype) -> int:
-        """Number of the stream that holds a dtype's entries."""
+        """Index of the stream that holds entries of a dtype."""
         return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
 
 
 def encode_index(index: Index) -> bytes:
-    """Serialise; tensors must be in canonical order."""
+    """Serialise an index. Tensors must be in canonical order."""
     sink = Sink()
     sink.byte(INDEX_VERSION)
     sink.number(len(index.tensors))
@@ -151,7 +149,7 @@ def encode_index(index: Index) -> bytes:
 
 
 def encode_files(sink: Sink, files: Sequence[SideFile]) -> None:
-    """Side files, in the order of their names."""
+    """Write side files, sorted by name."""
     sink.number(len(files))
     for file in files:
         sink.text(file.name.encode())
@@ -161,7 +159,7 @@ def encode_files(sink: Sink, files: Sequence[SideFile]) -> None:
 
 
 def encode_streams(sink: Sink, streams: Sequence[Stream], blocks: Sequence[Block]) -> None:
-    """Streams, then blocks."""
+    """Write the streams, then the blocks."""
     sink.number(len(streams))
     for stream in streams:
         sink.byte(stream.dtype.code)
@@ -182,7 +180,7 @@ def _encode_record(sink: Sink, record: TensorRecord) -> None:
 
 
 def encode_record(sink: Sink, record: TensorRecord, encode_changes: Callable[[], None]) -> None:
-    """What all artifacts of one fine-tune have of a tensor; then what changes, for mode DELTA."""
+    """Write the part of a record that all artifacts of one fine-tune share, then what changes (mode DELTA only)."""
     sink.byte(record.mode)
     sink.byte(record.info.dtype.code)
     sink.shape(record.info.shape)
@@ -209,7 +207,7 @@ def _encode_block(sink: Sink, block: Block, origin: int, stream: Stream) -> None
 
 
 def decode_index(data: bytes) -> Index:
-    """Parse and check an index; BadFile if anything in it cannot be."""
+    """Parse and check an index. BadFile if it is invalid."""
     cursor = Cursor(data)
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
@@ -230,7 +228,7 @@ def _decode_record(cursor: Cursor, name: str) -> TensorRecord:
 
 
 def decode_record(cursor: Cursor, name: str, kind: Callable[[TensorInfo, Mode], R], decode_changes: Callable[[R], None]) -> R:
-    """Inverse of `encode_record`; BadFile if anything in it cannot be."""
+    """Inverse of `encode_record`. BadFile if the record is invalid."""
     mode = Mode(cursor.one_of(tuple(Mode), "tensor mode"))
     dtype = cursor.dtype()
     record = kind(TensorInfo(name, dtype, cursor.shape(name, dtype)), mode)
@@ -254,7 +252,7 @@ def decode_record(cursor: Cursor, name: str, kind: Callable[[TensorInfo, Mode], 
 
 
 def decode_streams(cursor: Cursor) -> tuple[list[Stream], list[Block]]:
-    """Inverse of `encode_streams`; `check_streams` is to follow."""
+    """Inverse of `encode_streams`. Call `check_streams` afterwards."""
     streams = [_decode_stream(cursor) for _ in range(cursor.count())]
     return streams, _decode_blocks(cursor, streams)
 
@@ -297,7 +295,7 @@ def _decode_blocks(cursor: Cursor, streams: list[Stream]) -> list[Block]:
 
 
 def decode_files(cursor: Cursor) -> list[SideFile]:
-    """Inverse of `encode_files`; BadFile if a name or the order cannot be."""
+    """Inverse of `encode_files`. BadFile if a name or the order is invalid."""
     files = [_decode_file(cursor) for _ in range(cursor.count())]
     if any(a.name >= b.name for a, b in pairwise(files)):
         raise BadFile("the files that the artifact carries are not in order")
@@ -313,7 +311,7 @@ def _decode_file(cursor: Cursor) -> SideFile:
 
 
 def check_streams(tensors: Sequence[TensorRecord], streams: Sequence[Stream], blocks: Sequence[Block]) -> None:
-    """BadFile unless streams and blocks hold just what the tensors say."""
+    """BadFile unless streams and blocks hold exactly what the tensors declare."""
     dtypes = [stream.dtype for stream in streams]
     if len(set(dtypes)) != len(dtypes):
         raise BadFile("the artifact's index has two streams of one dtype")

@@ -1,4 +1,4 @@
-"""Read kept entries of any tensor of a sparse delta, block by block; every byte is checked before it is used."""
+"""Read the kept entries of any tensor of a sparse delta, block by block. Every byte is checked before it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peru_cli.artifacts.sparse_delta import Array, Entries, short_digest
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
 
-_CACHED_BLOCKS = 8  # decoded blocks kept: a block spans several tiles, and threads work on neighbours
+_CACHED_BLOCKS = 8  # decoded blocks kept: a block spans several tiles, and threads work on neighbouring ones
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class _StreamReader:
 
 
 class KeptEntries:
-    """The streams of one fine-tune. Safe from many threads."""
+    """The streams of one fine-tune. Thread-safe."""
 
     def __init__(
         self, path: Place, tensors: Sequence[TensorRecord], streams: Sequence[Stream], blocks: Sequence[Block],
         read: Callable[[int, int], bytes],
     ) -> None:  # fmt: skip
-        """`read` gives bytes of the blocks from an offset on, where 0 is the first block's."""
+        """`read` returns bytes of the blocks from an offset on; offset 0 is the first block."""
         self._path, self._read = path, read
         self._numbers = {stream.dtype.name: number for number, stream in enumerate(streams)}
         lengths = [0] * len(streams)
@@ -108,6 +108,6 @@ class KeptEntries:
         return Entries(positions, values, apart)
 
     def values_of(self, number: int) -> Iterator[Array]:
-        """Decoded values of a stream, block by block; those of entries kept apart are markers."""
+        """Decoded values of a stream, block by block. Entries stored apart appear as markers."""
         for i in range(len(self._streams[number].places)):
             yield self._decode(self._streams[number], i).values

@@ -1,4 +1,4 @@
-"""Read artifacts of kind `sparse-delta`; every byte is checked before it is used."""
+"""Read artifacts of kind `sparse-delta`. Every byte is checked before it is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peru_cli.errors import BadFile
 
 
 class SparseDelta(SingleArtifact[TensorRecord]):
-    """An opened sparse-delta artifact. Safe from many threads."""
+    """An opened sparse-delta artifact. Thread-safe."""
 
     def _open(self) -> None:
         if (kind := self.metadata.get("peru.kind")) != KIND:
@@ -32,5 +32,5 @@ class SparseDelta(SingleArtifact[TensorRecord]):
         return self._kept.entries(record, start, stop)
 
     def values_of(self, number: int) -> Iterator[Array]:
-        """Decoded values of a stream, block by block; those of entries kept apart are markers."""
+        """Decoded values of a stream, block by block. Entries stored apart appear as markers."""
         return self._kept.values_of(number)

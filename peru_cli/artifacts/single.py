@@ -1,4 +1,4 @@
-"""The common part of artifacts that hold one fine-tune: tensors, tensors stored whole, side files."""
+"""What all artifacts of one fine-tune share: tensors, tensors stored whole, side files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R = TypeVar("R", bound=TensorRecord)
 
 
 class SingleArtifact(ABC, Generic[R]):
-    """An opened artifact of one fine-tune. Safe from many threads."""
+    """An opened artifact of one fine-tune. Thread-safe."""
 
     records: dict[str, R]  # by the fine-tune's names, in canonical order
 
@@ -32,10 +32,10 @@ class SingleArtifact(ABC, Generic[R]):
 
     @abstractmethod
     def _open(self) -> None:
-        """Decode the index and hand it to `_settle`; BadFile if anything in it cannot be."""
+        """Decode the index and pass it to `_settle`. BadFile if it is invalid."""
 
     def _settle(self, tensors: Sequence[R], files: Sequence[SideFile], block_bytes: int) -> None:
-        """Take what the index has; BadFile if the roles have other sizes."""
+        """Take over the index's contents. BadFile if the roles have other sizes."""
         self.prefix = Prefix.decode(self.metadata.get("peru.prefix", ""))
         self.records = {record.info.name: record for record in tensors}
         self._files = files
@@ -51,11 +51,11 @@ class SingleArtifact(ABC, Generic[R]):
 
     @property
     def result_digest(self) -> bytes:
-        """Digest of the checkpoint that unpacking gives; 32 bytes."""
+        """Digest of the checkpoint that unpacking produces; 32 bytes."""
         return bytes.fromhex(self.metadata["peru.result"])
 
     def base_name(self, record: R) -> str:
-        """The base's name for a tensor that is not stored whole."""
+        """The base's name of a tensor that is not stored whole."""
         name = self.prefix.base_name(record.info.name)
         if name is None:
             raise BadFile(f"{self.path}: tensor {record.info.name!r} does not fit its own prefix {self.prefix}")
@@ -66,12 +66,12 @@ class SingleArtifact(ABC, Generic[R]):
         return [record.info for record in self.records.values()]
 
     def read_whole(self, record: R, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer with bytes that the artifact stores whole, from byte `offset` of the tensor on."""
+        """Fill a buffer with bytes stored whole, from byte `offset` of the tensor on."""
         skipped = record.info.dtype.nbytes(record.base_entries)
         self.container.read_into("whole", self._whole_at[record.info.name] + offset - skipped, buffer)
 
     def verify_whole(self, record: R) -> None:
-        """Check the digest of what is stored whole of a tensor; BadFile if it was altered."""
+        """Check the digest of a tensor's bytes stored whole. BadFile if they were altered."""
         if record.mode != Mode.WHOLE and not record.base_rows:
             return
         skipped = record.info.dtype.nbytes(record.base_entries)
@@ -81,7 +81,7 @@ class SingleArtifact(ABC, Generic[R]):
             raise BadFile(f"{self.path}: tensor {record.info.name!r}, stored whole, was altered", "fetch or make it again")
 
     def side_file(self, file: SideFile) -> bytes:
-        """Contents of a side file that the artifact stores; BadFile if it was altered."""
+        """Contents of a side file stored in the artifact. BadFile if it was altered."""
         before = self._files[: self._files.index(file)]
         data = self.container.read("files", sum(other.size for other in before if other.origin == STORED), file.size)
         if short_digest(data) != file.digest:

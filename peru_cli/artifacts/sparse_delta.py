@@ -1,8 +1,7 @@
 """Write artifacts of kind `sparse-delta`: one fine-tune as base plus kept entries.
 
-Blocks are filled in canonical order, encoded by whichever thread filled them, and written in order again,
-so the bytes depend on nothing but the entries.
-"""
+Blocks are filled in canonical order, encoded by the thread that filled them, and written in order again. The bytes depend
+on nothing but the entries."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from peru_cli.errors import BadFile
 
 KIND = "sparse-delta"
 
-# Metadata of this kind, less the container's digest, and the form of each value (docs/format.md, "Metadata").
+# Metadata of this kind without the container's digest, and the form of each value (docs/format.md, "Metadata").
 _COUNT = "0|[1-9][0-9]{0,18}"
 _DECIMAL = r"inf|(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-][0-9]+)?"
 METADATA = {
@@ -49,7 +48,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuse metadata that this kind cannot have; unknown keys are left alone."""
+    """Reject metadata that is invalid for this kind. Unknown keys are ignored."""
     for key, form in METADATA.items():
         if key not in metadata and key not in OPTIONAL:
             raise BadFile(f"its metadata lacks {key!r}")
@@ -58,13 +57,13 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def short_digest(data: bytes | memoryview) -> bytes:
-    """The digest that the index keeps of blocks and side files."""
+    """The digest of blocks and side files that the index stores."""
     return blake3(data).digest()[:SHORT]
 
 
 @dataclass
 class Entries:
-    """Kept entries in ascending order: stream positions (k,), values (k,), exact differences of those kept apart."""
+    """Kept entries in ascending order: stream positions (k,), values (k,), exact differences of those stored apart."""
 
     positions: Array
     values: Array
@@ -73,7 +72,7 @@ class Entries:
 
 @dataclass
 class FilledBlock:
-    """A block's entries, waiting to be encoded; `ticket` is its place in the file."""
+    """A block's entries, ready to encode; `ticket` is its place in the file."""
 
     ticket: int
     stream: int
@@ -83,10 +82,9 @@ class FilledBlock:
 
 @dataclass
 class News:
-    """How a stream has changed since it was last asked: entries that are in no block yet, `all` of those or the last of them.
+    """How a stream has changed since the last call: its entries outside of blocks, `all` of them or only the new ones.
 
-    `origin` is where the next block's gaps count from, `kept` how many entries the stream has.
-    """
+    `origin` is where the next block's gaps count from, `kept` the number of entries in the stream."""
 
     all: bool
     origin: int = 0
@@ -148,10 +146,10 @@ class _Filler:
 
 
 class BlockWriter:
-    """Encodes the streams of one fine-tune. `add` in canonical order; `write` for what it returns, from any thread."""
+    """Encodes the streams of one fine-tune: `add` in canonical order, then `write` each returned block from any thread."""
 
     def __init__(self, streams: list[Stream], append: Callable[[bytes], None]) -> None:
-        """`append` takes the blocks' bytes in their order."""
+        """`append` takes the bytes of the blocks in order."""
         self._append = append
         self._fillers = [_Filler(number, stream) for number, stream in enumerate(streams)]
         self._streams = streams
@@ -161,7 +159,7 @@ class BlockWriter:
         self._lock = threading.Lock()
 
     def add(self, stream: int, entries: Entries) -> list[FilledBlock]:
-        """Append kept entries to a stream; returns the blocks that are full now."""
+        """Append kept entries to a stream. Returns the blocks that are now full."""
         return self._tickets_for(self._fillers[stream], self._fillers[stream].add(entries))
 
     def rest(self) -> list[FilledBlock]:
@@ -176,7 +174,7 @@ class BlockWriter:
         return blocks
 
     def write(self, filled: FilledBlock) -> None:
-        """Encode a block and write it when its turn has come."""
+        """Encode a block and write it when its turn comes."""
         block, data = self._encode(filled)
         with self._lock:
             self._encoded[filled.ticket] = (block, data)
@@ -185,11 +183,11 @@ class BlockWriter:
                 self._append(ready[1])
 
     def news(self) -> tuple[int, list[News]]:
-        """How many blocks are full, and how each stream has changed since the last call. In canonical order, as `add`."""
+        """The number of full blocks, and how each stream has changed since the last call. Call it in canonical order, like `add`."""
         return self._tickets, [filler.news() for filler in self._fillers]
 
     def go_on(self, blocks: list[Block], news: list[News]) -> None:
-        """Take over what an earlier run wrote and held, news by news."""
+        """Take over what an earlier run wrote and still held, one `news` after another."""
         self._blocks += blocks
         self._tickets = len(self._blocks)
         for filler, each in zip(self._fillers, news, strict=True):
@@ -210,7 +208,7 @@ class BlockWriter:
         )
 
     def written(self) -> tuple[list[Stream], list[Block]]:
-        """When all is written: streams with entries, and their blocks."""
+        """Call when all blocks are written: the streams that have entries, and their blocks."""
         assert not self._encoded, "a block was never written"
         used = [stream for stream in self._streams if stream.kept]
         numbers = {self._streams.index(stream): i for i, stream in enumerate(used)}
@@ -220,12 +218,12 @@ class BlockWriter:
 
     @property
     def blocks(self) -> list[Block]:
-        """Blocks written so far, in the order of their bytes."""
+        """Blocks written so far, in file order."""
         return self._blocks
 
 
 class SparseDeltaWriter(BlockWriter):
-    """Writes one artifact: what BlockWriter does, then `finish`."""
+    """Writes one artifact: a BlockWriter with `finish`."""
 
     def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool, resume: bool = False) -> None:
         self.container = ContainerWriter(target, largest_metadata, sync, resume)
@@ -236,17 +234,17 @@ class SparseDeltaWriter(BlockWriter):
         self.container.skip("blocks", sum(block.nbytes(self._streams[block.stream].dtype) for block in blocks))
 
     def append_whole(self, data: memoryview) -> None:
-        """Append bytes of tensors stored whole, in the index's order."""
+        """Append bytes of tensors stored whole, in index order."""
         self.container.append("whole", data)
 
     def finish(self, metadata: Mapping[str, str], records: list[TensorRecord], files: list[tuple[SideFile, bytes]]) -> int:
-        """`seal`, and put the artifact in place; returns its size in bytes."""
+        """`seal`, and rename the artifact into place. Returns its size in bytes."""
         size, _ = self.seal(metadata, records, files)
         self.container.commit()
         return size
 
     def seal(self, metadata: Mapping[str, str], records: list[TensorRecord], files: list[tuple[SideFile, bytes]]) -> tuple[int, str]:
-        """Write side files, index and header; returns the artifact's size in bytes and the digest in its header."""
+        """Write side files, index and header. Returns the artifact's size in bytes and the digest in its header."""
         for file, content in files:
             if file.origin == STORED:
                 self.container.append("files", content)

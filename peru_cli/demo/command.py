@@ -66,7 +66,7 @@ def demo(
 
 
 class _Commands:
-    """Runs peru command lines in this process. Shows each as it could be typed; the `unpack` of one task stands for all."""
+    """Runs peru command lines in this process. Shows each as it would be typed; the `unpack` of one task stands for all."""
 
     def __init__(self, context: typer.Context) -> None:
         self._main = context.find_root().command.main

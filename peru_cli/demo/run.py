@@ -1,4 +1,4 @@
-"""`peru demo`: the real commands on the shipped family, and what they cost in accuracy."""
+"""`peru demo`: the real commands on the shipped family, and their cost in accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.prepare import Settings, load
 from peru_cli.inference.reading import read_examples
 
-BATCH = 250  # images
+BATCH = 250  # images per batch
 PROCESSOR = "preprocessor_config.json"  # how pixels become inputs
 NAMES = {"digits": "digits", "fashion_mnist": "fashion", "notmnist": "letters", "sign_digits": "signs"}
 
@@ -26,10 +26,9 @@ Command = Callable[[list[str]], None]  # runs one peru command line; raises if i
 
 @dataclass(frozen=True)
 class Way:
-    """One way of keeping all tasks: the command that writes it, and where `unpack` finds a task in it.
+    """One way to store all tasks: the command that writes it, and where `unpack` finds a task in it.
 
-    `source` and `base` hold `{}` for the task; `task` says that one source holds all tasks.
-    """
+    `source` and `base` contain `{}` in place of the task. `task` says that one source holds all tasks."""
 
     method: str
     command: str  # before the models: `prune`; after them: its options
@@ -44,7 +43,7 @@ class Way:
         return self.source.split("/")[0].removesuffix(".safetensors")
 
 
-# All tasks have ten classes: only `--per-task classifier` says that their heads are different.
+# All tasks have ten classes: only `--per-task classifier` tells peru that their heads differ.
 HEAD = "--base base --per-task classifier"
 WAYS = (
     Way("Post-Pruning, 5%", "prune", "--base base -o pruned/ --keep 5%", "pruned/{}.safetensors"),
@@ -60,11 +59,11 @@ MODELS = 2 + len(WAYS)  # rows of the table
 
 @dataclass
 class Row:
-    """One way of keeping all tasks: what it is called, bytes for all of them, accuracy of each (0 to 1)."""
+    """One way to store all tasks: its name, bytes for all of them, accuracy of each (0 to 1)."""
 
     method: str
     nbytes: int
-    parameters: int  # encoder parameters of all tasks together: what bits a parameter count
+    parameters: int  # encoder parameters of all tasks together: the divisor of bits a parameter
     accuracies: dict[str, float]
 
     @property
@@ -74,7 +73,7 @@ class Row:
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits for each encoder parameter of each task, heads and all else included."""
+        """Bits for each encoder parameter of each task, including heads and everything else."""
         return 8 * self.nbytes / self.parameters
 
     def normalised(self, fine_tuned: Row) -> float:
@@ -83,11 +82,10 @@ class Row:
 
 
 def run_demo(work: Path, command: Command, advance: Callable[[int], None]) -> Iterator[Row]:
-    """Compress the family in a folder, rebuild it, classify all test images; yields rows as they come.
+    """Compress the family in a folder, rebuild it and classify all test images. Yields rows as they are measured.
 
-    Goes to the folder, so that command lines are short, and comes back. `advance` hears of each model that was tested.
-    """
-    torch.set_num_threads(1)  # the models are small: threads that wait for each other take longer
+    Changes to the folder, so that command lines are short, and changes back. `advance` is called for each tested model."""
+    torch.set_num_threads(1)  # the models are small: threads that wait for each other are slower
     here = Path.cwd()
     os.chdir(work)
     try:
@@ -121,13 +119,13 @@ def _rows(command: Command, advance: Callable[[int], None]) -> Iterator[Row]:
             folders[task].parent.mkdir(parents=True, exist_ok=True)
             more = [*(["--task", task] if way.task else []), *(["--base", way.base] if way.base else [])]
             command(["unpack", way.source.format(task), *more, "-o", str(folders[task])])
-            if not (folders[task] / PROCESSOR).exists():  # the base has none that a merge could pass on
+            if not (folders[task] / PROCESSOR).exists():  # the base has none that a merge could copy
                 shutil.copy(Path(task) / PROCESSOR, folders[task])
         yield row(way.method, _size(way, list(tasks)), folders)
 
 
 def accuracy(model: Path, images: Path) -> float:
-    """Share of test images that a classifier in a folder gets right; it computes in float32 whatever its weights."""
+    """Share of test images that a classifier in a folder gets right. It computes in float32, whatever the dtype of its weights."""
     loaded = load(open_eval_model(str(model), "", None), examples := read_examples(str(images)), [], Settings())
     labels = examples.class_numbers(loaded.model.config)
     assert labels is not None
@@ -135,7 +133,7 @@ def accuracy(model: Path, images: Path) -> float:
 
 
 def _size(way: Way, tasks: Sequence[str]) -> int:
-    """Bytes of all that is needed besides the base: artifacts, and a merged base that comes with them."""
+    """Bytes needed besides the base: artifacts, and a merged base that comes with them."""
     places = {Path(way.source.format(task)) for task in tasks} | ({Path(way.base)} if way.base not in ("", "base") else set())
     files = {file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()}
     if way.base not in ("", "base"):  # the artifacts hold the heads too
@@ -144,7 +142,7 @@ def _size(way: Way, tasks: Sequence[str]) -> int:
 
 
 def _under_head(task: str, folder: Path) -> Path:
-    """A checkpoint of the base's encoder and of all else that the task's fine-tune holds."""
+    """A checkpoint with the base's encoder and everything else from the task's fine-tune."""
     folder.mkdir(parents=True)
     for name in ("config.json", PROCESSOR):
         shutil.copy(Path(task) / name, folder)

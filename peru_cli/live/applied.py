@@ -1,4 +1,4 @@
-"""The common part of live swaps: match names, check the base, restore the weights."""
+"""What all live swaps share: matching names, checking the base, restoring the weights."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 class Kept(NamedTuple):
-    """What was in a tensor before: entries at positions, or all of it."""
+    """The earlier contents of a tensor: entries at positions, or all of it."""
 
     tensor: Tensor
-    seen: tuple[object, ...]  # where the tensor lay then
+    seen: tuple[object, ...]  # where the tensor was in memory then
     positions: Tensor | None  # flat, ascending
-    old: Tensor  # (k,) or as the tensor, in its dtype
+    old: Tensor  # (k,) or the tensor's shape, in its dtype
 
 
 class Applied:
-    """An artifact on a model; `restore` puts back exactly what was there before. Also a context manager.
+    """An artifact applied to a model. `restore` puts back exactly what was there before. Also a context manager.
 
-    The weights are this thread's until then: another thread that applies something to them gets an error (owners.py).
-    """
+    Until then the weights belong to this thread: another thread that applies something to them gets an error (owners.py)."""
 
     def __init__(self, claim: Claim | None = None, model: nn.Module | None = None) -> None:
         self._claim, self._model = claim, weakref.ref(model) if model is not None else None
@@ -47,13 +46,13 @@ class Applied:
         self._replaced: list[tuple[MutableMapping[str, Tensor], str, Tensor]] = []
 
     def set_entries(self, tensor: Tensor, positions: Tensor, bits: Tensor) -> None:
-        """Overwrite entries of a contiguous tensor, given as integers of its width, keeping the old ones."""
+        """Overwrite entries of a contiguous tensor with integers of its width, and keep the old ones."""
         flat = tensor.detach().view(-1)
         self._entries.append(Kept(tensor, memory(tensor), positions, flat[positions]))
         flat.view(bits.dtype)[positions] = bits
 
     def set_tensor(self, table: MutableMapping[str, Tensor], name: str, value: Tensor) -> None:
-        """Overwrite a whole tensor in place where it fits, else put it into the table (under all names that are tied to it)."""
+        """Overwrite a whole tensor in place if it fits. Otherwise put it into the table, under all names that are tied to it."""
         old = table.get(name)
         if old is not None and old.shape == value.shape and old.dtype == value.dtype:
             self._entries.append(Kept(old, memory(old), None, old.detach().clone()))
@@ -67,12 +66,12 @@ class Applied:
             table[name] = value
 
     def restore(self) -> None:
-        """Put back what was there before; a second call does nothing.
+        """Restore the earlier weights. A second call does nothing.
 
-        A model that was moved or cast meanwhile (`model.to(...)`) gets the base's entries in its new dtype and place: it is the base, moved
-        or cast. Raises Mismatch, once all else is back, if tensors were replaced or reshaped, so that the base is not restored.
-        UsageError if something was applied on top of it that is still there.
-        """
+        If the model was moved or cast meanwhile (`model.to(...)`), it gets the base's entries in its new dtype and place: it is the base,
+        moved or cast. Raises Mismatch, after everything else is restored, if tensors were replaced or reshaped: the base is not
+        restored then.
+        UsageError if a later change is still applied on top."""
         if self._claim is not None:
             self._claim.check_last()
         lost = 0
@@ -91,12 +90,12 @@ class Applied:
             raise not_restored(lost)
 
     def let_go(self) -> None:
-        """Others may change the weights now."""
+        """Let other threads change the weights again."""
         if self._claim is not None:
             self._claim.release()
 
     def _held(self) -> set[int] | None:
-        """Which tensors the module has now; None for a state dict, whose tensors are written to wherever they are."""
+        """Which tensors the module has now. None for a state dict, whose tensors are written to wherever they are."""
         model = self._model() if self._model is not None else None
         return {id(tensor) for tensor in model.state_dict(keep_vars=True).values()} if model is not None else None
 
@@ -108,7 +107,7 @@ class Applied:
 
 
 def not_restored(tensors: int) -> Mismatch:
-    """What to say of tensors that are no longer where they were."""
+    """The error for tensors that are no longer where they were."""
     return Mismatch(
         f"the base was not restored: the model has since replaced or reshaped tensors of {tensors} change(s)",
         "load the base again; restore the artifact before you replace the model's weights",
@@ -116,7 +115,7 @@ def not_restored(tensors: int) -> Mismatch:
 
 
 def put_back(kept: Kept) -> bool:
-    """Write what was there before, in the dtype and place that the tensor has now; False if its shape is another."""
+    """Write the earlier contents in the tensor's current dtype and place. False if its shape has changed."""
     tensor = kept.tensor.detach()
     shape = kept.seen[2]
     if tensor.shape != shape or tensor.device.type == "meta":
@@ -124,7 +123,7 @@ def put_back(kept: Kept) -> bool:
     if kept.positions is None:
         tensor.copy_(kept.old)
     elif memory(kept.tensor) == kept.seen:
-        bits = INTEGERS[8 * kept.old.element_size()]  # integers, lest NaN payloads change
+        bits = INTEGERS[8 * kept.old.element_size()]  # as integers, so that NaN payloads survive
         tensor.view(-1).view(bits)[kept.positions] = kept.old.view(bits)
     elif tensor.is_contiguous():
         tensor.view(-1)[kept.positions.to(tensor.device)] = kept.old.to(tensor.device, tensor.dtype)
@@ -134,10 +133,9 @@ def put_back(kept: Kept) -> bool:
 
 
 def as_saved(model: nn.Module) -> dict[str, Tensor]:
-    """A module's own tensors under the names of its checkpoint, which transformers renames while loading.
+    """A module's own tensors under the names of its checkpoint, which transformers renames on loading.
 
-    Where loading fused tensors (experts), saving would make new ones: then the names in memory stay.
-    """
+    If loading fused tensors (experts), saving would create new ones; then the names in memory are used."""
     table = model.state_dict(keep_vars=True)
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -150,12 +148,12 @@ def as_saved(model: nn.Module) -> dict[str, Tensor]:
 
 
 def memory(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are tied: the same memory seen in the same way."""
+    """A key that is equal for tied tensors: the same memory, viewed the same way."""
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | None:
-    """A tensor's name in memory: bert-base-uncased and its like call `gamma` and `beta` what models call `weight` and `bias`."""
+    """A tensor's name in memory: checkpoints like bert-base-uncased say `gamma` and `beta` where models say `weight` and `bias`."""
     if name is not None and name not in present:
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
             if name.endswith(old) and (loaded := name.removesuffix(old) + new) in present:
@@ -164,11 +162,10 @@ def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | Non
 
 
 def match(table: Mapping[str, Tensor], origins: Mapping[str, Origin], artifact: Artifact, is_module: bool) -> dict[str, str]:
-    """The model's name for each of the fine-tune's tensors. Its names may be the base's or the fine-tune's.
+    """Find the model's name for each of the fine-tune's tensors. The model may use the base's or the fine-tune's names.
 
-    Left out are tensors that the model lacks and the artifact does not change: buffers of old
-    checkpoints (`position_ids`, `rotary_emb.inv_freq`) that today's models compute themselves.
-    """
+    Leaves out tensors that the model lacks and the artifact does not change: buffers of old checkpoints (`position_ids`,
+    `rotary_emb.inv_freq`) that current models compute themselves."""
     present = infos(table)
     wanted = {name: TensorInfo(name, o.info.dtype, o.base.shape if o.base is not None else o.info.shape) for name, o in origins.items()}
     prefix = find_prefix(wanted, present)
@@ -203,13 +200,13 @@ def match(table: Mapping[str, Tensor], origins: Mapping[str, Origin], artifact: 
 
 
 def base_tensors(table: Mapping[str, Tensor], origins: Mapping[str, Origin], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The base's tensors, as far as they are in a model, under the base's names; `names` are what `match` found."""
+    """The base's tensors found in a model, under the base's names. `names` is the result of `match`."""
     based = ((origin.base.name, names[fine]) for fine, origin in origins.items() if origin.base is not None and fine in names)
     return {base: table[name] for base, name in based}
 
 
 def verify_base(base: TensorTable, origins: Mapping[str, Origin], names: Mapping[str, str], artifact: Artifact) -> None:
-    """Mismatch if a tensor in memory is not the artifact's base's, by digest; messages call it by its name in `names`."""
+    """Mismatch if a tensor in memory differs from the artifact's base, by digest. Messages use the names in `names`."""
     wrong = []
     for fine, origin in origins.items():
         if origin.base is not None and fine in names:
@@ -221,10 +218,9 @@ def verify_base(base: TensorTable, origins: Mapping[str, Origin], names: Mapping
 
 
 def owners(table: Mapping[str, Tensor], names: Mapping[str, str], source: FromArtifact) -> dict[str, str]:
-    """`names` without memory that several of the fine-tune's tensors share (tied weights), which the first of them has.
+    """`names` without duplicates: memory that several of the fine-tune's tensors share (tied weights) goes to the first of them.
 
-    Raises Mismatch if the fine-tune has different values there: it was untied, this model is not.
-    """
+    Raises Mismatch if their values differ in the fine-tune: it was untied, but this model is not."""
     first: dict[tuple[object, ...], str] = {}
     kept = {}
     for fine, name in names.items():

@@ -4,8 +4,7 @@
     applied = peru_cli.apply(model, artifact)        # the model is the fine-tune now
     applied.restore()                                # the model is the base again, bit for bit
 
-The entries that an artifact touches are kept aside and put back: nothing is subtracted.
-"""
+The entries that an artifact changes are saved and put back: nothing is subtracted."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 def open_artifact(path: str | Path) -> Artifact:
     """Open an artifact that `peru prune` or `peru shuffle-pack` wrote: a path, or a name on the Hub.
 
-    Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
-    """
+    Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read."""
     return open_compact(find_artifact(locate(str(path))))
 
 
@@ -49,32 +47,31 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
     """Turn a base model in memory into the artifact's fine-tune.
 
     Args:
-        model: a torch module, or a state dict, with the base's weights in the base's dtype and on any
-            device. A module that already carries an artifact is restored first, so tasks can be swapped: applies to a module
-            do not nest. On a state dict they do, if `verify` is off; the last one is restored first. Weights belong to the thread
-            that applied something to them until it restores them: any other thread gets an error.
-            From one task of a pack to another it goes without the base being put back or verified again.
+        model: a torch module or a state dict with the base's weights, in the base's dtype and on any device.
+            Applies to a module do not nest: a module that carries an artifact is restored first. From one task of a pack
+            to another the base is neither restored nor verified again. Applies to a state dict nest if `verify` is off;
+            restore the last one first. Weights belong to the thread that applied something to them until it restores
+            them: any other thread gets an error.
         artifact: from `open_artifact`.
-        task: which task of a pack; may be left out if there is one only.
+        task: which task of a pack; optional if there is only one.
         verify: check first that every tensor is the base's, by digest. Switch off only for speed.
 
     Returns:
-        A handle whose `restore()` gives the earlier weights back bit for bit.
+        A handle whose `restore()` puts the earlier weights back, bit for bit.
 
     Raises:
-        Mismatch: the weights are not the artifact's base (the first tensors that differ are named), a
-            module has no place of that shape and dtype for a tensor, or tied weights would have to
-            differ. Nothing has been changed then, but that an earlier artifact has been taken off.
-        BadFile: the artifact is damaged; what was changed is put back.
-        UsageError: the pack has no such task, or another thread has applied something to these weights.
-    """
+        Mismatch: the weights are not the artifact's base (the message names the first tensors that differ), a module has
+            no tensor of that shape and dtype, or tied weights would have to differ. The model is unchanged, except that
+            an earlier artifact has been restored.
+        BadFile: the artifact is damaged. What was changed is put back.
+        UsageError: the pack has no such task, or another thread has applied something to these weights."""
     if isinstance(artifact, Pack):
         return _apply_pack(model, artifact, artifact.task(task).name, verify)
     if task is not None:
         raise UsageError(f"{artifact.path} is not a pack: it holds one fine-tune", "leave task out")
     is_module = isinstance(model, torch.nn.Module)
     if isinstance(model, torch.nn.Module) and (earlier := _applied.get(model)) is not None:
-        Claim(as_saved(model).values(), str(artifact.path)).release()  # not another thread's
+        Claim(as_saved(model).values(), str(artifact.path)).release()  # fails if they are another thread's
         _applied.pop(model, None)
         earlier.restore()
     table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
@@ -117,7 +114,7 @@ def _apply_pack(model: nn.Module | MutableMapping[str, Tensor], pack: Pack, task
     is_module = isinstance(model, torch.nn.Module)
     earlier = _applied.get(model) if is_module else None
     if isinstance(model, torch.nn.Module) and earlier is not None:
-        Claim(as_saved(model).values(), str(pack.path)).release()  # not another thread's
+        Claim(as_saved(model).values(), str(pack.path)).release()  # fails if they are another thread's
         _applied.pop(model, None)
     if isinstance(earlier, AppliedPack) and earlier.pack is pack and earlier.is_applied:
         applied, verify = earlier, False
@@ -132,7 +129,7 @@ def _apply_pack(model: nn.Module | MutableMapping[str, Tensor], pack: Pack, task
 
 
 def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: str, source: FromArtifact, fine: str) -> None:
-    """Turn the model's tensor `name` into the fine-tune's tensor `fine`: in place where it fits."""
+    """Turn the model's tensor `name` into the fine-tune's tensor `fine`, in place if it fits."""
     origin, tensor = source.origins[fine], table.get(name)
     if not origin.changes:
         return
@@ -154,5 +151,5 @@ def _apply_tensor(applied: Applied, table: MutableMapping[str, Tensor], name: st
 
 
 def _entries(flat: Tensor, start: int, positions: Any) -> Any:
-    """Entries of a flat integer tensor on any device, at positions that count from `start`, as an array; (k,) -> (k,)."""
+    """Entries of a flat integer tensor on any device as an array, at positions counted from `start`; (k,) -> (k,)."""
     return flat[torch.from_numpy(positions + start).to(flat.device)].cpu().numpy()

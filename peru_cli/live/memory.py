@@ -1,4 +1,4 @@
-"""Tensors in memory read as a checkpoint, and a checkpoint's tensors loaded into memory."""
+"""Read tensors in memory as a checkpoint, and load a checkpoint's tensors into memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from peru_cli.errors import BadFile
 from peru_cli.streaming.engine import available_threads
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_PIECE = 1 << 16  # entries computed at once: they stay in a core's cache
-_BATCH = 1 << 18  # entries that one thread takes at once: asking for more costs more than a small tensor
+_PIECE = 1 << 16  # entries computed at once: they fit a core's cache
+_BATCH = 1 << 18  # entries that one thread takes at once: asking for more work costs more than a small tensor
 
 
 def infos(table: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    """What a table holds, but for what no checkpoint could hold (extra state, exotic dtypes)."""
+    """The contents of a table, without what no checkpoint can hold (extra state, exotic dtypes)."""
     found = {}
     for name, tensor in table.items():
         dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch.")) if isinstance(tensor, torch.Tensor) else None
@@ -33,7 +33,7 @@ def infos(table: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
 
 
 def raw_bytes(tensor: torch.Tensor) -> Bytes:
-    """A contiguous tensor's bytes: the same memory if it is the CPU's, else a copy."""
+    """A contiguous tensor's bytes: the same memory on the CPU, otherwise a copy."""
     found: Bytes = tensor.detach().cpu().view(-1).view(torch.uint8).numpy()
     return found
 
@@ -48,13 +48,13 @@ class TensorTable(Checkpoint):
         self.add(table)
 
     def clear(self) -> None:
-        """Let go of all tensors."""
+        """Release all tensors."""
         self._flat: dict[str, torch.Tensor] = {}
-        self._bytes: dict[str, memoryview] = {}  # of those in the CPU's memory
+        self._bytes: dict[str, memoryview] = {}  # of tensors in CPU memory
         self.tensors: dict[str, TensorInfo] = {}
 
     def add(self, table: Mapping[str, torch.Tensor]) -> None:
-        """Put more tensors in. They are not copied, unless their entries do not lie one after another."""
+        """Add more tensors. Contiguous ones are not copied."""
         for name, info in infos(table).items():
             flat = table[name].detach().reshape(-1)
             self.tensors[name], self._flat[name] = info, flat
@@ -77,7 +77,7 @@ class TensorTable(Checkpoint):
 
 
 def empty_tensor(label: str, info: TensorInfo, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Room for a tensor. BadFile for dtypes that torch lacks."""
+    """Allocate a tensor. BadFile for dtypes that torch lacks."""
     kind = getattr(torch, info.dtype.torch_name or "", None)
     if kind is None:
         raise BadFile(f"{label}: torch has no dtype for {info.name!r} ({info.dtype.name})")
@@ -85,14 +85,14 @@ def empty_tensor(label: str, info: TensorInfo, device: torch.device | str = "cpu
 
 
 def fill(source: Checkpoint, out: Mapping[str, torch.Tensor]) -> None:
-    """Compute tensors of a fine-tune in memory, on all threads. `out` has contiguous tensors by the source's names."""
+    """Compute tensors of a fine-tune into memory, on all threads. `out` maps the source's names to contiguous tensors."""
     with ThreadPoolExecutor(available_threads()) as pool:
         for _ in pool.map(partial(_fill, source, out), _batches(out)):
             pass
 
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors in memory. BadFile for dtypes that torch lacks."""
+    """Load a checkpoint's tensors into memory. BadFile for dtypes that torch lacks."""
     tensors = {name: empty_tensor(checkpoint.label, info) for name, info in checkpoint.tensors.items()}
     if checkpoint.ranged:
         checkpoint.expect([(name, 0, info.nbytes) for name, info in checkpoint.tensors.items()])
@@ -103,7 +103,7 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _batches(out: Mapping[str, torch.Tensor]) -> Iterator[list[tuple[str, int]]]:
-    """Pieces of all tensors, some at a time: a name and a first entry."""
+    """Pieces of all tensors in batches: each piece is a name and a first entry."""
     batch: list[tuple[str, int]] = []
     size = 0
     for name, tensor in out.items():

@@ -1,4 +1,4 @@
-"""Keep track of who has changed which weights: one thread at a time, and the last change is restored first."""
+"""Track who has changed which weights: one thread at a time, and the last change is restored first."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor, UntypedStorage
 
 _lock = threading.Lock()
-_claims: dict[tuple[torch.device, int], list[Claim]] = {}  # by storage: who is on it, the last one at the end
+_claims: dict[tuple[torch.device, int], list[Claim]] = {}  # by storage; the latest claim comes last
 
 
 class Claim:
-    """One change of a set of weights, from before its first entry is written until the last is back."""
+    """One change of a set of weights, from before the first write until everything is restored."""
 
     def __init__(self, tensors: Iterable[Tensor], what: str) -> None:
-        """UsageError if another thread's change is on any of them."""
+        """UsageError if another thread has changed any of them."""
         self._thread = threading.current_thread()
         self._what = what
         storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor) and t.device.type != "meta"]
@@ -41,14 +41,14 @@ class Claim:
                 _claims.setdefault(key, []).append(self)
 
     def _others(self, key: tuple[torch.device, int]) -> list[Claim]:
-        """The claims on a storage. Those on freed memory, whose address was given out again, are dropped."""
+        """The claims on a storage. Claims on freed memory are dropped: its address may have been reused."""
         _claims[key] = [claim for claim in _claims.get(key, ()) if claim._keys[key]() is not None]
         if not _claims[key]:
             return _claims.pop(key)
         return _claims[key]
 
     def check_last(self) -> None:
-        """UsageError if a later change is on the same weights: what it keeps aside is this one's work."""
+        """UsageError if a later change covers the same weights: what it saved is this change's result."""
         with _lock:
             later = next((c for key in self._keys for c in _claims.get(key, [self])[::-1][:1] if c is not self), None)
         if later is not None and self._is_held():
@@ -58,7 +58,7 @@ class Claim:
         return any(self in _claims.get(key, ()) for key in self._keys)
 
     def release(self) -> None:
-        """The weights are what they were; a second call does nothing."""
+        """Call when the weights are restored. A second call does nothing."""
         with _lock:
             for key in self._keys:
                 claims = _claims.get(key, [])

@@ -3,11 +3,10 @@
     pack = peru_cli.open_artifact("pack.safetensors")
     applied = peru_cli.apply(model, pack, task="a")
     applied.switch("b")                              # or apply(model, pack, task="b"): the base is not read again
-    pack.load()                                      # not needed: holds the sums in memory, so that a switch is fast
+    pack.load()                                      # optional: holds the sums in memory, so that a switch is fast
     applied.restore()                                # the model is the base again, bit for bit
 
-The base's tensors are kept aside while a task is applied: packs change every entry.
-"""
+The base's tensors are saved while a task is applied: packs change every entry."""
 
 from __future__ import annotations
 
@@ -27,30 +26,30 @@ from peru_cli.live.owners import Claim
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_SOURCES = 8  # tasks whose places and signs are kept
+_SOURCES = 8  # tasks whose places and signs are cached
 
 
 class AppliedPack(Applied):
-    """A pack's task on a model; `switch` puts another in its place, `restore` the base. Also a context manager."""
+    """A pack's task applied to a model. `switch` changes the task, `restore` puts the base back. Also a context manager."""
 
     def __init__(self, table: MutableMapping[str, Tensor], pack: Pack, model: nn.Module | MutableMapping[str, Tensor]) -> None:
-        """UsageError if another thread's change is on these weights."""
+        """UsageError if another thread has changed these weights."""
         module = model if isinstance(model, torch.nn.Module) else None
         super().__init__(None, module)
         self.pack, self._table, self._is_module = pack, table, module is not None
         self._kept: dict[str, Tensor] = {}  # the base's tensors, by their names in the model
-        self._base = TensorTable("the model", {})  # the same, by the base's names
+        self._base = TensorTable("the model", {})  # the same tensors, by the base's names
         self._own = Applied()  # the task's own tensors
-        self._names: dict[str, tuple[list[Any], dict[str, str]]] = {}  # by task: the model's tensors, and what `match` made of them
+        self._names: dict[str, tuple[list[Any], dict[str, str]]] = {}  # by task: the model's tensors, and the result of `match` for them
         self._sources: BlockCache[TaskOfPack] = BlockCache(_SOURCES)
 
     @property
     def is_applied(self) -> bool:
-        """Whether a task is on the model."""
+        """Whether the model currently has a task."""
         return bool(self._kept)
 
     def switch(self, task: str, verify: bool = False) -> None:
-        """Turn the model into another task of the pack. Mismatch if the model has no place for it: then it is the base again."""
+        """Turn the model into another task of the pack. Mismatch if the model has no place for it: then the base is restored."""
         if self._claim is None:
             self._claim = Claim(self._table.values(), str(self.pack.path))
         self._own.restore()
@@ -79,7 +78,7 @@ class AppliedPack(Applied):
                 self._own.set_tensor(self._table, names[fine], value if old is None else value.to(old.device))
 
     def _matched(self, source: TaskOfPack) -> dict[str, str]:
-        """The model's name for each of the task's tensors; looked for again only if the model's tensors are others by now."""
+        """The model's name for each of the task's tensors. Matched again only if the model's tensors have changed."""
         seen = [(name, t.shape, t.dtype, t.data_ptr()) for name, t in self._table.items() if isinstance(t, torch.Tensor)]
         known = self._names.get(source.record.name)
         if known is not None and known[0] == seen:
@@ -89,7 +88,7 @@ class AppliedPack(Applied):
         return names
 
     def _keep(self, source: TaskOfPack, names: dict[str, str]) -> None:
-        """Set the base's tensors aside that the task changes, tied ones once."""
+        """Save the base's tensors that the task changes, tied ones once."""
         first = {memory(self._table[name]): name for name in self._kept}
         for fine, name in names.items():
             origin = source.origins[fine]
@@ -109,7 +108,7 @@ class AppliedPack(Applied):
             self._base.add({origin.base.name: self._kept[owner]})
 
     def restore(self) -> None:
-        """Put back what was there before, as Applied has it."""
+        """Restore the earlier weights, as Applied.restore does."""
         if self._claim is not None:
             self._claim.check_last()
         self._own.restore()

@@ -155,10 +155,9 @@ def _wanted(
 
 
 def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint], jobs: list[Resize]) -> bool:
-    """Add the adapters of a folder or file to the jobs; False if there are none whose factors can be truncated.
+    """Add the adapters of a folder or file to the jobs. False if there are none whose factors can be truncated.
 
-    With a base, check that they fit it. UsageError without one, if an adapter's updates are no products of two thin factors.
-    """
+    Given a base, checks that they fit it. Without one, UsageError for an adapter whose updates are not products of two thin factors."""
     from peru_cli.checkpoints.lora.adapter import Adapter, find_adapters, is_lora_file
     from peru_cli.checkpoints.lora.expand import LoraCheckpoint
     from peru_cli.checkpoints.places import locate
@@ -196,7 +195,7 @@ def _open_full(model: str, name: str, base: Optional[Checkpoint], per_task: Opti
 
 
 def _check_output(target: Path, output: str, jobs: list[Resize]) -> None:
-    """A single file is for a single adapter in a layout of single files."""
+    """A single output file needs a single adapter that came from a file."""
     if target.suffix == ".safetensors" and not output.endswith("/"):
         if len(jobs) != 1 or jobs[0].adapter.config:
             raise UsageError(f"-o {output}: a PEFT adapter is a folder", f"write -o {target.with_suffix('')}/")

@@ -1,9 +1,8 @@
-"""`peru svd-lora MODEL --base BASE`: a full fine-tune as an adapter, its task vector's best low-rank approximation.
+"""`peru svd-lora MODEL --base BASE`: a full fine-tune as an adapter, the best low-rank approximation of its task vector.
 
-Every weight's task vector is streamed in panels, several weights at once. Where all singular values are wanted or the
-smaller side is short, its Gram matrix is decomposed; else the leading ones are found by power iterations. Either way
-the error is measured on the factors as they are stored.
-"""
+Every weight's task vector is streamed in panels, several weights at once. If all singular values are wanted or the
+smaller side is short, its Gram matrix is decomposed. Otherwise power iterations find the leading ones. Either way the
+error is measured on the stored factors."""
 
 from __future__ import annotations
 
@@ -41,13 +40,13 @@ from peru_cli.vectors.family import StreamSettings
 from peru_cli.vectors.task_matrix import TaskMatrix
 from peru_cli.version import __version__
 
-_FIRST_GUESS = 64  # singular values looked for at first, where their number is not given
-_ALONE = 1024  # Gram matrices beyond this side are decomposed one at a time: they need room
+_FIRST_GUESS = 64  # singular values computed at first, if the number is not given
+_ALONE = 1024  # Gram matrices beyond this side are decomposed one at a time, to save memory
 
 
 @dataclass
 class Options:
-    """What the command line says besides ranks."""
+    """Options of the command line besides ranks."""
 
     in_modules: bool = True
     base_name: BaseName | None = None
@@ -62,14 +61,14 @@ class _Weights:
         self._alone = threading.Lock()
 
     def matrices(self, weight: Weight) -> list[TaskMatrix]:
-        """One a block."""
+        """One matrix for each block."""
         rows, columns = weight.stored_shape
         starts = range(0, weight.blocks * rows * columns, rows * columns)
         plan = self.plan
         return [TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.device) for start in starts]
 
     def leading(self, matrix: TaskMatrix, rank: int, name: str) -> Subspace:
-        """At least `rank` singular values and their vectors, by the route that is cheapest and good enough."""
+        """At least `rank` singular values and their vectors, by the cheapest route that is accurate enough."""
         side = min(matrix.rows, matrix.columns)
         if self.wanted.exact:
             whole = torch.empty(matrix.rows, matrix.columns, dtype=torch.float64, device=self.device)
@@ -86,7 +85,7 @@ class _Weights:
 
 
 class Energies(TargetPass):
-    """Squared singular values of every weight, as many as are asked for, blocks added up."""
+    """Squared singular values of every weight, as many as requested, summed over blocks."""
 
     def __init__(
         self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings, enough: int = _FIRST_GUESS
@@ -117,7 +116,7 @@ class Energies(TargetPass):
         self.energies[tile.tensor], self.squared[tile.tensor] = result
 
     def more(self, numbers: Sequence[int]) -> bool:
-        """Ask for twice as many values of some weights, where there are more; whether there are any."""
+        """Request twice as many values of some weights, if there are more. Returns whether there are any."""
         self.left = [n for n in numbers if self.enough[n] < min(self.weights[n].rows, self.weights[n].columns)]
         for number in self.left:
             self.enough[number] *= 2
@@ -125,7 +124,7 @@ class Energies(TargetPass):
 
 
 def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: Dtype, fixed_bytes: int, how: StreamSettings) -> list[int]:
-    """The rank of each weight; 0 where its factors would be no smaller than itself."""
+    """The rank of each weight; 0 if its factors would be no smaller than the weight."""
     if wanted.rank is not None:
         ranks = [min(wanted.rank, weight.rows, weight.columns) for weight in weights]
         return [rank if rank <= weight.largest_rank else 0 for rank, weight in zip(ranks, weights, strict=True)]
@@ -135,7 +134,7 @@ def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: D
         run(search, search.tiles(), how.threads, how.advance)
         energies = search.energies
         if wanted.energy is not None:
-            # what was not looked for is one more value: it is chosen only if all that were are not enough
+            # values not computed count as one more: it is chosen only if all computed values are not enough
             padded = [np.append(e, max(s - e.sum(), 0.0)) for e, s in zip(energies, search.squared, strict=True)]
             ranks = choose_ranks(wanted, padded, costs, fixed_bytes, plan.fine.label)
             short = [i for i, rank in enumerate(ranks) if rank > len(energies[i])]
@@ -150,7 +149,7 @@ def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: D
 
 
 class _Write(FactorPass):
-    """Finds the factors of every weight, writes them and measures what they miss."""
+    """Computes the factors of every weight, writes them and measures their error."""
 
     def __init__(
         self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, ranks: Sequence[int], stored: Sequence[int], dtype: Dtype,
@@ -177,7 +176,7 @@ class _Write(FactorPass):
             kept += float(found.values[:rank].square().sum())
         report.energy = min(kept / report.squared, 1.0) if report.squared else 1.0
         down_shape, up_shape = weight.shapes(stored)
-        joined = torch.cat(downs).reshape(down_shape), torch.stack(ups, dim=2).reshape(up_shape)  # experts innermost, as peft has it
+        joined = torch.cat(downs).reshape(down_shape), torch.stack(ups, dim=2).reshape(up_shape)  # experts innermost, as in peft
         self.write(_factor_names(weight, self._plan), joined, self._dtype, weight.name)
         return report
 
@@ -190,7 +189,7 @@ def _factor_names(weight: Weight, plan: Extraction) -> tuple[str, str]:
 
 
 def _nested(weight: Weight, plan: Extraction) -> str:
-    """The path under which PEFT keeps a parameter's factors: one `.base_layer` for each parameter that is wrapped later."""
+    """The path under which PEFT stores a parameter's factors: one `.base_layer` for each parameter that is wrapped later."""
     module = weight.name.rpartition(".")[0]
     leaves = [w.name.rpartition(".")[2] for w in plan.weights if w.kind == PARAMETER and w.name.rpartition(".")[0] == module]
     leaves.sort(key=lambda leaf: ("down" in leaf, leaf))
@@ -201,7 +200,7 @@ def _nested(weight: Weight, plan: Extraction) -> str:
 
 
 def factor_dtype(plan: Extraction, wanted: Wanted) -> Dtype:
-    """Of the factors: as asked for, or that of most of the weights, at most float32."""
+    """Dtype of the factors: the requested one, or that of most of the weights, at most float32."""
     if wanted.dtype is not None:
         return wanted.dtype
     dtypes = [weight.pair.fine.dtype for weight in plan.weights]
@@ -212,7 +211,7 @@ def factor_dtype(plan: Extraction, wanted: Wanted) -> Dtype:
 def extract(
     plan: Extraction, target: Path, wanted: Wanted, options: Options, how: StreamSettings, sync: bool, note: Callable[[str], None]
 ) -> AdapterReport:
-    """Write one adapter into a folder that is not there yet (below a PartialDirectory)."""
+    """Write one adapter into a new folder (below a PartialDirectory)."""
     note(f"{plan.name}: comparing with the base")
     changed = {info.name for info in plan.pairing.whole}
     changed |= {pair.fine.name for pair in plan.pairing.pairs if pair.grown or is_changed(plan.fine, plan.base, pair)}
@@ -282,7 +281,7 @@ def _fixed_bytes(plan: Extraction, weights: Sequence[Weight], changed: set[str],
 
 
 def _under_factors(plan: Extraction, weights: Sequence[Weight]) -> dict[str, TensorInfo]:
-    """The base's tensors under the factors, by the path that PEFT gives a module."""
+    """The base's tensors under the factors, by PEFT's module path."""
     paths = [_nested(weight, plan) if weight.kind == PARAMETER else weight.name for weight in weights]
     return {path: weight.pair.base for path, weight in zip(paths, weights, strict=True)}
 
@@ -308,7 +307,7 @@ def _config(plan: Extraction, weights: Sequence[Weight], ranks: Sequence[int], r
 
 
 def _small_files(plan: Extraction) -> dict[str, bytes]:
-    """Config and tokenizer where they are not the base's."""
+    """Config and tokenizer files that differ from the base's."""
     found = {}
     for name, path in plan.fine.side_files.items():
         other = plan.base.side_files.get(name)
@@ -322,7 +321,7 @@ def extract_all(
     plans: Sequence[tuple[Extraction, Path]], target: Path, wanted: Wanted, options: Options, how: StreamSettings, sync: bool,
     note: Callable[[str], None],
 ) -> list[AdapterReport]:  # fmt: skip
-    """Write several adapters below a folder (`.` for the folder itself); they appear at once."""
+    """Write several adapters below a folder (`.` for the folder itself). They appear at once."""
     with PartialDirectory(target, sync) as folder:
         reports = [extract(plan, folder.path / where, wanted, options, how, sync, note) for plan, where in plans]
         folder.commit()

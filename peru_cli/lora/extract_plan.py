@@ -1,9 +1,8 @@
 """The plan of an adapter from a full fine-tune, from names and shapes alone: low-rank weights, and the rest.
 
-The rest is what B A cannot hold: norms, embeddings, heads, biases, grown vocabularies, parameters of their own. A module
-of which the adapter can have every tensor goes to PEFT's `modules_to_save`, biases of low-rank modules to `lora_bias`
-where all of these have one, and what is left into a sparse delta beside the adapter. Nothing is left out.
-"""
+The rest is what B A cannot hold: norms, embeddings, heads, biases, grown vocabularies, bare parameters. A module whose
+tensors all fit the adapter goes to PEFT's `modules_to_save`. Biases of low-rank modules go to `lora_bias` if all of these
+modules have one. What is left goes into a sparse delta beside the adapter. Nothing is left out."""
 
 from __future__ import annotations
 
@@ -36,9 +35,8 @@ from peru_cli.errors import Mismatch, UsageError
 class Weight:
     """A weight that becomes a pair of factors.
 
-    `name` is the module, or the parameter, that PEFT targets. `rows` and `columns` are d_out and d_in (a kernel
-    flattened); `transposed` says that the tensor is stored as (in, out).
-    """
+    `name` is the module or parameter that PEFT targets. `rows` and `columns` are d_out and d_in (a kernel is flattened).
+    `transposed` says that the tensor is stored as (in, out)."""
 
     name: str
     pair: Pair
@@ -50,21 +48,21 @@ class Weight:
 
     @property
     def tensor(self) -> str:
-        """The fine-tune's name of it."""
+        """The fine-tune's name of the tensor."""
         return self.pair.fine.name
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Of one block, as the tensor has it."""
+        """Shape of one block in the tensor."""
         return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
 
     @property
     def largest_rank(self) -> int:
-        """Beyond it the factors are no smaller than the matrix."""
+        """At a larger rank the factors are no smaller than the matrix."""
         return (self.rows * self.columns - 1) // (self.rows + self.columns)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and B."""
+        """Shapes of A and B."""
         if self.kind == CONVOLUTION:
             kernel = self.pair.fine.shape[2:]
             return (rank, *self.pair.fine.shape[1:]), (self.rows, rank, *(1 for _ in kernel))
@@ -73,7 +71,7 @@ class Weight:
 
 @dataclass
 class Rest:
-    """What the factors do not hold: modules that are saved whole with their tensors, biases, and what goes into the delta."""
+    """What the factors do not hold: modules saved whole with their tensors, biases, and the content of the delta."""
 
     modules: dict[str, list[TensorInfo]] = field(default_factory=dict)
     biases: list[Pair] = field(default_factory=list)  # of every low-rank module, if any of them changed
@@ -87,36 +85,35 @@ class Rest:
 
 @dataclass
 class Extraction:
-    """A fine-tune, its base, and what becomes of its tensors."""
+    """A fine-tune, its base, and how its tensors are stored."""
 
     name: str
     fine: Checkpoint
     base: Checkpoint
     pairing: Pairing
     weights: list[Weight] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # names in memory that are not those of the checkpoint
+    renamed: dict[str, str] = field(default_factory=dict)  # names in memory that differ from the checkpoint's
     warnings: list[str] = field(default_factory=list)
 
     def in_memory(self, name: str) -> str:
-        """What transformers, and so PEFT, calls one of the fine-tune's tensors."""
+        """The name that transformers, and so PEFT, gives to one of the fine-tune's tensors."""
         return self.renamed.get(name, name)
 
     def module_of(self, name: str) -> str:
-        """The module that has one of the fine-tune's tensors, in memory."""
+        """The module in memory that has one of the fine-tune's tensors."""
         return self.in_memory(name).rpartition(".")[0]
 
     @property
     def config(self) -> dict[str, Any]:
-        """The fine-tune's config.json, else the base's."""
+        """The fine-tune's config.json, or the base's."""
         return self.fine.config() or self.base.config()
 
 
 def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str | None, for_peft: bool = True) -> Extraction:
     """Pair the checkpoints and find the weights that become factors.
 
-    `for_peft` asks transformers, which takes seconds to import, what modules are called in memory. Raises Mismatch and
-    UsageError as `pair_checkpoints` does, and UsageError if there is no weight.
-    """
+    `for_peft` asks transformers, which takes seconds to import, for the names of modules in memory. Raises Mismatch and
+    UsageError as `pair_checkpoints` does, and UsageError if there is no weight."""
     pairing = pair_checkpoints(fine, base, per_task)
     try:
         said = judge(fine, base, pairing, re.compile(per_task) if per_task is not None else None, allowed=False)
@@ -137,7 +134,7 @@ def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str
 
 
 def _say_what_stays(plan: Extraction) -> None:
-    """An adapter adds to its base and takes nothing away: a word on what the fine-tune lacks, UsageError for a tied head."""
+    """An adapter cannot remove anything from its base: note what the fine-tune lacks. UsageError for a tied head."""
     heads = [info.name for info in plan.pairing.base_only if is_output(info.name)]
     if heads and is_tied(plan.config):
         raise UsageError(
@@ -150,7 +147,7 @@ def _say_what_stays(plan: Extraction) -> None:
 
 
 def _weight(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:
-    """How a pair's difference becomes factors; None if it does not."""
+    """How a pair's difference becomes factors. None if it does not."""
     shape = pair.fine.shape
     if pair.grown or not pair.is_delta or len(shape) < 2 or not pair.entries:
         return None
@@ -172,13 +169,12 @@ def _weight(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:
 
 
 def plan_rest(plan: Extraction, weights: Iterable[Weight], changed: Iterable[str], in_modules: bool) -> Rest:
-    """Where everything else that must come back is kept.
+    """Decide where to store everything else that changed.
 
     Args:
         weights: those that become factors.
-        changed: names of the fine-tune's tensors that differ from the base's, or that it lacks.
-        in_modules: whether `modules_to_save` and `lora_bias` may be used: PEFT loads them, other programs do not.
-    """
+        changed: the fine-tune's tensors that differ from the base's or that the base lacks.
+        in_modules: whether `modules_to_save` and `lora_bias` may be used: PEFT loads them, other programs do not."""
     rest = Rest()
     weights = list(weights)
     low_rank = {weight.tensor for weight in weights}
@@ -203,7 +199,7 @@ def plan_rest(plan: Extraction, weights: Iterable[Weight], changed: Iterable[str
 
 
 def _biases(weights: Iterable[Weight], pairs: Mapping[str, Pair], wanted: set[str]) -> list[Pair]:
-    """The biases of all low-rank modules, if each has one and any of them changed: PEFT has `lora_bias` for all or none."""
+    """The biases of all low-rank modules, if each has one and any of them changed: PEFT's `lora_bias` covers all or none."""
     found = []
     for weight in weights:
         pair = pairs.get(f"{weight.name}.bias")
@@ -214,7 +210,7 @@ def _biases(weights: Iterable[Weight], pairs: Mapping[str, Pair], wanted: set[st
 
 
 def _can_be_saved(plan: Extraction, module: str, by_module: Mapping[str, list[str]], low_rank: set[str], pairs: Mapping[str, Pair]) -> bool:
-    """Whether PEFT can replace the whole module: it has a name, no children, no factors, no more rows than the base has."""
+    """Whether PEFT can replace the whole module: it has a name, no children, no factors, and no more rows than the base's."""
     if not module or any(other.startswith(module + ".") for other in by_module):
         return False
     for name in by_module[module]:
@@ -226,5 +222,5 @@ def _can_be_saved(plan: Extraction, module: str, by_module: Mapping[str, list[st
 
 
 def _clashes(module: str, by_module: Iterable[str], saved: set[str]) -> bool:
-    """Whether PEFT, which goes by the ends of names, would take another module for this one."""
+    """Whether PEFT, which matches the ends of names, would mistake another module for this one."""
     return any(other.endswith(module) and other not in saved for other in by_module)

@@ -1,4 +1,4 @@
-"""The common part of all passes over low-rank targets: modules of an adapter, or weights of a full fine-tune."""
+"""What all passes over low-rank targets share. A target is a module of an adapter or a weight of a full fine-tune."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peru_cli.vectors.family import StreamSettings
 
 
 class TargetPass:
-    """One tile a target, on one device."""
+    """One tile for each target, on one device."""
 
     def __init__(self, how: StreamSettings, entries: Sequence[int]) -> None:
         """`entries`: of each target."""
         self.device, self._entries = torch.device(how.xp.name), entries
 
     def tiles(self) -> list[Tile]:
-        """One a target, as long as it has entries."""
+        """One tile for each target, as long as the number of its entries."""
         return [Tile(i, i, 0, n) for i, n in enumerate(self._entries)]
 
     def buffers(self) -> None:
@@ -32,12 +32,12 @@ class TargetPass:
 
 
 class FactorPass(TargetPass):
-    """The last pass: writes the factors of every target and measures what they miss."""
+    """The last pass: writes the factors of every target and measures their error."""
 
     def __init__(
         self, how: StreamSettings, entries: Sequence[int], ranks: Sequence[int], stored: Sequence[int], writer: CheckpointWriter
     ) -> None:
-        """`ranks` are of the contents, `stored` of the tensors: zeros fill the rest."""
+        """`ranks` are those of the contents, `stored` those of the tensors, which are filled with zeros."""
         super().__init__(how, entries)
         self._ranks, self._stored, self._writer = ranks, stored, writer
         self.reports: list[ModuleReport] = []
@@ -48,7 +48,7 @@ class FactorPass(TargetPass):
         return torch.nn.functional.pad(left, (0, missing)).cpu(), torch.nn.functional.pad(right, (0, 0, 0, missing)).cpu()
 
     def write(self, names: Sequence[str], factors: Sequence[torch.Tensor], dtype: Dtype, what: str) -> None:
-        """Write a target's factors in a dtype; BadFile if a value does not fit it."""
+        """Write a target's factors in a dtype. BadFile if a value does not fit it."""
         for name, factor in zip(names, factors, strict=True):
             self._writer.write(name, 0, as_bytes(round_to(factor, dtype, what)))
 

@@ -1,4 +1,4 @@
-"""Choose ranks, and report each module: shared by resizing and extracting adapters."""
+"""Choose ranks and report on modules, for resizing and for extracting adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for; exactly one of rank, energy and max_bytes."""
+    """The size that the command line asks for: exactly one of rank, energy and max_bytes."""
 
     rank: int | None = None
     energy: float | None = None
@@ -32,7 +32,7 @@ class Wanted:
     exact: bool = False
 
     def words(self) -> str:
-        """As it would be typed."""
+        """The option as it would be typed."""
         parts = [f"--{name} {value:g}" for name, value in (("rank", self.rank), ("energy", self.energy)) if value is not None]
         parts += [f"--max-bytes {self.max_bytes}"] if self.max_bytes is not None else []
         parts += [f"--dtype {self.dtype.torch_name}"] if self.dtype is not None else []
@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass
 class ModuleReport:
-    """What became of one module. Squared norms are of the whole update and of what the stored factors miss of it."""
+    """The result for one module: squared norms of the whole update and of what the stored factors lose."""
 
     name: str
     rows: int
@@ -52,11 +52,11 @@ class ModuleReport:
     bytes: int
     squared: float = 0.0
     squared_error: float = 0.0
-    energy: float = 1.0  # share of the squared singular values that was kept
+    energy: float = 1.0  # kept share of the squared singular values
 
     @property
     def error(self) -> float:
-        """||update - stored|| / ||update||, Frobenius, as measured."""
+        """||update - stored|| / ||update||, Frobenius, measured."""
         return math.sqrt(self.squared_error / self.squared) if self.squared else 0.0
 
     @property
@@ -66,7 +66,7 @@ class ModuleReport:
 
     @property
     def papers_count(self) -> int:
-        """The paper's count, which keeps the singular values apart: q (d_out + d_in + 1)."""
+        """The paper's count, which stores the singular values separately: q (d_out + d_in + 1)."""
         return self.numbers + self.blocks * self.rank
 
     def json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class ModuleReport:
 
 @dataclass
 class AdapterReport:
-    """What became of one adapter."""
+    """The result for one adapter."""
 
     name: str
     path: Path
@@ -94,30 +94,29 @@ class AdapterReport:
     modules: list[ModuleReport]
     bytes_before: int
     kept_bytes: int = 0  # of tensors that the adapter holds whole
-    rest_bytes: int = 0  # of a delta beside it
+    rest_bytes: int = 0  # of the delta beside it
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
-        """Everything that the fine-tune comes back from with the base: the adapter and the delta beside it."""
+        """Bytes needed besides the base to rebuild the fine-tune: the adapter and the delta beside it."""
         return self.file_bytes + self.rest_bytes
 
     @property
     def error(self) -> float:
-        """Of all modules together."""
+        """Error of all modules together."""
         squared = sum(module.squared for module in self.modules)
         return math.sqrt(sum(module.squared_error for module in self.modules) / squared) if squared else 0.0
 
 
 def choose_ranks(wanted: Wanted, energies: Sequence[Array], costs: Sequence[int], fixed_bytes: int, what: str) -> list[int]:
-    """The rank of each module by energy or bytes.
+    """The rank of each module, by energy or by bytes.
 
     Args:
         energies: squared singular values of each module, descending.
-        costs: bytes of one rank of each.
+        costs: bytes of one rank of each module.
         fixed_bytes: bytes of the file that do not depend on ranks.
-        what: how messages name the adapter.
-    """
+        what: how messages name the adapter."""
     if wanted.energy is not None:
         return [_rank_for_energy(values, wanted.energy) for values in energies]
     assert wanted.max_bytes is not None
@@ -131,7 +130,7 @@ def choose_ranks(wanted: Wanted, energies: Sequence[Array], costs: Sequence[int]
 
 
 def _rank_for_energy(energies: Array, share: float) -> int:
-    """The least rank, at least 1, that keeps this share of the squared singular values."""
+    """The smallest rank, at least 1, that keeps this share of the squared singular values."""
     total = np.cumsum(energies)
     if not len(total) or not total[-1]:
         return 1
@@ -139,7 +138,7 @@ def _rank_for_energy(energies: Array, share: float) -> int:
 
 
 def round_to(tensor: torch.Tensor, dtype: Dtype, what: str) -> torch.Tensor:
-    """A float64 tensor in a dtype; BadFile if it does not fit."""
+    """Round a float64 tensor to a dtype. BadFile if a value does not fit."""
     import torch
 
     rounded = tensor.to(getattr(torch, dtype.torch_name or ""))

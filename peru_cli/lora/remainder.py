@@ -31,7 +31,7 @@ class Part(Checkpoint):
 def write_delta(
     plan: Extraction, tensors: Sequence[TensorInfo], folder: Path, base_name: BaseName | None, how: StreamSettings, sync: bool
 ) -> int:
-    """Write a lossless delta of these tensors into the adapter's folder; its size in bytes."""
+    """Write a lossless delta of these tensors into the adapter's folder. Returns its size in bytes."""
     names = {info.name for info in tensors}
     pairing = Pairing(plan.pairing.prefix)
     pairing.pairs = [pair for pair in plan.pairing.pairs if pair.fine.name in names]

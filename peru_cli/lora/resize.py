@@ -1,8 +1,7 @@
 """`peru svd-lora ADAPTER`: PERU-LoRA, the best approximation of every B A of an adapter, as an adapter.
 
 PERU paper (section 3.2, algorithm 2). The product is factored, never A and B separately (its table 6). DoRA's magnitudes
-stay as they are: they are the norms of the rows of base + update, which DoRA restores whatever the update.
-"""
+stay unchanged: they are the norms of the rows of base + update, which DoRA restores for any update."""
 
 from __future__ import annotations
 
@@ -43,14 +42,14 @@ from peru_cli.vectors.family import StreamSettings
 
 @dataclass
 class Resize:
-    """One adapter to be resized: its name (empty for the only one) and where it goes below the output."""
+    """One adapter to resize: its name (empty for the only one) and its place below the output."""
 
     name: str
     adapter: Adapter
     folder: Path  # relative; "." for the output itself
 
     def dtype(self, module: LoraModule, wanted: Wanted) -> Dtype:
-        """Of the factors: as asked for, or that of lora_A."""
+        """Dtype of the factors: the requested one, or that of lora_A."""
         return wanted.dtype or module.down.dtype
 
     def cost(self, module: LoraModule, wanted: Wanted) -> int:
@@ -71,17 +70,17 @@ class Resize:
 
 
 def _entries(adapter: Adapter) -> list[int]:
-    """Of each module's factors."""
+    """Number of entries in each module's factors."""
     return [module.down.entries + module.up.entries for module in adapter.modules]
 
 
 def _blocks(adapter: Adapter, module: LoraModule, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Factors of each block on the device, as stored."""
+    """Factors of each block on the device, in their stored dtype."""
     return [(left.to(device), right.to(device)) for left, right in adapter.factors(module)]
 
 
 class Energies(TargetPass):
-    """Squared singular values of every module, blocks added up."""
+    """Squared singular values of every module, summed over blocks."""
 
     def __init__(self, adapter: Adapter, how: StreamSettings) -> None:
         super().__init__(how, _entries(adapter))
@@ -99,7 +98,7 @@ class Energies(TargetPass):
 
 
 class _Write(FactorPass):
-    """Factors every module at its rank, writes the factors and measures what they miss."""
+    """Factors every module at its rank, writes the factors and measures their error."""
 
     def __init__(
         self, job: Resize, wanted: Wanted, ranks: Sequence[int], stored: Sequence[int], writer: CheckpointWriter, how: StreamSettings
@@ -133,10 +132,9 @@ class _Write(FactorPass):
     def _best(
         self, whole: tuple[torch.Tensor, torch.Tensor], factors: tuple[torch.Tensor, torch.Tensor], scale: float, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-        """Factors at a rank with the scale in them, float64; the squared norm of the product and the share of it that they keep.
+        """Factors at a rank with the scale in them, float64; the squared norm of the product, and the share of it that they keep.
 
-        `whole` has the scale, `factors` are as stored: these are kept where nothing has to be dropped.
-        """
+        `whole` includes the scale. `factors` are the stored ones: they are used unchanged if nothing has to be dropped."""
         if rank >= whole[0].shape[1]:
             left, right = move_scale(factors[0].double(), factors[1].double(), scale)
             return left, right, thin_inner(whole, whole), 1.0
@@ -147,7 +145,7 @@ class _Write(FactorPass):
         return left, right, squared, float(energies[:rank].sum()) / squared if squared else 1.0
 
     def _small(self, module: LoraModule, rank: int) -> None:
-        """The bias of lora_B times the scale; an alpha that is the rank."""
+        """Write the small tensors: the bias of lora_B times the scale, and an alpha equal to the rank."""
         if module.bias is not None:
             info = self._adapter.file.tensors[module.bias]
             scaled = self._adapter.tensor(module.bias).double() * module.scale
@@ -174,7 +172,7 @@ def ranks_of(job: Resize, wanted: Wanted, how: StreamSettings) -> tuple[list[int
         ranks = choose_ranks(wanted, energies.energies, costs, job.fixed_bytes(wanted), job.adapter.label)
     if wanted.uniform:
         ranks = [max(ranks)] * len(modules)
-    # a rank that a module has already is kept with its own factors, even where its matrix is smaller
+    # a module that already has this rank keeps its own factors, even if its matrix is smaller
     contents = [m.rank if rank >= m.rank else min(rank, top) for m, rank, top in zip(modules, ranks, most, strict=True)]
     stored = [max(contents)] * len(modules) if wanted.uniform else contents
     if len(set(stored)) > 1 and any(m.kind == PARAMETER and m.parameter is None for m in modules):
@@ -186,7 +184,7 @@ def ranks_of(job: Resize, wanted: Wanted, how: StreamSettings) -> tuple[list[int
 def resize(
     jobs: Sequence[Resize], target: Path, wanted: Wanted, how: StreamSettings, sync: bool, note: Callable[[str], None]
 ) -> list[AdapterReport]:
-    """Write all adapters; they appear at once. `target` is a folder, or a file for a single adapter in a file's layout."""
+    """Write all adapters. They appear at once. `target` is a folder, or a file for a single adapter in a file's layout."""
     ranks = []
     for job in jobs:
         note(f"{job.name or job.adapter.label}: choosing ranks")
@@ -232,7 +230,7 @@ def _resize(
             writer.copy(name, adapter.file, source)
         writer.commit()
     rest = adapter.path / REST
-    if folder is not None and rest.is_file():  # of the base, not of the factors: it stays what it is
+    if folder is not None and rest.is_file():  # of the base, not of the factors: unchanged
         shutil.copyfile(on_disk(rest), folder / REST)
     total = sum(info.nbytes for info in tensors)
     kept = total - sum(report.bytes for report in step.reports)
@@ -242,7 +240,7 @@ def _resize(
 
 
 def _sealed_files(adapter: Adapter) -> dict[str, bytes]:
-    """The names that the seal of the output covers beside the weights; their contents do not change its size."""
+    """The names beside the weights that the output's seal covers. Their contents do not change its size."""
     if adapter.layout != PEFT:
         return {}
     return beside({}, dict.fromkeys(find_side_files(adapter.path), b""))

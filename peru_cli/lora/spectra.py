@@ -22,41 +22,41 @@ RANKS = (4, 8, 16, 32, 64)
 
 @dataclass
 class Spectrum:
-    """Of one matrix, or of a stack of experts together. `energies` are the squared singular values that were found, descending."""
+    """The spectrum of one matrix, or of a stack of experts. `energies` are the squared singular values found, descending."""
 
     name: str
     rows: int
     columns: int
     blocks: int
-    rank: int | None  # an adapter's
+    rank: int | None  # of an adapter
     scale: float | None
     cost: int  # bytes of one rank
-    most: int  # bytes that it never costs more than: those of the matrix itself, or of the adapter's factors
+    most: int  # maximum in bytes: the size of the matrix itself, or of the adapter's factors
     energies: Array
-    squared: float  # of the Frobenius norm
+    squared: float  # squared Frobenius norm
 
     @property
     def norm(self) -> float:
-        """Frobenius."""
+        """Frobenius norm."""
         return math.sqrt(self.squared)
 
     @property
     def effective_rank(self) -> float:
-        """||M||_F^2 / ||M||_2^2, the stable rank: how many singular values as large as the largest its energy makes."""
+        """The stable rank, ||M||_F^2 / ||M||_2^2: the energy in units of the largest squared singular value."""
         return self.squared / float(self.energies[0]) if len(self.energies) and self.energies[0] else 0.0
 
     def dropped(self, rank: int) -> float:
-        """The squared error of the best approximation of a rank; nothing where the matrix itself costs no more."""
+        """The squared error of the best approximation at a rank; 0 if the matrix itself costs no more."""
         if rank * self.cost >= self.most:
             return 0.0
         return max(self.squared - float(self.energies[:rank].sum()), 0.0)
 
     def error(self, rank: int) -> float:
-        """Relative to the norm."""
+        """Error relative to the norm."""
         return math.sqrt(self.dropped(rank) / self.squared) if self.squared else 0.0
 
     def bytes_at(self, rank: int) -> int:
-        """Of both factors, or of the matrix itself."""
+        """Bytes of both factors, or of the matrix itself."""
         return min(self.cost * rank, self.most)
 
     def json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Spectrum:
 
 @dataclass
 class RankPlan:
-    """What one rank for all matrices would cost and miss."""
+    """Cost and error of one rank for all matrices."""
 
     rank: int
     bytes: int
@@ -93,7 +93,7 @@ def rank_plans(spectra: Sequence[Spectrum], ranks: Sequence[int] = RANKS) -> lis
 
 
 def adapter_spectra(adapter: Adapter, how: StreamSettings) -> list[Spectrum]:
-    """Of every module, the scale included."""
+    """The spectrum of every module, with its scale."""
     from peru_cli.lora.resize import Energies
 
     step = Energies(adapter, how)

@@ -11,7 +11,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a name
 
 
 def fold(items: Iterable[Item], name: Callable[[Item], str], kind: Callable[[Item], Hashable]) -> list[tuple[str, list[Item]]]:
-    """Items whose names differ only in numbers and that are of one kind (shape, dtype), under one name; in order of the first."""
+    """Group items whose names differ only in numbers and that are of one kind (shape, dtype), in order of first appearance."""
     groups: dict[tuple[str, Hashable], list[Item]] = {}
     for item in items:
         groups.setdefault((_NUMBER.sub("*", name(item)), kind(item)), []).append(item)
@@ -19,7 +19,7 @@ def fold(items: Iterable[Item], name: Callable[[Item], str], kind: Callable[[Ite
 
 
 def folded_name(names: list[str]) -> str:
-    """One name for several: `{0..7}` where all numbers from 0 to 7 occur, `{0,2,5}` for a few, `*` for others."""
+    """One name for several: `{0..7}` if all numbers from 0 to 7 occur, `{0,2,5}` for a few, `*` otherwise."""
     columns = [sorted(set(map(int, column))) for column in zip(*(_NUMBER.findall(name) for name in names), strict=True)]
     parts = iter([_range(numbers) for numbers in columns])
     return _NUMBER.sub(lambda _: next(parts), names[0])

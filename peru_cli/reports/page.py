@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables, plots as inline SVG, and the results of gates."""
+"""A report as one self-contained HTML page: tables, plots as inline SVG, and the results of gates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ details summary { cursor: pointer; font-weight: 600; } details[open] summary { m
 
 
 def _cell(text: str, right: bool) -> str:
-    """A table's cell; an interval in brackets is set smaller."""
+    """A table cell. An interval in brackets is set in small type."""
     number, bracket, interval = text.partition(" [")
     shown = escape(number) + (f" <span>[{escape(interval)}</span>" if bracket else "")
     return f'<td class="right">{shown}</td>' if right else f"<td>{escape(text)}</td>"
@@ -55,12 +55,11 @@ def write_report(
     """Write the page.
 
     Args:
-        command: what was typed.
-        tables: shown; `folded`: shown when clicked on (long ones).
-        plots: captions, and SVG elements.
+        command: the command line.
+        tables: shown; `folded`: shown on a click (long ones).
+        plots: captions and SVG elements.
         gates: what was demanded; `missed`: a line for each failure.
-        notes: sentences under the tables.
-    """
+        notes: sentences under the tables."""
     parts = [f"<h1>{escape(title)}</h1>", f'<div class="soft"><code>{escape(command)}</code></div>']
     if gates:
         verdict = f'<span class="bad">{len(missed)} missed</span>' if missed else '<span class="good">all reached</span>'

@@ -1,4 +1,4 @@
-"""Plots. matplotlib is imported here and only when a plot is asked for."""
+"""Plots. matplotlib is imported only here, and only when a plot is asked for."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def _name(text: str) -> str:
-    """A name as a label: no formula, nothing that a viewer obeys."""
+    """A name as a label: no formulas, and no characters that a viewer would interpret."""
     return printable(cut(text, 80)).replace("$", r"\$")
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before any work, a plot that could not be drawn."""
+    """Reject a plot that cannot be drawn, before any work is done."""
     if path.suffix not in SUFFIXES:
         raise UsageError(f"--plot {path} should end in {', '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
@@ -30,7 +30,7 @@ def check_plot(path: Path) -> None:
 
 
 def need_matplotlib(option: str) -> None:
-    """UsageError if there is none."""
+    """UsageError if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -39,7 +39,7 @@ def need_matplotlib(option: str) -> None:
 
 @contextmanager
 def _figure(path: Path | io.BytesIO, width: float, height: float, columns: int) -> Iterator[Any]:
-    """Axes to draw on; the file is written afterwards, into memory as SVG."""
+    """Yield axes to draw on, then write the file; as SVG if it is written to memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +55,7 @@ def _figure(path: Path | io.BytesIO, width: float, height: float, columns: int) 
 
 
 def _bars(axis: Any, names: Sequence[str], values: Sequence[float], label: str, most: int = 40) -> None:
-    """Horizontal bars, the `most` largest in their given order."""
+    """Horizontal bars: the `most` largest, in their given order."""
     if len(names) > most:
         least = sorted(values, reverse=True)[most - 1]
         chosen = [i for i, value in enumerate(values) if value >= least][:most]
@@ -76,7 +76,7 @@ def plot_comparison(
     choices: Mapping[str, Sequence[tuple[str, int, float]]],
     fine_bytes: int,
 ) -> None:
-    """Change by tensor on the left; relative error over size on the right: lines of choices, each its name, bytes and error."""
+    """Change by tensor on the left; relative error over size on the right, a line for each series of choices (name, bytes, error)."""
     with _figure(path, 11, max(4.0, 0.13 * min(len(names), 40) + 1.2), 2) as (left, right):
         _bars(left, names, relative, "norm of the change / norm of the base")
         right.set_xscale("log")
@@ -98,7 +98,7 @@ def plot_comparison(
 
 
 def plot_frontier(path: Path, points: Sequence[tuple[str, int, float]], title: str) -> None:
-    """Accuracy over bytes. Each point: its name, bytes, and normalised accuracy (1 is the fine-tune's)."""
+    """Accuracy over bytes. Each point: name, bytes, and normalised accuracy (1 is the fine-tune's)."""
     with _figure(path, 7.5, 4.5, 1) as (axis,):
         axis.set_xscale("log")
         axis.scatter([nbytes for _, nbytes, _ in points], [100 * accuracy for _, _, accuracy in points], color="#0072b2", zorder=3)
@@ -116,12 +116,12 @@ def plot_frontier(path: Path, points: Sequence[tuple[str, int, float]], title: s
 
 
 def plot_densities(path: Path, names: Sequence[str], densities: Sequence[float]) -> None:
-    """Density by tensor of an artifact."""
+    """Density of each tensor of an artifact."""
     plot_by_tensor(path, names, [100 * density for density in densities], "entries kept, %")
 
 
 def plot_by_tensor(path: Path, names: Sequence[str], values: Sequence[float], label: str) -> None:
-    """One value a tensor."""
+    """One value for each tensor."""
     with _figure(path, 7, max(4.0, 0.13 * min(len(names), 40) + 1.2), 1) as (axis,):
         _bars(axis, names, values, label)
 
@@ -130,7 +130,7 @@ def plot_spectra(
     path: Path, names: Sequence[str], spectra: Sequence[Sequence[float]], ranks: Sequence[int], megabytes: Sequence[float],
     errors: Sequence[float],
 ) -> None:  # fmt: skip
-    """Singular values by index on the left, a line a module; size and relative error by rank on the right."""
+    """Singular values by index on the left, a line for each module; size and relative error by rank on the right."""
     with _figure(path, 11, 4.5, 2) as (left, right):
         for values in spectra:
             left.plot(range(1, len(values) + 1), values, color="#3b6ea5", alpha=max(0.08, min(0.8, 8 / len(names))), linewidth=1)
@@ -152,7 +152,7 @@ def plot_spectra(
 
 @dataclass(frozen=True)
 class Point:
-    """A task's model among others: its bytes, its accuracy (0 to 1) and the bounds of its interval."""
+    """One model of a task: its bytes, its accuracy (0 to 1) and the bounds of the confidence interval."""
 
     task: str
     nbytes: int
@@ -162,7 +162,7 @@ class Point:
 
 
 def plot_accuracies(path: Path | io.BytesIO, ours: Sequence[Point], theirs: Sequence[Point]) -> None:
-    """Accuracy against bytes, a colour a task: ours filled, what it is compared with hollow, joined by a line."""
+    """Accuracy against bytes, one colour for each task. Ours are filled, those compared with are hollow, and a line joins them."""
     with _figure(path, 7.5, 4.2, 1) as (axis,):
         _accuracies(axis, ours, theirs)
 
@@ -171,20 +171,20 @@ Errors = Mapping[str, Mapping[str, float]]  # of the weights, by task and tensor
 
 
 def plot_errors(path: Path | io.BytesIO, errors: Errors) -> None:
-    """Error of the weights by tensor, a panel a task."""
+    """Error of the weights by tensor, one panel for each task."""
     with _figure(path, 7.5 if len(errors) == 1 else 5.5 * len(errors), _panels_height(errors), len(errors)) as axes:
         _error_panels(axes, errors)
 
 
 def plot_evaluation(path: Path, ours: Sequence[Point], theirs: Sequence[Point], errors: Errors) -> None:
-    """Both beside each other."""
+    """Both plots side by side."""
     with _figure(path, 6.5 + 5.5 * len(errors), max(4.2, _panels_height(errors)), 1 + len(errors)) as (left, *axes):
         _accuracies(left, ours, theirs)
         _error_panels(axes, errors)
 
 
 def _error_panels(axes: Sequence[Any], errors: Errors) -> None:
-    """All panels on one scale, so that tasks can be compared."""
+    """Draw all panels on one scale, so that tasks can be compared."""
     largest = max((error for found in errors.values() for error in found.values()), default=0.0)
     for axis, (task, found) in zip(axes, errors.items(), strict=True):
         _bars(axis, list(found), list(found.values()), _ERROR)
@@ -238,7 +238,7 @@ def plot_tau_jp(path: Path | io.BytesIO, names: Sequence[str], matrix: Mapping[s
 
 
 def plot_negation(path: Path | io.BytesIO, scales: Sequence[float], target: Sequence[float], control: Sequence[float], best: int) -> None:
-    """Accuracies (0 to 1) of the base minus a task vector, over its scale; `best` is the number of the point that is taken."""
+    """Accuracies (0 to 1) of the base minus a task vector, over the scale. `best` is the index of the chosen point."""
     with _figure(path, 7.5, 4.2, 1) as (axis,):
         axis.plot(scales, [100 * value for value in target], marker="o", color="#b5533c", label="target")
         axis.plot(scales, [100 * value for value in control], marker="o", color="#3b6ea5", label="control")
@@ -250,7 +250,7 @@ def plot_negation(path: Path | io.BytesIO, scales: Sequence[float], target: Sequ
 
 
 def plot_cosines(path: Path, names: Sequence[str], pairs: Sequence[tuple[str, str, int, int]]) -> None:
-    """Cosines between task vectors of a pack, in 1/10,000: as they are on the left, moved apart on the right."""
+    """Cosines between task vectors of a pack, in 1/10,000: unmoved on the left, moved apart on the right."""
     with _figure(path, 1.6 + 0.9 * 2 * max(len(names), 3), 0.8 + 0.9 * max(len(names), 3), 2) as axes:
         for axis, column, title in zip(axes, (2, 3), ("as they are", "moved apart"), strict=True):
             table = [[float("nan")] * len(names) for _ in names]

@@ -1,1 +1,1 @@
-"""`peru unpack`: a fine-tune rebuilt from its base and an artifact, adapter or pack."""
+"""`peru unpack`: rebuild a fine-tune from its base and an artifact, adapter or pack."""

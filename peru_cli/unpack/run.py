@@ -1,4 +1,4 @@
-"""`peru unpack`: open a fine-tune, copy it while every tile is digested, put the copy in place."""
+"""`peru unpack`: open a fine-tune, copy it while every tile is digested, rename the copy into place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Output:
         self.to_folder = not self.to_pipe and (self.target.suffix != ".safetensors" or output.endswith("/"))
 
     def check(self, replace: bool) -> None:
-        """UsageError if it exists and may not be replaced, or is a folder where a file is meant."""
+        """UsageError if it exists and may not be replaced, or is a folder although a file is expected."""
         if not self.to_pipe:
             check_target(self.target, replace)
             if not self.to_folder and self.target.is_dir():
@@ -57,7 +57,7 @@ class Output:
         return [in_dtype(info, dtype) for info in source.tensors.values()], files
 
     def writer(self, tensors: list[TensorInfo], files: dict[str, bytes]) -> CheckpointWriter:
-        """What writes there."""
+        """The writer for this output."""
         if self.to_pipe:
             return PipeWriter(sys.stdout.buffer, tensors)
         if self.to_folder:
@@ -66,7 +66,7 @@ class Output:
 
 
 def choose(named: str, task: str | None) -> Place:
-    """The merge, artifact or adapter that an argument means. UsageError if there is none, or several."""
+    """Find the merge, artifact or adapter that an argument names. UsageError if there is none, or several."""
     place = locate(named)
     if tasks_of(place) or is_update(place):
         return place
@@ -82,10 +82,9 @@ def choose(named: str, task: str | None) -> Place:
 
 
 def open_source(named: str, place: Place, base: str | None, task: str | None, dtype: Dtype | None) -> FineTune:
-    """Open what `choose` found, on its base: the one given, or the one that it names.
+    """Open the result of `choose` on its base: the one given, or the one that it names.
 
-    Raises BadFile if it is damaged, Mismatch, from headers alone, for another base, UsageError without a base or for a wrong task.
-    """
+    Raises BadFile if it is damaged, Mismatch if the headers show another base, UsageError without a base or for a wrong task."""
     if tasks_of(place):
         return HeadOverMerge(place, task)
     if is_update(place):
@@ -106,7 +105,7 @@ def open_source(named: str, place: Place, base: str | None, task: str | None, dt
 
 
 def report(source: FineTune, output: str, tensors: list[TensorInfo], files: dict[str, bytes]) -> dict[str, Any]:
-    """Say what will be written; the same for --json."""
+    """Print what will be written, and return the same for --json."""
     nbytes = sum(info.nbytes for info in tensors)
     console.note(f"{source.heading} {plural(len(tensors), 'tensor')}, {si_bytes(nbytes)}")
     for warning in source.warnings:
@@ -116,17 +115,16 @@ def report(source: FineTune, output: str, tensors: list[TensorInfo], files: dict
 
 
 def _read_all(source: Checkpoint) -> None:
-    """Read every tensor, so that what carries digests is compared with them."""
+    """Read every tensor, which checks all digests."""
     for name in source.tensors:
         for _ in source.pieces(name):
             pass
 
 
 def unpack_to(source: FineTune, writer: CheckpointWriter, how: StreamSettings, note: Callable[[str], None]) -> None:
-    """Copy a fine-tune into a writer and commit it. Where bytes cannot be taken back (a pipe), everything is verified first.
+    """Copy a fine-tune into a writer and commit it. Before writing to a pipe, which cannot be undone, everything is verified first.
 
-    Raises Mismatch for another base (naming the first tensors that differ), BadFile if the artifact was altered.
-    """
+    Raises Mismatch for another base (naming the first tensors that differ), BadFile if the artifact was altered."""
     if isinstance(source, AdapterOnBase):
         verify_expanded([source.model], how, note)
     if writer.ordered and isinstance(source, FromArtifact):

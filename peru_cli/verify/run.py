@@ -24,7 +24,7 @@ SOUND, CHANGED, UNKNOWN = "sound", "changed", "cannot be checked"
 
 @dataclass
 class Finding:
-    """What came out of one file: `verdict` is SOUND, CHANGED or UNKNOWN, `said` what that stands on."""
+    """The result for one file: `verdict` is SOUND, CHANGED or UNKNOWN, `said` gives the reason."""
 
     file: str
     verdict: str
@@ -32,7 +32,7 @@ class Finding:
 
 
 def verify(path: Path) -> list[Finding]:
-    """Every file at a path that peru may have written, in the order of their names. UsageError if there is none."""
+    """Check every file at a path that peru may have written, sorted by name. UsageError if there is none."""
     if path.is_file():
         return list(_weights(path))
     files = sorted(file for file in path.rglob("*.safetensors") if not any(part.startswith(".") for part in file.relative_to(path).parts))
@@ -43,7 +43,7 @@ def verify(path: Path) -> list[Finding]:
 
 
 def _weights(path: Path) -> Iterator[Finding]:
-    """A file of weights, and the side files that it tells of."""
+    """Check a file of weights and the side files that it lists."""
     try:
         if artifact_kind(path) is not None:
             yield Finding(str(path), SOUND, _artifact(path))
@@ -65,7 +65,7 @@ def _weights(path: Path) -> Iterator[Finding]:
 
 
 def _beside(path: Path, digest: str) -> Finding:
-    """A small file that was written with weights."""
+    """Check a small file that was written with the weights."""
     try:
         content = sealed_config(read_config(path.parent, str(path.parent))) if path.name == CONFIG else read_small(path)
         same = file_digest(content) == digest
@@ -75,7 +75,7 @@ def _beside(path: Path, digest: str) -> Finding:
 
 
 def _artifact(path: Path) -> str:
-    """Everything of an artifact that can be compared without its base; BadFile if it was altered."""
+    """Check everything in an artifact that needs no base. BadFile if it was altered."""
     seal = f"its digest is {seal_of(path)}"
     if artifact_kind(path) in KINDS:
         with open_pack(path) as pack:
@@ -107,12 +107,12 @@ def _artifact(path: Path) -> str:
 
 
 def _binding(head: Path) -> Iterator[Finding]:
-    """Whether a head belongs to the merge that it lies beside."""
+    """Check whether a head belongs to the merge beside it."""
     try:
         with open_directory(head.parent.parent, str(head.parent.parent)) as merged, open_file(head, str(head)) as opened:
             unknown = check_bound(merged, opened)
     except BadFile:
-        return  # said of the file itself
+        return  # already reported for the file itself
     except PeruError as error:
         yield Finding(str(head), CHANGED, error.message)
         return

@@ -1,7 +1,6 @@
-"""The binary index of a mixed artifact: how each tensor is represented, and where its integers lie.
+"""The binary index of a mixed artifact: how each tensor is represented and where its integers are.
 
-Byte layout: docs/mixed.md, "Index". Streams are sequences of integers that tensors take their share of in canonical order.
-"""
+Byte layout: docs/mixed.md, "Index". Each stream is a sequence of integers; tensors take their share of it in canonical order."""
 
 from __future__ import annotations
 
@@ -21,15 +20,15 @@ from peru_cli.errors import BadFile
 from peru_cli.methods.mixed.scales import MAX_SCALE
 
 INDEX_VERSION = 1
-LOW_RANK, DENSE, ULPS = 1, 2, 4  # parts of a tensor, any of them together
-CONTEXTS = 32  # streams 0 to 31 hold factors and dense integers, alike in magnitude
+LOW_RANK, DENSE, ULPS = 1, 2, 4  # parts of a tensor, in any combination
+CONTEXTS = 32  # streams 0 to 31 hold factors and dense integers, grouped by magnitude
 ROWS, LEFT, RIGHT, SCALES, ULPS_16, ULPS_32, ULPS_64 = range(CONTEXTS, CONTEXTS + 7)
 KINDS = {
     **dict.fromkeys(range(CONTEXTS), "int16"),
     ROWS: "uint32", LEFT: "int16", RIGHT: "int16", SCALES: "int16", ULPS_16: "int16", ULPS_32: "int32", ULPS_64: "int64",
 }  # fmt: skip
-ULPS_OF = {16: ULPS_16, 32: ULPS_32, 64: ULPS_64}  # by the dtype's bits
-BLOCK = 1 << 17  # integers of every block of a stream but the last
+ULPS_OF = {16: ULPS_16, 32: ULPS_32, 64: ULPS_64}  # by the number of bits of the dtype
+BLOCK = 1 << 17  # integers in each block of a stream, except the last
 MAX_BLOCK = 1 << 22
 MAX_RANK = 1 << 20
 _SLACK = 1 << 16  # bytes by which an encoded block may exceed its integers
@@ -37,14 +36,14 @@ _SLACK = 1 << 16  # bytes by which an encoded block may exceed its integers
 
 @dataclass
 class MixedRecord(TensorRecord):
-    """One tensor of the fine-tune; all after `parts` means something only with the part that it belongs to."""
+    """One tensor of the fine-tune. Each field after `parts` belongs to the part named beside it."""
 
     parts: int = 0
-    columns: int = 0  # LOW_RANK: the tensor is a matrix of so many columns
+    columns: int = 0  # LOW_RANK: number of columns of the matrix
     rank: int = 0
-    kept_rows: int = 0  # 0: all rows; else so many that the stream ROWS lists
+    kept_rows: int = 0  # 0: all rows; otherwise the number of rows listed in the stream ROWS
     context: int = 0  # DENSE: the stream of its integers
-    scale: int = 0  # DENSE: the number of their scale
+    scale: int = 0  # DENSE: index of the scale
 
     @property
     def changes(self) -> bool:
@@ -52,18 +51,18 @@ class MixedRecord(TensorRecord):
 
     @property
     def rows(self) -> int:
-        """Of the matrix, as far as the base has them."""
+        """Rows of the matrix that the base has."""
         return self.base_entries // self.columns if self.columns else 0
 
     @property
     def factor_rows(self) -> int:
-        """Of the left factor."""
+        """Rows of the left factor."""
         return self.kept_rows or self.rows
 
 
 @dataclass
 class IntegerBlock:
-    """So many integers of one stream that decode on their own."""
+    """Integers of one stream that decode on their own."""
 
     nbytes: int
     digest: bytes
@@ -71,7 +70,7 @@ class IntegerBlock:
 
 @dataclass
 class IntegerStream:
-    """Integers of one kind in canonical order of the tensors that they belong to."""
+    """Integers of one kind, in canonical order of their tensors."""
 
     number: int
     codec: int = PCO
@@ -82,7 +81,7 @@ class IntegerStream:
 
 @dataclass
 class MixedIndex:
-    """All that a mixed artifact knows of its contents; `order` is which stream each block in the file belongs to."""
+    """The contents of a mixed artifact. `order` is the stream of each block in the file."""
 
     tensors: list[MixedRecord]
     streams: list[IntegerStream]
@@ -91,7 +90,7 @@ class MixedIndex:
 
 
 def encode_mixed(index: MixedIndex) -> bytes:
-    """Serialise; tensors must be in canonical order, streams ascending."""
+    """Serialise an index. Tensors must be in canonical order, streams ascending."""
     sink = Sink()
     sink.byte(INDEX_VERSION)
     sink.number(len(index.tensors))
@@ -131,7 +130,7 @@ def _encode_record(sink: Sink, record: MixedRecord) -> None:
 
 
 def decode_mixed(data: bytes) -> MixedIndex:
-    """Parse and check an index; BadFile if anything in it cannot be."""
+    """Parse and check an index. BadFile if it is invalid."""
     cursor = Cursor(data)
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
@@ -188,7 +187,7 @@ def _decode_blocks(cursor: Cursor, streams: Sequence[IntegerStream]) -> list[int
 
 
 def _check_counts(index: MixedIndex) -> None:
-    """What the index alone can tell: streams whose length follows from the tensors; those of the factors are checked with their tables."""
+    """Check the streams whose length follows from the tensors. Streams of factors are checked with their tables."""
     wanted: Counter[int] = Counter()
     for record in index.tensors:
         if record.parts & LOW_RANK:

@@ -1,4 +1,4 @@
-"""Read artifacts of kind `mixed`: any run of a tensor's difference, exactly; every byte is checked before it is used."""
+"""Read artifacts of kind `mixed`: any range of a tensor's difference, exactly. Every byte is checked before it is used."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.errors import BadFile
 from peru_cli.methods.mixed.scales import MAX_SCALE, is_exact, run_of_product, scale_of
 
-_CACHED_FACTORS = 4  # tensors whose factors are kept decoded: tiles of several threads lie in one or two
+_CACHED_FACTORS = 4  # tensors whose decoded factors are cached: at any time the threads' tiles lie in one or two
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class Factors:
-    """left (rows, k) int16, right (k, columns) int16, scale numbers (k,); `rows` ascending, None for all."""
+    """left (rows, k) int16, right (k, columns) int16, scale indices (k,); `rows` ascending, None for all."""
 
     left: Integers
     right: Integers
@@ -45,7 +45,7 @@ class _Place:
 
 
 class Mixed(SingleArtifact[MixedRecord]):
-    """An opened mixed artifact. Safe from many threads."""
+    """An opened mixed artifact. Thread-safe."""
 
     def _open(self) -> None:
         if (kind := self.metadata.get("peru.kind")) != KIND:
@@ -60,7 +60,7 @@ class Mixed(SingleArtifact[MixedRecord]):
         self._factors: BlockCache[Factors] = BlockCache(_CACHED_FACTORS)
 
     def difference(self, record: MixedRecord, start: int, stop: int) -> Floats | None:
-        """What is added to the base from entry `start` to `stop`, float64 (stop - start,); None for nothing."""
+        """What to add to the base from entry `start` to `stop`, float64 (stop - start,). None if nothing changes."""
         low = self._low_rank(record, start, stop) if record.parts & LOW_RANK else None
         if not record.parts & DENSE:
             return low
@@ -68,11 +68,11 @@ class Mixed(SingleArtifact[MixedRecord]):
         return dense if low is None else low + dense
 
     def plain(self, record: MixedRecord, start: int, stop: int) -> Integers:
-        """The integers of a tensor's part DENSE from entry `start` to `stop`, int16 (stop - start,)."""
+        """The integers of a tensor's DENSE part from entry `start` to `stop`, int16 (stop - start,)."""
         return self.integers.get(record.context, self._places[record.info.name].dense + start, stop - start)
 
     def ulps(self, record: MixedRecord, start: int, stop: int) -> Integers | None:
-        """Steps in the last place that follow, integers of the dtype's width (stop - start,); None for none."""
+        """ULP steps to apply afterwards, integers of the dtype's width (stop - start,). None if there are none."""
         if not record.parts & ULPS:
             return None
         return self.integers.get(ULPS_OF[record.info.dtype.bits], self._places[record.info.name].ulps + start, stop - start)
@@ -107,7 +107,7 @@ class Mixed(SingleArtifact[MixedRecord]):
         return Factors(left, right, scales, rows)
 
     def _tables(self, record: MixedRecord, at: int) -> tuple[Integers, Integers, Integers]:
-        """Contexts of both factors and scale numbers of a tensor's directions; (k,) each."""
+        """Contexts of both factors, and scale indices, for each direction of a tensor; (k,) each."""
         lefts, rights, steps = (self.integers.get(table, at, record.rank) for table in (LEFT, RIGHT, SCALES))
         scales = np.cumsum(steps, dtype=np.int64)
         contexts = np.concatenate((lefts, rights))
@@ -117,7 +117,7 @@ class Mixed(SingleArtifact[MixedRecord]):
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
-        """Where the integers of every tensor begin; BadFile if they are not what the streams hold."""
+        """Where the integers of every tensor begin. BadFile if the streams hold something else."""
         at: Counter[int] = Counter()
         places = {}
         for record in self.index.tensors:

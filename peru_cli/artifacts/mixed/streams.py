@@ -1,4 +1,4 @@
-"""Streams of integers in blocks: written as tensors give them, read from anywhere, every byte checked before it is used."""
+"""Streams of integers in blocks: written tensor by tensor, read from anywhere. Every byte is checked before it is used."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
 
-_CACHED_BLOCKS = 48  # decoded blocks kept: a tensor's factors lie in several streams
+_CACHED_BLOCKS = 48  # decoded blocks cached: a tensor's factors lie in several streams
 Integers = np.ndarray[Any, np.dtype[Any]]
 
 
 class IntegerWriter:
-    """Takes integers stream by stream and cuts them into blocks; in canonical order, from one thread at a time."""
+    """Takes integers stream by stream and cuts them into blocks. Call it in canonical order, from one thread at a time."""
 
     def __init__(self, append: Callable[[bytes], None]) -> None:
-        """`append` takes the blocks' bytes in their order."""
+        """`append` takes the bytes of the blocks in order."""
         self._append = append
         self._streams: dict[int, IntegerStream] = {}
         self._waiting: dict[int, list[Integers]] = {}
         self._order: list[int] = []
 
     def put(self, number: int, integers: Integers) -> None:
-        """Append integers to a stream; of its kind, any shape, row-major."""
+        """Append integers of the stream's type to it; any shape, row-major."""
         if not integers.size:
             return
         stream = self._streams.setdefault(number, IntegerStream(number))
@@ -50,7 +50,7 @@ class IntegerWriter:
         self._append(data)
 
     def finish(self) -> tuple[list[IntegerStream], list[int]]:
-        """Write what is left; the streams, ascending, and which of them each block belongs to."""
+        """Write the remaining blocks. Returns the streams, ascending, and the stream of each block."""
         for number in sorted(self._waiting):
             if self._waiting[number]:
                 self._write(self._streams[number], np.concatenate(self._waiting[number]))
@@ -60,10 +60,10 @@ class IntegerWriter:
 
 
 class IntegerReader:
-    """Any run of integers of any stream. Safe from many threads."""
+    """Any range of integers of any stream. Thread-safe."""
 
     def __init__(self, path: Place, index: MixedIndex, read: Callable[[int, int], bytes]) -> None:
-        """`read` gives bytes of the role `blocks`."""
+        """`read` returns bytes of the role `blocks`."""
         self._path, self._read = path, read
         self._streams = {stream.number: stream for stream in index.streams}
         self._at: dict[int, list[int]] = {stream.number: [] for stream in index.streams}
@@ -75,7 +75,7 @@ class IntegerReader:
         self._cache: BlockCache[Integers] = BlockCache(_CACHED_BLOCKS)
 
     def get(self, number: int, start: int, count: int) -> Integers:
-        """Integers of a stream from one on; BadFile beyond its end or if a block was altered."""
+        """Read `count` integers of a stream, from `start` on. BadFile beyond its end or if a block was altered."""
         kind = KINDS[number]
         if not count:
             return np.empty(0, kind)

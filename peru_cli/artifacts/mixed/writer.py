@@ -45,7 +45,7 @@ Integers = np.ndarray[Any, np.dtype[Any]]
 
 
 def check_mixed_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuse metadata that this kind cannot have; unknown keys are left alone."""
+    """Reject metadata that is invalid for this kind. Unknown keys are ignored."""
     for key, form in METADATA.items():
         if key not in metadata and key not in OPTIONAL:
             raise BadFile(f"its metadata lacks {key!r}")
@@ -54,14 +54,14 @@ def check_mixed_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def context_of(integers: Integers) -> int:
-    """The stream for integers of this magnitude, two to the octave of their root mean square; any shape, not empty."""
+    """The stream for integers of this magnitude: two streams per octave of the root mean square. Any shape, not empty."""
     mean = float(np.square(integers, dtype=np.float64).mean())
     return int(np.clip(np.rint(np.log2(max(mean, 2.0**-12))) + 8, 0, CONTEXTS - 1))
 
 
 @dataclass
 class Represented:
-    """A tensor's parts. Factors: left (rows, k) and right (k, columns) int16, scales (k,); rows kept ascending, None for all."""
+    """A tensor's parts. Factors: left (rows, k) and right (k, columns) int16, scales (k,). `rows` are ascending, None for all."""
 
     left: Integers | None = None
     right: Integers | None = None
@@ -73,13 +73,13 @@ class Represented:
 
 
 class MixedStreams:
-    """Puts represented tensors into streams, in canonical order."""
+    """Appends represented tensors to streams, in canonical order."""
 
     def __init__(self, append: Callable[[bytes], None]) -> None:
         self._writer = IntegerWriter(append)
 
     def add(self, record: MixedRecord, parts: Represented) -> None:
-        """Write a tensor's integers and say in its record what it has."""
+        """Write a tensor's integers and set the fields of its record."""
         put = self._writer.put
         record.parts = 0
         if parts.left is not None and parts.right is not None and parts.scales is not None:
@@ -104,12 +104,12 @@ class MixedStreams:
             put(ULPS_OF[record.info.dtype.bits], parts.ulps)
 
     def index(self, records: list[MixedRecord], files: list[SideFile]) -> MixedIndex:
-        """Write what is left of the blocks; the index."""
+        """Write the remaining blocks and return the index."""
         return MixedIndex(records, *self._writer.finish(), files)
 
 
 class MixedCounter(MixedStreams):
-    """Only counts: what the blocks and the index would take."""
+    """Only counts the bytes of blocks and index."""
 
     def __init__(self) -> None:
         self.block_bytes = 0
@@ -119,28 +119,28 @@ class MixedCounter(MixedStreams):
         self.block_bytes += len(data)
 
     def nbytes(self, records: list[MixedRecord], files: list[SideFile]) -> int:
-        """Of blocks and index together."""
+        """Bytes of blocks and index together."""
         index = encode_mixed(self.index(records, files))
         return self.block_bytes + len(index)
 
 
 class MixedWriter(MixedStreams):
-    """Writes one artifact: `add` for the tensors, `append_whole`, `seal`, `container.commit`. A context manager."""
+    """Writes one artifact: `add` each tensor, then `append_whole`, `seal`, `container.commit`. A context manager."""
 
     def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool) -> None:
         self.container = ContainerWriter(target, {"peru.format": FORMAT, "peru.kind": KIND, **largest_metadata}, sync)
         super().__init__(partial(self.container.append, "blocks"))
 
     def append_whole(self, data: memoryview) -> None:
-        """Append bytes of tensors stored whole, in the index's order; after all `add`."""
+        """Append bytes of tensors stored whole, in index order, after every `add`."""
         self.container.append("whole", data)
 
     def flush(self, records: list[MixedRecord], files: list[SideFile]) -> MixedIndex:
-        """All tensors are added: write the last blocks."""
+        """Write the last blocks, after every `add`."""
         return self.index(records, files)
 
     def seal(self, metadata: Mapping[str, str], index: MixedIndex, files: list[tuple[SideFile, bytes]]) -> int:
-        """Write side files, index and header; returns the artifact's size in bytes."""
+        """Write side files, index and header. Returns the artifact's size in bytes."""
         for file, content in files:
             if file.origin == STORED:
                 self.container.append("files", content)

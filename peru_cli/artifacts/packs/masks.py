@@ -1,7 +1,6 @@
-"""Artifacts of kind `masks`: a plain sum of task vectors, as packs have it, and one entropy-coded mask for each task.
+"""Artifacts of kind `masks`: a plain sum of task vectors, and one entropy-coded mask for each task.
 
-Byte layout: docs/masks.md. The sums, tasks, own tensors and side files are a pack's (artifacts/packs/superposed.py).
-"""
+Byte layout: docs/masks.md. Sums, tasks, tasks' own tensors and side files are stored as in a pack (artifacts/packs/superposed.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ from peru_cli.methods.superpose import Arrangement
 from peru_cli.streaming.engine import available_threads
 
 KIND = "masks"
-KINDS = (SUPERPOSED, KIND)  # of several tasks: what `open_pack` opens
+KINDS = (SUPERPOSED, KIND)  # kinds with several tasks: what `open_pack` opens
 INDEX_VERSION = 1
 _STREAM_SLACK = 1 << 16
 _CACHED_BLOCKS = 16
@@ -53,18 +52,18 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def mask_digest(info: TensorInfo) -> TensorDigest:
-    """Takes the leaves of a tensor's mask, bytes 0 and 1."""
+    """Digests a tensor's mask as bytes 0 and 1."""
     return TensorDigest(_BOOL, info.shape)
 
 
 def mask_leaves(mask: Flags) -> bytes:
-    """Leaves of a mask that begins at a chunk's boundary."""
+    """Leaves of a mask that begins at a chunk boundary."""
     return leaves(np.ascontiguousarray(mask).view(np.uint8).data if len(mask) else memoryview(b""), _BOOL)
 
 
 @dataclass
 class MaskBlock:
-    """So many entries of a mask that decode on their own; `kept` of them are 1."""
+    """Entries of a mask that decode on their own; `kept` of them are 1."""
 
     kept: int
     nbytes: int
@@ -73,7 +72,7 @@ class MaskBlock:
 
 @dataclass
 class MaskRecord:
-    """One task's mask: the threshold that made it, entries kept, digest (32 bytes), blocks as the sums have them."""
+    """One task's mask: its threshold, the number of entries kept, its digest (32 bytes), and blocks that match those of the sums."""
 
     threshold: str = "0.0"
     kept: int = 0
@@ -82,12 +81,12 @@ class MaskRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its blocks."""
+        """Size of its blocks."""
         return sum(block.nbytes for block in self.blocks)
 
 
 def encode_mask(mask: Flags) -> tuple[MaskBlock, bytes]:
-    """A block as gaps between its ones: their entropy is the mask's."""
+    """Encode a block as gaps between its ones. Their entropy is that of the mask."""
     positions = np.flatnonzero(mask)
     gaps = np.diff(positions, prepend=-1) - 1
     data = encode(gaps.astype(np.uint32), PCO) if len(gaps) else b""
@@ -101,14 +100,14 @@ def decode_mask(data: bytes, block: MaskBlock, entries: int, codec: int) -> Flag
         gaps = decode(data, codec, "uint32", block.kept)
         positions = np.cumsum(gaps, dtype=np.int64)
         positions += np.arange(block.kept)
-        if positions[-1] >= entries:  # sums of at most 2^22 numbers below 2^32: they cannot wrap
+        if positions[-1] >= entries:  # sums of at most 2^22 numbers below 2^32 cannot wrap
             raise BadFile("a block of a mask goes on after its end")
         mask[positions] = True
     return mask
 
 
 def encode_masks(index: PackIndex, masks: Sequence[MaskRecord]) -> bytes:
-    """Serialise; masks are those of the index's tasks, in their order."""
+    """Serialise an index. Masks come in the order of the tasks."""
     sink = Sink()
     sink.byte(INDEX_VERSION)
     sink.text(encode_index(index))
@@ -124,7 +123,7 @@ def encode_masks(index: PackIndex, masks: Sequence[MaskRecord]) -> bytes:
 
 
 def decode_masks(data: bytes) -> tuple[PackIndex, list[MaskRecord]]:
-    """Parse and check an index; BadFile if anything in it cannot be."""
+    """Parse and check an index. BadFile if it is invalid."""
     cursor = Cursor(data)
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the index of masks has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
@@ -147,14 +146,13 @@ def decode_masks(data: bytes) -> tuple[PackIndex, list[MaskRecord]]:
     return index, masks
 
 
-Block = tuple[int, Sums, Flags]  # its number; sums (n,); masks of all tasks (tasks, n)
+Block = tuple[int, Sums, Flags]  # index; sums (n,); masks of all tasks (tasks, n)
 
 
 class MaskWriter:
-    """Cuts sums and masks into the same blocks and gives them to a PackWriter, `pack`, which writes all else.
+    """Cuts sums and masks into the same blocks and passes them to `pack`, a PackWriter, which writes the rest.
 
-    Whoever uses it sets threshold, kept and digest of `masks`, one a task in order of names, before the pack is finished.
-    """
+    The caller sets threshold, kept and digest of `masks`, one for each task in order of names, before it finishes the pack."""
 
     def __init__(self, target: Path, largest_metadata: Mapping[str, str], tasks: int, sync: bool) -> None:
         self.pack = PackWriter(target, largest_metadata, sync, KIND, self._encode_index)
@@ -163,12 +161,12 @@ class MaskWriter:
         self._blocks: dict[int, list[MaskBlock]] = {}
 
     def add(self, sums: Sums, masks: Flags) -> list[Block]:
-        """Append sums (n,) and masks (tasks, n), in canonical order; returns the blocks that are full now."""
+        """Append sums (n,) and masks (tasks, n) in canonical order. Returns the blocks that are now full."""
         self._waiting = np.concatenate((self._waiting, masks), axis=1)
         return [self._cut(*block) for block in self.pack.add(sums)]
 
     def rest(self) -> list[Block]:
-        """The last block, which need not be full."""
+        """The last block, which may be shorter."""
         return [self._cut(*block) for block in self.pack.rest()]
 
     def _cut(self, number: int, sums: Sums) -> Block:
@@ -176,7 +174,7 @@ class MaskWriter:
         return number, sums, mine
 
     def write(self, block: Block) -> None:
-        """Encode a block, from any thread, and write it when its turn has come."""
+        """Encode a block, from any thread, and write it when its turn comes."""
         number, sums, masks = block
         encoded = [encode_mask(mask) for mask in masks]
         self._blocks[number] = [mask for mask, _ in encoded]
@@ -190,7 +188,7 @@ class MaskWriter:
 
 
 class MaskPack(Pack):
-    """An opened artifact of kind `masks`: a pack of which every task has some entries only. Safe from many threads."""
+    """An opened artifact of kind `masks`: a pack in which each task uses only some of the entries. Thread-safe."""
 
     kind = KIND
 
@@ -198,7 +196,7 @@ class MaskPack(Pack):
         self.masks: dict[str, MaskRecord] = {}
         self._mask_at: dict[str, list[int]] = {}
         self._mask_cache: BlockCache[Flags] = BlockCache(_CACHED_BLOCKS)
-        self._loaded_masks: dict[str, list[Bytes]] = {}  # eight entries a byte
+        self._loaded_masks: dict[str, list[Bytes]] = {}  # packed, eight entries to a byte
         super().__init__(path)
 
     def _read_index(self) -> None:
@@ -219,15 +217,15 @@ class MaskPack(Pack):
 
     @property
     def arrangement(self) -> Arrangement:
-        """Nothing is moved or flipped."""
+        """The arrangement of a pack in which nothing is moved or flipped."""
         return Arrangement([], 0, "none", False)
 
     def own_bytes(self, task: TaskRecord) -> int:
-        """Of the file, what only this task needs: its own tensors and its mask."""
+        """Bytes of the file that only this task needs: its own tensors and its mask."""
         return super().own_bytes(task) + self.masks[task.name].nbytes
 
     def load(self) -> MaskPack:
-        """Hold all sums and masks in memory, decoded: 2 bytes a sum (4 where they are large), one bit an entry and task."""
+        """Hold all sums and masks decoded in memory: 2 bytes a sum (4 for large ones) and one bit for each entry and task."""
         self.load_sums()
         if not self._loaded_masks:
             with ThreadPoolExecutor(available_threads()) as pool:
@@ -237,7 +235,7 @@ class MaskPack(Pack):
         return self
 
     def mask(self, task: str, record: PackedTensor, start: int, stop: int) -> Flags:
-        """A task's mask of a tensor from entry `start` to `stop`; bools (n,), not to be written to."""
+        """A task's mask of a tensor from entry `start` to `stop`; bools (n,), read-only."""
         low = self._first[record.info.name] + start
         high, size = low + stop - start, self.index.block_entries
         parts = [np.empty(0, np.bool_)]
@@ -262,5 +260,5 @@ class MaskPack(Pack):
 
 
 def open_pack(path: Place) -> Pack:
-    """Open an artifact of several tasks, of either kind. BadFile if it is damaged, or of no such kind."""
+    """Open an artifact of several tasks, of either kind. BadFile if it is damaged or of another kind."""
     return MaskPack(path) if artifact_kind(path) == KIND else Pack(path)

@@ -43,26 +43,26 @@ _I32 = BY_NAME["I32"]
 
 
 def sums_digest(info: TensorInfo) -> TensorDigest:
-    """Takes the leaves of a tensor's sums, 32-bit integers."""
+    """Digests a tensor's sums as 32-bit integers."""
     return TensorDigest(_I32, info.shape)
 
 
 def sum_leaves(sums: Sums) -> bytes:
-    """Leaves of sums that begin at a chunk's boundary."""
+    """Leaves of sums that begin at a chunk boundary."""
     little = np.ascontiguousarray(sums, "<i4")
     return leaves(little.data.cast("B") if len(little) else memoryview(b""), _I32)
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """A task's residual: `records` by the base's names say how many entries of each tensor are corrected, `entries` has them."""
+    """A task's residual: `records` (by base name) count the corrected entries of each tensor, `entries` holds them."""
 
     records: Mapping[str, TensorRecord]
     entries: KeptEntries
 
 
 class Pack:
-    """An opened pack. Safe from many threads."""
+    """An opened pack. Thread-safe."""
 
     kind = KIND
 
@@ -89,7 +89,7 @@ class Pack:
         self.index: PackIndex = decode_index(self.container.index)
 
     def _find_parts(self, read: Callable[[int, int], bytes]) -> tuple[int, int]:
-        """Find where everything lies; `read` gives bytes of the blocks. The bytes of all blocks, and of all tasks' own tensors."""
+        """Locate all parts; `read` returns bytes of the blocks. Returns the bytes of all blocks, and of all tasks' own tensors."""
         index, self._read = self.index, read
         self._cache: BlockCache[Sums] = BlockCache(_CACHED_BLOCKS)
         self._loaded: list[Sums] = []
@@ -119,7 +119,7 @@ class Pack:
         return blocks, whole
 
     def _lay_out(self) -> int:
-        """Find where each block of sums begins; the bytes of all."""
+        """Locate each block of sums. Returns the bytes of all blocks."""
         at = 0
         for block in self.index.blocks:
             self._block_at.append(at)
@@ -128,20 +128,20 @@ class Pack:
 
     @property
     def delta_bytes(self) -> int:
-        """Of the file, without tasks' own tensors and side files: what bits a parameter count."""
+        """Bytes of the file without tasks' own tensors and side files: what bits a parameter count."""
         return self.container.file_bytes - self.container.sizes["whole"] - self.container.sizes["files"]
 
     def own_bytes(self, task: TaskRecord) -> int:
-        """Of the file, what only this task needs: its own tensors and its residual."""
+        """Bytes of the file that only this task needs: its own tensors and its residual."""
         residuals = zip(self.index.tasks, self.index.residuals, strict=False)
         return task.whole_bytes + sum(residual.nbytes for other, residual in residuals if other is task)
 
     def load(self) -> Pack:
-        """Hold all in memory, decoded, so that tasks are swapped in a moment: see `load_sums`."""
+        """Hold everything decoded in memory, so that a swap is fast: see `load_sums`."""
         return self.load_sums()
 
     def load_sums(self) -> Self:
-        """Hold all sums in memory, decoded: 2 bytes each (4 where they are large)."""
+        """Hold all sums decoded in memory: 2 bytes each (4 for large ones)."""
         if not self._loaded:
             with ThreadPoolExecutor(available_threads()) as pool:
                 self._loaded = list(pool.map(lambda number: _narrow(self._decode(number)), range(len(self.index.blocks))))
@@ -153,12 +153,13 @@ class Pack:
 
     @property
     def has_own_base(self) -> bool:
-        """Whether the plain sums are in the base (`--merge-base`): of floating tensors, only these are the base's bytes."""
+        """Whether the base already contains the plain sums (`--merge-base`). Then only these are the base's bytes among the
+        floating tensors."""
         return any(record.mode == PackMode.BASE and record.info.dtype.compressible for record in self.index.tensors)
 
     @property
     def arrangement(self) -> Arrangement:
-        """How tasks were moved apart."""
+        """How the tasks were moved apart."""
         members: list[list[PackedTensor]] = [[] for _ in self.index.groups]
         for record in self.index.tensors:
             if record.is_target:
@@ -170,7 +171,7 @@ class Pack:
         return Arrangement(groups, int(self.metadata["peru.seed"]), self.metadata["peru.decorrelate"], self.metadata["peru.signs"] == "yes")
 
     def task(self, name: str | None) -> TaskRecord:
-        """The record of a task; the only one without a name. UsageError lists those there are."""
+        """The record of a task. Without a name, the only one. UsageError lists the tasks of the pack."""
         if name is None and len(self.tasks) == 1:
             return self.index.tasks[0]
         if name not in self.tasks:
@@ -179,7 +180,7 @@ class Pack:
         return self.tasks[name]
 
     def sums(self, record: PackedTensor, start: int, stop: int) -> Sums:
-        """Sums of a tensor from entry `start` to `stop`; integers (n,), int32 if not loaded, not to be written to."""
+        """Sums of a tensor from entry `start` to `stop`; integers (n,), int32 unless loaded, read-only."""
         low = self._first[record.info.name] + start
         high, size = low + stop - start, self.index.block_entries
         parts = []
@@ -189,7 +190,7 @@ class Pack:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
 
     def mask(self, task: str, record: PackedTensor, start: int, stop: int) -> Flags | None:
-        """Which sums from entry `start` to `stop` a task has, the others counting as 0; None: all."""
+        """Which sums from entry `start` to `stop` a task uses; the others count as 0. None for all."""
         return None
 
     def _decode(self, number: int) -> Sums:
@@ -207,13 +208,13 @@ class Pack:
         self.container.read_into("whole", self._whole_at[task.name, tensor.info.name] + offset, buffer)
 
     def verify_whole(self, task: TaskRecord, tensor: TaskTensor) -> None:
-        """Check the digest of a task's own tensor; BadFile if it was altered."""
+        """Check the digest of a task's own tensor. BadFile if it was altered."""
         found = digest_of(tensor.info, pieces(tensor.info, partial(self.read_whole, task, tensor)))
         if found[:SHORT] != tensor.digest:
             raise BadFile(f"{self.path}: tensor {tensor.info.name!r} of task {task.name} was altered", "fetch or make it again")
 
     def content(self, size: int, digest: bytes) -> bytes:
-        """A side file that the pack stores; BadFile if it was altered."""
+        """A side file stored in the pack. BadFile if it was altered."""
         at = 0
         for other in self.index.contents:
             if other == (size, digest):
@@ -225,7 +226,7 @@ class Pack:
         return data
 
     def side_file(self, file: SideFile) -> bytes:
-        """Contents of a task's side file that the pack stores."""
+        """Contents of a task's side file stored in the pack."""
         return self.content(file.size, file.digest)
 
     def close(self) -> None:
@@ -244,6 +245,6 @@ def _read_from(read: Callable[[int, int], bytes], begin: int, offset: int, nbyte
 
 
 def _narrow(sums: Sums) -> Sums:
-    """The same in 16 bits, where they fit."""
+    """The same values in 16 bits, if they fit."""
     fits = not len(sums) or (sums.min() >= -(1 << 15) and sums.max() < 1 << 15)
     return sums.astype(np.int16) if fits else sums

@@ -1,7 +1,6 @@
 """Residuals of packs: a sparse delta that corrects what superposition lost of a task (index version 2).
 
-Byte layout: docs/packs.md, "Residuals".
-"""
+Byte layout: docs/packs.md, "Residuals"."""
 
 from __future__ import annotations
 
@@ -20,9 +19,9 @@ _DENSITY = "1|[1-9][0-9]*/[1-9][0-9]*"
 
 @dataclass
 class Residual:
-    """One task's: `kept` entries of each tensor that can have some, under the base's names, and their streams."""
+    """One task's residual: how many entries of each tensor are kept, by base name, and their streams."""
 
-    density: Fraction  # the share of entries asked for
+    density: Fraction  # the requested share of entries
     error: str  # ||retrieved - tau|| / ||tau|| with the residual, measured when it was made
     kept: list[int]
     streams: list[Stream] = field(default_factory=list)
@@ -30,16 +29,16 @@ class Residual:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its blocks."""
+        """Size of its blocks."""
         return sum(block.nbytes(self.streams[block.stream].dtype) for block in self.blocks)
 
     def records(self, infos: Sequence[TensorInfo]) -> list[TensorRecord]:
-        """The tensors as differences of what comes back, whose dtype they have."""
+        """The tensors as deltas of the retrieved ones, whose dtype they have."""
         return [TensorRecord(info, Mode.DELTA, base_dtype=info.dtype, kept=kept) for info, kept in zip(infos, self.kept, strict=True)]
 
 
 def encode_residual(sink: Sink, residual: Residual) -> None:
-    """Serialise one task's."""
+    """Serialise one task's residual."""
     sink.text(str(residual.density).encode("ascii"))
     sink.text(residual.error.encode("ascii"))
     for kept in residual.kept:
@@ -48,7 +47,7 @@ def encode_residual(sink: Sink, residual: Residual) -> None:
 
 
 def decode_residual(cursor: Cursor, infos: Sequence[TensorInfo], decimal: str) -> Residual:
-    """Parse and check one task's; `infos` are the floating tensors, `decimal` is the form of an error."""
+    """Parse and check one task's residual. `infos` are the floating tensors, `decimal` is the form of an error."""
     density, error = cursor.text(), cursor.text()
     if not re.fullmatch(_DENSITY, density) or not 0 < Fraction(density) <= 1 or str(Fraction(density)) != density:
         raise BadFile(f"a residual of the pack has the density {density[:80]!r}")

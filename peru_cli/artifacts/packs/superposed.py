@@ -1,7 +1,6 @@
 """The index of packs (kind `superposed`): which tensors are sums, how their blocks move, and what belongs to one task.
 
-Byte layout: docs/packs.md.
-"""
+Byte layout: docs/packs.md."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ from peru_cli.errors import BadFile
 from peru_cli.methods.superpose import DECORRELATE, MOST_TASKS
 
 KIND = "superposed"
-INDEX_VERSION, WITH_RESIDUALS = 1, 2  # the index's versions
+INDEX_VERSION, WITH_RESIDUALS = 1, 2  # versions of the index
 BLOCK_ENTRIES = 1 << 17
 MOST_EXPONENT = 1074
-UNKNOWN = 32767  # a cosine that nobody measured: the two tasks were not at hand together
+UNKNOWN = 32767  # a cosine that was never measured: the two tasks were not available together
 _STREAM_SLACK = 1 << 16
 
 _DECIMAL = SPARSE_METADATA["peru.threshold"]
@@ -49,7 +48,7 @@ OPTIONAL = {"peru.base", "peru.base.files"}
 
 
 def check_metadata(metadata: Mapping[str, str], forms: Mapping[str, str] = METADATA, optional: Collection[str] = OPTIONAL) -> None:
-    """Refuse metadata that packs (or another kind, with its forms) cannot have; unknown keys are left alone."""
+    """Reject metadata that is invalid for packs (or for another kind, given its forms). Unknown keys are ignored."""
     for key, form in forms.items():
         if key not in metadata and key not in optional:
             raise BadFile(f"its metadata lacks {key!r}")
@@ -58,7 +57,7 @@ def check_metadata(metadata: Mapping[str, str], forms: Mapping[str, str] = METAD
 
 
 class PackMode(IntEnum):
-    """How a pack has a tensor of the base."""
+    """How a pack stores a tensor of the base."""
 
     BASE = 0  # the base's bytes
     SUM = 1  # a plain sum
@@ -68,19 +67,19 @@ class PackMode(IntEnum):
 
 @dataclass
 class PackedTensor:
-    """A base tensor that all tasks have. `info` has the base's name, and the dtype that tasks have it in."""
+    """A base tensor that all tasks share. `info` has the base's name and the tasks' dtype."""
 
     info: TensorInfo
     mode: PackMode
     base_dtype: Dtype
     base_digest: bytes = b""
-    exponent: int = 0  # of sums: the step is 2^exponent
-    group: int = 0  # targets: its number
-    place: int = 0  # targets: which block of the group
+    exponent: int = 0  # sums: the step is 2^exponent
+    group: int = 0  # targets: index of the group
+    place: int = 0  # targets: index of the block in the group
 
     @property
     def is_sum(self) -> bool:
-        """Whether it has entries in the stream of sums."""
+        """Whether the stream of sums has entries of it."""
         return self.mode != PackMode.BASE
 
     @property
@@ -91,7 +90,7 @@ class PackedTensor:
 
 @dataclass
 class BlockGroup:
-    """Tensors that may take each other's place: what stands before the block's number, and how many blocks there are."""
+    """Tensors that may be permuted among themselves: the name's prefix before the block number, and the number of blocks."""
 
     prefix: str
     depth: int
@@ -99,7 +98,7 @@ class BlockGroup:
 
 @dataclass
 class SumBlock:
-    """So many sums that decode on their own."""
+    """Sums that decode on their own."""
 
     nbytes: int
     digest: bytes
@@ -107,7 +106,7 @@ class SumBlock:
 
 @dataclass
 class TaskTensor:
-    """A tensor that only this task has, stored whole."""
+    """A tensor of one task only, stored whole."""
 
     info: TensorInfo
     digest: bytes
@@ -115,7 +114,7 @@ class TaskTensor:
 
 @dataclass
 class TaskRecord:
-    """What a pack has of one task. Decimals were measured when it was packed, `together` with so many tasks, itself included."""
+    """A pack's record of one task. Decimals were measured at packing time, with `together` tasks including this one."""
 
     name: str
     prefix: Prefix
@@ -124,9 +123,9 @@ class TaskRecord:
     together: int = 1
     norm: str = "0.0"  # of its task vector
     error: str = "0.0"  # ||retrieved - tau|| / ||tau||
-    cosine: str = "0.0"  # between them
-    rounding: str = "0.0"  # what rounding to steps changed, against the norm
-    cosines: dict[str, tuple[int, int]] = field(default_factory=dict)  # to tasks before it: as they are, moved apart; in 1/10,000
+    cosine: str = "0.0"  # between the two
+    rounding: str = "0.0"  # error of rounding to steps, relative to the norm
+    cosines: dict[str, tuple[int, int]] = field(default_factory=dict)  # to earlier tasks: as they are, moved apart; in 1/10,000
     tensors: list[TaskTensor] = field(default_factory=list)
     files: list[SideFile] = field(default_factory=list)
 
@@ -142,7 +141,7 @@ class TaskRecord:
 
 @dataclass
 class PackIndex:
-    """All that a pack knows of its contents. `contents` are sizes and digests of side files that are stored, each once."""
+    """The contents of a pack. `contents` are sizes and digests of the stored side files, each stored once."""
 
     groups: list[BlockGroup]
     tensors: list[PackedTensor]
@@ -151,21 +150,21 @@ class PackIndex:
     contents: list[tuple[int, bytes]]
     codec: int = PCO
     block_entries: int = BLOCK_ENTRIES
-    residuals: list[Residual] = field(default_factory=list)  # none, or one for each task
+    residuals: list[Residual] = field(default_factory=list)  # empty, or one for each task
 
     @property
     def entries(self) -> int:
-        """How many sums there are."""
+        """Number of sums."""
         return sum(tensor.info.entries for tensor in self.tensors if tensor.is_sum)
 
     @property
     def floating(self) -> list[TensorInfo]:
-        """Tensors that residuals may correct."""
+        """Tensors that residuals can correct."""
         return [tensor.info for tensor in self.tensors if tensor.info.dtype.compressible]
 
 
 def encode_index(index: PackIndex) -> bytes:
-    """Serialise; tensors, tasks and contents must be in order."""
+    """Serialise an index. Tensors, tasks and contents must be sorted."""
     sink = Sink()
     sink.byte(WITH_RESIDUALS if index.residuals else INDEX_VERSION)
     sink.number(len(index.groups))
@@ -238,7 +237,7 @@ def _encode_task(sink: Sink, task: TaskRecord, before: list[str], index: PackInd
 
 
 def decode_index(data: bytes) -> PackIndex:
-    """Parse and check an index; BadFile if anything in it cannot be."""
+    """Parse and check an index. BadFile if it is invalid."""
     cursor = Cursor(data)
     if (version := cursor.byte()) not in (INDEX_VERSION, WITH_RESIDUALS):
         raise BadFile(
@@ -286,7 +285,7 @@ def _decode_tensor(cursor: Cursor, name: str, groups: int) -> PackedTensor:
 
 
 def _check_groups(groups: list[BlockGroup], tensors: list[PackedTensor]) -> None:
-    """Every place of every group is taken once, by tensors of one shape."""
+    """Check that tensors of one shape take every place of every group exactly once."""
     members: list[list[PackedTensor]] = [[] for _ in groups]
     for tensor in tensors:
         if tensor.is_target:
@@ -299,7 +298,7 @@ def _check_groups(groups: list[BlockGroup], tensors: list[PackedTensor]) -> None
 
 
 def decimal(cursor: Cursor) -> str:
-    """A decimal as it is written; BadFile for anything else."""
+    """Read a decimal in canonical form. BadFile for anything else."""
     text = cursor.text()
     if not re.fullmatch(f"-?({_DECIMAL})", text):
         raise BadFile(f"the pack's index has {text[:80]!r} where a decimal is meant")

@@ -1,4 +1,4 @@
-"""Write packs block by block; what is written can be read again before the pack is finished."""
+"""Write packs block by block. Written blocks can be read again before the pack is finished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peru_cli.artifacts.sparse_delta import short_digest
 
 
 class PackWriter:
-    """Writes one pack. `add` in canonical order; `write` for what it returns, from any thread; then `finish`."""
+    """Writes one pack: `add` in canonical order, `write` each returned block from any thread, then `finish`."""
 
     def __init__(
         self, target: Path, largest_metadata: Mapping[str, str], sync: bool, kind: str = KIND,
@@ -32,7 +32,7 @@ class PackWriter:
         self.blocks: list[SumBlock] = []
 
     def add(self, sums: Sums) -> list[tuple[int, Sums]]:
-        """Append sums; returns the blocks that are full now, with their numbers."""
+        """Append sums. Returns the blocks that are now full, with their indices."""
         self._waiting.append(sums)
         full = []
         while sum(map(len, self._waiting)) >= BLOCK_ENTRIES:
@@ -42,7 +42,7 @@ class PackWriter:
         return full
 
     def rest(self) -> list[tuple[int, Sums]]:
-        """The last block, which need not be full."""
+        """The last block, which may be shorter."""
         joined, self._waiting = np.concatenate([np.empty(0, np.int32), *self._waiting]), []
         return [self._block(joined)] if len(joined) else []
 
@@ -51,7 +51,7 @@ class PackWriter:
         return self._tickets - 1, sums
 
     def write(self, block: tuple[int, Sums], more: Sequence[bytes] = ()) -> None:
-        """Encode a block and write it when its turn has come, and after it `more`."""
+        """Encode a block, and write it and then `more` when its turn comes."""
         data = encode(np.ascontiguousarray(block[1]), PCO)
         with self._lock:
             self._encoded[block[0]] = [data, *more]
@@ -61,21 +61,21 @@ class PackWriter:
                     self._container.append("blocks", part)
 
     def append_residual(self, data: bytes) -> None:
-        """Append a block of a residual: after all sums."""
+        """Append a block of a residual, after all sums."""
         self._container.append("blocks", data)
 
     def read_block(self, offset: int, nbytes: int) -> bytes:
-        """Bytes of blocks that have been written."""
+        """Read bytes of blocks that are already written."""
         return self._container.read_first(offset, nbytes)
 
     def append_whole(self, data: memoryview) -> None:
-        """Append bytes of tasks' own tensors, in the index's order."""
+        """Append bytes of tasks' own tensors, in index order."""
         self._container.append("whole", data)
 
     def finish(
         self, metadata: Mapping[str, str], index: PackIndex, contents: Sequence[bytes], before: Callable[[], None] = lambda: None
     ) -> int:
-        """Write side files, index and header, call `before`, and put the pack in place; returns its size in bytes."""
+        """Write side files, index and header, call `before`, and rename the pack into place. Returns its size in bytes."""
         assert not self._encoded, "a block was never written"
         index.blocks = self.blocks
         for content in contents:
@@ -90,11 +90,11 @@ class PackWriter:
 
 
 class UnfinishedPack(Pack):
-    """A pack whose sums are written and whose index is not."""
+    """A pack whose sums are written but whose index is not."""
 
     def __init__(self, target: Path, metadata: Mapping[str, str], index: PackIndex, writer: PackWriter) -> None:
         self.path, self.metadata, self.index = target, dict(metadata), index
         self._find_parts(writer.read_block)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
