@@ -1,12 +1,11 @@
-"""AdaMerging: task arithmetic with learned scales: they minimise the entropy of the merged model's predictions on every task's inputs.
+"""AdaMerging: task arithmetic with learned scales, which minimise the entropy of the merged model's predictions on every task's inputs.
 
     theta* = theta_0 + sum_t lambda_t,l tau_t,l;    lambda minimises the sum over tasks of the mean entropy of p(y | x; theta*)
 
-Source: Yang et al., AdaMerging (2024), https://arxiv.org/abs/2310.02575, equations 4 to 6: one lambda a task (`--scope global`,
-task-wise) or one a task and tensor (`--scope tensor`, layer-wise), all from `--scale`, by Adam on batches of unlabelled inputs.
-The derivative by lambda_t,l is the inner product of the loss's gradient at tensor l with tau_t,l, so the only model that
-autograd sees is the merged one.
-"""
+Source: Yang et al., AdaMerging (2024), https://arxiv.org/abs/2310.02575, equations 4 to 6. There is one lambda for each task
+(`--scope global`, task-wise) or for each task and tensor (`--scope tensor`, layer-wise). All start from `--scale` and are
+learned by Adam on batches of unlabelled inputs. The derivative by lambda_t,l is the inner product of the loss's gradient
+at tensor l with tau_t,l, so autograd sees only the merged model."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ ROLE = "lambda"
 
 
 class AdaMerging(Rule):
-    """See the module. Tensors without a learned scale (buffers) have `--scale`."""
+    """See the module. Tensors without a learned scale (buffers) use `--scale`."""
 
     suffers_from_norms = False
 
@@ -50,7 +49,7 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled(seed: int, task: str, n: int, batch: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Batches of example numbers without end: every epoch in an order of its own."""
+    """Endless batches of example indices; every epoch is shuffled anew."""
     epoch = 0
     while True:
         order = np.argsort(words(stream_key(seed, task, f"epoch {epoch}"), 0, n), kind="stable")
@@ -60,14 +59,14 @@ def shuffled(seed: int, task: str, n: int, batch: int) -> Iterator[np.ndarray[An
 
 
 class Merged:
-    """The merged model inside all tasks' models, as a function of the lambdas (tasks, groups)."""
+    """The merged model in place of all tasks' models, as a function of the lambdas (tasks, groups)."""
 
     def __init__(self, models: Sequence[TaskModel], by_tensor: bool) -> None:
         import torch
 
         self._models = [task_model.model for task_model in models]
         origin: dict[str, torch.Tensor] = {}
-        self.groups: list[str] = []  # parameters that are merged, by their names in the first model
+        self.groups: list[str] = []  # merged parameters, by their names in the first model
         named = [dict(task_model.model.named_parameters()) for task_model in models]
         for name in named[0]:
             base = models[0].base(name)
@@ -75,7 +74,7 @@ class Merged:
                 origin[name] = base.to(named[0][name])
                 self.groups.append(name)
         self._base = list(origin.values())
-        # Task vectors take the place of the fine-tunes' own weights: one set of merged weights serves all models.
+        # Task vectors replace the fine-tunes' own weights: one set of merged weights serves all models.
         self._vectors = [[table[name].data - base for name, base in origin.items()] for table in named]
         self._weights = [torch.empty_like(base) for base in self._base]
         for table in named:
@@ -94,7 +93,7 @@ class Merged:
                 weight.add_(vectors[i], alpha=row[self.columns[i]])
 
     def gradient(self, batches: Sequence[Any]) -> tuple[float, torch.Tensor]:
-        """Sum over tasks of the entropy on a batch each, at the weights last put; and its derivative, (tasks, groups)."""
+        """At the current weights: the entropy summed over one batch of each task, and its derivative, (tasks, groups)."""
         import torch
 
         total, sums = 0.0, [torch.zeros_like(weight) for weight in self._weights]
@@ -112,7 +111,7 @@ class Merged:
 
 
 class LambdaCollector(Collector):
-    """Learns the lambdas; a scalar for each task and tensor, float64."""
+    """Learns the lambdas: a float64 scalar for each task and tensor."""
 
     together = True
 

@@ -1,11 +1,10 @@
 """Model breadcrumbs: drop the largest entries (outliers) and the smallest ones of each task vector, add the rest.
 
-Source: Davari and Belilovsky, Model Breadcrumbs (2024), https://arxiv.org/abs/2312.06795, section 3. The paper masks
-in each layer (`--scope tensor`, what mergekit does); `global`, the default here as for TIES, over the whole vector.
+Source: Davari and Belilovsky, Model Breadcrumbs (2024), https://arxiv.org/abs/2312.06795, section 3. The paper and mergekit
+mask each layer (`--scope tensor`). The default here is the whole vector (`global`), as for TIES.
 
-Of n entries the floor(gamma * n) largest go, and the floor(keep * n) next ones stay, equals in canonical
-order. If keep + gamma exceeds 1, fewer of the largest go, as in mergekit.
-"""
+Of n entries, the floor(gamma * n) largest are dropped and the next floor(keep * n) are kept. Ties are broken in canonical
+order. If keep + gamma exceeds 1, fewer of the largest are dropped, as in mergekit."""
 
 from __future__ import annotations
 
@@ -33,9 +32,9 @@ class Breadcrumbs(Rule):
         return min(kept + outliers, n) if trim == 0 else min(outliers, n - kept)
 
     def _stays(self, tile: RuleInput, number: int) -> Array | None:
-        """Which entries of a task's vector stay; None if all do."""
+        """Which entries of a task's vector are kept. None if all are."""
         large = tile.kept(number, 0)
-        if len(self.trims) > 1:  # the largest are among the large
+        if len(self.trims) > 1:  # the first trim selects the largest among the large
             outliers = tile.kept(number, 1)
             return tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
         return large
@@ -47,7 +46,7 @@ class Breadcrumbs(Rule):
 
 
 class BreadcrumbsTies(Breadcrumbs):
-    """What stays, elected as TIES does: weights before the election, a sum of 0 elects + (mergekit's `breadcrumbs_ties`)."""
+    """Elects among the kept entries as TIES does: weights before the election, a sum of 0 elects + (mergekit's `breadcrumbs_ties`)."""
 
     holds_all = True
 

@@ -1,11 +1,10 @@
-"""Ranks for a byte budget: the least total squared error over all matrices together, exactly.
+"""Ranks for a byte budget: the least total squared error over all matrices, exactly.
 
-One more rank of a matrix costs a fixed number of bytes and gains its next squared singular value, which never grows:
-a knapsack in which matrices of equal cost share one list of gains. Its linear relaxation (most gain per byte first)
-bounds what any choice can reach, so whatever differs from it by more than the bound's gap is settled at once
-(reduced-cost fixing); what is left is a short dynamic programme over the number of ranks for each cost.
-Source: Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapters 2.2 and 5.
-"""
+One more rank of a matrix costs a fixed number of bytes and gains its next squared singular value. Gains never grow, so this
+is a knapsack in which matrices of equal cost share one list of gains. Its linear relaxation (most gain per byte first)
+bounds what any choice can reach. Choices that differ from it by more than the bound's gap are settled at once (reduced-cost
+fixing). A short dynamic programme over the number of ranks for each cost settles the others.
+Source: Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapters 2.2 and 5."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass
 class _Class:
-    """All steps of one cost, largest gain first (of equals, the earlier matrix): gains and which matrix each is of."""
+    """All steps of one cost, largest gain first (ties: the earlier matrix): the gain and the matrix of each step."""
 
     cost: int
     gains: Array
@@ -29,13 +28,12 @@ class _Class:
 
 
 def ranks_for_bytes(energies: Sequence[Array], costs: Sequence[int], budget: int) -> list[int]:
-    """How many singular values to keep of each matrix so that the bytes fit and the dropped energy is least.
+    """How many singular values of each matrix to keep so that the bytes fit and the least energy is dropped.
 
     Args:
         energies: squared singular values of each matrix, descending, float64.
         costs: bytes of one rank of each matrix.
-        budget: bytes for all of them, at least one rank each; ranks that gain nothing are not taken.
-    """
+        budget: bytes for all of them, with at least one rank each. Ranks that gain nothing are not taken."""
     ranks = np.array([min(len(values), 1) for values in energies])
     room = budget - int(sum(int(rank) * cost for rank, cost in zip(ranks, costs, strict=True)))
     if room < 0:
@@ -67,10 +65,10 @@ def _choose(classes: list[_Class], room: int) -> list[int]:
     order = np.argsort(-gains / costs, kind="stable")
     spent = np.cumsum(costs[order])
     first_out = int(np.searchsorted(spent, room, side="right"))
-    price = float(gains[order[first_out]] / costs[order[first_out]])  # gain of a byte at the edge
+    price = float(gains[order[first_out]] / costs[order[first_out]])  # gain per byte at the edge
     bound = float(gains[order[:first_out]].sum()) + price * (room - int(spent[first_out - 1] if first_out else 0))
     reached = _fill(gains[order], costs[order], room)
-    gap = bound - reached + 1e-12 * (bound + float(gains.max()))  # the second part for what rounding did
+    gap = bound - reached + 1e-12 * (bound + float(gains.max()))  # the second term covers rounding errors
     least, most = [], []
     for group in classes:
         reduced = group.gains - price * group.cost
@@ -80,7 +78,7 @@ def _choose(classes: list[_Class], room: int) -> list[int]:
 
 
 def _fill(gains: Array, costs: Array, room: int) -> float:
-    """What is reached by taking each step that still fits, in order."""
+    """The gain of taking each step that still fits, in order."""
     total = 0.0
     smallest = int(costs.min())
     for gain, cost in zip(gains.tolist(), costs.tolist(), strict=True):
@@ -92,11 +90,11 @@ def _fill(gains: Array, costs: Array, room: int) -> float:
 
 
 def _settle(classes: list[_Class], least: list[int], most: list[int], room: int) -> list[int]:
-    """The best numbers of steps between `least` and `most`: dynamic programming over the bytes that are left."""
+    """The best numbers of steps between `least` and `most`: dynamic programming over the remaining bytes."""
     unit = math.gcd(*(group.cost for group in classes))
     left = (room - sum(n * group.cost for n, group in zip(least, classes, strict=True))) // unit
     left = min(left, sum((b - a) * group.cost for a, b, group in zip(least, most, classes, strict=True)) // unit)
-    best = np.zeros(left + 1)  # the most gain for at most so many units
+    best = np.zeros(left + 1)  # the largest gain for at most this many units
     taken = []
     for group, low, high in zip(classes, least, most, strict=True):
         step = group.cost // unit

@@ -1,4 +1,4 @@
-"""A method whose parameters differ from tensor to tensor: one rule for each set of parameters, and which tensor has which."""
+"""A method whose parameters differ from tensor to tensor: one rule for each set of parameters, and the rule of each tensor."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from peru_cli.streaming.arrays import Array
 
 
 class ByTensor(Rule):
-    """Hands every tensor (by its number in canonical order) to the rule that was built for it."""
+    """Passes every tensor (by its index in canonical order) to its rule."""
 
     def __init__(self, rules: Sequence[Rule], chosen: Sequence[int]) -> None:
-        """`chosen[slot]` says which of the rules a tensor has. UsageError for shares of everything that differ by tensor."""
+        """`chosen[slot]` is the index of a tensor's rule. UsageError if global shares differ by tensor."""
         first = rules[0]
         super().__init__(first.parameters)
         self._rules, self._chosen = rules, chosen

@@ -20,7 +20,7 @@ class Consensus(Rule):
     def merge(self, tile: RuleInput) -> Array:
         xp, n, share = tile.xp, tile.n, self.parameters.number("mask-lambda")
         vectors = [scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(self.parameters.weights)]
-        total = add_up(tile, vectors)  # of two or more, so in memory of its own
+        total = add_up(tile, vectors)  # a sum of two or more, so it has its own memory
         uses, rest = xp.fill(tile.room("uses", n), 0.0), tile.room("rest", n)
         for vector in vectors:
             xp.multiply(xp.absolute(xp.subtract(total, vector, out=rest), out=rest), share, out=rest)

@@ -2,15 +2,14 @@
 
 Source: Yu et al., Language Models are Super Mario (2024), https://arxiv.org/abs/2311.03099, section 3.1.
 
-Entry i of a tensor stays if word(i) < floor(density * 2^32), word as methods/philox.py has it: every machine
-drops the same entries for the same seed, task name and tensor name.
+Entry i of a tensor is kept if word(i) < floor(density * 2^32), with word from methods/philox.py. Every machine drops the same
+entries for the same seed, task name and tensor name.
 
-`dare` adds what stays (task arithmetic). `dare-ties` elects signs as TIES does, weights before the election, a
-sum of 0 elects +, and sums what agrees (`--reduce mean` divides by the agreeing weights), as mergekit has it.
+`dare` adds the kept entries (task arithmetic). `dare-ties` elects signs as TIES does and sums the entries that agree, like
+mergekit: weights before the election, a sum of 0 elects +. `--reduce mean` divides by the agreeing weights.
 
-`--rescale l1` multiplies what stays by the ratio of the L1 norms before and after in each tensor instead, as mergekit does;
-that takes a pass more (methods/entries/sampled.py).
-"""
+`--rescale l1`, mergekit's option, multiplies the kept entries by the ratio of the tensor's L1 norms before and after. This
+needs another pass (methods/entries/sampled.py)."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from peru_cli.streaming.arrays import Array, Arrays, Host
 
 
 def survivors(xp: Arrays, seed: int, task: str, tensor: str, start: int, n: int, density: Fraction) -> Array | None:
-    """True where an entry stays; bool (n,), None if all do."""
+    """Which entries are kept; bool (n,), None if all are."""
     limit = int(density * 2**32)
     return xp.upload(below(stream_key(seed, task, tensor), start, n, limit)) if limit < 2**32 else None
 
@@ -42,12 +41,12 @@ class Dare(Rule):
         self._rescales = parameters.text("rescale") == "density"
 
     def _stays(self, tile: RuleInput, number: int) -> Array | None:
-        """Which entries of a task's vector stay; None if all do."""
+        """Which entries of a task's vector are kept. None if all are."""
         seed, task = int(self.parameters.number("seed")), self.parameters.tasks[number]
         return survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._densities[number])
 
     def _factors(self, number: int) -> tuple[float, float]:
-        """What rescales a task's vector, and its weight."""
+        """The rescaling factor of a task's vector, and its weight."""
         return float(1 / self._densities[number]) if self._rescales else 1.0, self.parameters.weights[number]
 
     def merge(self, tile: RuleInput) -> Array:
@@ -81,7 +80,7 @@ class DareByNorm(Sampled):
 
 
 class DareTiesByNorm(DareByNorm):
-    """The same, elected."""
+    """The same with an election."""
 
     elects = True
 

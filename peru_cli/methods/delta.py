@@ -1,10 +1,9 @@
-"""Differences between a fine-tune and its base, entry by entry, to the bit.
+"""Bit-exact differences between a fine-tune and its base, entry by entry.
 
-Floating entries are handled as integers of their width ("bits"): the sign-magnitude pattern, read as a
-signed integer. `order` maps it to an integer that ascends with the float's total order, in which a step
-of one is one unit in the last place (ULP); differences of such integers, modulo 2^width, are exact for
-every pattern, NaN payloads and -0.0 included, where `base + bf16(fine - base)` would not round back.
-"""
+Floating entries are handled as integers of their width ("bits"): the sign-magnitude pattern, read as a signed integer.
+`order` maps it to an integer that ascends with the float's total order, in which one step is one unit in the last place
+(ULP). Differences of such integers, modulo 2^width, are exact for every pattern, including NaN payloads and -0.0, where
+`base + bf16(fine - base)` would not round back."""
 
 from __future__ import annotations
 
@@ -23,22 +22,21 @@ _BF16 = BY_NAME["BF16"]
 
 
 def infinity(dtype: Dtype) -> int:
-    """The bit pattern of +infinity; larger ones without the sign are NaNs."""
+    """The bit pattern of +infinity. Larger patterns (without the sign) are NaNs."""
     mantissa = _MANTISSA[dtype.name]
     return ((1 << (dtype.bits - 1 - mantissa)) - 1) << mantissa
 
 
 def largest_magnitude(xp: Arrays, bits: Array, dtype: Dtype) -> int:
-    """The largest pattern without its sign: `infinity` or more if anything is not finite; -1 of nothing."""
+    """The largest pattern without its sign: `infinity` or more if an entry is not finite, -1 if there are no entries."""
     return int(xp.largest(bits & ((1 << (dtype.bits - 1)) - 1))) if len(bits) else -1
 
 
 def cast_bits(xp: Arrays, bits: Array, source: Dtype, target: Dtype) -> Array:
-    """Convert floats between dtypes, the same on every device; (n,) -> (n,).
+    """Convert floats between dtypes, identically on every device; (n,) -> (n,).
 
-    Round to nearest even (float64 to 16 bits by way of float32). NaNs keep sign and as much of their
-    payload as fits, made quiet: conversion instructions differ there, so it is done on integers.
-    """
+    Rounds to nearest even (float64 to 16 bits by way of float32). NaNs keep their sign and as much of their payload as fits,
+    and become quiet. Conversion instructions differ in this, so it is done on integers."""
     if source is target:
         return bits
     kind = "f8" if "F64" in (source.name, target.name) else "f4"
@@ -80,13 +78,12 @@ def round_difference(base: Bits, fine: Bits, dtype: Dtype, least: float | None =
 
     Args:
         base, fine: bits of one dtype; (n,).
-        least: the smallest magnitude among the differences. If given, only sign and octave above it stay (see `_octaves`).
+        least: the smallest magnitude of the differences. If given, only sign and octave above it are kept (see `_octaves`).
 
     Returns:
-        codes: `order` of the bf16 pattern, int16; NOT_ROUNDED where base + bf16 would not be finite or
-            the difference is not (NaN, infinity, overflow); (n,).
-        apart: positions of those entries, ascending int64; their exact ULP differences are stored apart.
-    """
+        codes: `order` of the bf16 pattern, int16. NOT_ROUNDED if base + bf16 would not be finite or the difference is not
+            (NaN, infinity, overflow); (n,).
+        apart: positions of those entries, ascending int64. Their exact ULP differences are stored apart."""
     with np.errstate(over="ignore", invalid="ignore"):
         difference = _floats(fine, dtype) - _floats(base, dtype)
         patterns: Bits = CPU.narrow(difference if least is None else _octaves(difference, least), _BF16)
@@ -99,25 +96,23 @@ def round_difference(base: Bits, fine: Bits, dtype: Dtype, least: float | None =
 def add_rounded(base: Bits, codes: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
     """base + the rounded difference: in the fine-tune's dtype, or in float32 and rounded to its 16 bits.
 
-    Returns the bits, (n,), and the positions at which the exact difference must be used instead.
-    """
+    Returns the bits, (n,), and the positions that need the exact difference instead."""
     patterns = order(codes)
     with np.errstate(over="ignore", invalid="ignore"):
         return _plus(base, patterns, dtype), np.flatnonzero(patterns == NOT_ROUNDED)
 
 
 def _floats(bits: Bits, dtype: Dtype) -> Bits:
-    """float64 of F64, float32 of the others; (n,)."""
+    """float64 for F64, float32 for the others; (n,)."""
     floats: Bits = CPU.widen(bits, dtype, np.empty(len(bits), "f8" if dtype.name == "F64" else "f4"))
     return floats
 
 
 def _octaves(differences: Bits, least: float) -> Bits:
-    """1.375 x least x 2^k with the difference's sign, where its magnitude is from least x 2^k up to twice that; float32 (n,).
+    """1.375 x least x 2^k with the difference's sign, for magnitudes from least x 2^k up to twice that; float32 (n,).
 
     Magnitudes above a threshold are dense near it and fall off: their mean in an octave lies between 1.25 and 1.45 times its
-    beginning. What is not finite becomes anything. A `least` that no octave can begin at counts as 1.
-    """
+    lower end. Results for values that are not finite are arbitrary. A `least` that no octave can start at counts as 1."""
     start = np.float32(least)
     if not 0 < start < np.inf:
         start = np.float32(1)

@@ -1,12 +1,11 @@
-"""Fisher merging: average the models, with each entry weighted by how much the task's output depends on it.
+"""Fisher merging: average the models, weighting each entry by how much the task's output depends on it.
 
     F_t = E_x sum_y p(y | x) (d/d theta log p(y | x))^2;    theta* = sum_t w_t F_t theta_t / sum_t w_t F_t
 
 Source: Matena & Raffel, Merging Models with Fisher-Weighted Averaging (2022), https://arxiv.org/abs/2111.09832, equations 3
-and 4, appendix D (normalisation). Gradients are of one example each: squaring those of a batch gives something else.
-`--expectation exact` sums over all labels; `sampled` draws one label an example from the model itself (for language models one
-token a position). F is at least `--floor`, so that entries that no task needs are averaged. Labels are never read.
-"""
+and 4, appendix D (normalisation). Each gradient is of one example: squaring a batch's gradient gives something else.
+`--expectation exact` sums over all labels. `sampled` draws one label for each example from the model itself (for language
+models one token for each position). F is at least `--floor`, so entries that no task needs are averaged. Labels are never read."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ ROLE, NORM = "fisher", "fisher-norm"
 
 
 class Fisher(Rule):
-    """See the module. Tensors without statistics (buffers) are averaged with the weights alone."""
+    """See the module. Tensors without statistics (buffers) are averaged by the weights alone."""
 
     on_vectors = False
 
@@ -67,12 +66,11 @@ def label_draws(seed: int, start: int, n: int) -> np.ndarray[Any, np.dtype[np.fl
 
 
 def squared_gradients(logits: torch.Tensor, parameters: Sequence[torch.Tensor], draws: Any = None) -> list[torch.Tensor | None]:
-    """sum_y p(y) (d log p(y) / d theta)^2 of one example, or its estimate from labels drawn; shaped as the parameters.
+    """sum_y p(y) (d log p(y) / d theta)^2 of one example, or its estimate from drawn labels; shaped like the parameters.
 
     Args:
         logits: (1, labels), or (1, positions, vocabulary), still attached to the parameters.
-        draws: None for the sum over labels; else uniform numbers that choose a label for each row, (rows,).
-    """
+        draws: None for the sum over labels; otherwise uniform numbers that choose a label for each row, (rows,)."""
     import torch
 
     rows = logits.reshape(-1, logits.shape[-1]).log_softmax(-1)  # (rows, labels)

@@ -1,8 +1,7 @@
-"""Weighted averages of whole weights: sum_t w_t theta_t, divided by sum_t w_t unless told otherwise.
+"""Weighted averages of whole weights: sum_t w_t theta_t, normally divided by sum_t w_t.
 
 Source: Wortsman et al., Model soups (2022), https://arxiv.org/abs/2203.05482, section 2 (uniform soup).
-With the base as one of the models it is WiSE-FT (https://arxiv.org/abs/2109.01903, equation 1).
-"""
+With the base as one of the models it is WiSE-FT (https://arxiv.org/abs/2109.01903, equation 1)."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from peru_cli.streaming.arrays import Array
 
 
 def share_of_sum(weights: Sequence[float]) -> float:
-    """1 / sum of the weights, the factor that normalises; UsageError if they cancel out."""
+    """1 / sum of the weights, which normalises them. UsageError if they cancel out."""
     total = math.fsum(weights)
     if abs(total) < 1e-12:
         raise UsageError("the weights sum to 0, so they cannot be normalised", "add --no-normalize, or change --weight")

@@ -1,13 +1,12 @@
-"""Best low-rank approximations: PERU-LoRA of thin factors, and low-rank residuals of matrices that come in panels.
+"""Best low-rank approximations: PERU-LoRA of thin factors, and low-rank residuals of matrices read in panels.
 
 PERU-LoRA (PERU paper, section 3.2): A B^T = U S V^T, keep the q largest singular values. With QR(A) = Qa Ra and
 QR(B) = Qb Rb, SVD(Ra Rb^T) gives all of it without the product. By Eckart and Young the error of rank q is the
-norm of the dropped singular values. For a full fine-tune the matrix is the task vector of one weight, which comes in
-panels: through the Gram matrix of its smaller side (exact, the whole spectrum), or a randomised range finder with
-power iterations (Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061) that goes on until it gains nothing.
+norm of the dropped singular values. For a full fine-tune the matrix is the task vector of one weight, read in panels. It is
+decomposed through the Gram matrix of its smaller side (exact, the whole spectrum), or by a randomised range finder with
+power iterations (Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061) that stops when it gains nothing.
 
-All is float64, but for the products of the range finder, which have the panels' own type.
-"""
+Everything is float64, except the products of the range finder, which use the panels' dtype."""
 
 from __future__ import annotations
 
@@ -21,20 +20,20 @@ import torch
 from peru_cli.kernels.random import words
 from peru_cli.methods.philox import stream_key
 
-OVERSAMPLING = 16  # at least so many more directions than are wanted in the range finder, or half as many again
-GAIN = 3e-3  # it stops when an iteration gains less than this share of the squared error
+OVERSAMPLING = 16  # the range finder adds at least this many directions, or half of those wanted if that is more
+GAIN = 3e-3  # stop when an iteration gains less than this share of the squared error
 MAX_ITERATIONS = 12
-_CACHED = 1 << 16  # entries widened at once where only their norm is wanted
+_CACHED = 1 << 16  # entries widened at once when only their norm is wanted
 GRAM_SIDE = 512  # up to this smaller side the Gram matrix is both exact and cheap
 
-Round = Callable[[torch.Tensor], torch.Tensor]  # float64 -> float64 as it will be stored
+Round = Callable[[torch.Tensor], torch.Tensor]  # float64 -> float64, rounded to the stored dtype
 
 
 def solve(function: Callable[..., tuple[torch.Tensor, ...]], *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A decomposition on its arguments' device; where a GPU's solver fails, on the CPU."""
+    """A decomposition on its arguments' device, or on the CPU if a GPU's solver fails."""
     try:
         return tuple(function(*arguments))
-    except RuntimeError:  # torch.linalg.LinAlgError and a GPU's lack of memory are RuntimeErrors, too
+    except RuntimeError:  # torch.linalg.LinAlgError and a GPU's lack of memory are both RuntimeErrors
         device = arguments[0].device
         if device.type == "cpu":
             raise
@@ -45,17 +44,17 @@ def solve(function: Callable[..., tuple[torch.Tensor, ...]], *arguments: torch.T
 
 
 class Svd(ABC):
-    """A singular value decomposition: `values`, descending, float64 (k,), and factors of its truncations."""
+    """A singular value decomposition: `values`, descending, float64 (k,), and the factors of its truncations."""
 
     values: torch.Tensor
 
     @abstractmethod
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best approximation of a rank as left (m, rank) @ right (rank, n); the square root of S in each of them."""
+        """The best approximation at a rank as left (m, rank) @ right (rank, n), with the square root of S in each."""
 
 
 class ThinSvd(Svd):
-    """Of left (m, r) @ right (r, n) by QR of both factors: never the (m, n) product."""
+    """SVD of left (m, r) @ right (r, n) by QR of both factors, without the (m, n) product."""
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
         self._left = solve(torch.geqrf, left.double())
@@ -70,7 +69,7 @@ class ThinSvd(Svd):
 
 
 class DenseSvd(Svd):
-    """Of a matrix (m, n) itself."""
+    """SVD of a matrix (m, n)."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.u, self.values, self.vt = solve(_svd, matrix.double())
@@ -81,7 +80,7 @@ class DenseSvd(Svd):
 
 
 def thin_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The singular values of left (m, r) @ right (r, n) alone, descending; float64 (min(m, n, r),)."""
+    """Only the singular values of left (m, r) @ right (r, n), descending; float64 (min(m, n, r),)."""
     a, b = solve(torch.geqrf, left.double())[0], solve(torch.geqrf, right.double().T.contiguous())[0]
     return solve(_svd, _triangle(a) @ _triangle(b).T)[1]
 
@@ -96,7 +95,7 @@ def _triangle(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _apply_q(packed: tuple[torch.Tensor, ...], vectors: torch.Tensor) -> torch.Tensor:
-    """Q @ vectors, Q that of a packed QR decomposition of (m, r); (min(m, r), q) -> (m, q)."""
+    """Q @ vectors, for Q of a packed QR decomposition of (m, r); (min(m, r), q) -> (m, q)."""
     padded = vectors.new_zeros(packed[0].shape[0], vectors.shape[1])
     padded[: len(vectors)] = vectors
     return torch.ormqr(packed[0], packed[1], padded)
@@ -115,10 +114,9 @@ def squared_distance(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor
 
 
 def move_scale(left: torch.Tensor, right: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of scale * left @ right whose largest entries are alike, moved by powers of two, which round nothing.
+    """Factors of scale * left @ right with largest entries of similar size. Powers of two are moved, which rounds nothing.
 
-    Only what is left of the scale beyond a power of two changes mantissas, those of `left`.
-    """
+    Only the rest of the scale beyond a power of two changes mantissas, those of `left`."""
     largest = float(left.abs().max()), float(right.abs().max())
     if not scale or not all(largest):
         return left * scale, right
@@ -137,26 +135,26 @@ class Matrix(ABC):
 
     @abstractmethod
     def row_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row and entries (some rows, columns) of each panel, in order; valid until the next."""
+        """First row and entries (some rows, columns) of each panel, in order; valid until the next one."""
 
     @abstractmethod
     def column_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """First column and entries (rows, some columns) of each panel, in order; valid until the next."""
+        """First column and entries (rows, some columns) of each panel, in order; valid until the next one."""
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """Singular values that were found, descending (k,), and their vectors on one side, (columns or rows, k); float64."""
+    """Computed singular values, descending (k,), and their vectors on one side, (columns or rows, k); float64."""
 
     values: torch.Tensor
     vectors: torch.Tensor
     on_columns: bool
-    squared: float  # of the whole matrix' Frobenius norm
+    squared: float  # squared Frobenius norm of the whole matrix
 
 
 @dataclass(frozen=True)
 class Fit:
-    """left (rows, q) @ right (q, columns) as they will be stored, float64, and what they were measured to miss."""
+    """left (rows, q) @ right (q, columns) as they will be stored, float64, and their measured error."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -165,7 +163,7 @@ class Fit:
 
 
 def gram(matrix: Matrix) -> Subspace:
-    """All singular values and vectors by the Gram matrix of the smaller side: values are exact to 1e-8 of the largest."""
+    """All singular values and vectors from the Gram matrix of the smaller side. Values are exact to 1e-8 of the largest."""
     on_columns = matrix.columns <= matrix.rows
     total: torch.Tensor | None = None
     for _, panel in matrix.row_panels() if on_columns else matrix.column_panels():
@@ -179,11 +177,10 @@ def gram(matrix: Matrix) -> Subspace:
 
 
 def find_range(matrix: Matrix, rank: int, seed: str) -> Subspace:
-    """The leading `rank` singular values and right vectors, nearly, by power iterations on random signs.
+    """The leading `rank` singular values and right vectors, approximately, by power iterations on random signs.
 
     Each iteration reads the matrix once and squares the spectrum. It stops when the captured energy grew by less than
-    GAIN of what is missing; the vectors returned have one more half iteration than the values.
-    """
+    GAIN of the missing energy. The returned vectors are half an iteration ahead of the values."""
     width = min(rank + max(OVERSAMPLING, rank // 2), matrix.rows, matrix.columns)
     bits = words(stream_key(0, "svd-lora", seed), 0, -(-matrix.columns * width // 32))
     signs = np.unpackbits(bits.view(np.uint8), count=matrix.columns * width).astype(np.float32) * 2 - 1
@@ -227,7 +224,7 @@ def _iterate(matrix: Matrix, basis: torch.Tensor, first: bool) -> tuple[torch.Te
 
 
 def _squared_norm(panel: torch.Tensor) -> float:
-    """Of all entries, in float64."""
+    """Squared norm of all entries, in float64."""
     flat, total = panel.reshape(-1), 0.0
     for start in range(0, len(flat), _CACHED):
         wide = flat[start : start + _CACHED].double()
@@ -241,11 +238,10 @@ def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def fit(matrix: Matrix, subspace: Subspace, rank: int, stored: Round) -> Fit:
-    """The best factors of a rank in a subspace, as they will be stored, and their error.
+    """The best stored factors of a rank in a subspace, and their error.
 
-    One factor is the vectors times the square root of the values, rounded; the other is the least squares solution
-    given that one, for which one pass is needed; the same pass measures the error of both as rounded.
-    """
+    One factor is the vectors times the square root of the values, rounded. The other is the least-squares solution for it, which
+    needs one pass. The same pass measures the error of both as rounded."""
     scaled = stored((subspace.vectors[:, :rank] * subspace.values[:rank].sqrt()).contiguous())  # (columns or rows, rank)
     inner = scaled.T @ scaled
     if subspace.on_columns:
@@ -263,7 +259,7 @@ def fit(matrix: Matrix, subspace: Subspace, rank: int, stored: Round) -> Fit:
 
 
 def _inverse(inner: torch.Tensor) -> torch.Tensor:
-    """The inverse of a Gram matrix, as far as it has one; (q, q) -> (q, q)."""
+    """The (pseudo-)inverse of a Gram matrix; (q, q) -> (q, q)."""
     values, vectors = solve(torch.linalg.eigh, inner)
     keep = values > values[-1:] * 1e-14
     return (vectors[:, keep] / values[keep]) @ vectors[:, keep].T

@@ -2,11 +2,10 @@
 
 Source: PERU paper, section 4.1 (Post-Pruning, PERU-FFT): theta_0 + top_m(theta_t - theta_0).
 
-The k-th largest key of billions is found without sorting or holding them: count the keys above a window
-and those within it by bins; the counts add up over tiles, threads and machines. A window predicted from a
-sample usually holds the answer in bins of one key each, and one count decides. If not, the counts say
-where to look next, so it ends after a few counts whatever the data.
-"""
+The k-th largest key of billions is found without sorting or holding them. Count the keys above a window, and those within
+it by bins; the counts add up over tiles, threads and machines. A window predicted from a sample usually contains the answer
+in bins of one key each, and one count decides. Otherwise the counts tell where to look next, so a few counts are enough
+for any data."""
 
 from __future__ import annotations
 
@@ -27,10 +26,9 @@ MAX_BINS = 1 << 20
 
 @dataclass(frozen=True)
 class Threshold:
-    """Keep every key above `key`, and the first `equals` of those that equal it, in canonical order.
+    """Keep every key above `key`, and the first `equals` of the keys equal to it, in canonical order.
 
-    `key` 0 with `equals` None keeps all changed entries.
-    """
+    `key` 0 with `equals` None keeps all changed entries."""
 
     key: int
     equals: int | None = None
@@ -59,7 +57,7 @@ class Window:
 
     @classmethod
     def over(cls, low: int, high: int) -> Window:
-        """The finest window of at most MAX_BINS bins that holds the keys `low` to `high`, both included."""
+        """The finest window of at most MAX_BINS bins that covers the keys `low` to `high`, both included."""
         shift = 0
         while ((high - low) >> shift) + 1 > MAX_BINS:
             shift += 1
@@ -67,13 +65,13 @@ class Window:
 
     @property
     def high(self) -> int:
-        """The last key in it."""
+        """The last key in the window."""
         return self.low + (self.bins << self.shift) - 1
 
 
 @dataclass
 class Counted:
-    """What a run of entries adds to a tally: keys above the window, changed entries, the keys within it (k,)."""
+    """What a run of entries adds to a tally: keys above the window, changed entries, and the keys within it (k,)."""
 
     above: int
     changed: int
@@ -83,15 +81,14 @@ class Counted:
 class Tally:
     """Statistics of one window that add up: keys above it, keys in each bin, changed entries.
 
-    Any thread may add; all share one table of bins, which is most of what the search holds.
-    """
+    Any thread may add. All share one table of bins, which takes most of the search's memory."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
         self.above = 0
         self.changed = 0
-        self.bins = np.zeros(window.bins, dtype=np.int64)  # keys in each
-        self._told: tuple[int, int, Bins] | None = None  # above, changed and bins when news was last asked for
+        self.bins = np.zeros(window.bins, dtype=np.int64)  # number of keys in each
+        self._told: tuple[int, int, Bins] | None = None  # above, changed and bins at the last call of `news`
         self._lock = threading.Lock()
 
     def count(self, room: Differences, base: Array, fine: Array, dtype: str) -> Counted:
@@ -100,20 +97,20 @@ class Tally:
         return Counted(above, changed, within)
 
     def add(self, counted: Counted) -> None:
-        """Add what was counted."""
+        """Add counts."""
         with self._lock:
             self.above += counted.above
             self.changed += counted.changed
             add_bins(self.bins, counted.within, self.window.low, self.window.shift)
 
     def restore(self, above: int, changed: int, bins: Bins, times: Bins) -> None:
-        """Add what an earlier run counted: bins (k,), each once, and how many keys are in each."""
+        """Add what an earlier run counted: bins (k,), each listed once, and the number of keys in each."""
         self.above += above
         self.changed += changed
         self.bins[bins] += times
 
     def news(self) -> tuple[int, int, Bins, Bins]:
-        """What was added since the last call, as `restore` takes it."""
+        """What was added since the last call, in the form that `restore` takes."""
         above, changed, before = self._told or (0, 0, np.zeros_like(self.bins))
         grown = np.flatnonzero(self.bins != before)
         times = self.bins[grown] - before[grown]
@@ -122,7 +119,7 @@ class Tally:
         return self.above - above, self.changed - changed, grown, times
 
     def missed(self, k: int, largest_key: int, n: int) -> tuple[int, int, int, int] | None:
-        """If the k-th largest of n keys is not in the window: its rank among the keys on its side, their bounds and number."""
+        """If the k-th largest of n keys is outside the window: its rank among the keys on its side, their bounds and number."""
         inside = int(self.bins.sum())
         if self.above >= k:
             return k, self.window.low + (self.window.bins << self.window.shift), largest_key, self.above
@@ -136,9 +133,8 @@ def decide(tally: Tally, k: int, largest_key: int) -> Threshold | Window:
 
     Args:
         tally: counts over all n entries.
-        k: how many entries to keep; if no more have changed, all of those are kept.
-        largest_key: the key of infinite differences.
-    """
+        k: how many entries to keep. If no more have changed, all changed entries are kept.
+        largest_key: the key of infinite differences."""
     if tally.changed <= k:
         return ALL_CHANGED
     window, bins = tally.window, tally.bins
@@ -155,7 +151,7 @@ def decide(tally: Tally, k: int, largest_key: int) -> Threshold | Window:
 
 
 def exact_threshold(keys: Keys, changed: int, k: int) -> Threshold:
-    """The threshold when all keys are at hand; (n,)."""
+    """The threshold when all keys are in memory; (n,)."""
     if changed <= k:
         return ALL_CHANGED
     key = int(np.partition(keys, len(keys) - k)[len(keys) - k])
@@ -163,20 +159,18 @@ def exact_threshold(keys: Keys, changed: int, k: int) -> Threshold:
 
 
 def predict_window(sample: Keys, weights: Weights, k: int, largest_key: int) -> Window:
-    """A window that very likely holds the k-th largest key, from a sample of keys; (s,).
+    """A window that very likely contains the k-th largest key, from a sample of keys; (s,).
 
-    `weights` says how many keys each sampled one stands for, (s,): tensors differ more from each other than
-    within themselves, and a sample never meets each in its due proportion. The margin is 5% of the rank
-    and four standard deviations of a fair sample's rank: real samples are runs of neighbours, less
-    independent than that. It shrinks until each bin is one key: a miss costs one more count sometimes,
-    wider bins one always.
-    """
-    if weights.min() == weights.max():  # of one tensor: sorting alone is far faster than sorting indices
+    `weights` says how many keys each sampled key stands for, (s,): tensors differ more from each other than within themselves,
+    and a sample never holds each in its exact proportion. The margin is 5% of the rank plus four standard deviations of a
+    fair sample's rank, because real samples are runs of neighbours and less independent than that. The margin shrinks until
+    each bin is one key: a miss sometimes costs one more count, wider bins always do."""
+    if weights.min() == weights.max():  # from one tensor: sorting values is far faster than sorting indices
         descending = np.sort(sample)[::-1]
         rank = np.cumsum(weights)
     else:
         order = np.argsort(sample)[::-1]
-        descending, rank = sample[order], np.cumsum(weights[order])  # keys at or above each, as far as the sample can tell
+        descending, rank = sample[order], np.cumsum(weights[order])  # estimated number of keys at or above each
     margin = 0.05 * k + (4 * (k / rank[-1] * len(sample)) ** 0.5 + 2) * rank[-1] / len(sample)
     while True:
         first, last = (int(np.searchsorted(rank, k + side)) for side in (-margin, margin))
@@ -189,5 +183,5 @@ def predict_window(sample: Keys, weights: Weights, k: int, largest_key: int) -> 
 
 
 def take_equals(equal: Keys, quota: int) -> Keys:
-    """Positions of the candidates that stay when only the first `quota` equals may; bool (n,) -> int64."""
+    """Positions of the candidates that are kept if only the first `quota` equals may be; bool (n,) -> int64."""
     return np.flatnonzero(~equal | (np.cumsum(equal) <= quota))

@@ -6,8 +6,7 @@ TALL-masks: m_t = [|tau_t| > l_t |tau_MT - tau_t|]. Source: Wang et al., Localiz
 and Compression (2024), https://arxiv.org/abs/2405.07813, equation 4; the authors try l_t in {.2, .3, .4, .5, .6}.
 Magnitude masking, the paper's baseline: m_t = [tau_t is among its own largest entries].
 
-An entry that a task does not change is in no mask of it. All arrays are 1-D runs of one tensor's entries, float64.
-"""
+Entries that a task does not change are never in its mask. All arrays are 1-D runs of one tensor's entries, float64."""
 
 from __future__ import annotations
 
@@ -29,18 +28,18 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def tall_mask(own: Doubles, rest: Doubles, threshold: float) -> Flags:
-    """[own > threshold * rest], own = |tau_t| and rest = |tau_MT - tau_t|; bools (n,). Equals are left out, hence also 0 > 0."""
+    """[own > threshold * rest], own = |tau_t| and rest = |tau_MT - tau_t|; bools (n,). Equals are left out, and so is 0 > 0."""
     return np.greater(own, threshold * rest)
 
 
 def magnitude_mask(own: Doubles, threshold: float, equals: bool) -> Flags:
-    """The entries of own = |tau_t| above a threshold, with or without its equals; never those that are 0; bools (n,)."""
+    """The entries of own = |tau_t| above a threshold, with or without its equals, never zeros; bools (n,)."""
     return np.greater_equal(own, threshold) if equals and threshold else np.greater(own, threshold)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of one mask: ||m tau_MT||^2, <m tau_MT, tau_t>, and how many entries are kept."""
+    """For one mask: ||m tau_MT||^2, <m tau_MT, tau_t>, and the number of entries kept."""
 
     square: float
     product: float
@@ -53,27 +52,27 @@ def missed(own: float, overlap: Overlap, scale: float) -> float:
 
 
 def choose_threshold(own: float, overlaps: Sequence[Overlap], scale: float) -> int:
-    """Which of the grid's masks misses least in squares; equals: the first."""
+    """The index of the grid's mask with the least squared error; ties: the first."""
     return min(range(len(overlaps)), key=lambda i: (missed(own, overlaps[i], scale), i))
 
 
 def best_scale(overlaps: Sequence[Overlap]) -> float:
-    """The one scale that misses least in squares over all tasks: sum <m tau_MT, tau> / sum ||m tau_MT||^2; 0 of nothing."""
+    """The single scale with the least squared error over all tasks: sum <m tau_MT, tau> / sum ||m tau_MT||^2; 0 if all are 0."""
     square = math.fsum(overlap.square for overlap in overlaps)
     return math.fsum(overlap.product for overlap in overlaps) / square if square else 0.0
 
 
 def default_precision(tasks: int) -> int:
-    """The fewest bits of a step that leave the error of what comes back as it is to three digits.
+    """The fewest bits of a step that leave the error of retrieved tasks unchanged to three digits.
 
-    One more than superposition takes, because masks miss less: of independent, heavy-tailed task vectors (Student's t, 4
-    degrees of freedom; 2 to 64 tasks, thresholds .2 to .6) the error grows by at most 0.03% at 5 bits, by up to 0.13% at 4.
-    """
+    This is one more than superposition takes, because masks have smaller errors. For independent, heavy-tailed task vectors
+    (Student's t, 4 degrees of freedom; 2 to 64 tasks, thresholds .2 to .6) the error grows by at most 0.03% at 5 bits, by up to
+    0.13% at 4."""
     return PRECISION if tasks > 1 else ALONE_PRECISION
 
 
 def entropy(kept: int, entries: int) -> float:
-    """Bits an entry that a mask costs at least if nothing is known but how many entries it keeps (order 0)."""
+    """The least bits an entry of a mask, if nothing is known but the number of entries it keeps (order 0)."""
     if not 0 < kept < entries:
         return 0.0
     share = kept / entries

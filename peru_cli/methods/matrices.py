@@ -1,14 +1,13 @@
-"""Methods that look at whole matrices: one tensor of every task at a time, in its real shape.
+"""Methods on whole matrices: one tensor of every task at a time, in its real shape.
 
 A tile rule (methods/rules.py) sees runs of entries. A `MatrixRule` sees matrices: tensors of more than two dimensions as
-(out, -1), vectors as one row. Tasks are read when they are asked for, so a rule that adds up holds one of them, and the
-engine (merge/matrices.py) knows from `held` how much memory a matrix takes. Rules that only look along rows set
-`by_rows`: they are given panels of whole rows, always the same ones, so memory does not grow with the matrix.
+(out, -1), vectors as one row. Tasks are read on request, so a rule that sums holds one at a time. `held` tells the engine
+(merge/matrices.py) how much memory a matrix takes. Rules that only look along rows set `by_rows`: they get panels of whole
+rows, always the same ones, so memory does not grow with the matrix.
 
-What a rule returns is the merged task vector, to which the engine adds the base, or merged weights where `on_vectors` is off.
-Tensors that a rule does not take (`takes`) stream by in tiles through `merge`, as with any other rule.
-Values are finite: the engine refuses a NaN by the tensor's name before a rule sees it.
-"""
+A rule returns the merged task vector, to which the engine adds the base, or merged weights if `on_vectors` is off.
+Tensors that a rule does not take (`takes`) stream through `merge` in tiles, as with any other rule.
+Values are finite: the engine refuses a NaN, naming the tensor, before a rule sees it."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
 
     from peru_cli.methods.parameters import Parameters
 
-PANEL = 1 << 18  # entries of a panel of rows; part of no result but that of sums (`measure`), so it never changes
-_LEAST = 1e-8  # below that, a sum of weights is 0
+PANEL = 1 << 18  # entries of a panel of rows; results of `measure` depend on it, so it never changes
+_LEAST = 1e-8  # a sum of weights below this counts as 0
 
 
 class Matrices(ABC):
-    """One tensor of all tasks, or a panel of its rows. Arrays are (rows, columns), float32, or float64 where a checkpoint is."""
+    """One tensor of all tasks, or a panel of its rows. Arrays are (rows, columns), float32, or float64 if a checkpoint is."""
 
     name: str  # of the tensor in the output
     shape: tuple[int, ...]  # of the whole tensor
@@ -41,11 +40,11 @@ class Matrices(ABC):
     columns: int
     tasks: int
     first: int = 0  # the panel's first row
-    sums: Sequence[float] = ()  # what `measure` found, added up over all panels
+    sums: Sequence[float] = ()  # results of `measure`, summed over all panels
 
     @abstractmethod
     def __getitem__(self, task: int) -> Host:
-        """A task's difference from the base, or its weights; a new array, which the rule may overwrite."""
+        """A task's difference from the base, or its weights. The array is new: the rule may overwrite it."""
 
     @abstractmethod
     def base(self) -> Host:
@@ -53,25 +52,25 @@ class Matrices(ABC):
 
     @abstractmethod
     def tensor(self, task: int) -> torch.Tensor:
-        """The same as `[task]` in float64 for linear algebra, on the device that computes."""
+        """`[task]` in float64 for linear algebra, on the computing device."""
 
 
 class MatrixRule(Rule):
     """A method on matrices with its parameters set."""
 
-    by_rows = False  # looks along rows alone: it is given panels of whole rows
+    by_rows = False  # looks only along rows: it gets panels of whole rows
     measures = False  # `measure` is called on all panels first
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the tensor is merged as a matrix; else it goes through `merge`, tile by tile."""
+        """Whether the tensor is merged as a matrix. Otherwise it goes through `merge`, tile by tile."""
         return len(shape) >= 2
 
     def held(self, rows: int, columns: int, tasks: int, itemsize: int) -> int:
-        """Bytes that `merge_matrix` holds at once, at most: by default all tasks, and three arrays more."""
+        """The most bytes that `merge_matrix` holds at once. The default is all tasks and three more arrays."""
         return (tasks + 3) * rows * columns * itemsize
 
     def measure(self, matrices: Matrices) -> list[float]:
-        """Numbers to be added up over the panels of a tensor, for `measures`."""
+        """Numbers to sum over the panels of a tensor, for `measures`."""
         raise TypeError(f"{type(self).__name__} measures and does not say what")
 
     @abstractmethod
@@ -79,13 +78,13 @@ class MatrixRule(Rule):
         """The merged task vector, or weights; (rows, columns), NumPy or torch, float32 or float64."""
 
     def merge(self, tile: RuleInput) -> Array:
-        """What becomes of tensors that are no matrices: the weighted mean."""
+        """Merge tensors that are not matrices: the weighted mean."""
         mean = scaled(weighted_sum(tile, self.parameters.weights), 1.0 / len(self.parameters.weights), tile)
         return onto_base(tile, mean, 1.0) if self.on_vectors else mean
 
 
 class SpectralRule(MatrixRule):
-    """A method on the singular values of task vectors. `--plain` names matrices that are averaged, as vectors are."""
+    """A method on the singular values of task vectors. Matrices that `--plain` names are averaged, like vectors."""
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
@@ -105,12 +104,11 @@ class SpectralRule(MatrixRule):
 
 
 def elect(parts: Sequence[Host], weights: Sequence[float], mean: bool, least: float = _LEAST) -> Host:
-    """TIES' election as mergekit has it: the sum of what has the sign of the sum, where 0 is positive.
+    """TIES' election as in mergekit: sum the entries that have the sign of the total, where 0 is positive.
 
     Args:
-        parts: weighted task vectors, one (rows, columns) a task.
-        weights: what `mean` divides by, summed over the tasks that agree (by 1 where that is below `least`).
-    """
+        parts: weighted task vectors, one (rows, columns) for each task.
+        weights: `mean` divides by their sum over the tasks that agree (by 1 if it is below `least`)."""
     total = parts[0].copy()
     for part in parts[1:]:
         total += part
@@ -129,7 +127,7 @@ def elect(parts: Sequence[Host], weights: Sequence[float], mean: bool, least: fl
 
 
 def add(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
-    """The sum of weighted task vectors, or that over the sum of the weights (over 1 where that is 0); (rows, columns)."""
+    """The sum of weighted task vectors, optionally divided by the sum of the weights (by 1 if that is 0); (rows, columns)."""
     total = parts[0].copy()
     for part in parts[1:]:
         total += part
@@ -140,7 +138,7 @@ def add(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
 
 
 def halved_sum(array: Host) -> float:
-    """The sum of all entries in float64 by halving: the same on every processor, unlike NumPy's."""
+    """The float64 sum of all entries by halving: the same on every processor, unlike NumPy's."""
     flat = array.reshape(-1).astype(np.float64)
     while len(flat) > 1:
         half = len(flat) // 2

@@ -1,14 +1,13 @@
-"""RegMean: for every linear layer, the weight closest to all models' outputs on their own inputs.
+"""RegMean: for every linear layer, the weight whose outputs are closest to all models' outputs on their own inputs.
 
     minimise sum_t w_t |X_t W^T - X_t W_t^T|^2:    W*^T = (sum_t w_t G_t)^-1 sum_t w_t G_t W_t^T,    G_t = X_t^T X_t / N_t
 
 Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models (2023), https://arxiv.org/abs/2212.09849,
-equation 2 and section 3.2: entries of G_t off the diagonal are multiplied by alpha (0.9 to 0.95 for CLIP, 0.1 to 0.6 for
-language models). Everything that is no linear layer is averaged. Padding is not an input. Labels are never read.
+equation 2 and section 3.2: off-diagonal entries of G_t are multiplied by alpha (0.9 to 0.95 for CLIP, 0.1 to 0.6 for
+language models). All other tensors are averaged. Padding does not count as input. Labels are never read.
 
-To every G_t a little of the identity is added (`--ridge`, as a share of the mean diagonal of all), so that directions that
-no input has are averaged instead of left to chance. W* = sum_t W_t M_t with M_t = w_t G_t (sum G)^-1, solved in float64.
-"""
+A small multiple of the identity is added to every G_t (`--ridge`, as a share of the mean diagonal of all), so that directions
+without inputs are averaged instead of left to chance. W* = sum_t W_t M_t with M_t = w_t G_t (sum G)^-1, solved in float64."""
 
 from __future__ import annotations
 
@@ -33,9 +32,8 @@ def mixing_matrices(grams: Sequence[torch.Tensor], weights: Sequence[float], alp
     Args:
         grams: G_t of each task, (in, in).
         weights: w_t.
-        alpha: factor of what is off the diagonal.
-        ridge: how much of the identity is added, as a share of the mean diagonal entry of all G_t.
-    """
+        alpha: factor of the off-diagonal entries.
+        ridge: multiple of the identity that is added, as a share of the mean diagonal entry of all G_t."""
     scaled_grams = []
     for gram, weight in zip(grams, weights, strict=True):
         g = gram.double() * (alpha * weight)
@@ -58,7 +56,7 @@ class RegMean(MatrixRule):
         self._average = share_of_sum(parameters.weights)
 
     def _role(self, name: str) -> str | None:
-        """How a tensor's inputs were counted, None if they were not."""
+        """Which side of a tensor its inputs are on. None if they were not collected."""
         for role in (ROWS, COLUMNS):
             if self.statistics and all(found.shape(role, name) is not None for found in self.statistics):
                 return role
@@ -68,7 +66,7 @@ class RegMean(MatrixRule):
         return self._role(name) is not None
 
     def held(self, rows: int, columns: int, tasks: int, itemsize: int) -> int:
-        inputs = max(rows, columns)  # at most; a Gram matrix and a solution for each task
+        inputs = max(rows, columns)  # at most: a Gram matrix and a solution for each task
         return 8 * (2 * tasks + 2) * inputs**2 + 3 * 8 * rows * columns
 
     def merge_matrix(self, matrices: Matrices) -> torch.Tensor:
@@ -88,7 +86,7 @@ class RegMean(MatrixRule):
 
 
 class RegMeanCollector(Collector):
-    """G_t of every linear layer, float64 (in, in); layers that are given the same input share the work."""
+    """G_t of every linear layer, float64 (in, in). Layers with the same input share the work."""
 
     def collect(self, models: Sequence[TaskModel]) -> list[Found]:
         return [self._grams(task_model) for task_model in models]
@@ -99,7 +97,7 @@ class RegMeanCollector(Collector):
         totals: Found = {}
         counts: dict[str, int] = {}
         mask: list[torch.Tensor | None] = [None]
-        last: list[Any] = [None, None, 0]  # an input, its Gram matrix and its rows: query, key and value are given the same
+        last: list[Any] = [None, None, 0]  # an input, its Gram matrix and its number of rows: query, key and value get the same input
 
         def hook(key: str) -> Any:
             def before(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -132,11 +130,10 @@ class RegMeanCollector(Collector):
 
 
 def real_rows(inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """A layer's inputs without padding, one a row; (batch, ..., in) -> float64 (rows, in).
+    """A layer's inputs without padding, one for each row; (batch, ..., in) -> float64 (rows, in).
 
     Args:
-        mask: (batch, positions), 0 where there is padding; used for inputs that have these positions.
-    """
+        mask: (batch, positions), 0 for padding; used for inputs that have these positions."""
     if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
         return inputs[mask.bool()].double()
     return inputs.reshape(-1, inputs.shape[-1]).double()

@@ -5,10 +5,9 @@
     decide     `decide(products)`, from those; or from `statistics` that were collected with data (methods/statistics.py)
     apply      `merge(tile)`: entries of all tasks in, merged entries out
 
-All arrays are 1-D runs of one checkpoint tensor's entries, float32 (float64 where a checkpoint is), and `tile.xp` is
-the namespace that computes with them (streaming/arrays.py): NumPy, or torch on a GPU.
-Products are rounded before they are added (no fused multiply-add), so every processor gives the same bits.
-"""
+All arrays are 1-D runs of one checkpoint tensor's entries, float32 (float64 if a checkpoint is). `tile.xp` is the namespace
+that computes with them (streaming/arrays.py): NumPy, or torch on a GPU.
+Products are rounded before they are added (no fused multiply-add), so every processor gives the same bits."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ from peru_cli.streaming.arrays import Array, Arrays
 
 
 class Scratch:
-    """Reused room of one thread: arrays by name, (entries,), cut to a tile's length."""
+    """Per-thread scratch buffers: arrays by name, (entries,), cut to a tile's length."""
 
     def __init__(self, xp: Arrays, entries: int, kind: str) -> None:
         self._xp, self._entries, self._kind = xp, entries, kind
         self._rooms: dict[str, Array] = {}
 
     def __call__(self, name: str, n: int) -> Array:
-        """Room for n entries; what was in it is anything. (n,)"""
+        """A buffer of n entries with arbitrary contents. (n,)"""
         if name not in self._rooms:
             self._rooms[name] = self._xp.empty(self._entries, self._kind)
         return self._rooms[name][:n]
@@ -40,15 +39,13 @@ class Scratch:
 class RuleInput:
     """What a rule sees of one tile; every array is (n,).
 
-    `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its
-    weights for rules on whole weights; a rule may overwrite it, and without `holds_all` it is valid until the call
-    after the next. `add(total, t, flags, first, second)` is total + inputs(t) * flags * first * second in one pass, rounded
-    step by step; total and flags may be None, for nothing and for all. `kept(t, i)` are bools, true where trim i keeps an
-    entry of task t; None if it keeps all.
-    """
+    `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its weights for rules on
+    whole weights. A rule may overwrite it; without `holds_all` it is valid until the call after the next.
+    `add(total, t, flags, first, second)` is total + inputs(t) * flags * first * second in one pass, rounded step by step. A total
+    of None is 0, flags of None keep all. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all."""
 
     name: str  # the tensor's name in the output
-    slot: int  # its number in canonical order
+    slot: int  # its index in canonical order
     start: int  # flat index of the first entry
     n: int
     tasks: int
@@ -59,43 +56,43 @@ class RuleInput:
     kept: Callable[[int, int], Array | None]
     room: Scratch
     shape: tuple[int, ...] = ()  # of the whole tensor
-    majority: int = 0  # sign of the sum of elected signs over everything, where `wants_signs`
+    majority: int = 0  # sign of the total of `elect` over all tiles, if `wants_signs`
 
 
 class Rule(ABC):
     """A method with its parameters set."""
 
-    on_vectors = True  # works on differences from a base; else on whole weights
+    on_vectors = True  # works on differences from a base; otherwise on whole weights
     holds_all = False  # needs the inputs of all tasks at once
-    trims: Sequence[Sequence[Fraction]] = ()  # for each trim the share of largest entries that each task keeps
+    trims: Sequence[Sequence[Fraction]] = ()  # for each trim, the share of largest entries that each task keeps
     scope = "global"  # of the trims: "global" or "tensor"
     suffers_from_norms = True  # on vectors: one that is much longer than the others outweighs them
-    wants_signs = False  # `elect` is called on all tiles first, and its sum's sign becomes `RuleInput.majority`
-    wants_products = False  # inner products of all inputs, for each tensor
-    statistics: Sequence[Statistics] = ()  # of each task, for methods with data: set before the first tile
+    wants_signs = False  # `elect` is called on all tiles first, and the sign of its total becomes `RuleInput.majority`
+    wants_products = False  # wants inner products of all inputs, for each tensor
+    statistics: Sequence[Statistics] = ()  # of each task, for methods with data; set before the first tile
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
 
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
-        """How many of n entries a trim leaves a task: of everything, or of one tensor (`slot`) where that is the scope."""
+        """How many of n entries a trim leaves a task: of the whole model, or of one tensor (`slot`) if that is the scope."""
         return self.parameters.count(self.trims[trim][task], n)
 
     def at(self, slot: int) -> Rule:
-        """The rule of a tensor (its number in canonical order), where tensors have rules of their own."""
+        """The rule of a tensor (by its index in canonical order), if tensors have different rules."""
         return self
 
     def elect(self, tile: RuleInput) -> int:
-        """Sum of this tile's signs, for `wants_signs`; a rule that sets it must have its own."""
+        """Sum of this tile's signs. A rule that sets `wants_signs` must override it."""
         raise TypeError(f"{type(self).__name__} wants signs and does not say how to elect them")
 
     def decide(self, products: Mapping[int, Sequence[Sequence[float]]]) -> None:
-        """Take the inner products of each slot, for `wants_products`: a table (tasks, tasks). As with `elect`."""
+        """Take the inner products of each slot, a table (tasks, tasks). A rule that sets `wants_products` must override it."""
         raise TypeError(f"{type(self).__name__} wants products and does not say what to decide from them")
 
     @abstractmethod
     def merge(self, tile: RuleInput) -> Array:
-        """Merged weights of a tile; (n,), valid until the room's next use."""
+        """Merged weights of a tile; (n,), valid until the buffers are used again."""
 
 
 def weighted_sum(tile: RuleInput, weights: Sequence[float]) -> Array:
@@ -104,7 +101,7 @@ def weighted_sum(tile: RuleInput, weights: Sequence[float]) -> Array:
 
 
 def sum_of_parts(tile: RuleInput, parts: Iterable[tuple[int, Array | None, float, float]]) -> Array:
-    """Sum of what stays of tasks' inputs times two factors, in their order: (task, bools or None, factor, factor); (n,)."""
+    """Sum of tasks' kept inputs times two factors, in order: (task, bools or None, factor, factor); (n,)."""
     total: Array | None = None
     for part in parts:
         total = tile.add(total, *part)
@@ -112,7 +109,7 @@ def sum_of_parts(tile: RuleInput, parts: Iterable[tuple[int, Array | None, float
 
 
 def add_up(tile: RuleInput, parts: Iterable[Array]) -> Array:
-    """Sum of arrays in their order; (n,). A part must outlive the coming of the next; the sum of one is itself."""
+    """Sum of arrays in order; (n,). A part must stay valid while the next one is computed; the sum of one is that part itself."""
     total: Array | None = None
     for part in parts:
         total = part if total is None else tile.xp.add(total, part, out=tile.room("sum", tile.n))

@@ -1,9 +1,8 @@
 """Statistics for merges with data: how they are collected, and how a method reads them.
 
-A method with data names a `Collector` in the table. It is given tasks' models in memory with examples, and returns arrays
-by role and tensor name; merge/data/statistics.py keeps them in a safetensors file for each task (`ROLE/TENSOR`), under a key
-made of the model's digest, the examples' digest and the options named in the table, so that they are collected once.
-"""
+A method with data names a `Collector` in the table. It gets the tasks' models in memory and examples, and returns arrays
+by role and tensor name. merge/data/statistics.py stores them in a safetensors file for each task (`ROLE/TENSOR`), under a key
+made of the model's digest, the examples' digest and the options named in the table, so that they are collected only once."""
 
 from __future__ import annotations
 
@@ -26,16 +25,16 @@ class Statistics(Protocol):
     """One task's statistics, by the name of the merged tensor."""
 
     def shape(self, role: str, name: str) -> tuple[int, ...] | None:
-        """The shape of what was collected of a tensor; None if nothing was."""
+        """The shape of a tensor's statistics. None if there are none."""
         ...
 
     def entries(self, role: str, name: str, start: int, n: int) -> Host:
-        """Flat entries from `start` on, as they were collected; (n,)."""
+        """Flat entries from `start` on; (n,)."""
         ...
 
 
 def whole(statistics: Statistics, role: str, name: str) -> Host | None:
-    """All that was collected of a tensor, in its shape; None if nothing was."""
+    """All statistics of a tensor, in their shape. None if there are none."""
     shape = statistics.shape(role, name)
     if shape is None:
         return None
@@ -46,16 +45,16 @@ def whole(statistics: Statistics, role: str, name: str) -> Host | None:
 
 
 class Examples(Protocol):
-    """Examples as a model's keyword arguments (inference/inputs.py has them)."""
+    """Examples as keyword arguments of a model (inference/inputs.py implements it)."""
 
     def __len__(self) -> int: ...
 
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Any, Mapping[str, torch.Tensor]]]:
-        """Batches: which examples (numbers), and the model's arguments."""
+        """Batches: the indices of the examples, and the model's arguments."""
         ...
 
     def make(self, numbers: Any) -> Mapping[str, torch.Tensor]:
-        """One batch of these examples."""
+        """One batch of the given examples."""
         ...
 
 
@@ -63,10 +62,9 @@ class Examples(Protocol):
 class TaskModel:
     """One task in memory.
 
-    `model` is a transformers model in float32 and evaluation mode, without gradients. `names` has for its parameters (by
-    their names in the model) the tensors' names in the task's checkpoint. `base(parameter)` is the base's tensor where
-    the parameter is merged, else None; only `together` collectors may ask for it.
-    """
+    `model` is a transformers model in float32 and evaluation mode, without gradients. `names` maps its parameters' names to the
+    tensors' names in the task's checkpoint. `base(parameter)` is the base's tensor if the parameter is merged, otherwise None;
+    only `together` collectors may call it."""
 
     task: str
     model: Any
@@ -78,25 +76,25 @@ class TaskModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
 
 class Collector(ABC):
     """Collects statistics from models and unlabelled examples."""
 
-    together = False  # whether all tasks are looked at at once
+    together = False  # whether it sees all tasks at once
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
 
     def check(self, model: TaskModel) -> None:  # noqa: B027 - most models are fine
-        """Refuse a model that the method cannot work with; UsageError."""
+        """UsageError for a model that the method cannot work with."""
 
     def work(self, model: TaskModel) -> int:
-        """How many examples will be reported to `advance`."""
+        """The number of examples that will be reported to `advance`."""
         return len(model.examples)
 
     @abstractmethod
     def collect(self, models: Sequence[TaskModel]) -> list[Found]:
-        """Statistics of each model: one of them, or, if `together`, all."""
+        """Statistics of each model: one model at a time, or all of them if `together`."""

@@ -5,13 +5,12 @@ Source: Zhou et al., published as RanDeS, https://arxiv.org/abs/2505.11204 (laye
     pack      S_l = sum_t (P_t tau_t)_l * c_{t,l}    for target tensors l; a plain sum for all others
     retrieve  tau_t^ = P_t^-1 (S * c_t);  theta_t^ = theta_0 + scale * tau_t^
 
-Targets are tensors that repeat: names alike but for a block's number, of one shape and at least two dimensions. P_t moves
-whole blocks: all groups of one prefix and depth share it. c has one sign a column of (first dimension, -1) and belongs
-to the tensor that a vector is moved to. Sums are of integers, task vectors rounded to a power-of-two step, so that
-adding and removing are exact and the order of tasks does not matter.
+Targets are tensors that repeat: their names differ only in a block number, and they have one shape and at least two
+dimensions. P_t moves whole blocks: all groups of one prefix and depth share it. c has one sign for each column of (first
+dimension, -1) and belongs to the tensor that a vector is moved to. Task vectors are rounded to a power-of-two step and
+summed as integers, so adding and removing are exact and the order of tasks does not matter.
 
-Which blocks and signs, to the bit: docs/random.md.
-"""
+docs/random.md defines blocks and signs to the bit."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from peru_cli.kernels.random import words
 from peru_cli.methods.philox import stream_key
 
 DECORRELATE = ("shuffle", "shift", "none")
-LARGEST = 1 << 23  # of one task's integers: a float32 holds it, and 255 of them fit 32 bits
+LARGEST = 1 << 23  # largest integer of one task: a float32 holds it, and 255 of them fit 32 bits
 MOST_TASKS = 255
 PRECISION, ALONE_PRECISION = 4, 10  # default bits; see `default_precision`
 Floats = np.ndarray[Any, np.dtype[Any]]
@@ -37,31 +36,30 @@ Floats = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that may take each other's place: `members` by block number, `prefix` what stands before it."""
+    """Tensors that may be permuted among themselves: `members` by block number, `prefix` the part of the name before it."""
 
     prefix: str
     members: tuple[str, ...]
 
     @property
     def depth(self) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         return len(self.members)
 
 
 def find_groups(
     tensors: Sequence[TensorInfo], target: re.Pattern[str] | None = None, exclude: re.Pattern[str] | None = None, skip: int = 1
 ) -> list[Group]:
-    """Targets by structure: repeated tensors, in order of their first member's name.
+    """Find targets by structure: repeated tensors, in order of their first member's name.
 
-    Where a name has several numbers (T5's `block.3.layer.0`, experts, ConvNeXt's stages), the block is the first of them
-    under which tensors of one shape repeat.
+    If a name has several numbers (T5's `block.3.layer.0`, experts, ConvNeXt's stages), the block is the first of them under
+    which tensors of one shape repeat.
 
     Args:
-        target: instead of what repeats and has two dimensions, all with matching names; one that does not repeat is
-            a group of its own, with signs and nothing to change places with.
-        exclude: never these.
-        skip: only every skip-th member of each group.
-    """
+        target: takes all tensors with matching names instead of repeated ones with two dimensions. One that does not repeat
+            is a group of its own, which has signs but is not moved.
+        exclude: tensors never to take.
+        skip: only every skip-th member of each group."""
     wanted = [
         t for t in tensors
         if t.entries and (len(t.shape) >= 2 if target is None else t.shape and target.search(t.name))
@@ -84,7 +82,7 @@ def find_groups(
 
 
 def _around(number: re.Match[str]) -> tuple[str, str]:
-    """What stands before and after a block's number."""
+    """The parts of a name before and after a block number."""
     return number.string[: number.start()], number.string[number.end() :]
 
 
@@ -99,7 +97,7 @@ def permutation(seed: int, task: str, prefix: str, depth: int) -> list[int]:
 
 
 def columns(shape: Sequence[int]) -> int:
-    """How many signs a tensor has: one a column of (first dimension, -1); a vector's entries are columns of one row."""
+    """The number of a tensor's signs: one for each column of (first dimension, -1). A vector counts as one row."""
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 
@@ -111,7 +109,7 @@ def signs(seed: int, task: str, tensor: str, count: int) -> Floats:
 
 
 def flip(values: Floats, row: Floats, start: int) -> Floats:
-    """values * signs (or multiples of them), in place, for entries `start`... of a tensor whose columns have the signs `row`; (n,)."""
+    """values * signs (or multiples of them), in place, for entries from `start` on of a tensor whose columns have the signs `row`; (n,)."""
     width, n = len(row), len(values)
     head = min(-start % width, n)
     if head:
@@ -128,7 +126,7 @@ def flip(values: Floats, row: Floats, start: int) -> Floats:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How tasks are moved apart: which of the variants, and the seed."""
+    """How tasks are moved apart: the variant and the seed."""
 
     groups: Sequence[Group]
     seed: int
@@ -136,7 +134,7 @@ class Arrangement:
     signs: bool = True
 
     def sources(self, task: str, shift: int) -> dict[str, str]:
-        """For each target tensor, the one whose vector a task puts there."""
+        """For each target tensor, the tensor whose vector a task puts there."""
         found: dict[str, str] = {}
         for group in self.groups:
             for block, place in enumerate(self.moves(task, shift, group)):
@@ -151,26 +149,25 @@ class Arrangement:
         return [(block + by) % group.depth for block in range(group.depth)]
 
     def row(self, task: str, info: TensorInfo) -> Floats | None:
-        """Signs of a target tensor's columns; None without signs."""
+        """Signs of a target tensor's columns. None without signs."""
         return signs(self.seed, task, info.name, columns(info.shape)) if self.signs else None
 
 
 def free_shift(taken: Sequence[int]) -> int:
-    """The smallest shift that no task has."""
+    """The smallest shift that is free."""
     return next(shift for shift in range(len(taken) + 1) if shift not in taken)
 
 
 def default_precision(tasks: int) -> int:
-    """The fewest bits that leave the retrieval error as it is to three digits.
+    """The fewest bits that leave the retrieval error unchanged to three digits.
 
-    Of independent task vectors the error is sqrt(T - 1); T roundings to a step s (in units of their RMS) add T s^2 / 12
-    to its square, which is under 0.1% for s = 2^-4 from T = 2 on. One task alone has no error but rounding: under 0.0005 for 2^-10.
-    """
+    For independent task vectors the error is sqrt(T - 1). T roundings to a step s (in units of their RMS) add T s^2 / 12
+    to its square, which is under 0.1% for s = 2^-4 from T = 2 on. A single task has only the rounding error: under 0.0005 for 2^-10."""
     return PRECISION if tasks > 1 else ALONE_PRECISION
 
 
 def step_exponent(mean_square: float, precision: int) -> int:
-    """e of the step 2^e: `precision` bits below the power of two at or below the root mean square; 0 of nothing."""
+    """e of the step 2^e: `precision` bits below the power of two at or below the root mean square; 0 if that is 0."""
     if not mean_square:
         return 0
     return (math.frexp(mean_square)[1] - 1) // 2 - precision
@@ -178,7 +175,7 @@ def step_exponent(mean_square: float, precision: int) -> int:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one task: ||retrieved - tau|| / ||tau||, and the cosine between them."""
+    """For one task: ||retrieved - tau|| / ||tau||, and the cosine between them."""
 
     error: float
     cosine: float
@@ -192,31 +189,30 @@ def quality(own: float, square: float, product: float, scale: float) -> Quality:
 
 
 def predicted_products(decorrelated: Floats, plain: Floats, rounding: float) -> tuple[list[float], float]:
-    """Inner products <S, tau_t> of each task and ||S||^2, arguments as `predict` has them."""
+    """Inner products <S, tau_t> of each task and ||S||^2, with arguments as for `predict`."""
     energies, tasks = np.diag(decorrelated), len(plain)
     square = float(energies.sum() + plain.sum()) + tasks * rounding
     return [float(energies[t] + plain[t].sum()) for t in range(tasks)], square
 
 
 def predict(decorrelated: Floats, plain: Floats, rounding: float, scale: float) -> list[Quality]:
-    """What retrieval will miss, before anything is packed.
+    """Predict the retrieval error before anything is packed.
 
     Args:
-        decorrelated: inner products of the tasks' vectors over tensors in which they are moved apart, (T, T): whatever they have
+        decorrelated: inner products of the tasks' vectors over tensors in which they are moved apart, (T, T). What they have
             in common becomes independent, so only the diagonal counts.
         plain: the same over tensors that are a plain sum.
-        rounding: what rounding one task adds to the square of the distance.
-    """
+        rounding: what rounding one task adds to the squared distance."""
     products, square = predicted_products(decorrelated, plain, rounding)
     return [quality(float(decorrelated[t, t] + plain[t, t]), square, product, scale) for t, product in enumerate(products)]
 
 
 def best_scale(products: Sequence[float], square: float) -> float:
-    """The one scale that misses least in squares over all tasks: sum <S, tau_t> / (T ||S||^2); 0 of nothing."""
+    """The single scale with the least squared error over all tasks: sum <S, tau_t> / (T ||S||^2); 0 if S is 0."""
     return sum(products) / (len(products) * square) if square else 0.0
 
 
 def choose(predicted: Mapping[str, float], limit: float) -> str | None:
-    """The task to leave out because it misses more than `limit`, the worst one; None if none does. Equals: the last name."""
+    """The task with the largest error, if that exceeds `limit`: leave it out. None otherwise. Ties: the last name."""
     worst = max(predicted, key=lambda task: (predicted[task], task))
     return worst if predicted[worst] > limit else None

@@ -1,7 +1,6 @@
-"""The table of merge methods: the command, its options, `--list-methods`, the help and the docs are made from it.
+"""The table of merge methods. The command, its options, `--list-methods`, the help and the docs are made from it.
 
-A new method is one file in this folder and one entry here. An option that no other method has is declared in its entry.
-"""
+A new method is one file in this folder and one entry here. An option that no other method has is declared in its entry."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flag:
-    """An option as it is typed: `kind` is float, int, str, bool, or Fraction for a share of the entries."""
+    """An option as it is typed. `kind` is float, int, str, bool, or Fraction for a share of the entries."""
 
     kind: type[Value]
     metavar: str
@@ -54,10 +53,9 @@ _SHARED: Mapping[str, Flag] = {
 
 @dataclass(frozen=True)
 class Option:
-    """An option of one method: its value if it is not given (None: it must be), and the words that it may be.
+    """An option of one method: its default (None: it is required), and its allowed words.
 
-    `flag` declares an option that no other method has; those that several have are shared.
-    """
+    `flag` declares an option that no other method has. Options that several methods have are shared."""
 
     default: Value | None
     choices: tuple[str, ...] = ()
@@ -66,11 +64,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Mergekit:
-    """mergekit's method of the same formula: recipes and benchmarks/mergekit_oracle.py read it.
+    """mergekit's method with the same formula; recipes and benchmarks/mergekit_oracle.py read it.
 
-    Its parameter for each of our options, by model (`own`) or of the whole merge; `fixed` are the options that make ours do
-    as it does. Our `reduce` is its `normalize`.
-    """
+    Lists mergekit's parameter for each of our options, by model (`own`) or for the whole merge. `fixed` are the options that make
+    our method match. Our `reduce` is its `normalize`."""
 
     name: str
     own: Mapping[str, str] = field(default_factory=dict)
@@ -88,19 +85,19 @@ class Method:
     rule: str
     options: Mapping[str, Option]
     needs_base: bool = True
-    tasks: tuple[int, int | None] = (1, None)  # fewest and most models
+    tasks: tuple[int, int | None] = (1, None)  # least and largest number of models
     by_variant: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # defaults that depend on --variant
-    statistics: str | None = None  # `module:class` of what collects statistics from data
+    statistics: str | None = None  # `module:class` of the collector of statistics from data
     collected_by: tuple[str, ...] = ()  # options that the statistics depend on
     mergekit: Mergekit | None = None
 
     def build(self, parameters: Parameters) -> Rule:
-        """The method with its parameters set; UsageError if they contradict each other."""
+        """The method with its parameters set. UsageError if they contradict each other."""
         rule: Rule = _load(self.rule)(parameters)
         return rule
 
     def collector(self, parameters: Parameters) -> Collector:
-        """What collects the method's statistics."""
+        """The collector of the method's statistics."""
         assert self.statistics is not None
         collector: Collector = _load(self.statistics)(parameters)
         return collector
@@ -329,7 +326,7 @@ METHODS = {method.name: method for method in _ALL}
 
 
 def _flags() -> dict[str, Flag]:
-    """Every option that some method has, by name: the shared ones first."""
+    """Every option of any method, by name: the shared ones first."""
     found = dict(_SHARED)
     for method in _ALL:
         for name, option in method.options.items():
@@ -344,7 +341,7 @@ FLAGS: Mapping[str, Flag] = _flags()
 
 
 def shown(value: Value | None) -> str:
-    """A default value as a reader would type it."""
+    """A default value as it would be typed."""
     if value is None:
         return ""
     if isinstance(value, Fraction):
@@ -353,7 +350,7 @@ def shown(value: Value | None) -> str:
 
 
 def flag_help(name: str) -> str:
-    """An option's help with its default in each method that has it: those that share one, together."""
+    """An option's help, with its default in each method. Methods with the same default are listed together."""
     methods: dict[str, list[str]] = {}
     for method in _ALL:
         if name in method.options and (default := method.options[name].default) is not None:
@@ -363,7 +360,7 @@ def flag_help(name: str) -> str:
 
 
 def find_method(name: str) -> Method:
-    """The method of a name; UsageError lists those there are."""
+    """The method of a name. UsageError lists the known ones."""
     if name not in METHODS:
         close = get_close_matches(name, METHODS, 1)
         hint = f"did you mean {close[0]}?" if close else "`peru merge --list-methods` shows them all"
@@ -372,10 +369,9 @@ def find_method(name: str) -> Method:
 
 
 def effective_values(method: Method, given: Mapping[str, Value]) -> dict[str, Value]:
-    """All options of a method but the weights, the given ones over the defaults.
+    """All options of a method except the weights: the given ones over the defaults.
 
-    Raises UsageError for an option that the method does not know, or a word that an option does not.
-    """
+    Raises UsageError for an option that the method does not have, or a word that the option does not allow."""
     strangers = [f"--{name}" for name in given if name not in method.options]
     if strangers:
         known = ", ".join(f"--{name}" for name in method.options)

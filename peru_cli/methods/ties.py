@@ -1,18 +1,17 @@
 """TIES: trim each task vector to its largest entries, elect a sign, merge the entries that agree with it.
 
 Source: Yadav et al., TIES-Merging (2023), https://arxiv.org/abs/2306.01708, section 4 and algorithm 1. Three
-programs bear this name and differ; each `--variant` equals one of them:
+programs use this name and differ; each `--variant` equals one of them:
 
-    authors   weights, if any, belong to the task vectors; sign of the sum, where that is 0 the sign that most
+    authors   weights, if any, belong to the task vectors; sign of the sum, and if that is 0 the sign that most
               entries were given; mean (or sum) over agreeing non-zero entries; trimmed over the whole vector
     mergekit  weights before the election; a sum of 0 elects +; divided by the agreeing entries' weights (or a
               plain sum); trimmed in each tensor
     peft      weights after the election, which sees plain task vectors; a sum of 0 elects +; mean over
               agreeing entries; trimmed in each tensor
 
-The authors' program keeps one entry too many, and every equal of the threshold; here a trim keeps exactly
-floor(keep * n) entries, equals in canonical order.
-"""
+The authors' program keeps one entry too many, and every equal of the threshold. Here a trim keeps exactly
+floor(keep * n) entries, ties in canonical order."""
 
 from __future__ import annotations
 
@@ -31,15 +30,14 @@ def elect_and_merge(
     shares: Sequence[float] | None,
     majority: int | None = None,
 ) -> Array:
-    """TIES' election and disjoint merge: of the votes input * flags * both factors `before`, sum or mean those with the elected sign; (n,).
+    """TIES' election and disjoint merge. Votes are input * flags * both factors of `before`; those with the elected sign are merged; (n,).
 
     Args:
-        flags: what stays of each task's vector; None for all.
-        after: factor of each task's entries once the agreement is settled.
-        shares: divide by their sum over the tasks that agree (by 1 where that is 0); None for a plain sum.
-        majority: what a sum of 0 elects: None for +1, else the sign of the whole vector's sign sum, in
-            which 0 elects the negative entries (as the authors' program has it).
-    """
+        flags: the kept entries of each task's vector; None for all.
+        after: factor of each task's entries after the election.
+        shares: divide by their sum over the tasks that agree (by 1 if that is 0); None for a plain sum.
+        majority: the sign that a sum of 0 elects: None for +1, otherwise the sign of the whole vector's sign sum (0
+            elects the negative entries, as in the authors' program)."""
     inputs = [tile.inputs(number) for number in range(tile.tasks)]
     strict = majority is not None and majority <= 0
     return tile.xp.disjoint(inputs, flags, before, after, shares, strict, tile.room("sum", tile.n))
@@ -62,7 +60,7 @@ class Ties(Rule):
         return max(kept, 1) if self._variant == "mergekit" and self.trims[0][task] else kept
 
     def _votes(self, tile: RuleInput) -> tuple[list[Array | None], list[tuple[float, float]]]:
-        """What stays of each task's vector, and its weight before the election."""
+        """The kept entries of each task's vector, and its weight before the election."""
         weights = [1.0] * tile.tasks if self._variant == "peft" else self.parameters.weights
         return [tile.kept(number, 0) for number in range(tile.tasks)], [(weight, 1.0) for weight in weights]
 

@@ -1,4 +1,4 @@
-"""Rules whose result is a linear combination of the inputs, tensor by tensor, with factors from their inner products."""
+"""Rules whose result is a linear combination of the inputs, tensor by tensor, with factors computed from their inner products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Products = Sequence[Sequence[float]]  # inner products of all inputs of a tensor
 
 
 class ByAngles(Rule):
-    """On task vectors where there is a base (`has_base`), else on weights."""
+    """Works on task vectors if there is a base (`has_base`), otherwise on weights."""
 
     wants_products = True
 

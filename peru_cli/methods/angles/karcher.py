@@ -1,11 +1,10 @@
 """Karcher mean: the point of the sphere closest to all models, tensor by tensor, times their mean norm.
 
-    mu <- exp_mu(mean_t log_mu(u_t)),  u_t = theta_t / |theta_t|,  until the step is shorter than `tol`, `max-iter` times at most
+    mu <- exp_mu(mean_t log_mu(u_t)),  u_t = theta_t / |theta_t|,  until the step is shorter than `tol`, at most `max-iter` times
 
-Source: Riemannian centre of mass (Karcher 1977) for merging, https://arxiv.org/abs/2603.04972, section 3. mu is a combination of
-the u_t throughout, so all steps are taken on its factors, with the inner products of the u_t; no weights are read again.
-Tensors of zeros have no direction and are left out. Where the u_t cancel out, mu begins at the first of them.
-"""
+Source: Riemannian centre of mass (Karcher 1977) for merging, https://arxiv.org/abs/2603.04972, section 3. mu is always a
+combination of the u_t, so all steps work on its factors and the inner products of the u_t: weights are not read again.
+Tensors of zeros have no direction and are left out. If the u_t cancel out, mu starts at the first of them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Model stock: how far to go from the base to the mean of the fine-tunes, from the angle between them.
+"""Model stock: how far to go from the base to the mean of the fine-tunes, given the angle between them.
 
     theta_0 + t mean(tau),   t = K c / (1 + (K - 1) c),   c the mean cosine of all pairs of the K task vectors
 
-Source: Jang et al., Model Stock (2024), https://arxiv.org/abs/2403.19522, equations 3 and 5. Tensor by tensor; with `--filter-wise` each
-row has its own t. t is 0 where its divisor is, and a cosine's divisor is at least 1e-6, as mergekit has it.
-"""
+Source: Jang et al., Model Stock (2024), https://arxiv.org/abs/2403.19522, equations 3 and 5. Computed for each tensor, or
+for each row with `--filter-wise`. t is 0 if its divisor is 0. The divisor of a cosine is at least 1e-6, as in mergekit."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ _LEAST = 1e-6
 
 
 def stock_share(products: Products) -> float:
-    """t of one tensor's or row's task vectors."""
+    """t for the task vectors of one tensor or row."""
     k = len(products)
     pairs = [(i, j) for i in range(k) for j in range(i)]
     cosines = [products[i][j] / max(math.sqrt(products[i][i]) * math.sqrt(products[j][j]), _LEAST) for i, j in pairs]
@@ -34,14 +33,14 @@ def stock_share(products: Products) -> float:
 
 
 class ModelStock(ByAngles):
-    """Of whole tensors."""
+    """Works on whole tensors."""
 
     def factors(self, products: Products) -> Sequence[float]:
         return [stock_share(products) / len(products)] * len(products)
 
 
 class ModelStockByRow(MatrixRule):
-    """Of rows; a tensor of one dimension is one."""
+    """Works on rows. A one-dimensional tensor counts as one row."""
 
     by_rows = True
 

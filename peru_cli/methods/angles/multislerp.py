@@ -23,7 +23,7 @@ def multislerp_factors(products: Products, weights: Sequence[float]) -> list[flo
     """The factor of each input; (tasks,)."""
     tasks = range(len(weights))
     norms = [math.sqrt(products[t][t]) for t in tasks]
-    shares = [weights[t] / norms[t] if norms[t] > _ZERO else 0.0 for t in tasks]  # of x_t in sum w_t u_t
+    shares = [weights[t] / norms[t] if norms[t] > _ZERO else 0.0 for t in tasks]  # factor of x_t in sum w_t u_t
     length = math.sqrt(max(math.fsum(shares[i] * shares[j] * products[i][j] for i in tasks for j in tasks), 0.0))
     if length < _ZERO:
         return list(weights)

@@ -1,12 +1,11 @@
-"""NuSLERP: slerp of two models with weights, on task vectors where there is a base.
+"""NuSLERP: weighted slerp of two models, on task vectors if there is a base.
 
     t = w_2 / (w_1 + w_2), 1/2 where they cancel out;   sin((1 - t) omega) / sin(omega) x_1 + sin(t omega) / sin(omega) x_2
 
-Source: mergekit 0.1.5 (`nuslerp`), formula of Shoemake 1985 (https://doi.org/10.1145/325334.325242, section 3.3). The angle is that of
-the flattened tensors; with `--no-flatten` that of each row, with `--row-wise` as well that of each column (vectors along axis 0: what
-mergekit's program does, its documentation has it the other way round). Colinear vectors (|sin omega| below 1e-8) are interpolated
-linearly.
-"""
+Source: mergekit 0.1.5 (`nuslerp`), formula of Shoemake 1985 (https://doi.org/10.1145/325334.325242, section 3.3). The angle
+is that of the flattened tensors. With `--no-flatten` each row has its own angle; with `--row-wise` in addition each column
+has (vectors along axis 0: mergekit's program does this, its documentation says the opposite). Colinear vectors
+(|sin omega| below 1e-8) are interpolated linearly."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ _COLINEAR, _ZERO = 1e-8, 1e-7
 
 
 def share(weights: Sequence[float]) -> float:
-    """t of two weights."""
+    """t for two weights."""
     total = weights[0] + weights[1]
     return weights[1] / total if abs(total) >= 1e-6 else 0.5
 
@@ -42,7 +41,7 @@ def nuslerp_factors(inner: float, squares: tuple[float, float], t: float) -> tup
 
 
 class NuSlerp(ByAngles):
-    """Of whole tensors."""
+    """Works on whole tensors."""
 
     suffers_from_norms = False
 
@@ -51,7 +50,7 @@ class NuSlerp(ByAngles):
 
 
 class NuSlerpAlong(MatrixRule):
-    """Of rows or columns; a tensor of one dimension is one vector."""
+    """Works on rows or columns. A one-dimensional tensor counts as one vector."""
 
     suffers_from_norms = False
 
@@ -76,7 +75,7 @@ class NuSlerpAlong(MatrixRule):
 
 
 def nuslerp(parameters: Parameters) -> Rule:
-    """The rule of `nuslerp`; UsageError for `--row-wise` where the tensors are flattened."""
+    """The rule of `nuslerp`. UsageError for `--row-wise` without `--no-flatten`."""
     if parameters.flag("flatten") and parameters.flag("row-wise"):
         raise UsageError("--row-wise chooses the vectors of a matrix, but --flatten makes the matrix one vector", "add --no-flatten")
     return (NuSlerp if parameters.flag("flatten") else NuSlerpAlong)(parameters)

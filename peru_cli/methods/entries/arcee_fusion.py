@@ -1,13 +1,14 @@
-"""Arcee fusion: take from the other model only the changes that matter most.
+"""Arcee fusion: take only the most important changes from the other model.
 
     I = |tau| * KL(softmax(theta) || softmax(theta_0)) of the row;   keep tau where I >= median(I) + 1.5 (Q3 - Q1), in each tensor
 
-Source: Arcee AI, Meet Mergekit v0.1 (2025), https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration:
-difference times KL of softmaxes, threshold median + 1.5 (Q3 - Q1). What it leaves open are facts of what mergekit 0.1.5 (LGPL) computes,
-checked by running it; none of its code is here. Rows are along the last axis. Quantile q of n sorted entries is number floor(q (n - 1)):
-of NumPy's rules this one leaves the fewest entries apart, 2 of 66,947, others 3 to 8. 1e-8 keeps logarithms finite and changes no entry
-there. Quantiles are exact at any size (the program samples beyond 10^6 entries); all in float64.
-"""
+Source: Arcee AI, Meet Mergekit v0.1 (2025),
+https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration:
+difference times KL of softmaxes, threshold median + 1.5 (Q3 - Q1). Where it is silent, this follows what mergekit 0.1.5
+(LGPL) computes, found by running it; none of its code is here. Rows are along the last axis. Quantile q of n sorted entries
+is number floor(q (n - 1)): of NumPy's rules this one disagrees with mergekit in the fewest entries, 2 of 66,947, the others in 3
+to 8. Adding 1e-8 keeps logarithms finite and changes no entry there. Quantiles are exact at any size (the program samples
+beyond 10^6 entries). All is float64."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _EPSILON = 1e-8
 
 
 def importance(fine: Host, base: Host) -> Host:
-    """I of every entry; float64 (rows, columns)."""
+    """I for every entry; float64 (rows, columns)."""
     p, q = (_softmax(weights.astype(np.float64)) + _EPSILON for weights in (fine, base))
     divergence = (p * np.log(p / q)).sum(axis=1, keepdims=True)
     found: Host = np.abs(fine - base) * divergence

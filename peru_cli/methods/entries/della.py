@@ -3,9 +3,8 @@
     p_i = keep - epsilon + 2 epsilon (rank_i - 1) / (columns - 1),   rank 1: the smallest magnitude of its row
 
 Source: Deep et al., DELLA-Merging (2024), https://arxiv.org/abs/2406.11617, section 3: MAGPRUNE ranks the entries of each
-row and rescales each by 1 / p_i; then TIES' election, and the mean of what agrees. `della-linear` adds without an election.
-A tensor of one dimension is one row. Equal magnitudes rank in canonical order.
-"""
+row and rescales each by 1 / p_i. Then TIES' election follows, and the mean of the entries that agree. `della-linear` adds
+without an election. A one-dimensional tensor counts as one row. Equal magnitudes rank in canonical order."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from peru_cli.streaming.arrays import Host
 
 
 def keep_probabilities(magnitudes: Host, density: float, epsilon: float) -> Host:
-    """p_i of each entry from the magnitudes' ranks in their rows; float64 (rows, columns)."""
+    """p_i of each entry from the ranks of the magnitudes in their rows; float64 (rows, columns)."""
     rows, columns = magnitudes.shape
     if columns == 1:
         return np.full((rows, 1), density)

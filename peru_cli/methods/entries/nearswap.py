@@ -1,10 +1,9 @@
-"""Nearswap: take the other model's weights where they are near, and only a step of `t` towards them where they are far.
+"""Nearswap: take the other model's weights where they are close, otherwise move only a step of `t` towards them.
 
     theta_0 + clip(t / max(|tau|, 1e-6), 0, 1) tau
 
 Source: alchemonaut, QuartetAnemoi-70B (2024), https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001, whose t is 0.0001;
-mergekit 0.1.5 (`nearswap`).
-"""
+mergekit 0.1.5 (`nearswap`)."""
 
 from __future__ import annotations
 

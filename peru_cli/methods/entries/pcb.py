@@ -1,11 +1,11 @@
-"""PCB: entries of task vectors compete, within a task by size and between tasks by agreement; the losers are dropped.
+"""PCB: entries of task vectors compete, within a task by size and between tasks by agreement. The losers are dropped.
 
     intra_t = exp(T norm(|tau_t|)^2),   inter_t = tanh(tau_t sum_s tau_s),   b_t = intra_t inter_t
     b_t below its quantile 1 - keep is 0;   tau = sum_t norm(b_t) tau_t / sum_t norm(b_t)
 
-Source: Du et al., Parameter Competition Balancing (2024), https://arxiv.org/abs/2410.02396, equations 2 to 6; norm scales to 0 ... 1.
-The paper's quantiles are over all entries of a model; here they are over each tensor, which needs one tensor at a time.
-"""
+Source: Du et al., Parameter Competition Balancing (2024), https://arxiv.org/abs/2410.02396, equations 2 to 6. norm scales to
+0 ... 1. The paper takes quantiles over all entries of a model. Here they are taken in each tensor, so that one tensor at a
+time is enough."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEAST = 1e-12
 
 
 def unit_range(values: Host) -> Host:
-    """Scaled so that the smallest is 0 and the largest 1; zeros where all are equal."""
+    """Scale so that the smallest value is 0 and the largest 1. All zeros if the values are equal."""
     low, high = values.min(), values.max()
     scaled: Host = (values - low) / (high - low) if high > low else np.zeros_like(values)
     return scaled

@@ -1,12 +1,11 @@
-"""RAM: entries that one task alone changed are taken as they are, those that several changed are averaged.
+"""RAM: entries that only one task changed are taken unchanged, those that several tasks changed are averaged.
 
     active_t = [|tau_t| > epsilon];   tau = sum_t active_t tau_t / max(sum_t active_t, 1)
 
-`ramplus-tl` amplifies what one task alone changed, for each task and tensor by 1 + r clip(shared_t / unique_t, 0, alpha), where
-shared_t and unique_t count the task's active entries that others have too, and have not.
+`ramplus-tl` amplifies entries that only one task changed, by 1 + r clip(shared_t / unique_t, 0, alpha) for each task and
+tensor. shared_t and unique_t count the task's active entries that other tasks also have, and do not have.
 
-Source: https://arxiv.org/abs/2601.13572, sections 3.2 (RAM) and 3.3 (RAM+); mergekit 0.1.5 (`ram`, `ramplus_tl`).
-"""
+Source: https://arxiv.org/abs/2601.13572, sections 3.2 (RAM) and 3.3 (RAM+); mergekit 0.1.5 (`ram`, `ramplus_tl`)."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from peru_cli.streaming.arrays import Host
 
 
 class Ram(MatrixRule):
-    """See the module. It looks at entries alone, so panels of rows do."""
+    """See the module. It works entry by entry, so panels of rows are enough."""
 
     by_rows = True
 
@@ -30,7 +29,7 @@ class Ram(MatrixRule):
         return True
 
     def _active(self, matrices: Matrices) -> tuple[list[Host], list[Host], Host]:
-        """Task vectors, which of their entries are active, and how many tasks are at each entry."""
+        """Task vectors, their active entries, and the number of tasks active at each entry."""
         vectors = [matrices[task] for task in range(matrices.tasks)]
         active: list[Host] = [np.abs(vector) > self._epsilon for vector in vectors]
         count = np.zeros(vectors[0].shape, np.int32)
@@ -39,7 +38,7 @@ class Ram(MatrixRule):
         return vectors, active, count
 
     def _factor(self, matrices: Matrices, task: int) -> float:
-        """Of what a task alone has."""
+        """Factor of entries that only this task changed."""
         return 1.0
 
     def merge_matrix(self, matrices: Matrices) -> Host:

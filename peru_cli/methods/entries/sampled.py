@@ -1,12 +1,11 @@
-"""What DARE and DELLA share: entries of task vectors stay at random, are rescaled, then added or elected.
+"""What DARE and DELLA share: keep random entries of task vectors, rescale them, then add or elect.
 
-Entry i of a tensor stays if word(i) < floor(p_i * 2^32), word as methods/philox.py has it: every machine drops the same
+Entry i of a tensor is kept if word(i) < floor(p_i * 2^32), with word from methods/philox.py. Every machine drops the same
 entries for the same seed, task name and tensor name. Three ways to rescale:
 
-    density   by 1 / p_i, so that the expectation stays: the papers'
-    l1        by |tau|_1 / |what stays|_1 of the tensor, skipped where either is below 1e-7: mergekit's
-    none      not at all
-"""
+    density   by 1 / p_i, which preserves the expectation: the papers'
+    l1        by |tau|_1 / |kept entries|_1 of the tensor, skipped if either is below 1e-7: mergekit's
+    none      not at all"""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
 from peru_cli.streaming.arrays import Host
 
-_NOTHING = 1e-7  # an L1 norm that is none
+_NOTHING = 1e-7  # an L1 norm below this counts as 0
 
 
 class Sampled(MatrixRule):
-    """See the module. 1-D tensors are a row; nothing falls back."""
+    """See the module. One-dimensional tensors count as one row."""
 
     by_rows = True
     elects = True
@@ -39,10 +38,10 @@ class Sampled(MatrixRule):
 
     @abstractmethod
     def chances(self, vector: Host, task: int) -> Host:
-        """The probability that an entry stays, float64 (rows, columns) or (1, 1)."""
+        """The probability that an entry is kept, float64 (rows, columns) or (1, 1)."""
 
     def _sampled(self, matrices: Matrices, task: int) -> tuple[Host, Host, Host]:
-        """A task vector, what stays of it, and its chances."""
+        """A task vector, its kept entries, and their probabilities."""
         vector = matrices[task]
         chances = self.chances(vector, task)
         key = stream_key(int(self.parameters.number("seed")), self.parameters.tasks[task], matrices.name)

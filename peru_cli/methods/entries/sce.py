@@ -1,12 +1,11 @@
-"""SCE: select the entries that differ most between tasks, weigh tasks by their energy, erase the minority's sign.
+"""SCE: select the entries that differ most between tasks, weight tasks by their energy, erase the minority's sign.
 
-    select  the top `keep` of the entries by variance over tasks, of those where it is not 0, in each tensor
-    w_t     mean of tau_t^2 over what was selected, divided by its sum over tasks: a weight for each tensor
+    select  the top `keep` of the entries with non-zero variance over tasks, in each tensor
+    w_t     mean of tau_t^2 over the selected entries, divided by its sum over tasks: a weight for each tensor
     erase   the sign of sum_t tau_t wins, where 0 is positive;   tau = sum w_t m_t tau_t / max(sum w_t m_t, 1e-6)
 
-Source: Wan et al., FuseChat (2024), https://arxiv.org/abs/2408.07990, section 3.3: SCE; the paper selects 10%. Equal variances: the
-first in canonical order.
-"""
+Source: Wan et al., FuseChat (2024), https://arxiv.org/abs/2408.07990, section 3.3: SCE; the paper selects 10%. Equal
+variances are taken in canonical order."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ _LEAST = 1e-6
 
 
 def selected(variance: Host, k: int) -> Host:
-    """Bools: the k entries with the highest variance, the first of equals; (rows, columns)."""
+    """The k entries with the highest variance, ties in canonical order; bools (rows, columns)."""
     flat = variance.reshape(-1)
     chosen = np.zeros(len(flat), np.bool_)
     if k:
@@ -40,7 +39,7 @@ class Sce(MatrixRule):
         return True
 
     def _count(self, share: Fraction, n: int) -> int:
-        """floor(share * n); mergekit multiplies a tensor's count by a number, and torch does that in float32."""
+        """floor(share * n). mergekit multiplies a tensor's count by a number, which torch does in float32."""
         return int(np.float32(n) * np.float32(share)) if self.parameters.in_doubles else int(share * n)
 
     def merge_matrix(self, matrices: Matrices) -> Host:

@@ -1,7 +1,6 @@
-"""Entries at the least error for their bits without a basis: one step for all of them, small ones rounded to nothing.
+"""Entries at the least error for their bits without a basis: one step for all of them, small ones rounded to 0.
 
-At a coarse step nearly all are zero: what is left is a sparse matrix with quantised values.
-"""
+At a coarse step nearly all entries are zero, which leaves a sparse matrix with quantised values."""
 
 from __future__ import annotations
 
@@ -15,15 +14,15 @@ from peru_cli.methods.mixed.rates import SLOPE, entropy, quantise
 from peru_cli.methods.mixed.scales import scale_number, scale_of
 
 LARGEST = 32767
-_OFFSETS = range(-8, 25, 4)  # steps tried about the one that suits a high rate; 4 are a factor of two
-_OWN_BITS = 24.0  # about what a tensor's context and scale cost
+_OFFSETS = range(-8, 25, 4)  # steps tried around the one that is best at high rates; 4 is a factor of two
+_OWN_BITS = 24.0  # approximate cost of a tensor's context and scale
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Integers (n,), the number of their scale, and what they miss, squared."""
+    """Integers (n,), their scale index, and their squared error."""
 
     integers: Integers
     scale: int
@@ -31,7 +30,7 @@ class Dense:
 
 
 def quantised(values: Floats, multiplier: float, sample: int = 1 << 16) -> Dense | None:
-    """The entries in the step with the least error plus multiplier times bits; None if nothing is better. float64 (n,)."""
+    """The entries at the step with the least error plus multiplier times bits. None if dropping them is better. float64 (n,)."""
     if not len(values) or not values.any():
         return None
     some = values if len(values) <= sample else values[:: -(-len(values) // sample)]
@@ -48,7 +47,7 @@ def quantised(values: Floats, multiplier: float, sample: int = 1 << 16) -> Dense
 
 
 def with_scale(values: Floats, g: int) -> Dense:
-    """The entries in the step of a scale number; float64 (n,)."""
+    """The entries quantised with a given scale index; float64 (n,)."""
     step = scale_of(np.array([g]))
     deviation = np.sqrt(np.square(values).mean(keepdims=True)) if len(values) else np.ones(1)
     integers = quantise(values[:, None], step, np.maximum(deviation / step, 1e-9), LARGEST)[:, 0]

@@ -1,9 +1,8 @@
-"""Singular directions at the least error for their bits: which are kept, how finely, and both factors refined in turn.
+"""Singular directions at the least error for their bits: which to keep, at what precision, and both factors refined in turn.
 
-With u and v of unit length, u sqrt(s) and v sqrt(s) are quantised with one step each, so that an error of a step costs
+With u and v of unit length, u sqrt(s) and v sqrt(s) are quantised with one step each, so that an error of one step costs
 the same in either factor and in every direction: s step^2 = const is reverse water-filling (Cover and Thomas,
-Elements of Information Theory, 10.3.3) for products. The multiplier is squared error a bit, the same everywhere.
-"""
+Elements of Information Theory, 10.3.3) for products. The multiplier is squared error per bit, the same everywhere."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from peru_cli.methods.mixed.rates import SLOPE, bits, missed, quantise
 from peru_cli.methods.mixed.scales import MAX_SCALE, is_exact, scale_number, scale_of
 from peru_cli.methods.mixed.weights import regain
 
-LARGEST = 2047  # magnitude of an integer in a factor
-ROUNDS = 2  # of refinement: a third gains less than 0.1% of the error
-_OFFSETS = np.arange(-4, 9)  # scales tried about the one that suits a high rate
-_TABLE_BITS = 10.0  # about what a direction's contexts and scale cost
+LARGEST = 2047  # largest magnitude of an integer in a factor
+ROUNDS = 2  # rounds of refinement: a third gains less than 0.1% of the error
+_OFFSETS = np.arange(-4, 9)  # scales tried around the one that is best at high rates
+_TABLE_BITS = 10.0  # approximate cost of a direction's contexts and scale
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[Any]]
 
@@ -37,7 +36,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LowRank:
-    """left (rows, k) int16, right (k, columns) int16, scale numbers (k,), and what they miss of the matrix, squared."""
+    """left (rows, k) int16, right (k, columns) int16, scale indices (k,), and the squared error against the matrix."""
 
     left: Integers
     right: Integers
@@ -46,16 +45,15 @@ class LowRank:
 
 
 def choose_scales(values: Floats, rows: int, columns: int, multiplier: float) -> tuple[Integers, Floats]:
-    """For each singular value the scale with the least error plus multiplier times bits, and that sum; (k,), (k,).
+    """For each singular value, the scale with the least error plus multiplier times bits, and that sum; (k,), (k,).
 
-    A direction is worth keeping if the sum is below its own square.
-    """
+    A direction is worth keeping if the sum is below its squared singular value."""
     high_rate = multiplier / SLOPE / values
     numbers = np.clip(scale_number(high_rate)[None] + _OFFSETS[:, None], -MAX_SCALE, MAX_SCALE)
     steps_squared = scale_of(numbers)
     left, right = (np.sqrt(values / (n * steps_squared)) for n in (rows, columns))
     left_missed, right_missed = rows * steps_squared * missed(left), columns * steps_squared * missed(right)
-    # Given one factor as rounded, the other is solved for: of the rounding's error the part beside the direction counts.
+    # The other factor is solved for, given the rounded one: only the rounding error outside the direction counts.
     error = values * (left_missed + right_missed / (1 + right_missed / values))
     total = error + multiplier * (rows * bits(left) + columns * bits(right) + _TABLE_BITS)
     best = np.argmin(total, axis=0)
@@ -64,10 +62,9 @@ def choose_scales(values: Floats, rows: int, columns: int, multiplier: float) ->
 
 
 def quantised(spectrum: Spectrum, multiplier: float, longer: bool = False) -> LowRank | None:
-    """The directions that are worth their bits as integers; None if none is. The sums of their products are exact.
+    """The directions that are worth their bits, as integers. None if there are none. The sums of their products are exact.
 
-    `longer` makes up for the directions that are left out (weights.py, `regain`).
-    """
+    `longer` compensates for the directions that are left out (weights.py, `regain`)."""
     positive = spectrum.values > 0
     values = spectrum.values[positive]
     rows, columns = len(spectrum.left), len(spectrum.right)
@@ -81,23 +78,23 @@ def quantised(spectrum: Spectrum, multiplier: float, longer: bool = False) -> Lo
         largest = np.abs(found.left).max(0), np.abs(found.right).max(1)
         if is_exact(*largest, found.scales):
             return found
-        numbers = np.maximum(numbers, numbers.max() - 4 * _spread(numbers))  # a finer scale than sums can hold beside the coarsest
+        numbers = np.maximum(numbers, numbers.max() - 4 * _spread(numbers))  # a scale too fine for exact sums beside the coarsest
 
 
 def _finest(spectrum: Spectrum, keep: Integers) -> Integers:
-    """The finest scales in which both factors' entries fit their integers, refinement allowed for; (k,)."""
+    """The finest scales at which both factors' entries fit their integers, with room for refinement; (k,)."""
     largest = np.maximum(np.abs(spectrum.left[:, keep]).max(0), np.abs(spectrum.right[:, keep]).max(0))
     finest: Integers = np.ceil(4 * np.log2(np.square(1.5 * largest / LARGEST) * spectrum.values[keep])).astype(np.int64)
     return finest
 
 
 def _spread(numbers: Integers) -> int:
-    """One octave less than the scales span."""
+    """The range of scales minus one octave."""
     return max(int(numbers.max() - numbers.min()) // 4 - 1, 0)
 
 
 def _refined(spectrum: Spectrum, keep: Integers, numbers: Integers, longer: bool) -> LowRank:
-    """Round one factor, solve for the other against it as rounded, and so in turn; at last make that one longer."""
+    """Round one factor, solve for the other, and alternate. Lengthen the last one if `longer`."""
     values, steps = spectrum.values, np.sqrt(scale_of(numbers))
     rows, columns = len(spectrum.left), len(spectrum.right)
     root = np.sqrt(values[keep])
@@ -124,7 +121,7 @@ def _scaled(factor: Integers, steps: Floats) -> Floats:
 
 
 def _inner(a: Floats, b: Floats) -> Floats:
-    """a^T b; (n, k), (n, m) -> (k, m). By torch, whose threads are switched off in passes: the same bits for any number of threads."""
+    """a^T b; (n, k), (n, m) -> (k, m). Uses torch, whose threads are off in passes: the same bits for any number of threads."""
     result: Floats = (torch.from_numpy(a).T @ torch.from_numpy(b)).numpy()
     return result
 
@@ -135,9 +132,9 @@ def _squared(a: Floats, b: Floats) -> float:
 
 
 def _solve(scaled: Floats, other: Floats, fixed: Floats) -> Floats:
-    """The least squares factor of (scaled @ other^T) beside `fixed`; (n, K), (m, K), (m, k) -> (n, k)."""
+    """The least-squares factor of (scaled @ other^T) beside `fixed`; (n, K), (m, K), (m, k) -> (n, k)."""
     inner = _inner(fixed, fixed)
-    inner[np.diag_indices_from(inner)] += 1e-12 * max(float(np.trace(inner)), 1e-300)  # a factor that was rounded to nothing
+    inner[np.diag_indices_from(inner)] += 1e-12 * max(float(np.trace(inner)), 1e-300)  # for a factor that was rounded to zero
     weights = torch.linalg.solve(torch.from_numpy(inner), torch.from_numpy(_inner(fixed, other)))
     result: Floats = (torch.from_numpy(scaled) @ weights.T).numpy()
     return result

@@ -1,9 +1,8 @@
-"""What a quantised Gaussian costs and misses: rate and distortion of uniform steps with a dead zone, order-0 coded.
+"""Rate and distortion of a quantised Gaussian: uniform steps with a dead zone, order-0 coded.
 
-Entries of singular vectors are nearly Gaussian. For a standard deviation of `ratio` steps, an entry x becomes
-sign(x) floor(|x| / step + 1/2 - zone); the zone is the one with the least D + SLOPE R. Entropy-coded uniform
-quantisation is within 0.25 bits of the bound at high rates (Gish and Pierce 1968) and nearer at low ones.
-"""
+Entries of singular vectors are nearly Gaussian. With a standard deviation of `ratio` steps, an entry x becomes
+sign(x) floor(|x| / step + 1/2 - zone). The zone minimises D + SLOPE R. Entropy-coded uniform quantisation is within 0.25 bits
+of the bound at high rates (Gish and Pierce 1968) and closer at low ones."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import numpy as np
 
 SLOPE = 2 * math.log(2) / 12  # -dD/dR of a uniform quantiser in squared steps a bit: D = step^2 / 12, R = h - log2(step)
 ZONES = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3)
-_LOW, _HIGH, _FINE = -3.0, 5.0, 8  # log2 of the ratios in the table, and how many to the octave
+_LOW, _HIGH, _FINE = -3.0, 5.0, 8  # log2 of the ratios in the table, and points per octave
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[Any]]
 
@@ -25,7 +24,7 @@ def _tail(x: Floats) -> Floats:
 
 
 def _curve(ratio: float, zone: float) -> tuple[float, float]:
-    """Bits and squared steps an entry."""
+    """Bits and squared error (in squared steps) per entry."""
     most = math.ceil(6 * ratio + 1)
     q = np.arange(1, most + 1)
     edges = np.append(q - 0.5 + zone, q[-1] + 0.5 + zone) / ratio
@@ -34,7 +33,7 @@ def _curve(ratio: float, zone: float) -> tuple[float, float]:
     mass = np.maximum(tails[:-1] - tails[1:], 0)
     first = density[:-1] - density[1:]  # E[X; cell]
     second = mass + edges[:-1] * density[:-1] - edges[1:] * density[1:]  # E[X^2; cell]
-    missed = 1 - 2 * second.sum()  # of the variance: what is below the first edge, and the far tail
+    missed = 1 - 2 * second.sum()  # lost variance: the part below the first edge, and the far tail
     missed += 2 * float((second - 2 * first * q / ratio + mass * np.square(q / ratio)).sum())
     probabilities = np.concatenate(([1 - 2 * mass.sum()], mass, mass))
     probabilities = probabilities[probabilities > 0]
@@ -57,7 +56,7 @@ _LOGS, _BITS, _MISSED, _ZONES = _table()
 
 
 def bits(ratio: Floats) -> Floats:
-    """Bits an entry whose standard deviation is `ratio` steps; any shape."""
+    """Bits per entry with a standard deviation of `ratio` steps; any shape."""
     log = np.log2(ratio)
     inside = np.interp(log, _LOGS, _BITS)
     result: Floats = np.where(log > _HIGH, _BITS[-1] + log - _HIGH, np.where(log < _LOW, 0.0, inside))
@@ -65,7 +64,7 @@ def bits(ratio: Floats) -> Floats:
 
 
 def missed(ratio: Floats) -> Floats:
-    """Mean squared error an entry in squared steps; any shape."""
+    """Mean squared error per entry, in squared steps; any shape."""
     log = np.log2(ratio)
     result: Floats = np.where(log < _LOW, np.square(ratio), np.interp(log, _LOGS, _MISSED))
     return result
@@ -78,7 +77,7 @@ def zone(ratio: Floats) -> Floats:
 
 
 def quantise(values: Floats, step: Floats, ratio: Floats, most: int) -> Integers:
-    """Integers in steps, dead zone and all, up to `most`; float64 (n, k), (k,), (k,) -> int16 (n, k)."""
+    """Integers in steps, with the dead zone, clipped to `most`; float64 (n, k), (k,), (k,) -> int16 (n, k)."""
     scaled = values / step
     magnitude = np.minimum(np.floor(np.abs(scaled) + (0.5 - zone(ratio))), most)
     return np.copysign(magnitude, scaled).astype(np.int16)

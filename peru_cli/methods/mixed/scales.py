@@ -1,7 +1,6 @@
-"""Steps of quantisation as integers times powers of two, so that sums of products are exact in float64.
+"""Quantisation steps as integers times powers of two, so that sums of products are exact in float64.
 
-A scale has a number g, four to the octave: `MANTISSAS[g mod 4] * 2^(g div 4 - 4)`, which is 2^(g / 4) to within 1.7%.
-"""
+A scale has an index g, four to the octave: `MANTISSAS[g mod 4] * 2^(g div 4 - 4)`, which is 2^(g / 4) to within 1.7%."""
 
 from __future__ import annotations
 
@@ -10,31 +9,30 @@ from typing import Any
 import numpy as np
 
 MANTISSAS = (16, 19, 23, 27)
-MAX_SCALE = 2000  # magnitude of g: 2^500 either way, far from what float64 cannot hold
-EXACT_BITS = 53  # of a float64
+MAX_SCALE = 2000  # largest magnitude of g: 2^500 either way, well within float64
+EXACT_BITS = 53  # mantissa bits of a float64
 Integers = np.ndarray[Any, np.dtype[Any]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def scale_of(g: Integers) -> Floats:
-    """The scales of numbers g, exactly; integers (k,) -> float64 (k,)."""
+    """The exact scales of indices g; integers (k,) -> float64 (k,)."""
     g = np.asarray(g, np.int64)
     scales: Floats = np.ldexp(np.asarray(MANTISSAS, np.float64)[g % 4], (g // 4 - 4).astype(np.int32))
     return scales
 
 
 def scale_number(scale: Floats) -> Integers:
-    """The number of the nearest scale, by ratio; positive float64 (k,) -> int64 (k,)."""
+    """The index of the nearest scale, by ratio; positive float64 (k,) -> int64 (k,)."""
     numbers: Integers = np.clip(np.rint(4 * np.log2(scale)), -MAX_SCALE, MAX_SCALE).astype(np.int64)
     return numbers
 
 
 def is_exact(largest_left: Integers, largest_right: Integers, g: Integers) -> bool:
-    """Whether every sum over directions of integers up to these magnitudes times their scales is exact in float64.
+    """Whether float64 is exact for every sum over directions of integers up to these magnitudes times their scales.
 
-    All terms are whole multiples of 2^e, e the least exponent among the scales. If their magnitudes together stay below
-    2^53 times that, no partial sum rounds, in whatever order a processor adds. Three of integers (k,).
-    """
+    All terms are whole multiples of 2^e, with e the least exponent of the scales. If their magnitudes together stay below
+    2^53 times that, no partial sum rounds, in whatever order a processor adds. Three arrays of integers (k,)."""
     if not len(g):
         return True
     exponents = [int(number) // 4 for number in g]
@@ -49,8 +47,7 @@ def is_exact(largest_left: Integers, largest_right: Integers, g: Integers) -> bo
 def product(left: Integers, right: Integers, g: Integers) -> Floats:
     """sum_i left[:, i] scale(g_i) right[i]; integers (rows, k), (k, columns), (k,) -> float64 (rows, columns).
 
-    Exact, and so the same for any order of summation, where `is_exact` holds.
-    """
+    If `is_exact` holds, the result is exact and does not depend on the order of summation."""
     result: Floats = (left * scale_of(g)) @ right.astype(np.float64)
     return result
 
@@ -58,8 +55,7 @@ def product(left: Integers, right: Integers, g: Integers) -> Floats:
 def run_of_product(left: Integers, right: Integers, g: Integers, rows: Integers | None, start: int, stop: int) -> Floats:
     """Entries `start` to `stop` of the product, row by row, float64 (stop - start,).
 
-    `rows`, ascending, says which rows the left factor has, and all others are zero; None for all.
-    """
+    `rows`, ascending, are the rows of the left factor; the others are zero. None for all rows."""
     columns = right.shape[1]
     first, last = start // columns, -(-stop // columns)
     if rows is None:

@@ -1,4 +1,4 @@
-"""Base plus difference: what every machine makes of it, and how far rounding to the fine-tune's dtype moves it."""
+"""Base plus difference: the sum that every machine computes, and the effect of rounding to the fine-tune's dtype."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from peru_cli.streaming.arrays import CPU
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 _MANTISSA = {"F16": 10, "BF16": 7}
 _LEAST = {"F16": -14, "BF16": -126}  # exponent of the smallest normal number
-_STEPS = 6  # of the sum over neighbours: beyond, a step is small against the error
+_STEPS = 6  # terms of the sum over neighbours: further ones are negligible
 
 
 def add_difference(base: Bits, dtype: Dtype, difference: Floats | None, ulps: Bits | None = None) -> Bits:
     """base + difference in float64, rounded to the dtype to nearest even (to 16 bits by way of float32), then moved by ULPs.
 
-    An entry whose difference is zero, or whose base is not finite, stays as it is. `base` is bits of the dtype, (n,).
-    """
+    An entry whose difference is zero, or whose base is not finite, stays unchanged. `base` is bits of the dtype, (n,)."""
     if difference is not None:
         wide = CPU.widen(base, dtype, np.empty(len(base)))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -31,7 +30,7 @@ def add_difference(base: Bits, dtype: Dtype, difference: Floats | None, ulps: Bi
 
 
 def ulp_counts(base: Bits, dtype: Dtype) -> dict[int, int]:
-    """How many entries have a step in the last place of 2^e, by e; nothing for dtypes so fine that it does not matter. bits (n,)."""
+    """The number of entries with a ULP of 2^e, by e. Empty for dtypes so fine that it does not matter. bits (n,)."""
     if dtype.bits != 16:
         return {}
     mantissa = _MANTISSA[dtype.name]
@@ -47,11 +46,10 @@ def ulp_counts(base: Bits, dtype: Dtype) -> dict[int, int]:
 
 
 def rounded_error(squared_error: float, ulps: dict[int, int]) -> float:
-    """The squared error that is left after rounding, of Gaussian errors that are alike in all entries of a tensor.
+    """The squared error after rounding, if errors are Gaussian and alike in all entries of a tensor.
 
-    A fine-tune's entries lie on the dtype's grid, so an error below half a step is rounded away and any other becomes
-    whole steps: u^2 sum over k >= 0 of (2 k + 1) P(|error| > (k + 1/2) u).
-    """
+    A fine-tune's entries lie on the dtype's grid. An error below half a step is rounded away, any other becomes
+    whole steps: u^2 sum over k >= 0 of (2 k + 1) P(|error| > (k + 1/2) u)."""
     n = sum(ulps.values())
     if not n or squared_error <= 0:
         return squared_error

@@ -1,1 +1,1 @@
-"""Methods that merge task vectors as matrices, by their singular values or inner products; no data is needed."""
+"""Methods that merge task vectors as matrices, by their singular values or inner products. They need no data."""

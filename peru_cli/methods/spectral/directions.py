@@ -1,7 +1,6 @@
-"""Singular directions by way of Gram matrices, in float64: exact where a singular value is above 1e-6 of the largest.
+"""Singular directions from Gram matrices, in float64: exact for singular values above 1e-6 of the largest.
 
-Smaller ones count as 0 and have no direction, instead of an arbitrary one. All tensors are torch's; (rows, columns).
-"""
+Smaller ones count as 0 and have no direction, instead of an arbitrary one. All tensors are torch's; (rows, columns)."""
 
 from __future__ import annotations
 
@@ -14,9 +13,8 @@ _DEPENDENT = 1e-10  # of the largest eigenvalue of an inner Gram matrix
 def top_directions(matrix: torch.Tensor, count: int, size: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest singular values with their vectors: U (rows, count), S (count,) descending, V (columns, count).
 
-    Where there are fewer than `count`, values and both vectors are 0. What is below 1e-6 of `size`, if that is more than the
-    largest singular value, is rounding: the matrix is what is left of a larger one.
-    """
+    If there are fewer than `count`, the remaining values and vectors are 0. Values below 1e-6 of `size` are also treated as
+    rounding: pass it if the matrix is the remainder of a larger one."""
     if matrix.shape[1] > matrix.shape[0]:
         v, s, u = top_directions(matrix.T, count, size)
         return u, s, v
@@ -29,7 +27,7 @@ def top_directions(matrix: torch.Tensor, count: int, size: float = 0.0) -> tuple
 
 
 def polar(matrix: torch.Tensor) -> torch.Tensor:
-    """The closest matrix with orthonormal columns (or rows): U V^T of the SVD, without directions of singular values that are 0."""
+    """The closest matrix with orthonormal columns (or rows): U V^T of the SVD, without directions of zero singular values."""
     if matrix.shape[1] > matrix.shape[0]:
         return polar(matrix.T).T
     squares, vectors = torch.linalg.eigh(matrix.T @ matrix)

@@ -1,12 +1,11 @@
 """Isotropic merging: all singular values of the summed task vector become their mean.
 
     Iso-C    tau = mean(S) U V^T,  U S V^T = sum_t tau_t
-    Iso-CTS  the top `common` share of those directions, and of each task the top ones of what lies outside of them, in equal
-             numbers; polar of both sides, all values their mean
+    Iso-CTS  the top `common` share of those directions, and in equal numbers the top directions of each task outside of
+             them; polar of both sides, all values their mean
 
 Source: Marczak et al., No Task Left Behind (2025), https://arxiv.org/abs/2502.04959, equations 6 to 8 and algorithms 1 and 2; the paper
-keeps 80% common directions. Everything that is no matrix is averaged.
-"""
+keeps 80% common directions. Tensors that are not matrices are averaged."""
 
 from __future__ import annotations
 

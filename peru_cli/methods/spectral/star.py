@@ -1,10 +1,9 @@
-"""STAR: cut each task vector's small singular values off, restore its nuclear norm, average.
+"""STAR: cut off each task vector's small singular values, restore its nuclear norm, average.
 
     keep the fewest directions whose singular values sum to `keep` of all;   s <- s * (sum of all) / (sum of the kept)
 
 Source: Lee et al., STAR: Spectral Truncation and Rescale for Model Merging (2025), https://arxiv.org/abs/2502.10339, section 3; the
-paper keeps 40%. Task vectors are averaged with their weights; everything that is no matrix is, too.
-"""
+paper keeps 40%. Task vectors, and tensors that are not matrices, are averaged with the tasks' weights."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from peru_cli.methods.spectral.directions import top_directions
 
 
 def truncated(vector: torch.Tensor, share: float) -> torch.Tensor:
-    """A task vector of which the top directions stay, with the nuclear norm of all."""
+    """A task vector truncated to its top directions and rescaled to its nuclear norm."""
     u, s, v = top_directions(vector, min(vector.shape))
     total = float(s.sum())
     if not total:

@@ -1,10 +1,9 @@
-"""TSV-M: the top singular directions of every task, made orthogonal to those of the others.
+"""TSV-M: the top singular directions of every task, orthogonalised against those of the others.
 
     tau_t = U_t S_t V_t^T, the top r / T directions of each, r = min(rows, columns);   tau = polar([U_1 ... U_T]) S polar([V_1 ... V_T])^T
 
-Source: Gargiulo et al., Task Singular Vectors (2025), https://arxiv.org/abs/2412.00081, section 4.3 and algorithm 1. Everything that is no
-matrix is averaged. Matrices with a side shorter than T are, too.
-"""
+Source: Gargiulo et al., Task Singular Vectors (2025), https://arxiv.org/abs/2412.00081, section 4.3 and algorithm 1. Tensors that
+are not matrices are averaged, and so are matrices with a side shorter than T."""
 
 from __future__ import annotations
 

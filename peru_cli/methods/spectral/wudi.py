@@ -1,12 +1,12 @@
-"""WUDI: the task vector that interferes least with every task's own, taken as a stand-in for the task's inputs.
+"""WUDI: the task vector that interferes least with every task's own, which stands in for the task's inputs.
 
     minimise sum_t |(tau - tau_t) tau_t^T|^2 / |tau_t|^2:   tau (sum_t G_t) = sum_t tau_t G_t,   G_t = tau_t^T tau_t / |tau_t|^2
 
-Source: Cheng et al., Whoever Started the Interference Should End It (2025), https://arxiv.org/abs/2503.08099, equation 12. The authors
-take 300 steps of Adam from sum_t tau_t; this is the optimum, which is RegMean's solve. Where no task has much to say, the authors stay
-where they began: so does `--ridge`, a share of the mean diagonal of sum_t G_t that pulls towards sum_t tau_t. Everything that is
-no matrix is averaged. It collapses where task vectors differ much in norm: give those a smaller `--weight`.
-"""
+Source: Cheng et al., Whoever Started the Interference Should End It (2025), https://arxiv.org/abs/2503.08099, equation 12. The
+authors take 300 steps of Adam from sum_t tau_t. This is the optimum, which is RegMean's solve. In directions that matter little
+to every task, the authors' iteration stays near its start; `--ridge`, a share of the mean diagonal of sum_t G_t, has
+the same effect: it pulls towards sum_t tau_t. Tensors that are not matrices are averaged. The method collapses if task
+vectors differ much in norm: give the long ones a smaller `--weight`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Wudi(SpectralRule):
             grams, above, total = grams + gram, above + vector @ gram, total + vector
         pull = self.parameters.number("ridge") * float(grams.diagonal().mean())
         if not float(grams.diagonal().sum()):
-            return total  # nothing was changed
+            return total  # nothing has changed
         grams.diagonal().add_(pull or 1e-15)
         solved: torch.Tensor = torch.linalg.solve(grams, (above + pull * total).T).T  # the Gram matrices are symmetric
         return solved * self.parameters.number("scale")
