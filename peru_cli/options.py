@@ -36,7 +36,7 @@ _UNITS = {
 
 
 def parse_size(text: str, option: str) -> int:
-    """`5GB`, `500MB`, `64MiB` or plain bytes as a number of bytes; MB is 10^6, MiB 2^20."""
+    """Parse `5GB`, `500MB`, `64MiB` or plain bytes as a number of bytes; MB is 10^6, MiB 2^20."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or match.group(2) not in _UNITS or match.group(2) == "i":
         raise UsageError(f"{option} {text!r} is not a size", "write it as 500MB, 5GB or 64MiB")
@@ -47,7 +47,7 @@ def parse_size(text: str, option: str) -> int:
 
 
 def parse_density(text: str, option: str = "--keep") -> Fraction:
-    """`10%` or `0.1` as an exact fraction in (0, 1]; UsageError otherwise, with what was probably meant."""
+    """Parse `10%` or `0.1` as an exact fraction in (0, 1]. UsageError otherwise, with what was probably meant."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
     if match is None:
         raise UsageError(f"{option} {text!r} is not a density", f"write a share of the entries: {option} 10% or {option} 0.1")
@@ -61,7 +61,7 @@ def parse_density(text: str, option: str = "--keep") -> Fraction:
 
 
 def parse_dtype(text: str) -> Dtype:
-    """`bf16`, `fp16`, `fp32` or `fp64`; UsageError otherwise."""
+    """Parse `bf16`, `fp16`, `fp32` or `fp64`. UsageError otherwise."""
     if text not in DTYPES:
         raise UsageError(f"--dtype {text!r} is not one of {', '.join(DTYPES)}")
     return BY_NAME[DTYPES[text]]
@@ -73,7 +73,7 @@ def dtype_word(dtype: Dtype) -> str:
 
 
 def check_base_id(text: str | None) -> None:
-    """Refuse a base's name that cannot be printed."""
+    """UsageError for a base name that cannot be printed."""
     if text is not None and not text.isprintable():
         raise UsageError(f"--base-id {text!r} holds characters that cannot be printed", "write it as org/name@commit")
 
@@ -163,11 +163,11 @@ Function = Callable[..., None]
 
 
 def shared(lacks: Collection[str] = (), panels: Mapping[str, str] | None = None, **other: Any) -> Callable[[Function], Function]:
-    """Give a command the shared options, after its own: it gets them as `run: Running` and, if it has that, `publishing: Publishing`.
+    """Give a command the shared options after its own. It gets them as `run: Running` and, if it has that parameter,
+    `publishing: Publishing`.
 
-    Each runs in a session with the Hub of its own. `lacks` names options that it does not have, `other` declares some in another way.
-    `panels` groups the command's own options in its help: a title, and the parameters' names with spaces between them.
-    """
+    Each command runs in its own Hub session. `lacks` names shared options to omit, `other` redeclares some. `panels` groups
+    the command's own options in its help: it maps a title to the parameters' names, separated by spaces."""
     of_panel = {name: title for title, names in (panels or {}).items() for name in names.split()}
 
     def decorate(command: Function) -> Function:
@@ -184,7 +184,7 @@ def shared(lacks: Collection[str] = (), panels: Mapping[str, str] | None = None,
             with hub_session(values["run"].stream):
                 command(**given, **values)
 
-        del with_groups.__wrapped__  # its annotations are not these
+        del with_groups.__wrapped__  # its annotations differ
         for name, title in of_panel.items():
             in_panel(own[name], title)
         named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()]
@@ -197,7 +197,7 @@ def shared(lacks: Collection[str] = (), panels: Mapping[str, str] | None = None,
 
 
 class Command(TyperCommand):
-    """A command whose --help stands with the other options of how to run."""
+    """A command whose --help is listed with the options of how to run."""
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option that prints the help."""
@@ -208,7 +208,7 @@ class Command(TyperCommand):
 
 
 def in_panel(parameter: inspect.Parameter, title: str) -> None:
-    """Show an option in a group of the help."""
+    """Move an option into a group of the help."""
     get_args(parameter.annotation)[1].rich_help_panel = title
 
 

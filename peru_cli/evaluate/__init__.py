@@ -1,1 +1,1 @@
-"""`peru eval`: what a compression or a merge cost, on weights, outputs and tasks."""
+"""`peru eval`: measure the cost of a compression or a merge, on weights, outputs and tasks."""

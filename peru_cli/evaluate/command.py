@@ -210,7 +210,7 @@ def _read(files: dict[str, str], texts: list[str], most: Optional[int]) -> dict[
 
 
 def _weights(pairs: dict[str, tuple[str, str]], base: str, device: str, threads: Optional[int]) -> dict[str, WeightsReport]:
-    """Closeness of weights, by task; planned for all before anything is read."""
+    """Closeness of weights, by task. All comparisons are planned before anything is read."""
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.evaluate.weights import Weights
     from peru_cli.finetunes.open import open_fine_tune

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _points(scores: Sequence[Score]) -> tuple[list[plots.Point], list[plots.Point]]:
-    """Accuracies, or agreement where there are no labels, of the models and of what they are compared with."""
+    """Accuracies (or agreement, without labels) of the models and of those they are compared with."""
     ours, theirs = [], []
     for score in scores:
         got = score.metrics.get("accuracy", score.metrics.get("agreement"))
@@ -42,7 +42,7 @@ def _errors(weights: dict[str, WeightsReport]) -> dict[str, dict[str, float]]:
 def draw(
     plot: Path | None, report: Path | None, scores: Sequence[Score], weights: dict[str, WeightsReport], gates: list[str], missed: list[str]
 ) -> Iterator[tuple[Path, str]]:
-    """Make what was asked for; yields each file and what was done to it."""
+    """Draw the requested files. Yields each file and what was done to it."""
     if plot is not None:
         _plot(plot, scores, weights)
         yield plot, "drew"
@@ -52,7 +52,7 @@ def draw(
 
 
 def _plot(path: Path, scores: Sequence[Score], weights: dict[str, WeightsReport]) -> None:
-    """One plot with all there is."""
+    """One plot of all measurements."""
     (ours, theirs), errors = _points(scores), _errors(weights)
     if ours and errors:
         plots.plot_evaluation(path, ours, theirs, errors)
@@ -75,7 +75,7 @@ def _svg(plot: Callable[[io.BytesIO], None]) -> str:
 
 
 def draw_one(plot: Path | None, report: Path | None, drawing: Drawing, models: Iterable[str]) -> Iterator[tuple[Path, str]]:
-    """The same of one measurement with a plot of its own."""
+    """The same for one measurement that has its own plot."""
     if plot is not None:
         drawing.plot(plot)
         yield plot, "drew"
@@ -87,7 +87,7 @@ def draw_one(plot: Path | None, report: Path | None, drawing: Drawing, models: I
 
 
 def _command() -> str:
-    """What was typed."""
+    """The command line."""
     return "peru " + shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["eval"] else "peru eval"
 
 

@@ -1,4 +1,4 @@
-"""How task vectors disturb each other: tau-Jp, disentanglement error, and negation, on models assembled in memory."""
+"""How task vectors disturb each other: tau-Jp, disentanglement error and negation, on models assembled in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Advance = Callable[[int], None]
 
 @dataclass
 class Interference:
-    """tau-Jp by (task of the vector, task of the inputs); disentanglement error by task, shares; the scale of the vectors there."""
+    """tau-Jp by (task of the vector, task of the inputs); disentanglement error by task, as shares; the scale of the vectors."""
 
     tasks: tuple[str, ...]
     tau_jp: dict[tuple[str, str], float]
@@ -35,10 +35,10 @@ class Interference:
 
 
 class Vectors:
-    """A base and task vectors in float32, and every task's model to put sums of them under."""
+    """A base and task vectors in float32, and every task's model to load their sums into."""
 
     def __init__(self, base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], running: Running) -> None:
-        """Raises Mismatch from headers alone where the models do not fit together, and for models that are no classifiers."""
+        """Raises Mismatch, from headers alone, if the models do not fit together or are not classifiers."""
         self.plan: MergePlan = plan_merge(base, tasks, True, Options())
         self.running = running
         self.base = {slot.base.name: read_floats(base, slot.base.name).to(running.device) for slot in self.plan.slots}
@@ -79,9 +79,8 @@ def _require_classifier(parts: TaskParts, label: str) -> None:
 def measure_interference(vectors: Vectors, scale: float, advance: Advance) -> Interference:
     """tau-Jp of every pair of tasks, and the share of each task's inputs whose prediction the other tasks' vectors change.
 
-    Labels are not looked at. The error compares theta_0 + scale tau_t with theta_0 + scale sum tau (Ortiz-Jimenez et al. 2023,
-    https://arxiv.org/abs/2305.12827, equation 9, at one point).
-    """
+    Labels are not read. The error compares theta_0 + scale tau_t with theta_0 + scale sum tau (Ortiz-Jimenez et al. 2023,
+    https://arxiv.org/abs/2305.12827, equation 9, at one point)."""
     tasks = tuple(vectors.tau)
     found = Interference(tasks, {}, {}, scale)
     for task in tasks:
@@ -113,7 +112,7 @@ class Negated:
     control: float
 
 
-KEPT = 0.95  # share of the base's accuracy on the control task that must stay
+KEPT = 0.95  # share of the base's accuracy on the control task that must remain
 
 
 def measure_negation(
@@ -121,11 +120,10 @@ def measure_negation(
 ) -> tuple[list[Negated], Negated]:
     """Accuracies of the base minus a task vector by scale (0 first), and the point that forgets most.
 
-    That is the lowest accuracy on the target among those that keep 95% of the base's on the control task (Ilharco et al. 2023,
-    https://arxiv.org/abs/2212.04089, section 3); of equals the smallest scale.
+    That is the lowest accuracy on the target among points that keep 95% of the base's accuracy on the control task (Ilharco et
+    al. 2023, https://arxiv.org/abs/2212.04089, section 3); ties: the smallest scale.
 
-    Raises BadFile where examples have no labels.
-    """
+    Raises BadFile if examples have no labels."""
     mine = vectors.load(target)
     parts = {"target": mine, "control": control}
     labels = {}

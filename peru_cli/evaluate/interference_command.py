@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What --plot and --report make of a measurement: tables (title, columns, rows) and one plot, drawn into a file or memory."""
+    """Content of --plot and --report for a measurement: tables (title, columns, rows) and one plot, drawn into a file or memory."""
 
     title: str
     tables: list[tuple[str, list[str], list[list[str]]]]

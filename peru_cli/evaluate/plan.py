@@ -1,4 +1,4 @@
-"""The plan of `peru eval`: which model runs on which data, what it is compared with, and the gates. No model is read."""
+"""The plan of `peru eval`: which model runs on which data, what it is compared with, and the gates. Reads no model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HIGHER = (
     "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "pearson", "spearman", "normalised", "difference", "agreement", "cosine", "sign",
 )  # fmt: skip
 LOWER = ("kl", "kl99", "perplexity", "error", "mse", "distance")
-# What is shown in per cent, and the most that it can be.
+# Metrics shown in per cent, and their maximum.
 SHARES = {"accuracy": 1.0, "f1": 1.0, "f1_micro": 1.0, "f1_macro": 1.0, "agreement": 1.0, "sign": 1.0, "normalised": 2.0, "difference": 1.0}
 _CLASSES, _LABELS, _VALUES = ("accuracy", "f1", "matthews"), ("accuracy", "f1_micro", "f1_macro"), ("pearson", "spearman", "mse")
 _NEEDS = dict.fromkeys((*_CLASSES, *_LABELS, *_VALUES), "labels of that kind") | {
@@ -26,7 +26,7 @@ _NEEDS = dict.fromkeys((*_CLASSES, *_LABELS, *_VALUES), "labels of that kind") |
 
 @dataclass(frozen=True)
 class Comparison:
-    """One task: the model in question, the examples, and what it is compared with."""
+    """One task: the model to evaluate, the examples, and what the model is compared with."""
 
     task: str
     model: str
@@ -36,19 +36,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Gate:
-    """A bound on a metric that no task may miss."""
+    """A bound on a metric that every task must meet."""
 
     metric: str
     bound: float
-    below: bool  # whether a value below the bound is the failure
+    below: bool  # whether a value below the bound fails
 
     @property
     def option(self) -> str:
-        """What was typed."""
+        """The option as it was typed."""
         return f"--fail-{'below' if self.below else 'above'} {self.metric}={in_words(self.metric, self.bound)}"
 
     def missed_by(self, value: float) -> bool:
-        """Whether a value is on the wrong side; NaN always is."""
+        """Whether a value is on the wrong side. NaN always is."""
         return not (value >= self.bound if self.below else value <= self.bound)
 
 
@@ -58,7 +58,7 @@ def in_words(metric: str, value: float) -> str:
 
 
 def parse_gate(text: str, below: bool) -> Gate:
-    """`METRIC=VALUE` or `METRIC=PERCENT%`; UsageError otherwise, with the option that was probably meant."""
+    """Parse `METRIC=VALUE` or `METRIC=PERCENT%`. UsageError otherwise, with the option that was probably meant."""
     option, known, others = ("--fail-below", HIGHER, LOWER) if below else ("--fail-above", LOWER, HIGHER)
     metric, _, number = text.partition("=")
     if metric not in known:
@@ -83,7 +83,7 @@ def parse_gate(text: str, below: bool) -> Gate:
 
 
 def check_gates(gates: list[Gate], examples: Mapping[str, Examples], compared: bool, has_base: bool) -> None:
-    """Refuse gates on what will not be measured, as far as that shows before any model is read."""
+    """UsageError for gates on metrics that will not be measured, if that shows before a model is read."""
     for gate in gates:
         for task, found in examples.items() or {"": None}.items():
             if gate.metric not in _expected(found, compared, has_base):
@@ -111,13 +111,12 @@ def _expected(examples: Examples | None, compared: bool, has_base: bool) -> set[
 
 
 def check_comparisons(models: Mapping[str, str], data: Mapping[str, Examples], against: Mapping[str, str]) -> list[Comparison]:
-    """Which model is run on which data, against what.
+    """Which model runs on which data, and what it is compared with.
 
     Args:
-        models: by task; one alone, under any name, is run on all data. `data` and `against` may have the empty name for all.
+        models: by task. A single model, under any name, runs on all data. `data` and `against` may use the empty name for all.
 
-    Raises UsageError for a task that has no model, no data or nothing to be compared with.
-    """
+    Raises UsageError for a task that has no model, no data or nothing to be compared with."""
     alone = next(iter(models)) if len(models) == 1 else None
     tasks = list(models) if "" in data and alone is None else list(data)
     unknown = [task for task in tasks if alone is None and task not in models]
@@ -145,7 +144,7 @@ def check_comparisons(models: Mapping[str, str], data: Mapping[str, Examples], a
 
 
 def weight_pairs(models: Mapping[str, str], against: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """By task, a model and what its weights are compared with; UsageError for a task without a model."""
+    """By task, a model and what its weights are compared with. UsageError for a task without a model."""
     if len(models) == 1:
         ((alone, model),) = models.items()
         return {task or alone: (model, other) for task, other in against.items()}

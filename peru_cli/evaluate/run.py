@@ -24,30 +24,30 @@ from peru_cli.streaming.engine import available_threads
 
 Advance = Callable[[int], None]
 BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}
-_SMALL = 4_000_000  # parameters; of smaller models, threads that wait for each other take longer than one alone
-_MOST_NATS = math.log(sys.float_info.max)  # whose exponential is still a number
-_ENOUGH = 30  # examples, of which an accuracy near chance says something
-_SLICE = 1 << 24  # logits that are looked at together
+_SMALL = 4_000_000  # parameters; for smaller models one thread is faster than several that wait for each other
+_MOST_NATS = math.log(sys.float_info.max)  # its exponential is still finite
+_ENOUGH = 30  # examples needed before an accuracy near chance means anything
+_SLICE = 1 << 24  # logits processed together
 
 
 @dataclass
 class Score:
-    """What was found for a task. Metrics by the names that --fail-below takes; shares are between 0 and 1, KL in nats."""
+    """The results for a task. Metrics have the names that --fail-below takes. Shares are between 0 and 1, KL is in nats."""
 
     task: str
     model: str
     against: str | None
     kind: str
-    n: int  # examples, or tokens of a language model
+    n: int  # examples, or tokens for a language model
     unit: str
-    nbytes: int  # everything that it comes back from, but a base that is no merge
+    nbytes: int  # everything needed to rebuild it, except a base that is not a merge
     place: str  # where its own bytes are
-    shared_bytes: int  # of those, what other tasks need, too
-    shared: str  # where: a pack or a merge, or ""
+    shared_bytes: int  # the part that other tasks need too
+    shared: str  # where that part is: a pack or a merge, or ""
     against_bytes: int | None
     metrics: dict[str, Estimate] = field(default_factory=dict)
     compared: Compared | None = None
-    classes: int = 0  # of a classifier with one class of several
+    classes: int = 0  # for a classifier that picks one of several classes
     warnings: list[str] = field(default_factory=list)
 
 
@@ -59,10 +59,9 @@ def evaluate(
     advance: Advance,
     step: Callable[[str], None],
 ) -> list[Score]:
-    """Run all comparisons. The base is read once; one task's models are in memory at a time.
+    """Run all comparisons. The base is read once. One task's models are in memory at a time.
 
-    Raises BadFile, Mismatch or UsageError before the first forward pass of all, as far as headers and side files show it.
-    """
+    Raises BadFile, Mismatch or UsageError before the first forward pass for everything that headers and side files show."""
     found, threads = [], torch.get_num_threads()
     with Base(base) if base is not None else nullcontext() as opened:
         prepared = [_prepare(comparison, opened, settings) for comparison in comparisons]
@@ -76,13 +75,13 @@ def evaluate(
 
 
 def _threads(parameters: int) -> int:
-    """How many threads suit a model of so many parameters."""
+    """The best number of threads for a model of this size."""
     return 1 if parameters < _SMALL else available_threads()
 
 
 @contextmanager
 def threads_for(parameters: int, wanted: int | None) -> Iterator[None]:
-    """Have torch compute with the threads that the user asks for, or those that suit a model's size."""
+    """Let torch use the threads that the user asks for, or those that suit the model's size."""
     before = torch.get_num_threads()
     torch.set_num_threads(wanted or _threads(parameters))
     try:
@@ -92,7 +91,7 @@ def threads_for(parameters: int, wanted: int | None) -> Iterator[None]:
 
 
 def _prepare(comparison: Comparison, base: Base | None, settings: Settings) -> tuple[Prepared, Prepared | None]:
-    """A task's models by their headers, with its examples encoded."""
+    """A task's models by their headers, with encoded examples."""
     examples, task = comparison.examples, comparison.task
     subject = open_eval_model(comparison.model, task, base)
     other = open_eval_model(comparison.against, task, base) if comparison.against is not None else None
@@ -140,7 +139,7 @@ def _evaluate(
 
 
 def _score_logits(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
-    """What a classifier or a regression gives for all examples, measured as its head is meant."""
+    """Evaluate a classifier or a regression on all examples, according to the type of its head."""
     config = ours.model.config
     got = class_logits(ours.model, ours.inputs, batch_size, advance)
     _require_finite(got, ours.label)
@@ -162,7 +161,7 @@ def _score_logits(score: Score, ours: Loaded, theirs: Loaded | None, examples: E
 
 
 def _score_classes(score: Score, got: Array, wanted: Array | None, labels: Array | None) -> None:
-    """One class of several: logits (n, classes) of both models, class numbers (n,)."""
+    """One class of several: logits (n, classes) of both models, class indices (n,)."""
     predicted = got.argmax(-1)
     if labels is not None:
         table = metrics.confusion(predicted, labels, score.classes)
@@ -184,7 +183,7 @@ def _score_classes(score: Score, got: Array, wanted: Array | None, labels: Array
 
 
 def _score_labels(score: Score, got: Array, wanted: Array | None, labels: Array | None) -> None:
-    """Independent labels, each of probability sigmoid(logit): logits (n, labels) of both models, bool (n, labels)."""
+    """Independent labels, each with probability sigmoid(logit): logits (n, labels) of both models, bool (n, labels)."""
     predicted = got > 0
     if labels is not None:
         right = (predicted == labels).all(-1)
@@ -230,7 +229,7 @@ def _require_finite(logits: Array, label: str) -> None:
 
 
 def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (n, vocabulary) and the tokens that came (n,), of a batch's n tokens that count."""
+    """Logits (n, vocabulary) and actual next tokens (n,), for the n tokens of a batch that count."""
     given = batch if loaded.kind != CAUSAL else {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits, labels = loaded.model(**given).logits, batch["labels"]
     if loaded.kind == CAUSAL:
@@ -240,13 +239,13 @@ def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch
 
 
 class _TokenSums:
-    """Per token: negative log-likelihood of both models, KL divergence, whether their first choices agree."""
+    """For each token: negative log-likelihood of both models, KL divergence, whether their top choices agree."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[Array]] = {"ours": [], "theirs": [], "kl": [], "same": []}
 
     def add(self, came: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None) -> None:
-        """Add some tokens, in float64: a KL near zero is a difference of near equals."""
+        """Add some tokens, in float64: a KL near zero is a difference of nearly equal numbers."""
         step = max(1, _SLICE // ours.shape[1])
         for start in range(0, len(came), step):
             part, tokens = slice(start, start + step), came[start : start + step].unsqueeze(1)
@@ -267,7 +266,7 @@ class _TokenSums:
 
 
 def _score_tokens(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
-    """Both models see each batch together: nobody could keep the probabilities of a whole vocabulary for every token."""
+    """Both models run on each batch together: probabilities of a whole vocabulary for every token would not fit in memory."""
     device = next(ours.model.parameters()).device
     sums = _TokenSums()
     with torch.inference_mode():

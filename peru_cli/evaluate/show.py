@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from peru_cli.evaluate.weights import Closeness, WeightsReport
     from peru_cli.inference.metrics import Estimate
 
-Row = tuple[str, str, float, float, float]  # task, metric, value, interval's bounds (NaN where there is none)
-Table = tuple[str, list[str], list[list[str]]]  # title, columns as console.table has them, rows
+Row = tuple[str, str, float, float, float]  # task, metric, value, bounds of the interval (NaN if there is none)
+Table = tuple[str, list[str], list[list[str]]]  # title, columns for console.table, rows
 _SHARES = ("accuracy", "against_accuracy", "normalised", "agreement", "f1", "f1_micro", "f1_macro")
 _TITLES = {
     "accuracy": "accuracy %", "against_accuracy": "against", "difference": "difference", "normalised": "normalised %", "f1": "F1 %",
@@ -33,7 +33,7 @@ _INTERVALS = ("accuracy", "difference", "normalised", "perplexity", "agreement",
 
 
 def numbers(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> list[Row]:
-    """Every number that was measured, one metric a row; the mean over tasks of `normalised` under the task `mean`."""
+    """Every measured number, one metric a row. The mean over tasks of `normalised` has the task `mean`."""
     rows = [(s.task, name, e.value, e.low, e.high) for s in scores for name, e in s.metrics.items()]
     nan = math.nan
     for task, report in weights.items():
@@ -51,7 +51,7 @@ def mean_of(scores: Sequence[Score]) -> Estimate | None:
 
 
 def missed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
-    """A line for each task that misses a gate; a metric that was not measured after all is missed, too."""
+    """A line for each task that misses a gate. A metric that was not measured counts as missed."""
     lines = []
     for gate in gates:
         found = [(task, value) for task, metric, value, _, _ in rows if metric == gate.metric]
@@ -64,7 +64,7 @@ def missed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
 
 
 def passed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
-    """A line for each gate that every task passed, with the value that came nearest to it."""
+    """A line for each gate that every task passed, with the value closest to it."""
     lines = []
     for gate in gates:
         found = [(value, task) for task, metric, value, _, _ in rows if metric == gate.metric]
@@ -77,7 +77,7 @@ def passed(gates: Sequence[Gate], rows: Sequence[Row]) -> list[str]:
 
 
 def cell(name: str, estimate: Estimate) -> str:
-    """A number as the table has it; shares in per cent, differences in points."""
+    """A number as shown in the table: shares in per cent, differences in points."""
     scale, digits = (100, 2) if name in (*_SHARES, "difference") else (1, 4)
     sign = "+" if name == "difference" else ""
 
@@ -91,7 +91,7 @@ def cell(name: str, estimate: Estimate) -> str:
 
 
 def score_tables(scores: Sequence[Score]) -> list[Table]:
-    """A table for classifiers and one for language models, as far as there are any."""
+    """A table for classifiers and one for language models, if there are any."""
     tables = []
     for language in (False, True):
         chosen = [score for score in scores if ("perplexity" in score.metrics) == language]
@@ -117,7 +117,7 @@ WEIGHT_COLUMNS = [">error", ">cosine", ">same sign %", ">changed"]
 
 
 def together(name: str, tensors: Sequence[Closeness]) -> Closeness:
-    """Several tensors as if they were one."""
+    """Several tensors combined into one."""
     total = replace(tensors[0], name=name)
     for tensor in tensors[1:]:
         total.add(tensor)
@@ -125,10 +125,9 @@ def together(name: str, tensors: Sequence[Closeness]) -> Closeness:
 
 
 def weight_tables(weights: dict[str, WeightsReport], by_tensor: bool, every: bool = True) -> list[Table]:
-    """Closeness by task; with `by_tensor`, a table of tensors for each task, the total first.
+    """Closeness by task. With `by_tensor`, a table of tensors for each task, the total first.
 
-    Repeated layers share a row unless `every`.
-    """
+    Repeated layers share a row unless `every`."""
     tables = []
     if by_tensor:
         for task, report in weights.items():
@@ -141,7 +140,7 @@ def weight_tables(weights: dict[str, WeightsReport], by_tensor: bool, every: boo
 
 
 def show(scores: Sequence[Score], weights: dict[str, WeightsReport], every: bool = False) -> None:
-    """Print the tables: of tensors only where nothing was run."""
+    """Print the tables. Tables of tensors are printed only if no model was run."""
     for title, columns, rows in [*score_tables(scores), *(weight_tables(weights, not scores, every) if weights else [])]:
         console.table(columns, rows, title)
     for task, report in weights.items():
@@ -177,14 +176,14 @@ def notes(scores: Sequence[Score], weights: bool) -> list[str]:
 
 
 def bytes_in_all(scores: Sequence[Score]) -> int:
-    """Of all models that were run: a pack or a merge counts once for all its tasks, a model run on several data sets once."""
+    """Bytes of all models that were run. A pack or a merge counts once for all its tasks, a model run on several data sets once."""
     shared = {score.shared: score.shared_bytes for score in scores if score.shared}
     own = {score.place: score.nbytes - score.shared_bytes for score in scores}
     return sum(shared.values()) + sum(own.values())
 
 
 def as_json(scores: Sequence[Score], weights: dict[str, WeightsReport], failed: Sequence[str]) -> dict[str, Any]:
-    """Everything for machines; NaN becomes null."""
+    """Everything for machines. NaN becomes null."""
     mean = mean_of(scores)
     return {
         "tasks": [
@@ -226,7 +225,7 @@ def _json_closeness(found: Closeness) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Task, metric, value, low, high; bounds are empty where there is no interval."""
+    """Write task, metric, value, low, high. Bounds are empty if there is no interval."""
     text = io.StringIO(newline="")
     writer = csvfile.writer(text, lineterminator="\n")
     writer.writerow(["task", "metric", "value", "low", "high"])

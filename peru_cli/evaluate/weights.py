@@ -1,4 +1,4 @@
-"""Compare the weights of two models by what both changed in their base. Streams tiles, without torch."""
+"""Compare two models' weights by what each changed in their base. Streams tiles, without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peru_cli.vectors.family import Buffers, Family, StreamSettings, TaskVector
 
 @dataclass
 class Closeness:
-    """Sums over entries, in float64: of ours and theirs, both as changes of the base. Entries that are not finite are left out."""
+    """Sums over entries, in float64, of our change of the base and theirs. Entries that are not finite are left out."""
 
     name: str
     entries: int = 0
@@ -30,7 +30,7 @@ class Closeness:
     product: float = 0.0
     missed: float = 0.0  # sum of squares of ours - theirs
     changed: int = 0  # entries that they changed
-    same_sign: int = 0  # of those, how many we changed in the same direction
+    same_sign: int = 0  # of these, entries that we changed in the same direction
 
     @property
     def error(self) -> float:
@@ -39,7 +39,7 @@ class Closeness:
 
     @property
     def cosine(self) -> float:
-        """Of the two changes; NaN if one is zero and the other is not, 1 if both are."""
+        """Cosine of the two changes: NaN if only one is zero, 1 if both are."""
         norms = math.sqrt(self.ours * self.theirs)
         return self.product / norms if norms else 1.0 if self.ours == self.theirs else math.nan
 
@@ -56,7 +56,7 @@ class Closeness:
 
 @dataclass
 class WeightsReport:
-    """Closeness by tensor (the base's names) and in all; `heads` are tensors that the base lacks, by whether they are equal."""
+    """Closeness by tensor (the base's names) and in total. `heads` are tensors that the base lacks, and whether they are equal."""
 
     tensors: list[Closeness]
     total: Closeness
@@ -109,10 +109,10 @@ def _sums(name: str, ours: Host, theirs: Host) -> Closeness:
 
 
 class Weights:
-    """A comparison that is planned: what pairs is known, nothing is read yet."""
+    """A planned comparison: the pairs are known, no tensor is read yet."""
 
     def __init__(self, ours: Checkpoint, theirs: Checkpoint, base: Checkpoint) -> None:
-        """Raises Mismatch if either is no fine-tune of the base, or no tensor is in both."""
+        """Raises Mismatch if either is not a fine-tune of the base, or no tensor is in both."""
         self.base, self.models = base, (ours, theirs)
         self.vectors = [TaskVector(model.label, model, pair_checkpoints(model, base)) for model in self.models]
         common = self.vectors[0].pairs.keys() & self.vectors[1].pairs.keys()
@@ -134,6 +134,6 @@ class Weights:
         return WeightsReport(step.found, total, self._heads())
 
     def _heads(self) -> dict[str, bool]:
-        """Tensors that neither shares with the base: whether the bytes are equal."""
+        """Tensors that the base lacks, and whether their bytes are equal."""
         ours, theirs = ({info.name for info in vector.pairing.whole} for vector in self.vectors)
         return {name: self.models[0].read(name) == self.models[1].read(name) for name in sorted(ours & theirs)}

@@ -1,1 +1,1 @@
-"""Every compact form of a fine-tune read as a checkpoint: artifacts, tasks of packs, adapters, heads over a merge."""
+"""Read every compact form of a fine-tune as a checkpoint: artifacts, tasks of packs, adapters, heads on a merge."""

@@ -36,7 +36,7 @@ class AdapterWithRest(Checkpoint):
         self.tensors = tensors
 
     def fine_name(self, name: str) -> str:
-        """What the fine-tune calls a tensor."""
+        """The fine-tune's name of a tensor."""
         return self._from_delta.get(name) or self.adapter.fine_name(name)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -61,7 +61,7 @@ class AdapterOnBase(FineTune):
         self.side_files, self.files = model.side_files, model.files
         self.heading = f"{self.label}: {self.kind}, on {base.label};" if base is not None else self.label
         self.facts = {"updated": sorted(adapter.updates)}
-        self.names = {model.fine_name(name): name for name in model.tensors}  # the expanded one's, by ours
+        self.names = {model.fine_name(name): name for name in model.tensors}  # the expanded adapter's names, by ours
         dtypes = {name: dtype or update.info.dtype for name, update in adapter.updates.items()}
         wide = [(ours, model.tensors[name]) for ours, name in self.names.items()]
         self.tensors = {ours: TensorInfo(ours, dtypes.get(info.name, info.dtype), info.shape) for ours, info in wide}
@@ -84,10 +84,10 @@ class AdapterOnBase(FineTune):
 
 
 def as_unpacked(model: Checkpoint) -> Checkpoint:
-    """An expanded adapter as unpack would write it; any other model as it is."""
+    """An expanded adapter as unpack would write it. Any other model is returned unchanged."""
     return AdapterOnBase(model) if isinstance(model, (LoraCheckpoint, AdapterWithRest)) else model
 
 
 def fine_name(model: Checkpoint, name: str) -> str:
-    """What a fine-tune calls its tensor; an expanded adapter's have the base's names."""
+    """A fine-tune's name for its tensor; tensors of an expanded adapter have the base's names."""
     return model.fine_name(name) if isinstance(model, (LoraCheckpoint, AdapterWithRest)) else name

@@ -1,4 +1,4 @@
-"""From an artifact's kept entries to the fine-tune's bits."""
+"""Decode an artifact's kept entries into the fine-tune's bits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ def decode_bits(base: Bits, entries: Entries, values: int, dtype: Dtype) -> Bits
 def kept_bits(
     kept: KeptEntries | SparseDelta, record: TensorRecord, start: int, stop: int, take: Callable[[Array], Bits]
 ) -> tuple[Array, Bits] | None:
-    """Kept positions from entry `start` to `stop`, counted from `start`, (k,), and the fine-tune's bits there, (k,); None if k is 0.
+    """Kept positions from entry `start` to `stop`, counted from `start`, (k,), and the fine-tune's bits there, (k,). None if k is 0.
 
-    `take` gives the base's bits at positions, cast to the fine-tune's dtype.
-    """
+    `take` returns the base's bits at positions, cast to the fine-tune's dtype."""
     stream, entries = kept.entries(record, start, stop)
     if stream is None or not len(entries.positions):
         return None

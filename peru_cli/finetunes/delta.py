@@ -11,7 +11,7 @@ from peru_cli.methods.delta import Bits
 
 
 class DeltaOnBase(OneTask):
-    """The fine-tune that a sparse delta makes of its base."""
+    """The fine-tune given by a sparse delta and its base."""
 
     def __init__(self, artifact: SparseDelta, label: str, base: Checkpoint) -> None:
         super().__init__(artifact, label, base, "sparse delta")

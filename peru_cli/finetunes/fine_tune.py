@@ -1,4 +1,4 @@
-"""The base class of compact fine-tunes: checkpoints that are computed from their base while they are read."""
+"""The base class of compact fine-tunes: checkpoints computed from their base while they are read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHOWN = 5  # tensors named in a message
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one tensor of a fine-tune comes from: `base` is the base's tensor below it, None if it is stored whole."""
+    """The origin of one tensor of a fine-tune: `base` is the base's tensor, None if the tensor is stored whole."""
 
     info: TensorInfo
     base: TensorInfo | None = None
@@ -40,13 +40,13 @@ class Origin:
 
 
 class Witness:
-    """Digests of all that is read while a fine-tune is computed, by role and tensor. Safe from many threads."""
+    """Digests of all that is read while a fine-tune is computed, by role and tensor. Thread-safe."""
 
     def __init__(self, trees: dict[tuple[str, str], TensorDigest]) -> None:
         self._trees, self._kept, self._lock = trees, dict[str, int](), threading.Lock()
 
     def saw(self, role: str, name: str, start: int, leaves: bytes) -> None:
-        """Take the leaves of the chunks from entry `start` of a tensor on."""
+        """Add the leaves of the chunks from entry `start` of a tensor on."""
         self._trees[role, name].add_at(start, leaves)
 
     def saw_kept(self, name: str, entries: int) -> None:
@@ -56,7 +56,7 @@ class Witness:
                 self._kept[name] = self._kept.get(name, 0) + entries
 
     def kept(self, name: str) -> int:
-        """How many kept entries of a tensor were seen."""
+        """How many kept entries of a tensor were read."""
         return self._kept.get(name, 0)
 
     def digest(self, role: str, name: str) -> bytes:
@@ -71,9 +71,8 @@ class Witness:
 class FineTune(Checkpoint):
     """A fine-tune on its base.
 
-    `origins` says of each tensor what it is made of, where digests can prove it; `proves` says in words what they prove.
-    `heading` introduces it to the user. `facts` are what `peru unpack --json` says of it besides.
-    """
+    `origins` lists the origin of each tensor, if digests can prove it. `proves` says in words what they prove.
+    `heading` describes the fine-tune to the user. `facts` are added to `peru unpack --json`."""
 
     expanded = True
     base: Checkpoint | None = None
@@ -87,7 +86,7 @@ class FineTune(Checkpoint):
         self._scratch = threading.local()
 
     def room(self, nbytes: int, use: str = "base") -> memoryview:
-        """This thread's room for bytes on the way, valid until it asks again for the same use."""
+        """This thread's buffer, valid until the next request for the same use."""
         rooms = self._scratch.__dict__
         if use not in rooms or len(rooms[use]) < nbytes:
             rooms[use] = np.empty(nbytes, np.uint8).data
@@ -99,15 +98,15 @@ class FineTune(Checkpoint):
 
     @abstractmethod
     def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
-        """As `read_into`; a witness is told of what is read, and then reads whole chunks."""
+        """Like `read_into`, but reports what is read to a witness, which needs whole chunks."""
 
     def contents(self) -> tuple[dict[str, bytes], list[str]]:
-        """Side files of the fine-tune, and the names of those that the base should have and has not."""
+        """Side files of the fine-tune, and the names of those that the base should have but lacks."""
         return {name: path.read_bytes() for name, path in self.side_files.items()}, []
 
 
 class FromArtifact(FineTune):
-    """A fine-tune out of a peru artifact, of which digests prove everything."""
+    """A fine-tune from a peru artifact, in which digests prove everything."""
 
     base: Checkpoint
 
@@ -120,18 +119,18 @@ class FromArtifact(FineTune):
 
     @abstractmethod
     def trees(self) -> dict[tuple[str, str], TensorDigest]:
-        """What is to be digested while all of it is read, besides the base."""
+        """What to digest while all of it is read, besides the base."""
 
     @abstractmethod
     def verify_stored(self) -> None:
-        """Check what the artifact stores whole; BadFile if it was altered."""
+        """Check what the artifact stores whole. BadFile if it was altered."""
 
     @abstractmethod
     def settle(self, witness: Witness) -> None:
-        """Everything was read: BadFile if it is not what the artifact was made from."""
+        """Call when everything was read. BadFile if it differs from what the artifact was made from."""
 
     def config(self) -> dict[str, Any]:
-        """The config.json that the artifact carries, else the base's."""
+        """The artifact's config.json, or the base's."""
         carried = next((file for file in self._carried if file.name == "config.json" and file.origin == STORED), None)
         if carried is None:
             return super().config()
@@ -160,7 +159,7 @@ class FromArtifact(FineTune):
 
 
 def check_base(origins: Iterable[Origin], artifact: Artifact, base: Checkpoint) -> None:
-    """Refuse, from headers alone, a base that cannot be the artifact's: Mismatch."""
+    """Mismatch if the headers show that this cannot be the artifact's base."""
     problems = []
     for wanted in (origin.base for origin in origins if origin.base is not None):
         found = base.tensors.get(wanted.name)
@@ -175,8 +174,7 @@ def check_base(origins: Iterable[Origin], artifact: Artifact, base: Checkpoint) 
 def refuse_base(problems: list[str], artifact: Artifact, label: str, gave_up: bool = False) -> None:
     """Raise Mismatch if there are problems, naming the first few and the base that the artifact was made from.
 
-    `gave_up` says that there may be more.
-    """
+    `gave_up` says that there may be more."""
     if not problems:
         return
     wanted = artifact.metadata.get("peru.base")
@@ -192,12 +190,12 @@ def _noun(artifact: Artifact) -> str:
 
 
 def is_base(origin: Origin, digest: bytes) -> bool:
-    """Whether a base tensor's digest is the one that was recorded."""
+    """Whether a base tensor's digest is the recorded one."""
     return digest[:SHORT] == origin.digest
 
 
 def origins_of(artifact: SingleArtifact[Any]) -> dict[str, Origin]:
-    """What each tensor is made of, by the fine-tune's names in canonical order."""
+    """The origin of each tensor, by the fine-tune's names in canonical order."""
     origins = {}
     for name, record in artifact.records.items():
         if record.mode == Mode.WHOLE:
@@ -209,7 +207,7 @@ def origins_of(artifact: SingleArtifact[Any]) -> dict[str, Origin]:
 
 
 class OneTask(FromArtifact):
-    """The fine-tune of an artifact that holds just one, bound by a digest of the whole result."""
+    """The fine-tune of an artifact that holds only one, with a digest of the whole result."""
 
     proves = "base and result"
 
@@ -246,7 +244,7 @@ class OneTask(FromArtifact):
         """Turn the base's bits from entry `start` on, (n,) in the fine-tune's dtype, into the fine-tune's, in place."""
 
     def _read_base(self, record: TensorRecord, start: int, out: memoryview, witness: Witness | None) -> None:
-        """The base's entries from `start` on in the fine-tune's dtype."""
+        """Read the base's entries from `start` on in the fine-tune's dtype."""
         origin, dtype = self.origins[record.info.name], record.info.dtype
         assert origin.base is not None
         had = origin.base.dtype

@@ -18,16 +18,16 @@ CONFIG_KEY, PREFIX_KEY, MERGE_KEY = "peru.config", "peru.prefix", "peru.merge"
 
 
 def tasks_of(folder: Place) -> list[str]:
-    """The tasks that a merge keeps heads of; none if it is no merge, or its tasks differ in nothing but what was merged."""
+    """The tasks whose heads a merge keeps. Empty if it is not a merge, or if its tasks have no tensors of their own."""
     heads = children(folder / HEADS, "*.safetensors") if (folder / HEADS).is_dir() else []
     return [file.name.removesuffix(".safetensors") for file in heads]
 
 
 class HeadOverMerge(FineTune):
-    """The merged tensors under the fine-tune's names, and the head's own."""
+    """The merged tensors under the fine-tune's names, and the head's own tensors."""
 
     def __init__(self, folder: Place, task: str | None, hint: str = "add --task TASK: ") -> None:
-        """Open both. UsageError, with the names of all tasks after the hint, if there is no such task."""
+        """Open both. UsageError if there is no such task, with the names of all tasks after the hint."""
         super().__init__()
         known = tasks_of(folder)
         if task not in known:
@@ -78,7 +78,7 @@ class HeadOverMerge(FineTune):
 
 
 def check_bound(merged: Checkpoint, head: Checkpoint) -> list[str]:
-    """Refuse the head of another merge: Mismatch. What cannot be told is returned as a warning."""
+    """Mismatch if the head belongs to another merge. If that cannot be checked, returns a warning."""
     wanted = head.metadata.get(MERGE_KEY)
     if wanted is None:
         return []
@@ -91,12 +91,12 @@ def check_bound(merged: Checkpoint, head: Checkpoint) -> list[str]:
 
 
 def head_metadata(task: str, prefix: Prefix, fine: Checkpoint, merge_digest: str) -> dict[str, str]:
-    """What the file of a head says besides its tensors."""
+    """Metadata of a head's file."""
     metadata = {"peru.task": task, PREFIX_KEY: prefix.encode(), MERGE_KEY: merge_digest}
     path = fine.side_files.get("config.json")
     if path is not None:
         try:
             metadata[CONFIG_KEY] = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:  # no config that anything could read
+        except UnicodeDecodeError:  # not a config that anything could read
             return metadata
     return metadata

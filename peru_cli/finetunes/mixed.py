@@ -13,7 +13,7 @@ from peru_cli.methods.mixed.sums import add_difference
 
 
 class MixedOnBase(OneTask):
-    """The fine-tune that a mixed artifact makes of its base."""
+    """The fine-tune given by a mixed artifact and its base."""
 
     def __init__(self, artifact: Mixed, label: str, base: Checkpoint) -> None:
         super().__init__(artifact, label, base, "mixed")

@@ -32,11 +32,10 @@ MERGE_METHOD = "peru.merge.method"  # in the metadata of a merge
 
 
 def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None, stored: bool = False) -> Checkpoint:
-    """Open a model, an adapter, an artifact or one task of a pack; all but the first need their base, else UsageError.
+    """Open a model, an adapter, an artifact or one task of a pack. All but the first need their base: UsageError without it.
 
-    A folder or repo that holds one artifact stands for it; of several, the one of the task. A full checkpoint's FP8 weights
-    come as floats unless `stored` asks for the tensors of its files.
-    """
+    A folder or repo that holds one artifact stands for it; if it holds several, `task` selects one. FP8 weights of a full
+    checkpoint are read as floats, unless `stored` asks for the tensors in its files."""
     opened = _open(model, base, task, stored)
     below = opened.stored if isinstance(opened, Dequantized) else opened
     if below.expanded and base is not None:
@@ -72,23 +71,22 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
 
 
 def open_compact(path: Place) -> Artifact:
-    """An artifact of whatever kind, without its base. BadFile if it is damaged or of an unknown kind."""
+    """Open an artifact of any kind, without its base. BadFile if it is damaged or of an unknown kind."""
     kind = artifact_kind(path)
     return open_pack(path) if kind in KINDS else Mixed(path) if kind == MIXED else SparseDelta(path)
 
 
 def on_base(artifact: Artifact, task: str | None, label: str, base: Checkpoint) -> FromArtifact:
-    """An artifact, or a pack's task, as a checkpoint. UsageError for a task that the pack has not."""
+    """An artifact, or a pack's task, as a checkpoint. UsageError if the pack has no such task."""
     if isinstance(artifact, Pack):
         return TaskOfPack(artifact, task, label, base)
     return MixedOnBase(artifact, label, base) if isinstance(artifact, Mixed) else DeltaOnBase(artifact, label, base)
 
 
 def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact], Checkpoint], task: str | None) -> FromArtifact:
-    """An artifact, or a task of a pack, on its base, which may be found once the artifact is open.
+    """An artifact, or a task of a pack, on its base, which may be looked up after the artifact is open.
 
-    Raises BadFile if it is damaged, Mismatch, from headers alone, for another base, UsageError for a task that a pack has not.
-    """
+    Raises BadFile if it is damaged, Mismatch if headers show another base, UsageError if the pack has no such task."""
     opened = open_compact(path)
     try:
         if isinstance(opened, Pack):
@@ -109,7 +107,7 @@ def recorded_dtypes(artifact: Artifact) -> dict[str, Dtype]:
 
 
 def artifact_for(place: Place, task: str | None) -> Place:
-    """The artifact that a folder or repo stands for: its only one, or of several the one of the task; else the place itself."""
+    """The artifact that a folder or repo stands for: the only one, or the task's. Otherwise the place itself."""
     try:
         return find_artifact(place)
     except UsageError:
@@ -119,7 +117,7 @@ def artifact_for(place: Place, task: str | None) -> Place:
 
 
 def only_task(model: str) -> str | None:
-    """The task of a pack that holds no other; None for everything else."""
+    """The task of a pack that holds only one. None for everything else."""
     path = locate(model)
     if not is_artifact(path) or artifact_kind(path) not in KINDS:
         return None

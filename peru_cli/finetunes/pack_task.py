@@ -21,12 +21,12 @@ from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
 from peru_cli.methods.superpose import flip
 from peru_cli.streaming.arrays import BITS, CPU
 
-_ROWS = 64  # tensors' signs that are kept
+_ROWS = 64  # tensors whose signs are cached
 Floats = np.ndarray[Any, np.dtype[Any]]
 
 
 def float_kind(dtype: Dtype) -> str:
-    """What is computed in for a dtype."""
+    """The NumPy type in which a dtype's vectors are computed."""
     return "f8" if dtype.name == "F64" else "f4"
 
 
@@ -38,7 +38,7 @@ def scaled(sums: Sums, factor: float, out: Floats) -> Floats:
 
 
 def plus_vector(base: Bits, base_dtype: Dtype, dtype: Dtype, vector: Floats) -> Bits | None:
-    """Base (bits in its own dtype) plus a vector as bits of `dtype`, (n,); None if something does not fit. Overwrites the vector."""
+    """Base (bits in its own dtype) plus a vector as bits of `dtype`, (n,). None if a value does not fit. Overwrites the vector."""
     cast = cast_bits(CPU, base, base_dtype, dtype)
     np.add(CPU.widen(cast, dtype, np.empty(len(base), vector.dtype.str[1:])), vector, out=vector)
     bits: Bits = CPU.narrow(vector, dtype)
@@ -46,12 +46,12 @@ def plus_vector(base: Bits, base_dtype: Dtype, dtype: Dtype, vector: Floats) -> 
 
 
 def base_of_pack(pack: Pack) -> list[Origin]:
-    """The pack's tensors under the base's names, whatever the task."""
+    """The pack's tensors under the base's names, the same for all tasks."""
     return [Origin(r.info, TensorInfo(r.info.name, r.base_dtype, r.info.shape), r.base_digest) for r in pack.index.tensors]
 
 
 def origins_of_task(pack: Pack, task: TaskRecord) -> dict[str, Origin]:
-    """What each of a task's tensors is made of, by the fine-tune's names."""
+    """The origin of each of a task's tensors, by the fine-tune's names."""
     corrections = pack.corrections(task)
     residual = corrections.records if corrections is not None else {}
     origins = {}
@@ -64,12 +64,12 @@ def origins_of_task(pack: Pack, task: TaskRecord) -> dict[str, Origin]:
 
 
 class TaskOfPack(FromArtifact):
-    """The fine-tune that a pack gives back of a task."""
+    """The fine-tune that a pack returns for a task."""
 
     proves = "base and sums"
 
     def __init__(self, pack: Pack, task: str | None, label: str, base: Checkpoint) -> None:
-        """Raises UsageError for a task that the pack has not."""
+        """Raises UsageError if the pack has no such task."""
         self.record = pack.task(task)
         super().__init__(pack, label, base, self.record.files)
         self.origins = origins_of_task(pack, self.record)
@@ -126,7 +126,7 @@ class TaskOfPack(FromArtifact):
             self.base.read_into(record.info.name, begin, raw)
         base = np.frombuffer(raw, BITS[record.base_dtype.bits])
         kind = np.dtype(float_kind(record.info.dtype))
-        # The vector is computed where the result goes, if that is as wide.
+        # The vector is computed in the result's memory, if that is wide enough.
         room = out.view(kind) if kind.itemsize == out.itemsize else np.frombuffer(self.room(len(out) * kind.itemsize, use="vector"), kind)
         vector = self._vector(record, start, room, witness)
         bits = plus_vector(np.zeros_like(base) if record.mode == PackMode.WEIGHTS else base, record.base_dtype, record.info.dtype, vector)
@@ -138,7 +138,7 @@ class TaskOfPack(FromArtifact):
         return raw
 
     def _vector(self, record: PackedTensor, start: int, out: Floats, witness: Witness | None) -> Floats:
-        """scale * tau^ from entry `start` on, out of the sums at its place; float32 or float64 (n,), in `out`."""
+        """scale * tau^ from entry `start` on, from the sums at its place; float32 or float64 (n,), in `out`."""
         place = self.pack.records[self._places.get(record.info.name, record.info.name)]
         sums = self.pack.sums(place, start, start + len(out))
         mask = self.pack.mask(self.record.name, place, start, start + len(out))
@@ -150,7 +150,7 @@ class TaskOfPack(FromArtifact):
             sums = sums * mask
         factor = self._scale * 2.0**place.exponent
         if place.is_target and self._arrangement.signs:
-            # Signs and factor in one: (c m) S is c (m S) to the bit, and saves going through the entries once more.
+            # Signs and factor in one: (c m) S equals c (m S) to the bit, and saves one pass over the entries.
             key = place.info.name, out.dtype.str
             row = self._rows.get(key, lambda: out.dtype.type(factor) * self._arrangement.row(self.record.name, place.info))
             np.copyto(out, sums, casting="unsafe")
@@ -159,7 +159,7 @@ class TaskOfPack(FromArtifact):
         return scaled(sums, factor, out)
 
     def _correct(self, name: str, start: int, bits: Bits, witness: Witness | None) -> None:
-        """Put the residual's entries into bits that come back from entry `start` on, in place."""
+        """Put the residual's entries into the retrieved bits from entry `start` on, in place."""
         assert self._corrections is not None
         delta = self._corrections.records[self._records[name].info.name]
         if (found := kept_bits(self._corrections.entries, delta, start, start + len(bits), bits.take)) is not None:

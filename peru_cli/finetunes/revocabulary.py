@@ -1,8 +1,7 @@
-"""`--tokenizer`: bring models to one vocabulary, with embedding and head rows matched by token and tokenizer files to match.
+"""`--tokenizer`: bring models to one vocabulary. Embedding and head rows are matched by token, and tokenizer files follow.
 
-A token that a model lacks takes the only holder's row, else the base's, else the holders' mean; the merge method runs on what
-comes out. As mergekit has it (`tokenizer: {source: union}`), but for rows that no token has: there is one mean row for all.
-"""
+For a token that a model lacks, the row is that of the only holder, or the base's, or the holders' mean. The merge method runs on
+the result. This is mergekit's rule (`tokenizer: {source: union}`), except for rows without a token: they share one mean row."""
 
 from __future__ import annotations
 
@@ -33,13 +32,13 @@ _TOKENIZER = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt|bpe\.codes\.txt|chat_template\.\w+"
     r"|.*\.(model|tiktoken|spm|jinja)"
 )
-_PIECE = 1 << 18  # entries looked at once
+_PIECE = 1 << 18  # entries processed at once
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """The vocabulary that all models come to: tokens, rows, and whose tokenizer files and special ids it has."""
+    """The vocabulary that all models get: tokens, rows, and the model whose tokenizer files and special ids are used."""
 
     tokens: Tokens
     rows: int
@@ -48,7 +47,7 @@ class Target:
 
 
 class _Model:
-    """A model with its tokens and the tensors that have a row for each."""
+    """A model with its tokens and the tensors that have a row for each token."""
 
     def __init__(self, name: str, model: Checkpoint) -> None:
         self.name, self.model = name, model
@@ -75,14 +74,13 @@ class _Model:
 def common_vocabulary(
     named: Sequence[tuple[str, Checkpoint]], has_base: bool, source: str, multiple: int
 ) -> tuple[list[Checkpoint], list[str]]:
-    """All models (the base first, if there is one) under one vocabulary, and what to say of it.
+    """All models (the base first, if there is one) under one vocabulary, and a description of it.
 
     Args:
-        source: `union`, or the name of the model whose tokenizer it is to be.
-        multiple: rows are made a multiple of this.
+        source: `union`, or the name of the model whose tokenizer is used.
+        multiple: pad the number of rows to a multiple of this.
 
-    Raises UsageError where a model has no tokenizer that can be read, Mismatch where its embedding cannot be found.
-    """
+    Raises UsageError if a model has no readable tokenizer, Mismatch if its embedding cannot be found."""
     models = [_Model(name, model) for name, model in named]
     donor = models[0] if source == "union" else next(m for m in models if m.name == source)
     target, new = _target(models, donor, source == "union", multiple)
@@ -114,7 +112,7 @@ def _target(models: Sequence[_Model], donor: _Model, union: bool, multiple: int)
 
 
 def _with_added(donor: Checkpoint, files: Mapping[str, bytes], added: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Tokenizer files that hold further added tokens."""
+    """Tokenizer files with further added tokens."""
     if "tokenizer.json" not in files:
         raise UsageError(
             f"{donor.label} has no tokenizer.json to add the other models' tokens to",
@@ -133,7 +131,7 @@ def _with_added(donor: Checkpoint, files: Mapping[str, bytes], added: list[dict[
 
 
 class Revocabulary(Checkpoint):
-    """A model whose tables of rows are of another vocabulary. Everything else is read from it as it is."""
+    """A model whose row tables follow another vocabulary. All other tensors are unchanged."""
 
     def __init__(self, own: _Model, models: Sequence[_Model], has_base: bool, target: Target, donor: _Model) -> None:
         model = own.model
@@ -147,7 +145,7 @@ class Revocabulary(Checkpoint):
             name: TensorInfo(name, info.dtype, (target.rows, *info.shape[1:])) if name in own.tables else info
             for name, info in model.tensors.items()
         }
-        # For each row the model's own row, or -1: from others, or the mean where no token has the row.
+        # For each row the model's own row, or -1: taken from others, or the mean if no token has the row.
         self._source = np.full(target.rows, -1)
         for token, number in target.tokens.items():
             self._source[number] = own.tokens.get(token, -1)
@@ -183,12 +181,12 @@ class Revocabulary(Checkpoint):
             self._own.model.read_into(name, offset, buffer)
             return
         info = self.tensors[name]
-        width = info.nbytes // max(self._target.rows, 1)  # bytes of a row
+        width = info.nbytes // max(self._target.rows, 1)  # bytes per row
         at = 0
         while at < len(buffer):
             row, inside = divmod(offset + at, width)
             source, rows = int(self._source[row]), 1
-            if source >= 0:  # rows that follow each other in both are read at once
+            if source >= 0:  # rows that are adjacent in both are read at once
                 most = -(-(inside + len(buffer) - at) // width)
                 ahead = self._source[row : row + most] == np.arange(source, source + min(most, self._target.rows - row))
                 rows = len(ahead) if ahead.all() else int(np.argmin(ahead))
@@ -200,7 +198,7 @@ class Revocabulary(Checkpoint):
             at += size
 
     def _foreign(self, name: str, row: int) -> bytes:
-        """A row that the model has no token for, in its own dtype."""
+        """A row for a token that the model lacks, in the model's dtype."""
         token, dtype = self._tokens.get(row), self.tensors[name].dtype
         if token is None:
             return _bits(self._mean_of_tokens(name), dtype)
@@ -213,7 +211,7 @@ class Revocabulary(Checkpoint):
         return _bits(np.mean(rows, axis=0) if len(rows) > 1 else rows[0], dtype)
 
     def _theirs(self, other: _Model, name: str) -> TensorInfo | None:
-        """Another model's table of the same name, under whatever prefix, with rows as wide."""
+        """Another model's table of the same name, under any prefix, with rows of the same width."""
         ends = [t for t in other.tables if t == name or t.endswith(f".{name}") or name.endswith(f".{t}")]
         fitting = [
             other.model.tensors[t] for t in sorted(ends, key=len) if other.model.tensors[t].shape[1:] == self.tensors[name].shape[1:]
@@ -234,10 +232,9 @@ class Revocabulary(Checkpoint):
         return self._means[key]
 
     def _mean_of_tokens(self, name: str) -> Floats:
-        """The mean of the rows that stand for tokens, float64 (columns,): what rows that stand for none are filled with.
+        """The mean of the rows with a token, float64 (columns,), which fills rows without one.
 
-        So they are the mean of the merged rows, too, in every method that adds rows up.
-        """
+        In every method that sums rows, these rows are also the mean of the merged rows."""
         key = (id(self), name)
         if key not in self._means:
             info, numbers = self.tensors[name], sorted(self._tokens)
@@ -249,7 +246,7 @@ class Revocabulary(Checkpoint):
         return self._means[key]
 
     def expect(self, ranges: Iterator[tuple[str, int, int]], keep: bool = False) -> None:  # type: ignore[override]
-        """Rows come from elsewhere: only tensors that are read as they are can be announced."""
+        """Only tensors that are read unchanged can be announced: rows come from elsewhere."""
         self._own.model.expect((r for r in ranges if r[0] not in self._own.tables), keep)
 
     def echo(self) -> None:

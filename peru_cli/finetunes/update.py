@@ -23,7 +23,7 @@ from peru_cli.finetunes.fine_tune import FineTune, Witness
 Array = np.ndarray[Any, np.dtype[Any]]
 _MANIFEST, _INDEX, _TRL = "sparse_update_manifest.json", "model.safetensors.index.json", "patch.safetensors"
 _INSTALL = "pip install 'peru-cli[export]'"
-_HELD = 4  # tensors whose changes stay in memory: threads read neighbours at once
+_HELD = 4  # tensors whose changes are cached: threads read neighbours at once
 
 
 class Update(FineTune):
@@ -41,7 +41,7 @@ class Update(FineTune):
         self.changed = set[str]()
 
     def wants(self, name: str, dtype: str | None = None, shape: list[int] | None = None) -> TensorInfo:
-        """The base's tensor that the update changes; Mismatch if there is none such."""
+        """The base's tensor that the update changes. Mismatch if there is none."""
         info = self.base.tensors.get(name)
         if info is None:
             raise Mismatch(f"{self.label} changes {name}, which {self.base.label} lacks", "name the base that the update was made for")
@@ -81,7 +81,7 @@ class Update(FineTune):
             return found
 
     def sparse(self, info: TensorInfo, positions: Array, values: Array) -> tuple[Array, Array]:
-        """Entries at positions in whatever order, as `load` gives them. BadFile for positions that cannot be."""
+        """Entries at positions in any order, in the form of `load`. BadFile for invalid positions."""
         order = np.argsort(positions, kind="stable")
         places = positions[order].astype(np.int64)
         if len(places) != len(values) or (len(places) and (places[0] < 0 or places[-1] >= info.entries or not np.all(np.diff(places)))):
@@ -100,7 +100,7 @@ class _Sparse(Update):
         self.keys = dict[str, tuple[str, str]]()
 
     def found(self, key: str) -> TensorInfo:
-        """A tensor of the patch file; BadFile if it is missing."""
+        """A tensor of the patch file. BadFile if it is missing."""
         info = self.patch.tensors.get(key) if self.patch is not None else None
         if info is None:
             raise BadFile(f"{self.label}: {key} is missing", "publish the update again")
@@ -116,7 +116,7 @@ class _Sparse(Update):
         return self.sparse(info, self.positions(np.frombuffer(self.patch.read(places.name), kind)), raw)
 
     def positions(self, stored: Array) -> Array:
-        """Flat positions from what is stored; (k,) -> (k,)."""
+        """Flat positions from the stored ones; (k,) -> (k,)."""
         return stored
 
     def close(self) -> None:
@@ -242,10 +242,9 @@ def is_update(path: Place) -> bool:
 
 
 def open_update(path: Place, label: str, base: Checkpoint) -> Update:
-    """The update that a path holds, on its base.
+    """Open the update at a path, on its base.
 
-    Raises BadFile if it is damaged, Mismatch if it changes tensors that the base lacks, UsageError for kinds that peru does not read.
-    """
+    Raises BadFile if it is damaged, Mismatch if it changes tensors that the base lacks, UsageError for kinds that peru does not read."""
     kind = _kind(path)
     assert kind is not None
     return kind(path, label, base)
@@ -271,7 +270,7 @@ def _kind(path: Place) -> type[PrimeRl | Trl | SgLang] | None:
 
 
 def _plain(path: Place) -> Checkpoint:
-    """A safetensors file, just as it lies there."""
+    """A safetensors file without any interpretation."""
     return open_file(path, str(path))
 
 

@@ -15,14 +15,14 @@ from peru_cli.finetunes.fine_tune import FromArtifact, Witness, is_base, refuse_
 from peru_cli.vectors.copy import copy_checkpoint
 from peru_cli.vectors.family import StreamSettings
 
-_FEW = 3  # tensors of a wrong base that are read before giving up
+_FEW = 3  # tensors of a wrong base to find before giving up
 
 
 class Proven(Checkpoint):
     """A fine-tune whose base, parts and result are checked against their digests. Every byte must be read once, in tiles."""
 
     def __init__(self, source: FromArtifact) -> None:
-        """Raises BadFile if what the artifact stores whole was altered."""
+        """Raises BadFile if a part that the artifact stores whole was altered."""
         source.verify_stored()
         self.source, self.ranged = source, source.base.ranged
         self.label, self.kind, self.tensors, self.metadata = source.label, source.kind, source.tensors, source.metadata
@@ -42,7 +42,7 @@ class Proven(Checkpoint):
             self._check(name)
 
     def _check(self, name: str) -> None:
-        """All of a tensor was read."""
+        """Call when all of a tensor was read."""
         origin, artifact = self.source.origins[name], self.source.artifact
         if origin.base is not None and not is_base(origin, self._witness.digest("base", name)):
             self._bad.append(f"{origin.base.name}: different contents in {self.source.base.label}")
@@ -52,7 +52,8 @@ class Proven(Checkpoint):
             raise BadFile(f"{artifact.path}: tensor {name!r} has {found} kept entries, the index says {origin.kept}")
 
     def prove(self) -> None:
-        """All was read. Raises Mismatch for another base (naming the first tensors that differ), BadFile if anything was altered."""
+        """Call when everything was read. Raises Mismatch for another base (naming the first tensors that differ), BadFile if
+        anything was altered."""
         for name, info in self.tensors.items():
             if not info.entries:
                 self._check(name)
@@ -63,7 +64,7 @@ class Proven(Checkpoint):
         self.source.base.expect(self._of_base(ranges), keep)
 
     def _of_base(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-        """The ranges of the base that ranges of the fine-tune are computed from."""
+        """The base's ranges from which ranges of the fine-tune are computed."""
         for name, offset, nbytes in ranges:
             origin = self.source.origins[name]
             if origin.base is not None:
@@ -74,7 +75,7 @@ class Proven(Checkpoint):
 
 
 def verify(source: FromArtifact, how: StreamSettings) -> None:
-    """Check a fine-tune without writing it: Mismatch for another base, BadFile if the artifact was altered."""
+    """Check a fine-tune without writing it. Mismatch for another base, BadFile if the artifact was altered."""
     proven = Proven(source)
     copy_checkpoint(proven, NullWriter(list(source.tensors.values())), how)
     proven.prove()

@@ -1,1 +1,1 @@
-"""Models run on examples: data sets, inputs, the models themselves, and metrics."""
+"""Run models on examples: data sets, inputs, the models themselves, and metrics."""

@@ -19,13 +19,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass
 class Examples:
-    """Examples of one task: texts, pairs of texts, texts with targets, or images; with labels or without.
+    """Examples of one task: texts, pairs of texts, texts with targets, or images, with or without labels.
 
-    `images` is an array, uint8 (n, h, w) or (n, h, w, channels) or floats (n, channels, h, w) that are the
-    model's input as they stand, or a list of files. `places` says where each example comes from, if that is
-    more than its number. Labels are class numbers, or names that a model's config translates; for a regression numbers; for
-    independent labels lists of those that hold (numbers or names), or of a 0 or 1 for each.
-    """
+    `images` is an array, uint8 (n, h, w) or (n, h, w, channels) or floats (n, channels, h, w) that are the model's input, or
+    a list of files. `places` says where each example comes from, if its number is not enough. Labels are class
+    indices, or names that a model's config translates; for a regression, numbers; for independent labels, lists of those
+    that apply (indices or names), or a 0 or 1 for each."""
 
     source: str
     texts: list[str] | None = None
@@ -34,7 +33,7 @@ class Examples:
     images: Array | list[Path] | None = None
     labels: list[Label] | None = None
     places: list[str] = field(default_factory=list)
-    label_names: list[str] | None = None  # what `datasets` or a folder of images calls the classes
+    label_names: list[str] | None = None  # class names from `datasets` or a folder of images
 
     def __len__(self) -> int:
         return len(self.texts if self.texts is not None else self.images if self.images is not None else ())
@@ -51,19 +50,18 @@ class Examples:
         return replace(self, places=self.places[:count], **cut)
 
     def by_number(self, config: Any) -> bool:
-        """Whether labels are a model's own class numbers, not names, nor numbers of classes that the data names as the model does."""
+        """Whether labels are the model's own class indices, or indices of classes that the data names as the model does."""
         numbers = any(isinstance(label, int) for label in self.labels or ())
         return numbers and sorted(name.lower() for name in self.label_names or ()) != sorted(_classes(config))
 
     def class_numbers(self, config: Any) -> Array | None:
-        """Labels as class numbers of a model, int64 (n,); None without labels.
+        """Labels as a model's class indices, int64 (n,). None without labels.
 
         Args:
             config: of a transformers classifier: `num_labels` and `label2id`.
 
         Raises:
-            BadFile: a label that the model's head does not have, with its line.
-        """
+            BadFile: a label that the model's head does not have, with its line."""
         if self.labels is None:
             return None
         names, called = _classes(config), [name.lower() for name in self.label_names or ()]
@@ -85,7 +83,7 @@ class Examples:
         return numbers
 
     def values(self) -> Array | None:
-        """Labels as numbers of a regression, float64 (n,); None without labels. BadFile, with its line, for what is no number."""
+        """Labels of a regression, float64 (n,). None without labels. BadFile for anything but a number, with its line."""
         if self.labels is None:
             return None
         found = np.empty(len(self.labels))
@@ -99,7 +97,7 @@ class Examples:
         return found
 
     def label_sets(self, config: Any) -> Array | None:
-        """Independent labels, bool (n, labels); None without. BadFile, with its line, for a label that the model's head does not have."""
+        """Independent labels, bool (n, labels). None without labels. BadFile for a label that the head does not have, with its line."""
         if self.labels is None:
             return None
         names, count = _classes(config), config.num_labels
@@ -119,7 +117,7 @@ class Examples:
         return found
 
     def check(self, config: Any, problem: str) -> None:
-        """BadFile for a label that the model's head does not have; `problem` as `models.problem_of` has it."""
+        """BadFile for a label that the model's head does not have. `problem` is from `models.problem_of`."""
         if problem == "a value":
             self.values()
         elif problem == "independent labels":
@@ -129,7 +127,7 @@ class Examples:
 
 
 def _as_list(label: Label) -> list[Any]:
-    """A cell of a table as a list: JSON, or one label alone."""
+    """A table cell as a list: JSON, or a single label."""
     if isinstance(label, str) and label.strip().startswith("["):
         try:
             parsed = json.loads(label)
@@ -145,13 +143,13 @@ def _classes(config: Any) -> dict[str, int]:
 
 
 def _named_classes(config: Any) -> dict[str, int] | None:
-    """The same, or None where they have no names but transformers' own LABEL_0 and so on."""
+    """The same, or None if the only names are transformers' own LABEL_0 and so on."""
     names = _classes(config)
     return None if all(re.fullmatch(r"label_\d+", name) for name in names) else names
 
 
 def class_doubts(examples: Examples, config: Any) -> list[str]:
-    """Why the classes of the data may not be the model's, where the data names its classes."""
+    """Reasons to doubt that the data's classes are the model's, if the data names its classes."""
     called, classes = [name.lower() for name in examples.label_names or ()], config.num_labels
     if not called or examples.labels is None or not any(isinstance(label, int) for label in examples.labels):
         return []
@@ -166,7 +164,7 @@ def class_doubts(examples: Examples, config: Any) -> list[str]:
 
 
 def label_order(ours: Any, theirs: Any) -> list[int] | None:
-    """Where the classes of one config are in another that has the same names in another order; None for any other two."""
+    """The index in the second config of each class of the first, if they have the same names in another order. None otherwise."""
     mine, other = _named_classes(ours), _named_classes(theirs)
     if mine is None or other is None or mine == other or sorted(mine) != sorted(other):
         return None

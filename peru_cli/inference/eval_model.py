@@ -1,7 +1,6 @@
 """The models of `peru eval`: checkpoints, adapters, artifacts and merges, first by their headers, then as tensors in memory.
 
-Nothing is written: an artifact's fine-tune, or a pack's task, is computed beside the base's tensors in memory.
-"""
+Nothing is written: an artifact's fine-tune, or a pack's task, is computed in memory beside the base's tensors."""
 
 from __future__ import annotations
 
@@ -32,12 +31,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class EvalModel:
-    """A model by its header: shapes of its tensors by its checkpoint's names, side files, and the bytes that it takes on the disk.
+    """A model by its header: shapes of its tensors by its checkpoint's names, side files, and its bytes on disk.
 
-    `nbytes` is what only this model takes, `place` where: equal places are counted once. `shared_bytes` is what it shares with
-    other tasks, `shared` where that lies: a pack, or a merge.
-    `read` gives the tensors themselves, in the dtypes of the files.
-    """
+    `nbytes` is what only this model takes, at `place`; equal places count once. `shared_bytes` is what it shares with other tasks,
+    at `shared`: a pack or a merge. `read` returns the tensors themselves, in the dtypes of the files."""
 
     label: str
     shapes: dict[str, tuple[int, ...]]
@@ -47,21 +44,21 @@ class EvalModel:
     place: str = ""
     shared_bytes: int = 0
     shared: str = ""
-    own_head: bool = True  # False where a task's head was put onto a merge, whose config counts another one
+    own_head: bool = True  # False if a task's head was put on a merge, whose config counts the classes of another head
 
     @property
     def parameters(self) -> int:
-        """Entries of all tensors."""
+        """Number of entries of all tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def in_memory(label: str, state: Tensors, files: dict[str, bytes], nbytes: int) -> EvalModel:
-    """A model whose tensors are at hand."""
+    """A model whose tensors are already in memory."""
     return EvalModel(label, {name: tuple(tensor.shape) for name, tensor in state.items()}, files, nbytes, lambda: state)
 
 
 class Base:
-    """A base whose tensors are read once, when first needed, with the packs of it that were looked at. Also a context manager."""
+    """A base whose tensors are read once, on first use, and its opened packs. Also a context manager."""
 
     def __init__(self, model: str) -> None:
         self.checkpoint = open_model(model)
@@ -79,10 +76,9 @@ class Base:
         return TensorTable(self.checkpoint.label, self.table, self.checkpoint.side_files)
 
     def open(self, path: Place, label: str, task: str | None) -> FromArtifact:
-        """An artifact, or a task of a pack, which is opened once for all its tasks.
+        """An artifact, or a task of a pack. A pack is opened once for all its tasks.
 
-        Raises BadFile if it is damaged, Mismatch if it is of another base, UsageError for a task that a pack has not.
-        """
+        Raises BadFile if it is damaged, Mismatch if it belongs to another base, UsageError if the pack has no such task."""
         known = self._opened.get(str(path))
         if known is not None:
             return TaskOfPack(known.pack, task, label, self.checkpoint) if isinstance(known, TaskOfPack) else known
@@ -90,10 +86,9 @@ class Base:
         return opened
 
     def compute(self, source: FromArtifact) -> Tensors:
-        """A fine-tune's tensors; what it does not change is the base's own. The first of a file verifies the base.
+        """A fine-tune's tensors. Unchanged tensors are the base's own. The first task of a file verifies the base.
 
-        The sums of a pack stay decoded for the next tasks, 2 bytes each.
-        """
+        The sums of a pack stay decoded for the next tasks, 2 bytes each."""
         artifact = source.artifact
         if isinstance(artifact, Pack):
             ours: FromArtifact = TaskOfPack(artifact.load_sums(), source.task, source.label, self.memory)
@@ -123,16 +118,15 @@ class Base:
 
 
 def open_eval_model(model: str, task: str, base: Base | None) -> EvalModel:
-    """Look at what a user names; no tensor is read yet.
+    """Open what a user names, without reading tensors.
 
     Args:
         model: a checkpoint, a merge with heads, a LoRA adapter, an artifact or a pack; the last three need a base.
-        task: whose head is taken where a merge has several; "" where tasks have no names.
+        task: whose head to use if a merge has several; "" if tasks have no names.
 
     Raises:
-        UsageError: no such file, no base where one is needed, or a merge without a head for this task.
-        Mismatch: the base is another one. BadFile: a file is damaged.
-    """
+        UsageError: the file does not exist, a base is needed but missing, or the merge has no head for this task.
+        Mismatch: another base. BadFile: a damaged file."""
     path = locate(model)
     if not (path.is_dir() and is_adapter(path)):
         path = artifact_for(path, task or None)

@@ -1,4 +1,4 @@
-"""Turn examples into a model's inputs: with its own tokenizer or image processor, in batches of similar length."""
+"""Turn examples into a model's inputs with its own tokenizer or image processor, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from peru_cli.inference.models import IMAGE, SEQ2SEQ, TEXT, Files, folder, quiet
 from peru_cli.inference.remote_code import code_for
 
 _VOCABULARY = re.compile(r"tokenizer\.json|(vocab|merges)\.(json|txt)|.*\.(model|spm|tiktoken)")
-_LONGEST = 1_000_000  # tokens; tokenizers say 1e30 for "no limit"
-IGNORED = -100  # a label that stands for no token
+_LONGEST = 1_000_000  # tokens; tokenizers use 1e30 for "no limit"
+IGNORED = -100  # a label for positions without a token
 
 Batch = dict[str, torch.Tensor]
-_TOKENIZER: list[Any] = []  # what the last one was read from, and itself: reading one takes longer than a batch
+_TOKENIZER: list[Any] = []  # the source of the last tokenizer, and the tokenizer: reading one takes longer than a batch
 
 
 @dataclass
 class Inputs:
-    """Examples as a model takes them. `lengths` says how long each is (tokens), `make` gives a batch of some of them."""
+    """Examples as a model takes them. `lengths` are their lengths in tokens, `make` builds a batch of some of them."""
 
     lengths: Array
     make: Callable[[Array], Batch]
-    padded: bool = True  # False where padding would change the outputs: batches are of equal lengths then
+    padded: bool = True  # False if padding would change the outputs: then all examples of a batch have the same length
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Array, Batch]]:
-        """Batches of like length, the longest first: which examples (int64 numbers), and the model's arguments."""
+        """Batches of similar length, the longest first: indices of the examples (int64), and the model's arguments."""
         order = np.argsort(-self.lengths, kind="stable")
         start = 0
         while start < len(order):
@@ -49,16 +49,15 @@ class Inputs:
 
 
 def encode(examples: Examples, files: Files, config: Any, kind: str, label: str, context: int | None = None) -> Inputs:
-    """Examples through a model's own tokenizer or image processor.
+    """Encode examples with a model's own tokenizer or image processor.
 
     Args:
-        files: side files, the tokenizer's or the processor's among them.
-        context: causal language models without targets: tokens of a window, into which the text is cut.
+        files: side files, including the tokenizer's or the processor's.
+        context: causal language models without targets: tokens of the windows into which the text is cut.
 
     Raises:
         BadFile: there is no tokenizer or processor, or it cannot be loaded.
-        Mismatch: images of another size than the model takes, where the processor would not resize them.
-    """
+        Mismatch: images have another size than the model takes, and the processor would not resize them."""
     if kind == IMAGE:
         return _encode_images(examples, files, config, label)
     if not any(_VOCABULARY.fullmatch(name) for name in files):  # transformers would make up an empty one
@@ -82,7 +81,7 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
 
 
 def _tokenizer(files: Files, label: str) -> Any:
-    """The tokenizer among side files; the last one again if they are the same but for the names of labels, as a pack's tasks have them."""
+    """The tokenizer in the side files. Reuses the last one if the files differ only in label names, as those of a pack's tasks do."""
     settings = {name: value for name, value in json.loads(files["config.json"]).items() if name not in ("id2label", "label2id")}
     code = code_for(files)
     key = settings, {name: content for name, content in files.items() if name != "config.json"}, code
@@ -91,7 +90,7 @@ def _tokenizer(files: Files, label: str) -> Any:
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=bool(code))
                 _TOKENIZER[:] = [key, tokenizer]
-            except Exception as error:  # transformers raises whatever its tokenizers' own code raises
+            except Exception as error:  # transformers passes on whatever its tokenizers' code raises
                 raise BadFile(
                     f"{label}: transformers cannot load its tokenizer ({reason(error)})", "put tokenizer.json beside the model or its base"
                 ) from error
@@ -99,10 +98,10 @@ def _tokenizer(files: Files, label: str) -> Any:
 
 
 def _longest(tokenizer: Any, config: Any) -> int | None:
-    """Most tokens that tokenizer and position embeddings allow; None for no limit."""
+    """The longest input that tokenizer and position embeddings allow, in tokens. None for no limit."""
     places = getattr(config, "max_position_embeddings", None)
     if places and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        places -= (config.pad_token_id or 0) + 1  # their first positions stand for padding
+        places -= (config.pad_token_id or 0) + 1  # their first positions are for padding
     found = [n for n in (tokenizer.model_max_length, places) if n and 0 < n < _LONGEST]
     return int(min(found)) if found else None
 
@@ -112,7 +111,7 @@ def _lengths(rows: list[list[int]]) -> Array:
 
 
 def _check_vocabulary(tokenizer: Any, config: Any, label: str) -> None:
-    """Mismatch if the tokenizer has tokens for which the embedding has no row: it is another model's, or was given new ones."""
+    """Mismatch if the tokenizer has tokens without an embedding row: it is another model's, or tokens were added."""
     rows = getattr(config.get_text_config(), "vocab_size", None)
     ids = tokenizer.get_vocab().values()
     if isinstance(rows, int) and ids and max(ids) >= rows:
@@ -124,7 +123,7 @@ def _check_vocabulary(tokenizer: Any, config: Any, label: str) -> None:
 
 
 def _pad_id(tokenizer: Any, config: Any) -> int | None:
-    """The id that fills rows up: the config's, by which models know padding; else the tokenizer's; None if neither has one."""
+    """The padding id: the config's, by which models recognise padding, or the tokenizer's. None if neither has one."""
     rows = getattr(config.get_text_config(), "vocab_size", None)
     for number in (getattr(config, "pad_token_id", None), tokenizer.pad_token_id):
         if isinstance(number, int) and number >= 0 and (rows is None or number < rows):
@@ -133,13 +132,12 @@ def _pad_id(tokenizer: Any, config: Any) -> int | None:
 
 
 def _encode_classified(examples: Examples, coded: Any, tokenizer: Any, config: Any, label: str) -> Inputs:
-    """Batches whose outputs are those of each example alone.
+    """Batches whose outputs equal those of each example alone.
 
-    Decoders find an example's end by the config's padding id. Where it has none (or none that the embedding has), they look at the
-    last place: an id that no example has then stands for padding, so that an end-of-text inside of a text is not taken for it. Rows
-    are filled up on the right, as positions are counted from the left, but for XLNet, which looks at the last place itself.
-    Where a model takes no attention mask, batches are of equal lengths.
-    """
+    Decoders find an example's end by the config's padding id. If it has none (or none with an embedding row), they read the
+    last position; then an id that no example contains serves as padding, so that an end-of-text token inside a text is not taken
+    for it. Rows are padded on the right, because positions are counted from the left, except for XLNet, which itself reads
+    the last position. If a model takes no attention mask, all examples of a batch have the same length."""
     rows = coded["input_ids"]
     if (empty := next((i for i, row in enumerate(rows) if not row), None)) is not None:
         raise BadFile(f"{examples.place(empty)}: the tokenizer of {label} gives no token for it")
@@ -155,7 +153,7 @@ def _encode_classified(examples: Examples, coded: Any, tokenizer: Any, config: A
 
 
 def _padded(coded: Any, numbers: Array, pad: int, tokenizer: Any, left: bool = False) -> Batch:
-    """Some rows of each field, filled up with what stands for nothing in it."""
+    """Some rows of each field, padded with that field's neutral value."""
     fill = {"input_ids": pad, "token_type_ids": tokenizer.pad_token_type_id}
     batch = {name: _rows([values[i] for i in numbers], fill.get(name, 0), left) for name, values in coded.items()}
     if "attention_mask" not in batch and any(len(coded["input_ids"][i]) < batch["input_ids"].shape[1] for i in numbers):
@@ -164,7 +162,7 @@ def _padded(coded: Any, numbers: Array, pad: int, tokenizer: Any, left: bool = F
 
 
 def _rows(rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:
-    """Rows of different lengths as one tensor, filled up on the right, or the left."""
+    """Rows of different lengths as one tensor, padded on the right, or the left."""
     table = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
     for i, row in enumerate(rows):
         place = slice(table.shape[1] - len(row), None) if left else slice(len(row))
@@ -173,10 +171,10 @@ def _rows(rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:
 
 
 def _encode_causal(examples: Examples, tokenizer: Any, context: int) -> Inputs:
-    """Windows of the text; or prompts with targets, of which only the targets' tokens count."""
+    """Windows of the text, or prompts with targets, of which only the targets' tokens count."""
     assert examples.texts is not None
     rows: list[list[int]] = []
-    skipped: list[int] = []  # tokens at the start of each row that are prompt
+    skipped: list[int] = []  # prompt tokens at the start of each row
     if examples.targets is None:
         for text in examples.texts:
             ids = tokenizer(text, verbose=False)["input_ids"]
@@ -241,7 +239,7 @@ def _encode_images(examples: Examples, files: Files, config: Any, label: str) ->
 
 
 def _check_sizes(examples: Examples, size: tuple[int, ...], label: str) -> None:
-    """Every image has the model's size: from the files' headers, before any is decoded."""
+    """Check that every image has the model's size, from the files' headers, before any is decoded."""
     for i, image in enumerate(examples.images if isinstance(examples.images, list) else [examples.images]):
         found = image.shape[1:3] if isinstance(image, np.ndarray) else _header_size(examples, i, image)
         if found != size:
@@ -275,7 +273,7 @@ def _open(examples: Examples, i: int, channels: int) -> Any:
 def class_logits(
     model: Any, inputs: Inputs, batch_size: int, advance: Callable[[int], None] = lambda examples: None
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Logits of a classifier for all examples, in their order, float32 (n, labels)."""
+    """Logits of a classifier for all examples, in order, float32 (n, labels)."""
     found = np.empty((len(inputs), model.config.num_labels), np.float32)
     device = next(model.parameters()).device
     with torch.inference_mode():

@@ -1,8 +1,7 @@
 """Metrics on predictions and logits, with confidence intervals, in float64 NumPy.
 
-Every interval is for 95%. Shares get Wilson's interval (Wilson 1927), differences and ratios of two models on the
-same examples are bootstrapped in pairs (Efron 1979, percentiles), means are bootstrapped.
-"""
+Every interval is for 95%. Shares get Wilson's interval (Wilson 1927). Differences and ratios of two models on the
+same examples are bootstrapped in pairs (Efron 1979, percentiles). Means are bootstrapped."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ _MANY = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the bounds of its 95% confidence interval; NaN bounds where there is none."""
+    """A number and the bounds of its 95% confidence interval (NaN if there is none)."""
 
     value: float
     low: float = float("nan")
@@ -51,7 +50,7 @@ def _interval(value: float, replicates: Array) -> Estimate:
 
 
 def bootstrap_mean(values: Array) -> Estimate:
-    """Mean of values (n,) with a bootstrap interval; above 10,000 values with the normal one, which it then comes to."""
+    """Mean of values (n,) with a bootstrap interval. Above 10,000 values the normal interval is used, which is then equal."""
     n, made = len(values), np.empty(REPLICATES)
     if n > _MANY:
         mean, half = float(values.mean()), Z * float(values.std(ddof=1)) / np.sqrt(n)
@@ -73,7 +72,7 @@ class Compared:
 
     @property
     def n(self) -> int:
-        """Examples."""
+        """Number of examples."""
         return self.both + self.ours + self.theirs + self.neither
 
     def replicates(self) -> Array:
@@ -112,10 +111,9 @@ def confusion(predicted: Array, labels: Array, classes: int) -> Array:
 
 
 def f1(table: Array) -> float:
-    """F1 of class 1 for two classes, else the mean of all classes' (macro); a class without any counts as 0.
+    """F1 of class 1 for two classes, otherwise the mean over all classes (macro). An undefined F1 counts as 0.
 
-    Classes that occur neither as label nor as prediction are left out of the mean.
-    """
+    Classes that occur neither as label nor as prediction are left out of the mean."""
     hits, either = np.diag(table), table.sum(axis=0) + table.sum(axis=1)
     if len(table) == 2:
         return float(2 * hits[1] / either[1]) if either[1] else 0.0
@@ -124,7 +122,7 @@ def f1(table: Array) -> float:
 
 
 def matthews(table: Array) -> float:
-    """Matthews' correlation for any number of classes (Gorodkin 2004); 0 where it is undefined."""
+    """Matthews' correlation for any number of classes (Gorodkin 2004); 0 if it is undefined."""
     table = table.astype(np.float64)
     n, right = table.sum(), np.trace(table)
     predicted, labels = table.sum(axis=0), table.sum(axis=1)
@@ -146,7 +144,7 @@ def kl_divergence(reference: Array, other: Array) -> Array:
 
 
 def kl_bernoulli(reference: Array, other: Array) -> Array:
-    """KL(reference || other) of independent labels, summed over them: of each row of logits (n, labels), in nats."""
+    """KL(reference || other) of independent labels, summed over labels, for each row of logits (n, labels), in nats."""
 
     def logs(logits: Array) -> tuple[Array, Array]:
         wide = logits.astype(np.float64)
@@ -157,10 +155,9 @@ def kl_bernoulli(reference: Array, other: Array) -> Array:
 
 
 def f1_of_labels(predicted: Array, wanted: Array) -> tuple[Estimate, Estimate]:
-    """Micro and macro F1 of independent labels, bool (n, labels), examples bootstrapped.
+    """Micro and macro F1 of independent labels, bool (n, labels), with examples bootstrapped.
 
-    Micro counts all decisions together; macro is the mean over labels, one that is neither wanted nor predicted left out.
-    """
+    Micro counts all decisions together. Macro is the mean over labels, without those neither wanted nor predicted."""
     hits, either = (predicted & wanted).astype(np.float64), predicted.astype(np.float64) + wanted
 
     def both(hits: Array, either: Array) -> tuple[float, float]:
@@ -179,24 +176,23 @@ def f1_of_labels(predicted: Array, wanted: Array) -> tuple[Estimate, Estimate]:
 
 
 def ranks(values: Array) -> Array:
-    """Ranks from 1 on, equals with the mean of theirs; float64 (n,)."""
+    """Ranks from 1 on, ties with their mean rank; float64 (n,)."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + 1 + last) / 2)[inverse]
 
 
 def correlation(x: Array, y: Array) -> float:
-    """Pearson's, float64; NaN where one of them is constant."""
+    """Pearson's correlation, float64; NaN if one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size else float("nan")
 
 
 def correlations(x: Array, y: Array) -> tuple[Estimate, Estimate]:
-    """Pearson's and Spearman's correlation of float64 (n,), pairs bootstrapped.
+    """Pearson's and Spearman's correlation of float64 (n,), with pairs bootstrapped.
 
-    Above 10,000 pairs their intervals come from Fisher's z (for Spearman's with the error of Bonett and Wright 2000).
-    """
+    Above 10,000 pairs the intervals come from Fisher's z (for Spearman's with the error of Bonett and Wright 2000)."""
     found, n = (correlation(x, y), correlation(ranks(x), ranks(y))), len(x)
     if n > _MANY:
         return _by_fisher(found[0], math.sqrt(1 / (n - 3))), _by_fisher(found[1], math.sqrt((1 + found[1] ** 2 / 2) / (n - 3)))
@@ -208,7 +204,7 @@ def correlations(x: Array, y: Array) -> tuple[Estimate, Estimate]:
 
 
 def _by_fisher(r: float, error: float) -> Estimate:
-    """A correlation with its interval, of which atanh has this standard error."""
+    """A correlation with its interval, given the standard error of its atanh."""
     if not abs(r) < 1:
         return Estimate(r)
     return Estimate(r, math.tanh(math.atanh(r) - Z * error), math.tanh(math.atanh(r) + Z * error))

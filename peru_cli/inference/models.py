@@ -1,7 +1,6 @@
-"""Build transformers models from tensors, and tell from names and shapes what they are and need.
+"""Build transformers models from tensors, and infer from names and shapes what they are and need.
 
-Nothing here knows of artifacts: inference/eval_model.py turns what a user names into tensors and side files.
-"""
+Nothing here knows of artifacts: inference/eval_model.py turns what a user names into tensors and side files."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from peru_cli.inference.remote_code import auto_map, code_for, register_models
 from peru_cli.shown import listed
 
 TEXT, IMAGE, CAUSAL, SEQ2SEQ = "text classification", "image classification", "causal language model", "seq2seq language model"
-CLASSES, LABELS, VALUE = "classes", "independent labels", "a value"  # what a classifier's head is for
+CLASSES, LABELS, VALUE = "classes", "independent labels", "a value"  # the purpose of a classifier's head
 _AUTO = {
     TEXT: transformers.AutoModelForSequenceClassification,
     IMAGE: transformers.AutoModelForImageClassification,
@@ -34,11 +33,11 @@ _OFTEN_ABSENT = ("position_ids", "lm_head.weight", "decoder.embed_tokens.weight"
 Files = Mapping[str, bytes]
 Shapes = Mapping[str, tuple[int, ...]]
 _T = TypeVar("_T")
-_SHAPES: dict[str, dict[str, torch.Size]] = {}  # of models that were asked about: making one takes longer than a batch
+_SHAPES: dict[str, dict[str, torch.Size]] = {}  # of models seen so far: building one takes longer than a batch
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`; UsageError if it is not there."""
+    """Parse `auto`, `cpu`, `cuda` or `cuda:N`. UsageError if the device does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -52,7 +51,7 @@ def pick_device(device: str) -> torch.device:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers; as it was, afterwards."""
+    """No progress bars and no advice from transformers inside; restores its settings afterwards."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -68,7 +67,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder(files: Files) -> Iterator[Path]:
-    """Side files where transformers looks for them; never weights."""
+    """A temporary folder with side files for transformers; never weights."""
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="peru-") as place:
         for name, content in files.items():
             (Path(place) / name).write_bytes(content)
@@ -76,10 +75,9 @@ def folder(files: Files) -> Iterator[Path]:
 
 
 def load_config(files: Files, label: str) -> Any:
-    """The transformers config among side files. BadFile if there is none, or none that transformers knows.
+    """The transformers config among side files. BadFile if there is none, or transformers does not know it.
 
-    Code that it names is run only under `trusting` (remote_code.py).
-    """
+    Code that it names runs only under `trusting` (remote_code.py)."""
     if "config.json" not in files:
         raise BadFile(f"{label}: no config.json, so transformers cannot tell what the model is", "name the model's folder")
     named, code = auto_map(files["config.json"]), code_for(files)
@@ -129,7 +127,7 @@ def kind_of(examples: Examples, config: Any, label: str) -> str:
 
 
 def problem_of(config: Any) -> str:
-    """What a classifier's outputs are, as transformers takes its config: CLASSES, LABELS (each on its own) or VALUE (a regression)."""
+    """What a classifier's outputs are, as transformers reads its config: CLASSES, LABELS (independent) or VALUE (a regression)."""
     said = getattr(config, "problem_type", None)
     if said == "multi_label_classification":
         return LABELS
@@ -137,7 +135,7 @@ def problem_of(config: Any) -> str:
 
 
 def fit_labels(config: Any, kind: str, shapes: Shapes) -> None:
-    """Give a config as many labels as the head among the tensors has: a base's or a merge's own config counts another head's."""
+    """Set a config's number of labels to that of the head among the tensors: the config of a base or a merge counts another head's."""
     if kind not in (TEXT, IMAGE):
         return
     expected, prefix = _expected(config, kind, "")
@@ -151,10 +149,9 @@ def fit_labels(config: Any, kind: str, shapes: Shapes) -> None:
 
 
 def require_shapes(config: Any, kind: str, shapes: Shapes, label: str) -> None:
-    """Refuse, by names and shapes alone, tensors that do not make such a model: Mismatch.
+    """Mismatch if names and shapes show that the tensors do not make such a model.
 
-    Only a classifier's whole head is missed here: transformers renames tensors of some architectures while it loads them.
-    """
+    Only a missing head of a classifier is detected here: transformers renames tensors of some architectures on loading."""
     expected, prefix = _expected(config, kind, label)
     named = _under_prefix(shapes, expected, prefix)
     wrong = [f"{name}: {list(shape)}, the config says {list(expected[name])}" for name, shape in named.items()
@@ -172,7 +169,7 @@ def takes_attention_mask(config: Any, kind: str, label: str) -> bool:
 
 
 def _under_prefix(found: Mapping[str, _T], expected: Mapping[str, torch.Size], prefix: str) -> dict[str, _T]:
-    """Tensors by the model's names; those of an encoder may lack the prefix."""
+    """Tensors by the model's names. Those of an encoder may lack the prefix."""
     return {prefix + name if name not in expected and prefix + name in expected else name: value for name, value in found.items()}
 
 
@@ -184,7 +181,7 @@ def _missing(names: list[str], kind: str, config: Any, label: str) -> Mismatch:
 
 
 def _expected(config: Any, kind: str, label: str) -> tuple[dict[str, torch.Size], str]:
-    """Names and shapes of the tensors of a model of this kind, and what stands before its encoder's names."""
+    """Names and shapes of the tensors of a model of this kind, and the prefix of its encoder's names."""
     cls = _model_class(config, kind, label)
     key = f"{cls.__name__} {config.to_json_string()}"
     if key not in _SHAPES:
@@ -208,21 +205,20 @@ def build_model(
     """A transformers model in evaluation mode.
 
     Args:
-        state: tensors under their checkpoint's names; those of an encoder may lack the model's prefix (`bert.`),
+        state: tensors under their checkpoint's names. Those of an encoder may lack the model's prefix (`bert.`),
             as beside the head of a merge. Tensors of this dtype may be shared with the model.
         config: see `load_config`. `kind`: see `kind_of`.
-        attention: transformers' `attn_implementation`, its own choice if None.
+        attention: transformers' `attn_implementation`; None for its own choice.
 
     Raises:
-        Mismatch: the tensors do not make such a model: one is missing (a head, say), or has another shape.
-    """
+        Mismatch: the tensors do not make such a model: one is missing (a head, say), or has another shape."""
     require_shapes(config, kind, {name: tuple(tensor.shape) for name, tensor in state.items()}, label)
     named = _under_prefix(state, *_expected(config, kind, label))
     cls = _model_class(config, kind, label)
     more = {} if attention is None else {"attn_implementation": attention}
     with quiet_transformers():
         model, info = cls.from_pretrained(None, config=config, state_dict=named, dtype=dtype, output_loading_info=True, **more)
-    # A tied head is no tensor of its own; one that the config does not tie would be random numbers, others in every run.
+    # A tied head has no tensor of its own. A head that the config does not tie would be random, and different in every run.
     weights = dict(model.named_parameters(remove_duplicate=False))
     read = {weight.data_ptr() for name, weight in weights.items() if name not in info["missing_keys"]}
     if missing := sorted(name for name in info["missing_keys"] if name in weights and weights[name].data_ptr() not in read):
@@ -231,5 +227,5 @@ def build_model(
 
 
 def reason(error: Exception) -> str:
-    """The first line that says something."""
+    """The first informative line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

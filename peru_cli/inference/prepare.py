@@ -14,14 +14,14 @@ from peru_cli.inference.eval_model import EvalModel
 from peru_cli.inference.inputs import Inputs, encode
 from peru_cli.inference.models import IMAGE, TEXT, build_model, fit_labels, kind_of, load_config, problem_of, require_shapes
 
-_READ = ("model_type", "max_position_embeddings", "image_size", "num_channels", "pad_token_id", "vocab_size")  # of a config
+_READ = ("model_type", "max_position_embeddings", "image_size", "num_channels", "pad_token_id", "vocab_size")  # keys of a config
 _CONFIG = re.compile(r"(generation_)?config\.json")
 _PROCESSOR = re.compile(r"(pre)?processor_config\.json")
 _TOKENIZER = re.compile(r"(tokenizer|vocab|merges|special_tokens|added_tokens|bpe|chat_template).*|.*\.(model|spm|tiktoken)")
 
 
 def fill_files(own: Mapping[str, bytes], others: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
-    """Side files of a model, and what it lacks from the first other that has it: config, processor, and the tokenizer whole."""
+    """A model's side files, completed from the first other that has them: config, processor, and all tokenizer files together."""
     found: dict[str, bytes] = {}
     for part in (_CONFIG, _PROCESSOR, _TOKENIZER):
         for files in (own, *others):
@@ -33,7 +33,7 @@ def fill_files(own: Mapping[str, bytes], others: Sequence[Mapping[str, bytes]]) 
 
 @dataclass(frozen=True)
 class Settings:
-    """How models run: the dtype that they compute in, where, and the window of language models (tokens)."""
+    """How models run: the dtype and device of the computation, and the window of language models (tokens)."""
 
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -44,24 +44,23 @@ class Settings:
 
 @dataclass
 class Prepared:
-    """What fits together by headers and side files: a model's config and the examples as it takes them; no weights yet.
+    """A model's config and its encoded examples, matched by headers and side files; no weights yet.
 
-    `kind` as inference/models.py has them.
-    """
+    `kind` is one of those in inference/models.py."""
 
     subject: EvalModel
     kind: str
     config: Any
     inputs: Inputs
-    reading: object  # what decided the inputs besides the examples
+    reading: object  # what the inputs depend on besides the examples
 
     @property
     def label(self) -> str:
-        """What the user called it."""
+        """The user's name for it."""
         return self.subject.label
 
     def build(self, settings: Settings) -> Loaded:
-        """Read the weights. Mismatch where they do not make the model."""
+        """Read the weights. Mismatch if they do not make the model."""
         model = build_model(
             self.subject.read(), self.config, self.kind, self.label,
             dtype=settings.dtype, device=settings.device, attention=settings.attention,
@@ -71,7 +70,7 @@ class Prepared:
 
 @dataclass
 class Loaded:
-    """A model that is ready to run, and the examples as it takes them."""
+    """A model that is ready to run, and its encoded examples."""
 
     label: str
     kind: str
@@ -80,24 +79,23 @@ class Loaded:
 
 
 def load(subject: EvalModel, examples: Examples, others: Sequence[Mapping[str, bytes]], settings: Settings) -> Loaded:
-    """Prepare and build at once; see both."""
+    """`prepare` and `build` in one step; see both."""
     return prepare(subject, examples, others, settings.context).build(settings)
 
 
 def prepare(
     subject: EvalModel, examples: Examples, others: Sequence[Mapping[str, bytes]], context: int | None = None, like: Prepared | None = None
 ) -> Prepared:
-    """Find out what a model is run as, and encode examples for it.
+    """Find out how to run a model, and encode examples for it.
 
     Args:
-        others: side files to fall back on, of what it is compared with and of its base. A merge under a task's head
-            takes the config of the first of them, if there is one: its own counts the labels of no head.
+        others: side files to fall back on, of the model that it is compared with and of its base. A merge under a task's head
+            takes the config of the first of them, if there is one: its own config counts the labels of no head.
         context: tokens of a window of running text.
-        like: has read the same examples already; they are not encoded again if that would give the same.
+        like: a model already prepared with the same examples. They are not encoded again if the result would be the same.
 
-    Raises BadFile or Mismatch for everything that does not fit and shows without weights: labels outside the head, no
-    tokenizer, no head, images of another size, another kind of model.
-    """
+    Raises BadFile or Mismatch for every problem that shows without weights: labels outside the head, no
+    tokenizer, no head, images of another size, another kind of model."""
     own = dict(subject.files)
     if not subject.own_head and any("config.json" in files for files in others):
         own.pop("config.json", None)

@@ -1,7 +1,6 @@
 """Read examples from files: JSONL, CSV, Parquet, .npz, a folder of images, plain text, or a name that `datasets` knows.
 
-Everything is read and looked at here, before any model is: what is wrong is said with the file and the line.
-"""
+Everything is read and checked here, before any model is. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from peru_cli.errors import BadFile, UsageError
 from peru_cli.inference.data import Examples, Label
 from peru_cli.shown import listed
 
-# Columns by their names in common data sets, the first that is there: 'text' and 'text_pair' for our own files, then GLUE's.
+# Column names in common data sets; the first one present is used: 'text' and 'text_pair' for our own files, then GLUE's.
 TEXT = ("text", "question", "sentence", "sentence1", "premise", "question1")
 PAIR = ("text_pair", "sentence2", "hypothesis", "question2")
 TARGET = ("target", "summary", "answer")
@@ -32,7 +31,7 @@ _DATASET = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(?::(?P<config>[\w.-]+))?@(?
 
 
 def split_data(texts: Sequence[str], option: str = "--data") -> dict[str, str]:
-    """`[TASK=]FILE...` as files by task; a single one may go without a task, under the empty name."""
+    """Parse `[TASK=]FILE...` into files by task. A single file may have no task; it gets the empty name."""
     found: dict[str, str] = {}
     for text in texts:
         argument = split_argument(text)
@@ -52,12 +51,11 @@ def read_examples(source: str, most: int | None = None) -> Examples:
     Args:
         source: a .jsonl, .csv, .tsv, .parquet, .npz or .txt file (the first three also as .gz), a folder with
             a folder of images for each class, or `NAME[:CONFIG]@SPLIT` for a data set of the package `datasets`.
-        most: read no more than the first so many.
+        most: the largest number of examples to read.
 
     Raises:
-        BadFile: there is nothing in it, a column is missing, a line is broken; with the line.
-        UsageError: no such file, a kind of file that is not known, or a package that is missing.
-    """
+        BadFile: the file is empty, lacks a column or has a broken line; with the line.
+        UsageError: the file does not exist, its kind is unknown, or a package is missing."""
     path = Path(source)
     if path.is_dir():
         examples = _folder(path)
@@ -73,7 +71,7 @@ def read_examples(source: str, most: int | None = None) -> Examples:
 
 
 def read_text(file: str) -> Examples:
-    """A file of running text as one example. BadFile if it is empty or not UTF-8, UsageError if it is not there."""
+    """A file of running text as one example. BadFile if it is empty or not UTF-8, UsageError if it does not exist."""
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"{file}: no such file")
@@ -152,13 +150,13 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
-    """What one of a few columns is called here."""
+    """The first of the wanted columns that exists here."""
     by_lower = {name.lower(): name for name in names}
     return next((by_lower[name] for name in wanted if name in by_lower), None)
 
 
 def _rows(source: str, rows: Iterable[tuple[int, Mapping[str, Any]]], unit: str, typed: bool = True) -> Examples:
-    """Examples out of rows; without `typed`, all cells are texts and whole numbers stand for themselves."""
+    """Examples from rows. Without `typed`, all cells are texts, and whole numbers stand for themselves."""
     examples = Examples(source, texts=[], places=[])
     columns: dict[str, str] = {}
     for number, row in rows:
@@ -182,7 +180,7 @@ def _rows(source: str, rows: Iterable[tuple[int, Mapping[str, Any]]], unit: str,
 
 
 def _columns(source: str, row: Mapping[str, Any], examples: Examples) -> dict[str, str]:
-    """Which column is what, from the first row; makes room for each."""
+    """The role of each column, from the first row. Prepares the lists of examples."""
     text = _column(row, TEXT)
     if text is None:
         named = ", ".join(map(repr, list(row)[:8])) or "none"
@@ -208,7 +206,7 @@ def _label(value: Any, place: str, typed: bool) -> Label:
 
 
 def _npz(path: Path) -> Examples:
-    """Images `x` and class numbers `y`."""
+    """Images `x` and class indices `y`."""
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: data[name] for name in ("x", "y") if name in data.files}
@@ -238,7 +236,7 @@ def _zip_error() -> type[Exception]:
 
 
 def _folder(path: Path) -> Examples:
-    """FOLDER/CLASS/IMAGE, as torchvision's ImageFolder; or images without labels in FOLDER itself."""
+    """FOLDER/CLASS/IMAGE, as in torchvision's ImageFolder, or images without labels in FOLDER itself."""
     classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     found = [(file, name) for name in classes or [""] for file in sorted((path / name).rglob("*") if name else path.iterdir())]
     found = [(file, name) for file, name in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]

@@ -1,4 +1,4 @@
-"""Python code that comes with a model (`auto_map`): never run, but for those who say --trust-remote-code."""
+"""Python code that comes with a model (`auto_map`): run only with --trust-remote-code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _trusted: ContextVar[dict[str, _Code] | None] = ContextVar("trusted", default=No
 
 
 def auto_map(content: bytes) -> dict[str, Any]:
-    """What a JSON file says of code to run: transformers' classes, and which of the code's they are; empty if nothing."""
+    """The code that a JSON file asks to run: maps transformers' classes to the code's. Empty if there is none."""
     try:
         table = json.loads(content)
     except (ValueError, RecursionError):
@@ -32,12 +32,11 @@ def auto_map(content: bytes) -> dict[str, Any]:
 
 @contextmanager
 def trusting(models: Iterable[str], trust: bool) -> Iterator[None]:
-    """With `trust`, the code beside these models may be run inside.
+    """With `trust`, code beside these models may be run inside.
 
     Raises:
-        UsageError: code is named that lies in another repo.
-        Mismatch: two models name the same code, and it differs.
-    """
+        UsageError: a model names code in another repo.
+        Mismatch: two models name the same code, and it differs."""
     if not trust:
         yield
         return
@@ -78,18 +77,18 @@ def _key(table: Mapping[str, Any]) -> str:
 
 
 def code_for(files: Mapping[str, bytes]) -> _Code:
-    """Python files that may be run for a model of these side files; none without --trust-remote-code, or where none are named."""
+    """Python files that may be run for a model with these side files. None without --trust-remote-code, or if none are named."""
     trusted = _trusted.get() or {}
     tables = [auto_map(files[name]) for name in _TELLING if name in files]
     return {name: content for table in tables for name, content in trusted.get(_key(table), {}).items()}
 
 
 def register_models(config: Any, named: Mapping[str, Any], place: Path, kinds: Iterable[Any]) -> Any:
-    """Let transformers' `kinds` (AutoModelFor...) make the code's models of a config; returns the config, in a class of its own."""
+    """Register the code's model classes for a config with transformers' `kinds` (AutoModelFor...). Returns the config, in its own class."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     own: Any = type(config)
-    if not own.__module__.startswith("transformers_modules"):  # else every model of transformers' config would be the code's
+    if not own.__module__.startswith("transformers_modules"):  # otherwise every model of transformers' config would use the code's class
         own = type(own.__name__, (own,), {"__module__": own.__module__})
         config.__class__ = own
     for auto in kinds:

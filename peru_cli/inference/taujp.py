@@ -2,10 +2,9 @@
 
     tau-Jp(i -> j) = mean over x in D_j of ||J_{theta_0}(x) tau_i||_2,    J the Jacobian of the features before the head
 
-Source: the tau-Jp paper on task arithmetic by regularised linearisation. The smaller, the less task i disturbs task j.
-The product is one forward-mode pass (`torch.func.jvp`), exact to rounding; the model must use eager attention, for fused
-attention has no forward mode.
-"""
+Source: the tau-Jp paper on task arithmetic by regularised linearisation. The smaller it is, the less task i disturbs task j.
+The product is one forward-mode pass (`torch.func.jvp`), exact up to rounding. The model must use eager attention, because
+fused attention has no forward mode."""
 
 from __future__ import annotations
 
@@ -19,11 +18,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def features(model: Any, parameters: Tensors, batch: Tensors) -> torch.Tensor:
-    """What the head is given, with these parameters; (batch, features), or (batch, positions, features).
+    """The inputs of the head with these parameters; (batch, features), or (batch, positions, features).
 
-    The head is the first module beside the encoder (`model.base_model`) that is run and is no dropout; a model without
-    one gives its last hidden state.
-    """
+    The head is the first module after the encoder (`model.base_model`) that runs and is not a dropout. A model without
+    one returns its last hidden state."""
     encoder, seen = model.base_model, []
     heads = [child for child in model.children() if child is not encoder and not isinstance(child, torch.nn.Dropout)]
 
@@ -43,12 +41,11 @@ def features(model: Any, parameters: Tensors, batch: Tensors) -> torch.Tensor:
 def change_norms(model: Any, origin: Tensors, tau: Tensors, batch: Tensors) -> torch.Tensor:
     """||J(x) tau||_2 of each example, over the feature axis; (batch,).
 
-    Features of several positions count with the mean of their norms, padding (by the attention mask) left out.
+    Features of several positions count with the mean of their norms, without padding (by the attention mask).
 
     Args:
         origin: all parameters at which J is taken, by the model's names, each tied one once.
-        tau: the direction; parameters that it lacks stay.
-    """
+        tau: the direction; parameters missing from it do not move."""
     direction = {name: tau[name] if name in tau else torch.zeros_like(value) for name, value in origin.items()}
     _, change, *_ = jvp(lambda parameters: features(model, parameters, batch), (dict(origin),), (direction,))
     norms: torch.Tensor = change.norm(dim=-1)

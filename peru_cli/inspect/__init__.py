@@ -1,1 +1,1 @@
-"""`peru inspect`: what a checkpoint, an adapter or an artifact holds."""
+"""`peru inspect`: show what a checkpoint, an adapter or an artifact holds."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peru_cli.prune.mixed.run import Foreseen
     from peru_cli.vectors.family import TaskVector
 
-BUDGETS = (0.02, 0.05, 0.1, 0.3, 1.0)  # bits a parameter, of mixed artifacts that are foreseen
+BUDGETS = (0.02, 0.05, 0.1, 0.3, 1.0)  # bits a parameter of the mixed artifacts that are predicted
 
 Plot = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Draw it, too (needs matplotlib).")]
 
@@ -66,7 +66,7 @@ def inspect(
     from peru_cli.reports.plots import check_plot
 
     session = current_session()
-    session.stream = run.stream or base is None  # headers come as ranges in any case
+    session.stream = run.stream or base is None  # headers are read as ranges in any case
     place = find_artifact(locate(model))
     kind = artifact_kind(place)
     artifact = kind is not None
@@ -255,7 +255,7 @@ def _pair(
     if plot is not None:
         sparse = [(_density(p), p.predicted_bytes, p.relative_error) for p in comparison.plans]
         mixed = [(f"{f.bits:g} bits", f.file_bytes, f.relative_error) for f in foreseen]
-        drawn = [c for c in comparison.changes if math.isfinite(c.relative)]  # of zeros no change is a share
+        drawn = [c for c in comparison.changes if math.isfinite(c.relative)]  # a change relative to zeros has no value
         plot_comparison(
             plot,
             [c.name for c in drawn],
@@ -271,7 +271,7 @@ def _density(plan: Plan) -> str:
 
 
 def _foreseen(vector: TaskVector, base: Checkpoint, device: str, threads: int | None) -> list[Foreseen]:
-    """Mixed artifacts at several budgets: that takes a decomposition."""
+    """Predict mixed artifacts at several budgets. This needs a decomposition."""
     from peru_cli.prune.artifact import PruneTask
     from peru_cli.prune.mixed.run import foresee
     from peru_cli.vectors.settings import streaming

@@ -20,13 +20,13 @@ from peru_cli.vectors.family import Aligned, Buffers, Family, StreamSettings, Ta
 DENSITIES = (0.01, 0.05, 0.10, 0.20)
 KEY_BINS = 1 << 16
 _STREAM_OVERHEAD = 1.01  # what the codec takes above the bound, measured in benchmarks/
-_TENSOR_BYTES = 40  # of index for each tensor
-_FIXED_BYTES = 1500  # of header
+_TENSOR_BYTES = 40  # index bytes for each tensor
+_FIXED_BYTES = 1500  # header bytes
 
 
 @dataclass
 class TensorChange:
-    """How one tensor changed. Norms are Frobenius norms in float64, not finite entries left out."""
+    """How one tensor changed. Norms are Frobenius norms in float64, without entries that are not finite."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class TensorChange:
 
 
 def together(name: str, changes: list[TensorChange]) -> TensorChange:
-    """Several tensors of one shape and dtype as if they were one."""
+    """Several tensors of one shape and dtype combined into one."""
     total = TensorChange(name, changes[0].shape, changes[0].dtype, 0)
     for change in changes:
         total.entries += change.entries
@@ -62,7 +62,7 @@ def together(name: str, changes: list[TensorChange]) -> TensorChange:
 
 @dataclass
 class Plan:
-    """What pruning to a density would give. `density` None is lossless."""
+    """The predicted result of pruning to a density. `density` None is lossless."""
 
     density: float | None
     kept: int
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass
 class Comparison:
-    """What `peru inspect MODEL --base BASE` says."""
+    """The content of `peru inspect MODEL --base BASE`."""
 
     changes: list[TensorChange]
     plans: list[Plan]
@@ -143,7 +143,7 @@ class _Measure:
 
 
 class _Values:
-    """Second pass: histograms of values by how many of the thresholds their key reaches, for each dtype."""
+    """Second pass: for each dtype, histograms of values by the number of thresholds that their key reaches."""
 
     def __init__(self, family: Family, thresholds: list[int]) -> None:
         self._family, self._thresholds = family, np.array(thresholds)  # ascending keys
@@ -227,14 +227,14 @@ def compare(vector: TaskVector, family: Family, how: StreamSettings) -> Comparis
 
 
 def _edge(at_least: Array, kept: int) -> int:
-    """The highest bin such that it and those above hold at least `kept` keys."""
+    """The highest bin such that it and the bins above hold at least `kept` keys."""
     return int(np.flatnonzero(at_least >= max(kept, 1))[-1]) if len(np.flatnonzero(at_least >= max(kept, 1))) else 0
 
 
 def _bin_energy(histogram: Array, shift: int) -> Array:
-    """Squared magnitudes that fall into each bin, from the bins' middles; infinity counts as nothing."""
+    """The squared magnitude of each bin's entries, from the bins' midpoints. Infinity counts as 0."""
     middles = (np.arange(len(histogram), dtype=np.int64) << shift) + (1 << (shift - 1))
-    with np.errstate(over="ignore", invalid="ignore"):  # bins above infinity stand for no number
+    with np.errstate(over="ignore", invalid="ignore"):  # bins above infinity have no value
         values = middles.view(np.float64) if shift == 47 else middles.astype(np.int32).view(np.float32).astype(np.float64)
         squared = np.square(values)
     return np.where(np.isfinite(squared) & (histogram > 0), squared, 0.0) * histogram

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_masks(path: Place, plot: Path | None) -> None:
-    """Tasks, thresholds, how much each keeps and what its mask takes, against the entropy of its kept share."""
+    """Print tasks, thresholds, how much each task keeps, and its mask's bits against the entropy of the kept share."""
     from peru_cli.artifacts.packs.masks import MaskPack
     from peru_cli.artifacts.packs.superposed import UNKNOWN
 
@@ -61,7 +61,7 @@ def show_masks(path: Place, plot: Path | None) -> None:
 
 
 def _tasks(pack: MaskPack, entries: int) -> list[dict[str, Any]]:
-    """Show the tasks; the same for machines."""
+    """Print the tasks, and return them for --json."""
     from peru_cli.artifacts.index import STORED
     from peru_cli.methods.masking import entropy
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
-    """Print the artifact, repeated layers in one row unless `every`; `plot` draws the bits of each tensor."""
+    """Print the artifact, repeated layers in one row unless `every`. `plot` draws the bits of each tensor."""
     from peru_cli.artifacts.index import Mode
     from peru_cli.artifacts.mixed.reader import Mixed
     from peru_cli.reports.fold import fold
@@ -80,7 +80,7 @@ def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
 
 
 def describe_all(records: Sequence[MixedRecord]) -> str:
-    """What tensors of one kind are made of: as one of them, but for ranks, which differ."""
+    """The parts of several tensors of one kind. Only ranks may differ."""
     ranks = sorted({record.rank for record in records})
     if len(ranks) < 2:
         return describe(records[0])
@@ -88,7 +88,7 @@ def describe_all(records: Sequence[MixedRecord]) -> str:
 
 
 def describe(record: MixedRecord) -> str:
-    """What a tensor is made of, in words."""
+    """The parts of a tensor, in words."""
     from peru_cli.artifacts.index import Mode
     from peru_cli.artifacts.mixed.index import DENSE, LOW_RANK, ULPS
 
@@ -108,7 +108,7 @@ def describe(record: MixedRecord) -> str:
 
 
 def tensor_bits(artifact: Mixed, record: MixedRecord) -> float:
-    """About what a tensor takes: its integers at the order-0 entropy of what it holds itself, or its bytes if it is whole."""
+    """Approximate bits of a tensor: its integers at their own order-0 entropy, or its bytes if it is whole."""
     from peru_cli.artifacts.mixed.index import DENSE, LOW_RANK
     from peru_cli.methods.mixed.rates import entropy
 

@@ -9,7 +9,7 @@ from peru_cli.console import console, count, plural, si_bytes
 
 
 def show_pack(path: Place, plot: Path | None) -> None:
-    """Tasks, groups, bytes, and cosines between task vectors as they are and moved apart."""
+    """Print tasks, groups, bytes, and cosines between task vectors, unmoved and moved apart."""
     from peru_cli.artifacts.index import STORED
     from peru_cli.artifacts.packs.pack import Pack
     from peru_cli.artifacts.packs.superposed import UNKNOWN, PackMode

@@ -1,4 +1,4 @@
-"""`peru inspect` for ranks: the spectra of an adapter, and what an adapter from a fine-tune would keep and cost."""
+"""Ranks in `peru inspect`: the spectra of an adapter, and what an adapter of a fine-tune would keep and cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_adapter(model: str, base: str | None, plot: Path | None, device: str, threads: int | None) -> None:
-    """Ranks, scales, spectra and the error by rank of an adapter."""
+    """Print ranks, scales, spectra and the error by rank of an adapter."""
     from peru_cli.checkpoints.lora.adapter import REST, Adapter
     from peru_cli.checkpoints.places import locate, size_of
     from peru_cli.lora.spectra import RANKS, adapter_spectra, rank_plans
@@ -78,7 +78,7 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
 
 
 def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device: str, threads: int | None) -> dict[str, Any]:
-    """Effective ranks of a fine-tune's task vectors, cost and error of ranks 4 to 64; what --json adds for it."""
+    """Print effective ranks of a fine-tune's task vectors, and cost and error of ranks 4 to 64. Returns what --json adds."""
     from peru_cli.lora.extract_plan import plan_extraction
     from peru_cli.lora.spectra import RANKS, rank_plans, task_spectra
     from peru_cli.vectors.settings import streaming

@@ -1,4 +1,4 @@
-"""`peru inspect`: what a checkpoint or an artifact holds, and what a fine-tune would cost."""
+"""`peru inspect`: what a checkpoint or an artifact holds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 
-BINS = 1 << 16  # symbols of 16-bit values; wider values are classed by sign and exponent
+BINS = 1 << 16  # symbols of 16-bit values; wider values are grouped by sign and exponent
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors alike but for their layer number: `layers.*.mlp.weight`."""
+    """Tensors that differ only in their layer number: `layers.*.mlp.weight`."""
 
     pattern: str
     dtype: str
@@ -31,7 +31,7 @@ class TensorGroup:
 
 
 def group_tensors(tensors: list[TensorInfo]) -> list[TensorGroup]:
-    """Group tensors whose names differ in numbers only and that have one shape and dtype; in order of first name."""
+    """Group tensors of one shape and dtype whose names differ only in numbers, in order of first name."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = defaultdict(list)
     alone = Counter(_pattern(info) for info in tensors)
     for info in sorted(tensors, key=lambda t: t.name):
@@ -53,11 +53,10 @@ def binary_entropy(share: float) -> float:
 
 
 def symbols(values: Array) -> tuple[Array, int]:
-    """Symbols of an order-0 code for values, below BINS, and the bits that follow them raw.
+    """Symbols of an order-0 code for values, below BINS, and the number of raw bits after each.
 
-    16-bit values are their own symbols. Wider ones are coded as sign and exponent of the (ULP) difference,
-    their low bits raw: these are as good as random.
-    """
+    16-bit values are their own symbols. Wider values are coded as sign and exponent of the (ULP) difference, with raw low
+    bits: these are as good as random."""
     if values.dtype.itemsize == 2:
         return values.view(np.uint16), 0
     magnitudes = np.abs(values.astype(np.float64))  # exact enough: only the exponent is used
@@ -66,7 +65,7 @@ def symbols(values: Array) -> tuple[Array, int]:
 
 
 def entropy_bits(histogram: Array) -> float:
-    """Bits that an ideal order-0 code takes for as many symbols as the histogram counts."""
+    """Bits that an ideal order-0 code takes for the symbols that the histogram counts."""
     counts = histogram[histogram > 0].astype(np.float64)
     return float((counts * (math.log2(counts.sum()) - np.log2(counts))).sum()) if len(counts) else 0.0
 
@@ -80,12 +79,12 @@ class Bound:
 
     @property
     def total(self) -> float:
-        """Both together."""
+        """Sum of both."""
         return self.positions + self.values
 
 
 def artifact_bound(artifact: SparseDelta) -> Bound:
-    """The bound for an artifact's streams: decodes all of them."""
+    """The bound for an artifact's streams. Decodes all of them."""
     bound = Bound()
     for number, stream in enumerate(artifact.index.streams):
         n = sum(r.base_entries for r in artifact.index.tensors if r.mode == Mode.DELTA and r.info.dtype is stream.dtype)
@@ -104,7 +103,7 @@ def artifact_bound(artifact: SparseDelta) -> Bound:
 
 @dataclass
 class ArtifactReport:
-    """What `peru inspect ARTIFACT` says."""
+    """The content of `peru inspect ARTIFACT`."""
 
     metadata: dict[str, str]
     file_bytes: int
@@ -116,7 +115,7 @@ class ArtifactReport:
 
     @property
     def delta_bytes(self) -> int:
-        """Bytes that count as the delta: all but whole tensors and side files."""
+        """Bytes that count as the delta: without whole tensors and side files."""
         return self.file_bytes - self.parts["whole tensors"] - self.parts["side files"]
 
     @property
@@ -147,12 +146,12 @@ def value_kind(stream: Stream) -> str:
 
 
 def side_file_names(artifact: SparseDelta) -> list[str]:
-    """Side files, with where they come from."""
+    """Side files and where they come from."""
     return [f.name if f.origin == STORED else f"{f.name} (the base's)" for f in artifact.index.files]
 
 
 def describe_record(record: TensorRecord) -> str:
-    """What an artifact has of a tensor, in words."""
+    """How an artifact stores a tensor, in words."""
     if record.mode == Mode.DELTA:
         return "delta, new rows whole" if record.base_rows else "delta"
     return "whole" if record.mode == Mode.WHOLE else "the base's"

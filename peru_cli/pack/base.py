@@ -1,8 +1,7 @@
 """`shuffle-pack --merge-base`: write the plain sums into a new base, so that they take no space in the pack.
 
-Its tensors have the dtypes that tasks come back in, so that unpacking rounds once, as it does without: what a task gets
-is the same to the bit. What is superposed, and what the pack does not know, is the old base's.
-"""
+Its tensors have the dtypes of retrieved tasks, so unpacking rounds once, as it does without a new base: each task gets the
+same bits. Superposed tensors, and tensors that the pack does not know, are copied from the old base."""
 
 from __future__ import annotations
 
@@ -35,20 +34,20 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class MergeBase:
-    """Where the new base goes, and the public name that it will have."""
+    """Where the new base goes, and its public name."""
 
     target: Path
     base_id: str | None = None
 
 
 def check_plain(plan: PackPlan) -> None:
-    """Refuse a pack without plain sums."""
+    """UsageError for a pack without plain sums."""
     if all(tensor.is_target for tensor in plan.sums if tensor.info.entries):
         raise UsageError("--merge-base has nothing to write: every tensor is superposed", "leave it out")
 
 
 class NewBase:
-    """A base in the making. A context manager: leaving it uncommitted removes it."""
+    """A base being written. A context manager: leaving it uncommitted removes it."""
 
     def __init__(self, plan: PackPlan, wanted: MergeBase, sync: bool) -> None:
         self._plan, self._wanted = plan, wanted
@@ -61,7 +60,7 @@ class NewBase:
         self._writer = DirectoryWriter(wanted.target, infos, self.files, MAX_SHARD_BYTES, sync, metadata, seal=True)
 
     def _side_files(self) -> dict[str, bytes]:
-        """Those of the old base, and a card."""
+        """The old base's side files, and a card."""
         plan = self._plan
         contents = {name: path.read_bytes() for name, path in plan.base.side_files.items()}
         dtypes = {tensor.info.dtype for tensor in plan.sums}
@@ -80,18 +79,18 @@ class NewBase:
         return contents
 
     def largest_name(self) -> dict[str, str]:
-        """The longest metadata that `name` may give."""
+        """The longest metadata that `name` may return."""
         if self._wanted.base_id is None:
             return {}
         return {"peru.base": self._wanted.base_id, FILES: ",".join(["0" * 64] * self._writer.shards)}
 
     def copy(self, tensor: TensorInfo, tile: Tile, raw: memoryview) -> None:
-        """Write the base's bytes of a tensor that is superposed, in the tasks' dtype."""
+        """Write the base's bytes of a superposed tensor, in the tasks' dtype."""
         old = self._plan.base.tensors[tensor.name].dtype
         self._write(tensor, tile, cast_bits(CPU, np.frombuffer(raw, BITS[old.bits]), old, tensor.dtype))
 
     def merge(self, record: PackedTensor, tile: Tile, raw: memoryview, sums: Sums) -> None:
-        """Write base plus scale times a plain sum: what every task would get."""
+        """Write base plus scale times a plain sum, which is what every task would get."""
         dtype = record.info.dtype
         vector = scaled(sums, self._scale * 2.0**record.exponent, np.empty(len(sums), float_kind(dtype)))
         bits = plus_vector(np.frombuffer(raw, BITS[record.base_dtype.bits]), record.base_dtype, dtype, vector)
@@ -105,7 +104,7 @@ class NewBase:
         self._writer.write(info.name, info.dtype.nbytes(tile.start), raw)
 
     def settle(self) -> BaseName | None:
-        """Copy what is left, and turn the pack's tensors into those of the new base; the name to record."""
+        """Copy the other tensors, and turn the pack's tensors into those of the new base. Returns the name to record."""
         base, records = self._plan.base, {tensor.info.name: tensor for tensor in self._plan.tensors}
         for name, info in sorted(base.tensors.items()):
             record = records.get(name)
@@ -123,7 +122,7 @@ class NewBase:
             return name_base(written, self._wanted.base_id)
 
     def opened(self) -> Checkpoint:
-        """The new base, to be read before it is in place; after `settle`."""
+        """The new base, readable before it is in place; call after `settle`."""
         return open_directory(self._writer.folder, str(self._wanted.target))
 
     def _copy_whole(self, base: Checkpoint, info: TensorInfo) -> bytes:
@@ -137,7 +136,7 @@ class NewBase:
         return base.digest(info.name, write)
 
     def commit(self) -> None:
-        """Put the new base in place."""
+        """Rename the new base into place."""
         self._writer.commit()
 
     def __enter__(self) -> NewBase:

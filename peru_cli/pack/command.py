@@ -232,7 +232,7 @@ def shuffle_pack(
 
 
 def _scale(text: str) -> Optional[float]:
-    """The number; None for `auto`."""
+    """The number. None for `auto`."""
     try:
         value = float(text) if text != "auto" else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Measurements before a pack is written: inner products of the task vectors, and from them steps, scale and errors."""
+"""Measurements before a pack is written: inner products of the task vectors, which determine steps, scale and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peru_cli.vectors.family import StreamSettings
 
 @dataclass
 class Measured:
-    """Inner products of the task vectors as they are: over all sums, and over those in which they are moved apart; (T, T)."""
+    """Inner products of the unmoved task vectors: over all sums, and over those in which tasks are moved apart; (T, T)."""
 
     everything: Doubles
     apart: Doubles
@@ -46,13 +46,13 @@ def measure(plan: PackPlan, how: StreamSettings) -> Measured:
 
 
 def settle_steps(plan: PackPlan, measured: Measured, precision: int | None) -> int:
-    """Fix each tensor's step, one for a group, unless the pack has them already; returns the bits."""
+    """Set each tensor's step, one for each group, unless the pack has them already. Returns the number of bits."""
     if plan.old is not None:
         return int(plan.metadata["peru.precision"])
     tasks = len(plan.vectors)
     bits = default_precision(tasks) if precision is None else precision
     grouped = {name: group.members for group in plan.arrangement.groups for name in group.members}
-    # Where nothing changed yet, a task that is added later may change something: such a tensor has the step of the whole.
+    # A tensor that no task has changed yet may be changed by a task that is added later: it gets the step of the whole.
     overall = float(np.trace(measured.everything)) / max(tasks * plan.entries, 1)
     for tensor in plan.sums:
         members = grouped.get(tensor.info.name, (tensor.info.name,))
@@ -62,20 +62,20 @@ def settle_steps(plan: PackPlan, measured: Measured, precision: int | None) -> i
 
 
 def predicted_scale(plan: PackPlan, measured: Measured) -> float:
-    """The scale that is predicted to miss least in squares over all tasks, to four digits (`--scale auto`)."""
+    """The scale with the least predicted squared error over all tasks, to four digits (`--scale auto`)."""
     plain = measured.everything - measured.apart
     rounding = _rounding(plan, measured)
     return float(f"{best_scale(*predicted_products(measured.apart, plain, rounding)):.4g}") or 1.0
 
 
 def _rounding(plan: PackPlan, measured: Measured) -> float:
-    """What rounding one task adds to the square of the distance."""
+    """What rounding one task adds to the squared distance."""
     changed = [tensor for tensor in plan.sums if np.trace(measured.tables[tensor.info.name])]
     return sum(tensor.info.entries * 4.0**tensor.exponent for tensor in changed) / 12
 
 
 def predict_errors(plan: PackPlan, measured: Measured, scale: float) -> list[Quality]:
-    """Retrieval errors to come. Tasks that are in the pack already count with their norms, as independent of the new ones."""
+    """Predicted retrieval errors. Tasks that are already in the pack count with their norms, as independent of the new ones."""
     tasks = len(plan.vectors)
     rounding = _rounding(plan, measured)
     apart, everything = measured.apart, measured.everything

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from peru_cli.pack.base import NewBase
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
-PIECE = CHUNK // 2  # entries of one inner product: no linear algebra library uses several threads for so few
+PIECE = CHUNK // 2  # entries of one inner product: so few that no linear algebra library uses several threads
 
 
 def inner_products(rows: Doubles) -> list[Doubles]:
-    """Tables (rows, rows) of inner products, one for each piece of (rows, n): fixed pieces, whatever the tile."""
+    """Tables (rows, rows) of inner products, one for each piece of (rows, n). The pieces do not depend on the tile."""
     count, n = rows.shape
     tables = []
     for start in range(0, n, PIECE):
@@ -55,7 +55,7 @@ class _Walk:
     """Common part: the task vectors of a tile, wherever in the model they come from."""
 
     def __init__(self, plan: PackPlan, how: StreamSettings, wide: bool = False) -> None:
-        """With `wide`, differences are float64 in all tensors of a task that has an F64 one, as keys are."""
+        """With `wide`, differences are float64 in all tensors of a task that has an F64 tensor, as keys are."""
         self._plan, self._how, self._wide = plan, how, wide
         self._family = Family(plan.base, plan.vectors, how)
         self._sums = plan.sums
@@ -77,7 +77,7 @@ class _Walk:
         return base_raw, aligned.fine.data.cast("B"), vectors
 
     def refuse(self, number: int, source: str, tile: Tile, what: str, room: PackBuffers) -> BadFile:
-        """What is wrong with a task's values, or with the base's."""
+        """The error for a task's values, or the base's."""
         vector = self._plan.vectors[number]
         pair, name = vector.pairs[source], vector.pairs[source].fine.name
         base = CPU.widen(read_bits(self._plan.base, pair.base, tile, room.base)[1], pair.base.dtype, np.empty(tile.stop - tile.start))
@@ -88,7 +88,7 @@ class _Walk:
 
 
 class Gather(_Walk):
-    """Inner products of the task vectors as they are, tensor by tensor."""
+    """Inner products of the unmoved task vectors, tensor by tensor."""
 
     def __init__(self, plan: PackPlan, how: StreamSettings, wide: bool = False) -> None:
         super().__init__(plan, how, wide)
@@ -116,7 +116,7 @@ class Gather(_Walk):
 
 @dataclass
 class Added:
-    """A tile's sums, the inner products of what was added and of the sums (the last row), and squares of rounding errors, (T,)."""
+    """A tile's sums, inner products of what was added and of the sums (the last row), and squared rounding errors, (T,)."""
 
     sums: Sums
     tables: list[Doubles]
@@ -124,7 +124,7 @@ class Added:
 
 
 class Superpose(_Walk):
-    """Move, flip, round and add (or take away) task vectors; digest everything that is read and written."""
+    """Move, flip, round and add (or subtract) task vectors. Digests everything that is read and written."""
 
     def __init__(
         self, plan: PackPlan, how: StreamSettings, writer: PackWriter, new_base: NewBase | None = None, wide: bool = False
@@ -154,7 +154,7 @@ class Superpose(_Walk):
             source = self._sources[number].get(record.info.name, record.info.name)
             base_raw, fine_raw, steps = self.vector(number, source, tile, room)
             pair = vector.pairs[source]
-            if number == 0:  # every task reads each base tensor once, in an order of its own
+            if number == 0:  # every task reads each base tensor once, each in a different order
                 self.base_digests[source].add_at(tile.start, leaves(base_raw, pair.base.dtype))
                 if self._new_base is not None and record.is_target:
                     self._new_base.copy(self._infos[source], tile, base_raw)
@@ -179,13 +179,13 @@ class Superpose(_Walk):
         return Added(sums, tables, rounding * area)
 
     def _signs(self, number: int, record: PackedTensor) -> Any:
-        """Signs of a target tensor, made once."""
+        """Signs of a target tensor, cached."""
         if not record.is_target:
             return None
         key = number, record.info.name
         with self._lock:
             if key not in self._rows:
-                # Tiles come in order, so those of tensors before this one are hardly asked for again.
+                # Tiles come in order, so earlier tensors' signs are rarely needed again.
                 self._rows = {k: v for k, v in self._rows.items() if k[1] >= record.info.name}
                 self._rows[key] = self._plan.arrangement.row(self._plan.vectors[number].name, record.info)
             return self._rows[key]
@@ -203,13 +203,13 @@ class Superpose(_Walk):
         return self._writer.add(result.sums)
 
     def tally(self, result: Added) -> None:
-        """Count what was measured of a tile, in canonical order."""
+        """Add up a tile's measurements, in canonical order."""
         for table in result.tables:
             self.products += table
         self.rounding += result.rounding
 
     def came_back(self, number: int) -> tuple[float, float]:
-        """Of a task's vector as it comes back, unscaled: its square, and the inner product with the task vector."""
+        """For a task's retrieved vector, unscaled: its squared norm, and its inner product with the task vector."""
         return float(self.products[-1, -1]), float(self.products[-1, number])
 
     def finish(self, tile: Tile, committed: list[tuple[int, Sums]], buffers: PackBuffers) -> None:

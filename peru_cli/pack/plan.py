@@ -25,13 +25,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How to superpose. `dtype` is what tasks come back in; without it, what they have."""
+    """How to superpose. `dtype` is that of retrieved tasks; without it, they keep their own."""
 
     seed: int = 0
     decorrelate: str = "shuffle"
     signs: bool = True
     skip: int = 1
-    scale: float | None = 1.0  # None: least squares of what is predicted
+    scale: float | None = 1.0  # None: the least-squares scale that is predicted
     precision: int | None = None
     target: re.Pattern[str] | None = None
     exclude: re.Pattern[str] | None = None
@@ -42,7 +42,7 @@ class PackOptions:
 
 @dataclass
 class PackPlan:
-    """Tasks that a pack is made of, or that are added to or removed from `old`; all lists in order of names."""
+    """Tasks that a pack is made of, or that are added to or removed from `old`. All lists are sorted by name."""
 
     base: Checkpoint
     vectors: list[TaskVector]
@@ -63,12 +63,12 @@ class PackPlan:
 
     @property
     def entries(self) -> int:
-        """How many sums there are."""
+        """Number of sums."""
         return sum(tensor.info.entries for tensor in self.sums)
 
     @property
     def decorrelates(self) -> bool:
-        """Whether targets are decorrelated at all; else the pack is task arithmetic."""
+        """Whether targets are decorrelated at all. Otherwise the pack is task arithmetic."""
         return self.arrangement.signs or self.arrangement.decorrelate != "none"
 
     def without(self, task: str) -> PackPlan:
@@ -79,7 +79,7 @@ class PackPlan:
 
 
 def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options: PackOptions) -> PackPlan:
-    """Settle a new pack. Mismatch with all problems at once; UsageError for options that cannot be."""
+    """Plan a new pack. Mismatch reports all problems at once; UsageError for impossible options."""
     if len(tasks) > MOST_TASKS:
         raise UsageError(f"{len(tasks)} tasks are too many: a pack holds at most {MOST_TASKS}")
     tasks = sorted(tasks)
@@ -112,7 +112,7 @@ def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options
 
 
 def _plan(base: Checkpoint, merged: MergePlan, sums: list[PackedTensor], arrangement: Arrangement, shifts: dict[str, int]) -> PackPlan:
-    """The parts that every plan has; adds what is equal in all models to the tensors."""
+    """The parts common to all plans. Adds the tensors that are equal in all models."""
     copies = {pair.base.name: PackedTensor(pair.base, PackMode.BASE, pair.base.dtype) for pair in merged.same}
     tensors = sorted([*sums, *copies.values()], key=lambda tensor: tensor.info.name)
     same = {v.name: [p for p in merged.same if v.fine.tensors.get(p.fine.name) is p.fine] for v in merged.vectors}
@@ -122,7 +122,7 @@ def _plan(base: Checkpoint, merged: MergePlan, sums: list[PackedTensor], arrange
 
 
 def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], removing: bool) -> PackPlan:
-    """Settle adding tasks to a pack, or removing them; errors as `plan_pack` has them."""
+    """Plan adding tasks to a pack, or removing them. Errors as for `plan_pack`."""
     if pack.has_own_base:
         raise UsageError(
             f"tasks cannot be added to or removed from {pack.path}: its plain sums are in its base (--merge-base)",
@@ -163,7 +163,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
 
 
 def _strangers(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]]) -> str | None:
-    """A regular expression of the models' tensors that the base has and the pack has not: they belong to the task."""
+    """A regular expression for the models' tensors that the base has and the pack lacks: they belong to the task."""
     names = set()
     for _, model in tasks:
         names |= {pair.fine.name for pair in pair_checkpoints(model, base).pairs if pair.base.name not in pack.records}
@@ -171,7 +171,7 @@ def _strangers(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpoi
 
 
 def describe_groups(tensors: Sequence[PackedTensor], groups: Sequence[Group]) -> list[list[str]]:
-    """Rows for people: pattern, shape, how many blocks, entries."""
+    """Table rows: pattern, shape, number of blocks, entries."""
     infos = {tensor.info.name: tensor.info for tensor in tensors}
     rows = []
     for group in groups:

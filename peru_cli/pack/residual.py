@@ -1,8 +1,7 @@
 """`shuffle-pack --residual`: keep the largest errors of superposition for each task, as a sparse delta.
 
-Post-Pruning (methods/magnitude.py) with the retrieved task in the base's place: of the entries of theta_t - theta_t^, the
-largest in magnitude, exactly as many as asked for, equals in canonical order.
-"""
+This is Post-Pruning (methods/magnitude.py) with the retrieved task as the base. It keeps the largest entries of
+theta_t - theta_t^ by magnitude, exactly the requested number, ties in canonical order."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ from peru_cli.vectors.selection import Candidates, Select, Sink
 
 
 class _Cast(Checkpoint):
-    """A fine-tune in the dtypes that it comes back in."""
+    """A fine-tune in the dtypes of the retrieved task."""
 
     def __init__(self, fine: Checkpoint, wanted: Mapping[str, TensorInfo]) -> None:
         self.label = self.kind = fine.label
@@ -48,13 +47,13 @@ class _Cast(Checkpoint):
 
 
 def check_residual(plan: PackPlan, density: Fraction) -> None:
-    """Refuse a share of the entries that keeps nothing."""
+    """UsageError for a density that keeps nothing."""
     if not int(density * plan.entries):
         raise UsageError(f"--residual {float(density):g} of {plan.entries:,} entries keeps nothing", "keep more")
 
 
 class _Measure:
-    """The selecting pass, and sums of squares of what is missed with the residual, over fixed pieces."""
+    """The selecting pass. Also sums squared errors with the residual, over fixed pieces."""
 
     def __init__(self, select: Select) -> None:
         self._select = select
@@ -88,13 +87,12 @@ def write_residuals(
     plan: PackPlan, base: Checkpoint, index: PackIndex, energies: Mapping[str, float], writer: PackWriter, density: Fraction,
     how: StreamSettings, note: Callable[[str], None],
 ) -> list[Residual]:  # fmt: skip
-    """Append each task's residual to a pack whose sums are written; in the order of tasks.
+    """Append each task's residual to a pack whose sums are written, in order of tasks.
 
     Args:
-        base: the pack's.
-        index: of the pack, as far as it is known.
-        energies: squares of the norms of the task vectors, by task.
-    """
+        base: the pack's base.
+        index: the pack's index so far.
+        energies: squared norms of the task vectors, by task."""
     pack = UnfinishedPack(writer.target, plan.metadata, index, writer)
     residuals = []
     for vector in sorted(plan.vectors, key=lambda vector: vector.name):

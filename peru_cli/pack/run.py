@@ -19,7 +19,7 @@ from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import CHUNK, TilePlan
 from peru_cli.vectors.family import StreamSettings
 
-_ROOM = 1 << 20  # entries of all tasks' tiles together, so that memory does not grow with their number
+_ROOM = 1 << 20  # entries of all tasks' tiles together, so that memory does not grow with the number of tasks
 
 
 def default_tile(tasks: int) -> int:
@@ -41,13 +41,12 @@ def make_pack(
     """Write a new pack, or `plan.old` with tasks added or removed.
 
     Args:
-        precision: bits of the step below the task vectors' RMS; the default is the fewest that do not show.
-        max_error: leave out tasks for which more than this is predicted, the worst first.
-        merge_base: write the plain sums into a new base, which the pack then is of; both appear, or none.
-        residual: the share of entries of each task for which what was lost is kept.
+        precision: bits of the step below the task vectors' RMS. The default is the fewest that do not change the error.
+        max_error: leave out tasks with a larger predicted error, the worst first.
+        merge_base: write the plain sums into a new base, which becomes the pack's base. Both appear, or neither.
+        residual: the density of the kept errors of each task.
 
-    Raises BadFile for values that cannot be packed, Mismatch for a base or a removed fine-tune that is not the pack's.
-    """
+    Raises BadFile for values that cannot be packed, Mismatch for another base or if a removed fine-tune is not in the pack."""
     left_out: dict[str, float] = {}
     predicted: list[Quality] = []
     auto = plan.metadata["peru.scale"] == "auto"

@@ -28,21 +28,21 @@ from peru_cli.vectors.family import StreamSettings
 
 @dataclass
 class PackedTask:
-    """What became of a task that was packed."""
+    """The result for one packed task."""
 
     name: str
     norm: float
     predicted: Quality
     measured: Quality
-    rounding: float  # what rounding to steps changed, against the norm
+    rounding: float  # error of rounding to steps, relative to the norm
     whole_bytes: int
-    residual_error: float | None = None  # what is missed with the residual, against the norm
+    residual_error: float | None = None  # error with the residual, relative to the norm
     residual_bytes: int = 0
 
 
 @dataclass
 class PackResult:
-    """What was written. `left_out` are tasks that would miss too much, with what they were predicted to miss."""
+    """What was written. `left_out` are the tasks whose predicted error was too large, with that error."""
 
     path: Path
     tasks: list[PackedTask]
@@ -50,7 +50,7 @@ class PackResult:
     left_out: dict[str, float]
     file_bytes: int
     sums_bytes: int
-    delta_bytes: int  # file_bytes less tasks' own tensors and side files: what bits a parameter count
+    delta_bytes: int  # file_bytes without tasks' own tensors and side files: what bits a parameter count
     entries: int
     precision: int
     scale: float
@@ -63,7 +63,7 @@ class PackResult:
 
 
 class PackSealer:
-    """What follows the sums: tasks' own tensors, side files, index, header."""
+    """Writes what follows the sums: tasks' own tensors, side files, index, header."""
 
     def __init__(
         self, plan: PackPlan, step: Superpose, writer: PackWriter, measured: Measured | None,
@@ -73,12 +73,12 @@ class PackSealer:
         self._plan, self._step, self._writer, self._new_base = plan, step, writer, new_base
         self._measured, self._predicted, self._left_out = measured, predicted, left_out
         self._residual, self._how, self._note = residual, how, note
-        self._contents: dict[bytes, bytes] = {}  # side files that are stored, by digest
+        self._contents: dict[bytes, bytes] = {}  # stored side files, by digest
         old = plan.old
         self._records = {task.name: task for task in (old.index.tasks if old is not None else [])}
 
     def finish(self, target: Path, scale: float) -> PackResult:
-        """Write all of it, and put the pack in place."""
+        """Write everything, and rename the pack into place."""
         plan, step = self._plan, self._step
         if self._new_base is None:
             self._digest_base()
@@ -144,7 +144,7 @@ class PackSealer:
             refuse_base(problems, plan.old, plan.base.label)
 
     def _fine_digest(self, number: int, own: dict[str, bytes]) -> bytes:
-        """Digest of a whole fine-tune, given those of its own tensors."""
+        """Digest of a whole fine-tune, given the digests of its own tensors."""
         vector = self._plan.vectors[number]
         digests = {name: digest.digest() for name, digest in self._step.results[number].items()} | own
         for pair in self._plan.same[vector.name]:
@@ -152,7 +152,7 @@ class PackSealer:
         return checkpoint_digest(digests)
 
     def _prove(self, number: int) -> None:
-        """Refuse a fine-tune that is not the one that was packed."""
+        """Mismatch if a fine-tune is not the one that was packed."""
         plan = self._plan
         vector = plan.vectors[number]
         assert plan.old is not None
@@ -195,7 +195,7 @@ class PackSealer:
 
     @staticmethod
     def _order_cosines(tasks: Sequence[TaskRecord]) -> None:
-        """Keep each pair's cosines with the task that comes later."""
+        """Store each pair's cosines with the later task."""
         by_name = {task.name: task for task in tasks}
         known = {(task.name, other): pair for task in tasks for other, pair in task.cosines.items() if other in by_name}
         for number, task in enumerate(tasks):
@@ -220,11 +220,11 @@ class PackSealer:
 
 
 def _decimal(value: float, digits: int = 4) -> str:
-    """So many significant digits, as the format has decimals."""
+    """A number with this many significant digits, in the format's decimal form."""
     return repr(float(f"{value:.{digits}g}"))
 
 
 def _cosine(table: Doubles, i: int, j: int) -> int:
-    """In 1/10,000."""
+    """Cosine in 1/10,000."""
     norms = float(table[i, i]) * float(table[j, j])
     return round(10_000 * float(table[i, j]) / norms**0.5) if norms > 0 else 0

@@ -1,1 +1,1 @@
-"""`--push` and `peru push`: outputs published on the Hugging Face Hub with a model card."""
+"""`--push` and `peru push`: publish outputs on the Hugging Face Hub with a model card."""

@@ -25,11 +25,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass
 class Contents:
-    """What is to be published, by kind; keys are paths in the repo."""
+    """What to publish, by kind. Keys are paths in the repo."""
 
     artifacts: dict[str, Path] = field(default_factory=dict)
-    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # folder: its adapter_config.json
-    files: dict[str, Path] = field(default_factory=dict)  # all of it
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # maps a folder to its adapter_config.json
+    files: dict[str, Path] = field(default_factory=dict)  # all files
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +56,7 @@ def contents(files: Mapping[str, Path]) -> Contents:
 
 
 def front_matter(bases: Iterable[str], relation: str, library: str | None, tags: Sequence[str]) -> list[str]:
-    """The card's first lines; only what the Hub takes for a model's name goes into `base_model`."""
+    """The card's first lines. `base_model` gets only names that the Hub accepts for a model."""
     repos = list(dict.fromkeys(repo[0] for repo in map(hub_repo, bases) if repo is not None))
     head = ["---"]
     if len(repos) == 1:
@@ -71,10 +71,9 @@ def front_matter(bases: Iterable[str], relation: str, library: str | None, tags:
 
 
 def card(found: Contents, repo: str, bases: Sequence[str] = ()) -> str:
-    """The card of artifacts, adapters or a model, as it is published in `repo`: ORG/NAME or ORG/NAME@BRANCH.
+    """The card of artifacts, adapters or a model, as published in `repo`: ORG/NAME or ORG/NAME@BRANCH.
 
-    `bases` are those of a model, which does not name them.
-    """
+    `bases` are those of a model, which does not record them."""
     if found.artifacts:
         lines = _artifacts_card(found, repo)
     elif found.adapters:
@@ -85,7 +84,7 @@ def card(found: Contents, repo: str, bases: Sequence[str] = ()) -> str:
 
 
 def as_text(lines: Iterable[str]) -> str:
-    """Lines of a card as its text: none of them can be two, or holds what a terminal or a browser obeys."""
+    """Join a card's lines. None can contain a line break, or characters that a terminal or browser interprets."""
     return "\n".join(map(printable, lines))
 
 
@@ -142,7 +141,7 @@ def _of(bases: Sequence[BaseName], found: Contents) -> str:
 
 
 def link(name: str) -> str:
-    """A model's name; those of the Hub lead there."""
+    """A model's name, as a link if it is on the Hub."""
     split = hub_repo(name)
     if split is None:
         return f"`{markdown(name)}`"
@@ -168,7 +167,7 @@ def _artifact_row(file: str, container: Container) -> str:
 
 
 def artifact_of(repo: str, file: str, apart: bool) -> str:
-    """How an artifact is named: by its repo, or as a file of it."""
+    """How an artifact is named: by its repo, or as a file in it."""
     return f"hf://models/{repo}/{file}" if apart else repo
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def destination(wanted: options.Publishing, force: bool, output: str) -> Optional[Destination]:
-    """Where --push publishes, after asking the Hub whether it could; None without --push. Call it before any tensor is read."""
+    """Where --push publishes, after asking the Hub whether it would accept. None without --push. Call it before any tensor is read."""
     from peru_cli.publish import run as job
 
     place = job.destination(wanted.push, wanted.private, wanted.revision, wanted.commit_message, force, output)
@@ -28,7 +28,7 @@ def destination(wanted: options.Publishing, force: bool, output: str) -> Optiona
 
 
 def publish(place: Optional[Destination], outputs: Sequence[Path], command: str, bases: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Publish what `peru COMMAND` wrote; what --json says of it, nothing without --push. Call it when the output is in place."""
+    """Publish what `peru COMMAND` wrote, and return what --json says of it (empty without --push). Call it when the output is in place."""
     if place is None:
         return {}
     from peru_cli.publish import run as job

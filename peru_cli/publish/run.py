@@ -1,9 +1,8 @@
 """Publish what peru wrote on the Hugging Face Hub: files and model card in one commit, or nothing.
 
-What decides about existing content: without `force` only an empty place (a new repo, a new branch, one with
-nothing but .gitattributes) is written to, and one that holds just this already is left as it is. With
-`force` the place holds exactly what was published afterwards; what it held before stays in its history.
-"""
+Existing content decides what happens. Without `force` only an empty place (a new repo, a new branch, one with nothing but
+.gitattributes) is written to, and a place that holds exactly the same content is left alone. With `force` the place
+afterwards holds exactly what was published; its earlier content stays in the history."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ _CARD = "README.md"
 _ATTRIBUTES = ".gitattributes"
 _PUBLISHED = re.compile(
     r".*\.safetensors|.*\.safetensors\.index\.json|adapter_config\.json|README\.md"
-)  # and side files; nothing else goes out
+)  # besides side files, these are all that is published
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Destination:
 
 @dataclass(frozen=True)
 class Published:
-    """What became of it: the commit that holds everything."""
+    """The result: the commit that holds everything."""
 
     repo: str
     commit: str
     url: str
-    new: bool  # False: the place held just this already
+    new: bool  # False: the place already held the same content
 
     def json(self) -> dict[str, Any]:
         """For machines."""
@@ -65,7 +64,7 @@ class Published:
 def destination(
     push: str | None, private: bool, revision: str | None, message: str | None, force: bool, output: str | None = None
 ) -> Destination | None:
-    """What the command line says, checked as text; None without --push."""
+    """Parse the options of --push. None without --push."""
     if push is None:
         if private or revision is not None or message is not None:
             raise UsageError("--private, --revision and --commit-message need --push", "add --push org/name")
@@ -83,7 +82,7 @@ def destination(
 
 @dataclass(frozen=True)
 class _State:
-    """A revision as it stands: its commit, and its files with their SHA-256 (LFS) or git blob id."""
+    """The state of a revision: its commit, and its files with their SHA-256 (LFS) or git blob id."""
 
     commit: str | None
     files: dict[str, str]
@@ -112,9 +111,8 @@ def check(place: Destination, taken: bool = True) -> None:
 def publish(paths: Sequence[Path], place: Destination, made_by: str, bases: tuple[str, ...] = ()) -> Published:
     """Upload files, or a folder, with their card in one commit.
 
-    `made_by` is the command, for the commit message; `bases` are models that the files themselves do not name.
-    Raises PeruError, which says that the local output stays.
-    """
+    `made_by` is the command, for the commit message. `bases` are models that the files themselves do not record.
+    Raises PeruError, which says that the local output is kept."""
     try:
         with _explained(place):
             return _publish(paths, place, made_by, bases)
@@ -166,7 +164,7 @@ def _publish(paths: Sequence[Path], place: Destination, made_by: str, bases: tup
 
 
 def collect(paths: Sequence[Path]) -> dict[str, Path]:
-    """Files to publish by their path in the repo: weights, configurations, cards. Anything else is left out, and said so."""
+    """Files to publish, by their path in the repo: weights, configurations, cards. Notes which other files are left out."""
     if all(path.is_file() for path in paths):
         if len({path.name for path in paths}) < len(paths):
             raise UsageError("two of the files have the same name", "publish them in separate repos")
@@ -213,7 +211,7 @@ _NEW_TOKEN = "create a token with write access at https://huggingface.co/setting
 
 
 def _exists(api: HfApi, place: Destination) -> bool:
-    """Whether the repo is there; refuses a public one where a private one is wanted."""
+    """Whether the repo exists. Refuses a public repo if a private one is wanted."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -228,7 +226,7 @@ def _exists(api: HfApi, place: Destination) -> bool:
 
 
 def _state(api: HfApi, place: Destination) -> _State | None:
-    """The revision as it stands; None if there is none."""
+    """The current state of the revision. None if it does not exist."""
     from huggingface_hub.errors import RevisionNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
@@ -241,7 +239,7 @@ def _state(api: HfApi, place: Destination) -> _State | None:
 
 
 def _new_branch(api: HfApi, place: Destination) -> _State:
-    """Make the branch from the repo's first commit, which is empty unless somebody made the repo by other means."""
+    """Create the branch from the repo's first commit, which is empty unless the repo was made by other means."""
     if place.revision.startswith("refs/"):
         raise PeruError(f"{place}: no such reference", "open the pull request first, or name a branch")
     first = api.list_repo_commits(place.repo)[-1].commit_id
@@ -262,7 +260,7 @@ def _refuse_content(place: Destination, state: _State) -> None:
 
 
 def _same(content: Path | bytes, blob: str) -> bool:
-    """Whether a file is what the Hub has under a SHA-256 or a git blob id."""
+    """Whether a file has this SHA-256 or git blob id on the Hub."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     digest = hashlib.sha256() if len(blob) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     if isinstance(content, bytes):
@@ -276,7 +274,7 @@ def _same(content: Path | bytes, blob: str) -> bool:
 
 @contextmanager
 def _explained(place: Destination) -> Iterator[None]:
-    """Errors of the Hub and of the network as a user should read them."""
+    """Turn errors of the Hub and the network into messages for users."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -291,7 +289,7 @@ def _explained(place: Destination) -> Iterator[None]:
         raise PeruError(
             f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})", "check the network, the proxy and HF_ENDPOINT"
         ) from None
-    except (RuntimeError, ValueError) as error:  # what the client raises for failed uploads and for cards that the Hub refuses
+    except (RuntimeError, ValueError) as error:  # raised by the client for failed uploads and for cards that the Hub rejects
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             raise _explain_answer(place, cause.response.status_code, cause) from None

@@ -1,1 +1,1 @@
-"""Task vectors: a family of fine-tunes aligned with one base, and the thresholds over them."""
+"""Task vectors: a family of fine-tunes aligned with one base, and thresholds over them."""

@@ -1,4 +1,4 @@
-"""Copy a checkpoint into a writer, tile by tile, in any dtype; compact forms are expanded while they are read."""
+"""Copy a checkpoint into a writer, tile by tile, in any dtype. Compact forms are expanded while they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peru_cli.vectors.family import StreamSettings
 
 
 def in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
-    """A tensor as it will be written: `dtype` replaces that of floating tensors."""
+    """A tensor as it will be written: floating tensors get `dtype`."""
     return TensorInfo(info.name, dtype, info.shape) if dtype is not None and info.dtype.compressible else info
 
 
@@ -80,9 +80,8 @@ def copy_checkpoint(source: Checkpoint, writer: CheckpointWriter, how: StreamSet
     """Fill a writer with a checkpoint's tensors, in the writer's order and dtypes. The caller enters and commits it.
 
     Args:
-        names: the source's name of a tensor by the writer's, where they differ.
+        names: maps the writer's name of a tensor to the source's, if they differ.
 
-    Raises BadFile if a value does not fit its new dtype.
-    """
+    Raises BadFile if a value does not fit its new dtype."""
     step = _Copy(source, writer, names or {}, how)
     run(step, TilePlan([info.entries for info in writer.order], how.tile_entries), how.threads, how.advance)

@@ -20,22 +20,22 @@ from peru_cli.streaming.tiles import Strip, Tile, TilePlan
 from peru_cli.vectors.threshold_journal import Found, ThresholdJournal
 
 SAMPLE_RUNS = 1024
-RANGED_RUN = 4  # times as long, and as few, where each run is a request
+RANGED_RUN = 4  # runs this many times as long, and this many times fewer, if each run is a request
 SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
-KEPT_BYTES = 128 << 20  # that came over the network and are wanted once more: all of a small model, or one tensor
+KEPT_BYTES = 128 << 20  # bytes from the network kept for a second pass: all of a small model, or one tensor
 SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
-STRIP_RUNS = 32  # runs that one thread looks at together: a run alone costs more to ask for than to look at
+STRIP_RUNS = 32  # runs that one thread processes together: asking for a single run costs more than processing it
 
 
 @dataclass
 class TaskVector:
-    """A fine-tune against the base."""
+    """A fine-tune and its base."""
 
     name: str
     fine: Checkpoint
     pairing: Pairing
-    pairs: dict[str, Pair] = field(init=False)  # those that have a difference, by the base's tensor name
-    wide: bool = field(init=False)  # whether keys are float64: if any paired tensor is
+    pairs: dict[str, Pair] = field(init=False)  # pairs with a difference, by the base's tensor name
+    wide: bool = field(init=False)  # whether keys are float64: true if any paired tensor is
 
     def __post_init__(self) -> None:
         self.pairs = {pair.base.name: pair for pair in self.pairing.pairs if pair.is_delta}
@@ -49,7 +49,7 @@ class TaskVector:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How to stream: nothing here changes a result."""
+    """How to stream. Nothing here changes a result."""
 
     xp: Arrays
     threads: int
@@ -58,7 +58,7 @@ class StreamSettings:
 
 
 class Buffers:
-    """One thread's room: a tile of the base, a tile of a fine-tune, keys."""
+    """One thread's buffers: a tile of the base, a tile of a fine-tune, keys."""
 
     def __init__(self, how: StreamSettings, tasks: Sequence[TaskVector]) -> None:
         widths = [d.bits // 8 for t in tasks for p in t.pairs.values() for d in (p.fine.dtype, p.base.dtype)]
@@ -68,10 +68,9 @@ class Buffers:
 
 @dataclass
 class Aligned:
-    """What one task has of a tile: the base's bits cast to its dtype and its own, (n,), and rows that grew.
+    """One task's part of a tile: the base's bits cast to its dtype and its own bits, (n,), and added rows.
 
-    Without a base (a method that merges the weights themselves) `base` is empty and `fine` is all there is.
-    """
+    Without a base (for a method that merges the weights themselves) `base` is empty and only `fine` is set."""
 
     task: int
     pair: Pair
@@ -85,12 +84,11 @@ class Aligned:
         return weights if weights is out else xp.copy(weights, out)
 
     def difference(self, xp: Arrays, out: Array, room: Callable[[], Array], base_weights: Array | None = None) -> Array:
-        """fine - base in `out`, (n,) float32 or float64, without bound: infinity and NaN stay what they are.
+        """fine - base in `out`, (n,) float32 or float64, unclipped: infinity and NaN pass through.
 
         Args:
-            room: gives an array like `out` to widen the base into.
-            base_weights: the base in its own dtype, if it has been widened: serves tasks of that dtype.
-        """
+            room: returns an array like `out` to widen the base into.
+            base_weights: the base in its own dtype, already widened; used for tasks of that dtype."""
         dtype = self.pair.fine.dtype
         if base_weights is None or dtype is not self.pair.base.dtype:
             base_weights = xp.widen(self.base, dtype, room())
@@ -103,7 +101,7 @@ def _of_task(task: TaskVector, slots: Sequence[TensorInfo], tensor: int) -> Tens
 
 
 class Family:
-    """A base and task vectors, slot by slot: a slot is a base tensor that any of them pairs with."""
+    """A base and task vectors, slot by slot. A slot is a base tensor that any of them pairs with."""
 
     def __init__(self, base: Checkpoint, tasks: Sequence[TaskVector], how: StreamSettings) -> None:
         self.base, self.tasks, self.how = base, tasks, how
@@ -113,7 +111,7 @@ class Family:
         self.entries = [max([s.entries] + [t.pairs[s.name].fine.entries for t in tasks if s.name in t.pairs]) for s in self.slots]
 
     def plan(self, first: int = 0) -> TilePlan:
-        """Tiles of all slots, or of those from one on, each as long as its longest tensor."""
+        """Tiles of all slots, or of those from `first` on, each as long as its longest tensor."""
         return TilePlan([0 if i < first else n for i, n in enumerate(self.entries)], self.how.tile_entries)
 
     def tiles(self, slot: int) -> list[Tile]:
@@ -121,11 +119,11 @@ class Family:
         return [tile._replace(tensor=slot) for tile in TilePlan(self.entries[slot : slot + 1], self.how.tile_entries)]
 
     def buffers(self) -> Buffers:
-        """One thread's room."""
+        """One thread's buffers."""
         return Buffers(self.how, self.tasks)
 
     def each(self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
-        """Read the tile of each wanted task in turn; one's tensors are valid until the next."""
+        """Read the tile of each wanted task in turn. Each result is valid until the next one."""
         for number in wanted:
             if slot.name in self.tasks[number].pairs:
                 aligned = self.align(number, slot.name, tile, base_bits, buffers.fine)
@@ -133,7 +131,7 @@ class Family:
                     yield aligned
 
     def align(self, number: int, slot: str, tile: Tile | Strip, base_bits: Array | None, buffer: TileBuffer) -> Aligned:
-        """Read what a task has of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
+        """Read a task's part of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
         pair = self.tasks[number].pairs[slot]
         fine = read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffer)
         if base_bits is None:
@@ -142,27 +140,27 @@ class Family:
         return Aligned(number, pair, cast_bits(self.how.xp, base_bits, pair.base.dtype, pair.fine.dtype), fine[:n], fine[n:])
 
     def reads(self, slots: Sequence[TensorInfo], wanted: Iterable[int]) -> Reads:
-        """What a pass over these slots of the base and of the wanted tasks reads."""
+        """What a pass over these slots reads of the base and of the wanted tasks."""
         yield self.base, lambda tensor: slots[tensor]
         for number in wanted:
             yield self.tasks[number].fine, partial(_of_task, self.tasks[number], slots)
 
     def forget(self) -> None:
-        """Drop what passes kept."""
+        """Drop what earlier passes kept."""
         for source in (self.base, *(task.fine for task in self.tasks)):
             source.forget()
 
     def fits(self, slots: Sequence[TensorInfo]) -> bool:
-        """Whether what comes of these slots over the network may be kept between two passes."""
+        """Whether the network data of these slots may be kept between two passes."""
         return self.ranged_bytes(slots) <= KEPT_BYTES
 
     def ranged_bytes(self, slots: Sequence[TensorInfo]) -> int:
-        """Bytes of these slots that come over the network, of the base and of all tasks."""
+        """Bytes of these slots that come over the network, for the base and all tasks."""
         pairs = [pair for slot in slots for task in self.tasks if task.fine.ranged and (pair := task.pairs.get(slot.name)) is not None]
         return sum(slot.nbytes for slot in slots if self.base.ranged) + sum(pair.fine.nbytes for pair in pairs)
 
     def differences(self, aligned: Aligned, buffers: Buffers) -> Differences:
-        """What compares one task's tile with the base's."""
+        """The comparer of one task's tile with the base's."""
         return buffers.differences[self.tasks[aligned.task].wide]
 
 
@@ -179,12 +177,12 @@ class _Group:
         return self.family.slots[self.slots[tile.tensor]]
 
     def sample(self) -> tuple[list[Strip], bool]:
-        """Short runs spread evenly over the group; all of it if that is no more (the flag)."""
+        """Short runs spread evenly over the group, or all of it if that is no more (the flag)."""
         strips: list[Strip] = []
         total = sum(self.entries)
         everything = total <= self._sample
         step = 1.0 if everything else total / self._sample
-        due = 0.0  # runs are cut from SAMPLE_RUN-sized pieces; every step-th piece is taken
+        due = 0.0  # runs are cut from pieces of SAMPLE_RUN entries; every step-th piece is taken
         tile = self.family.how.tile_entries
         run = SAMPLE_RUN * (RANGED_RUN if self.family.ranged else 1)
         size, together = (tile, 1) if everything else (run, min(STRIP_RUNS, tile // run))
@@ -207,7 +205,7 @@ class _Sample:
     def __init__(self, group: _Group, wanted: Sequence[int]) -> None:
         self._group, self._wanted = group, wanted
         self.keys: dict[int, list[Keys]] = {number: [] for number in wanted}
-        self._tensors: dict[int, list[int]] = {number: [] for number in wanted}  # which tensor each piece is from
+        self._tensors: dict[int, list[int]] = {number: [] for number in wanted}  # the tensor of each piece
         self.changed = dict.fromkeys(wanted, 0)
 
     def buffers(self) -> Buffers:
@@ -232,10 +230,9 @@ class _Sample:
             self.changed[number] += changed
 
     def window(self, number: int, k: int, within: tuple[int, int, int] | None = None) -> Window:
-        """Where the task's threshold very likely is; a sampled key stands for its share of its tensor.
+        """A window that very likely contains the task's threshold. Each sampled key stands for its share of its tensor.
 
-        With `within`, of the keys from a lowest to a highest alone, of which there are so many.
-        """
+        With `within` (lowest key, highest key, their number), only keys in that range count."""
         sizes = np.array([len(keys) for keys in self.keys[number]])
         tensors = np.array(self._tensors[number])
         sampled = np.bincount(tensors, weights=sizes, minlength=len(self._group.entries))
@@ -255,7 +252,7 @@ class _Sample:
 
 
 class _Count:
-    """Tallies the windows of several tasks over the slots from `first` on; `tallies` begins with what the log has."""
+    """Tallies the windows of several tasks over the slots from `first` on. `tallies` start with the journal's counts."""
 
     def __init__(self, group: _Group, windows: dict[int, Window], log: ThresholdJournal | None) -> None:
         self._group, self._log = group, log
@@ -266,7 +263,7 @@ class _Count:
             self.first = log.counted(self.tallies)
 
     def plan(self) -> TilePlan:
-        """Tiles of what the log does not have."""
+        """Tiles that the journal has not counted."""
         entries = [0 if i < self.first else n for i, n in enumerate(self._group.entries)]
         return TilePlan(entries, self._group.family.how.tile_entries)
 
@@ -300,7 +297,7 @@ def _nothing(task: TaskVector) -> Threshold:
 
 
 def _sampled(group: _Group, wanted: Sequence[int]) -> tuple[_Sample, bool]:
-    """A sample of some tasks' keys, and whether it is all of them."""
+    """A sample of some tasks' keys, and whether it holds all of them."""
     how = group.family.how
     sample = _Sample(group, wanted)
     strips, everything = group.sample()
@@ -309,7 +306,7 @@ def _sampled(group: _Group, wanted: Sequence[int]) -> tuple[_Sample, bool]:
 
 
 def _predict(group: _Group, sample: _Sample, everything: bool, kept: dict[int, int]) -> tuple[dict[int, Found], dict[int, Window]]:
-    """Thresholds that a sample settles, and windows for the others."""
+    """Thresholds that the sample settles, and windows for the others."""
     family = group.family
     found: dict[int, Found] = {}
     windows: dict[int, Window] = {}
@@ -325,14 +322,13 @@ def _predict(group: _Group, sample: _Sample, everything: bool, kept: dict[int, i
 
 
 def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: ThresholdJournal | None = None) -> dict[int, Found]:
-    """The threshold of each task over some slots, such that it keeps exactly so many entries.
+    """The threshold of each task over some slots that keeps exactly the requested number of entries.
 
     Args:
-        kept: for each task (number), how many of its entries of these slots to keep.
-        log: what an earlier run found out, which is not looked for again, and where to note what this one does.
+        kept: for each task (index), how many of its entries in these slots to keep.
+        log: results of an earlier run, which are reused, and where to record those of this run.
 
-    Reads a sample, then usually everything once; exact whatever the data (methods/magnitude.py).
-    """
+    Reads a sample, then usually everything once. Exact for any data (methods/magnitude.py)."""
     group = _Group(family, slots)
     how = family.how
     sample: _Sample | None = None
@@ -361,11 +357,11 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: Thr
             else:
                 found[number] = Found(decision, tally.changed)
                 del windows[number]
-        counts += 1  # predicted anew from what was counted, once; then bisected
+        counts += 1  # predict again from the counts, once; then bisect
 
 
 def counted_bytes(family: Family, slots: range) -> int:
-    """Bytes over the network that looking for a threshold takes and the pass after it asks for again: all but the sample."""
+    """Network bytes that the threshold search takes and the next pass requests again: everything but the sample."""
     group = _Group(family, slots)
     strips, _ = group.sample()
     total = family.ranged_bytes(group.tensors)

@@ -23,21 +23,21 @@ from peru_cli.vectors.family import Aligned, Buffers, Family, TaskVector
 
 @dataclass
 class Sink:
-    """Where one task's kept entries go, and what is counted on the way."""
+    """Where one task's kept entries go, with running counts."""
 
     writer: BlockWriter
     streams: list[Stream]
-    octaves: bool = False  # of rounded values only sign and octave above the threshold are kept
+    octaves: bool = False  # of rounded values, keep only sign and octave above the threshold
     thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
     quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
     result: dict[str, TensorDigest] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
-    changed: int = 0  # entries, where thresholds were looked for
+    changed: int = 0  # entries, if thresholds were searched for
     not_finite: int = 0  # kept entries whose difference is NaN or infinite
-    largest_error: float = 0.0  # of values that were rounded
-    energy: float = 0.0  # squared norm of the task vector, as far as it is finite; 0 where nothing is lost anyway
-    missed: float = 0.0  # squared norm of what comes back minus the fine-tune, over the same
+    largest_error: float = 0.0  # largest rounding error
+    energy: float = 0.0  # squared norm of the task vector's finite entries; 0 if nothing is lost
+    missed: float = 0.0  # squared norm of the rebuilt fine-tune minus the original, over the same entries
 
     @property
     def relative_error(self) -> float:
@@ -45,47 +45,47 @@ class Sink:
         return float(f"{math.sqrt(self.missed / self.energy):.4g}") if self.missed else 0.0
 
     def add_threshold(self, threshold: Threshold) -> None:
-        """The threshold of the next slot, or of all."""
+        """Add the threshold of the next slot, or of all slots."""
         self.thresholds.append(threshold)
         self.quotas.append(threshold.equals or 0)
 
     def stream_number(self, dtype: Dtype) -> int:
-        """The stream of a dtype."""
+        """The index of a dtype's stream."""
         return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
 
 
 @dataclass
 class Candidates:
-    """What one task may keep of a tile. All arrays are (candidates,) unless said otherwise, on the CPU."""
+    """Entries of a tile that one task may keep. All arrays are (candidates,) unless said otherwise, on the CPU."""
 
     aligned: Aligned
-    result: Array  # the tile as the artifact will give it back, once `bits` are put in; (tile,)
+    result: Array  # the tile as the artifact will rebuild it, once `bits` are put in; (tile,)
     positions: Array  # within the tile, ascending
     equal: Array | None  # which ones equal the threshold
     values: Array
-    bits: Array  # what the result has there
-    energy: Array  # squared norm of the task vector, CHUNK by CHUNK of the tile; (chunks,)
-    missed: Array  # and of what is lost of it if all candidates are kept
-    exact: Array | None = None  # exact differences, where values are rounded
+    bits: Array  # the result's bits there
+    energy: Array  # squared norm of the task vector, by CHUNK of the tile; (chunks,)
+    missed: Array  # the same for what is lost if all candidates are kept
+    exact: Array | None = None  # exact differences, if values are rounded
     errors: Array | None = None  # of rounding
     infinite: Array | None = None  # which differences are not finite
 
     def keep(self, stays: Array) -> None:
-        """Drop all candidates but those at these indices."""
+        """Drop all candidates except those at these indices."""
         for name in ("positions", "values", "bits", "exact", "errors", "infinite"):
             if (array := getattr(self, name)) is not None:
                 setattr(self, name, array[stays])
 
 
 class Watcher(Protocol):
-    """Is told how far the pass has come."""
+    """Is told of the pass's progress."""
 
     def reached(self, tile: Tile) -> None:
-        """A tile was committed: in canonical order."""
+        """A tile was committed. Called in canonical order."""
         ...
 
     def finished(self, tile: Tile) -> None:
-        """Everything that follows from a tile is done: from any thread."""
+        """Everything that follows from a tile is done. Called from any thread."""
         ...
 
 
@@ -127,7 +127,7 @@ class Select:
         infinite = equal = None
         energy = missed = np.zeros(-(-len(aligned.base) // CHUNK))
         room = self._family.differences(aligned, buffers)
-        # Once no equals may be taken any more, that stays so: whoever sees it need not look at them.
+        # Once no equals may be taken any more, that never changes: the entries need no check.
         exhausted = not threshold.keeps_all and not sink.quotas[_threshold_number(sink, tile)]
         where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted)
         if not threshold.keeps_all:
@@ -212,7 +212,7 @@ def _threshold_number(sink: Sink, tile: Tile) -> int:
 
 
 def _squares(keys: Array, task: TaskVector) -> Array:
-    """Sums of squares of differences that are finite, CHUNK by CHUNK; float64 (chunks,). What is not finite leaves the keys."""
+    """Sums of squared finite differences by CHUNK; float64 (chunks,). Removes differences that are not finite from the keys."""
     floats = keys.view("f8" if task.wide else "f4")
     with np.errstate(over="ignore"):
         sums = _by_run(floats)
@@ -227,5 +227,5 @@ def _by_run(floats: Array) -> Array:
 
 
 def _by_chunk(positions: Array, values: Array, chunks: int) -> Array:
-    """Sums of values by the CHUNK that they lie in; float64 (chunks,)."""
+    """Sums of values by the CHUNK that contains them; float64 (chunks,)."""
     return np.bincount(positions // CHUNK, values, chunks)

@@ -15,8 +15,8 @@ _M_ARENA_MAX = -8
 
 
 def _share_one_heap() -> None:
-    """Let all threads allocate from one heap of glibc's: with one each, peak memory varies by 15% with who freed what first."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library
+    """Let all threads allocate from one glibc heap. With a heap for each, peak memory varies by 15% with the order of frees."""
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
@@ -24,6 +24,6 @@ def _share_one_heap() -> None:
 def streaming(device: str, threads: int | None, tile_entries: int | None, advance: Callable[[int], None]) -> Iterator[StreamSettings]:
     """Check the settings and bundle them."""
     tile = DEFAULT_TILE if tile_entries is None else tile_entries
-    TilePlan([], tile)  # refuses a bad size
+    TilePlan([], tile)  # rejects an invalid size
     _share_one_heap()
     yield StreamSettings(pick_arrays(device), threads or available_threads(), tile, advance)

@@ -1,4 +1,4 @@
-"""The task vector of one weight as a matrix that is read in panels: fine-tune minus the base cast to its dtype."""
+"""The task vector of one weight as a matrix read in panels: the fine-tune minus the base cast to its dtype."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from peru_cli.streaming.arrays import CPU, Host
 
 _PANEL = 1 << 19  # entries of a row panel
 _COLUMN_PANEL = 1 << 24  # entries of a column panel: its rows are read one by one, so they should be long
-_TILE = 1 << 16  # entries subtracted at once, in the CPU's cache
+_TILE = 1 << 16  # entries subtracted at once, to stay in the CPU's cache
 
 
 @dataclass
 class TaskMatrix(Matrix):
-    """Rows and columns as stored, from entry `start` of the tensor on; panels are float32, or float64 if either tensor is."""
+    """Rows and columns as stored, from entry `start` of the tensor on. Panels are float32, or float64 if either tensor is."""
 
     fine: Checkpoint
     base: Checkpoint
@@ -36,7 +36,7 @@ class TaskMatrix(Matrix):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the panels."""
+        """Dtype of the panels."""
         return torch.float64 if "F64" in (self.pair.fine.dtype.name, self.pair.base.dtype.name) else torch.float32
 
     def row_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -59,7 +59,7 @@ class TaskMatrix(Matrix):
             yield first, panel.to(self.device)
 
     def _fill(self, start: int, out: Host) -> None:
-        """fine - base of `len(out)` entries from entry `start` of the matrix on."""
+        """Write fine - base for `len(out)` entries from entry `start` of the matrix on."""
         fine, base = self.pair.fine, self.pair.base
         room = np.empty(min(_TILE, len(out)), out.dtype)
         for at in range(0, len(out), _TILE):
@@ -68,7 +68,7 @@ class TaskMatrix(Matrix):
             cast = cast_bits(CPU, read_entries(self.base, base, entry, len(part)), base.dtype, fine.dtype)
             subtrahend = CPU.widen(cast, fine.dtype, room[: len(part)])
             np.subtract(minuend, subtrahend, out=part)
-            # a sum shows NaN and infinity faster than looking for them does
+            # a sum reveals NaN and infinity faster than a search
             if not np.isfinite(part.sum()) and not np.isfinite(part).all():
                 first = int(np.flatnonzero(~np.isfinite(part))[0])
                 if np.isfinite(subtrahend[first]):

@@ -1,4 +1,4 @@
-"""The journal of the search for thresholds: what was sampled, counted and decided, so that a killed run can continue."""
+"""The journal of the threshold search: what was sampled, counted and decided, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peru_cli.artifacts.codecs import PCO, Integers, decode, encode
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.methods.magnitude import Tally, Threshold, Window
 
-EVERY = 1.0  # seconds between two notes where reading again costs nothing but time
+EVERY = 1.0  # seconds between two entries, if reading again costs nothing but time
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Found:
 
 
 class Pace:
-    """Says when to note something: always where it came over the network, now and then else."""
+    """When to write an entry: always for network data, now and then otherwise."""
 
     def __init__(self, ranged: bool) -> None:
         self._every = 0.0 if ranged else EVERY
         self._at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time; asking anew begins with the next one."""
+        """Whether an entry is due. This restarts the interval."""
         now = time.monotonic()
         if now - self._at < self._every:
             return False
@@ -41,14 +41,14 @@ class Pace:
 
 
 class ThresholdJournal:
-    """The notes of one search under a name. `count` is called in canonical order."""
+    """The entries of one search under a name. Call `count` in canonical order."""
 
     def __init__(self, journal: Journal, name: str, ranged: bool) -> None:
         self._journal, self._name, self._pace = journal, name, Pace(ranged)
         self._round = 0
 
     def known(self) -> tuple[dict[int, Found], dict[int, Window], int] | None:
-        """Thresholds that were found, windows to count for the others, and how many counts came before; None of a new search."""
+        """Thresholds found, windows to count for the other tasks, and the number of counts so far. None for a new search."""
         rounds = [key for key in self._journal.notes if key.startswith(f"{self._name} round ")]
         if not rounds:
             return None
@@ -60,7 +60,7 @@ class ThresholdJournal:
         )
 
     def begin(self, found: dict[int, Found], windows: dict[int, Window], counts: int) -> None:
-        """Note what is known before a count."""
+        """Record what is known before a count."""
         self._round = counts
         key = f"{self._name} round {counts}"
         if key not in self._journal.notes:
@@ -68,7 +68,7 @@ class ThresholdJournal:
             self._journal.note(key, [settled, [[number, w.low, w.shift, w.bins] for number, w in windows.items()]])
 
     def counted(self, tallies: dict[int, Tally]) -> int:
-        """Add what an earlier run counted in this round; returns the first slot that it did not."""
+        """Add what an earlier run counted in this round. Returns the first slot that it did not count."""
         first = 0
         for key, value in self._journal.notes.items():
             if key.startswith(f"{self._name} count {self._round} "):
@@ -76,11 +76,11 @@ class ThresholdJournal:
                 for number, above, changed, bins, times in value:
                     tallies[number].restore(above, changed, _unpack(bins, True), _unpack(times, False))
         for tally in tallies.values():
-            tally.news()  # it is noted
+            tally.news()  # already recorded
         return first
 
     def count(self, tallies: dict[int, Tally], slot: int) -> None:
-        """A slot was counted, and all before it."""
+        """Record that a slot and all before it were counted."""
         if self._pace.due():
             news = [(number, tally.news()) for number, tally in tallies.items()]
             noted = [[number, above, changed, _pack(bins, True), _pack(times, False)] for number, (above, changed, bins, times) in news]
@@ -88,7 +88,7 @@ class ThresholdJournal:
 
 
 def _pack(values: Integers, ascending: bool) -> Any:
-    """Whole numbers as [how many, codec's bytes]."""
+    """Integers as [their number, the codec's bytes]."""
     if not len(values):
         return [0, ""]
     steps = np.diff(values, prepend=0) if ascending else values

@@ -21,14 +21,13 @@ _ANEW = "make new masks from all fine-tunes"
 def read_options(
     method: str, thresholds: list[str], keep: Optional[str], given: Mapping[str, object], change: Optional[Path]
 ) -> Optional[MaskOptions]:
-    """The options of a method that makes masks; None for `superpose`.
+    """The options of a method that makes masks. None for `superpose`.
 
     Args:
-        given: other options of the command, by name; those that are None were not given.
+        given: other options of the command, by name. None means that the option was not given.
         change: the pack of --add-to or --remove-from.
 
-    Raises UsageError for options that the method does not have.
-    """
+    Raises UsageError for options that the method does not have."""
     from peru_cli.methods.masking import METHODS, TALL
     from peru_cli.pack.masks.run import MaskOptions
 
@@ -50,7 +49,7 @@ def read_options(
 
 
 def refuse_masks(change: Path) -> None:
-    """Refuse an artifact of masks where a pack is to be changed."""
+    """UsageError if the pack to change is an artifact of masks."""
     from peru_cli.artifacts.container import artifact_kind
     from peru_cli.artifacts.packs.masks import KIND
 
@@ -76,7 +75,7 @@ def _read_thresholds(texts: list[str]) -> dict[str, float]:
 
 
 def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
-    """What --dry-run says."""
+    """Print what --dry-run says, and return it."""
     from peru_cli.methods.masking import GRID, TALL
 
     names = [vector.name for vector in plan.vectors]
@@ -93,7 +92,7 @@ def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
 
 
 def report(result: MaskResult, published: dict[str, Any]) -> None:
-    """Tasks with their masks, what comes back, bytes."""
+    """Print tasks with their masks, errors of retrieval, and bytes."""
     from peru_cli.methods.masking import entropy
 
     pack = result.pack

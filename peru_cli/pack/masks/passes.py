@@ -1,4 +1,4 @@
-"""The passes of masking: measure what every threshold would keep, then add task vectors up and write the masks."""
+"""The passes of masking: measure what every threshold would keep, then add the task vectors and write the masks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from peru_cli.vectors.family import StreamSettings
 
 @dataclass(frozen=True)
 class Cut:
-    """What makes one task's mask: the threshold (a magnitude for magnitude masks), and how many of its equals are kept."""
+    """How to make one task's mask: the threshold (a magnitude for magnitude masks), and how many equals of it are kept."""
 
     threshold: float
     equals: int = 0
 
 
 def _add_up(rows: Doubles) -> Doubles:
-    """Sum over rows, one after the other: their order is that of the names; (n,)."""
+    """Sum over rows, one after the other, in order of the tasks' names; (n,)."""
     total: Doubles = rows[0].copy()
     for row in rows[1:]:
         total += row
@@ -32,18 +32,18 @@ def _add_up(rows: Doubles) -> Doubles:
 
 
 def _pieces(n: int) -> list[slice]:
-    """Fixed pieces of a tile: what is summed over them is the same whatever the tile, and they fit the CPU's cache."""
+    """Fixed pieces of a tile, so that sums over them do not depend on the tile. They fit the CPU's cache."""
     return [slice(start, start + PIECE) for start in range(0, n, PIECE)]
 
 
 def _overlap(total: Doubles, vector: Doubles, mask: Flags) -> tuple[float, float, int]:
-    """Of one piece: ||m total||^2, <m total, vector> and the number kept."""
+    """For one piece: ||m total||^2, <m total, vector> and the number kept."""
     kept = total * mask
     return float(np.dot(kept, kept)), float(np.dot(kept, vector)), int(np.count_nonzero(mask))
 
 
 class MaskGather:
-    """Inner products as Gather has them, and for each task and candidate cut, tensor by tensor, what its mask would keep."""
+    """Inner products as in Gather. For each task, candidate cut and tensor also what its mask would keep."""
 
     def __init__(self, plan: PackPlan, how: StreamSettings, method: str, candidates: Sequence[Sequence[Cut]]) -> None:
         self.inner = Gather(plan, how, wide=True)
@@ -91,13 +91,13 @@ class Masked:
     rows: Doubles
 
     def measure(self, task: int) -> None:
-        """What a task's mask keeps of the sums."""
+        """Measure what a task's mask keeps of the sums."""
         for piece, part in enumerate(_pieces(self.masks.shape[1])):
             self.overlaps[task, piece] = _overlap(self.rows[-1, part], self.rows[task, part], self.masks[task, part])
 
 
 class _Sums(Superpose):
-    """A plain sum of which every task gets back what its mask keeps."""
+    """A plain sum from which every task gets what its mask keeps."""
 
     def came_back(self, number: int) -> tuple[float, float]:
         return self.overlaps[number].square, self.overlaps[number].product
@@ -106,12 +106,12 @@ class _Sums(Superpose):
 
 
 class WriteMasks:
-    """Round and add up task vectors, mask the sums, digest and write both."""
+    """Round and add the task vectors, mask the sums, digest and write both."""
 
     def __init__(self, plan: PackPlan, how: StreamSettings, writer: MaskWriter, method: str, cuts: Sequence[Cut]) -> None:
         self.inner = _Sums(plan, how, writer.pack, wide=True)
         self._writer, self._method, self._cuts, self._sums = writer, method, cuts, plan.sums
-        self._quotas = [cut.equals for cut in cuts]  # of equals that may still be kept
+        self._quotas = [cut.equals for cut in cuts]  # equals that may still be kept
         self._found = np.zeros((len(cuts), 3))
         self.mask_digests = [{t.info.name: mask_digest(t.info) for t in plan.sums} for _ in cuts]
 
@@ -121,7 +121,7 @@ class WriteMasks:
     def apply(self, tile: Tile, room: PackBuffers) -> Masked:
         added = self.inner.apply(tile, room)
         n, exponent = tile.stop - tile.start, self._sums[tile.tensor].exponent
-        rows = room.rows[:, :n]  # of task vectors in steps, not rounded; the last one has the sums
+        rows = room.rows[:, :n]  # task vectors in steps, not rounded; the last row has the sums
         pieces = _pieces(n)
         result = Masked(added, np.empty((len(self._cuts), n), np.bool_), {}, np.empty((len(self._cuts), len(pieces), 3)), rows)
         if self._method == TALL:
@@ -132,7 +132,7 @@ class WriteMasks:
         else:
             for task, cut in enumerate(self._cuts):
                 own, threshold = np.abs(rows[task]), float(np.ldexp(cut.threshold, -exponent))
-                # Once no equals may be kept any more, that stays so: whoever sees it need not look at them.
+                # Once no equals may be kept any more, that never changes: the entries need no check.
                 some = self._quotas[task] > 0
                 result.masks[task] = magnitude_mask(own, threshold, some)
                 if some:
@@ -163,6 +163,6 @@ class WriteMasks:
             self._writer.write(block)
 
     def settle(self) -> list[Overlap]:
-        """What came out, by task, once all tiles are done."""
+        """The results by task, once all tiles are done."""
         self.inner.overlaps = [Overlap(float(square), float(product), int(kept)) for square, product, kept in self._found]
         return list(self.inner.overlaps)

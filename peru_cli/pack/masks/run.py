@@ -30,21 +30,21 @@ from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How masks are made. `thresholds` by task, "" for all others; a task without one gets the best of the grid."""
+    """How masks are made. `thresholds` are by task, with "" for all others. A task without one gets the best of the grid."""
 
     method: str = TALL
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    keep: Fraction = Fraction(1, 10)  # of magnitude masks
+    keep: Fraction = Fraction(1, 10)  # for magnitude masks
 
     @property
     def passes(self) -> int:
-        """How often everything is read, if the sample predicts the magnitudes well."""
+        """How often everything is read if the sample predicts the magnitudes well."""
         return 3 if self.method == MAGNITUDE else 2
 
 
 @dataclass
 class TaskMask:
-    """What became of one task's mask."""
+    """The result for one task's mask."""
 
     task: str
     threshold: float
@@ -55,7 +55,7 @@ class TaskMask:
 
 @dataclass
 class MaskResult:
-    """What was written; `pack.best_scale` is that of the masked sums."""
+    """What was written. `pack.best_scale` is that of the masked sums."""
 
     pack: PackResult
     method: str
@@ -63,7 +63,7 @@ class MaskResult:
 
 
 def plan_masks(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options: PackOptions, masks: MaskOptions) -> PackPlan:
-    """Settle what is written. Mismatch with all problems at once; UsageError for options that cannot be."""
+    """Plan what is written. Mismatch reports all problems at once; UsageError for impossible options."""
     everything = re.compile("")
     plan = plan_pack(base, tasks, replace(options, decorrelate="none", signs=False, exclude=everything))
     plan.metadata = {"peru.method": masks.method} | {key: plan.metadata[key] for key in ("peru.scale", "peru.entries")}
@@ -90,10 +90,9 @@ def make_masks(
     """Write the artifact.
 
     Args:
-        precision: bits of the step below the task vectors' RMS; the default is the fewest that do not show.
+        precision: bits of the step below the task vectors' RMS. The default is the fewest that do not change the error.
 
-    Raises BadFile for values that cannot be summed.
-    """
+    Raises BadFile for values that cannot be summed."""
     scale = float(plan.metadata["peru.scale"])
     tiles = TilePlan([t.info.entries for t in plan.sums], how.tile_entries)
     if masks.method == MAGNITUDE:
@@ -139,7 +138,7 @@ def _report(plan: PackPlan, candidates: Sequence[Sequence[Cut]], cuts: Sequence[
 
 
 def _candidates(plan: PackPlan, masks: MaskOptions, how: StreamSettings) -> list[list[Cut]]:
-    """What each task's mask may be cut at: the grid, what was asked for, or the exact magnitude."""
+    """The candidate cuts of each task's mask: the grid, the requested threshold, or the exact magnitude."""
     if masks.method == TALL:
         given = [masks.thresholds.get(vector.name, masks.thresholds.get("")) for vector in plan.vectors]
         return [[Cut(threshold)] if threshold is not None else [Cut(threshold) for threshold in GRID] for threshold in given]
@@ -160,6 +159,6 @@ def _overlap(gather: MaskGather, task: int, number: int) -> Overlap:
 
 
 def _rounding(plan: PackPlan, gather: MaskGather, task: int, number: int) -> float:
-    """What rounding all tasks to steps adds to the square of what is kept."""
+    """What rounding all tasks to steps adds to the squared norm of what is kept."""
     kept = {name: float(table[task, number, 2]) for name, table in gather.overlaps.items()}
     return len(plan.vectors) * sum(kept[tensor.info.name] * 4.0**tensor.exponent for tensor in plan.sums) / 12
