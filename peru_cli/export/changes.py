@@ -19,21 +19,21 @@ from peru_cli.shown import listed
 from peru_cli.streaming.tiles import CHUNK
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_PIECE = 16 * CHUNK  # entries read at once: whole chunks, for their digests; few enough for a core's cache
+_PIECE = 16 * CHUNK  # entries read at once: whole chunks, for their digests, but few enough for a core's cache
 
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the fine-tune and what the engine has in its place: None if it has no such tensor, or of another shape or dtype."""
+    """One tensor of the fine-tune and the engine's tensor. None if the engine has none, or one of another shape or dtype."""
 
-    name: str  # the base's name where there is one
+    name: str  # the base's name, if it has the tensor
     info: TensorInfo
     base: TensorInfo | None
 
 
 @dataclass(frozen=True)
 class Change:
-    """What changed in one tensor. `positions` are flat, ascending and unique, (k,) int64; None if `raw` is the whole tensor."""
+    """The change of one tensor. `positions` are flat, ascending and unique, (k,) int64. None if `raw` is the whole tensor."""
 
     target: Target
     positions: Array | None
@@ -41,7 +41,7 @@ class Change:
 
 
 class Changes:
-    """The changes of a fine-tune against its base. Every byte of it is read once, in order, so that digests can prove it."""
+    """The changes of a fine-tune against its base. Every byte is read once, in order, so that digests can prove it."""
 
     def __init__(self, fine: Checkpoint, base: Checkpoint) -> None:
         self.fine, self.base = fine, base
@@ -65,10 +65,9 @@ class Changes:
             )
 
     def pieces(self, target: Target) -> Iterator[tuple[int, memoryview, memoryview | None]]:
-        """A tensor from its first to its last entry: position, bytes of the fine-tune, bytes of the base (None if it has none).
+        """Pieces of a tensor in order: position, bytes of the fine-tune, bytes of the base (None if it has none).
 
-        The bytes are valid until the next piece.
-        """
+        The bytes are valid until the next piece."""
         reader = self._proven or self.fine
         dtype, entries = target.info.dtype, target.info.entries
         rooms = [bytearray(dtype.nbytes(min(_PIECE, entries))) for _ in range(2)]
@@ -83,10 +82,9 @@ class Changes:
             yield start, ours, theirs
 
     def change(self, target: Target, index_bytes: int, dense: bool | None = None) -> Change | None:
-        """What changed in a tensor; None if nothing did.
+        """The change of a tensor. None if it has not changed.
 
-        With `dense` None the form is the smaller one when a position takes `index_bytes`. Memory: at most the tensor twice.
-        """
+        With `dense` None the smaller form is used, given that a position takes `index_bytes`. Memory: at most twice the tensor."""
         dtype = target.info.dtype
         bits = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}.get(dtype.bits)
         if target.base is None or bits is None or dense:
@@ -118,13 +116,14 @@ class Changes:
         return Change(target, None, bytes(room)) if changed else None
 
     def prove(self) -> None:
-        """All was read: Mismatch if the base is another one, BadFile if the artifact was altered."""
+        """Call when everything was read. Mismatch if the base is another one, BadFile if the artifact was altered."""
         if self._proven is not None:
             self._proven.prove()
 
 
 def _differing(a: Array, b: Array) -> Array:
-    """Where two arrays of integers differ; (n,), (n,) -> (k,) int64, ascending. Looks at eight bytes at once first: most are alike."""
+    """Positions where two arrays of integers differ; (n,), (n,) -> (k,) int64, ascending. Compares eight bytes at once first:
+    most are equal."""
     each = 8 // a.itemsize
     whole = len(a) // each * each
     words = np.flatnonzero(a[:whole].view(np.uint64) != b[:whole].view(np.uint64))

@@ -64,7 +64,7 @@ def export(
         if run.dry_run:
             console.result({"output": output, "to": to, "step": number.number, "base_step": number.before, "tensors": len(changes.targets)})
             return
-        if not isinstance(fine, FromArtifact):  # an artifact is proven while it is read
+        if not isinstance(fine, FromArtifact):  # an artifact is verified while it is read
             with streaming("cpu", None, None, lambda entries: None) as how:
                 verify_expanded([fine], how)
         with PartialDirectory(target, run.sync) as folder, console.progress(changes.entries, "export") as progress:

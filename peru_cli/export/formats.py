@@ -1,4 +1,4 @@
-"""Weight updates on disk, as engines and trainers read them: SGLang, prime-rl, TRL. Each from its public source (docs/engines.md)."""
+"""Weight updates on disk, as engines and trainers read them: SGLang, prime-rl, TRL. Written from their public sources (docs/engines.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ZSTD_LEVEL = 1
 
 @dataclass(frozen=True)
 class Step:
-    """Which update this is, and the one that the engine must have applied before."""
+    """The number of this update, and of the one that the engine must have applied before."""
 
     number: int
     before: int
@@ -30,7 +30,7 @@ class Step:
 
 @dataclass
 class Written:
-    """What an update holds."""
+    """The contents of an update."""
 
     changed: int = 0  # entries
     tensors: int = 0
@@ -48,8 +48,7 @@ Advance = Callable[[int], None]
 def write_sglang(changes: Changes, folder: Path, step: Step, advance: Advance) -> Written:
     """SGLang's /pull_weights: each changed tensor's bytes XOR the base's, one zstd stream, with a BLAKE3 of the new bytes.
 
-    Memory: one compressed tensor.
-    """
+    Memory: one compressed tensor."""
     import zstandard
 
     changes.check_in_place()
@@ -122,8 +121,7 @@ def write_prime_rl(changes: Changes, folder: Path, step: Step, advance: Advance)
 def write_trl(changes: Changes, folder: Path, step: Step, advance: Advance) -> Written:
     """TRL's sparse weight patch: one file with gaps between positions and values of each changed tensor.
 
-    The format records the new step alone.
-    """
+    The format records only the new step."""
     changes.check_in_place()
     written = Written()
     with Spool(folder) as spool:
@@ -158,7 +156,7 @@ FORMATS: dict[str, Callable[[Changes, Path, Step, Advance], Written]] = {
 
 
 def parse_step(to: str, output: Path, number: int | None, before: int | None) -> Step:
-    """The step that was given, or that SGLang's folder name says; UsageError for one that cannot be."""
+    """The step that was given, or that SGLang's folder name states. UsageError for an invalid one."""
     named = re.fullmatch(r"weight_v(\d{6})", output.name)
     if to == "sglang" and named is None:
         raise UsageError(f"-o {output}: SGLang looks for folders called weight_v000001 and so on", "name it by its version")

@@ -1,4 +1,4 @@
-"""`peru_cli.patches`: what a fine-tune changed, as tensors for an engine in the same process."""
+"""`peru_cli.patches`: a fine-tune's changes as tensors for an engine in the same process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from peru_cli.vectors.settings import streaming
 class Patch(NamedTuple):
     """New values of one tensor, in the names and shapes of the base's checkpoint.
 
-    `values` are (k,) in `dtype`, `indices` (k,) flat, unique and ascending: int32, or int64 from 2^31 entries on. With `indices`
-    None, `values` are all of the tensor, (entries,). The fields are those of vLLM's CheckpointWeightPatch.
-    """
+    `values` are (k,) in `dtype`, `indices` (k,) flat, unique and ascending: int32, or int64 from 2^31 entries on. If `indices` is
+    None, `values` are the whole tensor, (entries,). The fields are those of vLLM's CheckpointWeightPatch."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,23 +33,22 @@ class Patch(NamedTuple):
 def patches(
     fine_tune: str | Path, base: str | Path, *, task: str | None = None, dense: bool | None = None, verify_first: bool = True
 ) -> Iterator[Patch]:
-    """What changes in the base's tensors to make a fine-tune of it; tensors that stay the same are left out.
+    """The changes that turn the base's tensors into a fine-tune. Unchanged tensors are left out.
 
     Args:
         fine_tune: an artifact, a pack, a LoRA adapter or a checkpoint.
         base: the base that the engine has loaded.
         task: which task of a pack.
         dense: True for whole tensors, False for changed entries only, None for whichever is smaller, tensor by tensor.
-        verify_first: read everything once beforehand, so that nothing wrong is handed out. Otherwise artifacts are proven only at
-            the end of the iteration, which raises then.
+        verify_first: read everything once beforehand, so that nothing wrong is handed out. Otherwise artifacts are verified
+            only at the end of the iteration, which raises then.
 
     Memory: two tensors.
 
     Raises:
         Mismatch: the base is another one.
         BadFile: the artifact is damaged, or torch lacks a dtype.
-        UsageError: a tensor is new or has another shape, and `dense` is False; or the pack has no such task.
-    """
+        UsageError: a tensor is new or has another shape, and `dense` is False; or the pack has no such task."""
     with open_model(str(base)) as below, open_fine_tune(str(fine_tune), below, task) as fine:
         if verify_first:
             with streaming("cpu", None, None, lambda entries: None) as how:

@@ -21,7 +21,7 @@ class Spool:
         self._held: dict[int, list[TensorInfo]] = {}
 
     def add(self, name: str, dtype: Dtype, shape: tuple[int, ...], data: bytes) -> None:
-        """Take a tensor; `data` is all of it."""
+        """Add a tensor; `data` is all of it."""
         width = dtype.bits
         if width not in self._files:
             self._files[width] = (self._folder / f".spool-{width}").open("w+b")
@@ -30,7 +30,7 @@ class Spool:
         self._files[width].write(data)
 
     def write(self, path: Path, metadata: Mapping[str, str]) -> int:
-        """Write the file; its size in bytes."""
+        """Write the file. Returns its size in bytes."""
         at, placed = 0, []
         for width in sorted(self._held, reverse=True):
             for info in self._held[width]:

@@ -1,1 +1,1 @@
-"""`peru merge`: one checkpoint from several."""
+"""`peru merge`: merge several models into one checkpoint."""

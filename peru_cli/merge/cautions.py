@@ -1,4 +1,4 @@
-"""Warnings before anything is written: weights of 0, equal inputs, norms far apart, chat templates that differ."""
+"""Warnings before anything is written: weights of 0, equal inputs, very different norms, different chat templates."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from peru_cli.methods.rules import Rule
 from peru_cli.streaming.aligned import read_entries
 from peru_cli.streaming.arrays import CPU
 
-_RUNS, _RUN = 64, 1 << 12  # sampled runs of entries, at most one a tensor
-_WHOLE = 256 << 20  # bytes that are read to tell whether what looks equal is
-_APART = 5.0  # weighted norms of task vectors that differ by more
+_RUNS, _RUN = 64, 1 << 12  # sampled runs of entries, at most one for each tensor
+_WHOLE = 256 << 20  # bytes read to check whether models that look equal are equal
+_APART = 5.0  # warn if weighted norms of task vectors differ by more than this factor
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def idle(parameters: Iterable[Parameters]) -> list[str]:
-    """Warnings of weights and scales that are 0 in all these parameters: it needs no model to say so."""
+    """Warnings about weights and scales that are 0 in all these parameters. Needs no model."""
     listed = list(parameters)
     weights: dict[str, float] = {}
     for each in listed:
@@ -38,16 +38,15 @@ def idle(parameters: Iterable[Parameters]) -> list[str]:
 
 
 def cautions(plan: MergePlan, rule: Rule) -> list[str]:
-    """Warnings of the inputs. Reads a sample of the entries of local files, and more only where two models look equal.
+    """Warnings about the inputs. Reads a sample of the entries of local files, and more only if two models look equal.
 
-    No weights are read of models that lie elsewhere: a sample over the network costs more than it tells.
-    """
+    Remote models are not sampled: reading them over the network costs more than the warning is worth."""
     models = [vector.fine for vector in plan.vectors] + ([plan.base] if plan.base is not None else [])
     return _templates(plan) + ([] if any(model.ranged for model in models) else _sampled(plan, rule))
 
 
 def _templates(plan: MergePlan) -> list[str]:
-    """One sentence if the models that have a chat template do not have the same."""
+    """A warning if models have different chat templates."""
     holders: dict[str, list[str]] = {}
     for vector in plan.vectors:
         if text := chat_template(vector.fine.side_files):
@@ -112,7 +111,7 @@ def _norms(names: Sequence[str], squares: Sequence[float], rule: Rule) -> list[s
 
 
 def _sample(plan: MergePlan) -> Iterator[tuple[int, int]]:
-    """Slots and first entries of the runs, the middle of each tensor."""
+    """Slots and first entries of the runs, taken from the middle of each tensor."""
     step = max(1, -(-len(plan.slots) // _RUNS))
     for number in range(0, len(plan.slots), step):
         entries = plan.slots[number].info.entries
@@ -121,7 +120,7 @@ def _sample(plan: MergePlan) -> Iterator[tuple[int, int]]:
 
 
 def _changes(fine: Bits, info: TensorInfo, base: Bits, base_info: TensorInfo) -> Doubles:
-    """Fine-tune minus base in float64, 0 where that is no number; (n,)."""
+    """Fine-tune minus base in float64, 0 if that is not finite; (n,)."""
     cast = cast_bits(CPU, base, base_info.dtype, info.dtype)
     ours, theirs = (np.array(CPU.widen(bits, info.dtype, np.empty(len(bits), "f8")), "f8") for bits in (fine, cast))
     with np.errstate(invalid="ignore"):
@@ -138,7 +137,8 @@ def _differ(slot: Slot, bits: dict[int, Bits], i: int, j: int) -> bool:
 
 
 def _equal(plan: MergePlan, task: int, other: int | None) -> bool | None:
-    """Whether a task's tensors are all those of another, or (None) the base's: True if all were read, False if too many, None if not."""
+    """Compare a task's tensors with another task's, or (None) the base's. True if equal, False if equal up to the reading
+    limit, None if not."""
     left = _WHOLE
     for slot in plan.slots:
         mine = slot.of(task)

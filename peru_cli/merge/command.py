@@ -162,7 +162,7 @@ def merge(
     chosen = find_method(method)
     samples = given.get("max-samples")
     if search is not None and "max-samples" not in chosen.options:
-        given.pop("max-samples", None)  # the search looks at data, the method does not
+        given.pop("max-samples", None)  # the search reads data, the method does not
     if weight and "weight" not in chosen.options:
         effective_values(chosen, {"weight": 1.0})
     varied.add("weight", weight or [])
@@ -256,7 +256,7 @@ def merge(
     check_memory(plan, rule)
     if as_file and any(plan.heads.values()):
         raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
-    if not partial_path(target).exists():  # else a killed run has taken the room already
+    if not partial_path(target).exists():  # otherwise a killed run has already taken the space
         check_room(target, sum(info.nbytes for info in plan.outputs))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [
@@ -342,14 +342,14 @@ def merge(
 
 
 def _refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
-    """UsageError for options that say what a recipe says itself."""
+    """UsageError for options that repeat what a recipe says."""
     both = [f"--{name}" for name, value in (given | others).items() if value is not None]
     if both:
         raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
 
 
 def _check_varied(varied: Given, method: Method, search: Optional[str], given: dict[str, Value], values: dict[str, Value]) -> None:
-    """UsageError for values by tensor where one is needed; a share that differs by tensor is taken in each tensor."""
+    """UsageError for values by tensor if one value is needed. A share that differs by tensor is taken in each tensor."""
     several = [f"--{name}" for name in varied.by_tensor]
     if several and (method.statistics is not None or search is not None):
         what = "--search" if search is not None else method.name

@@ -17,7 +17,7 @@ from peru_cli.shown import listed
 if TYPE_CHECKING:
     from peru_cli.methods.rules import Rule
 
-BY_TASK = ("keep", "gamma", "epsilon")  # may be given for one task: TASK=VALUE
+BY_TASK = ("keep", "gamma", "epsilon")  # options that can differ by task: TASK=VALUE
 BY_TENSOR = (*BY_TASK, "scale", "t")
 _SHARES = ("keep", "gamma")
 ALL = ""  # in place of a task's name
@@ -25,13 +25,13 @@ ALL = ""  # in place of a task's name
 
 @dataclass
 class Given:
-    """What was typed for options that may vary: by option and task the setting and its text."""
+    """What was typed for options that may vary: by option and task, the setting and its text."""
 
     settings: dict[str, dict[str, Setting]] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, option: str, texts: Sequence[str], tasks: bool = True) -> None:
-        """Read all that was typed for an option; UsageError for what cannot be read or stands there twice."""
+        """Read everything that was typed for an option. UsageError for values that cannot be read or are given twice."""
         for text in texts:
             task, equals, value = text.partition("=")
             if not equals or not tasks:
@@ -43,13 +43,13 @@ class Given:
             self.texts.setdefault(option, {})[task] = value
 
     def first(self, option: str) -> Value:
-        """Some value of an option: of all tasks, if it was given for all."""
+        """One value of an option: that for all tasks, if there is one."""
         found = self.settings[option]
         return found.get(ALL, next(iter(found.values())))[0].values[0]
 
     @property
     def of_single_tasks(self) -> list[str]:
-        """Options that were given for some tasks alone."""
+        """Options given only for some tasks."""
         return [name for name, found in self.settings.items() if ALL not in found and name != "weight"]
 
     @property
@@ -58,7 +58,7 @@ class Given:
         return [name for name, found in self.settings.items() if not all(is_plain(setting) for setting in found.values())]
 
     def check_tasks(self, names: Sequence[str]) -> None:
-        """UsageError for a task that no model has."""
+        """UsageError for a task without a model."""
         for option, found in self.settings.items():
             for task in found:
                 if task != ALL and task not in names:
@@ -75,7 +75,8 @@ def _reader(option: str) -> Callable[[str], Value]:
 
 
 def first_parameters(given: Given, parameters: Parameters) -> Parameters:
-    """The parameters with what differs by task; of what differs by tensor, the first value: enough to know the method's kind."""
+    """The parameters with the values that differ by task. Values that differ by tensor are replaced by the first: enough to
+    know the method's kind."""
     own, values, weights = dict(parameters.own), dict(parameters.values), list(parameters.weights)
     for option, found in given.settings.items():
         if ALL in found:
@@ -89,10 +90,9 @@ def first_parameters(given: Given, parameters: Parameters) -> Parameters:
 
 
 def build_by_tensor(method: Method, given: Given, parameters: Parameters, names: Sequence[str]) -> Rule:
-    """The rule for tensors of these names, each with the values that its name, layer and depth give it.
+    """The rule for tensors of these names. Each gets the values for its name, layer and depth.
 
-    Raises UsageError for a filter or layers that no tensor meets.
-    """
+    Raises UsageError for a filter or layers that match no tensor."""
     where = spots(names)
     for option, found in given.settings.items():
         for setting in found.values():
@@ -118,7 +118,7 @@ def build_by_tensor(method: Method, given: Given, parameters: Parameters, names:
 
 
 def default_of(method: Method, option: str) -> Value:
-    """What a tensor has that no part of a setting is for."""
+    """The value of tensors that no part of a setting matches."""
     default = method.options[option].default
     assert default is not None
     return default

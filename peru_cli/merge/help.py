@@ -1,4 +1,4 @@
-"""`peru merge --help`: without a method the options that many have; `peru merge --method ties --help` has those of that method."""
+"""`peru merge --help`: without a method, the options that many methods have; `peru merge --method ties --help` shows that method's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peru_cli.options import Command
 
 _TYPED = "peru.typed"
 _ALWAYS, _OF_DATA = ("help", "models", "base", "output"), ("data", "stats")
-_COMMON = 10  # methods that have an option which is shown without a method
+_COMMON = 10  # an option is shown without a method if this many methods have it
 
 
 class HelpByMethod(Command):
-    """A command with an option for every flag of every method; its help shows those that matter."""
+    """A command with an option for every flag of every method. Its help shows those that matter."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep what was typed: --help runs before other options are read."""
@@ -23,7 +23,7 @@ class HelpByMethod(Command):
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Raises UsageError for a method that there is not."""
+        """Raises UsageError for an unknown method."""
         name = _value(ctx.meta.get(_TYPED, []), "--method", "-m")
         method = find_method(name) if name is not None else None
         view = copy(self)

@@ -11,8 +11,8 @@ from typing import Any
 from peru_cli.checkpoints.header import TensorInfo
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configurations call the number of layers
-_FIRST = re.compile(r"embed|(^|\.)(wte|wpe|emb)(\.|$)")  # before the layers; anything else outside of them comes after
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # names of the number of layers in configs
+_FIRST = re.compile(r"embed|(^|\.)(wte|wpe|emb)(\.|$)")  # before the layers; all other tensors outside of layers come after them
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
@@ -22,14 +22,14 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def renumbered(name: str, number: int) -> str:
-    """The same tensor of another layer."""
+    """The name of the same tensor in another layer."""
     match = _NUMBER.search(name)
     assert match is not None
     return f"{name[: match.start(1)]}{number}{name[match.end(1) :]}"
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack has."""
+    """The number of layers of each stack."""
     found: dict[str, int] = {}
     for name in names:
         if (layer := layer_of(name)) is not None:
@@ -38,7 +38,7 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 
 
 def layer_count(config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """The key and the number of layers that a configuration states."""
+    """The key and the number of layers in a config."""
     inner = config.get("text_config")
     for table in (config, inner if isinstance(inner, dict) else {}):
         for key in _COUNTS:
@@ -48,7 +48,7 @@ def layer_count(config: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def main_stack(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """The stack that a layer range means: as long as the configuration says, else the largest in bytes. None without layers."""
+    """The stack that a layer range refers to: the one whose length the config states, or the largest in bytes. None without layers."""
     lengths = stacks(tensors)
     sizes = dict.fromkeys(lengths, 0)
     for name, info in tensors.items():
@@ -60,13 +60,13 @@ def main_stack(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
 
 
 def comes_first(name: str) -> bool:
-    """Whether a tensor outside of layers lies before them: embeddings do, norms and heads do not."""
+    """Whether a tensor outside of layers comes before them: embeddings do, norms and heads do not."""
     return bool(_FIRST.search(name)) and "lm_head" not in name
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a tensor lies: its name, its layer (None outside of layers), and how deep in its run of layers, from 0 to 1."""
+    """The place of a tensor: its name, its layer (None outside of layers), and its depth in its run of layers, from 0 to 1."""
 
     name: str
     layer: int | None
@@ -85,5 +85,5 @@ def spots(names: Iterable[str]) -> dict[str, Spot]:
 
 
 def depth(number: int, layers: int) -> Fraction:
-    """How deep layer `number` lies in a run of so many: 0 the first, 1 the last and the only one."""
+    """The depth of layer `number` in a run of layers: 0 for the first, 1 for the last or only one."""
     return Fraction(number, layers - 1) if layers > 1 else Fraction(1)

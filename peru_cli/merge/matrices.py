@@ -1,8 +1,7 @@
-"""The pass of a merge over whole matrices: each thread takes one tensor of all tasks, once memory has room for it.
+"""The pass of a merge over whole matrices: each thread takes one tensor of all tasks as soon as memory allows.
 
 Threads take tensors, not parts of them, and linear algebra runs on one thread each, so any number of threads gives the
-same bytes. A tensor waits until what others hold leaves room for it.
-"""
+same bytes. A tensor waits until the tensors in progress leave enough memory."""
 
 from __future__ import annotations
 
@@ -33,12 +32,12 @@ from peru_cli.vectors.family import StreamSettings
 if TYPE_CHECKING:
     import torch
 
-_PART = 1 << 16  # entries converted at once, in the CPU's cache
+_PART = 1 << 16  # entries converted at once, to stay in the CPU's cache
 _SHARE = 0.7  # of the free memory
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns: (out, -1), a vector as one row."""
+    """Rows and columns: (out, -1); a vector is one row."""
     entries = 1
     for side in shape:
         entries *= side
@@ -60,7 +59,7 @@ def _itemsize(slot: Slot) -> int:
 
 
 def needed(slot: Slot, rule: MatrixRule) -> int:
-    """Bytes that merging a tensor holds at once, the base's own included."""
+    """Bytes held at once while a tensor is merged, including the base's."""
     rows, columns = as_matrix(slot.info.shape)
     if rule.by_rows:
         rows = min(rows, max(1, PANEL // columns))
@@ -69,7 +68,7 @@ def needed(slot: Slot, rule: MatrixRule) -> int:
 
 
 def check_memory(plan: MergePlan, rule: Rule) -> None:
-    """Refuse a merge of which a matrix does not fit into memory; UsageError."""
+    """UsageError if a matrix of the merge does not fit into memory."""
     room = int(free_memory() * _SHARE)
     for number, own in taken(plan, rule).items():
         slot = plan.slots[number]
@@ -122,9 +121,9 @@ class _Panel(Matrices):
             if self._vectors:
                 base = cast_bits(CPU, self._base_bits()[at : at + _PART], kept.dtype, info.dtype)
                 np.subtract(part, CPU.widen(base, info.dtype, room[: len(part)]), out=part)
-            if not np.isfinite(part.sum()) and not np.isfinite(part).all():  # a sum is faster than looking at each
+            if not np.isfinite(part.sum()) and not np.isfinite(part).all():  # a sum is faster than a test of each entry
                 if self._vectors:
-                    part[bits == base] = 0  # masks of -inf, the same everywhere
+                    part[bits == base] = 0  # masks of -inf, the same in all models
                 self._refuse(task, at, part)
         return out.reshape(self.rows, self.columns)
 
@@ -146,7 +145,7 @@ class _Panel(Matrices):
 
 
 class MergeMatrices:
-    """Merge, round once, write: a tensor is one tile of the engine's."""
+    """Merge, round once, write. Each tile of the engine is one tensor."""
 
     def __init__(
         self, plan: MergePlan, rules: Mapping[int, MatrixRule], how: StreamSettings, slots: Sequence[int], writer: CheckpointWriter
@@ -163,7 +162,7 @@ class MergeMatrices:
     def reads(self) -> Reads:
         slots = [self._plan.slots[number] for number in self._slots]
         if any(rule.by_rows for rule in self._rules):
-            return  # panels are other ranges than whole tensors
+            return  # panels are read in other ranges than whole tensors
         if any(rule.on_vectors for rule in self._rules) and self._plan.base is not None:
             yield self._plan.base, lambda tensor: slots[tensor].base
         for task, vector in enumerate(self._plan.vectors):
@@ -184,7 +183,7 @@ class MergeMatrices:
 
     @contextmanager
     def _reserved(self, nbytes: int) -> Iterator[None]:
-        """Hold so much of the memory; a tensor that is alone may hold more than there is."""
+        """Reserve memory. A tensor that runs alone may exceed what is free."""
         with self._freed:
             self._freed.wait_for(lambda: not self._held or self._held + nbytes <= self._room)
             self._held += nbytes
@@ -234,7 +233,7 @@ class MergeMatrices:
         return "f8" if slot.info.dtype.name == "F64" else "f4"
 
     def _masked(self, panel: _Panel, on_vectors: bool) -> Host:
-        """Where the base itself is not finite, which stays as it is; bools (n,)."""
+        """Entries where the base itself is not finite, which stay unchanged; bools (n,)."""
         if not on_vectors:
             return np.zeros(panel.rows * panel.columns, np.bool_)
         masked: Host = ~np.isfinite(panel.base().reshape(-1))

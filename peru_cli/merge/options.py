@@ -1,4 +1,4 @@
-"""Options of merge methods on the command line: each method declares its own in the table of methods."""
+"""Options of merge methods on the command line: the table of methods declares them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)(%?)", re.IGN
 
 
 def with_method_options(command: Callable[..., None], after: str) -> Callable[..., None]:
-    """The command with an option for each of the table's flags, all None by default; they come as its `**typed`."""
+    """The command with an option for each flag in the table, None by default. It gets them as `**typed`."""
     signature = inspect.signature(command, eval_str=True)
     parameters = []
     for parameter in signature.parameters.values():
@@ -39,7 +39,7 @@ def with_method_options(command: Callable[..., None], after: str) -> Callable[..
     def typed(*arguments: Any, **keywords: Any) -> None:
         command(*arguments, **keywords)
 
-    del typed.__wrapped__  # its annotations are not these
+    del typed.__wrapped__  # its annotations differ
     typed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     typed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return typed
@@ -58,7 +58,7 @@ def _parameter(name: str, flag: Flag) -> inspect.Parameter:
 
 
 def given_values(typed: Mapping[str, Any]) -> tuple[dict[str, Value], Given]:
-    """What was typed, by the option's name, and what varies by task or tensor; UsageError for numbers and shares that are none."""
+    """What was typed, by option name, and what varies by task or tensor. UsageError for invalid numbers and shares."""
     found: dict[str, Value] = {}
     varied = Given()
     for name, flag in FLAGS.items():
@@ -80,7 +80,7 @@ def given_values(typed: Mapping[str, Any]) -> tuple[dict[str, Value], Given]:
 
 @dataclass(frozen=True)
 class Searched:
-    """An option whose value is to be found: the values to try, and how they were typed."""
+    """An option whose best value is searched: the values to try, and how they were typed."""
 
     option: str
     points: tuple[Value, ...]
@@ -88,7 +88,7 @@ class Searched:
 
 
 def parse_search(text: str, method: Method, given: Mapping[str, Value]) -> Searched:
-    """`scale=0:1:0.05` as values of an option of the method; UsageError otherwise, with what could be typed."""
+    """Parse `scale=0:1:0.05` into values of an option of the method. UsageError otherwise, with what could be typed."""
     name, _, bounds = text.partition("=")
     numeric = [option for option in method.options if option in FLAGS and FLAGS[option].kind in (float, int, Fraction)]
     if name not in numeric:
@@ -99,7 +99,7 @@ def parse_search(text: str, method: Method, given: Mapping[str, Value]) -> Searc
 
 
 def parse_range(text: str, option: str) -> list[Fraction]:
-    """`0:1:0.05` as numbers from FROM to TO; UsageError otherwise."""
+    """Parse `0:1:0.05` into numbers from FROM to TO. UsageError otherwise."""
     numbers = [_NUMBER.fullmatch(part.strip()) for part in text.split(":")]
     if len(numbers) != 3 or not all(numbers):
         raise UsageError(f"{option} {text!r} is not FROM:TO:STEP in numbers", "write three numbers, as 0:1:0.05")

@@ -40,20 +40,20 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is recorded of a merge, and all that decides its bytes besides the inputs. Holds no path."""
+    """The record of a merge: everything besides the inputs that determines its bytes. Contains no path."""
 
     method: str
     paper: str
     tasks: tuple[str, ...]
-    weights: tuple[Value, ...] | None  # None where the method has none; text where they differ by tensor
+    weights: tuple[Value, ...] | None  # None if the method has none; text if they differ by tensor
     values: dict[str, Value]
     base_name: str | None
     extra: tuple[str, ...] = ()  # further options of the command line, as words
     max_shard_bytes: int = 5 * 10**9
-    statistics: tuple[str, ...] = ()  # keys of what methods with data collected, by task
-    searched: str = ""  # which option's value was chosen, out of which, on what
+    statistics: tuple[str, ...] = ()  # keys of the statistics that methods with data collected, by task
+    searched: str = ""  # the searched option, its candidate values, and the data
     own: tuple[tuple[str, str, str], ...] = ()  # options of single tasks: option, task, value
-    document: str = ""  # the text of the recipe file that was merged, if it was one
+    document: str = ""  # the text of the recipe file, if one was merged
 
     def words(self) -> dict[str, str]:
         """Effective options as they would be typed."""
@@ -65,7 +65,7 @@ class Recipe:
         return shown | {f"{option} {task}": text for option, task, text in self.own}
 
     def command(self) -> str:
-        """The command line, every option spelled out, local paths reduced to the tasks' names."""
+        """The command line with every option spelled out and local paths reduced to the tasks' names."""
         if self.document:
             return shlex.join(["peru", "merge", RECIPE_FILE, "-o", "merged/", *self.extra])
         parts = ["peru", "merge", *self.tasks, *(["--base", self.base_name] if self.base_name else [])]
@@ -118,7 +118,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Where:
-    """Where the output goes and how: `fresh` forgets what a killed run left, `step` and `say` tell the user."""
+    """Where the output goes and how. `fresh` drops what a killed run left, `step` and `say` report to the user."""
 
     target: Path
     sync: bool
@@ -128,7 +128,7 @@ class Where:
 
 
 def show(value: Value) -> str:
-    """A number as it would be typed: shares as percentages where those are short."""
+    """A number as it would be typed: shares as percentages if those are short."""
     if isinstance(value, Fraction):
         percent = value * 100
         return f"{percent.numerator}%" if percent.denominator == 1 else repr(float(value))
@@ -138,7 +138,7 @@ def show(value: Value) -> str:
 
 
 def resume_key(plan: MergePlan, recipe: Recipe) -> str:
-    """A digest of all that decides the output's bytes."""
+    """A digest of everything that determines the output's bytes."""
     parts = [
         __version__, recipe.command(), recipe.statistics, recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
         [vector.fine.identity() for vector in plan.vectors],
@@ -150,7 +150,7 @@ def resume_key(plan: MergePlan, recipe: Recipe) -> str:
 
 
 def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
-    """Config, tokenizer and so on of the base (without one: of the first model)."""
+    """Config, tokenizer and other side files of the base, or of the first model if there is no base."""
     contents = {name: path.read_bytes() for name, path in plan.reference.side_files.items()}
     if plan.config is not None and (chosen := plan.config.side_files.get("config.json")) is not None:
         contents["config.json"] = chosen.read_bytes()
@@ -161,7 +161,7 @@ def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
 
 
 def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: StreamSettings) -> None:
-    """The merge as one safetensors file."""
+    """Write the merge as one safetensors file."""
     with FileWriter(where.target, plan.outputs, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh, {}) as writer:
         _say_resumed(writer, where)
         merge(plan, rule, writer, how, where.step)
@@ -169,7 +169,7 @@ def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: S
 
 
 def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: StreamSettings) -> None:
-    """The merge as a folder that transformers loads, with heads/TASK.safetensors and README.md."""
+    """Write the merge as a folder that transformers loads, with heads/TASK.safetensors and README.md."""
     contents = side_files(plan, plan.dtype)
     contents["README.md"] = recipe.card(plan, list(contents)).encode()
     if recipe.document:
@@ -186,7 +186,7 @@ def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, h
 
 
 def _untie(writer: DirectoryWriter, plan: MergePlan, contents: Mapping[str, bytes]) -> None:
-    """Have config.json say so where head and embedding differ after the merge: loaders would tie them again."""
+    """If head and embedding differ after the merge, say so in config.json: otherwise loaders would tie them again."""
     if "config.json" not in contents or not is_tied(plan.reference.config()) or not any(is_output(info.name) for info in plan.outputs):
         return
     writer.seal()
@@ -201,7 +201,7 @@ def _say_resumed(writer: CheckpointWriter, where: Where) -> None:
 
 
 def write_heads(plan: MergePlan, folder: Path, sync: bool, merge_digest: str) -> None:
-    """Each task's own tensors under their own names, bit for bit, in TASK.safetensors, bound to the merged weights."""
+    """Write each task's own tensors under their own names, bit for bit, into TASK.safetensors, bound to the merged weights."""
     for vector in plan.vectors:
         heads = plan.heads[vector.name]
         if not heads:
@@ -217,7 +217,7 @@ def write_heads(plan: MergePlan, folder: Path, sync: bool, merge_digest: str) ->
 def write_compressed(
     plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, keep: Fraction, how: StreamSettings
 ) -> list[pruning.PruneResult]:
-    """PERU-FFT: `merged/` and one artifact a task against it; all of it appears at once."""
+    """PERU-FFT: write `merged/` and one artifact for each task against it. Everything appears at once."""
     key = resume_key(plan, recipe)
     with PartialDirectory(where.target, where.sync, resume=True) as folder:
         marker, merged = folder.path / _KEY, folder.path / "merged"
@@ -246,7 +246,7 @@ def write_compressed(
 
 
 def _clear(folder: Path) -> None:
-    """Remove what another merge left, but for the unfinished merged/, which its own journal judges."""
+    """Remove what another merge left, except an unfinished merged/, which has its own journal."""
     unfinished = partial_path(folder / "merged").name
     for path in folder.iterdir():
         if not path.name.startswith(unfinished):

@@ -30,7 +30,7 @@ Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass
 class Decided:
-    """What the passes before the last one found: thresholds by trim, task and group; signs; products by slot."""
+    """Results of the passes before the last one: thresholds by trim, task and group; signs; products by slot."""
 
     thresholds: list[list[list[Threshold]]] = field(default_factory=list)
     majority: int = 0
@@ -52,8 +52,7 @@ class Decided:
 class Trimmed:
     """One trim of one task's tile: bools of the entries above the threshold and of those at or above it; (n,).
 
-    Both are None where the trim keeps everything, `at_least` where no equals may be taken any more.
-    """
+    Both are None if the trim keeps everything. `at_least` is None if no equals may be taken any more."""
 
     above: Array | None
     at_least: Array | None
@@ -78,10 +77,10 @@ class _Walk:
     def __init__(
         self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int], done: dict[str, Any]
     ) -> None:
-        """`slots` are those to walk over; `done` has for every other one how many equals it had, by task and trim."""
+        """`slots` are the slots to walk over. For every other slot, `done` has its number of equals by task and trim."""
         self._plan, self._rule, self._how, self._decided, self._slots = plan, rule, how, decided, slots
         tasks, trims = range(len(plan.vectors)), range(len(rule.trims))
-        # Equals that may still be taken, by task, trim and group: everything together, or each slot.
+        # Equals that may still be taken, by task, trim and group: the whole model, or each slot.
         self._quotas = [[[threshold.equals or 0 for threshold in decided.thresholds[i][t]] for i in trims] for t in tasks]
         self._equals: dict[int, list[list[int]]] = {}  # of each slot so far
         self._owed = self._count_owed(done)
@@ -93,7 +92,7 @@ class _Walk:
         self._family = Family(plan.reference, plan.vectors, how)
 
     def _count_owed(self, done: dict[str, Any]) -> dict[int, list[list[int]]]:
-        """Equals of tensors written by an earlier run, summed before the next slot that is walked over."""
+        """Equals of tensors that an earlier run wrote, summed up to the next slot of this walk."""
         owed, waiting = {}, [[0 for _ in self._rule.trims] for _ in self._plan.vectors]
         walked = set(self._slots)
         for number, slot in enumerate(self._plan.slots):
@@ -131,7 +130,7 @@ class _Walk:
         return [self._trim(tile, slot, number, room) for number in range(len(room.aligned))]
 
     def _input(self, number: int, room: MergeBuffers, name: str) -> Array:
-        """A task's difference from the base, or its weights, in room of that name; (n,)."""
+        """A task's difference from the base, or its weights, in the buffer of that name; (n,)."""
         aligned = room.aligned[number]
         n = len(aligned.fine)
         if not self._reads_base:
@@ -139,7 +138,7 @@ class _Walk:
         return aligned.difference(self._xp, room.scratch(name, n), lambda: room.scratch("cast", n), room.base_weights)
 
     def _add(self, room: MergeBuffers, total: Array | None, number: int, flags: Array | None, first: float, second: float) -> Array:
-        """RuleInput.add: of the task's own bits, or of the vector that trimming has made."""
+        """RuleInput.add, applied to the task's own bits, or to the vector that trimming has computed."""
         aligned, made = room.aligned[number], bool(self._rule.trims)
         n, dtype, base = len(aligned.fine), aligned.pair.fine.dtype, room.base_weights if self._reads_base and not made else None
         bits, name = aligned.fine, dtype.name
@@ -162,12 +161,12 @@ class _Walk:
                 result.append(Trimmed(None, None, 0))
             else:
                 above, at_least, equals = xp.trim(vector, threshold.key)
-                # Once no equals may be taken any more, that stays so: they are not counted.
+                # Once no equals may be taken any more, that never changes: they are not counted.
                 result.append(Trimmed(above, at_least, equals) if quotas[group] else Trimmed(above, None, 0))
         return result
 
     def commit(self, tile: Tile, result: list[list[Trimmed]]) -> list[list[Array | None]]:
-        """Settle which equals stay; a flag for each entry, None for all of them."""
+        """Settle which equals are kept: a flag for each entry, or None for all."""
         number = self.slot_number(tile)
         if tile.start == 0 and result:
             self._begin(number)
@@ -190,7 +189,7 @@ class _Walk:
         return flags
 
     def _first_equals(self, trim: Trimmed, quota: int) -> Array:
-        """What is above the threshold and the first of its equals, so many."""
+        """Entries above the threshold, and the first `quota` of its equals."""
         xp = self._xp
         equal = xp.not_equal(trim.at_least, trim.above)
         return xp.logical_or(trim.above, xp.logical_and(equal, xp.running_count(equal) <= quota))
@@ -208,7 +207,7 @@ class _Walk:
         slot, rule, n = self._plan.slots[number], self._rule, tile.stop - tile.start
 
         def inputs(task: int) -> Array:
-            if rule.trims:  # trimming has made it
+            if rule.trims:  # trimming has computed it
                 return room.scratch(f"input{task}", n)
             return self._input(task, room, f"input{task if rule.holds_all else task % 2}")
 
@@ -220,7 +219,7 @@ class _Walk:
 
 
 class Elect(_Walk):
-    """Sums elected signs over everything."""
+    """Sums elected signs over the whole model."""
 
     def __init__(self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int]) -> None:
         super().__init__(plan, rule, how, decided, slots, {})
@@ -234,7 +233,7 @@ class Elect(_Walk):
 
 
 class Products(_Walk):
-    """Inner products of all inputs, tensor by tensor, summed in a fixed order whatever the tiles."""
+    """Inner products of all inputs, tensor by tensor, summed in an order that does not depend on the tiles."""
 
     def __init__(self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int]) -> None:
         super().__init__(plan, rule, how, decided, slots, {})
@@ -255,7 +254,7 @@ class Products(_Walk):
             self._chunks[self.slot_number(tile)][tile.start] = found
 
     def tables(self) -> dict[int, list[list[float]]]:
-        """For each slot a table (tasks, tasks) of those that have it."""
+        """A table (tasks, tasks) for each slot that has one."""
         tables = {}
         for number, tiles in self._chunks.items():
             tasks = range(len(self._plan.slots[number].inputs))
@@ -266,13 +265,13 @@ class Products(_Walk):
 
 def _in_order(values: Any) -> float:
     total = 0.0
-    for value in values:  # not sum(), which compensates since Python 3.12
+    for value in values:  # not sum(), which has used compensated summation since Python 3.12
         total += value
     return total
 
 
 def _chunk_sums(a: Doubles, b: Doubles) -> list[float]:
-    """Sums of a * b over chunks of 2^14 entries, each by halving: the same on every processor."""
+    """Sums of a * b over chunks of 2^14 entries, each computed by halving: the same on every processor."""
     chunks = np.zeros(-(-len(a) // CHUNK) * CHUNK)
     np.multiply(a, b, out=chunks[: len(a)])
     rows = chunks.reshape(-1, CHUNK)
@@ -308,7 +307,7 @@ class Merge(_Walk):
             self._writer.journal.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]))
 
     def _settle(self, tile: Tile, slot: Slot, bits: Bits, room: MergeBuffers) -> None:
-        """Entries that are not finite and the same in all inputs stay (masks of -inf); any other is an error."""
+        """Entries that are not finite and equal in all inputs stay (masks of -inf). Any others are an error."""
         dtype, download = slot.info.dtype, self._xp.download
         at = np.flatnonzero((bits & ((1 << (dtype.bits - 1)) - 1)) >= infinity(dtype))
         found = [(self._plan.vectors[a.task].fine, a.pair.fine.dtype, download(a.fine)[at]) for a in room.aligned]
@@ -328,7 +327,7 @@ class Merge(_Walk):
         bits[at] = cast_bits(CPU, value, source, dtype)
 
     def _refuse(self, slot: Slot, tile: Tile, at: Bits, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
-        """The first input that is not finite there, if any is."""
+        """BadFile for the first input that is not finite there, if any is."""
         where = f"entry {tile.start + int(at[i]):,}"
         for model, dtype, bits in found:
             if not np.isfinite(_doubles(bits, dtype)[i]):
@@ -338,7 +337,7 @@ class Merge(_Walk):
                 )
 
     def _refuse_result(self, slot: Slot, where: str, bits: Bits) -> None:
-        """All inputs are finite, and what was made of them is not."""
+        """BadFile for a result that is not finite although all inputs are."""
         if np.isnan(_doubles(bits, slot.info.dtype)[0]):
             raise BadFile(
                 f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are",

@@ -1,7 +1,6 @@
-"""The plan of a merge, from headers alone: which tensors merge, which are copied, which belong to one task.
+"""The plan of a merge, from headers alone: which tensors are merged, which are copied, which belong to one task.
 
-Everything that headers show to be wrong is collected and reported at once, before any tensor is read.
-"""
+All problems that show in headers are collected and reported at once, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -34,22 +33,21 @@ _TOKENS = 6  # tokens listed
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about tensors. `dtype` replaces that of floating tensors."""
+    """Options of the command line about tensors. `dtype` replaces that of floating tensors."""
 
     per_task: str | None = None
     merge_heads: bool = False
     dtype: Dtype | None = None
-    verb: str = "merged"  # what messages say of the models
-    config: str | None = None  # whose config.json is written: a task's, or "base"; without it, configs must compute the same
-    absent: frozenset[tuple[str, str]] = frozenset()  # task and reference's tensor: by design it is not among those merged
+    verb: str = "merged"  # the verb for the models in messages
+    config: str | None = None  # whose config.json is written: a task's, or "base"; without it, the configs must agree
+    absent: frozenset[tuple[str, str]] = frozenset()  # (task, reference's tensor) that are missing by design
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One merged tensor: what is written, what each task has, what the base has.
+    """One merged tensor: the output, each task's tensor, and the base's.
 
-    `tasks` are the numbers of the tasks that the inputs are of; None: of all of them.
-    """
+    `tasks` are the indices of the tasks that the inputs belong to. None: all of them."""
 
     info: TensorInfo
     inputs: tuple[TensorInfo, ...]
@@ -57,11 +55,11 @@ class Slot:
     tasks: tuple[int, ...] | None = None
 
     def task(self, number: int) -> int:
-        """Which task the input of a number is of."""
+        """The task of an input."""
         return number if self.tasks is None else self.tasks[number]
 
     def of(self, task: int) -> TensorInfo | None:
-        """A task's tensor; None if it is not among the inputs."""
+        """A task's tensor. None if it is not among the inputs."""
         if self.tasks is None:
             return self.inputs[task]
         return self.inputs[self.tasks.index(task)] if task in self.tasks else None
@@ -69,20 +67,20 @@ class Slot:
 
 @dataclass
 class MergePlan:
-    """All output tensors. `reference` gives names and what is copied: the base, or without one the first model."""
+    """All output tensors. `reference` gives names and copied tensors: the base, or the first model if there is no base."""
 
     base: Checkpoint | None
     reference: Checkpoint
     vectors: list[TaskVector]
     dtype: Dtype | None
-    config: Checkpoint | None = None  # whose config.json is written; without it, the reference's
-    slots: list[Slot] = field(default_factory=list)  # canonical order
+    config: Checkpoint | None = None  # whose config.json is written; None: the reference's
+    slots: list[Slot] = field(default_factory=list)  # in canonical order
     copied: list[TensorInfo] = field(default_factory=list)
     averaged: list[Slot] = field(default_factory=list)  # running means and variances: the models' weighted mean
     same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
     warnings: list[str] = field(default_factory=list)
     heads: dict[str, list[TensorInfo]] = field(default_factory=dict)  # by task
-    overrides: dict[str, bytes] = field(default_factory=dict)  # side files that are not the reference's
+    overrides: dict[str, bytes] = field(default_factory=dict)  # side files that differ from the reference's
 
     @property
     def entries(self) -> int:
@@ -91,7 +89,7 @@ class MergePlan:
 
     @property
     def outputs(self) -> list[TensorInfo]:
-        """Everything that is written but heads."""
+        """All tensors that are written, except heads."""
         return [slot.info for slot in (*self.slots, *self.averaged)] + [_in_dtype(info, self.dtype) for info in self.copied]
 
 
@@ -100,7 +98,7 @@ def _in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
 
 
 def same_files(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether two checkpoints are the same files, and the same part of them, under whatever names."""
+    """Whether two checkpoints are the same files, and the same part of them, under any names."""
 
     def files(checkpoint: Checkpoint) -> list[object]:
         return sorted((same_as(place) for place in checkpoint.files), key=repr)
@@ -109,10 +107,9 @@ def same_files(a: Checkpoint, b: Checkpoint) -> bool:
 
 
 def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]], on_vectors: bool, options: Options) -> MergePlan:
-    """Settle what happens to every tensor.
+    """Decide what happens to every tensor.
 
-    Raises Mismatch with all problems at once; UsageError for options that cannot be.
-    """
+    Raises Mismatch with all problems at once, UsageError for impossible options."""
     try:
         own = re.compile(options.per_task) if options.per_task is not None else None
     except re.error as error:
@@ -175,7 +172,7 @@ def _twice(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]], on_
 
 
 class _Planner:
-    """Sorts the tensors of all models into the plan, and collects what is wrong."""
+    """Sorts the tensors of all models into the plan, and collects problems."""
 
     def __init__(
         self,
@@ -186,7 +183,7 @@ class _Planner:
         options: Options,
     ) -> None:
         self._plan, self._models, self._pairings, self._own, self._options = plan, models, pairings, own, options
-        self._dtypes: dict[str, list[str]] = {}  # tensors by how the models' dtypes differ
+        self._dtypes: dict[str, list[str]] = {}  # tensors by the models' different dtypes
         self.problems: list[str] = []
 
     def settle(self) -> None:
@@ -221,7 +218,7 @@ class _Planner:
         return f" (--per-task '^{re.escape(name)}$' keeps it for each task)"
 
     def _sort_whole(self) -> set[str]:
-        """Tensors of single tasks that pair with nothing; returns the reference's names that no task merges."""
+        """Sort tensors of single tasks that have no partner. Returns the reference's names that no task merges."""
         plan = self._plan
         reserved: set[str] = set()
         for task, pairing in self._pairings.items():
@@ -276,7 +273,7 @@ class _Planner:
             plan.same += list(found.values())
 
     def _reordered_heads(self) -> str | None:
-        """Which models' merged heads have the same classes in different orders; None if none have."""
+        """A message if merged heads have the same classes in different orders. None otherwise."""
         orders: dict[str, list[str]] = {}
         base = {} if self._plan.base is None else {self._plan.base.label: self._plan.base}
         for task, model in (base | self._models).items():
@@ -291,7 +288,7 @@ class _Planner:
         return None
 
     def _doubtful_heads(self) -> str | None:
-        """Why heads might be of different tasks though their shapes agree; None if nothing says so."""
+        """A reason to suspect that heads of equal shape belong to different tasks. None if there is none."""
         labels, unnamed = [], False
         for model in self._models.values():
             config = model.config()
@@ -307,7 +304,7 @@ class _Planner:
 
 
 def _is_head(info: TensorInfo, other: TensorInfo) -> bool:
-    """Whether another number of classes explains two shapes."""
+    """Whether a different number of classes explains two shapes."""
     return (
         bool(info.shape)
         and len(info.shape) == len(other.shape)
@@ -321,10 +318,9 @@ def _is_vocabulary(info: TensorInfo, other: TensorInfo) -> bool:
 
 
 def drop_tied_heads(models: Sequence[Checkpoint]) -> list[str]:
-    """Leave out output matrices that only some of the models store, where each is its model's embedding again; says which.
+    """Drop output matrices that only some models store, if each repeats its model's embedding. Returns which.
 
-    Where the config does not tie the two, or they differ, nothing is left out.
-    """
+    Nothing is dropped if the config does not tie the two, or they differ."""
     said = []
     names = {name for model in models for name in model.tensors if is_output(name)}
     for name in sorted(names):
@@ -338,15 +334,15 @@ def drop_tied_heads(models: Sequence[Checkpoint]) -> list[str]:
 
 
 def _repeats(model: Checkpoint, name: str) -> bool:
-    """Whether an output matrix is the embedding again, in a model that ties the two."""
-    config = model.config() or {"tie_word_embeddings": True}  # a bare file says nothing: then equal bytes say it
+    """Whether an output matrix repeats the embedding, in a model that ties the two."""
+    config = model.config() or {"tie_word_embeddings": True}  # a bare file has no config: then equal bytes decide
     return tied_embedding(config, model.tensors) is not None and not is_untied(
         config, {name: model.tensors[name]} | {n: info for n, info in model.tensors.items() if not is_output(n)}, model.read_into
     )
 
 
 def _alike(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
-    """Whether two tensors hold the same: bytes, or floats once both are in the narrower type."""
+    """Whether two tensors have equal contents: bytes, or floats in the narrower of the two types."""
     ours, theirs = fine.read(pair.fine.name), base.read(pair.base.name)
     one, other = pair.fine.dtype, pair.base.dtype
     if one is other or not (one.compressible and other.compressible):
@@ -357,10 +353,9 @@ def _alike(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
 
 
 def check_same(plan: MergePlan) -> list[str]:
-    """Read what is not floating-point and must be equal; warnings for counters that differ.
+    """Read tensors that are not floating-point and must be equal. Returns warnings for counters that differ.
 
-    Raises Mismatch for a tensor that differs and could not be merged.
-    """
+    Raises Mismatch for a tensor that differs and cannot be merged."""
     warnings, problems = list(plan.warnings), []
     if plan.averaged:
         warnings.append(f"{len(plan.averaged)} running means and variances are averaged over the models: recompute them on data if you can")

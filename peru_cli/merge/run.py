@@ -1,4 +1,4 @@
-"""`peru merge`: one checkpoint from several, tile by tile; the same bytes for any tile size, thread count and device."""
+"""`peru merge`: merge several models tile by tile. The bytes are the same for any tile size, thread count and device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_TILE = 1 << 18  # entries; smaller tiles fit caches better, but threads 
 
 
 def check_trims(plan: MergePlan, rule: Rule) -> None:
-    """Refuse a density that keeps nothing; UsageError."""
+    """UsageError for a density that keeps nothing."""
     for task, vector in enumerate(plan.vectors if rule.trims else ()):
         sizes = {0: plan.entries}
         if rule.scope == "tensor":
@@ -44,10 +44,9 @@ def merge(
 ) -> None:
     """Write all merged and copied tensors. The caller enters and commits the writer.
 
-    A writer with a journal is not given what an earlier run wrote.
+    If the writer has a journal, tensors that an earlier run wrote are skipped.
 
-    Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype.
-    """
+    Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype."""
     journal = writer.journal
     done = journal.done if journal is not None else {}
     if journal is not None and "decided" in journal.notes:
@@ -74,18 +73,18 @@ def merge(
 
 
 def _whole(entries: list[int]) -> list[Tile]:
-    """A tile for each tensor."""
+    """One tile for each tensor."""
     return [Tile(number, number, 0, n) for number, n in enumerate(entries)]
 
 
 def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str], None], journal: Journal | None = None) -> Decided:
-    """All passes before the last one: thresholds, sign counts, inner products."""
+    """Run all passes before the last one: thresholds, sign counts, inner products."""
     decided = Decided()
     slots = list(range(len(plan.slots)))
     if rule.trims:
         note("finding thresholds")
         assert plan.base is not None
-        # These passes hold one task's tile at a time, the others all of them.
+        # These passes hold one task's tile at a time, the others hold all tasks'.
         family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)))
         decided.thresholds = [_thresholds(plan, family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
@@ -103,13 +102,13 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
 
 
 def _keeps(plan: MergePlan, rule: Rule, trim: int, task: int, n: int, slot: int) -> int:
-    """What a trim leaves a task, whose number among a tensor's inputs may be another than among all tasks."""
+    """How many entries a trim leaves a task. Its index among a tensor's inputs may differ from its index among all tasks."""
     tasks = plan.slots[slot].tasks if rule.scope == "tensor" else None
     return rule.keeps(trim, task if tasks is None else tasks.index(task), n, slot)
 
 
 def _thresholds(plan: MergePlan, family: Family, rule: Rule, index: int, journal: Journal | None) -> list[list[Threshold]]:
-    """For each task its threshold over everything, or one for each slot."""
+    """For each task, its threshold over the whole model, or one for each slot."""
     numbers = range(len(family.tasks))
     groups = [range(len(family.slots))] if rule.scope == "global" else [range(i, i + 1) for i in range(len(family.slots))]
     found: list[list[Threshold]] = [[] for _ in numbers]
@@ -128,7 +127,7 @@ def _thresholds(plan: MergePlan, family: Family, rule: Rule, index: int, journal
 
 
 def _average(plan: MergePlan, rule: Rule, writer: CheckpointWriter) -> None:
-    """Running means and variances: the models' mean, with their weights where these are shares; never outside the inputs' range."""
+    """Running means and variances: the models' mean, weighted if the weights are shares; never outside the inputs' range."""
     given = rule.parameters.weights
     if "t" in rule.parameters.values and len(given) == 2:
         given = (1 - rule.parameters.number("t"), rule.parameters.number("t"))
@@ -144,7 +143,7 @@ def _average(plan: MergePlan, rule: Rule, writer: CheckpointWriter) -> None:
 
 
 def _copy(plan: MergePlan, writer: CheckpointWriter) -> None:
-    """Tensors that come from the reference as they are, in the output's dtype."""
+    """Copy tensors of the reference, in the output's dtype."""
     outputs = {info.name: info for info in plan.outputs}
     for info in plan.copied:
         wanted = outputs[info.name].dtype

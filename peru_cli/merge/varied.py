@@ -22,7 +22,7 @@ _CLAUSE = re.compile(r"(?:(?P<first>\d+)\.\.(?P<last>\d+):|(?P<filter>[^:,\[\]]+
 
 @dataclass(frozen=True)
 class Clause:
-    """A value, or a gradient (several), for tensors whose names have `filter` in them, in layers `first` to `last`; None: all."""
+    """A value, or a gradient (several), for tensors with `filter` in their names, in layers `first` to `last`. None: all."""
 
     values: tuple[Value, ...]
     gradient: bool = False
@@ -31,13 +31,13 @@ class Clause:
     line: int | None = None  # in a recipe
 
     def applies(self, spot: Spot) -> bool:
-        """Whether a tensor has this value."""
+        """Whether a tensor gets this value."""
         if self.layers is not None and (spot.layer is None or not self.layers[0] <= spot.layer <= self.layers[1]):
             return False
         return self.filter in (None, "*") or str(self.filter) in spot.name
 
     def at(self, spot: Spot) -> Value:
-        """The value of a tensor: of a gradient that at its depth, between its neighbours; of words and flags the nearer one below."""
+        """The value of a tensor. A gradient is interpolated at the tensor's depth; for words and flags the nearest lower value is used."""
         if not self.gradient:
             return self.values[0]
         depth = spot.depth
@@ -63,7 +63,7 @@ Setting = tuple[Clause, ...]
 
 
 def value_at(setting: Setting, spot: Spot) -> Value | None:
-    """The value of the first clause that applies; None if none does."""
+    """The value of the first clause that applies. None if none does."""
     return next((clause.at(spot) for clause in setting if clause.applies(spot)), None)
 
 
@@ -73,13 +73,13 @@ def is_plain(setting: Setting) -> bool:
 
 
 def unmatched(setting: Setting, spots: Iterable[Spot]) -> list[Clause]:
-    """The clauses whose filter or layers no tensor meets."""
+    """The clauses whose filter or layers match no tensor."""
     listed = list(spots)
     return [clause for clause in setting if not any(clause.applies(spot) for spot in listed)]
 
 
 def parse_setting(text: str, read: Callable[[str], Value], option: str) -> Setting:
-    """`0.5`, `mlp:0.7,self_attn:0.3`, `0..31:[10%,50%,10%]` as clauses; `read` reads one value. UsageError otherwise."""
+    """Parse `0.5`, `mlp:0.7,self_attn:0.3`, `0..31:[10%,50%,10%]` into clauses. `read` parses one value. UsageError otherwise."""
     clauses, at = [], 0
     while at < len(text):
         match = _CLAUSE.match(text, at)
@@ -116,7 +116,7 @@ def read_number(option: str) -> Callable[[str], Value]:
 
 
 def check_setting(setting: Setting, spots: Mapping[str, Spot], option: str) -> None:
-    """UsageError for a filter or layers that no tensor meets."""
+    """UsageError for a filter or layers that match no tensor."""
     for clause in unmatched(setting, spots.values()):
         what = f"layers {clause.layers[0]}..{clause.layers[1]}" if clause.layers is not None else repr(clause.filter)
         raise UsageError(f"{option}: {what} matches no tensor that is merged", "`peru inspect MODEL` lists the names")
@@ -127,7 +127,7 @@ def check_setting(setting: Setting, spots: Mapping[str, Spot], option: str) -> N
 
 
 def build(method: Method, parameters: Sequence[Parameters]) -> Rule:
-    """The method with the parameters of each tensor (in canonical order): tensors with equal ones share a rule."""
+    """The method with the parameters of each tensor (in canonical order). Tensors with equal parameters share a rule."""
     from peru_cli.methods.by_tensor import ByTensor
 
     rules: list[Rule] = []

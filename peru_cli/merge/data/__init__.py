@@ -1,1 +1,1 @@
-"""Merges that look at examples: statistics of methods with data, and the search for an option's best value."""
+"""Merges that use examples: statistics of methods with data, and the search for an option's best value."""

@@ -19,7 +19,7 @@ from peru_cli.vectors.family import StreamSettings
 
 @dataclass
 class Looked:
-    """The rule with what it needs, its parameters, the statistics' keys; and the curve of a search with the fine-tunes' accuracies."""
+    """The rule with its statistics, its parameters, the statistics' keys, and the curve of a search with the fine-tunes' accuracies."""
 
     rule: Rule
     parameters: Parameters
@@ -42,8 +42,7 @@ def look(
 ) -> Looked:
     """Collect statistics into the folder, and try every value of a searched option.
 
-    Raises BadFile or Mismatch for examples and models that do not fit.
-    """
+    Raises BadFile or Mismatch for examples and models that do not fit together."""
     statistics = None
     if method.statistics is not None:
         statistics = Statistics(plan, method, running, open_folder(folder), Progress(say, bar.expect, bar.advance))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_curve(looked: Looked, names: tuple[str, ...]) -> None:
-    """The searched values with accuracies in %, the best one marked."""
+    """Print the searched values with accuracies in %, the best one marked."""
     from peru_cli.merge.output import show
 
     best = looked.parameters.values[looked.searched]

@@ -1,4 +1,4 @@
-"""`--search`: a merge made in memory and tried on examples of every task."""
+"""`--search`: merge in memory and test on examples of every task."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MemoryWriter(CheckpointWriter):
 
 @dataclass
 class Point:
-    """What one value came to: accuracies by task, and the mean over tasks of accuracy / the fine-tune's accuracy."""
+    """The result of one value: accuracies by task, and the mean over tasks of accuracy / the fine-tune's accuracy."""
 
     value: Value
     accuracies: dict[str, float]
@@ -58,10 +58,10 @@ class Point:
 
 
 class Trial:
-    """All tasks' classifiers in memory, under which merged weights are put."""
+    """All tasks' classifiers in memory, which share the merged weights."""
 
     def __init__(self, plan: MergePlan, running: Running) -> None:
-        """Measures the fine-tunes. BadFile where a task's examples have no labels, Mismatch where a model is no classifier."""
+        """Measures the fine-tunes. BadFile if a task's examples have no labels, Mismatch if a model is not a classifier."""
         self._plan, self._running = plan, running
         self._parts: list[TaskParts] = []
         self._labels: list[np.ndarray[Any, np.dtype[Any]]] = []
@@ -82,7 +82,7 @@ class Trial:
 
     @property
     def examples(self) -> int:
-        """Examples of all tasks together."""
+        """Number of examples of all tasks together."""
         return sum(map(len, self._labels))
 
     def _accuracies(self) -> dict[str, float]:
@@ -106,5 +106,5 @@ class Trial:
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The point with the highest normalised accuracy, the first of equals."""
+    """The point with the highest normalised accuracy; ties: the first."""
     return max(points, key=lambda point: point.normalised)

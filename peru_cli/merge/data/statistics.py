@@ -1,9 +1,8 @@
 """Statistics of merges with data: collected from models in memory, stored in one safetensors file per task, read in tiles.
 
-A file is called METHOD-KEY.safetensors; the key is a digest of all that decides its contents: the fine-tune's tensors and
-side files, the examples (without their labels), the options that the methods' table names, and, where all tasks are looked
-at together, the same of the others and the base. So a file can be kept beside any others, and is never out of date.
-"""
+A file is called METHOD-KEY.safetensors. The key is a digest of everything that determines its contents: the fine-tune's
+tensors and side files, the examples (without labels), the options named in the table of methods, and, if all tasks are seen
+together, the same of the other tasks and the base. So files of any merges can share a folder, and none is ever out of date."""
 
 from __future__ import annotations
 
@@ -41,9 +40,9 @@ class Kept:
     """One task's statistics in a file, by the name of the merged tensor."""
 
     def __init__(self, path: Path, names: Mapping[str, str]) -> None:
-        """`names` are the task's own, by those of the merge."""
+        """`names` maps the merge's names to the task's own."""
         self._file, self._names = open_file(path, str(path)), names
-        inputs.forget(path)  # who shares the folder may put the same statistics there once more
+        inputs.forget(path)  # another process that uses the folder may write the same statistics again
 
     def _info(self, role: str, name: str) -> TensorInfo | None:
         return self._file.tensors.get(f"{role}/{self._names.get(name, '')}")
@@ -62,13 +61,13 @@ class Kept:
 
 
 def digest_checkpoint(checkpoint: Checkpoint) -> bytes:
-    """The digest of all tensors of a checkpoint, as artifacts have it; reads everything once."""
+    """The digest of all tensors of a checkpoint, as in artifacts. Reads everything once."""
     return checkpoint_digest({name: checkpoint.digest(name) for name in checkpoint.tensors})
 
 
 @dataclass
 class Progress:
-    """Where collecting says how far it is: a note for the user, more work to come, work done."""
+    """How collecting reports progress: a note for the user, more work to come, work done."""
 
     say: Callable[[str], None]
     expect: Callable[[int], None]
@@ -76,7 +75,7 @@ class Progress:
 
 
 class Statistics:
-    """What a method needs of all tasks of a merge: from the folder if it is there, else collected."""
+    """The statistics that a method needs of all tasks of a merge: read from the folder, or collected."""
 
     def __init__(self, plan: MergePlan, method: Method, running: Running, folder: Path, progress: Progress) -> None:
         self._plan, self._method, self._running, self._folder, self._progress = plan, method, running, folder, progress
@@ -163,7 +162,7 @@ class Statistics:
 
 
 def open_folder(folder: Path) -> Path:
-    """The folder of --stats, made if it is not there."""
+    """The folder of --stats, created if it does not exist."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--stats {folder} is a file", "name a folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from peru_cli.vectors.family import TaskVector
 
 @dataclass(frozen=True)
 class Running:
-    """What models run on and how. Labels are read only where they are needed."""
+    """How and on what models run. Labels are read only if they are needed."""
 
     examples: Mapping[str, Examples]
     device: torch.device
@@ -34,14 +34,14 @@ class Running:
 
 @dataclass
 class TaskParts:
-    """A fine-tune's model, the names of its checkpoint's tensors and of the merge's by those in the model."""
+    """A fine-tune's model, with the names of its checkpoint's tensors and of the merge's, by the names in the model."""
 
     loaded: Loaded
     own: dict[str, str]
     merged: dict[str, str]
 
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Use merged weights, by the merge's names; the model shares their memory. What they lack stays."""
+        """Use merged weights, given by the merge's names. The model shares their memory; its other weights stay."""
         tensors: Mapping[str, torch.Tensor] = dict(self.loaded.model.named_parameters()) | dict(self.loaded.model.named_buffers())
         for name, merged in self.merged.items():
             if name in tensors and merged in weights:
@@ -49,7 +49,7 @@ class TaskParts:
 
 
 def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str, most: int | None = None) -> Running:
-    """Read the examples of every task, the first `most` of each. UsageError if a task has none, or a name is no task's."""
+    """Read the examples of every task, the first `most` of each. UsageError if a task has none, or a name is not a task's."""
     files = split_data(texts)
     if list(files) == [""] and len(tasks) == 1:
         files = {tasks[0]: files[""]}
@@ -62,7 +62,7 @@ def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size:
 
 
 def digest_inputs(examples: Examples) -> str:
-    """A digest of what models are given of the examples: no labels, no file names."""
+    """A digest of the parts of the examples that models see: no labels, no file names."""
     total = blake3(b"peru examples 1\0")
     for part in (examples.texts, examples.pairs, examples.targets):
         total.update(b"-" if part is None else len(part).to_bytes(8, "little"))
@@ -85,11 +85,10 @@ def own_files(fine: Checkpoint) -> dict[str, bytes]:
 
 
 def trace_names(state: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, str]:
-    """Which of a checkpoint's tensors became which of its model's, by the model's names.
+    """Map each name in the model to the name of the checkpoint's tensor that was loaded there.
 
-    transformers renames tensors while it loads them, architecture by architecture. So a second model is loaded from tensors
-    that are each filled with a number of their own. Mismatch where tensors were joined or cut.
-    """
+    transformers renames tensors on loading, differently for each architecture. So a second model is loaded from tensors that are
+    each filled with a number of their own. Mismatch if tensors were joined or split."""
     names = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()]
     dyed = dict(state) | {name: torch.full(state[name].shape, float(number)) for number, name in enumerate(names, 1)}
     model, traced = loaded.model, {}
@@ -107,7 +106,7 @@ def trace_names(state: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, 
 
 
 def load_task(plan: MergePlan, vector: TaskVector, examples: Examples, device: torch.device, attention: str | None = None) -> TaskParts:
-    """Build a fine-tune's model in float32. Mismatch or BadFile where model and examples do not fit."""
+    """Build a fine-tune's model in float32. Mismatch or BadFile if model and examples do not fit together."""
     fine = vector.fine
     called = {name: fine_name(fine, name) for name in fine.tensors}  # an adapter's tensors have the base's names
     state = {called[name]: tensor for name, tensor in read_tensors(fine).items()}

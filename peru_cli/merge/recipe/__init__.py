@@ -1,4 +1,4 @@
-"""Recipes: mergekit's YAML files, read into the same plan as the command line."""
+"""Recipes: mergekit's YAML files, turned into the same plan as the command line."""
 
 import re
 

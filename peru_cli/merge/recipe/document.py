@@ -13,7 +13,7 @@ import yaml
 from peru_cli.errors import BadFile, UsageError
 
 MAX_BYTES = 1_000_000
-_MOST_NODES = 50_000  # a recipe has dozens; aliases could make billions
+_MOST_NODES = 50_000  # a recipe has dozens; aliases could expand to billions
 _MOST_LEVELS = 40
 BLOCK = re.compile(r"^(`{3,})ya?ml[^\n]*\n(.*?)^\1", re.MULTILINE | re.DOTALL)
 
@@ -22,7 +22,7 @@ Path = tuple[str | int, ...]
 
 @dataclass
 class Complaints:
-    """Everything that is wrong or strange, with its line. `strict` makes errors of warnings."""
+    """All errors and warnings, with their lines. `strict` turns warnings into errors."""
 
     label: str
     strict: bool = False
@@ -30,11 +30,11 @@ class Complaints:
     warnings: list[str] = field(default_factory=list)
 
     def error(self, line: int | None, text: str) -> None:
-        """Something that cannot be."""
+        """Record an error."""
         self.errors.append(f"{self._where(line)}{text}")
 
     def warn(self, line: int | None, text: str) -> None:
-        """Something that has no effect."""
+        """Record something that has no effect."""
         known = f"{self._where(line)}{text}"
         if known not in self.warnings and known not in self.errors:
             (self.errors if self.strict else self.warnings).append(known)
@@ -43,20 +43,20 @@ class Complaints:
         return f"line {line}: " if line is not None else ""
 
     def settle(self) -> None:
-        """UsageError with all errors, if there are any."""
+        """Raise UsageError with all errors, if there are any."""
         if self.errors:
             raise UsageError(f"{self.label} cannot be merged:\n  " + "\n  ".join(dict.fromkeys(self.errors)))
 
 
 @dataclass
 class Document:
-    """One document of the file: plain values, and the line of each by its path of keys and numbers."""
+    """One document of the file: plain values, and the line of each by its path of keys and indices."""
 
     data: Any
     lines: Mapping[Path, int]
 
     def line(self, path: Iterable[str | int]) -> int:
-        """The line of a value, or of the nearest one around it."""
+        """The line of a value, or of the nearest enclosing one."""
         keys = tuple(path)
         while keys not in self.lines:
             keys = keys[:-1]
@@ -64,16 +64,15 @@ class Document:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` if something known is close."""
+    """`, did you mean X?` if a known word is close."""
     close = difflib.get_close_matches(word, list(known), 1, 0.7)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def read_documents(text: str, label: str) -> list[Document]:
-    """All documents of a file, empty ones left out; of a model card the first YAML block with a merge_method.
+    """All documents of a file, without empty ones. Of a model card, the first YAML block with a merge_method.
 
-    Raises BadFile for what is no YAML, with its line: two equal keys, tags, aliases that grow without end.
-    """
+    Raises BadFile for invalid YAML, with its line: equal keys, tags, aliases that expand without end."""
     offset = 0
     if label.endswith(".md"):
         blocks = [match for match in BLOCK.finditer(text) if "merge_method" in match.group(2)]
@@ -101,7 +100,7 @@ def read_documents(text: str, label: str) -> list[Document]:
 
 
 class _Reader:
-    """Makes plain values of a document's nodes."""
+    """Turns a document's nodes into plain values."""
 
     def __init__(self, loader: yaml.SafeLoader, offset: int) -> None:
         self._loader, self._offset, self._lines = loader, offset, dict[Path, int]()
@@ -119,7 +118,7 @@ class _Reader:
             return [self._plain(child, (*path, number)) for number, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._table(node, path)
-        if node.tag == "tag:yaml.org,2002:timestamp":  # a model may be called like a date
+        if node.tag == "tag:yaml.org,2002:timestamp":  # a model's name may look like a date
             return node.value
         return self._loader.construct_object(node)
 

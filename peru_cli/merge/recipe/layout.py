@@ -24,10 +24,10 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 
 
 class Restacked(Checkpoint):
-    """Tensors of several checkpoints under names of their own."""
+    """Tensors of several checkpoints under new names."""
 
     def __init__(self, label: str, taken: Mapping[str, tuple[Checkpoint, str]], like: Checkpoint) -> None:
-        """`taken` has for every name a model and its name there; side files are those of `like`."""
+        """`taken` maps every new name to a model and the name there. Side files are those of `like`."""
         models = {id(model): model for model, _ in taken.values()}
         self.label, self.side_files, self.metadata = label, like.side_files, like.metadata
         self.kind = "layers of " + listed(model.label for model in models.values())
@@ -51,18 +51,18 @@ def _named(name: str, info: TensorInfo) -> TensorInfo:
 
 @dataclass
 class Layout:
-    """The inputs of a merge as checkpoints with the output's names, and where each output tensor comes from."""
+    """The inputs of a merge as checkpoints with the output's names, and the origin of each output tensor."""
 
     base: Checkpoint | None
     tasks: list[tuple[str, Checkpoint]]
     donor: Checkpoint  # of config and tokenizer
     spots: dict[str, Spot]
     places: dict[str, tuple[int, int]]  # module and slice, by output name
-    absent: frozenset[tuple[str, str]] = frozenset()  # task and tensor: its slice has fewer sources
-    config: dict[str, Any] = field(default_factory=dict)  # what changes in config.json
+    absent: frozenset[tuple[str, str]] = frozenset()  # (task, tensor) whose slice has fewer sources
+    config: dict[str, Any] = field(default_factory=dict)  # changes of config.json
 
     def origin(self, name: str) -> Origin:
-        """Where an output tensor comes from."""
+        """The origin of an output tensor."""
         module, part = self.places[name]
         return Origin(module, part, self.spots[name])
 
@@ -71,7 +71,7 @@ Opened = Mapping[ModelName, Checkpoint]
 
 
 def lay_out(recipe: Recipe, opened: Opened, complaints: Complaints) -> Layout | None:
-    """The layout of a recipe whose models are open; None after errors: layers that a model lacks, tensors of no module."""
+    """The layout of a recipe whose models are open. None after errors: layers that a model lacks, tensors of no module."""
     errors = len(complaints.errors)
     for module in recipe.modules:
         for part in module.slices:
@@ -104,7 +104,7 @@ def _check_layers(source: Source, model: Checkpoint, complaints: Complaints) -> 
 
 
 def _whole(module: Module, opened: Opened) -> bool:
-    """Whether all layers of all sources stay where they are."""
+    """Whether all layers of all sources keep their place."""
     return module.whole or (len(module.slices) == 1 and all(s.layers == (0, _layers(opened[s.model])[1]) for s in module.slices[0].sources))
 
 
@@ -121,7 +121,7 @@ def _whole_models(recipe: Recipe, opened: Opened, donor: Checkpoint) -> Layout:
 
 
 def _with_head(model: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
-    """The model with its embedding as head, if it has no head of its own and some other has one."""
+    """The model with its embedding as head, if it has no head of its own and another model does."""
     if HEAD in model.tensors or not any(HEAD in other.tensors for other in others):
         return model
     tied = next((name for name in model.tensors if name.endswith(_EMBEDDINGS)), None)
@@ -133,7 +133,7 @@ def _with_head(model: Checkpoint, others: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def task_names(sources: Sequence[Sequence[Source]]) -> list[str]:
-    """A name for the inputs of each position: the model's if it is one and the same everywhere, else its number; all distinct."""
+    """A distinct name for the inputs of each position: the model's if it is the same everywhere, otherwise its number."""
     found: list[str] = []
     for position, at_position in enumerate(sources):
         models = {source.model for source in at_position}
@@ -148,7 +148,7 @@ def task_names(sources: Sequence[Sequence[Source]]) -> list[str]:
 
 
 class _Stacker:
-    """Puts slices on top of each other, module by module."""
+    """Stacks slices, module by module."""
 
     def __init__(self, recipe: Recipe, opened: Opened, donor: Checkpoint, complaints: Complaints) -> None:
         self._recipe, self._opened, self._donor, self._complaints = recipe, opened, donor, complaints
@@ -188,7 +188,7 @@ class _Stacker:
         return position >= len(inputs_of(self._recipe, inner, inner.slices[part]).merged)
 
     def _slice(self, number: int, index: int, module: Module, part: Slice, found: Inputs, at: int, names: Sequence[str | None]) -> int:
-        """Take a slice's tensors; the number of the output's next layer."""
+        """Take a slice's tensors. Returns the number of the output's next layer."""
         first, last = index == 0, index == len(module.slices) - 1
         every = [self._opened[source.model] for source in (*found.merged, *([found.base] if found.base is not None else []))]
         length = 0
@@ -230,7 +230,7 @@ class _Stacker:
         self._spots[name] = spot
 
     def _config(self, layers: int) -> None:
-        """What the output's config.json says of its layers."""
+        """Update the output's config.json for its layers."""
         config = self._donor.config()
         stated = layer_count(config)
         if stated is None:
@@ -239,13 +239,13 @@ class _Stacker:
         where = self._changed if key in config else self._changed.setdefault("text_config", {})
         table = config if key in config else config["text_config"]
         where[key] = layers
-        for name, value in table.items():  # what is said of each layer follows them
+        for name, value in table.items():  # entries for each layer move with the layers
             if isinstance(value, list) and len(value) == before and len(self._origins) == layers and max(self._origins) < before:
                 where[name] = [value[i] for i in self._origins]
 
 
 def _module_of(name: str, modules: Sequence[str | None]) -> str | None:
-    """The module of a tensor: whose name is a part of its own; else the module that is named in no tensor's way."""
+    """The module of a tensor: the one whose name is part of the tensor's, or the one with a generic name."""
     parts = name.split(".")
     for module in modules:
         if module in parts:
@@ -255,7 +255,7 @@ def _module_of(name: str, modules: Sequence[str | None]) -> str | None:
 
 
 def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
-    """config.json with some of its values replaced, inner tables too."""
+    """config.json with some of its values replaced, including inner tables."""
     config = json.loads(content)
 
     def put(table: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""mergekit's methods with their parameters and defaults (version 0.1.5): and peru's names for them."""
+"""mergekit's methods with their parameters and defaults (version 0.1.5), and peru's names for them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from peru_cli.methods.parameters import Value
 from peru_cli.methods.table import METHODS, Method
 
 KINDS = {"number": "no number", "share": "no number", "flag": "neither true nor false", "whole": "not a whole number", "word": "no word"}
-IGNORED = ("int8_mask",)  # accepted there, and changes nothing
+IGNORED = ("int8_mask",)  # mergekit accepts it, and it changes nothing
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter: what it is (a key of KINDS), its value if it is not given (None: it must be), and whether it is each model's own."""
+    """A parameter: its kind (a key of KINDS), its default (None: it is required), and whether each model has its own."""
 
     kind: str
     default: Value | None = None
@@ -25,7 +25,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Known:
-    """A method of mergekit. `inputs`: fewest and most models besides the base; `base`: needed, possible, or one of the inputs."""
+    """A method of mergekit. `inputs`: least and largest number of models besides the base; `base`: required, optional, or one
+    of the inputs."""
 
     name: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -84,5 +85,5 @@ KNOWN = {
 
 
 def ours(known: Known) -> Method | None:
-    """The method of peru's table that has the same formula; None if there is none yet."""
+    """The method of peru's table with the same formula. None if there is none yet."""
     return next((method for method in METHODS.values() if method.mergekit is not None and method.mergekit.name == known.name), None)

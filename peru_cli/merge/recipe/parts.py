@@ -1,4 +1,4 @@
-"""What a recipe says, as understood: models, sources, slices, modules, a document."""
+"""The parts of a parsed recipe: models, sources, slices, modules, a document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peru_cli.merge.varied import Setting
 
 @dataclass(frozen=True)
 class ModelName:
-    """`path[@revision][+lora[@revision]]`: what to open, as peru's arguments name it."""
+    """`path[@revision][+lora[@revision]]`: what to open, in the form of peru's arguments."""
 
     model: str
     lora: str | None = None
@@ -27,7 +27,7 @@ Settings = Mapping[str, Setting]
 
 @dataclass(frozen=True)
 class Source:
-    """One input of a slice: a model, its layers (None: all of them), and parameters of its own."""
+    """One input of a slice: a model, its layers (None: all of them), and its own parameters."""
 
     model: ModelName
     layers: tuple[int, int] | None
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of the output's layers, and what it is made of."""
+    """A run of the output's layers, and its sources."""
 
     sources: tuple[Source, ...]
     base: ModelName | None
@@ -48,7 +48,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Module:
-    """A part of the model with slices of its own; `name` None is the whole model."""
+    """A part of the model with slices of its own. `name` None is the whole model."""
 
     name: str | None
     slices: tuple[Slice, ...]
@@ -59,7 +59,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Which tokenizer the output has: `union`, `base`, or that of a model."""
+    """Which tokenizer the output gets: `union`, `base`, or a model's."""
 
     source: str
     line: int
@@ -69,7 +69,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One document, as understood."""
+    """One parsed document."""
 
     name: str | None
     method: Known
@@ -77,19 +77,19 @@ class Recipe:
     modules: tuple[Module, ...]
     base: ModelName | None
     settings: Settings
-    dtype: Dtype | None  # of loading and arithmetic there
+    dtype: Dtype | None  # dtype in which mergekit loads and computes
     out_dtype: Dtype | None
     tokenizer: Tokenizer | None
     chat_template: str | None
-    ignored: tuple[str, ...]  # parameters that change nothing, such as int8_mask
+    ignored: tuple[str, ...]  # parameters without effect, such as int8_mask
 
     @property
     def written(self) -> Dtype | None:
-        """The type of the output; None: the inputs' own."""
+        """The dtype of the output. None: the inputs' own."""
         return self.out_dtype or self.dtype
 
     def models(self) -> Iterator[ModelName]:
-        """Every model that is named, the base first, as often as it is named."""
+        """Every named model, the base first, as often as it is named."""
         if self.base is not None:
             yield self.base
         for module in self.modules:

@@ -37,13 +37,13 @@ class Stage:
     parameters: list[Parameters]  # of each slot
     opened: dict[ModelName, Checkpoint] = field(default_factory=dict)
     models: Sequence[Checkpoint] = ()  # as they were opened
-    said: list[str] = field(default_factory=list)  # of its vocabulary
+    said: list[str] = field(default_factory=list)  # messages about its vocabulary
 
 
 class Forthcoming(Checkpoint):
-    """What an earlier document will be: its tensors and configuration are known, its bytes are not there yet."""
+    """The future output of an earlier document: its tensors and config are known, but it has no bytes yet."""
 
-    ranged = True  # as for what lies elsewhere: nothing is sampled
+    ranged = True  # treated as remote: nothing is sampled
 
     def __init__(self, name: str, plan: MergePlan) -> None:
         self.label, self.kind, self.warnings, self.metadata = name, "document of this recipe", [], {}
@@ -66,10 +66,9 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def read_all(documents: Sequence[Document], complaints: Complaints) -> list[Recipe]:
-    """All documents as recipes in the order in which they are to be merged, the result last.
+    """All documents as recipes in merge order, the result last.
 
-    Raises UsageError with everything that is wrong; nothing is opened.
-    """
+    Raises UsageError with all problems. Opens nothing."""
     recipes = []
     for document in documents:
         recipe = read_recipe(document, complaints)
@@ -119,8 +118,7 @@ def _in_order(recipes: Sequence[Recipe], complaints: Complaints) -> list[Recipe]
 def open_all(recipe: Recipe, stages: Mapping[str, Checkpoint], complaints: Complaints) -> dict[ModelName, Checkpoint]:
     """Every model of a recipe: an earlier document, a model, an adapter on its own base (`+`) or on the recipe's base, an artifact.
 
-    Raises UsageError with all that cannot be opened.
-    """
+    Raises UsageError with all models that cannot be opened."""
     opened: dict[ModelName, Checkpoint] = {}
     base: Checkpoint | None = None
     for name, line in _lines(recipe).items():
@@ -157,7 +155,7 @@ def _lines(recipe: Recipe) -> dict[ModelName, int]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says of a recipe's tensors."""
+    """What the command line says about a recipe's tensors."""
 
     per_task: str | None = None
     merge_heads: bool = False
@@ -165,10 +163,9 @@ class Wanted:
 
 
 def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Wanted, complaints: Complaints) -> Stage:
-    """Settle one document from the headers of its models.
+    """Plan one document from the headers of its models.
 
-    Raises UsageError with lines for layers and filters that are not there, Mismatch as `plan_merge` has it.
-    """
+    Raises UsageError with lines for layers and filters that do not exist, Mismatch as `plan_merge` does."""
     method = ours(recipe.method)
     assert method is not None
     given = opened
@@ -198,7 +195,7 @@ def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Want
 
 
 def _side_files(plan: MergePlan, layout: Layout, tokens: Mapping[str, bytes]) -> None:
-    """Config and tokenizer of the donor where that is not the plan's reference, with what the layout changes."""
+    """Config and tokenizer of the donor if it is not the plan's reference, with the layout's changes."""
     if layout.donor is not plan.reference:
         plan.overrides |= {name: place.read_bytes() for name, place in layout.donor.side_files.items()}
     plan.overrides |= tokens

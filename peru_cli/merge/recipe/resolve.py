@@ -16,7 +16,7 @@ from peru_cli.methods.table import Method
 
 @dataclass(frozen=True)
 class Inputs:
-    """The sources of a slice that are merged, in order, and the one that is the base of task vectors (None: there is none)."""
+    """The merged sources of a slice, in order, and the one that is the base of task vectors (None if there is none)."""
 
     merged: tuple[Source, ...]
     base: Source | None
@@ -28,10 +28,9 @@ def base_of(recipe: Recipe, part: Slice) -> ModelName | None:
 
 
 def inputs_of(recipe: Recipe, module: Module, part: Slice) -> Inputs:
-    """Who is merged in a slice. A base that is not listed is one more source: with the layers that all the others have.
+    """The inputs of a slice. A base that is not listed is one more source, with the layers that all the others have.
 
-    Methods on whole weights take the base as an input; slerp goes from the base, so it comes first.
-    """
+    Methods on whole weights take the base as an input. slerp starts at the base, so it comes first."""
     base = base_of(recipe, part)
     role = recipe.method.base
     listed = [source for source in part.sources if base is not None and source.model == base]
@@ -48,7 +47,7 @@ def inputs_of(recipe: Recipe, module: Module, part: Slice) -> Inputs:
 
 
 def check(recipe: Recipe, complaints: Complaints) -> None:
-    """What can be said of a recipe before any model is opened: the method, numbers of inputs, bases, values that are nowhere."""
+    """Check a recipe before any model is opened: the method, numbers of inputs, bases, required values."""
     known = recipe.method
     if ours(known) is None:
         complaints.error(recipe.method_line, f"peru does not have {known.name} yet: `peru merge --list-methods` lists its methods")
@@ -87,7 +86,7 @@ def _check_slice(recipe: Recipe, module: Module, part: Slice, complaints: Compla
 
 
 def _levels(recipe: Recipe, module: Module, part: Slice, source: Source | None) -> Iterator[Settings]:
-    """From the nearest to the whole merge."""
+    """Settings from the nearest level to the whole merge."""
     if source is not None:
         yield source.settings
     yield part.settings
@@ -96,7 +95,7 @@ def _levels(recipe: Recipe, module: Module, part: Slice, source: Source | None) 
 
 
 def check_filters(recipe: Recipe, spots: Mapping[str, Spot], complaints: Complaints, tied: bool) -> None:
-    """Errors for filters that no tensor's name holds; that of a head which is tied, and so not there, is a warning."""
+    """Report filters that match no tensor's name: an error, but a warning for a tied head, which is not stored."""
     for setting, key in _settings(recipe):
         for clause in unmatched(setting, spots.values()):
             text = f"the filter {clause.filter!r} of {key} matches no tensor"
@@ -120,7 +119,7 @@ def _settings(recipe: Recipe) -> Iterator[tuple[Setting, str]]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an output tensor comes from: its module and slice (their numbers), and its spot."""
+    """The origin of an output tensor: its module and slice (indices), and its spot."""
 
     module: int
     slice: int
@@ -128,7 +127,7 @@ class Origin:
 
 
 class Values:
-    """The values of a recipe, tensor by tensor, as peru's method takes them."""
+    """The values of a recipe, tensor by tensor, in the form that peru's method takes."""
 
     def __init__(self, recipe: Recipe, method: Method, tasks: Sequence[str], has_base: bool, complaints: Complaints) -> None:
         """`tasks` are the names of the inputs by their position in a slice."""
@@ -149,7 +148,7 @@ class Values:
         return default
 
     def at(self, origin: Origin) -> Parameters | None:
-        """The parameters of an output tensor; None after an error."""
+        """The parameters of an output tensor. None after an error."""
         module = self._recipe.modules[origin.module]
         sources = inputs_of(self._recipe, module, module.slices[origin.slice]).merged
         names = self._recipe.method.parameters
@@ -184,7 +183,7 @@ class Values:
         if name == "normalize" and option in (None, "reduce"):
             if option == "reduce":
                 values["reduce"] = "mean" if value else "sum"
-            elif value and abs(total := sum(weights)) >= 1e-8:  # without an election all weights are divided by
+            elif value and abs(total := sum(weights)) >= 1e-8:  # without an election, all weights are divided by their sum
                 weights[:] = [weight / total for weight in weights]
         elif name == "rescale" and "rescale" in self._method.options:
             if not value:
@@ -200,11 +199,11 @@ class Values:
             self._refuse(name, (value,), default)
 
     def _refuse(self, name: str, found: Sequence[Value], default: Value | None) -> None:
-        """A parameter that peru's method has not got, and that is not at its default."""
+        """Report a parameter that peru's method lacks, unless it has its default value."""
         if any(value != default for value in found) and not (name == "rescale_norm" and "rescale" not in self._method.options):
             self._complaints.error(self._recipe.method_line, f"peru's {self._method.name} has no {name} {found[0]!r}: only {default!r}")
 
 
 def _option(mapped: Mapping[str, str], name: str) -> str | None:
-    """Our option for a parameter of mergekit's."""
+    """Our option for one of mergekit's parameters."""
     return next((option for option, parameter in mapped.items() if parameter == name), None)

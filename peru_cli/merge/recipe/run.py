@@ -1,4 +1,4 @@
-"""`peru merge recipe.yml`: read it, settle all of it from headers, merge its documents one after the other."""
+"""`peru merge recipe.yml`: read the recipe, plan everything from headers, merge its documents one after the other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Asked:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """The words of the command line that decide what is merged."""
+        """The words of the command line that determine what is merged."""
         wanted = self.wanted
         words = [*(["--per-task", wanted.per_task] if wanted.per_task else []), *(["--merge-heads"] if wanted.merge_heads else [])]
         return (
@@ -55,10 +55,9 @@ class Asked:
 
 
 def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
-    """Merge all documents of a recipe; what `--json` says of it.
+    """Merge all documents of a recipe. Returns what `--json` says of it.
 
-    Raises UsageError with everything that is wrong in the recipe, with lines, before any tensor is read.
-    """
+    Raises UsageError with all problems of the recipe, with lines, before any tensor is read."""
     place = locate(name)
     if not place.is_file():
         raise UsageError(*why_not_here(name))
@@ -97,7 +96,7 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _headers_first(recipes: list[Recipe]) -> Iterator[None]:
-    """Read no more than headers while a recipe is checked: what lies on the Hub is not fetched for a recipe that cannot be merged."""
+    """Read only headers while a recipe is checked: Hub files are not downloaded for a recipe that cannot be merged."""
     session = current_session()
     before = session.stream
     if not any(is_on_hub(model.model) for recipe in recipes for model in recipe.models()):
@@ -111,7 +110,7 @@ def _headers_first(recipes: list[Recipe]) -> Iterator[None]:
 
 
 def _caution(warnings: list[str], said: set[str]) -> None:
-    """Warn of what was not said yet."""
+    """Print warnings that were not printed yet."""
     for warning in warnings:
         if warning not in said:
             console.warn(warning)
@@ -119,7 +118,7 @@ def _caution(warnings: list[str], said: set[str]) -> None:
 
 
 def _plan_all(recipes: list[Recipe], asked: Asked, complaints: Complaints, merged: dict[str, Checkpoint]) -> list[Stage]:
-    """All documents planned; what an earlier one will be stands in for it until it is merged."""
+    """Plan all documents. The future output of an earlier document stands in for it until it is merged."""
     stages: list[Stage] = []
     models = dict(merged)
     for recipe in recipes:
@@ -141,7 +140,7 @@ def _plan(recipe: Recipe, asked: Asked, complaints: Complaints, models: dict[str
 
 
 def _check(stages: list[Stage], target: Path) -> None:
-    """What the command line's own merge checks too: something stays, it fits on the disk, a file has no heads."""
+    """Check what the command line's own merge checks too: something is kept, the disk has space, a single file has no heads."""
     for stage in stages:
         check_trims(stage.plan, stage.rule)
     if target.suffix == ".safetensors" and any(stages[-1].plan.heads.values()):
@@ -151,7 +150,7 @@ def _check(stages: list[Stage], target: Path) -> None:
 
 
 def _recorded(text: str, name: str, recipes: list[Recipe]) -> str:
-    """The recipe as it is kept beside the weights: local folders by their last name only."""
+    """The recipe as it is stored with the weights: local folders are reduced to their last name."""
     if name.lower().endswith(".md"):
         text = next((m.group(2) for m in BLOCK.finditer(text) if "merge_method" in m.group(2)), text)
     names = {part for recipe in recipes for model in recipe.models() for part in (model.model, model.lora) if part is not None}
@@ -161,7 +160,7 @@ def _recorded(text: str, name: str, recipes: list[Recipe]) -> str:
 
 
 class _Run:
-    """Merges the documents, the earlier ones into a hidden folder beside the output that is removed at the end."""
+    """Merges the documents. Earlier ones go into a hidden folder beside the output, which is removed at the end."""
 
     def __init__(self, name: str, document: str, recipes: list[Recipe], asked: Asked, target: Path, said: set[str]) -> None:
         self._said = said  # warnings so far
@@ -186,7 +185,7 @@ class _Run:
             atomic.remove(self._folder)
 
     def _earlier(self, name: str, stage: Stage) -> Checkpoint:
-        """A document that later ones use: merged, or taken as a killed run has left it."""
+        """A document that later ones use: merged, or reused from a killed run."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / hashlib.sha256(name.encode()).hexdigest()[:16]
         key = out.resume_key(stage.plan, self._record(stage))
@@ -216,7 +215,7 @@ class _Run:
 
     def _write(self, stage: Stage, target: Path, sync: bool, force: bool) -> None:
         asked, plan, rule = self._asked, stage.plan, stage.rule
-        _caution(cautions(plan, rule) + check_same(plan), self._said)  # what lay elsewhere, or was not merged yet, can be looked at now
+        _caution(cautions(plan, rule) + check_same(plan), self._said)  # remote inputs, or those not merged before, can be checked now
         total = (3 if rule.trims else 1) * plan.entries
         with (
             console.progress(total, stage.recipe.name or "merge") as progress,

@@ -1,4 +1,4 @@
-"""The schema of recipes, checked by pydantic before anything is opened; every error and warning has its line."""
+"""The schema of recipes, checked by pydantic before anything is opened. Every error and warning has its line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MESSAGES = {
 
 
 class _Part(BaseModel):
-    """A table of a recipe; keys that it does not know are kept apart."""
+    """A table of a recipe. Unknown keys are kept apart."""
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -73,7 +73,7 @@ class _Recipe(_Module):
 
 
 def read_recipe(document: Document, complaints: Complaints) -> Recipe | None:
-    """A document as a recipe; None after errors, which are with the complaints."""
+    """Turn a document into a recipe. None after errors, which are added to the complaints."""
     if not isinstance(document.data, dict):
         complaints.error(document.line(()), "this is not a table of keys: a recipe needs a merge_method and models")
         return None
@@ -104,7 +104,7 @@ def _example(path: Path) -> str:
 
 
 class _Check:
-    """Goes through a document that pydantic has let pass."""
+    """Checks a document that pydantic has accepted."""
 
     def __init__(self, document: Document, complaints: Complaints) -> None:
         self._document, self._complaints = document, complaints
@@ -142,7 +142,7 @@ class _Check:
             for name, inner in parsed.modules.items():
                 self._strangers(inner, ("modules", name))
                 modules.append(self._module(name, inner, ("modules", name)))
-            if len(modules) == 1:  # the whole model, under whatever name
+            if len(modules) == 1:  # the whole model, under any name
                 modules = [Module(None, m.slices, m.whole, m.settings, m.line) for m in modules]
         else:
             modules.append(self._module(None, parsed, ()))
@@ -265,7 +265,7 @@ class _Check:
         return str(model) if model is not None else "base"
 
     def _settings(self, table: dict[str, Any] | None, path: Path, own: bool) -> dict[str, Setting]:
-        """The parameters of one level; `own`: of a model."""
+        """The parameters of one level. `own`: they belong to a model."""
         assert self._method is not None
         found: dict[str, Setting] = {}
         for key, value in (table or {}).items():
@@ -290,7 +290,7 @@ class _Check:
             self._error(path, f"{path[-1]} {value!r} is neither true nor false")
 
     def _setting(self, value: Any, path: Path, key: str, parameter: Parameter) -> Setting | None:
-        """A scalar, a gradient, a table with a filter, or a list of those tables."""
+        """A scalar, a gradient, a table with a filter, or a list of such tables."""
         if value is None:
             self._error(path, f"{key} has no value")
             return None
@@ -359,7 +359,7 @@ class _Check:
 
 
 def _number(value: Any) -> Fraction | None:
-    """A number as it was written, exactly: 0.1 is a tenth. Text that is a number counts (YAML takes 1e-3 for a text)."""
+    """A number exactly as written: 0.1 is a tenth. Text that is a number counts too (YAML reads 1e-3 as text)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     text = str(value).strip()

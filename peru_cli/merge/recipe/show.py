@@ -1,4 +1,4 @@
-"""Show how a recipe was understood: models, method, parameters in force, groups of tensors, bytes to read, memory."""
+"""Show how a recipe was understood: models, method, effective parameters, groups of tensors, bytes to read, memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.rules import Rule
 from peru_cli.shown import listed
 
-_PROCESS = 150_000_000  # bytes that the interpreter and its libraries take
-_SAMPLE = 16 << 20  # of keys, for each task, while thresholds are looked for
+_PROCESS = 150_000_000  # bytes for the interpreter and its libraries
+_SAMPLE = 16 << 20  # keys for each task during the threshold search
 
 
 def spread(values: Sequence[Value]) -> Value:
-    """One value, or as text what the values of all tensors lie between."""
+    """One value, or the range of all tensors' values as text."""
     distinct = list(dict.fromkeys(values))
     if len(distinct) == 1:
         return distinct[0]
@@ -37,7 +37,7 @@ def _short(value: Value) -> str:
 
 
 def effective(stage: Stage) -> tuple[dict[str, Value], tuple[Value, ...] | None]:
-    """Options in force over all tensors, and each task's weight."""
+    """Effective options over all tensors, and each task's weight."""
     options: dict[str, Value] = {}
     for name in stage.parameters[0].values:
         own = [each.own[name] for each in stage.parameters if name in each.own]
@@ -66,14 +66,14 @@ def effective(stage: Stage) -> tuple[dict[str, Value], tuple[Value, ...] | None]
 class Group:
     """Tensors with the same parameters."""
 
-    names: tuple[str, ...]  # those that differ in the layer alone as one
+    names: tuple[str, ...]  # names that differ only in the layer are joined
     tensors: int
     entries: int
     parameters: Parameters
 
 
 def _folded(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that differ in the layer alone as one: `layers.0..3.mlp`, with # where layers are left out."""
+    """Join names that differ only in the layer: `layers.0..3.mlp`, with # if some layers are missing."""
     layers: dict[str, list[int]] = {}
     for name in names:
         layer = layer_of(name)
@@ -89,7 +89,7 @@ def _folded(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def groups(stage: Stage) -> list[Group]:
-    """The groups of tensors by their parameters, in the order of their first tensor."""
+    """The groups of tensors by their parameters, in order of their first tensor."""
     found: dict[object, list[int]] = {}
     for number, each in enumerate(stage.parameters):
         found.setdefault((each.tasks, each.weights, tuple(each.values.items()), tuple(each.own.items())), []).append(number)
@@ -102,23 +102,23 @@ def groups(stage: Stage) -> list[Group]:
 
 
 def bytes_to_read(plan: MergePlan, rule: Rule) -> int:
-    """Bytes of all passes over the inputs: one, and one more for thresholds and for inner products each."""
+    """Bytes read by all passes over the inputs: one pass, and one more each for thresholds and for inner products."""
     once = sum(info.nbytes for slot in plan.slots for info in slot.inputs)
     once += sum(slot.base.nbytes for slot in plan.slots) if rule.on_vectors else 0
     return once * (1 + len(rule.trims) + rule.wants_products + rule.wants_signs) + sum(info.nbytes for info in plan.copied)
 
 
 def peak_memory(plan: MergePlan, rule: Rule, threads: int, tile_entries: int) -> int:
-    """About how many bytes the merge will hold at its peak."""
+    """Estimated peak memory of the merge, in bytes."""
     tasks = max(len(slot.inputs) for slot in plan.slots)
-    arrays = 2 * (tasks + 1) + 6  # bits and floats of every input, and what is made of them
+    arrays = 2 * (tasks + 1) + 6  # bits and floats of every input, and the results
     longest = min(tile_entries, max(slot.info.entries for slot in plan.slots))
     held = threads * longest * 4 * arrays + (_SAMPLE * len(plan.vectors) if rule.trims else 0)
     return _PROCESS + held
 
 
 def say(stage: Stage, label: str) -> None:
-    """Notes before a merge: models, and what is in force."""
+    """Print notes before a merge: models, and effective options."""
     recipe = stage.recipe
     title = f"document {recipe.name}" if recipe.name is not None else label
     base = f", base {stage.layout.base.label}" if stage.layout.base is not None and stage.plan.base is not None else ""
@@ -139,7 +139,7 @@ def say(stage: Stage, label: str) -> None:
 
 
 def _in_force(stage: Stage) -> Iterator[str]:
-    """mergekit's parameters, those at their default marked."""
+    """mergekit's parameters; defaults are marked."""
     given = _given(stage)
     options, weights = effective(stage)
     if weights is not None:
@@ -176,7 +176,7 @@ def _given(stage: Stage) -> set[str]:
 
 
 def print_plan(stage: Stage, threads: int, tile_entries: int) -> dict[str, object]:
-    """The tables of `--dry-run`, and what `--json` says instead."""
+    """Print the tables of `--dry-run`, and return what `--json` prints instead."""
     listed = groups(stage)
     rows = []
     for group in listed:

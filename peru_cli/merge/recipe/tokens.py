@@ -51,7 +51,7 @@ CHAT_TEMPLATES = {
 
 
 def check_template(recipe: Recipe, line: int, complaints: Complaints) -> None:
-    """An error for a chat template that is neither known nor Jinja."""
+    """Report a chat template that is neither known nor Jinja."""
     text = recipe.chat_template
     if text is not None and text != "auto" and text not in CHAT_TEMPLATES and "{" not in text:
         known = ", ".join(("auto", *CHAT_TEMPLATES))
@@ -61,10 +61,9 @@ def check_template(recipe: Recipe, line: int, complaints: Complaints) -> None:
 def align_tokens(
     recipe: Recipe, opened: Mapping[ModelName, Checkpoint], complaints: Complaints
 ) -> tuple[dict[ModelName, Checkpoint], list[str]]:
-    """The models under the tokenizer that the recipe asks for, their rows brought together by token, and what to say of it.
+    """The models under the recipe's tokenizer, their rows matched by token, and messages about it.
 
-    Models that number their tokens alike stay as they are, with the chosen one's tokenizer files in the output (`settle_tokens`).
-    """
+    Models that already agree on token ids stay unchanged. The output gets the chosen one's tokenizer files (`settle_tokens`)."""
     wanted = recipe.tokenizer
     if wanted is None:
         return dict(opened), []
@@ -92,7 +91,7 @@ def align_tokens(
 
 
 def settle_tokens(recipe: Recipe, opened: Mapping[ModelName, Checkpoint], donor: Checkpoint) -> dict[str, bytes]:
-    """Side files that are not the donor's own: the chosen tokenizer's, and the chat template."""
+    """Side files that differ from the donor's: the chosen tokenizer's, and the chat template."""
     changed: dict[str, bytes] = {}
     if recipe.tokenizer is not None:
         chosen = next((model for name, model in opened.items() if str(name) == recipe.tokenizer.source), donor)
@@ -112,7 +111,7 @@ def settle_tokens(recipe: Recipe, opened: Mapping[ModelName, Checkpoint], donor:
 
 
 def _most_frequent(templates: Sequence[str]) -> str:
-    counted = Counter(templates)  # in the order of their first appearance
+    counted = Counter(templates)  # in order of first appearance
     return max(counted, key=lambda template: counted[template], default="")
 
 
@@ -130,7 +129,7 @@ def _table(content: bytes) -> dict[str, Any]:
 
 
 def vocabulary(model: Checkpoint) -> object:
-    """What tells two vocabularies apart: token by number, added ones too; None for a model without a tokenizer."""
+    """A key that tells vocabularies apart: token by id, with added tokens. None for a model without a tokenizer."""
     content = _bytes(model, "tokenizer.json")
     if content is None:
         return next((found for name in _VOCABULARIES if (found := _bytes(model, name)) is not None), None)

@@ -1,4 +1,4 @@
-"""`--write-recipe`: write the command as a recipe for mergekit, with a comment where mergekit differs."""
+"""`--write-recipe`: write the command as a recipe for mergekit, with comments where mergekit differs."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ from peru_cli.methods.table import Method
 
 @dataclass(frozen=True)
 class Typed:
-    """A merge as it was typed: models by task, and values in force."""
+    """A merge as it was typed: models by task, and effective values."""
 
     method: Method
     base: str | None
-    models: Sequence[tuple[str, str]]  # task, what names the model
+    models: Sequence[tuple[str, str]]  # task, the model's argument
     values: Mapping[str, Value]
     given: Given
     names: Sequence[str]  # of the merged tensors
-    dtype: Dtype  # that is written
+    dtype: Dtype  # of the output
 
 
 def recipe_text(typed: Typed) -> tuple[str, list[str]]:
-    """The recipe, and what of the command line mergekit has not or does otherwise.
+    """The recipe, and notes on options that mergekit lacks or treats differently.
 
-    Raises UsageError for a method that mergekit has not.
-    """
+    Raises UsageError for a method that mergekit lacks."""
     method, mapped = typed.method, typed.method.mergekit
     if mapped is None:
         raise UsageError(f"mergekit has no method like {method.name}", "leave --write-recipe out")
@@ -68,7 +67,7 @@ def recipe_text(typed: Typed) -> tuple[str, list[str]]:
 
 
 def _value(typed: Typed, option: str, task: str) -> Any:
-    """An option of a task, or of the whole merge, as a recipe has it."""
+    """An option of a task, or of the whole merge, in a recipe's form."""
     found = typed.given.settings.get(option, {})
     setting = found.get(task, found.get(ALL))
     if setting is None:
@@ -76,7 +75,7 @@ def _value(typed: Typed, option: str, task: str) -> Any:
     if is_plain(setting):
         return _plain(setting[0].values[0])
     tables = [table for clause in setting for table in _tables(clause, typed.names)]
-    if all("filter" in table for table in tables):  # others have the default, which mergekit would not know
+    if all("filter" in table for table in tables):  # other tensors have the default, which mergekit would not know
         default = typed.method.options[option].default
         assert default is not None
         tables.append({"value": _plain(default)})
@@ -84,7 +83,7 @@ def _value(typed: Typed, option: str, task: str) -> Any:
 
 
 def _tables(clause: Clause, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A clause as tables with filters; a range of layers as one for each of them."""
+    """A clause as tables with filters. A range of layers becomes one table for each layer."""
     if clause.layers is None:
         value = [_plain(v) for v in clause.values] if clause.gradient else _plain(clause.values[0])
         return [{**({"filter": clause.filter} if clause.filter is not None else {}), "value": value}]
@@ -101,7 +100,7 @@ def _plain(value: Value) -> float | int | str | bool:
 
 
 def check_path(path: Path, force: bool) -> None:
-    """UsageError for a recipe that exists already or cannot be written there."""
+    """UsageError for a recipe that already exists or cannot be written there."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists already", "choose another --write-recipe, or --force to replace it")
     if not path.absolute().parent.is_dir():
