@@ -1,4 +1,4 @@
-"""What names and shapes of tensors cannot tell about how modules use their weights."""
+"""How modules use their weights, where names and shapes do not tell."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from peru_cli.checkpoints.header import TensorInfo
 
 # Models of transformers whose linear layers are Conv1D: weights are stored as (in, out).
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-# Models whose fused experts are stored as (experts, in, out): `is_transposed` in transformers; the others (experts, out, in).
+# Models whose fused experts are stored as (experts, in, out): `is_transposed` in transformers. All others use (experts, out, in).
 _EXPERTS_IN_OUT = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
-# Modules that look rows up: nn.Embedding in transformers, fairseq and timm.
+# Modules that look up rows: nn.Embedding in transformers, fairseq and timm.
 _EMBEDDING = re.compile(r"[^.]*emb[^.]*|wte|wpe|shared|relative_attention_bias")
 _INPUT = re.compile(r"embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|tokens_embed")
 _OUTPUT = re.compile(r"lm_head|embed_out|output|output_projection")
-# Model types whose config leaves tie_word_embeddings to a default that is true (a test asks transformers).
+# Model types whose tie_word_embeddings is true by default, so that configs omit it (a test asks transformers).
 _TIED = frozenset({
     "bart", "bert", "bloom", "cohere", "cohere2", "electra", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode",
     "gpt_neo", "m2m_100", "marian", "mbart", "mpt", "mt5", "openai-gpt", "opt", "pegasus", "roberta", "smollm3", "starcoder2", "t5", "umt5",
@@ -36,7 +36,7 @@ def experts_are_in_out(config: Mapping[str, Any]) -> bool:
 
 
 def is_embedding(module: str) -> bool:
-    """Whether a module with a two-dimensional weight is a table of rows, by its name's last part."""
+    """Whether a module with a two-dimensional weight is a table of rows, judged by the last part of its name."""
     return bool(_EMBEDDING.fullmatch(module.rpartition(".")[2]))
 
 
@@ -47,34 +47,34 @@ def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
 
 
 def orientation_is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the model type tells which linear layers are Conv1D: transformers' own models, no code of a repo's own."""
+    """Whether the model type tells which linear layers are Conv1D: true for transformers' own models, false for a repo's own code."""
     return bool(_model_types(config)) and not config.get("auto_map")
 
 
 def is_grouped_convolution(shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
-    """Whether a kernel looks like that of a depthwise convolution: one input channel, where images have more."""
+    """Whether a kernel looks like a depthwise convolution's: one input channel, where images have more."""
     return shape[1] == 1 and shape[0] > 1 and config.get("num_channels") != 1
 
 
 def is_output(name: str) -> bool:
-    """Whether a tensor is a language model's output matrix, by its module's name."""
+    """Whether a tensor is a language model's output matrix, judged by its module's name."""
     return bool(_OUTPUT.fullmatch(name.removesuffix(".weight").rpartition(".")[2])) and name.endswith(".weight")
 
 
 def is_input(name: str) -> bool:
-    """Whether a tensor is a language model's input embedding, by its module's name."""
+    """Whether a tensor is a language model's input embedding, judged by its module's name."""
     return name.endswith(".weight") and bool(_INPUT.fullmatch(name.removesuffix(".weight").rpartition(".")[2]))
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that embedding and output matrix are one tensor, itself or by its model type's default."""
+    """Whether embedding and output matrix are one tensor, according to the config or its model type's default."""
     text = config.get("text_config")
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
     return bool(_model_types(config) & _TIED) if tied is None else bool(tied)
 
 
 def tied_embedding(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The input embedding, if the config ties the output matrix to it; None otherwise, or if several could be it."""
+    """The input embedding, if the config ties the output matrix to it. None otherwise, or if several candidates exist."""
     if not is_tied(config):
         return None
     found = [
@@ -84,10 +84,9 @@ def tied_embedding(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
 
 
 def has_tied_embeddings(config: Mapping[str, Any], shape: tuple[int, ...], tensors: Iterable[TensorInfo]) -> bool:
-    """Whether a table of rows may be the model's output matrix, too: PEFT would exchange only one of the two.
+    """Whether a table of rows may also be the model's output matrix: PEFT would replace only one of the two.
 
-    `tensors` are all of the model's: an output matrix that is stored on its own is not tied.
-    """
+    `tensors` are all tensors of the model: an output matrix that is stored separately is not tied."""
     text = config.get("text_config")
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
     if tied is False:

@@ -1,4 +1,4 @@
-"""The base's public name in an artifact, and the digests of the base's files there."""
+"""The base's public name in an artifact, and digests of the base's files."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, PeruError, UsageError
 
 FILES = "peru.base.files"
-MERGED = "merged"  # the folder of the merged model that artifacts beside it are deltas of
+MERGED = "merged"  # the folder of the merged model that is the base of the artifacts beside it
 
 
 @dataclass(frozen=True)
 class BaseName:
-    """`name` is what `--base` takes; `digests` are the SHA-256 of the weight files, ascending; none for a name that is not the Hub's."""
+    """`name` is what `--base` takes. `digests` are the SHA-256 of the weight files, ascending; empty for a name that is not on the Hub."""
 
     name: str
     digests: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
-        """What an artifact records."""
+        """Metadata for an artifact."""
         return {"peru.base": self.name, **({FILES: ",".join(self.digests)} if self.digests else {})}
 
 
 def name_base(base: Checkpoint, base_id: str | None) -> BaseName | None:
-    """The name to record: `base_id` as given, else where on the Hub the base was read from.
+    """The name to record: `base_id` if given, otherwise the Hub name that the base was read from.
 
-    Local files are read once more, for their digests.
-    """
+    Local files are read once more, for their digests."""
     name = base_id or base.public_name
     if name is None:
         return None
@@ -47,7 +46,7 @@ def recorded(metadata: Mapping[str, str]) -> BaseName | None:
 
 
 def hub_repo(name: str) -> tuple[str, str | None] | None:
-    """`org/name` and revision of a base's name; None if it is not one of the Hub's."""
+    """`org/name` and revision of a base's name. None if it is not on the Hub."""
     try:
         parsed = parse_hub_name(name)
     except UsageError:
@@ -58,10 +57,9 @@ def hub_repo(name: str) -> tuple[str, str | None] | None:
 
 
 def find_base(artifact: Place, metadata: Mapping[str, str], given: str | None) -> str:
-    """The base to unpack an artifact with: the one given, the one that it names, or the merged model beside it (PERU-FFT).
+    """The base for unpacking an artifact: the given one, the one that it names, or the merged model beside it (PERU-FFT).
 
-    UsageError if there is none, Mismatch if the Hub says that the named base's files are others by now: nothing was downloaded then.
-    """
+    UsageError if there is none. Mismatch if the Hub's files of the named base have changed; nothing is downloaded then."""
     name = recorded(metadata)
     if given is not None:
         if name is not None and is_on_hub(given):
@@ -100,7 +98,7 @@ def _refuse_moved(artifact: Place, name: BaseName, where: str) -> None:
 
 
 def base_of_adapter(adapter: Place) -> str:
-    """The base that a PEFT adapter names, with its revision; UsageError if that is none of the Hub's."""
+    """The base that a PEFT adapter names, with its revision. UsageError if it is not on the Hub."""
     config = read_config(adapter, str(adapter)) if adapter.is_dir() else {}
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or hub_repo(name) is None:

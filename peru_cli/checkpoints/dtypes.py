@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Dtype:
-    """One safetensors dtype: its name there, bits an entry, code in peru's index, torch's name for it."""
+    """One safetensors dtype: its name, bits per entry, code in peru's index, and torch's name."""
 
     name: str
     bits: int

@@ -17,7 +17,7 @@ Place: TypeAlias = Union[Path, "HubPath"]
 
 
 def is_on_hub(text: str) -> bool:
-    """Whether an argument means the Hub: no such path is here, and its first component is not here either."""
+    """Whether an argument names something on the Hub: neither the path nor its first component exists here."""
     if text.startswith("hf://"):
         return True
     path = Path(text)
@@ -25,10 +25,9 @@ def is_on_hub(text: str) -> bool:
 
 
 def locate(text: str) -> Place:
-    """The place that an argument names; a path that need not exist, or a path in a repo whose revision is resolved.
+    """The place that an argument names: a path, which need not exist, or a path in a repo whose revision is resolved.
 
-    Raises what the Hub answers as PeruError (checkpoints/hub/errors.py).
-    """
+    Raises PeruError for the Hub's errors (checkpoints/hub/errors.py)."""
     name = parse_hub_name(text) if is_on_hub(text) else None
     if name is None:
         return Path(text)
@@ -48,7 +47,7 @@ def locate(text: str) -> Place:
 
 
 def children(folder: Place, pattern: str = "*") -> list[Place]:
-    """Files and folders in a folder whose name matches, by name; none if it is not there."""
+    """Files and folders in a folder with matching names, sorted by name. Empty if the folder does not exist."""
     found: list[Place] = list(folder.glob(pattern))
     return sorted(found, key=lambda place: place.name)
 
@@ -59,7 +58,7 @@ def size_of(place: Place) -> int:
 
 
 def fingerprint(place: Place) -> tuple[object, ...]:
-    """What changes when a file does; no path of this machine is in it."""
+    """A value that changes when the file changes. It contains no path of this machine."""
     if isinstance(place, Path):
         stat = place.stat()
         return (stat.st_size, stat.st_mtime_ns)
@@ -67,7 +66,7 @@ def fingerprint(place: Place) -> tuple[object, ...]:
 
 
 def sha256(place: Place) -> str:
-    """SHA-256 of a file: what the Hub publishes of it, else taken from its bytes."""
+    """SHA-256 of a file: as published by the Hub, or computed."""
     if not isinstance(place, Path):
         return place.sha256 or hashlib.sha256(place.read_bytes()).hexdigest()
     with place.open("rb") as file:
@@ -83,12 +82,12 @@ def same_as(place: Place) -> object:
 
 
 def published_digest(place: Place) -> str | None:
-    """SHA-256 of a file in a repo, as far as the Hub says it."""
+    """SHA-256 of a file in a repo, if the Hub publishes it."""
     return None if isinstance(place, Path) else place.sha256
 
 
 def on_disk(place: Place) -> Path:
-    """The file on this machine, fetched through the Hub's cache if need be."""
+    """The file on this machine, downloaded into the Hub's cache if necessary."""
     return place if isinstance(place, Path) else place.local()
 
 

@@ -11,12 +11,12 @@ from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch, UsageError
 
-RENAME = "peru.rename"  # in an artifact's metadata: the rules, as --rename took them, in JSON
+RENAME = "peru.rename"  # in an artifact's metadata: the rules of --rename, as JSON
 Rule = tuple[re.Pattern[str], str]
 
 
 def parse_renames(texts: Sequence[str]) -> list[Rule]:
-    """`REGEX=REPLACEMENT` each, as `re.sub` takes them; split at the last `=`. UsageError for what is none."""
+    """Parse each `REGEX=REPLACEMENT` for `re.sub`, split at the last `=`. UsageError if one is invalid."""
     rules = []
     for text in texts:
         pattern, sign, replacement = text.rpartition("=")
@@ -32,7 +32,7 @@ def parse_renames(texts: Sequence[str]) -> list[Rule]:
 
 
 def decode_rules(metadata: Mapping[str, str]) -> list[str]:
-    """The rules that an artifact records; none if it records none, or what is there is no list of texts."""
+    """The rules that an artifact records. Empty if it records none, or not a list of texts."""
     try:
         found = json.loads(metadata.get(RENAME, "[]"))
     except (ValueError, RecursionError):
@@ -41,7 +41,7 @@ def decode_rules(metadata: Mapping[str, str]) -> list[str]:
 
 
 class Renamed(Checkpoint):
-    """The same tensors, each name changed by the rules, in their order. Mismatch if two come to the same name."""
+    """The same tensors with each name changed by the rules, in order. Mismatch if two names become equal."""
 
     def __init__(self, model: Checkpoint, rules: Sequence[Rule]) -> None:
         self._model, self.rules = model, [f"{pattern.pattern}={replacement}" for pattern, replacement in rules]
@@ -81,16 +81,15 @@ class Renamed(Checkpoint):
 
 
 def record_rules(models: Iterable[Checkpoint], before: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Metadata of what is made of models: their rules, behind those that `before` records; empty if there are none."""
+    """Metadata for what is made of models: their rules, after those that `before` records. Empty if there are none."""
     rules = decode_rules(before or {}) + [rule for model in models if isinstance(model, Renamed) for rule in model.rules]
     return {RENAME: json.dumps(list(dict.fromkeys(rules)), ensure_ascii=False)} if rules else {}
 
 
 def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
-    """Models under other names, those alone that a rule changes, and no adapters or artifacts; and what to say of it.
+    """Models with renamed tensors, and messages. Only models that a rule changes are wrapped, never adapters or artifacts.
 
-    Raises UsageError for a rule that changes no name of any model, Mismatch for names that come together.
-    """
+    Raises UsageError for a rule that changes no name of any model, Mismatch if names become equal."""
     rules = parse_renames(texts)
     for text, (pattern, replacement) in zip(texts, rules, strict=True):
         earlier = rules[: rules.index((pattern, replacement))]
@@ -108,5 +107,5 @@ def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Che
 
 
 def _is_full(model: Checkpoint) -> bool:
-    """Whether a model is a checkpoint of its own: adapters and artifacts have their base's names."""
+    """Whether a model is a checkpoint of its own: adapters and artifacts use their base's names."""
     return not model.expanded or isinstance(model, Dequantized)

@@ -1,4 +1,4 @@
-"""What a command-line argument names: `[TASK=]MODEL`."""
+"""Resolve a command-line argument: `[TASK=]MODEL`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TASK = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 
 @dataclass(frozen=True)
 class Argument:
-    """One positional: the task's name, None where none was given, and what names the model."""
+    """One positional: the task's name, None if none was given, and the model."""
 
     task: str | None
     model: str
 
 
 def check_task(name: str) -> str:
-    """A task's name if it is a good one; UsageError otherwise."""
+    """Return a task's name if it is valid. UsageError otherwise."""
     if not _TASK.fullmatch(name):
         raise UsageError(
             f"{name!r} is not a task name", "use letters, digits, '_', '-' and '.', at most 64, beginning with a letter or digit"
@@ -38,7 +38,7 @@ def check_task(name: str) -> str:
 
 
 def split_argument(text: str) -> Argument:
-    """Split `[TASK=]MODEL`; what exists as a path, begins with `./`, `/` or `hf://` is never split."""
+    """Split `[TASK=]MODEL`. An existing path, or text that begins with `./`, `/` or `hf://`, is never split."""
     if "=" not in text or Path(text).exists() or text.startswith(("./", "../", "/", "hf://")):
         return Argument(None, text)
     task, model = text.split("=", 1)
@@ -48,7 +48,7 @@ def split_argument(text: str) -> Argument:
 
 
 def split_arguments(texts: list[str]) -> list[Argument]:
-    """Split several; every task gets a name (the model's last path component), unique without regard to case."""
+    """Split several. Every task gets a name (the model's last path component), unique without regard to case."""
     arguments = [split_argument(text) for text in texts]
     if len(arguments) > 1:
         arguments = [Argument(a.task or default_task(a.model), a.model) for a in arguments]
@@ -65,7 +65,7 @@ def split_arguments(texts: list[str]) -> list[Argument]:
 
 
 def default_task(model: str) -> str:
-    """A task's name made from a path: its last component without suffix, unfit characters replaced."""
+    """A task's name made from a path: its last component without suffix, with invalid characters replaced."""
     on_hub = parse_hub_name(model) if is_on_hub(model) else None
     path = Path((on_hub.path or on_hub.repo) if on_hub is not None else model)
     stem = path.resolve().name if path.name in ("", ".", "..") else path.name
@@ -75,10 +75,9 @@ def default_task(model: str) -> str:
 
 
 def open_model(model: str, stored: bool = False) -> Checkpoint:
-    """Open what `model` names: a directory, a .safetensors or .bin file, or these on the Hub.
+    """Open a model: a directory, a .safetensors or .bin file, or one of these on the Hub.
 
-    FP8 weights come as floats (checkpoints/checks/usable.py) unless `stored` asks for the tensors of the files.
-    """
+    FP8 weights are read as floats (checkpoints/checks/usable.py) unless `stored` asks for the tensors in the files."""
     path = locate(model)
     if path.is_dir() or path.is_file():
         if path.is_dir():
@@ -95,13 +94,13 @@ def open_model(model: str, stored: bool = False) -> Checkpoint:
 
 
 def open_recorded_base(model: str, dtypes: Mapping[str, Dtype]) -> Checkpoint:
-    """Open the base of an artifact: with the tensors of the files if these have the recorded dtypes, else as floats."""
+    """Open the base of an artifact: the tensors of its files if these have the recorded dtypes, otherwise floats."""
     checkpoint = open_model(model, stored=True)
     return checkpoint if _has(checkpoint, dtypes) else usable(checkpoint)
 
 
 def as_recorded(base: Checkpoint, dtypes: Mapping[str, Dtype]) -> Checkpoint:
-    """The base of an artifact, of what was opened as floats: the tensors of its files if these have the recorded dtypes."""
+    """The base of an artifact, given one opened as floats: the tensors of its files if these have the recorded dtypes."""
     return base.stored if isinstance(base, Dequantized) and _has(base.stored, dtypes) else base
 
 
@@ -110,7 +109,7 @@ def _has(checkpoint: Checkpoint, dtypes: Mapping[str, Dtype]) -> bool:
 
 
 def _name(checkpoint: Checkpoint, place: Place) -> None:
-    """What a repo's commit says of a checkpoint: its public name, and that the repo has moved."""
+    """Set what a repo's commit tells about a checkpoint: its public name, and whether the repo has moved."""
     if isinstance(place, Path):
         return
     checkpoint.public_name = place.public_name

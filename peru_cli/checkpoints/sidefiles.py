@@ -13,8 +13,7 @@ from peru_cli.checkpoints.places import Place, children, size_of
 
 MAX_SIDE_FILE_BYTES = 64_000_000
 
-# Names as transformers and sentencepiece write them. Python files are left out on purpose: an artifact
-# never carries code.
+# Names that transformers and sentencepiece write. Python files are left out on purpose: an artifact never carries code.
 _PATTERN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges"
     r"|preprocessor_config|processor_config|image_processor_config|video_preprocessor_config|feature_extractor_config"
@@ -25,7 +24,7 @@ _SAFE = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}", re.ASCII)
 
 
 def is_side_file_name(name: str) -> bool:
-    """Whether `name` is a plain file name that peru would carry: never a path, never weights, never code."""
+    """Whether `name` is a plain file name that peru carries: never a path, never weights, never code."""
     return bool(_SAFE.fullmatch(name) and _PATTERN.fullmatch(name))
 
 
@@ -44,7 +43,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def chat_template(files: Mapping[str, Place | bytes]) -> str | None:
-    """The chat template among a model's side files, the one of its own before that in the tokenizer's configuration; None without one."""
+    """The chat template in a model's side files: its own file before the one in the tokenizer's config. None without one."""
 
     def content(name: str) -> bytes | None:
         found = files.get(name)
@@ -63,7 +62,7 @@ def chat_template(files: Mapping[str, Place | bytes]) -> str | None:
 
 
 def config_with_dtype(content: bytes, dtype: Dtype) -> bytes:
-    """A config.json that names `dtype` wherever it names a float type: transformers loads in what the config says."""
+    """A config.json in which every float type is `dtype`: transformers loads in the type that the config names."""
     try:
         config = json.loads(content)
     except ValueError:
@@ -72,7 +71,7 @@ def config_with_dtype(content: bytes, dtype: Dtype) -> bytes:
 
 
 def _set_dtype(config: Any, dtype: Dtype) -> bool:
-    """Set the keys `dtype` and `torch_dtype` of a table and those inside it; whether anything changed."""
+    """Set the keys `dtype` and `torch_dtype` of a table and its inner tables. Returns whether anything changed."""
     changed = False
     for key, value in config.items() if isinstance(config, dict) else ():
         named = BY_TORCH_NAME.get(value) if key in ("dtype", "torch_dtype") and isinstance(value, str) else None

@@ -1,1 +1,1 @@
-"""Loops over tiles that are compiled for this processor: the verbs that methods share, on NumPy arrays."""
+"""Loops over tiles, compiled for this processor: the operations that methods share, on NumPy arrays."""

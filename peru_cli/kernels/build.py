@@ -1,19 +1,18 @@
-"""Python loops compiled by numba when they are first called, kept as object files, and called without the GIL.
+"""Python loops that numba compiles on their first call, stored as object files, and called without the GIL.
 
-numba is imported only to compile. Later processes load the object file through llvmlite, which takes a third of the time that
-importing numba takes. Nothing is reordered or fused (no fastmath): additions and products are rounded one by one as NumPy
-rounds them, so the results are the same bits on every processor.
+numba is imported only to compile. Later processes load the object file through llvmlite, which takes a third of the time of
+importing numba. Nothing is reordered or fused (no fastmath): every sum and product is rounded as NumPy rounds it, so the results
+have the same bits on every processor.
 
     @kernels("*b *f4 i8", over={"BF16": {"b": "i2"}, ...})
     def widen_all(bits, out, n): ...
 
     widen_all["BF16"](bits, out, len(bits))
 
-A signature has one word for each argument: `i1 i2 i4 i8 u1 u2 u4 u8 f4 f8`, with a star for memory of such entries. Memory is
-passed as a contiguous array of entries of that size, whatever their kind: a float may be looked at as an integer. What a loop
-returns is an integer, or nothing. Functions that a loop calls are compiled along. With `over` there is one loop for each name in
-it; the table beside the name says what takes the place of words in the signature and of names in the code.
-"""
+A signature has one word for each argument: `i1 i2 i4 i8 u1 u2 u4 u8 f4 f8`, with a star for an array of such entries. Arrays
+must be contiguous with entries of that size. Their kind may differ: a float can be viewed as an integer. A loop returns an
+integer or nothing. Functions that a loop calls are compiled with it. With `over` there is one loop for each name; the
+table of that name replaces words of the signature and names in the code."""
 
 from __future__ import annotations
 
@@ -34,9 +33,9 @@ _KINDS = {
     "f4": ctypes.c_float, "f8": ctypes.c_double,
 }  # fmt: skip
 _SYMBOL = "peru_kernel"
-_LIBRARY = {"memset", "memcpy", "memmove"}  # what compiled loops may call: it is there in every process
+_LIBRARY = {"memset", "memcpy", "memmove"}  # functions that compiled loops may call: every process has them
 _lock = threading.RLock()
-_engines: list[Any] = []  # they own the machine code
+_engines: list[Any] = []  # the owners of the machine code
 _told = False
 
 
@@ -51,13 +50,13 @@ class Kernel:
         self._entry: Callable[..., int] | None = None
 
     def __call__(self, *arguments: Any) -> int:
-        """Run the loop. TypeError for memory that is not what the signature says."""
+        """Run the loop. TypeError for arrays that do not match the signature."""
         entry = self._entry or self._load()
         result = ctypes.c_int64(0)
         where = ctypes.addressof(result)
         error = ctypes.c_void_p()
         if entry(where, ctypes.addressof(error), *map(self._address, arguments, self._sizes)):
-            raise RuntimeError(f"the loop {self.name} raised an error")  # none of them can
+            raise RuntimeError(f"the loop {self.name} raised an error")  # loops cannot raise
         return result.value
 
     def _address(self, argument: Any, size: int) -> Any:
@@ -68,7 +67,7 @@ class Kernel:
         return argument.__array_interface__["data"][0]
 
     def _load(self) -> Callable[..., int]:
-        """The machine code, from the cache or compiled now."""
+        """The machine code, loaded from the cache or compiled now."""
         with _lock:
             if self._entry is None:
                 import llvmlite
@@ -93,7 +92,7 @@ class Kernel:
             return self._entry
 
     def _compile(self, machine: Any) -> bytes:
-        """The object file: numba's code of this loop, without what would let Python call it."""
+        """The object file: numba's code of this loop, without the wrappers that Python needs to call it."""
         global _told
         if not _told:
             console.note("compiling loops for this processor: a few seconds, once")
@@ -106,7 +105,7 @@ class Kernel:
         def typed(word: str) -> Any:
             return types.CPointer(typed(word[1:])) if word[0] == "*" else getattr(types, np.dtype(word).name)
 
-        # Functions along with it are inlined: of them, nothing is left that a later process would have to find.
+        # Functions that it calls are inlined, so a later process has no symbols to resolve.
         compiled: Any = numba.njit(tuple(map(typed, self._words)), nogil=True, error_model="numpy")(
             _with_functions(self._function, self._bound)
         )
@@ -128,7 +127,7 @@ class Kernel:
 
 
 def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> Callable[..., Any]:
-    """The loop with names bound, and with the Python functions that it names compiled."""
+    """The loop with names bound, and the Python functions that it uses compiled."""
     import numba
 
     assert isinstance(function, FunctionType)
@@ -140,7 +139,7 @@ def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> C
 
 
 class Kernels:
-    """Loops that differ by what they are made for."""
+    """One loop for each variant."""
 
     def __init__(self, function: Callable[..., Any], signature: str, over: Mapping[str, Mapping[str, Any]]) -> None:
         name = function.__name__
@@ -151,10 +150,10 @@ class Kernels:
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """Compile a function when it is first called; see the module."""
+    """Compile a function on its first call; see the module."""
     return lambda function: Kernel(function, signature, function.__name__, {})
 
 
 def kernels(signature: str, over: Mapping[str, Mapping[str, Any]]) -> Callable[[Callable[..., Any]], Kernels]:
-    """The same, one for each of several variants."""
+    """The same for several variants."""
     return lambda function: Kernels(function, signature, over)

@@ -1,8 +1,7 @@
 """Differences of a tile from the base: their keys, how many are in a window, and which are kept (methods/delta.py, magnitude.py).
 
-The key of an entry is the pattern of |fine - base| in float32 (float64 where that is wide), an integer that orders as the magnitudes
-do; all that is not finite ties as the largest, and entries with equal bits have -1. Bits are those of one dtype, (n,) both.
-"""
+The key of an entry is the pattern of |fine - base| in float32 (float64 if wide), an integer that sorts like the magnitude. All
+differences that are not finite tie as the largest, and entries with equal bits have -1. Both inputs are bits of one dtype, (n,)."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from peru_cli.kernels.build import kernels
 from peru_cli.kernels.scalars import DTYPES, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
-_BLOCK = 1024  # entries whose keys are made at once, which vectorises, before some are picked out, which does not
-_WORD = 8  # flags looked at together
+_BLOCK = 1024  # entries whose keys are computed together, which vectorises, before some are picked, which does not
+_WORD = 8  # flags read together
 
 
 @kernels("*b *b i8 *k", DTYPES)
@@ -25,7 +24,7 @@ def _keys(base: Any, fine: Any, n: int, out: Any) -> None:
         out[i] = Key(-1) if base[i] == fine[i] else key
 
 
-# A block's flags are read as words: most of them are 0 where few entries are wanted.
+# A block's flags are read as words: most are 0 if few entries are wanted.
 @kernels("*b *b i8 k k *k *u1 *u8 *k *i8", DTYPES)
 def _count(
     base: Any, fine: Any, n: int, low: Any, high: Any, keys: Any, flags: Any, flag_words: Any, within: Any, counts: Any
@@ -109,7 +108,7 @@ def put(out: Ints, positions: Ints, values: Ints) -> None:
 
 
 class Room:
-    """One thread's room for tiles of so many entries, of one kind of float (`f4` or `f8`)."""
+    """One thread's buffers for tiles of this many entries, of one kind of float (`f4` or `f8`)."""
 
     def __init__(self, entries: int, kind: str) -> None:
         self._kind, key = kind, f"i{kind[1]}"
@@ -125,7 +124,7 @@ class Room:
         return out
 
     def count(self, base: Ints, fine: Ints, dtype: str, low: int, high: int) -> tuple[int, int, Ints]:
-        """How many keys are above `high`, how many entries differ, and the keys from `low` to `high`, (k,)."""
+        """The number of keys above `high`, the number of entries that differ, and the keys from `low` to `high`, (k,)."""
         counts, flags = np.empty(2, np.int64), self._flags
         low, high = min(low, self._infinite + 1), min(high, self._infinite)  # no key is larger
         loop = _count[f"{dtype} {self._kind}"]
@@ -133,10 +132,9 @@ class Room:
         return int(counts[0]), int(counts[1]), self._found[:found].copy()
 
     def select(self, base: Ints, fine: Ints, dtype: str, least: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+        """For entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
 
-        All (k,). Keys are valid until the next call. With 0: all entries that differ.
-        """
+        All (k,). Keys are valid until the next call. With 0: all entries that differ."""
         n, flags = len(base), self._flags
         ulps, bits = np.empty(n + _WORD, fine.dtype), np.empty(n + _WORD, fine.dtype)
         loop = _select[f"{dtype} {self._kind}"]

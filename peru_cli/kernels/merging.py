@@ -1,8 +1,7 @@
-"""Merges of tiles: add up what stays of task vectors, trim them, elect signs, put the result onto the base.
+"""Merges of tiles: add the kept entries of task vectors, trim them, elect signs, add the result to the base.
 
-Arrays are 1-D runs of entries, (n,): floats of the kind that is computed with, `f4` or `f8`, and bools for what stays. Every product
-and sum is rounded, in the order in which the formulas have them.
-"""
+Arrays are 1-D runs of entries, (n,): floats of the computing kind, `f4` or `f8`, and bools for kept entries. Every product and
+sum is rounded, in the order of the formulas."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from peru_cli.kernels.scalars import DTYPES, FLOATS, MAGNITUDE, ROUNDED, Float, 
 Floats = np.ndarray[Any, np.dtype[Any]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 _BLOCK = 1024  # entries whose sums over tasks are held at once
-_LEAST = 1e-8  # below that, a sum of weights is 0
-_ALL = np.ones(1, np.bool_)  # where no flags are looked at
+_LEAST = 1e-8  # a sum of weights below this counts as 0
+_ALL = np.ones(1, np.bool_)  # a placeholder if there are no flags
 
 
 def _less_base(value: Any, base: Any, i: int) -> Any:
@@ -38,7 +37,7 @@ def _added(value: Any, total: Any, i: int) -> Any:
     return total[i] + value
 
 
-against: Any = _as_it_is  # these three stand for what a loop is made for
+against: Any = _as_it_is  # these three are replaced in each variant of a loop
 flagged: Any = _as_it_is
 onto: Any = _as_it_is
 
@@ -78,7 +77,7 @@ def _weighted(value: Any, flag: Any, first: Any, second: Any) -> Any:
 
 
 def _vote(values: Any, flags: Any, before: Any, task: int, start: int, size: int, total: Any) -> None:
-    """total = or += a task's votes of a block."""
+    """total = or += a task's votes for a block."""
     value, flag, first, second = values[task], flags[task], before[2 * task], before[2 * task + 1]
     if task == 0:
         for i in range(size):
@@ -101,13 +100,13 @@ def _disjoint(
             positive = signs[i] > Float(0) if strict else signs[i] >= Float(0)
             signs[i] = Float(1) if positive else Float(-1)
             divisor[i] = Float(0)
-            total[i] = Float(-0.0)  # to which any first summand is added without a trace
+            total[i] = Float(-0.0)  # adding any first summand to -0.0 leaves it unchanged
         for task in range(tasks):
             value, flag, first, second = values[task], flags[task], before[2 * task], before[2 * task + 1]
             weight, share = after[task], shares[task]
             for i in range(size):
                 part = _weighted(value[start + i], flag[start + i], first, second) * signs[i]
-                part = Float(0) if part <= Float(0) else part  # |entry| where it agrees
+                part = Float(0) if part <= Float(0) else part  # |entry| if it agrees
                 divisor[i] = divisor[i] + (share if part > Float(0) else Float(0))
                 total[i] = total[i] + part * weight
         if mean:
@@ -154,20 +153,19 @@ def _widen(bits: Any, n: int, out: Any) -> None:
 def accumulate(
     total: Floats, bits: Floats, dtype: str, base: Floats | None, flags: Flags | None, factors: tuple[float, float], first: bool
 ) -> None:
-    """total (+)= (bits - base) * flags * factors, one after the other; `first` overwrites the total.
+    """total (+)= (bits - base) * flags * factors, step by step; `first` overwrites the total.
 
     Args:
-        bits: entries of a dtype, as integers or as what they are.
+        bits: entries of a dtype, as integers or floats.
         base: floats to subtract; None for nothing.
-        flags: what stays, the rest becomes 0; None for all.
-    """
+        flags: entries to keep, the others become 0; None for all."""
     what = f"{dtype} {total.dtype.str[1:]}{' less base' * (base is not None)}{' flagged' * (flags is not None)}{' added' * (not first)}"
     others = total if base is None else base, _ALL if flags is None else flags
     _accumulate[what](bits, *others, len(total), *factors, total)
 
 
 def trim(values: Floats, threshold: int) -> tuple[Flags, Flags, int]:
-    """Where a magnitude's pattern is above a threshold, where at or above it, and how many are equal; bools (n,)."""
+    """Entries whose magnitude pattern is above a threshold, those at or above it, and the number of equals; bools (n,)."""
     above, at_least = np.empty(len(values), np.bool_), np.empty(len(values), np.bool_)
     return above, at_least, _trim[values.dtype.str[1:]](values, len(values), threshold, above, at_least)
 
@@ -178,7 +176,7 @@ def _pointers(arrays: Sequence[Any]) -> Any:
 
 
 def _of_tasks(values: Sequence[Floats], flags: Sequence[Flags | None], before: Sequence[tuple[float, float]]) -> tuple[Any, ...]:
-    """Arguments that loops over tasks have in common, and what they point to."""
+    """Arguments that loops over tasks share, and the arrays that they point to."""
     ones = np.ones(len(values[0]), np.bool_) if any(each is None for each in flags) else _ALL
     held = [ones if each is None else each for each in flags]
     kind = values[0].dtype
@@ -197,11 +195,10 @@ def disjoint(
     """TIES' election and disjoint merge (methods/ties.py), into `out`; (n,).
 
     Args:
-        values, flags, before: a task's vote is value * flag * both factors; one each a task.
+        values, flags, before: a task's vote is value * flag * both factors; one of each for every task.
         after: factor of the votes that agree with the elected sign.
-        shares: divide by their sum over the tasks that agree (by 1 where that is 0); None does not divide.
-        strict: a sum of 0 elects -, else +.
-    """
+        shares: divide by their sum over the tasks that agree (by 1 if that is 0); None does not divide.
+        strict: a sum of 0 elects -, otherwise +."""
     kind, arguments, _held = _of_tasks(values, flags, before)
     mean, tasks, n = shares is not None, len(values), len(out)
     given = np.array(after, out.dtype), np.array(shares if shares is not None else after, out.dtype)
@@ -211,7 +208,7 @@ def disjoint(
 
 
 def elected(values: Sequence[Floats], flags: Sequence[Flags | None], before: Sequence[tuple[float, float]]) -> int:
-    """How many entries elect + less how many elect -, of votes as `disjoint` has them."""
+    """The number of entries that elect + minus the number that elect -, with votes as in `disjoint`."""
     kind, arguments, _held = _of_tasks(values, flags, before)
     return _elected[kind](*arguments, len(values), len(values[0]), np.empty(_BLOCK, values[0].dtype))
 
@@ -223,7 +220,7 @@ def onto_base(vector: Floats, base: Floats, scale: float) -> Floats:
 
 
 def narrowed(numbers: Floats, dtype: str) -> Any:
-    """float32 rounded to BF16 or F16, nearest even, as bits; int16 (n,). NaNs stay some NaN."""
+    """float32 rounded to BF16 or F16, nearest even, as bits; int16 (n,). NaNs stay NaN, with any payload."""
     out = np.empty(len(numbers), np.int16)
     _narrow[dtype](np.ascontiguousarray(numbers), len(numbers), out)
     return out

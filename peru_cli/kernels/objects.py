@@ -1,8 +1,7 @@
-"""Compiled loops as files in the user's cache folder, so that they are compiled once for each processor.
+"""Compiled loops as files in the user's cache folder, so that each processor compiles them only once.
 
-A file holds the SHA-256 of what follows it, then an object file. Whatever is damaged, foreign or cannot be read is compiled
-again; whatever cannot be written stays in memory. Files appear whole, so several processes may share the folder.
-"""
+A file holds the SHA-256 of the rest, then an object file. Damaged, foreign or unreadable files are compiled again. If a file
+cannot be written, the loop stays in memory. Files appear whole, so several processes can share the folder."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 @cache
 def sources() -> bytes:
-    """A digest of all that loops are compiled from: the files of this folder."""
+    """A digest of the sources of all loops: the files of this folder."""
     total = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -27,7 +26,7 @@ def sources() -> bytes:
 
 
 def _folder() -> Path:
-    """NUMBA_CACHE_DIR, or a folder of the user's cache."""
+    """NUMBA_CACHE_DIR, or a folder in the user's cache."""
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(given) / "peru"
     if sys.platform == "win32":
@@ -38,23 +37,23 @@ def _folder() -> Path:
 
 
 def path_of(name: str, *what: str) -> Path | None:
-    """Where a loop's object file is or goes: named by the sources and by `what` else decides it. None without a home."""
+    """The path of a loop's object file, which depends on the sources and on `what`. None without a home folder."""
     digest = hashlib.sha256(sources() + "\0".join(what).encode()).hexdigest()[:24]
     try:
         return _folder() / f"{name}-{digest}.o"
-    except (RuntimeError, OSError):  # no home
+    except (RuntimeError, OSError):  # no home folder
         return None
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nobody else could have put the file there: it is code that will be run."""
+    """Whether nobody else can have written the file: its code will run."""
     if not hasattr(os, "getuid"):
         return True
     return all(found.st_uid == os.getuid() and not found.st_mode & 0o022 for found in (path.stat(), path.parent.stat()))
 
 
 def load(path: Path | None) -> bytes | None:
-    """An object file; None if there is none that can be trusted."""
+    """An object file. None if there is none that can be trusted."""
     with suppress(OSError):
         if path is not None and _is_ours(path):
             data = path.read_bytes()
@@ -64,7 +63,7 @@ def load(path: Path | None) -> bytes | None:
 
 
 def store(path: Path | None, data: bytes) -> None:
-    """Keep an object file for later, if that is possible."""
+    """Store an object file for later, if possible."""
     if path is None:
         return
     with suppress(OSError):

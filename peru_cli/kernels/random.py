@@ -1,4 +1,4 @@
-"""Random words: Philox-4x32-10, each block of four words from its number (methods/philox.py says which numbers are whose)."""
+"""Random words: Philox-4x32-10, each block of four words from its number (methods/philox.py assigns the numbers)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HALF = np.uint64(32)
 
 
 def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Four u32 words of a counter of four u32 and a key of two."""
+    """Four u32 words for a counter of four u32 and a key of two."""
     for _ in range(ROUNDS):
         p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
         c0, c1 = np.uint32(np.uint32(p1 >> _HALF) ^ c1 ^ k0), np.uint32(p1)

@@ -1,7 +1,6 @@
-"""Floats out of the bits of each checkpoint dtype and back, one entry at a time, for loops to call.
+"""Convert bits of each checkpoint dtype to floats and back, one entry at a time, in functions for loops.
 
-A loop made by `kernels(over=DTYPES)` names `widen`, `magnitude`, `order` and `Key`; each dtype has its own in their place.
-"""
+A loop made by `kernels(over=DTYPES)` uses `widen`, `magnitude`, `order` and `Key`; each dtype substitutes its own."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_BIAS = np.float32(2.0**112)  # between the exponents of float16 and float32
+_BIAS = np.float32(2.0**112)  # between the exponent biases of float16 and float32
 
 
 def _widen_bf16(bits: Any) -> Any:
@@ -17,7 +16,7 @@ def _widen_bf16(bits: Any) -> Any:
 
 
 def _widen_f16(bits: Any) -> Any:
-    """Shift into place, then multiply to mend the exponent's bias: exact, for subnormal numbers too."""
+    """Shift into place, then multiply to correct the exponent's bias: exact, also for subnormal numbers."""
     sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
     rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
     finite = np.float32(np.uint32(rest | sign).view(np.float32) * _BIAS)
@@ -46,12 +45,12 @@ def _widen_f64(bits: Any) -> Any:
 
 
 def _magnitude_single(number: Any) -> Any:
-    """The pattern of |number|, all that is not finite as infinity; int32."""
+    """The pattern of |number|, with infinity for anything not finite; int32."""
     return np.int32(min(np.int32(np.float32(number).view(np.int32) & np.int32(0x7FFF_FFFF)), np.int32(0x7F80_0000)))
 
 
 def _magnitude_double(number: Any) -> Any:
-    """The same of a float64; int64."""
+    """The same for a float64; int64."""
     return np.int64(min(np.float64(number).view(np.int64) & np.int64(0x7FFF_FFFF_FFFF_FFFF), np.int64(0x7FF0_0000_0000_0000)))
 
 
@@ -69,7 +68,7 @@ def _order_64(bits: Any) -> Any:
 
 
 def _narrow_bf16(number: Any) -> Any:
-    """Round to nearest even by adding just less than half a unit, and one more where the last bit is odd."""
+    """Round to nearest even: add just less than half a unit, and one more if the last bit is odd."""
     pattern = np.float32(number).view(np.uint32)
     rounded = np.uint16(np.uint32(pattern + np.uint32((pattern >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)) >> np.uint32(16))
     quiet = np.uint16(np.uint32(pattern >> np.uint32(16)) | np.uint32(0x0040))
@@ -77,7 +76,7 @@ def _narrow_bf16(number: Any) -> Any:
 
 
 def _narrow_f16(number: Any) -> Any:
-    """The same of float16, whose subnormal numbers round as what is added to 1/2; NaNs all become one."""
+    """The same for float16. Subnormal numbers are rounded by adding 1/2; all NaNs become one."""
     pattern = np.float32(number).view(np.uint32)
     rest = np.uint32(pattern & np.uint32(0x7FFF_FFFF))
     odd = np.uint32(np.uint32(rest >> np.uint32(13)) & np.uint32(1))
@@ -90,28 +89,28 @@ def _narrow_f16(number: Any) -> Any:
 
 
 def narrow(number: Any) -> Any:
-    """A float32 rounded to 16 bits; stands for that of each dtype."""
+    """A float32 rounded to 16 bits; each dtype substitutes its own."""
     raise NotImplementedError
 
 
 def widen(bits: Any) -> Any:
-    """Bits as a float32, or a float64 in loops that are wide; stands for that of each dtype."""
+    """Bits as a float32, or a float64 in wide loops; each dtype substitutes its own."""
     raise NotImplementedError
 
 
 def magnitude(number: Any) -> Any:
-    """The pattern of |number|; stands for that of each width."""
+    """The pattern of |number|; each width substitutes its own."""
     raise NotImplementedError
 
 
 def order(bits: Any) -> Any:
-    """Bits as an integer in total order; stands for that of each width."""
+    """Bits as an integer in total order; each width substitutes its own."""
     raise NotImplementedError
 
 
-Float: Any = np.float32  # a loop's floats: float64 in those that are wide
-Key: Any = np.int32  # the integer of their width
-MAGNITUDE: Any = np.int32(2**31 - 1)  # all bits of it but the sign's
+Float: Any = np.float32  # a loop's floats: float64 in wide loops
+Key: Any = np.int32  # the integer of the same width
+MAGNITUDE: Any = np.int32(2**31 - 1)  # all its bits except the sign
 _SINGLE = {"f": "f4", "k": "i4", "Float": np.float32, "Key": np.int32, "MAGNITUDE": np.int32(2**31 - 1), "magnitude": _magnitude_single}
 _DOUBLE = {"f": "f8", "k": "i8", "Float": np.float64, "Key": np.int64, "MAGNITUDE": np.int64(2**63 - 1), "magnitude": _magnitude_double}
 FLOATS: dict[str, dict[str, Any]] = {"f4": _SINGLE, "f8": _DOUBLE}
@@ -120,7 +119,7 @@ _BITS_16 = {"b": "u2", "order": _order_16}
 _BITS_32 = {"b": "u4", "order": _order_32}
 _BITS_64 = {"b": "u8", "order": _order_64}
 
-# By dtype and the kind of float that is computed with. `b` are bits, `f` floats, `k` integers of a float's width.
+# By dtype and computing kind. `b` are bits, `f` floats, `k` integers of a float's width.
 DTYPES: dict[str, dict[str, Any]] = {
     "BF16 f4": {**_BITS_16, **_SINGLE, "widen": _widen_bf16},
     "F16 f4": {**_BITS_16, **_SINGLE, "widen": _widen_f16},

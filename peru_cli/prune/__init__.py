@@ -1,1 +1,1 @@
-"""`peru prune`: fine-tunes compressed to sparse deltas of a base."""
+"""`peru prune`: compress fine-tunes to sparse deltas of a base."""

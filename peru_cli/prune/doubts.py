@@ -1,4 +1,4 @@
-"""Check for signs of a wrong base before anything is written."""
+"""Look for signs of a wrong base before anything is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peru_cli.streaming.aligned import read_bytes, read_entries
 from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import TaskVector
 
-_CHUNKS, _ENTRIES = 128, 1 << 12  # at most so many runs of so many entries: under a tenth of a second
+_CHUNKS, _ENTRIES = 128, 1 << 12  # at most this many runs of this many entries: under a tenth of a second
 _AT_ONCE = 1 << 16  # entries compared at once
 _TOO_LARGE = 0.5  # of the base's norm; fine-tunes have 0.001 to 0.1
 
@@ -68,7 +68,7 @@ def _floats(bits: Bits, dtype: Dtype) -> Bits:
 
 
 def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:
-    """Whether any entry that both have differs, the base cast to the fine-tune's dtype; stops at the first that does."""
+    """Whether any shared entry differs, with the base cast to the fine-tune's dtype. Stops at the first difference."""
     same_dtype = pair.fine.dtype is pair.base.dtype
     if not (same_dtype or pair.is_delta):
         return True

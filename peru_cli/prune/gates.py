@@ -1,4 +1,4 @@
-"""`peru prune --fail-above`: bounds that are checked on the finished artifacts, before they are put in place."""
+"""`peru prune --fail-above`: bounds that are checked on the finished artifacts, before they are renamed into place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peru_cli.errors import GateMissed, UsageError
 
 
 class Sealed(Protocol):
-    """What a gate looks at: one finished artifact."""
+    """What a gate needs of one finished artifact."""
 
     @property
     def task(self) -> str:
@@ -32,7 +32,7 @@ class Sealed(Protocol):
 
 @dataclass(frozen=True)
 class Gate:
-    """`error`: no task's relative error may be above the bound. `bytes`: all artifacts together may not be larger."""
+    """`error`: the relative error of no task may exceed the bound. `bytes`: all artifacts together may not exceed it."""
 
     metric: str
     bound: float
@@ -40,11 +40,11 @@ class Gate:
 
     @property
     def option(self) -> str:
-        """What was typed."""
+        """The option as it was typed."""
         return f"--fail-above {self.metric}={self.text}"
 
     def found(self, results: Sequence[Sealed]) -> tuple[float, str]:
-        """The value that the gate compares, and how it is said."""
+        """The value that the gate compares, and its wording."""
         if self.metric == "bytes":
             total = sum(result.file_bytes for result in results)
             return total, f"{total:,} bytes" + (f" in {len(results)} artifacts" if len(results) > 1 else "")
@@ -55,7 +55,7 @@ class Gate:
 
 
 def parse_gates(given: Iterable[str]) -> tuple[Gate, ...]:
-    """`error=0.3`, `error=30%` or `bytes=3MB` each; UsageError otherwise."""
+    """Parse each of `error=0.3`, `error=30%` or `bytes=3MB`. UsageError otherwise."""
     return tuple(_parse(text) for text in given)
 
 
@@ -71,7 +71,7 @@ def _parse(text: str) -> Gate:
 
 
 def check(gates: Sequence[Gate], results: Sequence[Sealed]) -> list[str]:
-    """A line for each gate that was passed; GateMissed, with all that were missed, if one was."""
+    """A line for each gate that was passed. GateMissed, listing all missed gates, if any was."""
     passed, missed = [], []
     for gate in gates:
         value, said = gate.found(results)

@@ -1,11 +1,10 @@
-"""What tile code computes with: NumPy on the CPU, torch on CUDA, under NumPy's names; the results are the same bits.
+"""The arrays that tile code computes with: NumPy on the CPU, torch on CUDA, under NumPy's names. Results have the same bits.
 
-A function that takes such a namespace, `xp` as the array API standard calls it, runs on both. NumPy rather than torch
-on the CPU because importing torch takes longer than pruning a small model, and on tiles that fit the cache NumPy's
-loops are as fast. Arrays are 1-D runs of entries; kinds are NumPy's names: i2, i4, i8, u1, f4, f8, bool.
+A function that takes such a namespace, `xp` as in the array API standard, runs on both. The CPU uses NumPy rather than torch
+because importing torch takes longer than pruning a small model, and NumPy's loops are as fast on tiles that fit the cache.
+Arrays are 1-D runs of entries. Kinds are NumPy's names: i2, i4, i8, u1, f4, f8, bool.
 
-Floating entries of a checkpoint are "bits": integers of the dtype's width, since NumPy has no bfloat16.
-"""
+Floating entries of a checkpoint are "bits": integers of the dtype's width, since NumPy has no bfloat16."""
 
 from __future__ import annotations
 
@@ -26,21 +25,20 @@ _SPARSE, _BRANCHLESS = 1 / 25, 1 / 10
 
 
 class Differences(Protocol):
-    """A fine-tune's tile against the base's: bits of one dtype (named), (n,) both. What a key is: kernels/deltas.py."""
+    """Compares a fine-tune's tile with the base's: bits of one named dtype, both (n,). kernels/deltas.py defines keys."""
 
     def keys(self, base: Array, fine: Array, dtype: str) -> Host:
         """The key of every entry; (n,), valid until the next call."""
         ...
 
     def count(self, base: Array, fine: Array, dtype: str, low: int, high: int) -> tuple[int, int, Host]:
-        """How many keys are above `high`, how many entries differ, and the keys from `low` to `high`, (k,)."""
+        """The number of keys above `high`, the number of entries that differ, and the keys from `low` to `high`, (k,)."""
         ...
 
     def select(self, base: Array, fine: Array, dtype: str, least: int) -> tuple[Host, Host, Host, Host]:
-        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+        """For entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
 
-        All (k,). Keys are valid until the next call. With 0: all entries that differ.
-        """
+        All (k,). Keys are valid until the next call. With 0: all entries that differ."""
         ...
 
 
@@ -62,19 +60,19 @@ class Arrays(Protocol):
     logical_or: Any
 
     def empty(self, entries: int, kind: str) -> Array:
-        """Room for so many entries."""
+        """An uninitialised array."""
         ...
 
     def room(self, nbytes: int) -> Host:
-        """Bytes on the host that `upload` takes from, uint8."""
+        """Bytes on the host from which `upload` copies, uint8."""
         ...
 
     def upload(self, host: Host) -> Array:
-        """Host memory as an array; on the CPU the same memory."""
+        """Host memory as an array. On the CPU it is the same memory."""
         ...
 
     def download(self, array: Array) -> Host:
-        """An array as host memory; on the CPU the same memory."""
+        """An array as host memory. On the CPU it is the same memory."""
         ...
 
     def view(self, array: Array, kind: str) -> Array:
@@ -86,7 +84,7 @@ class Arrays(Protocol):
         ...
 
     def fill(self, out: Array, value: float, where: Array | None = None) -> Array:
-        """Set all entries, or those where a bool array says so."""
+        """Set all entries, or those selected by a bool array."""
         ...
 
     def clip(self, array: Array, low: float | None, high: float | None, out: Array) -> Array:
@@ -94,7 +92,7 @@ class Arrays(Protocol):
         ...
 
     def count(self, flags: Array) -> int:
-        """How many of the bools are true."""
+        """The number of true bools."""
         ...
 
     def largest(self, array: Array) -> Any:
@@ -102,7 +100,7 @@ class Arrays(Protocol):
         ...
 
     def where(self, flags: Array) -> Array:
-        """Ascending positions of the true ones, int64."""
+        """Ascending positions of the true bools, int64."""
         ...
 
     def take(self, array: Array, positions: Array) -> Array:
@@ -114,14 +112,14 @@ class Arrays(Protocol):
         ...
 
     def differences(self, entries: int, wide: bool) -> Differences:
-        """One thread's room for tiles of so many entries, compared in float32, or float64 if wide."""
+        """One thread's buffers for tiles of this many entries, compared in float32, or float64 if wide."""
         ...
 
     def running_count(self, flags: Array) -> Array:
-        """How many are true up to and including each entry, int64."""
+        """The number of true bools up to and including each entry, int64."""
         ...
 
-    # Verbs of merges; on the CPU each is one compiled loop (kernels/merging.py says what they mean).
+    # Operations of merges. On the CPU each is one compiled loop (kernels/merging.py defines them).
 
     def accumulate(
         self, total: Array, bits: Array, dtype: str, base: Array | None, flags: Array | None, factors: tuple[float, float], first: bool
@@ -130,7 +128,7 @@ class Arrays(Protocol):
         ...
 
     def trim(self, values: Array, threshold: int) -> tuple[Array, Array, int]:
-        """Where a magnitude's pattern is above a threshold, where at or above it, and how many are equal; bools (n,)."""
+        """Entries whose magnitude pattern is above a threshold, those at or above it, and the number of equals; bools (n,)."""
         ...
 
     def disjoint(
@@ -147,7 +145,7 @@ class Arrays(Protocol):
         ...
 
     def elected(self, values: Sequence[Array], flags: Sequence[Array | None], before: Sequence[tuple[float, float]]) -> int:
-        """How many entries elect + less how many elect -."""
+        """The number of entries that elect + minus the number that elect -."""
         ...
 
     def onto_base(self, vector: Array, base: Array, scale: float) -> Array:
@@ -155,14 +153,13 @@ class Arrays(Protocol):
         ...
 
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
-        """Bits as floats of the kind of `out` (f4 or f8), exactly; a view of the bits where that is their kind."""
+        """Bits as floats of the kind of `out` (f4 or f8), exactly. If the bits have that kind, a view of them."""
         ...
 
     def narrow(self, floats: Array, dtype: Dtype) -> Array:
-        """Floats (f4 or f8) rounded to a dtype, nearest even, as bits; f8 to 16 bits by way of f4. NaNs stay some NaN.
+        """Floats (f4 or f8) rounded to a dtype, nearest even, as bits; f8 to 16 bits by way of f4. NaNs stay NaN, with any payload.
 
-        A view of the floats where that is their kind already.
-        """
+        If the floats already have that kind, a view of them."""
         ...
 
 
@@ -210,8 +207,9 @@ class Cpu:
         return array.max()
 
     def where(self, flags: Array) -> Array:
-        # Up to a tenth of ones NumPy looks for the next one, which processors cannot predict; above it does not branch.
-        # So between these densities it is shown more ones than there are.
+        # If at most a tenth of the flags are set, NumPy jumps from one to the next, which processors predict badly. Above that
+        # its loop has no
+        # branch. So between these densities we append set flags.
         found = np.count_nonzero(flags)
         if not _SPARSE * len(flags) < found <= _BRANCHLESS * len(flags):
             return np.flatnonzero(flags)

@@ -10,7 +10,7 @@ from peru_cli.streaming.arrays import CPU, Arrays
 
 
 def pick_arrays(device: str) -> Arrays:
-    """The namespace of `auto`, `cpu`, `cuda` or `cuda:N`; UsageError if there is no such device."""
+    """The namespace of `auto`, `cpu`, `cuda` or `cuda:N`. UsageError if the device does not exist."""
     if device == "cpu" or (device == "auto" and not _has_driver()):
         return CPU
     from peru_cli.streaming.gpu import Gpu, find_gpu
@@ -22,7 +22,7 @@ def pick_arrays(device: str) -> Arrays:
 
 
 def _has_driver() -> bool:
-    """Whether NVIDIA's driver knows of a GPU, found out without torch."""
+    """Whether NVIDIA's driver sees a GPU, determined without torch."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         number = ctypes.c_int(0)

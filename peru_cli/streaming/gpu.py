@@ -19,7 +19,7 @@ _TYPE = {
 
 
 def find_gpu(name: str) -> torch.device | None:
-    """`auto`, `cuda` or `cuda:N` as a torch device; None if it is not there."""
+    """`auto`, `cuda` or `cuda:N` as a torch device. None if it does not exist."""
     try:
         device = torch.device("cuda" if name == "auto" else name)
     except RuntimeError:
@@ -68,13 +68,13 @@ def _order(bits: Array) -> Array:
 
 
 def _vote(value: Array, flags: Array | None, factors: tuple[float, float]) -> Array:
-    """What stays of a task's vector, times both factors."""
+    """The kept entries of a task's vector, times both factors."""
     value = value if flags is None else value * flags
     return value * factors[0] * factors[1]
 
 
 def _sum(parts: Sequence[Array]) -> Array:
-    """Their sum, in their order."""
+    """Sum of the arrays, in order."""
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
@@ -82,7 +82,7 @@ def _sum(parts: Sequence[Array]) -> Array:
 
 
 class Gpu:
-    """torch on one device. With the device "cpu" it gives the same bytes: that is how it is tested where no GPU is."""
+    """torch on one device. On the device "cpu" it gives the same bytes, which is how it is tested without a GPU."""
 
     add, subtract, multiply, divide = torch.add, torch.sub, torch.mul, torch.div
     absolute = torch.abs
@@ -156,7 +156,7 @@ class Gpu:
         votes = [_vote(*vote) for vote in zip(values, flags, before, strict=True)]
         total = _sum(votes)
         signs = (total > 0 if strict else total >= 0).to(out.dtype) * 2 - 1
-        parts = [(vote * signs).clamp_(min=0.0) for vote in votes]  # |entry| where it agrees
+        parts = [(vote * signs).clamp_(min=0.0) for vote in votes]  # |entry| if it agrees
         merged = _sum([part * weight for part, weight in zip(parts, after, strict=True)])
         if shares is not None:
             divisor = _sum([(part > 0).to(out.dtype) * share for part, share in zip(parts, shares, strict=True)])

@@ -1,4 +1,4 @@
-"""How much memory is available for work that cannot be cut into tiles."""
+"""Memory available for work that cannot be cut into tiles."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-_UNKNOWN = 4 << 30  # bytes, where the system does not say
+_UNKNOWN = 4 << 30  # bytes, if the system does not say
 
 
 def free_memory() -> int:
-    """Bytes that can be used without swapping: what the kernel says is available, within the control group's limit."""
+    """Bytes that can be used without swapping: what the kernel reports as available, within the control group's limit."""
     found = _UNKNOWN
     with suppress(OSError, ValueError, AttributeError):
         found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -14,7 +14,7 @@ DEFAULT_TILE = 1 << 19  # entries; smaller tiles fit caches better, but two thre
 
 
 class Tile(NamedTuple):
-    """Entries `start` to `stop` of the tensor number `tensor`; `number` counts tiles in canonical order."""
+    """Entries `start` to `stop` of the tensor with index `tensor`; `number` counts tiles in canonical order."""
 
     number: int
     tensor: int
@@ -23,12 +23,12 @@ class Tile(NamedTuple):
 
     @property
     def runs(self) -> Sequence[tuple[int, int]]:
-        """Its one run, as a strip has several."""
+        """Its single run; a strip has several."""
         return ((self.start, self.stop),)
 
 
 class Strip(NamedTuple):
-    """Several runs of one tensor, `stop` entries together: to the engine, a tile."""
+    """Several runs of one tensor, `stop` entries in total. The engine treats it like a tile."""
 
     number: int
     tensor: int
@@ -38,12 +38,12 @@ class Strip(NamedTuple):
 
     @classmethod
     def of(cls, number: int, tensor: int, runs: Sequence[tuple[int, int]]) -> Strip:
-        """A strip of these runs, each a start and a stop."""
+        """A strip of these runs, each given by start and stop."""
         return cls(number, tensor, 0, sum(stop - start for start, stop in runs), runs)
 
 
 class TilePlan(Sequence[Tile]):
-    """The tiles of tensors of given sizes, in canonical order; a sequence that takes no room for a tile."""
+    """The tiles of tensors of given sizes, in canonical order, as a sequence that does not store them."""
 
     def __init__(self, entries: Sequence[int], tile_entries: int = DEFAULT_TILE) -> None:
         if tile_entries < CHUNK or tile_entries % CHUNK:

@@ -1,15 +1,14 @@
 """Checks before any weight is used: file types, configs, vocabularies, buffers, unpaired tensors.
 
-The rule that all of `checkpoints` keeps: every tensor, key, config field and file of an input is used, copied with a message, or
-refused by name. Nothing passes unread. Who sees to it:
+The rule for all of `checkpoints`: every tensor, key, config field and file of an input is used, copied with a message, or
+refused by name. Nothing passes unread. Responsible modules:
 
 files           local/checkpoint.py (which files make a checkpoint), checks/impostors.py (what they are), lora/config.py (adapter or
                 model), sidefiles.py (what is copied beside weights)
-tensors         pairing.py and checks/unpaired.py (partners, and what has none), checks/buffers.py, checks/usable.py (husks),
+tensors         pairing.py and checks/unpaired.py (partners, and tensors without one), checks/buffers.py, checks/usable.py (husks),
                 quantized/layout.py (codes and their companions), header.py (names, shapes, bounds)
-adapter keys    lora/keys.py (sorted, or refused as strangers), lora/fit.py (where they belong), lora/alpha.py (records of the scale)
-config fields   checks/configs.py (of models), lora/config.py (of adapters: a field that is not known is refused), lora/tied.py
+adapter keys    lora/keys.py (sorted, or refused as unknown), lora/fit.py (where they belong), lora/alpha.py (records of the scale)
+config fields   checks/configs.py (of models), lora/config.py (of adapters: an unknown field is refused), lora/tied.py
 tokens          checks/vocabulary.py
 
-A new form of input gets its line here and in docs/inputs.md, a trait in benchmarks/fuzz, and a test with the right values.
-"""
+A new form of input gets a line here and in docs/inputs.md, a trait in benchmarks/fuzz, and a test with the right values."""

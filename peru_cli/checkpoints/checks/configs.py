@@ -1,7 +1,6 @@
 """Whether two config.json files describe the same function of the same weights.
 
-All fields are compared but those that are known to change nothing that a forward pass computes from given weights and inputs.
-"""
+All fields are compared, except those known to change nothing that a forward pass computes from given weights and inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# How the model was made, saved, trained, or is to generate; names of classes, which heads and labels have.
+# How the model was made, saved or trained, or should generate; class names, heads and labels.
 _HARMLESS = re.compile(
     r"_.*|transformers_version|torch_dtype|dtype|architectures|auto_map|tokenizer_class|processor_class|quantization_config|unsloth_\w*"
     r"|use_cache|\w*(dropout|dropout_prob|_pdrop|drop_rate|drop_path_rate|layerdrop|drop_prob)|initializer_\w+|init_\w+|gradient_checkpointing"
@@ -24,7 +23,7 @@ _NOTHING: tuple[object, ...] = (None, False, [], {})
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields that count, those of inner tables under dotted names."""
+    """Fields that count; those of inner tables have dotted names."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if _HARMLESS.fullmatch(key):
@@ -37,7 +36,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ, with both values; what is absent counts as null, and false and empty ones as absent."""
+    """Fields that differ, with both values. An absent field counts as null, and false and empty fields as absent."""
     one, other = _flat(a), _flat(b)
     found = {}
     for key in sorted({*one, *other}):
@@ -48,7 +47,7 @@ def _differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, 
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with its model type's defaults, in the words of the transformers that is here; as it is if that knows no such type."""
+    """The config with its model type's defaults, in the terms of the installed transformers. Unchanged if it does not know the type."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or config.get("auto_map"):
         return config
@@ -58,24 +57,24 @@ def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     try:
         completed: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
-    except Exception:  # whatever a model's own code makes of a strange config: then only what it says is compared
+    except Exception:  # whatever a model's own code raises for an unusual config; then only its own fields are compared
         return config
     return completed
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields by which two configs compute differently: dotted name -> both values. Empty if either config is."""
+    """Fields that make two configs compute differently: dotted name -> both values. Empty if either config is empty."""
     if not a or not b:
         return {}
     found = _differ(a, b)
     if found and a.get("model_type") == b.get("model_type"):
-        # Versions of transformers write other fields, and other words for the same: compare what this one makes of both.
+        # Versions of transformers write different fields and different words for the same thing: compare them as this version reads them.
         found = _differ(_completed(a), _completed(b))
     return found
 
 
 def describe(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """One line for each field in which a config differs from the first one that there is."""
+    """One line for each field in which a config differs from the first non-empty one."""
     lines: list[str] = []
     first: tuple[str, Mapping[str, Any]] | None = None
     for name, config in named:

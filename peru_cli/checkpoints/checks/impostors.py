@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-HEAD = 512  # bytes that tell
+HEAD = 512  # bytes needed to recognise a file
 _LFS = b"version https://git-lfs.github.com/spec/"
 _SAVE = "save the model as safetensors"
 
 
 def describe(head: bytes, name: str) -> tuple[str, str] | None:
-    """What a file of weights is instead, and what to do next; None if its first bytes (at most HEAD of them) do not tell."""
+    """What a file of weights really is, and what to do next. None if its first bytes (at most HEAD of them) do not tell."""
     text = head.lstrip().lower()
     if not head:
         return "the file is empty", "the download or copy was cut off: fetch it again"

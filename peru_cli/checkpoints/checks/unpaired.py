@@ -1,4 +1,4 @@
-"""Tensors without a partner in the other model: stored whole or lost, not compressed, so they are counted and reported."""
+"""Tensors without a partner in the other model. They are stored whole or lost, not compressed, so they are counted and reported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peru_cli.checkpoints.pairing import Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
 
-REFUSED, SAID = 0.10, 0.01  # of either side's bytes
-# Modules that are made anew for each task, by the names that transformers, timm and torchvision give them.
+REFUSED, SAID = 0.10, 0.01  # shares of either side's bytes
+# Modules that each task has anew, by the names in transformers, timm and torchvision.
 _HEADS = re.compile(
     r"(^|\.)(classifier\d*|score|qa_outputs|qa_classifier|classification_head|regression_head|lm_head|embed_out|cls|pooler|heads?|head_dist"
     r"|predictions|generator_predictions|generator_lm_head|discriminator_predictions|vocab_\w+|pre_classifier|sequence_summary|logits_proj"
@@ -27,7 +27,7 @@ def is_head_name(name: str) -> bool:
 
 
 def unpaired(fine: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None) -> tuple[list[TensorInfo], list[TensorInfo]]:
-    """Tensors of the fine-tune and of the base without a partner that are no heads and were not named by `chosen` (--per-task)."""
+    """Tensors of the fine-tune and of the base without a partner that are not heads and that `chosen` (--per-task) does not name."""
     reshaped = {info.name: other for info, other in pairing.reshaped}
     own = [i for i in pairing.whole if not is_head_name(i.name) and not (chosen and chosen.search(i.name)) and i.name not in reshaped]
     taken = {other.name for other in reshaped.values()}
@@ -38,14 +38,14 @@ def unpaired(fine: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None)
 
 
 def _is_head_shape(info: TensorInfo, other: TensorInfo) -> bool:
-    """Whether another number of classes explains two shapes: only the first dimension differs, and it is no table of rows."""
+    """Whether a different number of classes explains two shapes: only the first dimension differs, and it is not a table of rows."""
     if is_embedding(info.name.removesuffix(".weight")):
         return False
     return bool(info.shape) and len(info.shape) == len(other.shape) and info.shape[1:] == other.shape[1:]
 
 
 def judge(fine: Checkpoint, base: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None, allowed: bool) -> str | None:
-    """What to say of what does not pair; None if it is nothing much. Mismatch if it is more than a tenth of either side's bytes."""
+    """A message about unpaired tensors. None if they are few. Mismatch if they are more than a tenth of either side's bytes."""
     sides = []
     for model, tensors in zip((fine, base), unpaired(fine, pairing, chosen), strict=True):
         nbytes = sum(info.nbytes for info in tensors)
@@ -66,7 +66,7 @@ def judge(fine: Checkpoint, base: Checkpoint, pairing: Pairing, chosen: re.Patte
 
 
 def lost(fine: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None) -> str | None:
-    """What to say of a fine-tune of which more than a tenth would take no part in a merge; None otherwise."""
+    """A message about a fine-tune of which more than a tenth would not be merged. None otherwise."""
     own, _ = unpaired(fine, pairing, chosen)
     nbytes = sum(info.nbytes for info in own)
     if nbytes <= REFUSED * fine.nbytes:
@@ -76,7 +76,7 @@ def lost(fine: Checkpoint, pairing: Pairing, chosen: re.Pattern[str] | None) -> 
 
 
 def kinds(tensors: Sequence[TensorInfo]) -> str:
-    """Tensors by their names with numbers folded, the largest kinds first."""
+    """Tensors by name with numbers folded, the largest kinds first."""
     sizes: dict[str, int] = defaultdict(int)
     for info in tensors:
         sizes[re.sub(r"\d+", "*", info.name)] += info.nbytes

@@ -1,4 +1,4 @@
-"""Checkpoints fit for computing: no empty weights, no codes without their scales."""
+"""Checks that a checkpoint can be computed with: no empty weights, no codes without their scales."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peru_cli.errors import BadFile
 
 
 def usable(checkpoint: Checkpoint, stored: bool = False) -> Checkpoint:
-    """The checkpoint, its FP8 weights as floats unless `stored`. Closes it, and raises UsageError or BadFile, if it cannot be used."""
+    """The checkpoint, its FP8 weights as floats unless `stored`. If it cannot be used, closes it and raises UsageError or BadFile."""
     try:
         refuse_husks(checkpoint)
         if stored or isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
@@ -22,7 +22,7 @@ def usable(checkpoint: Checkpoint, stored: bool = False) -> Checkpoint:
 
 
 def refuse_husks(checkpoint: Checkpoint) -> None:
-    """Refuse floating tensors of shape [0]: what saving under DeepSpeed ZeRO-3 leaves of weights that were not gathered."""
+    """Refuse floating tensors of shape [0]: DeepSpeed ZeRO-3 saves these for weights that were not gathered."""
     husks = sorted(n for n, info in checkpoint.tensors.items() if info.shape == (0,) and info.dtype.compressible)
     if husks:
         raise BadFile(

@@ -1,8 +1,7 @@
 """The tokens of a checkpoint's tokenizer, read from its files without running it.
 
-tokenizer.json (tokenizers), vocab.json, vocab.txt, added_tokens.json and tokenizer_config.json (transformers). Where only a
-binary vocabulary is there (sentencepiece, tiktoken), the tokens are not known, and files are compared by their bytes.
-"""
+Reads tokenizer.json (tokenizers), vocab.json, vocab.txt, added_tokens.json and tokenizer_config.json (transformers). If there
+is only a binary vocabulary (sentencepiece, tiktoken), the tokens are unknown, and files are compared byte by byte."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def _json(model: Checkpoint, name: str) -> Any:
 
 
 def read_tokens(model: Checkpoint) -> Tokens | None:
-    """Ids by token; None if no file says. BadFile for files that are none."""
+    """Ids by token. None if no file lists them. BadFile for invalid files."""
     tokens: Tokens = {}
     whole = _json(model, "tokenizer.json")
     if isinstance(whole, dict):
@@ -53,7 +52,7 @@ def read_tokens(model: Checkpoint) -> Tokens | None:
 
 
 def added_tokens(model: Checkpoint) -> list[dict[str, Any]]:
-    """The added tokens of tokenizer.json, as they stand there."""
+    """The added tokens of tokenizer.json, unchanged."""
     whole = _json(model, "tokenizer.json")
     listed = whole.get("added_tokens") if isinstance(whole, dict) else None
     return [
@@ -81,7 +80,7 @@ def same_files(a: Checkpoint, b: Checkpoint) -> bool:
 
 
 def disagreements(named: Sequence[tuple[str, Checkpoint]]) -> list[str]:
-    """Where tokenizers give other ids to a token, or other tokens to an id, than the first model that has one: a line each."""
+    """Where tokenizers give a token another id, or an id another token, than the first model that has one: one line each."""
     lines: list[str] = []
     known: list[tuple[str, Checkpoint, Tokens]] = []
     for name, model in named:
@@ -117,7 +116,7 @@ def _differences(one: str, ours: Tokens, other: str, theirs: Tokens) -> list[str
 
 
 def with_ids(config: Mapping[str, Any], old: Tokens, new: Tokens, rows: int | None = None) -> dict[str, Any]:
-    """A config whose special tokens have their new ids, and `vocab_size`, where it has one, the new number of rows; tables inside too."""
+    """A config with new ids for its special tokens and, if it has `vocab_size`, the new number of rows; also in inner tables."""
     names = {number: token for token, number in old.items()}
 
     def moved(value: object) -> object:

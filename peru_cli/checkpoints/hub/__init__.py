@@ -1,1 +1,1 @@
-"""Models on the Hugging Face Hub: which files a repo holds, downloads into the shared cache, and reads by range."""
+"""Models on the Hugging Face Hub: the files of a repo, downloads into the shared cache, and reads by range."""

@@ -1,9 +1,8 @@
 """GET requests to the Hub's storage whose bodies go straight from the socket into the reader's buffer.
 
-huggingface_hub's client hands a body over in small pieces of Python objects: of a stream of gigabytes that is most of the work. The
-standard library's client copies each byte once. It stands in for ranges of addresses that the Hub gave, which take no token; where a
-proxy is set it steps aside, and errors come as the usual client's do.
-"""
+huggingface_hub's client returns a body in small Python objects. For gigabytes that is most of the work, while the standard
+library's client copies each byte once. It is used for ranges of addresses that the Hub returned, which need no token. If a proxy
+is set it is not used. Errors are raised as by the usual client."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from peru_cli.checkpoints.hub.session import Session
 
-_PER_ORIGIN = 16  # idle connections that are kept
+_PER_ORIGIN = 16  # idle connections kept
 _Origin = tuple[str, str, int | None]
 
 _idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
@@ -29,7 +28,7 @@ _lock = threading.Lock()
 
 
 def _break_off(connection: http.client.HTTPConnection) -> None:
-    """End the request that is under way. For signal handlers: takes no lock."""
+    """Abort the request in progress. For signal handlers: takes no lock."""
     if connection.sock is not None:
         with suppress(OSError):
             socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # TLS's own shutdown would talk to the server
@@ -37,28 +36,28 @@ def _break_off(connection: http.client.HTTPConnection) -> None:
 
 @lru_cache
 def needs_proxy(scheme: str, host: str) -> bool:
-    """Whether a proxy stands between this machine and a host."""
+    """Whether a proxy is set for a host."""
     proxies = getproxies()
     return bool((proxies.get(scheme) or proxies.get("all")) and not proxy_bypass(host))
 
 
 class Answer:
-    """A response: its status, its headers, and its body as it comes."""
+    """A response: its status, its headers, and its body as a stream."""
 
     def __init__(self, url: str, response: http.client.HTTPResponse) -> None:
         self._url, self._response = url, response
         self.status_code, self.headers = response.status, response.headers
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill the buffer; fewer bytes if the body ends before."""
+        """Fill the buffer. Returns fewer bytes if the body ends first."""
         return self._response.readinto(buffer)
 
     def ended(self) -> bool:
-        """Whether the body holds no more; reads a byte if there is one."""
+        """Whether the body has ended. Reads a byte if it has not."""
         return self._response.isclosed() or not self._response.read(1)
 
     def as_usual(self) -> httpx.Response:
-        """The response as huggingface_hub knows it, with the beginning of its body."""
+        """The response as an object of huggingface_hub's client, with the beginning of its body."""
         content = self._response.read(1 << 16)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "content-length")}
         return httpx.Response(self.status_code, headers=headers, content=content, request=httpx.Request("GET", self._url))
@@ -66,10 +65,10 @@ class Answer:
 
 @contextmanager
 def get(url: str, headers: Mapping[str, str], timeout: float, session: Session) -> Iterator[Answer]:
-    """Ask for an address; `timeout` is in seconds without a byte. The connection is kept for the next one if the body was read to its end.
+    """Request an address. `timeout` is in seconds without a byte. If the body was read to its end, the connection is kept for
+    the next request.
 
-    Raises httpx.TransportError, as huggingface_hub's client does.
-    """
+    Raises httpx.TransportError, as huggingface_hub's client does."""
     parts = urlsplit(url)
     origin = (parts.scheme, parts.hostname or "", parts.port)
     target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="%/?:@!$&'()*+,;=-._~[]")
@@ -80,7 +79,7 @@ def get(url: str, headers: Mapping[str, str], timeout: float, session: Session) 
             if connection is not None:
                 _make_busy(connection, session)
                 response = _ask(connection, target, headers, timeout)
-            if connection is None or response is None:  # a connection that lay idle may have been closed by the server
+            if connection is None or response is None:  # the server may have closed an idle connection
                 if connection is not None:
                     session.waiting.pop(connection, None)
                 connection = _new(origin, timeout)
@@ -106,7 +105,7 @@ def get(url: str, headers: Mapping[str, str], timeout: float, session: Session) 
 
 def _make_busy(connection: http.client.HTTPConnection, session: Session) -> None:
     session.waiting[connection] = partial(_break_off, connection)
-    if session.interrupted:  # looked at after adding: the interrupt sees it, or this does
+    if session.interrupted:  # checked after adding: either the interrupt sees the connection, or this check sees the interrupt
         raise ConnectionAbortedError("interrupted")
 
 
@@ -118,7 +117,7 @@ def _idle_one(origin: _Origin) -> http.client.HTTPConnection | None:
 def _ask(
     connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str], timeout: float
 ) -> http.client.HTTPResponse | None:
-    """Ask over a connection that lay idle; None if the server has left it."""
+    """Send a request over an idle connection. None if the server has closed it."""
     try:
         connection.sock.settimeout(timeout)
         connection.request("GET", target, headers=dict(headers))

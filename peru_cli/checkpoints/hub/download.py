@@ -1,8 +1,7 @@
 """Download weights into the shared cache in ranges: an interrupted download continues, and the digest is checked at the end.
 
-huggingface_hub begins a broken file anew, and believes whatever bytes come. A file that lies in its cache under the name of a finished
-one, it takes as it is.
-"""
+huggingface_hub restarts an interrupted file and does not check the bytes it receives. A file in its cache under the name of a
+finished one is taken as it is."""
 
 from __future__ import annotations
 
@@ -23,25 +22,24 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LEAST = 1 << 20  # bytes; smaller files are left to huggingface_hub
-_one_at_a_time = threading.Lock()  # each has several connections
+LEAST = 1 << 20  # bytes; huggingface_hub downloads smaller files
+_one_at_a_time = threading.Lock()  # each download has several connections
 
 
 class NoLocks(Exception):
-    """Files of the cache cannot be locked, so two processes could spoil each other's: huggingface_hub has means of its own."""
+    """Files of the cache cannot be locked, so two processes could corrupt each other's. huggingface_hub has its own way."""
 
 
 def fetch_blob(source: RangeFile, digest: str, blob: Path) -> None:
-    """Fetch a file whose SHA-256 the Hub publishes to `blob`, going on with what an earlier run left of it.
+    """Download a file whose SHA-256 the Hub publishes to `blob`, continuing an earlier run.
 
-    Raises what RangeFile raises, BadFile if the bytes are others than the digest says, and NoLocks before anything is fetched.
-    """
+    Raises what RangeFile raises, BadFile if the bytes do not match the digest, and NoLocks before anything is downloaded."""
     partial = blob.with_name(f"{blob.name}.peru-incomplete")
     blob.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time:
         fd = _open_locked(partial)
         try:
-            if blob.exists():  # by another peru meanwhile
+            if blob.exists():  # downloaded by another peru meanwhile
                 partial.unlink()
                 return
             found = _fetch(source, fd, partial)
@@ -56,7 +54,7 @@ def fetch_blob(source: RangeFile, digest: str, blob: Path) -> None:
 
 
 def _fetch(source: RangeFile, fd: int, partial: Path) -> str:
-    """Fetch what is missing; the SHA-256 of all of it."""
+    """Download what is missing. Returns the SHA-256 of the whole file."""
     size, total = source.size, hashlib.sha256()
     room = memoryview(bytearray(min(PIECE, max(size, 1))))
     at = 0
@@ -88,7 +86,7 @@ def _write(fd: int, data: memoryview, at: int) -> None:
 
 
 def _open_locked(path: Path) -> int:
-    """Open or make a file that no other process then has, waiting for one that has it. NoLocks where that cannot be said."""
+    """Open or create a file exclusively, waiting for another process that has it. NoLocks if locks do not work."""
     if fcntl is None:
         raise NoLocks
     while True:

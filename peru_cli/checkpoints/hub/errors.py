@@ -13,25 +13,25 @@ from peru_cli.errors import PeruError
 
 
 class HubError(PeruError):
-    """The Hub did not give what was asked for."""
+    """The Hub did not return what was requested."""
 
     passes = True
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether the Hub could not be asked at all: offline, no connection, no answer."""
+    """Whether the Hub could not be reached at all: offline, no connection, no answer."""
     return isinstance(error, (hub.OfflineModeIsEnabled, httpx.TransportError, hub.LocalEntryNotFoundError))
 
 
 @contextmanager
 def explained(what: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the client raises into a HubError; `what` is a repo or a file in one."""
+    """Turn the client's exceptions into a HubError; `what` is a repo or a file in one."""
     try:
         yield
     except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.EntryNotFoundError, hub.FileMetadataError, httpx.HTTPError) as error:
         raise explain(error, what, revision) from error
     except OSError as error:
-        if str(error).startswith("Consistency check failed"):  # how the client says that a body was shorter or longer than announced
+        if str(error).startswith("Consistency check failed"):  # the client's message for a body shorter or longer than announced
             raise HubError(
                 f"{what}: the download ended early or late: other bytes than the Hub announced", "run the command again"
             ) from error
@@ -39,7 +39,7 @@ def explained(what: str, revision: str | None = None) -> Iterator[None]:
 
 
 def explain(error: BaseException, what: str, revision: str | None = None) -> HubError:
-    """The user's reading of an exception of huggingface_hub or httpx. Never quotes it: URLs can be signed."""
+    """Explain an exception of huggingface_hub or httpx to the user. Never quotes it: URLs can be signed."""
     with_token = get_token() is not None
     cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ is not None else error
     if isinstance(cause, hub.HfHubHTTPError):

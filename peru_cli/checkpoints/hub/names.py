@@ -23,7 +23,7 @@ class HubName:
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """What a name says of the Hub; None if it cannot be the Hub's. UsageError for an `hf://` that is wrong."""
+    """Parse a name on the Hub. None if it cannot be one. UsageError for an invalid `hf://`."""
     explicit = text.startswith("hf://")
     rest = text.removeprefix("hf://").removeprefix("models/") if explicit else text
     if explicit and rest.startswith(("datasets/", "spaces/", "buckets/", "kernels/")):
@@ -40,7 +40,7 @@ def parse_hub_name(text: str) -> HubName | None:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in a repo at one commit. `label` is how messages name it; `size` in bytes; `sha256` where the Hub publishes it."""
+    """A file in a repo at one commit. `label` is its name in messages, `size` is in bytes, `sha256` is set if the Hub publishes it."""
 
     label: str
     repo: str

@@ -1,8 +1,7 @@
 """A file on the Hub read by HTTP ranges: any thread, any offset, nothing on disk.
 
-The Hub redirects large files to storage on another origin under a signed address; that address is kept and asked directly, without the
-token, until it expires. A range that breaks off goes on where it broke. An answer that is not exactly the range asked for is an error.
-"""
+The Hub redirects large files to storage on another origin under a signed address. That address is kept and requested directly,
+without the token, until it expires. An interrupted range continues where it stopped. Any answer but the exact range is an error."""
 
 from __future__ import annotations
 
@@ -28,25 +27,25 @@ from peru_cli.errors import BadFile
 TRIES = 6  # in a row without progress
 _PROGRESS = 1 << 16  # bytes that count as progress
 _STEP = 1 << 18  # bytes that a broken connection loses at most
-_TIMEOUT = 30  # seconds without a byte; storage takes longer to begin than the API
+_TIMEOUT = 30  # seconds without a byte; storage is slower to start than the API
 _MAX_REDIRECTS = 5
-_EXPIRED = {401, 403, 404, 410}  # what storage says of an address whose signature is too old
+_EXPIRED = {401, 403, 404, 410}  # storage's answers for an expired signature
 
 
 class NoRanges(HubError):
-    """The server gives whole files only."""
+    """The server only returns whole files."""
 
     passes = False
 
 
 def backoff(attempt: int, response: Any = None) -> float:
-    """Seconds to wait before trying again: what Retry-After says (at most ten minutes), else twice as long each time."""
+    """Seconds to wait before the next try: Retry-After if given (at most ten minutes), otherwise twice as long each time."""
     after = response.headers.get("Retry-After", "") if response is not None else ""
     return min(float(after), 600.0) if re.fullmatch(r"\d+(\.\d+)?", after) else min(0.25 * 2.0**attempt, 20.0)
 
 
 def _pause(seconds: float, session: Session) -> None:
-    """Sleep, in any thread no longer than until an interrupt."""
+    """Sleep, in any thread at most until an interrupt."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not session.interrupted:
         time.sleep(min(left, 0.2))
@@ -66,21 +65,21 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 class RangeFile:
-    """As RandomAccessFile, over HTTP. `size` is what the repo's listing says; every answer must agree."""
+    """Like RandomAccessFile, over HTTP. `size` comes from the repo's listing; every answer must agree."""
 
     def __init__(self, file: RemoteFile, session: Session) -> None:
         self._session = session
         self.path, self.size = file, file.size
         self._url = hf_hub_url(file.repo, file.path, revision=file.commit)
-        self._storage: str | None = None  # where the Hub redirected to, if that is another origin
+        self._storage: str | None = None  # the address that the Hub redirected to, if it is on another origin
         self._etags: dict[tuple[str, str | None, int | None], str] = {}
         self._to_hub = build_hf_headers(library_name="peru", headers={"Accept-Encoding": "identity"})
         self._to_storage = {name: value for name, value in self._to_hub.items() if name.lower() != "authorization"}
         self._lock = threading.Lock()
-        self.header: Header | None = None  # once it was read
+        self.header: Header | None = None  # set once it has been read
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset`; BadFile or HubError if the server does not give these bytes."""
+        """Fill `buffer` from byte `offset`. BadFile or HubError if the server does not return these bytes."""
         if offset + len(buffer) > self.size:
             raise BadFile(f"{self.path}: the file ends at byte {self.size}")
         done = attempt = 0
@@ -101,7 +100,7 @@ class RangeFile:
                 _pause(backoff(attempt, getattr(error, "response", None)), self._session)
 
     def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
-        """Fill a buffer from byte `start`, giving the number of bytes of each step; fewer in all if the body ends early."""
+        """Fill a buffer from byte `start`, yielding the number of bytes of each step; fewer in total if the body ends early."""
         url, redirects, stop = self._storage or self._url, 0, start + len(buffer)
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ else _TIMEOUT
         while True:
@@ -148,7 +147,7 @@ class RangeFile:
         return BadFile(f"{self.path}: the server sent more bytes than the range has")
 
     def _check_linked(self, response: Any) -> None:
-        """What the Hub says of a file that it redirects for must be what its listing said."""
+        """Check that the Hub's answer for a file that it redirects agrees with its listing."""
         size, etag = response.headers.get("X-Linked-Size"), (response.headers.get("X-Linked-Etag") or "").strip('W/"')
         digest = self.path.sha256
         if (size is not None and size != str(self.size)) or (digest and len(etag) == len(digest) and etag != digest):
@@ -158,7 +157,7 @@ class RangeFile:
         status = response.status_code
         if status in _EXPIRED and _origin(url) != _origin(constants.ENDPOINT):
             with self._lock:
-                if self._storage == url:  # else another thread, whose request expired with this one, has a new address already
+                if self._storage == url:  # otherwise another thread, whose request expired too, has already got a new address
                     self._storage = None
             raise _Again(HubError(f"{self.path}: the storage of {constants.ENDPOINT} refuses access ({status})", "run the command again"))
         if status == 429 or status >= 500 or status == 408:

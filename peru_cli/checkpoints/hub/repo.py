@@ -1,8 +1,7 @@
 """A model repo on the Hub at one commit, and paths in it that behave like paths on a disk.
 
-A revision is resolved to a commit once, in one request that lists the files too; everything after asks for that commit. Files
-come through huggingface_hub's shared cache, each when its bytes are first wanted, or by ranges that touch no disk (hubranges.py).
-"""
+A revision is resolved to a commit once, in one request that also lists the files. All later requests use that commit. Files come
+through huggingface_hub's shared cache, each on first use, or by ranges that touch no disk (ranges.py)."""
 
 from __future__ import annotations
 
@@ -35,14 +34,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the Hub says of a file: its size in bytes, and its SHA-256 where it is stored with LFS."""
+    """The Hub's record of a file: its size in bytes, and its SHA-256 if it is stored with LFS."""
 
     size: int | None
     sha256: str | None = None
 
 
 class HubRepo:
-    """A repo at one commit. `files` are those with sane names: a listing can hold anything."""
+    """A repo at one commit. `files` are those with safe names: a listing can contain anything."""
 
     def __init__(self, name: str, revision: str | None, session: Session) -> None:
         self.name, self.revision, self.session = name, revision, session
@@ -58,7 +57,7 @@ class HubRepo:
 
     @property
     def public_name(self) -> str:
-        """The name under which anybody finds these bytes."""
+        """A name under which anybody can find these bytes."""
         return f"{self.name}@{self.commit}"
 
     # -- which commit, which files ----------------------------------------------------------------------
@@ -99,14 +98,14 @@ class HubRepo:
                 response = getattr(error, "response", None)
                 if attempt + 1 == TRIES or (response is not None and response.status_code != 429 and response.status_code < 500):
                     raise
-                if response is None and attempt >= 2:  # no connection: say so soon
+                if response is None and attempt >= 2:  # no connection: report it soon
                     raise
                 time.sleep(backoff(attempt, response))
         raise AssertionError("the last try raises")
 
     @property
     def _folder(self) -> Path:
-        """The repo's folder in the shared cache, laid out as huggingface_hub documents it."""
+        """The repo's folder in the shared cache, with the layout that huggingface_hub documents."""
         return Path(constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}"
 
     def _cached_ref(self) -> str | None:
@@ -117,12 +116,12 @@ class HubRepo:
         return text if _COMMIT.fullmatch(text) else None
 
     def _snapshot(self, commit: str) -> dict[str, HubFile]:
-        """The files that other tools left in the cache: maybe not all of the repo's."""
+        """Files that other tools left in the cache: possibly not all of the repo's."""
         folder = self._folder / "snapshots" / commit
         return {path.relative_to(folder).as_posix(): HubFile(path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def _remembered(self, commit: str) -> dict[str, HubFile] | None:
-        """The listing of a commit as it was when first asked for: a commit never changes."""
+        """The stored listing of a commit: a commit never changes."""
         path = Path(constants.HF_ASSETS_CACHE) / "peru" / self._folder.name / "default" / f"{commit}.json"
         try:
             return {name: HubFile(*entry) for name, entry in json.loads(path.read_text("utf-8")).items()}
@@ -130,7 +129,7 @@ class HubRepo:
             return None
 
     def _remember(self, commit: str, files: dict[str, HubFile]) -> None:
-        """Keep the listing, and which commit the revision is, for when there is no connection; best effort, as a cache is."""
+        """Store the listing, and the revision's commit, for use without a connection; best effort, like any cache."""
         try:
             path = Path(cached_assets_path("peru", self._folder.name)) / f"{commit}.json"
             _replace(path, json.dumps({name: [file.size, file.sha256] for name, file in files.items()}))
@@ -142,17 +141,17 @@ class HubRepo:
     # -- bytes ------------------------------------------------------------------------------------------
 
     def cached(self, path: str) -> Path | None:
-        """A file that lies in the shared cache already."""
+        """A file that is already in the shared cache."""
         found = try_to_load_from_cache(self.name, path, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
     def download(self, path: str) -> Path:
-        """A file by way of the shared cache, fetched if it is not there."""
+        """A file in the shared cache, downloaded if it is not there."""
         listed = self.files.get(path, HubFile(None))
         check = listed.sha256 if self.cached(path) is None and not constants.HF_HUB_OFFLINE else None
         with explained(f"{self}/{path}", self.revision):
             if check is not None and (listed.size or 0) >= LEAST and not (blob := self._folder / "blobs" / check).exists():
-                with suppress(NoRanges, NoLocks):  # then huggingface_hub fetches it in one go
+                with suppress(NoRanges, NoLocks):  # otherwise huggingface_hub downloads it in one go
                     fetch_blob(self.ranges(HubPath(self, path)), check, blob)
                     check = None
             found = Path(hf_hub_download(self.name, path, revision=self.commit, library_name="peru"))
@@ -168,18 +167,18 @@ class HubRepo:
         return found
 
     def streams(self, path: str) -> bool:
-        """Whether a file is to be read by ranges: if so the command says, and it is not in the cache anyway."""
+        """Whether to read a file by ranges: if the command asks for it and the file is not in the cache."""
         return self.session.stream and self.cached(path) is None
 
     def ranges(self, path: HubPath) -> RangeFile:
-        """A file as ranges; the same object each time, which knows the header and where the Hub redirects."""
+        """A file as ranges. Always the same object, which knows the header and the Hub's redirect."""
         if path.path not in self._ranges:
             remote = RemoteFile(str(path), self.name, self.revision, self.commit, path.path, path.size, path.sha256)
-            self._ranges.setdefault(path.path, RangeFile(remote, self.session))  # threads may race: the first one stays
+            self._ranges.setdefault(path.path, RangeFile(remote, self.session))  # threads may race: the first object stays
         return self._ranges[path.path]
 
     def small(self, path: HubPath) -> bytes:
-        """All of a small file, asked for once, in memory."""
+        """All of a small file, requested once, in memory."""
         if path.path not in self._small:
             content = bytearray(path.size)
             if content:
@@ -207,7 +206,7 @@ def _is_sane(name: object) -> bool:
 
 @dataclass(frozen=True)
 class HubPath:
-    """A file or folder in a repo: as much of pathlib.Path as reading a model takes. `path` is "" for the repo itself."""
+    """A file or folder in a repo: the part of pathlib.Path that reading a model needs. `path` is "" for the repo itself."""
 
     repo: HubRepo
     path: str = ""
@@ -223,27 +222,27 @@ class HubPath:
 
     @property
     def name(self) -> str:
-        """The last component; the repo's own name for the repo itself."""
+        """The last component, or the repo's own name."""
         return (self.path or self.repo.name).rsplit("/", 1)[-1]
 
     @property
     def suffix(self) -> str:
-        """`.safetensors`; empty for folders and the repo."""
+        """`.safetensors`, for example; empty for folders and the repo."""
         return Path(self.path).suffix
 
     @property
     def parent(self) -> HubPath:
-        """The folder above; the repo's is itself."""
+        """The folder above. The repo is its own parent."""
         return HubPath(self.repo, self.path.rpartition("/")[0])
 
     @property
     def public_name(self) -> str:
-        """The name under which anybody finds these bytes."""
+        """A name under which anybody can find these bytes."""
         return f"hf://models/{self.repo.public_name}/{self.path}" if self.path else self.repo.public_name
 
     @property
     def sha256(self) -> str | None:
-        """What the Hub publishes of an LFS file."""
+        """The SHA-256 that the Hub publishes of an LFS file."""
         return self.repo.files[self.path].sha256
 
     def is_file(self) -> bool:
@@ -255,7 +254,7 @@ class HubPath:
         return not self.path or any(name.startswith(self.path + "/") for name in self.repo.files)
 
     def exists(self) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether the file or folder exists."""
         return self.is_file() or self.is_dir()
 
     def iterdir(self) -> Iterator[HubPath]:
@@ -270,13 +269,13 @@ class HubPath:
 
     @property
     def size(self) -> int:
-        """Bytes, as the Hub says; of the file itself where it does not."""
+        """Size in bytes, from the Hub or from the file itself."""
         known = self.repo.files[self.path].size
         return known if known is not None else self.local().stat().st_size
 
     @property
     def streams(self) -> bool:
-        """Whether it is to be read by ranges."""
+        """Whether to read it by ranges."""
         return self.repo.streams(self.path)
 
     def ranges(self) -> RangeFile:

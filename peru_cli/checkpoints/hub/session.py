@@ -10,26 +10,26 @@ from typing import Any
 
 @dataclass
 class Session:
-    """How a command reads models from the Hub: `stream` by ranges alone, else through the shared cache."""
+    """How a command reads models from the Hub: only by ranges if `stream`, otherwise through the shared cache."""
 
     stream: bool = False
     repos: dict[tuple[str, str | None], Any] = field(default_factory=dict)  # each revision is resolved once
-    interrupted: bool = False  # whoever waits for the Hub gives up
-    waiting: dict[object, Callable[[], None]] = field(default_factory=dict)  # by connection: breaks off what a thread waits for
+    interrupted: bool = False  # threads that wait for the Hub give up
+    waiting: dict[object, Callable[[], None]] = field(default_factory=dict)  # by connection: how to abort its request
 
     def interrupt(self) -> None:
-        """End all reading from the Hub: only the main thread hears a signal, and others may wait minutes for a server. Takes no lock."""
+        """Stop all reading from the Hub: only the main thread gets signals, and others may wait for minutes. Takes no lock."""
         self.interrupted = True
         for break_off in list(self.waiting.values()):
             break_off()
 
 
-_sessions = [Session()]  # the one of programs that import peru, then those of the commands that run
+_sessions = [Session()]  # first the one for programs that import peru, then those of running commands
 
 
 @contextmanager
 def hub_session(stream: bool = False) -> Iterator[Session]:
-    """A session of its own for what is opened inside."""
+    """A new session for everything opened inside."""
     session = Session(stream)
     _sessions.append(session)
     try:
@@ -39,7 +39,7 @@ def hub_session(stream: bool = False) -> Iterator[Session]:
 
 
 def current_session() -> Session:
-    """The session that models are opened in. What was opened keeps its own."""
+    """The session for models that are opened now. Opened models keep their own."""
     return _sessions[-1]
 
 

@@ -1,1 +1,1 @@
-"""Checkpoint files on this machine: reading them in any order, and writing them whole or not at all."""
+"""Checkpoint files on this machine: read in any order, and written whole or not at all."""

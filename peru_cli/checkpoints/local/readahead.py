@@ -1,9 +1,8 @@
-"""Fetch ranges of remote files ahead of the reader: in reading order, several at once, with a bound on memory.
+"""Fetch ranges of remote files ahead of the reader: in reading order, several at once, with bounded memory.
 
-A pass says beforehand which ranges it will read. Neighbours are joined, long ranges cut, and threads fetch them while the pass computes;
-a fetched piece goes as soon as it has been taken. What was not announced, or is wanted before its turn, the reader fetches itself, so
-that no order of reading can block.
-"""
+A pass announces the ranges that it will read. Adjacent ranges are joined, long ones cut, and threads fetch them while the pass
+computes. A fetched piece is dropped once it has been read. The reader itself fetches what was not announced or is needed early,
+so no order of reading can block."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 CONNECTIONS = 8
-PIECE = 4 << 20  # bytes asked for at once
-HELD = 32 << 20  # bytes fetched ahead and not yet taken, for each checkpoint
+PIECE = 4 << 20  # bytes per request
+HELD = 32 << 20  # bytes fetched ahead and not yet read, for each checkpoint
 ECHOED = 8 << 20  # bytes that a thread has just read: those of a tile, with all its runs
 
 Range = tuple["Ranged", int, int]  # file, first byte, end
@@ -34,20 +33,20 @@ class _Piece:
     file: Ranged
     begin: int
     end: int
-    data: bytearray | None = None  # None before it is begun and after it was taken
+    data: bytearray | None = None  # None before it is fetched and after it was read
     begun: bool = False
     ready: threading.Event = field(default_factory=threading.Event)
-    keep: bool = False  # after it was taken
+    keep: bool = False  # after it was read
     users: int = 0  # readers that copy from it
     error: BaseException | None = None
-    left: int = field(init=False)  # bytes that nobody has taken
+    left: int = field(init=False)  # bytes that nobody has read
 
     def __post_init__(self) -> None:
         self.left = self.end - self.begin
 
 
 class _Map:
-    """Pieces of each file by where they begin; they do not overlap."""
+    """Pieces of each file by their start; they do not overlap."""
 
     def __init__(self, pieces: Iterable[_Piece]) -> None:
         self._pieces: dict[int, list[_Piece]] = {}
@@ -58,7 +57,7 @@ class _Map:
         self._begins = {key: [piece.begin for piece in several] for key, several in self._pieces.items()}
 
     def at(self, file: Ranged, offset: int) -> tuple[_Piece | None, int | None]:
-        """The piece that holds a byte, or None and where the next one begins, if there is one."""
+        """The piece that holds a byte; or None and the start of the next piece, if there is one."""
         several, begins = self._pieces.get(id(file), []), self._begins.get(id(file), [])
         i = bisect_right(begins, offset) - 1
         if i >= 0 and offset < several[i].end:
@@ -67,11 +66,11 @@ class _Map:
 
 
 class ReadAhead:
-    """Reads of one checkpoint. Safe from many threads; `expect` and `forget` between passes only."""
+    """Reads of one checkpoint. Thread-safe; call `expect` and `forget` between passes only."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)  # to fetch more; each piece wakes its own readers, so that nobody wakes in vain
+        self._room = threading.Condition(self._lock)  # to fetch more; each piece wakes only its own readers
         self._pieces: list[_Piece] = []
         self._map = _Map(())
         self._kept: list[_Piece] = []
@@ -80,9 +79,9 @@ class ReadAhead:
         self._next = self._held = self._plan = 0
 
     def expect(self, ranges: Iterable[Range], keep: bool = False) -> None:
-        """Begin to fetch what will be read, each range once; `keep` holds it for later passes, until `forget`."""
+        """Start fetching what will be read, each range once. `keep` holds it for later passes, until `forget`."""
         with self._lock:
-            self._plan += 1  # what an earlier plan still fetches is dropped
+            self._plan += 1  # fetches of an earlier plan are dropped
             self._kept += [piece for piece in self._pieces if piece.keep and piece.ready.is_set() and piece.error is None]
             self._kept_map = _Map(self._kept)
             self._pieces = [piece for file, begin, end in _join(self._missing(ranges)) for piece in _cut(file, begin, end, keep)]
@@ -92,7 +91,7 @@ class ReadAhead:
                 threading.Thread(target=self._work, args=(self._plan,), name=f"ranges-{number}", daemon=True).start()
 
     def forget(self) -> None:
-        """Drop what was kept, and what was expected and not read."""
+        """Drop what was kept, and what was announced and not read."""
         self.expect(())
         with self._lock:
             self._kept, self._kept_map = [], _Map(())
@@ -108,7 +107,7 @@ class ReadAhead:
                 begin = stop
 
     def read_into(self, file: Ranged, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer from a file, out of what was fetched where it was."""
+        """Fill a buffer from a file, using fetched data if there is any."""
         done = 0
         while done < len(buffer):
             rest = buffer[done:]
@@ -125,7 +124,7 @@ class ReadAhead:
             done += len(part)
 
     def _take(self, piece: _Piece, offset: int, buffer: memoryview) -> bool:
-        """Copy from a piece, waiting for it or fetching it; False if it was taken before."""
+        """Copy from a piece, waiting for it or fetching it. False if it was read before."""
         with self._lock:
             mine = not piece.begun
             piece.begun = True
@@ -147,8 +146,8 @@ class ReadAhead:
             piece.left -= len(buffer)
             piece.users -= 1
             if piece.left <= 0 and not piece.keep and piece.data is not None:
-                if not piece.users:  # who reads more than was announced may still be copying
-                    self._free.append(data)  # memory that comes and goes in many threads is not given back to the system
+                if not piece.users:  # a reader of more than was announced may still be copying
+                    self._free.append(data)  # memory that many threads allocate and free is not returned to the system
                 piece.data = None
                 self._held -= piece.end - piece.begin
                 self._room.notify()
@@ -188,14 +187,14 @@ class ReadAhead:
 
 
 class Echo:
-    """Reads ahead, and gives a thread what it has just read once more without fetching it again."""
+    """Reads ahead, and returns what a thread has just read a second time without fetching it again."""
 
     def __init__(self, ahead: ReadAhead) -> None:
         self.expect, self.forget = ahead.expect, ahead.forget
         self._ahead, self._local = ahead, threading.local()
 
     def read_into(self, file: Ranged, offset: int, buffer: memoryview) -> None:
-        """As ReadAhead has it."""
+        """Like ReadAhead.read_into."""
         recent: dict[tuple[int, int, int], bytes] = self._local.__dict__.setdefault("recent", {})
         key = (id(file), offset, len(buffer))
         if (same := recent.get(key)) is not None:
@@ -208,7 +207,7 @@ class Echo:
 
 
 def _join(ranges: Iterable[Range]) -> Iterable[Range]:
-    """Neighbours as one range."""
+    """Join adjacent ranges."""
     current: Range | None = None
     for file, begin, end in ranges:
         if begin == end:

@@ -1,4 +1,4 @@
-"""PyTorch files, read only through `torch.load(weights_only=True, mmap=True)`."""
+"""PyTorch files, read only with `torch.load(weights_only=True, mmap=True)`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peru_cli.errors import BadFile, UsageError
 
 
 class TorchCheckpoint(Checkpoint):
-    """pytorch_model.bin files, read through `torch.load(weights_only=True, mmap=True)` and nothing else."""
+    """pytorch_model.bin files, read only with `torch.load(weights_only=True, mmap=True)`."""
 
     def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.metadata = label, kind, side_files, [], {}
@@ -43,13 +43,13 @@ def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
         refuse_impostor(file)
         prefix = bytearray(min(4, file.size))
         file.read_into(0, memoryview(prefix))
-    # Files from before the zip format cannot be mapped: they are read whole.
+    # Files older than the zip format cannot be mapped: they are read whole.
     zipped = prefix == b"PK\x03\x04"
     try:
         loaded: Any = torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
-    except Exception as error:  # torch raises pickle, zip and runtime errors alike; each means the same here
+    except Exception as error:  # torch raises pickle, zip and runtime errors, which all mean the same here
         reason = str(error).strip().splitlines()
         raise BadFile(
             f"{path}: torch cannot load this safely ({reason[0] if reason else type(error).__name__})",
@@ -70,7 +70,7 @@ def _load_torch_file(path: Place) -> dict[str, tuple[TensorInfo, memoryview]]:
         dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
         if dtype is None or tensor.layout != torch.strided:
             raise BadFile(f"{path}: tensor {name!r} is {tensor.dtype}, {tensor.layout}, which safetensors does not know")
-        flat = tensor.detach().contiguous().view(-1)  # a copy only where the file holds a transposed view
+        flat = tensor.detach().contiguous().view(-1)  # copies only if the file holds a transposed view
         data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
         result[name] = (TensorInfo(name, dtype, tuple(tensor.shape)), data)
     return result

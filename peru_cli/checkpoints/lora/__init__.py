@@ -1,1 +1,1 @@
-"""LoRA adapters: their configuration and keys, the updates they stand for, and writing them."""
+"""LoRA adapters: their configs and keys, the updates they represent, and writing them."""

@@ -1,10 +1,9 @@
 """LoRA adapters as stored in their files: modules, factors, scales and whole tensors; no base needed.
 
 The update of a module is scale * B @ A (Hu et al. 2021, https://arxiv.org/abs/2106.09685), the scale alpha / r, or
-alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). Convolutions have it on flattened
-kernels, fused experts for each expert; DoRA (https://arxiv.org/abs/2402.09353) scales the rows of base + update to
-learned magnitudes.
-"""
+alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). For convolutions it applies to flattened
+kernels, for fused experts to each expert. DoRA (https://arxiv.org/abs/2402.09353) scales the rows of base + update to
+learned magnitudes."""
 
 from __future__ import annotations
 
@@ -28,18 +27,17 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = FILES[0]
-REST = "peru-rest.safetensors"  # a sparse delta of what an adapter out of a full fine-tune cannot hold
+REST = "peru-rest.safetensors"  # a sparse delta with what an adapter from a full fine-tune cannot hold
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Adapter:
-    """One adapter: a folder with adapter_config.json, its weights' file, or a kohya or diffusers file. Opening it reads headers only.
+    """One adapter: a folder with adapter_config.json, its weights' file, or a kohya or diffusers file. Opening it reads only headers.
 
-    `path` is its folder, or the file of one that has no configuration. `modules` are LoRA's pairs of factors, `foreign` the
-    modules of PEFT's other methods and `shared` the tensors that these share, `products` LyCORIS' modules, `deltas` entries that are
-    added or put as they are, `whole` what it holds whole.
-    """
+    `path` is its folder, or its file if it has no config. `modules` are LoRA's pairs of factors. `foreign` are modules of PEFT's
+    other methods, and `shared` the tensors that these share. `products` are LyCORIS' modules, `deltas` entries that are added or
+    replace the base's, `whole` tensors that it holds whole."""
 
     def __init__(self, path: Place, label: str) -> None:
         """Raises UsageError for another kind of adapter, BadFile if modules are incomplete or have ranks of 0."""
@@ -77,14 +75,14 @@ class Adapter:
             raise
 
     def _check_config(self) -> None:
-        """Refuse a configuration that was altered after peru wrote it: a scale or a rank in it decides the weights."""
+        """Refuse a config that was altered after peru wrote it: its scales and ranks determine the weights."""
         told = told_files(self.file.metadata).get(CONFIG)
         if told is not None and file_digest(sealed_config(self.config)) != told:
             raise BadFile(f"{self.path / CONFIG} was altered after it was written", AGAIN)
 
     @property
     def kind(self) -> str:
-        """In words."""
+        """Its kind, in words."""
         if self.foreign:
             return f"{self.config['peft_type']} adapter, on {len(self.foreign)} module{'' if len(self.foreign) == 1 else 's'}"
         if not self.modules:
@@ -98,7 +96,7 @@ class Adapter:
         return f"{name} adapter{where}, rank {shown}, on {len(self.modules)} module{'' if len(self.modules) == 1 else 's'}{more}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One floating-point tensor in its own dtype; BadFile if it is of another type, or not finite."""
+        """One floating-point tensor in its own dtype. BadFile if it is of another type, or not finite."""
         import torch
 
         info = self.file.tensors[name]
@@ -112,7 +110,7 @@ class Adapter:
         return tensor
 
     def number(self, name: str) -> float:
-        """A tensor of one entry, floating-point or integer: alpha as trainers write it. BadFile if it is of another kind."""
+        """A tensor of one entry, floating-point or integer: alpha as trainers write it. BadFile for any other."""
         info = self.file.tensors[name]
         if info.entries != 1:
             raise BadFile(f"{self.weights}: {name} has {info.entries} entries, not one")
@@ -136,13 +134,13 @@ class Adapter:
 
 
 def is_adapter(path: Place) -> bool:
-    """Whether a path is the folder of one adapter: with a configuration, or diffusers'. UsageError if it holds a model, too."""
+    """Whether a path is the folder of one adapter: with a config, or diffusers'. UsageError if it also holds a model."""
     refuse_model_beside(path)
     return (path / CONFIG).is_file() or (path / _DIFFUSERS_FILE).is_file()
 
 
 def is_lora_file(path: Place) -> bool:
-    """Whether a path is the file of an adapter, by its tensors' names; False for what cannot be read."""
+    """Whether a path is the file of an adapter, judged by its tensors' names. False if it cannot be read."""
     if not path.is_file():
         return False
     if path.name in FILES and (path.parent / CONFIG).is_file():
@@ -157,7 +155,7 @@ def is_lora_file(path: Place) -> bool:
 
 
 def _has_config_beside(path: Place) -> bool:
-    """Whether the configuration beside a file is this file's: it has PEFT's own name, or names tensors as PEFT does."""
+    """Whether the config beside a file belongs to it: the file has PEFT's own name, or tensors named as in PEFT."""
     if not (path.parent / CONFIG).is_file():
         return False
     if path.name in FILES:
@@ -167,13 +165,13 @@ def _has_config_beside(path: Place) -> bool:
 
 
 def find_adapters(path: Place) -> dict[str, Place]:
-    """The adapters of a folder as peft saves several: the default one in itself under "", others in sub-folders by name."""
+    """The adapters of a folder in peft's layout for several: the default one in the folder itself under "", others in sub-folders."""
     found = {"": path} if is_adapter(path) else {}
     return found | {child.name: child for child in children(path) if (child / CONFIG).is_file() and not child.name.startswith(".")}
 
 
 class _Builder:
-    """Makes the modules of an adapter out of its sorted names."""
+    """Builds the modules of an adapter from its sorted names."""
 
     def __init__(self, adapter: Adapter, keys: Sorted) -> None:
         self._adapter, self._keys = adapter, keys
@@ -244,25 +242,24 @@ class _Builder:
             self._own_alphas[module.alpha] = alpha = self._adapter.number(module.alpha)
             return alpha / module.rank
         self._alphas.check_rank(module.name, module.rank)
-        # where some modules have an alpha, every loader takes the rank for those that have none
+        # if some modules have an alpha, every loader uses the rank for those without
         recorded = None if self._has_alphas else self._alphas.scale(module.name, module.rank)
         if recorded is None and module.path.startswith(OUTER):
             raise BadFile(
                 f"{self._adapter.weights}: {module.path} is named as PEFT does, and no {CONFIG} lies beside it to say its scale",
                 "put the adapter's configuration beside the file",
             )
-        return 1.0 if recorded is None else recorded  # kohya's alpha and diffusers' lora_alpha are the rank where none is given
+        return 1.0 if recorded is None else recorded  # without a record, kohya's alpha and diffusers' lora_alpha equal the rank
 
     def _bad(self, module: str, what: str) -> BadFile:
         return BadFile(f"{self._adapter.weights}: {module}: {what}")
 
 
 def _nesting(targets: list[str], paths: list[str]) -> dict[str, tuple[bool, str | None]]:
-    """Which paths are targeted parameters, and of which: peft wraps a module once for each, the first one innermost.
+    """Which paths are targeted parameters, and of what: peft wraps a module once for each, the first one innermost.
 
-    The order is that in which the module declares its parameters. In transformers' experts `down_proj` comes last; where
-    nothing tells, the parameter is None (and found by its shape where there is a base).
-    """
+    The order is that in which the module declares its parameters. In transformers' experts `down_proj` comes last. If it is
+    unknown, the parameter is None (and found by its shape if there is a base)."""
     depths: dict[str, dict[int, str]] = {}
     for path in paths:
         module = re.sub(r"(\.base_layer)+$", "", path)

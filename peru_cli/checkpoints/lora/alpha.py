@@ -2,9 +2,8 @@
 
 `alpha`, `lora_alpha`, `network_alpha` and sd-scripts' `ss_network_alpha` are for all modules; `COMPONENT.lora_alpha`
 (SimpleTuner) and diffusers' `lora_adapter_metadata`, a LoraConfig in JSON, are for a component or for all. A tensor of the module
-itself comes first, as in diffusers and ComfyUI; where some modules have one, the metadata count for none. Two records that
-contradict each other are an error: which of them was trained with cannot be told.
-"""
+itself comes first, as in diffusers and ComfyUI. If some modules have one, the metadata apply to none. Two records that
+contradict each other are an error: nothing tells which one was used in training."""
 
 from __future__ import annotations
 
@@ -19,18 +18,18 @@ from peru_cli.shown import listed
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 _NAMES = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha")
-_ABSENT = ("", "none", "null", "dynamic")  # sd-scripts writes str(None), and "Dynamic" where modules differ
-_CLOSE = 1e-3  # an alpha in 16 bits is rounded
+_ABSENT = ("", "none", "null", "dynamic")  # sd-scripts writes str(None), and "Dynamic" if modules differ
+_CLOSE = 1e-3  # tolerance: an alpha in 16 bits is rounded
 
 
 class Alphas:
-    """What a file's metadata say of alpha. Raises BadFile where they cannot be read, or contradict each other."""
+    """Alpha according to a file's metadata. Raises BadFile if they cannot be read, or contradict each other."""
 
     def __init__(self, metadata: Mapping[str, str], modules: Iterable[str], label: str) -> None:
         self._label = label
         self._components = {module.partition(".")[0] for module in modules}
         self._configs = _diffusers_configs(metadata, label)  # by component, "" for the whole file
-        self._said: dict[str, dict[str, float]] = {}  # alpha by what says it, by component
+        self._said: dict[str, dict[str, float]] = {}  # alpha by its source, by component
         for key, text in metadata.items():
             component, _, name = key.rpartition(".")
             if name in _NAMES and text.strip().lower() not in _ABSENT:
@@ -55,10 +54,9 @@ class Alphas:
         )
 
     def scale(self, module: str, rank: int) -> float | None:
-        """Of a module by its full name, alpha / rank; None where nothing is recorded.
+        """alpha / rank of a module, given its full name. None if nothing is recorded.
 
-        BadFile if what is recorded is for components that the file does not have, and they differ.
-        """
+        BadFile if records exist only for components that the file does not have, and they differ."""
         component, _, rest = module.partition(".")
         for known, name in ((component, rest), ("", module)):
             if (found := self._scale_in(known, name, rank)) is not None:
@@ -76,7 +74,7 @@ class Alphas:
         return next(iter(said.values())) / rank if said else None
 
     def check_tensors(self, alphas: Mapping[str, float]) -> None:
-        """BadFile if modules have an alpha of their own, and none of them is what the metadata say."""
+        """BadFile if modules have an alpha of their own, and none of them equals the metadata's."""
         said = {key: value for by_key in self._said.values() for key, value in by_key.items()}
         if not alphas or not said or self._blocks or any(config.get("alpha_pattern") for config in self._configs.values()):
             return
@@ -86,14 +84,14 @@ class Alphas:
             raise self._contradiction(f"{name} {alpha:g}", f"{key} {value:g} in the metadata")
 
     def check_config(self, config: Mapping[str, Any], name: str) -> None:
-        """BadFile if the metadata say another alpha than adapter_config.json does."""
+        """BadFile if the metadata and adapter_config.json have different alphas."""
         for said in self._said.values():
             for key, value in said.items():
                 if not math.isclose(value, float(config.get("lora_alpha", 8)), rel_tol=_CLOSE):
                     raise self._contradiction(f"{name}'s lora_alpha {config.get('lora_alpha', 8):g}", f"{key} {value:g} in the metadata")
 
     def check_rank(self, module: str, rank: int) -> None:
-        """BadFile if a recorded configuration gives a module another rank than its factors have."""
+        """BadFile if a recorded config gives a module another rank than its factors have."""
         component, _, rest = module.partition(".")
         for known, name in ((component, rest), ("", module)):
             if known in self._configs:
@@ -104,7 +102,7 @@ class Alphas:
 
 
 def without_alpha(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata without any record of alpha or rank: what is left when the scale has gone into the factors."""
+    """Metadata without any record of alpha or rank, for factors that include the scale."""
     gone = (*_NAMES, DIFFUSERS_METADATA, "r", "rank", "lora_rank", "network_dim", "ss_network_dim")
     return {key: value for key, value in metadata.items() if key.rpartition(".")[2] not in gone}
 
@@ -120,7 +118,7 @@ def _number(value: Any, what: str) -> float:
 
 
 def _diffusers_configs(metadata: Mapping[str, str], label: str) -> dict[str, dict[str, Any]]:
-    """LoRA configurations by component (`unet.r`, ...) out of a diffusers file's metadata; "" is that of a single model's file."""
+    """LoRA configs by component (`unet.r`, ...) from a diffusers file's metadata; "" is that of a single model's file."""
     if DIFFUSERS_METADATA not in metadata:
         return {}
     try:

@@ -15,7 +15,7 @@ BASE_TENSORS = "peru.base.tensors"  # JSON: module -> dtype, shape and 32 hexade
 
 
 def bound_to(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """The entry of an adapter's metadata; `tensors` are the base's by the modules that change them. Reads each once."""
+    """The entry for an adapter's metadata. `tensors` maps modules to the base's tensors that they change. Reads each once."""
     told = {}
     for module, info in sorted(tensors.items()):
         collected = Collected(info)
@@ -25,10 +25,10 @@ def bound_to(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, s
 
 
 class BoundBase:
-    """The base under an adapter, compared with what the adapter tells of it while it is read. Safe from many threads."""
+    """The base under an adapter, compared with the adapter's records while it is read. Thread-safe."""
 
     def __init__(self, metadata: Mapping[str, str], base: Checkpoint, modules: Mapping[str, str], label: str) -> None:
-        """`modules` are the names of the base's tensors by the modules that change them."""
+        """`modules` maps modules to the names of the base's tensors that they change."""
         self._base, self._label = base, label
         self._wanted: dict[str, bytes] = {}
         self._collected: dict[str, Collected] = {}
@@ -42,17 +42,17 @@ class BoundBase:
                     continue
                 self._wanted[info.name] = bytes.fromhex(digest)[:SHORT]
                 self._collected[info.name] = Collected(info)
-        except (ValueError, TypeError, AttributeError):  # no entry of ours: the seal would have told of damage
+        except (ValueError, TypeError, AttributeError):  # not an entry of ours: the seal would have shown damage
             self._wanted, self._collected = {}, {}
 
     def saw(self, name: str, offset: int, data: memoryview) -> None:
-        """Bytes of the base that were read; Mismatch as soon as a tensor is complete and another one."""
+        """Take bytes of the base that were read. Mismatch as soon as a tensor is complete and differs."""
         collected = self._collected.get(name)
         if collected is not None and not collected.complete and collected.saw(offset, data):
             self._compare(name)
 
     def finish(self) -> None:
-        """Read what is left of the tensors that were read in part, and compare."""
+        """Read the rest of tensors that were read in part, and compare."""
         for name, collected in self._collected.items():
             if collected.touched and not collected.complete:
                 complete(collected, lambda offset, buffer, name=name: self._base.read_into(name, offset, buffer))

@@ -1,4 +1,4 @@
-"""adapter_config.json: what kind of adapter it is, the scale of each module, and the configuration of a resized one."""
+"""adapter_config.json: the kind of adapter, the scale of each module, and the config of a resized adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 MERGED = "merge the adapter into its base with peft (merge_and_unload) and use the result"
-# Settings under which the update of a weight is not scale * B @ A, or the base itself is changed, and the values that leave them off.
+# Settings with which the update of a weight is not scale * B @ A, or the base itself is changed, and the values that turn them off.
 _OFF: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (False, None, {}),
@@ -28,15 +28,15 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "lora_ga_config": (None, {}),
     "megatron_config": (None, {}),
 }
-# Settings that B @ A does not show, so that an adapter which has them can be resized, but not added to its base.
+# Settings that are not visible in B @ A: an adapter with them can be resized, but not added to its base.
 _NOT_ADDED: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
 }
-# Ways to begin that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it.
+# Initialisations that leave the base unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Fields that are used, and those that mean nothing once an adapter is trained: which modules it has, its file says.
+# Fields that are used, and those without meaning once an adapter is trained: its file lists the modules it has.
 _USED = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora", "lora_bias", "target_parameters",
     "modules_to_save", "ensure_weight_tying", "init_lora_weights", "base_model_name_or_path", "revision", "peft_type",
@@ -46,12 +46,12 @@ _OF_TRAINING = (
     "eva_config", "corda_config", "velora_config", "runtime_config", "qalora_group_size", "task_type", "auto_mapping", "peft_version",
     "inference_mode", "merge_weights",
 )  # fmt: skip
-# Every field of peft.LoraConfig must be in here (a test asks peft): a new one may change what an adapter means.
+# Must contain every field of peft.LoraConfig (a test asks peft): a new one may change what an adapter means.
 HANDLED = frozenset({*_OFF, *_NOT_ADDED, *_USED, *_OF_TRAINING})
 
 
 def read_config(folder: Place, label: str) -> dict[str, Any]:
-    """The configuration of an adapter of LoRA, or of a method that peft merges; UsageError names what it is, if it is neither."""
+    """The config of an adapter of LoRA, or of a method that peft merges. UsageError names any other kind."""
     path = folder / CONFIG
     try:
         config = json.loads(inputs.read_small(path))
@@ -84,7 +84,7 @@ def read_config(folder: Place, label: str) -> dict[str, Any]:
 
 
 def refuse_model_beside(folder: Place) -> None:
-    """Refuse a folder that holds an adapter and a whole model: which is meant cannot be told, and loaders differ. UsageError."""
+    """UsageError for a folder that holds both an adapter and a whole model: nothing tells which is meant, and loaders differ."""
     adapter = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if adapter is None or not (folder / CONFIG).is_file():
         return
@@ -111,14 +111,14 @@ def _not_plain(config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]
 
 
 def check_can_be_added(config: Mapping[str, Any], label: str) -> None:
-    """Refuse an adapter that no sum of base and B @ A expresses; UsageError."""
+    """UsageError for an adapter that is not a sum of base and B @ A."""
     odd = _not_plain(config, _NOT_ADDED)
     if odd:
         raise UsageError(f"{label} cannot be added to its base weight by weight: {listed(odd)}", MERGED)
 
 
 def _first_match(table: Any, name: str, default: float) -> float:
-    """The value of the first pattern that matches a name's end, as peft's get_pattern_key has it."""
+    """The value of the first pattern that matches the end of a name, as in peft's get_pattern_key."""
     for key, value in (table or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return float(value)
@@ -126,7 +126,7 @@ def _first_match(table: Any, name: str, default: float) -> float:
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
-    """The rank that the configuration gives a module (or parameter)."""
+    """The rank that the config gives a module (or parameter)."""
     return int(_first_match(config.get("rank_pattern"), name, float(config.get("r", 8))))
 
 
@@ -137,11 +137,10 @@ def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def resized_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration of the same adapter with the scale baked into its factors: alpha = r for every module.
+    """The config of the same adapter with the scale baked into its factors: alpha = r for every module.
 
     Args:
-        ranks: the new rank of each module (or parameter) by its full name.
-    """
+        ranks: the new rank of each module (or parameter) by its full name."""
     largest = max(ranks.values())
     patterns = {"^" + re.escape(name): rank for name, rank in sorted(ranks.items()) if rank != largest}
     return dict(config) | {
@@ -161,7 +160,7 @@ def resized_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[
 def new_config(
     ranks: Mapping[str, int], modules: Iterable[str], parameters: Iterable[str], base: str | None, **more: Any
 ) -> dict[str, Any]:
-    """The configuration of an adapter that peru made: `modules` and `parameters` are full names, matched as such."""
+    """The config of an adapter that peru made. `modules` and `parameters` are full names, which match exactly."""
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
@@ -181,14 +180,14 @@ def new_config(
     return resized_config(config, ranks) | more
 
 
-_ABOUT = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")  # change no weight
+_ABOUT = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")  # these change no weight
 
 
 def sealed_config(config: Mapping[str, Any]) -> bytes:
-    """What a seal covers of a configuration: all that decides the weights, however it is laid out; not where the base is said to be."""
+    """The part of a config that a seal covers: everything that determines the weights, in any layout, but not the base's location."""
     return json.dumps({key: value for key, value in config.items() if key not in _ABOUT}, sort_keys=True).encode()
 
 
 def encode_config(config: Mapping[str, Any]) -> bytes:
-    """adapter_config.json, keys sorted as peft writes them."""
+    """adapter_config.json, keys sorted as in peft."""
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

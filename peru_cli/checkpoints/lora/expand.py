@@ -1,9 +1,8 @@
 """LoRA adapters as full fine-tunes of a base, expanded while they are read.
 
 W = W_0 + s B A in float32, whatever the dtypes of the factors and the base, so that small updates of a bf16 base are
-not rounded away; with DoRA the rows of that are scaled to their magnitudes. Only panels of rows are ever computed, at
-fixed places, so that tiles and threads do not change the result. Factors are read when they are needed.
-"""
+not rounded away. DoRA then scales the rows to their magnitudes. Only panels of rows are ever computed, at fixed places, so
+tiles and threads do not change the result. Factors are read on demand."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ from peru_cli.shown import listed
 if TYPE_CHECKING:
     import torch
 
-_CACHED = 4  # modules whose factors are kept for the next tiles
+_CACHED = 4  # modules whose factors are cached for the next tiles
 
 T = TypeVar("T")
 
@@ -63,7 +62,7 @@ class LoraCheckpoint(Checkpoint):
         self.label, self.metadata, self.warnings = label, {}, list(adapter.file.warnings)
         own = dict(find_side_files(adapter.path)) if adapter.config else {}
         if "config.json" in own and "architectures" not in _table(own["config.json"]):
-            del own["config.json"]  # of no model: some programs leave a stub there
+            del own["config.json"]  # not a model's: some programs leave a stub there
         self.side_files = dict(base.side_files) | own
         self.files = [*base.files, adapter.weights, *([adapter.path / CONFIG] if adapter.config else [])]
         self.updates: dict[str, AnyUpdate] = {}
@@ -74,7 +73,7 @@ class LoraCheckpoint(Checkpoint):
         self._scales: _Cache[torch.Tensor] = _Cache(len(base.tensors))
         self._matrices: _Cache[torch.Tensor] = _Cache(_CACHED)
         self._merged: _Cache[dict[str, torch.Tensor]] = _Cache(_CACHED)
-        self._made: tempfile.TemporaryDirectory[str] | None = None  # where a config that had to change lies
+        self._made: tempfile.TemporaryDirectory[str] | None = None  # location of a modified config
         fitting = Fitting(adapter, base)
         self.prefix = fitting.prefix
         self._whole(fitting)
@@ -102,7 +101,7 @@ class LoraCheckpoint(Checkpoint):
         self._correct_config()
 
     def _correct_config(self) -> None:
-        """Have config.json say what the tensors are now: how many rows the embedding has, and whether the head is tied to it."""
+        """Update config.json to the tensors: the number of embedding rows, and whether the head is tied to them."""
         config, settings = self.config(), {}
         if not config:
             return
@@ -118,7 +117,7 @@ class LoraCheckpoint(Checkpoint):
             self.warnings.append("config.json is written with " + listed(f"{name} {value}" for name, value in settings.items()))
 
     def _follow_embedding(self) -> None:
-        """Leave out the base's output matrix where it repeats an embedding that is updated: in memory the two are one tensor."""
+        """Leave out the base's output matrix if it repeats an updated embedding: in memory the two are one tensor."""
         embedding = tied_embedding(self._base.config(), self._base.tensors)
         heads = [name for name in self._base.tensors if is_output(name) and name not in self._kept and name not in self.updates]
         if heads and embedding in self.updates and not is_untied(self._base.config(), self._base.tensors, self._base.read_into):
@@ -126,12 +125,12 @@ class LoraCheckpoint(Checkpoint):
             self.warnings.append(f"{heads[0]} repeats the embedding, which the adapter updates, and is left out")
 
     def _touches_head(self) -> bool:
-        """Whether the adapter holds or updates an output matrix or an embedding, so that the two may have come apart."""
+        """Whether the adapter holds or updates an output matrix or an embedding, so that the two may differ now."""
         names = {*self._kept, *self.updates}
         return any(is_output(name) or is_embedding(name.removesuffix(".weight")) for name in names)
 
     def _whole(self, fitting: Fitting) -> None:
-        """The base's tensors, and what the adapter holds whole in their places or beside them."""
+        """The base's tensors, with those that the adapter holds whole in their places or beside them."""
         adapter, tensors = self._adapter, dict(self._base.tensors)
         if adapter.layout != PEFT:
             if adapter.unknown:
@@ -155,7 +154,7 @@ class LoraCheckpoint(Checkpoint):
         self.tensors = tensors
 
     def _untie_saved_embedding(self, tensors: dict[str, TensorInfo]) -> None:
-        """PEFT trains a copy of an embedding in modules_to_save; an output matrix tied to it stays the base's, and becomes a tensor."""
+        """PEFT trains a copy of an embedding in modules_to_save. A tied output matrix stays the base's, and becomes a tensor of its own."""
         config, saved = self._base.config(), self._adapter.config.get("modules_to_save") or []
         embedding = tied_embedding(config, self._base.tensors)
         if embedding is None or embedding not in self._kept or self._adapter.config.get("ensure_weight_tying"):
@@ -170,11 +169,11 @@ class LoraCheckpoint(Checkpoint):
 
     @property
     def folder(self) -> Place:
-        """Where the adapter's other files lie; the file itself, if it has no configuration."""
+        """The folder of the adapter's other files, or the file itself if it has no config."""
         return self._adapter.path
 
     def fine_name(self, name: str) -> str:
-        """What the adapter's own model calls a tensor: a base's name with the prefix that the adapter's names have more."""
+        """The name of a tensor in the adapter's own model: the base's name with the adapter's additional prefix."""
         return self.prefix.added + name if self.prefix.added and name in self._base.tensors else name
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -206,7 +205,7 @@ class LoraCheckpoint(Checkpoint):
                 out.mul_(scales[torch.arange(start, start + n).div_(update.columns, rounding_mode="floor")])
 
     def _add_whole(self, update: Difference | Computed | Merged, start: int, out: torch.Tensor) -> None:
-        """The same of an update that is stored entry by entry, or computed matrix by matrix."""
+        """The same for an update that is stored entry by entry, or computed matrix by matrix."""
         if isinstance(update, Merged):
             merged = self._merged.get(update.module.name, lambda: self._merge(update.module))
             out.copy_(merged[update.part].view(-1)[start : start + len(out)])
@@ -223,7 +222,7 @@ class LoraCheckpoint(Checkpoint):
         out += delta
 
     def _merge(self, module: Foreign) -> dict[str, torch.Tensor]:
-        """A module's weight and bias as peft merges them."""
+        """A module's weight and bias, merged by peft."""
         import torch
 
         weight, bias = self._around.fellows[module.name]
@@ -237,7 +236,7 @@ class LoraCheckpoint(Checkpoint):
         return merge(module, self._around, weights, self._any_tensor, self._adapter.shared, str(self._adapter.weights))
 
     def _any_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the adapter of any dtype: some methods store indices."""
+        """A tensor of the adapter, of any dtype: some methods store indices."""
         import torch
 
         info = self._adapter.file.tensors[name]
@@ -255,7 +254,7 @@ class LoraCheckpoint(Checkpoint):
 
     @staticmethod
     def _read_floats(source: Checkpoint, info: TensorInfo, start: int, out: torch.Tensor, bound: BoundBase | None = None) -> None:
-        """Entries of a tensor from `start` on as float32; `bound` compares what is read with the base that is wanted."""
+        """Entries of a tensor from `start` on as float32. `bound` compares what is read with the required base."""
         import torch
 
         assert info.dtype.torch_name is not None
@@ -285,7 +284,7 @@ class LoraCheckpoint(Checkpoint):
             at += len(part)
 
     def _panel(self, update: Update, block: int, number: int) -> torch.Tensor:
-        """A panel of the update, flat; each thread keeps its last one, which the next tile often shares."""
+        """A panel of the update, flat. Each thread keeps its last one, which the next tile often shares."""
         key, panel = getattr(self._local, "last", (None, None))
         if key != (update.info.name, block, number):
             blocks = self._factors.get(f"{update.module.path} {update.is_bias}", lambda: self._load(update))
@@ -299,7 +298,7 @@ class LoraCheckpoint(Checkpoint):
         return result
 
     def _load(self, update: Update) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Float32 factors of each block, of the tensor as it is stored."""
+        """Float32 factors of each block, oriented like the stored tensor."""
         import torch
 
         if update.is_bias:
@@ -311,7 +310,7 @@ class LoraCheckpoint(Checkpoint):
         return [(left.contiguous(), right.contiguous()) for left, right in blocks]
 
     def _dora_scales(self, update: Update) -> torch.Tensor:
-        """magnitude / norm of each row of W_0 + s B A (of each column where it is stored transposed); float32."""
+        """magnitude / norm of each row of W_0 + s B A (of each column if it is stored transposed); float32."""
         import torch
 
         name = update.module.magnitude
@@ -338,7 +337,7 @@ class LoraCheckpoint(Checkpoint):
 
 
 def _is_saved(plain: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor is of a module that modules_to_save names, by the ends of modules' names as PEFT takes them."""
+    """Whether a tensor belongs to a module in modules_to_save, matched by the ends of modules' names as in PEFT."""
     parts = plain.split(".")
     modules = [".".join(parts[:cut]) for cut in range(1, len(parts))]
     saved = [name for name in config.get("modules_to_save") or [] if isinstance(name, str)]
@@ -354,14 +353,14 @@ def _table(path: Place) -> dict[str, Any]:
 
 
 class _Cache(Generic[T]):
-    """What threads share: made once each, the oldest dropped when more than `limit` are held."""
+    """A cache shared by threads: each value is made once, and the oldest is dropped beyond `limit`."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, threading.Lock()
         self._values: OrderedDict[str, T] = OrderedDict()
 
     def get(self, key: str, make: Callable[[], T]) -> T:
-        """The value of a key; one thread makes it, the others wait."""
+        """The value of a key. One thread makes it, the others wait."""
         with self._lock:
             if key not in self._values:
                 self._values[key] = make()

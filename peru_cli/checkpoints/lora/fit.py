@@ -22,19 +22,18 @@ F32 = BY_NAME["F32"]
 _COMPONENTS = ("unet", "diffusion_model", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _KOHYA_COMPONENTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lora_prior_", "lycoris_")
 _PARTS = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias", "set_weight": "weight"}
-# What transformers fuses experts into while loading, and what checkpoints call the parts (Qwen's names, Mixtral's).
+# What transformers fuses experts into while loading, and the names of the parts in checkpoints (Qwen's, Mixtral's).
 _EXPERTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one tensor: a stack of `blocks` products (rows, columns), as the tensor stores them.
+    """The update of one tensor: a stack of `blocks` products (rows, columns), oriented like the stored tensor.
 
-    With `block`, it is a part of that block's product alone, from row `first_row` on: an expert that the base has on
-    its own. `over` is the tensor that it is added to where the adapter holds that itself. `transposed` says that the tensor is
-    stored as (in, out). A bias has no `module.down`: it is a column. `source` is the base's tensor under another name: the
-    embedding, where the output matrix is tied to it and gets an update of its own.
-    """
+    With `block`, only a part of that block's product, from row `first_row` on: an expert that the base stores separately. `over` is
+    the tensor that it is added to if the adapter holds that tensor itself. `transposed` says that the tensor is stored as (in, out).
+    A bias has no `module.down`: it is a column. `source` is the base's tensor under another name: the embedding, if the output
+    matrix is tied to it and gets its own update."""
 
     info: TensorInfo
     module: LoraModule
@@ -49,7 +48,7 @@ class Update:
 
     @property
     def panel_rows(self) -> int:
-        """Rows of every panel but a block's last."""
+        """Rows of every panel except a block's last."""
         return max(1, PANEL // max(self.columns, 1))
 
 
@@ -63,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Computed:
-    """An update of a whole matrix that is computed at once: a product of LyCORIS."""
+    """An update of a whole matrix that is computed at once: a LyCORIS product."""
 
     info: TensorInfo
     product: Product
@@ -82,27 +81,27 @@ AnyUpdate = Update | Difference | Computed | Merged
 
 
 class Fitting:
-    """Finds the tensor of the base that each module updates, and collects what does not fit."""
+    """Finds the base's tensor that each module updates, and collects what does not fit."""
 
     def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
         self._adapter, self._base = adapter, base
         self.problems: list[str] = []
         self._flat = _flat_names(base) if adapter.layout == KOHYA else {}
         self._leaves = sorted({target.rpartition(".")[2] for target in adapter.config.get("target_parameters") or []})
-        self._known = {name: name for name in base.tensors}  # what the adapter may call a tensor: what the base calls it
+        self._known = {name: name for name in base.tensors}  # maps the adapter's possible names of a tensor to the base's
         self.prefix = self._find_prefix()
         strangers = any(self.base_name(f"{module.name}.weight") not in base.tensors for module in adapter.foreign)
         if strangers or (adapter.layout == PEFT and any(not self._candidates(module, base.tensors) for module in adapter.modules)):
             self._know_names_in_memory()
 
     def _know_names_in_memory(self) -> None:
-        """PEFT goes by the names that transformers gives modules when it loads them."""
+        """PEFT uses the names that modules have in memory, after transformers has loaded them."""
         renamed, _ = names_in_memory(self._base.config())
         self._known = {renamed.get(name, name): name for name in self._base.tensors} if renamed else self._known
         self.prefix = self._find_prefix()
 
     def _find_prefix(self) -> Prefix:
-        """How modules are named in the base. Shapes need not be known: a name with the right end is the module's."""
+        """How the base names modules. Shapes may be unknown: a name with the right end is the module's."""
         if self._adapter.layout == KOHYA:
             return Prefix()
         wanted = [name for module in self._adapter.modules for name in self._plain_names(module)[:1]]
@@ -115,7 +114,7 @@ class Fitting:
         return find_prefix(fake, {name: TensorInfo(name, info.dtype, info.shape) for name, info in known})
 
     def _like(self, name: str) -> TensorInfo:
-        """What the base has under a name, or under its longest end that the base knows."""
+        """The base's tensor of a name, or of the longest end of the name that it has."""
         parts = name.split(".")
         for cut in range(len(parts)):
             end = ".".join(parts[cut:])
@@ -125,12 +124,12 @@ class Fitting:
         return TensorInfo(name, F32, self._base.tensors[self._known[longer[0]]].shape if len(longer) == 1 else ())
 
     def base_name(self, plain: str) -> str:
-        """The base's name of a tensor that the adapter names; the adapter's own, if the base has none."""
+        """The base's name of a tensor that the adapter names, or the adapter's own if the base has none."""
         name = self.prefix.base_name(plain)
         return plain if name is None else self._known.get(name, plain)
 
     def _plain_names(self, module: LoraModule) -> list[str]:
-        """What the updated tensor may be called, in the adapter's terms, likeliest first."""
+        """Possible names of the updated tensor, in the adapter's terms, most likely first."""
         if module.kind == PARAMETER:
             others = [f"{module.name}.{leaf}" for leaf in self._leaves]
             return list(dict.fromkeys([*([module.parameter] if module.parameter else []), *others]))
@@ -138,7 +137,7 @@ class Fitting:
         return [f"{name}.weight", f"{name}.in_proj_weight"]
 
     def _without_component(self, name: str) -> str:
-        """A module's name without what a diffusers file puts before it."""
+        """A module's name without the prefix of a diffusers file."""
         if self._adapter.layout == PEFT:
             return name
         component, _, rest = name.partition(".")
@@ -161,7 +160,7 @@ class Fitting:
         return [tensors[name] for name in names if name in tensors]
 
     def updates(self, tensors: Mapping[str, TensorInfo], kept: Mapping[str, str]) -> dict[str, AnyUpdate]:
-        """The updates by the name of their tensor; `tensors` includes those that the adapter holds whole (`kept`)."""
+        """Updates by the name of their tensor. `tensors` includes those that the adapter holds whole (`kept`)."""
         found: dict[str, AnyUpdate] = {}
         for product in self._adapter.products:
             self._take_computed(found, product, tensors)
@@ -194,7 +193,7 @@ class Fitting:
         return found
 
     def _untied_head(self, module: LoraModule, tensors: Mapping[str, TensorInfo]) -> Update | None:
-        """The update of an output matrix that the base does not store, because it is tied to the embedding."""
+        """The update of an output matrix that the base does not store because it is tied to the embedding."""
         name = self.base_name(f"{module.name}.weight")
         embedding = tied_embedding(self._base.config(), self._base.tensors) if self._adapter.layout == PEFT else None
         if embedding is None or module.kind != LINEAR or not is_output(name) or name in tensors:
@@ -215,7 +214,7 @@ class Fitting:
             self._take(found, Computed(infos[0], product), {})
 
     def _take_differences(self, found: dict[str, AnyUpdate], tensors: Mapping[str, TensorInfo]) -> None:
-        """What is added to weights and biases as it is; `put_whole` has those that take their place."""
+        """Entries that are added to weights and biases directly; `put_whole` has those that replace them."""
         for stored, (owner, what) in self._adapter.deltas.items():
             if what == "set_weight":
                 continue
@@ -233,7 +232,7 @@ class Fitting:
                 self._take(found, Difference(info, stored), {})
 
     def fellows(self, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, TensorInfo | None]]:
-        """Weight and bias of each module that peft merges, by the adapter's name for it; what is not there becomes a problem."""
+        """Weight and bias of each module that peft merges, by the adapter's name for it. Missing ones are reported as problems."""
         found = {}
         for module in self._adapter.foreign:
             weight = tensors.get(self.base_name(f"{module.name}.weight"))
@@ -246,7 +245,7 @@ class Fitting:
         return found
 
     def put_whole(self) -> dict[str, str]:
-        """Tensors of the base that entries of the adapter take the place of, by the entry."""
+        """The base's tensors that entries of the adapter replace, by entry."""
         placed = {}
         for stored, (owner, what) in self._adapter.deltas.items():
             if what == "set_weight":
@@ -267,7 +266,7 @@ class Fitting:
         return tensors.get(infos[0].name.removesuffix("weight") + "bias") if _PARTS[what] == "bias" else infos[0]
 
     def _expert_updates(self, module: LoraModule, tensors: Mapping[str, TensorInfo]) -> list[Update]:
-        """The updates of experts that the base has one by one, where loading fuses them; none if any is not there."""
+        """Updates of experts that the base stores one by one, while loading fuses them. Empty if one is missing."""
         for leaf in self._leaves if module.kind == PARAMETER else ():
             parts = _experts(module, [leaf], module.blocks)
             names = {self.base_name(name): at for name, *at in parts}
@@ -292,7 +291,7 @@ class Fitting:
         found[name] = replace(update, over=kept.get(name)) if isinstance(update, Update) else update
 
     def _update(self, module: LoraModule, info: TensorInfo) -> Update | None:
-        """The update of a tensor if its shape fits."""
+        """The update of a tensor, if its shape fits."""
         rows, columns, shape = module.rows, module.columns, info.shape
         if module.kind == PARAMETER and len(shape) == 3:
             straight, turned = (module.blocks, rows, columns) == shape, (module.blocks, columns, rows) == shape
@@ -305,7 +304,7 @@ class Fitting:
         else:
             squeezed = shape[:2] if all(n == 1 for n in shape[2:]) else shape  # a linear LoRA of a 1 x 1 convolution
             fits, fits_turned = squeezed == (rows, columns), shape == (columns, rows)
-            if orientation_is_known(self._base.config()):  # PEFT goes by the module's type, whatever fan_in_fan_out says
+            if orientation_is_known(self._base.config()):  # PEFT uses the module's type, whatever fan_in_fan_out says
                 prefer_turned = is_conv1d(info.name.removesuffix(".weight"), self._base.config())
                 straight, turned = fits and not prefer_turned, fits_turned and prefer_turned
             else:
@@ -332,7 +331,7 @@ class Fitting:
 
 
 def _flat_names(base: Checkpoint) -> dict[str, list[str]]:
-    """Names of weights with dots replaced as kohya does, and their ends: a base in one file may have a prefix."""
+    """Names of weights with dots replaced as in kohya files, and their ends: a base in one file may have a prefix."""
     found: dict[str, list[str]] = {}
     for name in sorted(base.tensors):
         parts = name.removesuffix(".weight").split(".")
@@ -342,7 +341,7 @@ def _flat_names(base: Checkpoint) -> dict[str, list[str]]:
 
 
 def _experts(module: LoraModule, leaves: Sequence[str], count: int) -> list[tuple[str, int, int]]:
-    """What the experts in a fused parameter may be called on their own: name, number, and which part of its rows it is."""
+    """Possible separate names of the experts in a fused parameter: name, number, and which part of its rows it is."""
     names = []
     for leaf in leaves if module.kind == PARAMETER else ():
         for own in _EXPERTS.get(leaf, ()):

@@ -1,9 +1,8 @@
 """PEFT's other methods (LoHa, LoKr, OFT, IA3, VeRA and so on): peft itself merges them, one module at a time.
 
-For each module a model of that module alone is made, with the base's own weight in float32, peft puts its layer around it, loads what
-the file has for it, and merges. Methods that share parameters between modules get all modules of the adapter, the others' weights
-without memory. So the mathematics, defaults and initial values are peft's own.
-"""
+A model of each module alone is built, with the base's own weight in float32. peft wraps its layer around it, loads the module's
+tensors from the file, and merges. Methods that share parameters between modules get all modules of the adapter, but only the
+current one has weights in memory. So mathematics, defaults and initial values are peft's own."""
 
 from __future__ import annotations
 
@@ -21,16 +20,16 @@ from peru_cli.errors import BadFile, UsageError
 if TYPE_CHECKING:
     import torch
 
-# What peft puts before the names of a method's parameters (its PEFT_TYPE_TO_PREFIX_MAPPING, which a test asks).
+# PEFT's prefixes of a method's parameter names (its PEFT_TYPE_TO_PREFIX_MAPPING, which a test asks).
 PREFIXES = {
     "ADALORA": "lora_", "BOFT": "boft_", "C3A": "c3a_", "DEFT": "deft_", "DELORA": "delora_", "FOURIERFT": "fourierft_",
     "GLORA": "glora_", "GRALORA": "gralora_", "HIRA": "hira_", "HRA": "hra_", "IA3": "ia3_", "LN_TUNING": "ln_tuning_", "LOHA": "hada_",
     "LOKR": "lokr_", "MISS": "miss_", "OFT": "oft_", "PEANUT": "peanut_", "ROAD": "road_", "SHIRA": "shira_",
     "SUPERTUNING": "supertuning_", "VBLORA": "vblora_", "VERA": "vera_lambda_", "WAVEFT": "waveft_",
 }  # fmt: skip
-_SHARED = {"VBLORA": "vblora_", "VERA": "vera_"}  # methods whose modules share parameters, and how the names of these begin
-_ALIASES = ("vblora_vector_bank", "vera_A", "vera_B")  # what each module has of them is one object
-# Why the others cannot be weights of a model.
+_SHARED = {"VBLORA": "vblora_", "VERA": "vera_"}  # methods whose modules share parameters, and the prefix of their names
+_ALIASES = ("vblora_vector_bank", "vera_A", "vera_B")  # each module's entry of these is one shared object
+# Why adapters of other methods cannot become weights of a model.
 _REASONS = {
     **dict.fromkeys(
         ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"),
@@ -46,7 +45,7 @@ _REASONS = {
 
 
 def refuse_kind(kind: object, label: str, hint: str) -> UsageError:
-    """What to raise for an adapter of a method that is not read."""
+    """The error for an adapter of an unsupported method."""
     reason = _REASONS.get(str(kind))
     said = f"{label} is a PEFT adapter of type {kind}" + (f": {reason}" if reason else ", a method that peru does not know")
     return UsageError(said, hint)
@@ -61,7 +60,7 @@ class Foreign:
 
 
 def sort_foreign(names: Sequence[str], kind: str) -> tuple[list[Foreign], list[str], dict[str, str]]:
-    """The modules of a file, the tensors that they share, and what is held whole, by its plain name."""
+    """The modules of a file, the tensors that they share, and tensors held whole, by their plain name."""
     modules: dict[str, list[str]] = {}
     shared, whole = [], {}
     own, common = re.compile(rf"(.+?)\.{PREFIXES[kind]}"), _SHARED.get(kind)
@@ -78,7 +77,7 @@ def sort_foreign(names: Sequence[str], kind: str) -> tuple[list[Foreign], list[s
 
 @dataclass(frozen=True)
 class Around:
-    """What peft needs of a module's surroundings: where it lies in the base, the type of the model, and its fellows by name."""
+    """A module's surroundings that peft needs: its place in the base, the model's type, and the other modules by name."""
 
     config: Mapping[str, Any]  # adapter_config.json
     model: Mapping[str, Any]  # config.json
@@ -93,14 +92,13 @@ def merge(
     shared: Sequence[str],
     label: str,
 ) -> dict[str, torch.Tensor]:
-    """Weight and bias (if there is one) of a module with the adapter in it, float32.
+    """Weight and bias (if there is one) of a module merged with the adapter, float32.
 
     Args:
-        weights: "weight" and "bias" of the base, float32. read: gives a tensor of the adapter by its name.
+        weights: "weight" and "bias" of the base, float32. read: returns a tensor of the adapter by its name.
         shared: names of the tensors that the adapter's modules share.
 
-    Raises BadFile if peft does not find in the file what it needs, or finds more.
-    """
+    Raises BadFile if the file lacks tensors that peft needs, or has more."""
     import torch
     from peft import PeftModel, set_peft_model_state_dict
 
@@ -139,7 +137,7 @@ def merge(
 
 
 def _peft_config(config: Mapping[str, Any], names: Sequence[str], own: str) -> Any:
-    """The adapter's configuration for some of its modules alone. UsageError for settings that the installed peft does not know."""
+    """The adapter's config for only some of its modules. UsageError for settings that the installed peft does not know."""
     import dataclasses
 
     import peft

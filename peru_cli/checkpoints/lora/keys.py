@@ -6,10 +6,9 @@ kohya      MODULE_WITH_UNDERSCORES.lora_down.weight, .lora_up.weight, .alpha, .d
 diffusers  COMPONENT.MODULE.lora_A.weight, .lora_B.weight; older: .lora.down.weight, .lora_linear_layer.down.weight,
            .processor.to_q_lora.down.weight and .up; sometimes .alpha
 
-Files of one of the last two may hold, beside factors or instead of them, LyCORIS' products (LoHa: .hada_w1_a and so on, LoKr:
-.lokr_w1 and so on) and entries that are added or put as they are (ComfyUI's loader, LyCORIS' `full` and `norm`): .diff and .w_norm to
-a weight, .diff_b and .b_norm to a bias, .set_weight in place of a weight.
-"""
+Files of the last two kinds may also hold LyCORIS' products (LoHa: .hada_w1_a and so on, LoKr: .lokr_w1 and so on) and entries
+that are added or replace the base's (ComfyUI's loader, LyCORIS' `full` and `norm`): .diff and .w_norm are added to a weight,
+.diff_b and .b_norm to a bias, .set_weight replaces a weight."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ _FILE_EXTRA = re.compile(r"(.+)\.(alpha|dora_scale|lora_magnitude_vector|lora_B\
 _PRODUCT = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12]|w[12]_[ab]|t2))")
 _DELTA = re.compile(r"(.+)\.(diff|diff_b|w_norm|b_norm|set_weight)")
 _KOHYA_NAME = re.compile(r"(lora_(unet|te\d?|transformer|prior)|lycoris)_[^.]+\.")
-# Names by which other low-rank methods are known, in PEFT and LyCORIS files.
+# Names of other low-rank methods in PEFT and LyCORIS files.
 _STRANGERS = (
     (re.compile(r"\.hada_"), "LoHa"),
     (re.compile(r"\.lokr_"), "LoKr"),
@@ -51,10 +50,10 @@ _STRANGERS = (
 
 @dataclass
 class Keys:
-    """The tensor names of one module, as the file has them."""
+    """The tensor names of one module in the file."""
 
-    down: str | None = None  # A of PEFT
-    up: str | None = None  # B of PEFT
+    down: str | None = None  # PEFT's A
+    up: str | None = None  # PEFT's B
     embedding: bool = False
     magnitude: str | None = None
     bias: str | None = None
@@ -63,11 +62,10 @@ class Keys:
 
 @dataclass
 class Sorted:
-    """A file's names: modules by their path as the file has it, and the tensors held whole by their plain name.
+    """A file's names: modules by their path in the file, and the tensors held whole by their plain name.
 
-    `products` are LyCORIS' factors by their parts, `deltas` what is added or put as it is (module, and which of diff, diff_b,
-    w_norm, b_norm, set_weight) by the file's name; `unknown` are entries of a single file that mean nothing to anybody.
-    """
+    `products` are LyCORIS' factors by their parts. `deltas` maps names in the file to what is added or replaced (module, and one
+    of diff, diff_b, w_norm, b_norm, set_weight). `unknown` are entries of a single file without any known meaning."""
 
     layout: str
     modules: dict[str, Keys] = field(default_factory=dict)
@@ -78,12 +76,12 @@ class Sorted:
 
 
 def looks_like_lora(names: Iterable[str]) -> bool:
-    """Whether a file without adapter_config.json is an adapter, by its tensors' names."""
+    """Whether a file without adapter_config.json is an adapter, judged by its tensors' names."""
     return any(pattern.fullmatch(name) for name in names for pattern in (_FILE, _PRODUCT, _DELTA))
 
 
 def sort_peft(names: Iterable[str], label: str) -> Sorted:
-    """Sort the names of an adapter_model file. UsageError for what is not LoRA, BadFile for half a pair."""
+    """Sort the names of an adapter_model file. UsageError for other methods than LoRA, BadFile for half a pair."""
     result = Sorted(PEFT)
     for name in sorted(names):
         plain = name.removeprefix(OUTER)

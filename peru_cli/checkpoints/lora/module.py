@@ -17,10 +17,9 @@ LINEAR, EMBEDDING, CONVOLUTION, PARAMETER = "linear", "embedding", "convolution"
 class LoraModule:
     """One pair of factors.
 
-    `path` is the module as the file names it (with `.base_layer` where PEFT nests), `name` without that. `parameter` is
-    the full name of a targeted parameter, as far as it is known without the base. `blocks` is the number of experts; `rank` that
-    of each. `magnitude` and `bias` are names of tensors of DoRA and of `lora_bias`.
-    """
+    `path` is the module's name in the file (with `.base_layer` if PEFT nests), `name` the same without it. `parameter` is the full
+    name of a targeted parameter, if it is known without the base. `blocks` is the number of experts, `rank` the rank of each.
+    `magnitude` and `bias` are names of tensors of DoRA and of `lora_bias`."""
 
     path: str
     name: str
@@ -47,7 +46,7 @@ class LoraModule:
 
     @property
     def columns(self) -> int:
-        """d_in: columns of B @ A, a convolution's kernel flattened."""
+        """d_in: columns of B @ A, with a convolution's kernel flattened."""
         return self.down.entries // max(self.down.shape[0], 1)
 
     @property
@@ -70,7 +69,7 @@ class LoraModule:
         return list(zip(lefts, rights, strict=True))
 
     def join(self, blocks: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, in the file's shapes, of the blocks' factors (all of one rank): the inverse of `split`."""
+        """A and B, in the file's shapes, from the blocks' factors (all of one rank): the inverse of `split`."""
         import torch
 
         down_shape, up_shape = self.shapes(blocks[0][1].shape[0])

@@ -1,9 +1,8 @@
 """LyCORIS' products in single files: LoHa's Hadamard product and LoKr's Kronecker product, as its trainers write them.
 
-LoHa (FedPara, https://arxiv.org/abs/2108.06098): (w1_a w1_b) * (w2_a w2_b); LoKr (https://arxiv.org/abs/2212.10650):
-w1 kron w2, each whole or a product of two. Both times alpha / rank, where there is a rank; Tucker cores for kernels. One module's
-update is computed at once. PEFT's own LoHa and LoKr adapters are not read here but by peft.
-"""
+LoHa (FedPara, https://arxiv.org/abs/2108.06098): (w1_a w1_b) * (w2_a w2_b). LoKr (https://arxiv.org/abs/2212.10650):
+w1 kron w2, each whole or a product of two. Both are scaled by alpha / rank if there is a rank, and have Tucker cores for
+kernels. One module's update is computed at once. PEFT's own LoHa and LoKr adapters are read by peft instead."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Product:
-    """One module: `parts` are its tensors by LyCORIS' names, `rows` and `columns` those of its update, kernels flattened."""
+    """One module: `parts` are its tensors by LyCORIS' names; `rows` and `columns` are its update's, with kernels flattened."""
 
     name: str
     parts: Mapping[str, TensorInfo]
@@ -32,7 +31,7 @@ class Product:
     scale: float
 
     def delta(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """The update, float32 (rows, columns), the scale in it. `read` gives a tensor by its name in the file."""
+        """The scaled update, float32 (rows, columns). `read` returns a tensor by its name in the file."""
         import torch
 
         given = {part: read(info.name).float() for part, info in self.parts.items() if part != "alpha"}
@@ -64,11 +63,10 @@ def _tucker(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 
 def open_product(module: str, parts: Mapping[str, TensorInfo], alpha: float | None, recorded: float | None, label: str) -> Product:
-    """Check a module's parts by their shapes; BadFile names what is missing or does not fit.
+    """Check a module's parts by their shapes. BadFile names what is missing or does not fit.
 
     Args:
-        alpha: the module's own. recorded: alpha as the metadata have it for all modules.
-    """
+        alpha: the module's own. recorded: the metadata's alpha for all modules."""
     kind = "LoHa" if any(part.startswith("hada_") for part in parts) else "LoKr"
     halves = [_half(kind, half, parts) for half in "12"]
     if any(half is None for half in halves):
@@ -86,14 +84,14 @@ def open_product(module: str, parts: Mapping[str, TensorInfo], alpha: float | No
         raise BadFile(f"{label}: {module}: the halves of its LoHa are {rows} x {columns} and {more_rows} x {more_columns}")
     rank = rank if rank is not None else other
     alpha = alpha if alpha is not None else recorded
-    scale = 1.0 if rank is None or alpha is None else alpha / rank  # two whole factors have no rank, and LyCORIS no scale for them
+    scale = 1.0 if rank is None or alpha is None else alpha / rank  # two whole factors have no rank, and LyCORIS does not scale them
     if kind == "LoKr":
         rows, columns = rows * more_rows, columns * more_columns
     return Product(module, parts, kind, rows, columns, scale)
 
 
 def _parts(kind: str, half: str, parts: Mapping[str, TensorInfo]) -> list[str]:
-    """The parts that make one half, those that are there; LoKr's whole factor comes before a product."""
+    """The existing parts of one half. LoKr's whole factor takes precedence over a product."""
     if kind == "LoKr" and f"lokr_w{half}" in parts:
         return [f"lokr_w{half}"]
     stem = "hada" if kind == "LoHa" else "lokr"
@@ -101,7 +99,7 @@ def _parts(kind: str, half: str, parts: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _half(kind: str, half: str, parts: Mapping[str, TensorInfo]) -> tuple[int, int, int | None] | None:
-    """Rows, columns (kernels flattened) and rank of one half; None if it is not whole or its shapes do not fit."""
+    """Rows, columns (kernels flattened) and rank of one half. None if it is incomplete or its shapes do not fit."""
     shapes = [parts[part].shape for part in _parts(kind, half, parts)]
     if not shapes or any(len(shape) < 2 or not math.prod(shape) for shape in shapes):
         return None

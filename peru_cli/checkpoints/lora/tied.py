@@ -15,10 +15,9 @@ Read = Callable[[str, int, memoryview], None]
 
 
 def is_untied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read: Read) -> bool:
-    """Whether a model that its config ties has an output matrix that differs from its embedding.
+    """Whether a model with a tying config has an output matrix that differs from its embedding.
 
-    `read` fills a buffer with a tensor's bytes from an offset on; both are read until the first difference.
-    """
+    `read` fills a buffer with a tensor's bytes from an offset on. Both are read up to the first difference."""
     head = next((name for name in tensors if is_output(name)), None) if is_tied(config) else None
     embedding = tied_embedding(config, tensors)
     if head is None or embedding is None:
@@ -31,7 +30,7 @@ def is_untied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], read
 
 
 def vocabulary(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], before: Mapping[str, TensorInfo]) -> int | None:
-    """The rows that the embedding has now, where they are others than before and the config counts the old ones; None otherwise."""
+    """The new number of embedding rows, if it has changed and the config counts the old one. None otherwise."""
     text = config.get("text_config")
     counted = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     for name, info in tensors.items():
@@ -44,7 +43,7 @@ def vocabulary(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], bef
 
 
 def with_settings(config: bytes, **settings: Any) -> bytes:
-    """config.json with some settings, each where the config has it: in `text_config`, if it is only there."""
+    """config.json with some settings changed, each in the place where the config has it: in `text_config` if it is only there."""
     table = json.loads(config)
     text = table.get("text_config")
     for name, value in settings.items():

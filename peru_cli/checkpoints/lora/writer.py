@@ -19,7 +19,7 @@ from peru_cli.version import __version__
 
 
 def factor_names(module: LoraModule, layout: str) -> tuple[str, str]:
-    """What A and B are called: as PEFT does, or as the file did."""
+    """The names of A and B: PEFT's, or the file's."""
     if layout != PEFT:
         return module.down.name, module.up.name
     if module.kind == EMBEDDING:
@@ -28,7 +28,7 @@ def factor_names(module: LoraModule, layout: str) -> tuple[str, str]:
 
 
 def copied_tensors(adapter: Adapter) -> dict[str, str]:
-    """What is neither a factor nor a scale: the output's name -> the input's."""
+    """Tensors that are neither factors nor scales: the output's name -> the input's."""
     names = {stored: stored for stored in (*adapter.whole.values(), *adapter.deltas)}
     for module in adapter.modules:
         if module.magnitude is not None:
@@ -38,12 +38,12 @@ def copied_tensors(adapter: Adapter) -> dict[str, str]:
 
 
 def bias_name(module: LoraModule) -> str:
-    """What the bias of lora_B is called (only PEFT has one)."""
+    """The name of lora_B's bias (only PEFT has one)."""
     return f"{OUTER}{module.path}.lora_B.bias"
 
 
 def resized_tensors(adapter: Adapter, ranks: Sequence[int], dtypes: Sequence[Dtype]) -> list[TensorInfo]:
-    """All tensors of the output; ranks and dtypes are those of the adapter's modules."""
+    """All tensors of the output. `ranks` and `dtypes` are those of the adapter's modules."""
     tensors = [_like(adapter, source, name) for name, source in copied_tensors(adapter).items()]
     for module, rank, dtype in zip(adapter.modules, ranks, dtypes, strict=True):
         names, shapes = factor_names(module, adapter.layout), module.shapes(rank)
@@ -61,7 +61,7 @@ def _like(adapter: Adapter, source: str, name: str) -> TensorInfo:
 
 
 def resized_metadata(adapter: Adapter, ranks: Sequence[int], options: str) -> dict[str, str]:
-    """The input's metadata where it still holds, and how the file was made."""
+    """The input's metadata that is still valid, and how the file was made."""
     metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": options}
     if BASE_TENSORS in adapter.file.metadata:
         metadata[BASE_TENSORS] = adapter.file.metadata[BASE_TENSORS]
@@ -69,7 +69,7 @@ def resized_metadata(adapter: Adapter, ranks: Sequence[int], options: str) -> di
         before = adapter.file.metadata
         kept = {key: value for key, value in without_alpha(before).items() if not key.startswith(("sshs_", "peru."))}
         if "ss_network_dim" in before or "ss_network_alpha" in before:
-            shown = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # as sd-scripts' resize_lora writes
+            shown = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # as sd-scripts' resize_lora does
             kept |= {"ss_network_dim": shown, "ss_network_alpha": shown}
         return kept | metadata
     if adapter.layout == DIFFUSERS:
@@ -85,7 +85,7 @@ def adapter_writer(
     metadata: Mapping[str, str],
     sync: bool,
 ) -> FileWriter:
-    """Write a PEFT adapter's small files into a new folder; the writer of its weights, for the caller to enter and commit."""
+    """Write a PEFT adapter's small files into a new folder. Returns the writer of its weights, which the caller enters and commits."""
     folder.mkdir(exist_ok=True, parents=True)
     (folder / CONFIG).write_bytes(encode_config(config))
     for name, content in small_files.items():

@@ -1,1 +1,1 @@
-"""`peru prune` to a budget or a quality: mixed artifacts, one multiplier for all tensors and tasks."""
+"""`peru prune` to a budget or a quality: mixed artifacts, with one multiplier for all tensors and tasks."""

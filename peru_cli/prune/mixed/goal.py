@@ -11,13 +11,13 @@ from peru_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Goal:
-    """`kind` is bytes (of all artifacts together), bits (a parameter) or quality (the share of the squared norm that is kept)."""
+    """`kind` is bytes (of all artifacts together), bits (a parameter) or quality (the kept share of the squared norm)."""
 
     kind: str
     value: float
 
     def encode(self) -> str:
-        """As the artifact records it."""
+        """The goal as the artifact records it."""
         return f"{self.kind} {int(self.value) if self.kind == 'bytes' else repr(float(self.value))}"
 
     def __str__(self) -> str:
@@ -27,7 +27,7 @@ class Goal:
 
 
 def parse_goal(max_bytes: str | None, bits: str | None, min_quality: str | None) -> Goal | None:
-    """The goal that the options name; None if none does. UsageError for a value that cannot be, or for two of them."""
+    """The goal that the options name. None if there is none. UsageError for an impossible value, or for two goals."""
     if sum(option is not None for option in (max_bytes, bits, min_quality)) > 1:
         raise UsageError("--max-bytes, --bits and --min-quality exclude each other", "give one of them")
     if max_bytes is not None:

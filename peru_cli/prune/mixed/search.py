@@ -1,4 +1,4 @@
-"""The multiplier that meets a goal: the most bytes below a limit, or the largest error below one."""
+"""Find the multiplier that meets a goal: the most bytes below a limit, or the largest error below one."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_WIDEST = 3.0  # of a step of the logarithm while only one side is known
-_INNER = 0.08  # how near a guess may lie to an end of what is known, as a share of it
+_WIDEST = 3.0  # largest step of the logarithm while only one side is known
+_INNER = 0.08  # least distance of a guess from either end of the known interval, as a share of it
 
 
 @dataclass(frozen=True)
 class Found:
-    """A logarithm of the multiplier, and what was measured there."""
+    """A logarithm of the multiplier, and the value measured there."""
 
     at: float
     value: float
 
 
 def approach(measure: Callable[[float], float], target: float, start: float, slope: float, tolerance: float, most: int) -> Found | None:
-    """The point with the largest value that is not above the target, of a function that is nearly monotone; None if none was found.
+    """The point with the largest value not above the target, for a nearly monotone function. None if there is none.
 
     Stops within `tolerance` below the target, as a share of it, or after `most` measurements.
 
     Args:
         measure: values are positive, or 0.
-        slope: about d log(value) / dx; its sign is that of the function.
-    """
+        slope: approximate d log(value) / dx; its sign is that of the function."""
     x, below, above = start, None, None
     stride = 0.5  # doubles until both sides are known: the function may be much flatter than `slope`
     for _ in range(most):

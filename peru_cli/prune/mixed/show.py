@@ -9,7 +9,7 @@ from peru_cli.prune.mixed.run import MixedResult
 
 
 def report(results: list[MixedResult], published: dict[str, Any]) -> None:
-    """A table, and under --json all figures."""
+    """Print a table, or with --json all figures."""
     rows = [
         [
             r.task,

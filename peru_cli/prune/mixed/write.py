@@ -1,4 +1,4 @@
-"""The last pass: write integers into the artifact, and compute digests and errors of what unpacking will give."""
+"""The last pass: write integers into the artifact, and compute digests and errors of the result of unpacking."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PIECE = 32 * CHUNK  # entries of a result computed at once
 
 
 def difference(parts: Represented, start: int, stop: int) -> Floats | None:
-    """What a tensor's parts add to the base from entry `start` to `stop`, float64 (stop - start,); None for nothing."""
+    """What a tensor's parts add to the base from entry `start` to `stop`, float64 (stop - start,). None if nothing changes."""
     low = None
     if parts.left is not None and parts.right is not None and parts.scales is not None:
         low = run_of_product(parts.left, parts.right, parts.scales, parts.rows, start, stop)
@@ -46,7 +46,7 @@ class _Made:
 
 
 class Final:
-    """The pass; a tile is a tensor."""
+    """The pass. Each tile is one tensor."""
 
     def __init__(
         self, base: Checkpoint, tasks: Sequence[TaskVector], items: Sequence[Item], records: Sequence[Sequence[MixedRecord]],
@@ -98,6 +98,6 @@ class Final:
 
 
 def store_rest(fine: Checkpoint, record: MixedRecord, use: Callable[[memoryview], None]) -> bytes:
-    """Copy what is stored whole of a tensor into the artifact; its digest, 32 bytes."""
+    """Copy the part of a tensor that is stored whole into the artifact. Returns its digest, 32 bytes."""
     first = 0 if record.mode == Mode.WHOLE else record.base_entries
     return fine.digest(record.info.name, use, first, whole_shape(record))
