@@ -14,6 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from peru_cli import shown
+from peru_cli.chain import command as chain
 from peru_cli.checkpoints.hub.session import interrupt
 from peru_cli.checkpoints.local import inputs
 from peru_cli.console import console
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, export, inspect, verify, eval, demo):
+for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, export, chain, inspect, verify, eval, demo):
     command.register(app)
 
 

@@ -228,7 +228,7 @@ def artifact_kind(path: Place) -> str | None:
         file.close()
 
 
-def seal_of(path: Path) -> str | None:
+def seal_of(path: Place) -> str | None:
     """The digest in an artifact's header. None for any other file."""
     try:
         file = open_random(path)

@@ -39,6 +39,7 @@ class PruneOptions:
     base_name: BaseName | None = None
     allow_unpaired: bool = False  # store whatever has no partner whole, however much it is
     gates: tuple[Gate, ...] = ()  # that the finished artifacts must pass
+    about: tuple[tuple[str, str], ...] = ()  # metadata that the artifacts carry besides
 
     def rounds(self, dtype: Dtype) -> bool:
         """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless, `bf16` for 16 bits."""
@@ -136,7 +137,7 @@ class Job:
             metadata["peru.scope"] = options.scope
         if options.base_name is not None:
             metadata |= options.base_name.metadata()
-        metadata |= record_rules([task.vector.fine])
+        metadata |= record_rules([task.vector.fine]) | dict(options.about)
         if measured is None:
             measured = dict.fromkeys(("peru.kept", "peru.changed"), "9" * 19)
             measured |= {"peru.threshold": "9" * 26, "peru.largest_error": "9" * 26, "peru.result": "0" * 64}

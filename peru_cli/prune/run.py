@@ -163,6 +163,7 @@ def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> str
     named = options.base_name.metadata() if options.base_name is not None else None
     parts: list[object] = [__version__, str(options.density), options.scope, options.values, named, base.identity()]
     parts += [gate.option for gate in options.gates]
+    parts += options.about
     for task in tasks:
         pairing = task.vector.pairing
         pairs = [(pair.fine.name, pair.base.name, pair.grown) for pair in pairing.pairs]

@@ -15,6 +15,7 @@ from peru_cli.checkpoints.local.checkpoint import SafetensorsCheckpoint, open_di
 from peru_cli.checkpoints.local.inputs import read_small
 from peru_cli.checkpoints.local.sealed import file_digest, is_sealed, told_files
 from peru_cli.checkpoints.lora.config import CONFIG, read_config, sealed_config
+from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile, PeruError, UsageError
 from peru_cli.finetunes.head import HEADS, check_bound
 
@@ -46,7 +47,7 @@ def _weights(path: Path) -> Iterator[Finding]:
     """Check a file of weights and the side files that it lists."""
     try:
         if artifact_kind(path) is not None:
-            yield Finding(str(path), SOUND, _artifact(path))
+            yield verify_artifact(path)
             return
         with open_file(path, str(path)) as opened:
             assert isinstance(opened, SafetensorsCheckpoint)
@@ -74,7 +75,15 @@ def _beside(path: Path, digest: str) -> Finding:
     return Finding(str(path), SOUND, "as it was written") if same else Finding(str(path), CHANGED, "changed after the weights were written")
 
 
-def _artifact(path: Path) -> str:
+def verify_artifact(place: Place) -> Finding:
+    """Check everything in an artifact that needs no base."""
+    try:
+        return Finding(str(place), SOUND, _artifact(place))
+    except (PeruError, OSError) as error:
+        return Finding(str(place), CHANGED, error.message if isinstance(error, PeruError) else str(error))
+
+
+def _artifact(path: Place) -> str:
     """Check everything in an artifact that needs no base. BadFile if it was altered."""
     seal = f"its digest is {seal_of(path)}"
     if artifact_kind(path) in KINDS:

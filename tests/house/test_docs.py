@@ -79,6 +79,13 @@ def test_the_page_on_engines_runs_as_written(family: Path, monkeypatch: pytest.M
     assert (family / "weight_v000001" / "model.safetensors.index.json").exists() and (family / "patch" / "patch.safetensors").exists()
 
 
+def test_the_page_on_chains_runs_as_written(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family)
+    for line in "\n".join(blocks("docs/chain.md", "sh")).splitlines():
+        execute(line)
+    assert (family / "restored" / "model.safetensors").exists()
+
+
 def test_every_command_is_in_the_readme() -> None:
     for command in ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "inspect", "verify", "eval", "demo"):
         assert f"peru {command}" in PAGES["README.md"]

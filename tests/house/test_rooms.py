@@ -35,6 +35,7 @@ ROOMS = [
     "evaluate",
     "inspect",
     "verify",
+    "chain",
     "demo",
     "cli",
     "__main__",

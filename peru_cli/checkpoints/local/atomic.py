@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from peru_cli.checkpoints.local import inputs
@@ -79,6 +80,26 @@ def _open_locked(path: Path, target: Path) -> int:
                 return fd
             os.close(fd)
             raise
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder of files that belong together; PeruError if another process holds it. Where there are no locks, nothing is held."""
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PeruError(f"{folder} is being written by another peru", "wait for it, then run the command again") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS | {errno.EBADF}:  # NFS locks only what is open for writing, which a folder cannot be
+                raise
+        yield
+    finally:
         os.close(fd)
 
 
