@@ -16,6 +16,7 @@ import typer.main
 from safetensors.torch import load_file, save_file
 
 from peru_cli import cli
+from peru_cli.chain.links import read_chain
 from peru_cli.console import console
 
 State = dict[str, torch.Tensor]
@@ -56,7 +57,7 @@ def next_state(state: State, chance: random.Random) -> State:
             changed = torch.rand(tensor.shape, generator=noise) < chance.choice([0.01, 0.1, 1.0])
             state[name] = torch.where(changed, tensor + tensor.abs().clamp(min=0.01) * 0.02, tensor)
     state["steps"] += chance.randrange(2)
-    if chance.random() < 0.05:
+    if chance.random() < 0.05 and len(state) < 9:
         state[f"extra.{len(state)}"] = torch.randn(3, generator=noise)
     if chance.random() < 0.05:
         state["layer.bias"][0] = float("nan")
@@ -122,14 +123,17 @@ class Modelled:
             return f"step {step}: other side files"
         return "" if same(load_file(out / "model.safetensors"), state) else f"step {step}: other bits"
 
+    def links(self) -> dict[int, int | None]:
+        """What each step stands on."""
+        return {step: link.on for step, link in read_chain(self.run).links.items()} if self.run.exists() else {}
+
     def listed(self) -> list[int]:
         """Steps that the chain says it has; none of them lost."""
         if not self.run.exists():
             return []
-        code, out, err = call("chain", "list", self.run, "--json")
-        found = json.loads(out)
-        assert code == 0 and not any(link["lost"] for link in found), err + out
-        return [link["step"] for link in found]
+        chain = read_chain(self.run)
+        assert not chain.losses(), chain.losses()
+        return list(chain.links)
 
 
 QUICK = ("--no-sync", "--threads", 1)
