@@ -22,10 +22,13 @@ from peru_cli.publish.command import destination, publish
 from peru_cli.shown import listed
 
 if TYPE_CHECKING:
+    from peru_cli.checkpoints.quantized.requantize import Requantized
     from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.merge.output import Recipe
     from peru_cli.merge.plan import MergePlan
     from peru_cli.methods.parameters import Value
+
+FP8 = "fp8"
 
 
 def _list_methods(value: bool) -> None:
@@ -100,7 +103,12 @@ def merge(
         Optional[str], typer.Option("--config", metavar="TASK|base", help="Whose config.json to use if the models' configs conflict.")
     ] = None,
     dtype: Annotated[
-        Optional[str], typer.Option("--dtype", metavar="bf16|fp16|fp32|fp64", help="Data type of the output. Default: that of the inputs.")
+        Optional[str],
+        typer.Option(
+            "--dtype",
+            metavar="bf16|fp16|fp32|fp64|fp8",
+            help="Data type of the output; fp8 needs an FP8 base and writes its layout. Default: that of the inputs.",
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of a shard.")] = "5GB",
     base_id: Annotated[
@@ -146,6 +154,10 @@ def merge(
         from peru_cli.merge.recipe.plan import Wanted
         from peru_cli.merge.recipe.run import Asked, merge_recipe
 
+        if dtype == FP8:
+            raise UsageError(
+                "--dtype fp8 cannot be combined with a recipe", "name models and --method instead, with an FP8 model as --base"
+            )
         options.check_base_id(base_id)
         place = destination(publishing, run.force, output)
         asked = Asked(
@@ -183,7 +195,9 @@ def merge(
         raise UsageError(f"{method if chosen.needs_base else '--compress'} needs a base", "add --base BASE")
     options.check_base_id(base_id)
     shard_bytes = options.parse_size(max_shard_size, "--max-shard-size")
-    wanted = options.parse_dtype(dtype) if dtype is not None else None
+    wanted = options.parse_dtype(dtype) if dtype not in (None, FP8) else None
+    if dtype == FP8 and density is not None:
+        raise UsageError("--compress cannot be combined with --dtype fp8", "leave --dtype out: artifacts need a base of floats")
 
     from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
@@ -233,6 +247,7 @@ def merge(
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     opened = [model for _, model in tasks]
+    fp8 = _layout(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
     if rename:
         from peru_cli.checkpoints.renamed import rename as under_other_names
 
@@ -240,7 +255,13 @@ def merge(
         tasks = list(zip(names, renamed, strict=True))
         for line in said:
             console.note(line)
+    if fp8 is not None and opened_base is None and tasks[0][1] is not opened[0]:
+        raise UsageError("--dtype fp8 with --rename needs a base, whose names are kept", "add --base BASE")
     if tokenizer is not None:
+        if fp8 is not None and (found := fp8.vocabulary()) is not None:
+            raise UsageError(
+                f"--tokenizer changes rows of {found}, which is FP8 in the base", "leave --dtype out: rows of floats are aligned"
+            )
         from peru_cli.finetunes.revocabulary import common_vocabulary
 
         everyone = [*([("base", opened_base)] if opened_base is not None else []), *tasks]
@@ -249,7 +270,7 @@ def merge(
         tasks = list(zip(names, aligned[-len(names) :], strict=True))
         for line in said:
             console.note(line)
-    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, config=config))
+    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, fp8, config=config))
     if varied.by_tensor:
         rule = build_by_tensor(chosen, varied, parameters, [slot.info.name for slot in plan.slots])
     check_trims(plan, rule)
@@ -257,7 +278,7 @@ def merge(
     if as_file and any(plan.heads.values()):
         raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # otherwise a killed run has already taken the space
-        check_room(target, sum(info.nbytes for info in plan.outputs))
+        check_room(target, sum(info.nbytes for info in plan.written))
     extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
     extra += [
         *(word for text in rename or () for word in ("--rename", text)),
@@ -329,7 +350,7 @@ def merge(
         from peru_cli.merge.data.curve import print_curve
 
         print_curve(looked, names)
-    console.line(f"{target}: {plural(len(plan.outputs), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.outputs))}")
+    console.line(f"{target}: {plural(len(plan.written), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.written))}")
     for result in results:
         bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
         console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
@@ -339,6 +360,18 @@ def merge(
         curve = [{"value": out.show(p.value), "accuracy": p.accuracies, "normalised": p.normalised} for p in looked.points]
         summary["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
     console.result(summary | publish(place, [target], "merge"))
+
+
+def _layout(model: Checkpoint) -> Requantized:
+    """The FP8 layout of the model that gives the output its names; UsageError if that is no FP8 model."""
+    from peru_cli.checkpoints.quantized.fp8 import Dequantized
+    from peru_cli.checkpoints.quantized.requantize import Requantized
+
+    if not isinstance(model, Dequantized):
+        raise UsageError(
+            f"--dtype fp8 writes the layout of the base, but {model.label} is not quantised", "name an FP8 model as --base, or write bf16"
+        )
+    return Requantized(model)
 
 
 def _refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
@@ -390,7 +423,7 @@ def _summary(plan: MergePlan, recipe: Recipe, target: Path) -> dict[str, object]
         "entries": plan.entries,
         "copied": [info.name for info in plan.copied],
         "heads": {task: [info.name for info in heads] for task, heads in plan.heads.items()},
-        "bytes": sum(info.nbytes for info in plan.outputs),
+        "bytes": sum(info.nbytes for info in plan.written),
     }
 
 

@@ -19,6 +19,7 @@ from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, re
 from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter
 from peru_cli.checkpoints.lora.tied import is_untied, with_settings
+from peru_cli.checkpoints.quantized.requantize import RequantizingWriter
 from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.adapter import AdapterOnBase, as_unpacked
@@ -94,9 +95,9 @@ class Recipe:
         models = [vector.fine.public_name for vector in plan.vectors]
         sources = [name for name in (self.base_name, *models) if name is not None]
         head = front_matter(sources, "merge", "transformers" if "config.json" in side_files else None, ["merge", "peru"])
-        nbytes = sum(info.nbytes for info in plan.outputs)
+        nbytes = sum(info.nbytes for info in plan.written)
         heads = {task: sum(info.nbytes for info in infos) for task, infos in plan.heads.items() if infos}
-        held = [f"{len(plan.outputs)} tensors, {nbytes:,} bytes."]
+        held = [f"{len(plan.written)} tensors, {nbytes:,} bytes."]
         if heads:
             held.append(
                 "Tensors that belong to one task are in files of their own: "
@@ -142,7 +143,7 @@ def resume_key(plan: MergePlan, recipe: Recipe) -> str:
     parts = [
         __version__, recipe.command(), recipe.statistics, recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
         [vector.fine.identity() for vector in plan.vectors],
-        [(t.name, t.dtype.name, t.shape) for t in plan.outputs],
+        [(t.name, t.dtype.name, t.shape) for t in plan.written],
         {task: [t.name for t in heads] for task, heads in plan.heads.items()}, recipe.document,
         {name: hashlib.sha256(content).hexdigest() for name, content in sorted(plan.overrides.items())},
     ]  # fmt: skip
@@ -157,14 +158,16 @@ def side_files(plan: MergePlan, dtype: Dtype | None) -> dict[str, bytes]:
     contents |= plan.overrides
     if dtype is not None and "config.json" in contents:
         contents["config.json"] = config_with_dtype(contents["config.json"], dtype)
+    if plan.fp8 is not None and "config.json" in contents:
+        contents["config.json"] = plan.fp8.config(contents["config.json"])
     return contents
 
 
 def write_file(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, how: StreamSettings) -> None:
     """Write the merge as one safetensors file."""
-    with FileWriter(where.target, plan.outputs, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh, {}) as writer:
+    with FileWriter(where.target, plan.written, where.sync, recipe.metadata(), resume_key(plan, recipe), where.fresh, {}) as writer:
         _say_resumed(writer, where)
-        merge(plan, rule, writer, how, where.step)
+        merge(plan, rule, _through(writer, plan, where.target.absolute().parent), how, where.step)
         writer.commit()
 
 
@@ -176,13 +179,18 @@ def write_directory(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, h
         contents[RECIPE_FILE] = recipe.document.encode()
     key = resume_key(plan, recipe)
     shards, sync = recipe.max_shard_bytes, where.sync
-    with DirectoryWriter(where.target, plan.outputs, contents, shards, sync, recipe.metadata(), key, where.fresh, True) as writer:
+    with DirectoryWriter(where.target, plan.written, contents, shards, sync, recipe.metadata(), key, where.fresh, True) as writer:
         _say_resumed(writer, where)
-        merge(plan, rule, writer, how, where.step)
+        merge(plan, rule, _through(writer, plan, writer.folder), how, where.step)
         _untie(writer, plan, contents)
         writer.seal()
         write_heads(plan, writer.folder / HEADS, sync, writer.model_digest)
         writer.commit()
+
+
+def _through(writer: CheckpointWriter, plan: MergePlan, folder: Path) -> CheckpointWriter:
+    """The writer, behind one that makes FP8 of what the plan wants in FP8; `folder` is on the output's disk."""
+    return writer if plan.fp8 is None else RequantizingWriter(writer, plan.fp8, folder)
 
 
 def _untie(writer: DirectoryWriter, plan: MergePlan, contents: Mapping[str, bytes]) -> None:

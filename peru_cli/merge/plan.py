@@ -20,6 +20,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.lora.tied import is_untied
 from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.places import same_as
+from peru_cli.checkpoints.quantized.requantize import FLOAT, Requantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
@@ -38,6 +39,7 @@ class Options:
     per_task: str | None = None
     merge_heads: bool = False
     dtype: Dtype | None = None
+    fp8: Requantized | None = None  # weights that it has are merged as float32 and written as FP8
     verb: str = "merged"  # the verb for the models in messages
     config: str | None = None  # whose config.json is written: a task's, or "base"; without it, the configs must agree
     absent: frozenset[tuple[str, str]] = frozenset()  # (task, reference's tensor) that are missing by design
@@ -73,6 +75,7 @@ class MergePlan:
     reference: Checkpoint
     vectors: list[TaskVector]
     dtype: Dtype | None
+    fp8: Requantized | None = None
     config: Checkpoint | None = None  # whose config.json is written; None: the reference's
     slots: list[Slot] = field(default_factory=list)  # in canonical order
     copied: list[TensorInfo] = field(default_factory=list)
@@ -89,11 +92,17 @@ class MergePlan:
 
     @property
     def outputs(self) -> list[TensorInfo]:
-        """All tensors that are written, except heads."""
-        return [slot.info for slot in (*self.slots, *self.averaged)] + [_in_dtype(info, self.dtype) for info in self.copied]
+        """All tensors that the merge makes, except heads."""
+        return [slot.info for slot in (*self.slots, *self.averaged)] + [in_dtype(info, self.dtype) for info in self.copied]
+
+    @property
+    def written(self) -> list[TensorInfo]:
+        """All tensors that are written, except heads: the outputs, or their codes and scales with `--dtype fp8`."""
+        return self.outputs if self.fp8 is None else self.fp8.stored(self.outputs)
 
 
-def _in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
+def in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
+    """A tensor in another float type, if it has one and another is asked for."""
     return TensorInfo(info.name, dtype if dtype is not None and info.dtype.compressible else info.dtype, info.shape)
 
 
@@ -143,7 +152,7 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
             problems.append(said)
         elif base is not None and (said := judge(model, reference, pairings[name], own, allowed=True)) is not None:
             warnings.append(said)
-    plan = MergePlan(base, reference, [], options.dtype, warnings=warnings)
+    plan = MergePlan(base, reference, [], options.dtype, options.fp8, warnings=warnings)
     plan.config = dict(tasks).get(options.config or "", base if options.config == "base" else None)
     if len(pairings) == len(tasks):
         planner = _Planner(plan, dict(tasks), pairings, own, options)
@@ -253,7 +262,7 @@ class _Planner:
         numbers = tuple(number for number, task in enumerate(self._models) if task in found)
         tasks = numbers if len(numbers) < len(self._models) else None
         if kinds == {True} and is_statistic(name):
-            plan.averaged.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
+            plan.averaged.append(Slot(in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
         elif kinds == {True} and is_buffer(base):
             plan.copied.append(base)
             plan.same += list(found.values())
@@ -262,7 +271,8 @@ class _Planner:
             if len(set(given.values())) > 1 and self._options.dtype is None:
                 text = "dtypes differ: " + listed(f"{task} {dtype}" for task, dtype in given.items())
                 self._dtypes.setdefault(text, []).append(name)
-            plan.slots.append(Slot(_in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
+            codes = self._options.fp8 is not None and name in self._options.fp8.weights
+            plan.slots.append(Slot(in_dtype(base, FLOAT if codes else self._options.dtype), tuple(infos), base, tasks))
         elif len(kinds) == 2 or len({info.dtype.name for info in [*infos, base]}) > 1:
             dtypes = listed(f"{task} {pair.fine.dtype.name}" for task, pair in found.items())
             self.problems.append(f"{name}: {dtypes}, {plan.reference.label} {base.dtype.name} cannot be merged{self._keep(name)}")

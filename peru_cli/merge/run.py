@@ -13,7 +13,7 @@ from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
 from peru_cli.merge.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes import Decided, Elect, Merge, Products
-from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.plan import MergePlan, in_dtype
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
@@ -144,9 +144,8 @@ def _average(plan: MergePlan, rule: Rule, writer: CheckpointWriter) -> None:
 
 def _copy(plan: MergePlan, writer: CheckpointWriter) -> None:
     """Copy tensors of the reference, in the output's dtype."""
-    outputs = {info.name: info for info in plan.outputs}
     for info in plan.copied:
-        wanted = outputs[info.name].dtype
+        wanted = in_dtype(info, plan.dtype).dtype
         if wanted is info.dtype:
             writer.copy(info.name, plan.reference, info.name)
             continue

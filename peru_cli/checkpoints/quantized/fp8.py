@@ -20,6 +20,7 @@ import numpy as np
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.quantized.layout import Layout, Scaled
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.kernels.codes import decode
 
 _HELD = 4  # tensors whose scales are kept: each is read in many tiles
 
@@ -54,7 +55,7 @@ VALUES = {
 _POWERS = np.where(np.arange(256) == 255, np.nan, 2.0 ** (np.arange(256) - 127.0)).astype(np.float32)  # E8M0, also stored as bytes
 
 
-def _scales(raw: bytes, dtype: str) -> Floats:
+def read_scales(raw: bytes, dtype: str) -> Floats:
     """Scales as float32, (n,)."""
     if dtype in ("F8_E8M0", "U8"):
         return _POWERS[np.frombuffer(raw, np.uint8)]
@@ -63,27 +64,13 @@ def _scales(raw: bytes, dtype: str) -> Floats:
     return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
-def _store(values: Floats, dtype: str, out: memoryview) -> None:
-    """Write float32 values into bytes of a float type, rounded to nearest, ties to even."""
-    if dtype == "BF16":
-        bits = values.view(np.uint32)
-        nans = np.isnan(values)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        if nans.any():
-            rounded[nans] = 0x7FC0
-        np.frombuffer(out, np.uint16)[:] = rounded
-    else:
-        with np.errstate(over="ignore"):
-            np.frombuffer(out, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])[:] = values
-
-
 class Dequantized(Checkpoint):
     """Codes and scales of another checkpoint as floats, companions left out; config.json without its `quantization_config`."""
 
     expanded = True  # the float type was not chosen by whoever made the model
 
     def __init__(self, stored: Checkpoint, layout: Layout) -> None:
-        self.stored, self._layout = stored, layout
+        self.stored, self.layout = stored, layout
         self.label, self.metadata, self.files, self.ranged = stored.label, stored.metadata, stored.files, stored.ranged
         self.kind = f"{stored.kind}, {len(layout.weights)} {layout.kind} tensors dequantised"
         self.public_name, self.part = stored.public_name, "dequantised"
@@ -113,35 +100,24 @@ class Dequantized(Checkpoint):
         return files
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        weight = self._layout.weights.get(name)
+        weight = self.layout.weights.get(name)
         if weight is None:
             self.stored.read_into(name, offset, buffer)
             return
         width = weight.info.dtype.bits // 8
         start, n = offset // width, len(buffer) // width
-        codes = bytearray(n)
-        self.stored.read_into(name, start, memoryview(codes))
-        values = VALUES[weight.codes.dtype.name][np.frombuffer(codes, np.uint8)]
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._scale(weight, start, values)
-        _store(values, weight.info.dtype.name, buffer)
-
-    def _scale(self, weight: Scaled, start: int, values: Floats) -> None:
-        """Multiply entries from `start` on by the scales of their blocks, in place; (n,)."""
-        if weight.scale is None:
-            return
-        scales = self._scales(weight)
-        if scales.size == 1:
-            values *= scales.reshape(())
-            return
-        rows, columns = weight.codes.shape[-2:]
-        for at, first, stop, row, count in _spans(start, len(values), columns):
-            matrix, inside = np.divmod(np.arange(row, row + count), rows)
-            of_rows = scales.reshape(weight.grid)[matrix, inside // weight.block[0]]  # (count, blocks of columns)
-            block = values[at : at + count * (stop - first)].reshape(count, stop - first)
-            if weight.grid[2] > 1:
-                of_rows = of_rows[:, np.arange(first, stop) // weight.block[1]]
-            block *= of_rows
+        codes = np.empty(n, np.uint8)
+        self.stored.read_into(name, start, codes.data)
+        scales = np.ones(1, np.float32) if weight.scale is None else self._scales(weight)
+        one = (1, max(weight.codes.entries, 1))
+        matrix, block = (weight.matrix, weight.block) if scales.size > 1 else (one, one)
+        values, dtype = VALUES[weight.codes.dtype.name], weight.info.dtype.name
+        if dtype == "F64":
+            single = np.empty(n, np.float32)
+            decode(codes, start, values, scales, matrix, block, "F32", single)
+            np.frombuffer(buffer, np.float64)[:] = single
+        else:
+            decode(codes, start, values, scales, matrix, block, dtype, np.frombuffer(buffer, f"u{width}"))
 
     def _scales(self, weight: Scaled) -> Floats:
         """All scales of a tensor as float32, (n,): at most 1 for 32 of its entries."""
@@ -150,7 +126,7 @@ class Dequantized(Checkpoint):
             if (found := self._cache.get(weight.info.name)) is not None:
                 self._cache.move_to_end(weight.info.name)
                 return found
-            found = _scales(self.stored.read(weight.scale.name), weight.scale.dtype.name)
+            found = read_scales(self.stored.read(weight.scale.name), weight.scale.dtype.name)
             self._cache[weight.info.name] = found
             if len(self._cache) > _HELD:
                 self._cache.popitem(last=False)
@@ -162,7 +138,7 @@ class Dequantized(Checkpoint):
     def _stored_ranges(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
         announced = set()
         for name, offset, nbytes in ranges:
-            weight = self._layout.weights.get(name)
+            weight = self.layout.weights.get(name)
             if weight is None:
                 yield name, offset, nbytes
                 continue
@@ -180,21 +156,6 @@ class Dequantized(Checkpoint):
 
     def close(self) -> None:
         self.stored.close()
-
-
-def _spans(start: int, n: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """A run of entries as at most three blocks: where it is in the run, first and last column, first row, number of rows."""
-    at = 0
-    while at < n:
-        row, first = divmod(start + at, columns)
-        if first or n - at < columns:
-            stop = min(columns, first + n - at)
-            yield at, first, stop, row, 1
-            at += stop - first
-        else:
-            count = (n - at) // columns
-            yield at, 0, columns, row, count
-            at += count * columns
 
 
 def _without_quantization(config: dict[str, Any]) -> bool:

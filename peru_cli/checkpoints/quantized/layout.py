@@ -54,6 +54,12 @@ class Scaled:
     block: tuple[int, int] = (1, 1)
     grid: tuple[int, int, int] = (1, 1, 1)
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of each matrix."""
+        rows, columns = (1, 1, *self.codes.shape)[-2:]
+        return rows, columns
+
 
 @dataclass
 class Layout:
