@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from peru_cli.kernels.products import product_into
+
 MANTISSAS = (16, 19, 23, 27)
 MAX_SCALE = 2000  # largest magnitude of g: 2^500 either way, well within float64
 EXACT_BITS = 53  # mantissa bits of a float64
+_SINGLE_BITS = 24  # those of a float32
 Integers = np.ndarray[Any, np.dtype[Any]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -28,28 +31,31 @@ def scale_number(scale: Floats) -> Integers:
     return numbers
 
 
+def _total(largest_left: Integers, largest_right: Integers, g: Integers) -> tuple[int, int]:
+    """The most that a sum over directions can become, in units of 2^e, and e, the least exponent of the scales; e spans at most 53."""
+    exponents = [int(number) // 4 for number in g]
+    least = min(exponents)
+    if max(exponents) - least > EXACT_BITS:
+        return 1 << 2 * EXACT_BITS, least
+    terms = zip(largest_left, largest_right, g, exponents, strict=True)
+    return sum(int(a) * int(b) * MANTISSAS[int(number) % 4] << (exponent - least) for a, b, number, exponent in terms), least
+
+
 def is_exact(largest_left: Integers, largest_right: Integers, g: Integers) -> bool:
     """Whether float64 is exact for every sum over directions of integers up to these magnitudes times their scales.
 
     All terms are whole multiples of 2^e, with e the least exponent of the scales. If their magnitudes together stay below
     2^53 times that, no partial sum rounds, in whatever order a processor adds. Three arrays of integers (k,)."""
-    if not len(g):
-        return True
-    exponents = [int(number) // 4 for number in g]
-    least = min(exponents)
-    if max(exponents) - least > EXACT_BITS:
-        return False
-    terms = zip(largest_left, largest_right, g, exponents, strict=True)
-    total = sum(int(a) * int(b) * MANTISSAS[int(number) % 4] << (exponent - least) for a, b, number, exponent in terms)
-    return total < 1 << EXACT_BITS
+    return not len(g) or _total(largest_left, largest_right, g)[0] < 1 << EXACT_BITS
 
 
 def product(left: Integers, right: Integers, g: Integers) -> Floats:
-    """sum_i left[:, i] scale(g_i) right[i]; integers (rows, k), (k, columns), (k,) -> float64 (rows, columns).
+    """sum_i left[:, i] scale(g_i) right[i]; int16 (rows, k), (k, columns), (k,) -> float64 (rows, columns).
 
     If `is_exact` holds, the result is exact and does not depend on the order of summation."""
-    result: Floats = (left * scale_of(g)) @ right.astype(np.float64)
-    return result
+    panel = np.zeros((len(left), right.shape[1]))
+    _product_into(left, right, g, np.arange(len(left)), panel)
+    return panel
 
 
 def run_of_product(left: Integers, right: Integers, g: Integers, rows: Integers | None, start: int, stop: int) -> Floats:
@@ -59,11 +65,22 @@ def run_of_product(left: Integers, right: Integers, g: Integers, rows: Integers 
     columns = right.shape[1]
     first, last = start // columns, -(-stop // columns)
     if rows is None:
-        panel = product(left[first:last], right, g)
+        panel = np.empty((last - first, columns))
+        _product_into(left[first:last], right, g, np.arange(last - first), panel)
     else:
         panel = np.zeros((last - first, columns))
         a, b = np.searchsorted(rows, (first, last))
-        if a < b:
-            panel[rows[a:b] - first] = product(left[a:b], right, g)
+        _product_into(left[a:b], right, g, rows[a:b] - first, panel)
     at = start - first * columns
     return panel.reshape(-1)[at : at + stop - start]
+
+
+def _product_into(left: Integers, right: Integers, g: Integers, rows: Integers, panel: Floats) -> None:
+    """The product into some rows of a panel: in float32 where that is exact, too."""
+    if not left.size:
+        return
+    total, least = _total(np.abs(left, dtype=np.int32).max(0), np.abs(right, dtype=np.int32).max(1), g)
+    kind = np.float32 if total < 1 << _SINGLE_BITS else np.float64
+    units = np.ldexp(np.asarray(MANTISSAS, np.float64)[g % 4], (g // 4 - least).astype(np.int32))
+    at = np.ascontiguousarray(rows * panel.shape[1], np.int64)
+    product_into((left * units).astype(kind), right.astype(kind), 2.0 ** (least - 4), at, panel.reshape(-1))

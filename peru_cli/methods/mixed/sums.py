@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.kernels.products import added
 from peru_cli.methods.delta import Bits, add_ulps
 from peru_cli.streaming.arrays import CPU
 
@@ -21,7 +22,9 @@ def add_difference(base: Bits, dtype: Dtype, difference: Floats | None, ulps: Bi
     """base + difference in float64, rounded to the dtype to nearest even (to 16 bits by way of float32), then moved by ULPs.
 
     An entry whose difference is zero, or whose base is not finite, stays unchanged. `base` is bits of the dtype, (n,)."""
-    if difference is not None:
+    if difference is not None and dtype.bits == 16:
+        base = added(base, difference, dtype.name)
+    elif difference is not None:
         wide = CPU.widen(base, dtype, np.empty(len(base)))
         with np.errstate(over="ignore", invalid="ignore"):
             rounded = CPU.narrow(wide + difference, dtype)
