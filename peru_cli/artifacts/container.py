@@ -147,7 +147,7 @@ class Container:
         header = read_header(self._file)
         metadata = dict(header.metadata)
         if "peru.format" not in metadata:
-            raise BadFile("not a peru artifact", "a checkpoint is named where an artifact is meant; `peru prune` makes artifacts")
+            raise BadFile("not a peru artifact", "this is a checkpoint, but an artifact is needed: `peru prune` makes one")
         if metadata["peru.format"] != FORMAT:
             raise BadFile(f"artifact format {metadata['peru.format']!r}, this peru reads {FORMAT}", "pip install -U peru-cli")
         if not set(header.tensors) <= set(ROLES):

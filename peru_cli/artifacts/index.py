@@ -215,7 +215,7 @@ def decode_index(data: bytes) -> Index:
     streams, blocks = decode_streams(cursor)
     index = Index(tensors, streams, blocks, decode_files(cursor))
     if not cursor.done():
-        raise BadFile("the artifact's index goes on after its end")
+        raise BadFile("the artifact's index has trailing bytes")
     check_streams(index.tensors, index.streams, index.blocks)
     return index
 
@@ -261,7 +261,7 @@ def _decode_stream(cursor: Cursor) -> Stream:
     dtype = cursor.dtype()
     values = cursor.one_of((EXACT, ROUNDED), "kind of values")
     if not dtype.compressible:
-        raise BadFile(f"a stream of {dtype.name} entries cannot be")
+        raise BadFile(f"a stream of {dtype.name} entries is impossible")
     codecs = [cursor.one_of((RAW, PCO), "codec") for _ in range(2)]
     stream = Stream(dtype, values, codecs[0], codecs[1], cursor.number(MAX_BLOCK_ENTRIES))
     if stream.block_entries < 1:
@@ -324,4 +324,4 @@ def check_streams(tensors: Sequence[TensorRecord], streams: Sequence[Stream], bl
             raise BadFile(f"the stream of {stream.dtype.name} holds {stream.kept} entries, its tensors {kept}")
         length = sum(r.base_entries for r in tensors if r.mode == Mode.DELTA and r.info.dtype is stream.dtype)
         if length > MAX_ENTRIES or any(block.origin >= length for block in blocks if streams[block.stream] is stream):
-            raise BadFile(f"the stream of {stream.dtype.name} is longer than can be, or has blocks beyond its end")
+            raise BadFile(f"the stream of {stream.dtype.name} is too long, or has blocks beyond its end")

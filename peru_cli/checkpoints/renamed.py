@@ -55,7 +55,7 @@ class Renamed(Checkpoint):
             try:
                 check_tensor_name(new)
             except BadFile as error:
-                raise UsageError(f"--rename makes of {name!r}: {error.message}") from error
+                raise UsageError(f"--rename would give {name!r} an invalid name: {error.message}") from error
             self._old[new] = name
         self.renamed = [(old, new) for new, old in self._old.items() if new != old]
         self.label, self.metadata, self.warnings, self.side_files = model.label, model.metadata, model.warnings, model.side_files

@@ -86,7 +86,7 @@ def check_bound(merged: Checkpoint, head: Checkpoint) -> list[str]:
     if digests is None:
         return [f"peru cannot tell whether {head.label} belongs to {merged.label}: these weights have no digests"]
     if model_digest(digests) != wanted:
-        raise Mismatch(f"{head.label} is the head of another merge than {merged.label}", "fetch or make both again, together")
+        raise Mismatch(f"{head.label} belongs to another merge than {merged.label}", "fetch or make both again, together")
     return []
 
 

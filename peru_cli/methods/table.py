@@ -47,7 +47,7 @@ _SHARED: Mapping[str, Flag] = {
     "alpha": Flag(float, "A", "regmean: factor of off-diagonal entries. ramplus-tl: the largest amplification.", least=0),
     "t": Flag(float, "T", "Point between the first model (0) and the second (1). nearswap: largest change that is taken in full."),
     "ridge": Flag(float, "R", "Added to each matrix before it is inverted, as a share of its mean diagonal.", least=0),
-    "plain": Flag(str, "REGEX", "Average matrices whose names match, as vectors are averaged."),
+    "plain": Flag(str, "REGEX", "Average matrices whose names match, like vectors."),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ _ALL = (
         "slerp:Slerp", {"t": Option(0.5)}, needs_base=False, tasks=(2, 2), mergekit=Mergekit("slerp", {}, {"t": "t"}),
     ),
     Method(
-        "nuslerp", "slerp of two models by their weights, on task vectors where there is a base", "https://doi.org/10.1145/325334.325242",
+        "nuslerp", "weighted slerp of two models, on task vectors if there is a base", "https://doi.org/10.1145/325334.325242",
         "angles.nuslerp:nuslerp",
         {
             "weight": _WEIGHT,
@@ -147,7 +147,7 @@ _ALL = (
         mergekit=Mergekit("nuslerp", {"weight": "weight"}, {"flatten": "nuslerp_flatten", "row-wise": "nuslerp_row_wise"}),
     ),
     Method(
-        "multislerp", "the mean direction of several models, on task vectors where there is a base", "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea/",
+        "multislerp", "the mean direction of several models, on task vectors if there is a base", "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea/",
         "angles.multislerp:MultiSlerp", {"weight": _WEIGHT, "normalize": Option(True)}, needs_base=False, tasks=(2, None),
         mergekit=Mergekit("multislerp", {"weight": "weight"}, {"normalize": "normalize_weights"}),
     ),
@@ -160,7 +160,7 @@ _ALL = (
         needs_base=False, tasks=(2, None), mergekit=Mergekit("karcher", {}, {"max-iter": "max_iter", "tol": "tol"}),
     ),
     Method(
-        "model-stock", "from the base to the mean, as far as the fine-tunes agree", "https://arxiv.org/abs/2403.19522",
+        "model-stock", "from the base towards the mean, as far as the fine-tunes agree", "https://arxiv.org/abs/2403.19522",
         "angles.model_stock:model_stock",
         {"filter-wise": Option(False, flag=Flag(bool, "", "Find the step for each row, not for each tensor."))},
         tasks=(2, None), mergekit=Mergekit("model_stock", {}, {"filter-wise": "filter_wise"}),
@@ -170,11 +170,11 @@ _ALL = (
         {"scale": _SCALE}, needs_base=False, tasks=(1, 1), mergekit=Mergekit("passthrough", {"scale": "scale"}),
     ),
     Method(
-        "nearswap", "take what is near, a step towards what is far", "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        "nearswap", "take weights that are close, move a step towards the others", "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
         "entries.nearswap:NearSwap", {"t": Option(0.0001)}, tasks=(1, 1), mergekit=Mergekit("nearswap", {}, {"t": "t"}),
     ),
     Method(
-        "arcee-fusion", "take the changes that matter most", "https://github.com/arcee-ai/mergekit", "entries.arcee_fusion:ArceeFusion",
+        "arcee-fusion", "take only the most important changes", "https://github.com/arcee-ai/mergekit", "entries.arcee_fusion:ArceeFusion",
         {}, tasks=(1, 1), mergekit=Mergekit("arcee_fusion"),
     ),
     Method(
@@ -209,7 +209,7 @@ _ALL = (
         mergekit=Mergekit("della", _OWN | {"epsilon": "epsilon"}, _WHOLE, {"rescale": "l1"}),
     ),
     Method(
-        "della-linear", "as della, but added without an election", "https://arxiv.org/abs/2406.11617", "entries.della:DellaLinear",
+        "della-linear", "della without an election", "https://arxiv.org/abs/2406.11617", "entries.della:DellaLinear",
         {
             "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 2)), "epsilon": Option(0.15), "seed": _SEED,
             "reduce": Option("sum", _REDUCE), "rescale": _RESCALE,
@@ -232,19 +232,19 @@ _ALL = (
         mergekit=Mergekit("breadcrumbs_ties", _OWN | {"gamma": "gamma"}, _WHOLE, {"scope": "tensor"}),
     ),
     Method(
-        "sce", "select what differs, weigh tasks by energy, erase the minority's sign", "https://arxiv.org/abs/2408.07990",
+        "sce", "select what differs, weight tasks by energy, erase the minority's sign", "https://arxiv.org/abs/2408.07990",
         "entries.sce:Sce",
         {"scale": _SCALE, "keep": Option(Fraction(1, 10))}, tasks=(2, None), mergekit=Mergekit("sce", {}, {"keep": "select_topk"}),
     ),
     Method(
-        "ram", "what one task changed as it is, what several changed averaged", "https://arxiv.org/abs/2601.13572", "entries.ram:Ram",
+        "ram", "keep what one task changed, average what several changed", "https://arxiv.org/abs/2601.13572", "entries.ram:Ram",
         {"epsilon": Option(1e-5)}, tasks=(2, None), mergekit=Mergekit("ram", {}, {"epsilon": "epsilon"}),
     ),
     Method(
-        "ramplus-tl", "as ram, what one task changed amplified", "https://arxiv.org/abs/2601.13572", "entries.ram:RamPlus",
+        "ramplus-tl", "ram, amplifying what only one task changed", "https://arxiv.org/abs/2601.13572", "entries.ram:RamPlus",
         {
             "epsilon": Option(1e-5), "alpha": Option(0.2),
-            "amplify": Option(0.1, flag=Flag(float, "R", "How strongly to amplify what one task alone changed.", least=0)),
+            "amplify": Option(0.1, flag=Flag(float, "R", "How strongly to amplify what only one task changed.", least=0)),
         },
         tasks=(2, None), mergekit=Mergekit("ramplus_tl", {}, {"epsilon": "epsilon", "alpha": "alpha", "amplify": "r"}),
     ),
@@ -253,15 +253,15 @@ _ALL = (
         {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10))}, tasks=(2, None),
     ),
     Method(
-        "tsv-m", "each task's top singular directions, made orthogonal to the others'", "https://arxiv.org/abs/2412.00081",
+        "tsv-m", "each task's top singular directions, orthogonalised against the others'", "https://arxiv.org/abs/2412.00081",
         "spectral.tsv_m:TsvM", {"weight": _WEIGHT, "scale": _SCALE, "plain": _PLAIN}, tasks=(2, None),
     ),
     Method(
-        "iso-c", "the sum of the task vectors with all singular values alike", "https://arxiv.org/abs/2502.04959", "spectral.iso:IsoC",
+        "iso-c", "the sum of the task vectors with equal singular values", "https://arxiv.org/abs/2502.04959", "spectral.iso:IsoC",
         {"weight": _WEIGHT, "scale": _SCALE, "plain": _PLAIN}, tasks=(2, None),
     ),
     Method(
-        "iso-cts", "common directions and each task's own, all singular values alike", "https://arxiv.org/abs/2502.04959",
+        "iso-cts", "common directions and each task's own, with equal singular values", "https://arxiv.org/abs/2502.04959",
         "spectral.iso:IsoCts",
         {
             "weight": _WEIGHT, "scale": _SCALE,
@@ -275,7 +275,7 @@ _ALL = (
         "spectral.wudi:Wudi", {"weight": _WEIGHT, "scale": _SCALE, "ridge": Option(1e-3), "plain": _PLAIN}, tasks=(2, None),
     ),
     Method(
-        "star", "cut small singular values off, restore the nuclear norm, average", "https://arxiv.org/abs/2502.10339",
+        "star", "cut off small singular values, restore the nuclear norm, average", "https://arxiv.org/abs/2502.10339",
         "spectral.star:Star",
         {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(2, 5)), "plain": _PLAIN}, tasks=(2, None),
     ),

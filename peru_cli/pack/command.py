@@ -82,7 +82,7 @@ def shuffle_pack(
     ] = None,
     max_error: Annotated[
         Optional[float],
-        typer.Option("--max-error", min=0, metavar="E", help="Fail if a task would come back with a relative error above E."),
+        typer.Option("--max-error", min=0, metavar="E", help="Leave out tasks with a predicted relative error above E."),
     ] = None,
     whole_weights: Annotated[
         bool, typer.Option("--whole-weights", help="Superpose weights instead of differences (PSP). A baseline, and a poor one.")

@@ -51,7 +51,7 @@ def prune(
     ] = None,
     bits: Annotated[
         Optional[str],
-        typer.Option("--bits", metavar="NUMBER", help="Least error in at most so many bits per parameter, heads not counted: 0.1."),
+        typer.Option("--bits", metavar="NUMBER", help="Least error at this many bits per parameter, heads not counted: 0.1."),
     ] = None,
     min_quality: Annotated[
         Optional[str],
@@ -68,7 +68,7 @@ def prune(
         typer.Option(
             "--values",
             metavar="auto|exact|bf16|log2",
-            help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: sign and octave alone.",
+            help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: only sign and octave.",
         ),
     ] = "auto",
     fail_above: Annotated[
@@ -76,7 +76,7 @@ def prune(
         typer.Option(
             "--fail-above",
             metavar="METRIC=VALUE",
-            help="Exit with 3 and write nothing above this: error=0.3, each task's relative error; bytes=3MB, all artifacts.",
+            help="Exit with 3 and write nothing above a bound: error=0.3 (relative, of any task), bytes=3MB (of all artifacts).",
         ),
     ] = None,
     per_task: Annotated[
@@ -84,7 +84,7 @@ def prune(
     ] = None,
     rename: options.Rename = None,
     allow_unpaired: Annotated[
-        bool, typer.Option("--allow-unpaired", help="Store tensors that the base lacks whole, even above 10% of the bytes.")
+        bool, typer.Option("--allow-unpaired", help="Store tensors without a partner whole, even above 10% of the bytes.")
     ] = False,
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="Public name of the base to record, e.g. org/name@commit.")

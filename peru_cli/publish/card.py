@@ -107,7 +107,7 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
     bases = list(dict.fromkeys(name for name in names if name is not None))
     kinds = sorted({m["peru.kind"] for m in metadata.values()})
     body = front_matter([name.name for name in bases], "adapter", "peru", ["peru", *kinds])
-    body += [f"# {repo}", "", f"What {_of(bases, found)} becomes for each task, stored by {PERU} as the difference from it.", ""]
+    body += [f"# {repo}", "", f"Fine-tunes of {_of(bases, found)}, stored by {PERU} as differences from it.", ""]
     body += [
         "| file | task | bytes | kept entries | density | bits a parameter | stored whole |",
         "| --- | --- | --- | --- | --- | --- | --- |",

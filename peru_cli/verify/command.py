@@ -33,7 +33,7 @@ def verify(
     found = []
     for path in paths:
         if not Path(path).exists():
-            raise UsageError(f"{path}: no such file or folder", "verify looks at files on this machine")
+            raise UsageError(f"{path}: no such file or folder", "verify reads only files on this machine")
         found += compare(Path(path))
     inputs.check()
     console.table(["file", "verdict", "what was checked"], [[f.file, f.verdict, f.said] for f in found])

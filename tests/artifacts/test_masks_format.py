@@ -155,7 +155,7 @@ def test_a_mask_that_is_not_the_one_recorded_is_noticed(tmp_path: Path) -> None:
 
 def test_the_index_comes_back() -> None:
     assert encode_masks(*decode_masks(INDEX)) == INDEX
-    with pytest.raises(BadFile, match="change places"):
+    with pytest.raises(BadFile, match="moves tensors"):
         _, masks = decode_masks(INDEX)
         pack = read_safetensors((GOLDEN.parent / "pack" / "pack.safetensors").read_bytes())[1]["index"][2]
         decode_masks(encode_masks(decode_index(pack), masks))
@@ -217,7 +217,7 @@ def test_options_and_models_that_cannot_be(made: Path, peru: Peru) -> None:
         ([a, f"b={broken}", *at, *tall], 1, "differs from the base by NaN or infinity"),
         ([a, f"b={broken}", *at, *magnitude], 1, "differs from the base by NaN or infinity"),
         ([a, f"d={made}/a.safetensors", *at, *tall], 1, "are the same model"),
-        ([f"m={made}/m.safetensors", b, *at, *tall], 2, "holds a, b: say which"),
+        ([f"m={made}/m.safetensors", b, *at, *tall], 2, "holds a, b: choose one"),
     ]  # fmt: skip
     for arguments, code, says in cases:
         peru("shuffle-pack", *arguments, "-o", made / "q.safetensors", code=code)
@@ -228,7 +228,7 @@ def test_options_and_models_that_cannot_be(made: Path, peru: Peru) -> None:
 def test_wrong_bases_and_tasks_are_refused(made: Path, peru: Peru) -> None:
     out, path, at = made / "out.safetensors", made / "m.safetensors", made / "base.safetensors"
     peru("unpack", path, "--task", "c", "-b", at, "-o", out, code=2)
-    assert "holds a, b, and no 'c'" in peru.stderr  # type: ignore[attr-defined]
+    assert "holds a, b, not 'c'" in peru.stderr  # type: ignore[attr-defined]
     torch.manual_seed(1)
     wrong = change(made, "base", **{"layers.1.w": torch.randn(16, 8)})
     peru("unpack", path, "--task", "a", "-b", wrong, "-o", out, code=1)

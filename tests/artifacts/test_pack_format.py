@@ -199,9 +199,9 @@ def test_unpacking_what_is_not_there(made: Path, peru: Peru) -> None:
     pack, out = made / "p.safetensors", made / "out.safetensors"
     base_path = made / "base.safetensors"
     peru("unpack", pack, "--task", "c", "-b", base_path, "-o", out, code=2)
-    assert "holds a, b, and no 'c'" in peru.stderr  # type: ignore[attr-defined]
+    assert "holds a, b, not 'c'" in peru.stderr  # type: ignore[attr-defined]
     peru("unpack", pack, "-b", base_path, "-o", out, code=2)
-    assert "holds a, b: say which" in peru.stderr  # type: ignore[attr-defined]
+    assert "holds a, b: choose one" in peru.stderr  # type: ignore[attr-defined]
     torch.manual_seed(1)
     wrong = change(made, "base", **{"layers.1.w": torch.randn(16, 8)})
     peru("unpack", pack, "--task", "a", "-b", wrong, "-o", out, code=1)

@@ -76,7 +76,7 @@ def test_a_single_file_beside_shards_is_taken_as_transformers_does(tmp_path: Pat
     loaded = BertModel.from_pretrained(tmp_path).state_dict()["embeddings.LayerNorm.bias"]
     with open_model(str(tmp_path)) as model:
         assert model.read("embeddings.LayerNorm.bias") == loaded.numpy().tobytes()
-        assert "the single file is taken, as transformers does" in model.warnings[0]
+        assert "the single file is read, as in transformers" in model.warnings[0]
 
 
 def test_an_index_of_the_single_file_is_no_doubt(tmp_path: Path) -> None:

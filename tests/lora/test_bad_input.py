@@ -214,7 +214,7 @@ def test_folders_and_models_that_are_no_adapter(tmp_path: Path, peru, adapter: P
     refused(tmp_path, peru, "unpack", tmp_path / "many", "-b", tmp_path / "model.safetensors", "-o", tmp_path / "out", code=2, says=says)
     # and where a full model is meant
     good = tmp_path / "many" / "x"
-    says = ("is a PEFT adapter, and a full checkpoint is meant here", "peru unpack")
+    says = ("is a PEFT adapter, but a full checkpoint is needed here", "peru unpack")
     at = ("-b", good, "-o", tmp_path / "a.safetensors", "--keep", "10%")
     refused(tmp_path, peru, "prune", tmp_path / "model.safetensors", *at, code=2, says=says)
 

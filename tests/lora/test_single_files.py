@@ -159,8 +159,8 @@ def test_differences_are_added_where_they_belong(tmp_path: Path, peru, base: Pat
         (f"{NAME}.diff", (12, 10), 1, "has another update"),
         ("blocks.0.diff_m", (6, 10), 2, "modulations"),
         ("conv.reshape_weight", (4,), 2, "a new shape of the base's weight"),
-        ("blocks.0.anything", (4,), 2, "nothing says what it is to the base"),
-        ("extra.weight", (4,), 2, "nothing says what it is to the base"),
+        ("blocks.0.anything", (4,), 2, "nothing says how it applies to the base"),
+        ("extra.weight", (4,), 2, "nothing says how it applies to the base"),
     ],
 )
 def test_no_entry_becomes_a_new_tensor(tmp_path: Path, peru, base: Path, entry: str, shape: tuple[int, ...], code: int, says: str) -> None:
@@ -261,7 +261,7 @@ def test_a_peft_file_without_its_configuration_has_no_scale(tmp_path: Path, peru
     table = {f"{OUTER}{NAME}.lora_A.weight": down, f"{OUTER}{NAME}.lora_B.weight": up}
     save_file(table, tmp_path / "in.safetensors")
     fold(peru, base, tmp_path / "in.safetensors", code=1)
-    assert "no adapter_config.json lies beside it to say its scale" in peru.stderr
+    assert "no adapter_config.json beside the file gives its scale" in peru.stderr
     save_file(table, tmp_path / "in.safetensors", metadata={"lora_alpha": "2"})
     got = fold(peru, base, tmp_path / "in.safetensors")
     assert sorted(got) == sorted(load_file(base))

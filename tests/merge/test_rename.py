@@ -66,7 +66,7 @@ def test_rules_that_do_nothing_or_too_much_are_refused(tmp_path: Path, peru) -> 
         ("(=x", 2, "is not REGEX=REPLACEMENT"),
         (r"visual=\3", 2, "is not REGEX=REPLACEMENT"),
         (r"\d=0", 1, "the same name"),
-        ("^model=../x", 2, "--rename makes of"),
+        ("^model=../x", 2, "--rename would give"),
     ):
         peru(*merge, "--rename", rule, code=code)
         assert says in peru.stderr and not (tmp_path / "m").exists(), (rule, peru.stderr)

@@ -34,7 +34,7 @@ def test_a_task_is_pruned_and_merged_as_its_unpacked_file(tmp_path: Path, peru: 
     ours, theirs = (load_file(tmp_path / f"{kind}-merged" / "model.safetensors") for kind in ("packed", "files"))
     assert ours.keys() == theirs.keys() and all(raw(ours[name]) == raw(theirs[name]) for name in ours)
     peru("prune", pack, "-o", tmp_path / "none.safetensors", "--keep", "10%", *under, code=2)
-    assert f"holds a, b: say which\n  write TASK={pack}" in peru.stderr  # type: ignore[attr-defined]
+    assert f"holds a, b: choose one\n  write TASK={pack}" in peru.stderr  # type: ignore[attr-defined]
 
 
 def test_json_of_a_task_that_changes_nothing_holds_no_infinity(tmp_path: Path, peru: Peru) -> None:

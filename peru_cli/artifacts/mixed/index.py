@@ -141,7 +141,7 @@ def decode_mixed(data: bytes) -> MixedIndex:
     order = _decode_blocks(cursor, streams)
     index = MixedIndex(tensors, streams, order, decode_files(cursor))
     if not cursor.done():
-        raise BadFile("the artifact's index goes on after its end")
+        raise BadFile("the artifact's index has trailing bytes")
     _check_counts(index)
     return index
 

@@ -112,7 +112,7 @@ class Mixed(SingleArtifact[MixedRecord]):
         scales = np.cumsum(steps, dtype=np.int64)
         contexts = np.concatenate((lefts, rights))
         if contexts.min() < 0 or contexts.max() >= CONTEXTS or np.abs(scales).max() > MAX_SCALE:
-            raise BadFile(f"{self.path}: the directions of {record.info.name!r} have contexts or scales that cannot be")
+            raise BadFile(f"{self.path}: the directions of {record.info.name!r} have invalid contexts or scales")
         return lefts, rights, scales
 
     @cached_property

@@ -101,7 +101,7 @@ def decode_mask(data: bytes, block: MaskBlock, entries: int, codec: int) -> Flag
         positions = np.cumsum(gaps, dtype=np.int64)
         positions += np.arange(block.kept)
         if positions[-1] >= entries:  # sums of at most 2^22 numbers below 2^32 cannot wrap
-            raise BadFile("a block of a mask goes on after its end")
+            raise BadFile("a block of a mask has trailing bytes")
         mask[positions] = True
     return mask
 
@@ -129,9 +129,9 @@ def decode_masks(data: bytes) -> tuple[PackIndex, list[MaskRecord]]:
         raise BadFile(f"the index of masks has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
     index = decode_index(cursor.take(cursor.count()))
     if index.groups or any(tensor.is_target for tensor in index.tensors):
-        raise BadFile("tensors of masks change places, which only those of packs do")
+        raise BadFile("the index of masks moves tensors, which only packs do")
     if index.residuals:
-        raise BadFile("masks have residuals, which only packs have")
+        raise BadFile("the index of masks has residuals, which only packs have")
     masks = []
     for _ in index.tasks:
         mask = MaskRecord(decimal(cursor), cursor.number(index.entries), cursor.take(32))
@@ -142,7 +142,7 @@ def decode_masks(data: bytes) -> tuple[PackIndex, list[MaskRecord]]:
             raise BadFile(f"a mask keeps {mask.kept} entries, its blocks keep others")
         masks.append(mask)
     if not cursor.done():
-        raise BadFile("the index of masks goes on after its end")
+        raise BadFile("the index of masks has trailing bytes")
     return index, masks
 
 

@@ -74,7 +74,7 @@ class Pack:
     def _open(self) -> None:
         self.path, self.metadata = self.container.path, self.container.metadata
         if (kind := self.metadata.get("peru.kind")) != self.kind:
-            raise BadFile(f"an artifact of kind {kind!r}, where a pack is meant", "`peru shuffle-pack` makes packs")
+            raise BadFile(f"an artifact of kind {kind!r}, but a pack is needed", "`peru shuffle-pack` makes packs")
         self._read_index()
         index = self.index
         if int(self.metadata["peru.entries"]) != index.entries:
@@ -176,7 +176,7 @@ class Pack:
             return self.index.tasks[0]
         if name not in self.tasks:
             has = f"{self.path} holds {listed(self.tasks)}"
-            raise UsageError(f"{has}: say which" if name is None else f"{has}, and no {name!r}", "--task NAME")
+            raise UsageError(f"{has}: choose one" if name is None else f"{has}, not {name!r}", "--task NAME")
         return self.tasks[name]
 
     def sums(self, record: PackedTensor, start: int, stop: int) -> Sums:

@@ -248,7 +248,7 @@ def decode_index(data: bytes) -> PackIndex:
     _check_groups(groups, tensors)
     index = PackIndex(groups, tensors, [], [], [], cursor.one_of((RAW, PCO), "codec"), cursor.number(MAX_BLOCK_ENTRIES))
     if index.entries > MAX_ENTRIES or not index.block_entries:
-        raise BadFile("the pack's sums are more than can be, or its blocks hold none")
+        raise BadFile("the pack's index has too many sums, or empty blocks")
     if (blocks := cursor.count()) != -(-index.entries // index.block_entries):
         raise BadFile(f"the pack's index has {blocks} blocks for {index.entries} sums")
     index.blocks = [SumBlock(cursor.number(4 * index.block_entries + _STREAM_SLACK), cursor.take(SHORT)) for _ in range(blocks)]
@@ -261,7 +261,7 @@ def decode_index(data: bytes) -> PackIndex:
         infos = index.floating
         index.residuals = [decode_residual(cursor, infos, f"-?({_DECIMAL})") for _ in index.tasks]
     if not cursor.done():
-        raise BadFile("the pack's index goes on after its end")
+        raise BadFile("the pack's index has trailing bytes")
     _check_tasks(index)
     return index
 
@@ -279,7 +279,7 @@ def _decode_tensor(cursor: Cursor, name: str, groups: int) -> PackedTensor:
         tensor.exponent = cursor.signed(MOST_EXPONENT)
     if tensor.is_target:
         if not groups:
-            raise BadFile(f"tensor {name!r} belongs to a group that is not there")
+            raise BadFile(f"tensor {name!r} belongs to a missing group")
         tensor.group, tensor.place = cursor.number(groups - 1), cursor.number()
     return tensor
 
@@ -301,7 +301,7 @@ def decimal(cursor: Cursor) -> str:
     """Read a decimal in canonical form. BadFile for anything else."""
     text = cursor.text()
     if not re.fullmatch(f"-?({_DECIMAL})", text):
-        raise BadFile(f"the pack's index has {text[:80]!r} where a decimal is meant")
+        raise BadFile(f"the pack's index has {text[:80]!r} instead of a decimal")
     return text
 
 
@@ -331,14 +331,14 @@ def _decode_file(cursor: Cursor, index: PackIndex) -> SideFile:
     if cursor.one_of((STORED, FROM_BASE), "origin of a file") == FROM_BASE:
         return SideFile(name, FROM_BASE, cursor.number(MAX_SIDE_FILE_BYTES), cursor.take(SHORT))
     if not index.contents:
-        raise BadFile(f"the file {name!r} of the pack is not there")
+        raise BadFile(f"the pack lacks its file {name!r}")
     return SideFile(name, STORED, *index.contents[cursor.number(len(index.contents) - 1)])
 
 
 def _check_tasks(index: PackIndex) -> None:
     names = [task.name for task in index.tasks]
     if not names or any(a >= b for a, b in pairwise(names)) or len({name.lower() for name in names}) < len(names):
-        raise BadFile("the pack's tasks are none, not in order, or of one name")
+        raise BadFile("the pack has no tasks, or they are unsorted or share a name")
     for task in index.tasks:
         if not all(tensor.info.name.startswith(task.prefix.removed) for tensor in index.tensors):
             raise BadFile(f"the pack's task {task.name} has a prefix that its tensors do not have")

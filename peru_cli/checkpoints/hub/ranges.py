@@ -168,7 +168,7 @@ class RangeFile:
             raise NoRanges(f"{self.path}: the server ignores ranges (status {status})", "leave --stream out to read through the cache")
         whole = (response.headers.get("Content-Range"), response.headers.get("Content-Length", str(stop - start)))
         if whole != (f"bytes {start}-{stop - 1}/{self.size}", str(stop - start)):
-            raise _Again(HubError(f"{self.path}: the server answers another range than it was asked for, or for a file of another size"))
+            raise _Again(HubError(f"{self.path}: the server returned another range than requested, or one of a file of another size"))
         etag = (response.headers.get("ETag") or "").removeprefix("W/")
         with self._lock:
             if self._etags.setdefault(_origin(url), etag) != etag:

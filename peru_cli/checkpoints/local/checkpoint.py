@@ -225,14 +225,14 @@ def open_directory(folder: Place, label: str) -> Checkpoint:
     preferred = [f for f in files if f.name == "model.safetensors"] or files
     if any(f.name == "adapter_config.json" for f in children(folder)):
         raise UsageError(
-            f"{label} is a PEFT adapter, and a full checkpoint is meant here",
+            f"{label} is a PEFT adapter, but a full checkpoint is needed here",
             "fold it into its base first: peru unpack ADAPTER -b BASE -o DIR",
         )
     if len(preferred) == 1:
         checkpoint = SafetensorsCheckpoint(label, "checkpoint directory", preferred, find_side_files(folder))
         if indices:
             taken = f"{label} holds model.safetensors and shards of {indices[0].name}"
-            checkpoint.warnings.append(f"{taken}: the single file is taken, as transformers does; remove it if the shards are meant")
+            checkpoint.warnings.append(f"{taken}: the single file is read, as in transformers; remove it if you mean the shards")
         return _told(checkpoint)
     if preferred:
         names = ", ".join(f.name for f in preferred[:4])
@@ -241,7 +241,7 @@ def open_directory(folder: Place, label: str) -> Checkpoint:
     if (single := folder / "pytorch_model.bin").is_file():
         loaded = TorchCheckpoint(label, "PyTorch checkpoint", [single], find_side_files(folder))
         if torch_index.is_file() and single.name not in _read_index(torch_index).values():
-            loaded.warnings.append(f"{label} holds {single.name} and shards: the single file is taken, as transformers does")
+            loaded.warnings.append(f"{label} holds {single.name} and shards: the single file is read, as in transformers")
         return loaded
     if torch_index.is_file():
         return _open_sharded(label, torch_index)

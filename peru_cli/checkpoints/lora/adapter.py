@@ -213,7 +213,7 @@ class _Builder:
         if kind == PARAMETER:
             rank = rank_of(self._adapter.config, parameter or name)
             if rank < 1 or total % rank:
-                raise self._bad(name, f"lora_A has {total} rows, no multiple of its rank {rank}")
+                raise self._bad(name, f"lora_A has {total} rows, not a multiple of its rank {rank}")
             blocks = total // rank
         if total < 1 or up.shape[1] < 1 or not down.entries or not up.entries:
             raise self._bad(name, "its rank is 0")
@@ -246,7 +246,7 @@ class _Builder:
         recorded = None if self._has_alphas else self._alphas.scale(module.name, module.rank)
         if recorded is None and module.path.startswith(OUTER):
             raise BadFile(
-                f"{self._adapter.weights}: {module.path} is named as PEFT does, and no {CONFIG} lies beside it to say its scale",
+                f"{self._adapter.weights}: {module.path} has a PEFT name, but no {CONFIG} beside the file gives its scale",
                 "put the adapter's configuration beside the file",
             )
         return 1.0 if recorded is None else recorded  # without a record, kohya's alpha and diffusers' lora_alpha equal the rank

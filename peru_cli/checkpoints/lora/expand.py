@@ -95,7 +95,7 @@ class LoraCheckpoint(Checkpoint):
         self._bound = BoundBase(adapter.file.metadata, base, plain, label)
         if self._bound.unknown:
             told = f"{base.label} has other shapes or dtypes than the base that {label} was made from"
-            self.warnings.append(f"{told}: whether it is that base cannot be told")
+            self.warnings.append(f"{told}: peru cannot tell whether it is that base")
         if (watch := inputs.current()) is not None:
             watch.expect(self._bound)
         self._correct_config()
@@ -136,7 +136,7 @@ class LoraCheckpoint(Checkpoint):
             if adapter.unknown:
                 more = f" and {len(adapter.unknown) - 1} more" if len(adapter.unknown) > 1 else ""
                 raise UsageError(
-                    f"{adapter.weights} holds {adapter.unknown[0]}{more}, and nothing says what it is to the base",
+                    f"{adapter.weights} holds {adapter.unknown[0]}{more}, and nothing says how it applies to the base",
                     "peru knows the factors of LoRA, DoRA, LoHa and LoKr, .diff, .diff_b, .w_norm, .b_norm and .set_weight",
                 )
             placed = fitting.put_whole()

@@ -77,7 +77,7 @@ def open_product(module: str, parts: Mapping[str, TensorInfo], alpha: float | No
     (rows, columns, rank), (more_rows, more_columns, other) = sizes
     used = {part for half in "12" for part in _parts(kind, half, parts)} | {"alpha"}
     if odd := sorted(set(parts) - used):
-        raise BadFile(f"{label}: {module}: its {kind} has {parts[odd[0]].name} beside what stands for the same half")
+        raise BadFile(f"{label}: {module}: its {kind} has {parts[odd[0]].name} and another tensor for the same half")
     if rank is not None and other is not None and rank != other:
         raise BadFile(f"{label}: {module}: the halves of its {kind} have ranks {rank} and {other}")
     if kind == "LoHa" and (rows, columns) != (more_rows, more_columns):

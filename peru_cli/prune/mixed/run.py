@@ -281,7 +281,7 @@ def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], 
     if taken < room - tolerance and over:
         price, taken = _between(family, replace(price, lower=math.exp(max(over))), taken, room, least, tolerance)
     if not taken:
-        say(f"no change fits into {limit:,} bytes: the artifact gives the base's weights back; allow more")
+        say(f"no change fits into {limit:,} bytes: the artifact would equal the base; allow more")
     elif taken + least < 0.99 * limit:
         say(f"the artifact takes {taken + least:,} of {limit:,} bytes: more would not help, or the next step would exceed the limit")
     return price
