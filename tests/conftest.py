@@ -1,4 +1,4 @@
-"""Shared tools: random checkpoints with many ties, and `peru` run as its users run it."""
+"""Shared tools: random checkpoints with many ties, and `peru` as its users run it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.forkserver import ForkServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would all that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would everything that tests start
 
 forks = ForkServer()
 atexit.register(forks.close)
@@ -28,7 +28,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"  # data sets beside the 
 
 
 def run_peru(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m peru_cli` in a process of its own; output as text. Forked from one that has imported everything, where it can be."""
+    """Run `python -m peru_cli` in its own process; output as text. Forked, if possible, from a process that has imported everything."""
     whole = {**os.environ, **(env or {})}
     if hasattr(os, "pidfd_open") and not any(name.startswith("PYTHON") for name in env or {}):
         return forks.run([str(a) for a in arguments], stdin or b"", whole, timeout=300)
@@ -44,7 +44,7 @@ def run_peru(*arguments: object, stdin: bytes | None = None, env: dict[str, str]
 
 @pytest.fixture
 def peru() -> Callable[..., str]:
-    """Run a command in this process and return its stdout; fails the test if the exit code is not `code`."""
+    """Run a command in this process and return its stdout. Fails the test if the exit code is not `code`."""
     import contextlib
     import io
 
@@ -109,7 +109,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> Path:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes, NaN payloads and all."""
+    """A tensor's bytes, including NaN payloads."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 

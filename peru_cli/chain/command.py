@@ -271,7 +271,7 @@ def _drop(run_folder: str, chosen: Callable[[Chain], set[int]], run: options.Run
 
 
 def _step_of(model: str, given: int | None) -> int:
-    """The number of a new step: the one that was given, or the digits that the model's name ends in."""
+    """The number of a new step: the given one, or the digits at the end of the model's name."""
     from peru_cli.checkpoints.resolve import default_task
 
     if given is not None:
@@ -283,7 +283,7 @@ def _step_of(model: str, given: int | None) -> int:
 
 
 def _step(chain: Chain, text: str) -> int:
-    """An argument as a step of a chain; UsageError if it is none."""
+    """Parse a step of a chain. UsageError if the argument is not one."""
     if text == "last" and chain.links:
         return max(chain.links)
     if not re.fullmatch(r"\d{1,18}", text):

@@ -1,11 +1,10 @@
-"""The links of a chain: one lossless artifact for each step, which names the step and the digest of what it stands on.
+"""The links of a chain: one lossless artifact for each step, which records the step below it and that step's digest.
 
-There is no index beside the links that could disagree with them. A link is a sparse delta (docs/format.md) with these entries besides:
+There is no index beside the links that could disagree with them. A link is a sparse delta (docs/format.md) with three more entries:
 
 peru.chain.step       its step, which its file's name has, too: step-1200.safetensors
-peru.chain.on         the step that it stands on; absent if it stores every tensor whole
-peru.chain.on_result  the digest of that step's checkpoint: its `peru.result`
-"""
+peru.chain.on         the step below; absent if it stores every tensor whole
+peru.chain.on_result  the digest of that step's checkpoint: its `peru.result`"""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ _FILE = re.compile(f"step-({_NUMBER})\\.safetensors")
 
 @dataclass(frozen=True)
 class Link:
-    """One link, as its header has it. `on` is the step below, None if it is full; `problem` says why it cannot be used."""
+    """One link, from its header. `on` is the step below, None if the link is full; `problem` says why it cannot be used."""
 
     step: int
     place: Place
@@ -45,12 +44,12 @@ class Cause:
 
 
 class Chain:
-    """All links of a folder by their steps, in ascending order."""
+    """All links of a folder by step, in ascending order."""
 
     def __init__(self, place: Place, links: Mapping[int, Link]) -> None:
         self.place, self.links = place, dict(sorted(links.items()))
         self._causes: dict[int, Cause | None] = {}
-        for step in self.links:  # what a link stands on comes before it
+        for step in self.links:  # the step below a link comes before it
             self._causes[step] = self._cause(self.links[step])
 
     def _cause(self, link: Link) -> Cause | None:
@@ -67,15 +66,15 @@ class Chain:
 
     @property
     def sound(self) -> list[int]:
-        """Steps that can be had, as far as headers tell."""
+        """Steps that can be rebuilt, according to the headers."""
         return [step for step, cause in self._causes.items() if cause is None]
 
     def cause(self, step: int) -> Cause | None:
-        """Why a step is lost; None if it is not."""
+        """Why a step is lost. None if it is not."""
         return self._causes[step]
 
     def way(self, step: int) -> list[Link]:
-        """The links from a full one up to a step. UsageError if there is no such step, BadFile if it is lost."""
+        """The links from a full one up to a step. UsageError if the step does not exist, BadFile if it is lost."""
         if step not in self.links:
             if any(cause is not None and cause.step == step for cause in self._causes.values()):
                 raise BadFile("\n  ".join(self.losses()))
@@ -88,11 +87,11 @@ class Chain:
         return way[::-1]
 
     def broken(self, step: int, problem: str) -> Chain:
-        """The same chain, a link of which is known to be broken."""
+        """The same chain with a link marked as broken."""
         return Chain(self.place, {**self.links, step: replace(self.links[step], problem=problem)})
 
     def losses(self) -> list[str]:
-        """What is missing or broken, and what is lost with it; then what is not. Nothing if all is well."""
+        """What is missing or broken, what is lost with it, and what is left. Empty if all is well."""
         causes = {cause: None for cause in self._causes.values() if cause is not None}
         return [*map(self._said, causes), self._left()] if causes else []
 
@@ -106,7 +105,7 @@ class Chain:
 
 
 def spans(steps: Iterable[int], among: Iterable[int]) -> str:
-    """Steps in words; neighbours in a chain together: `steps 100 to 500, 700`."""
+    """Steps in words; adjacent ones are joined: `steps 100 to 500, 700`."""
     places = {step: i for i, step in enumerate(sorted(among))}
     runs: list[list[int]] = []
     for step in sorted(steps):
@@ -124,12 +123,12 @@ def form(on: int | None) -> str:
 
 
 def file_name(step: int) -> str:
-    """What a step's file is called."""
+    """The file name of a step."""
     return f"step-{step}.safetensors"
 
 
 def read_chain(place: Place) -> Chain:
-    """Read the headers of all links. UsageError if there is no such folder."""
+    """Read the headers of all links. UsageError if the folder does not exist."""
     if not place.is_dir():
         raise UsageError(f"{place}: no such chain", "`peru chain add` makes one")
     found = ((file, _FILE.fullmatch(file.name)) for file in children(place, "step-*.safetensors"))

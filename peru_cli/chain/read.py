@@ -1,4 +1,4 @@
-"""Read a step of a chain: its links on top of each other, tile by tile."""
+"""Read a step of a chain: apply its links one after another, tile by tile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peru_cli.verify.run import CHANGED, verify_artifact
 
 
 class Nothing(Checkpoint):
-    """What a full link stands on: no tensors."""
+    """The base of a full link: no tensors."""
 
     def __init__(self) -> None:
         self.label, self.kind = "nothing", "no checkpoint"
@@ -29,10 +29,9 @@ class Nothing(Checkpoint):
 
 @contextmanager
 def open_step(chain: Chain, step: int) -> Iterator[FromArtifact]:
-    """A step as a checkpoint. BadFile if it is lost; if it proves wrong while it is used, one that names the broken link and what is lost.
+    """A step as a checkpoint. BadFile if it is lost. If it proves wrong while it is used, BadFile names the broken link and the lost steps.
 
-    Memory: some decoded blocks for each link on the way.
-    """
+    Memory: some decoded blocks for each link up to the step."""
     with _naming(chain, step), ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="peru-chain-")))
         below: Checkpoint = Nothing()
@@ -47,7 +46,7 @@ def open_step(chain: Chain, step: int) -> Iterator[FromArtifact]:
 
 
 def _carried(opened: FromArtifact, link: Link, folder: Path) -> dict[str, Path]:
-    """Side files that a link stores, put into a folder, so that the next link can have them in common with it."""
+    """Write side files that a link stores into a folder, so that the next link can refer to them."""
     contents, missing = opened.contents()
     if missing:
         raise BadFile(f"{link.place}: its side file {missing[0]} is not in the step below")
@@ -60,7 +59,7 @@ def _carried(opened: FromArtifact, link: Link, folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _naming(chain: Chain, step: int) -> Iterator[None]:
-    """When a step proves wrong, say which link is broken, which steps are lost with it, and which are not."""
+    """If a step proves wrong, say which link is broken, which steps are lost with it, and which are left."""
     try:
         yield
     except Changed:
@@ -74,6 +73,6 @@ def _naming(chain: Chain, step: int) -> Iterator[None]:
 
 
 def damage(link: Link) -> str:
-    """What is wrong with a link's own bytes; empty if they are as they were written."""
+    """What is wrong with a link's own bytes. Empty if they are unchanged."""
     found = verify_artifact(link.place)
     return found.said if found.verdict == CHANGED else ""

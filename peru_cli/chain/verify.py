@@ -13,17 +13,16 @@ from peru_cli.vectors.family import StreamSettings
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out of one step: `lost` says why it cannot be had, and is empty if it can."""
+    """The result for one step: `lost` says why it cannot be rebuilt, and is empty if it can."""
 
     step: int
     lost: str
 
 
 def verify_chain(chain: Chain, how: StreamSettings) -> tuple[Chain, list[Verdict]]:
-    """Each link's own bytes, then each step on which nothing stands, rebuilt: its digests prove all that it stands on.
+    """Check each link's own bytes, then rebuild each step that no other builds on: its digests prove all links below it.
 
-    Returns the chain with what was found to be broken, and a verdict for each step, a missing one among them.
-    """
+    Returns the chain with broken links marked, and a verdict for each step, including missing ones."""
     for link in list(chain.links.values()):
         if not link.problem and (problem := damage(link)):
             chain = chain.broken(link.step, f"is damaged ({problem})")

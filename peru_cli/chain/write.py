@@ -1,8 +1,7 @@
-"""Write links: append a step, and drop steps, those that stand on them being put on what is below.
+"""Write links: append a step, or drop steps and put the links that build on them onto earlier ones.
 
-Each change of the folder is one rename or one removal, and what it leaves is a chain in which no step is lost: a kill at any moment
-leaves the chain as it was, or as it is wanted, or with some of the steps dropped that were to be.
-"""
+Each change of the folder is one rename or one removal, and leaves a chain in which no step is lost. A kill at any moment leaves
+the chain as it was, or complete, or with some of the unwanted steps already dropped."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Written:
-    """A link that was written: `on` is the step that it stands on, None if it is full."""
+    """A link that was written: `on` is the step below, None if it is full."""
 
     step: int
     on: int | None
@@ -39,16 +38,15 @@ class Written:
 
 
 def place_of(chain: Chain, step: int, every: int, full: bool) -> int | None:
-    """What a new step is to stand on: the nearest sound step below; None if it is to be full.
+    """The step that a new one builds on: the nearest sound one below. None if the new one must be full.
 
-    A link is full if `full` says so, if nothing is below, or if `every` - 1 deltas are on the way already.
-    """
+    A link is full if `full` is set, if nothing is below, or if `every` - 1 deltas lie between it and the last full one."""
     below = max((sound for sound in chain.sound if sound < step), default=None)
     return None if full or below is None or len(chain.way(below)) >= every else below
 
 
 def is_there(chain: Chain, step: int, source: Checkpoint) -> bool:
-    """Whether a step is in the chain already, with the same tensors. UsageError if it is, with others."""
+    """Whether a step already exists with the same tensors. UsageError if it exists with others."""
     if step not in chain.links or chain.cause(step) is not None:
         return False
     found = checkpoint_digest({name: source.digest(name) for name in source.tensors}).hex()
@@ -60,10 +58,9 @@ def is_there(chain: Chain, step: int, source: Checkpoint) -> bool:
 def append(
     chain: Chain, folder: Path, source: Checkpoint, step: int, on: int | None, how: StreamSettings, sync: bool, note: Note
 ) -> Written:
-    """Put a checkpoint into a chain as a step, on another one or full. The caller holds the chain.
+    """Append a checkpoint to a chain as a step, on another one or full. The caller holds the chain's lock.
 
-    Raises Mismatch if too little of it pairs with what it is to stand on, BadFile if that is damaged.
-    """
+    Raises Mismatch if too little of it pairs with the step below, BadFile if that step is damaged."""
     _clean(folder, file_name(step))
     if on is None:
         return _write(folder / file_name(step), step, source, None, how, sync, note)
@@ -74,7 +71,7 @@ def append(
 
 
 def drop(chain: Chain, folder: Path, steps: Collection[int], how: StreamSettings, sync: bool, note: Note) -> list[Written]:
-    """Remove steps. What stands on one of them is put on the nearest one below that stays, or becomes full. The caller holds the chain."""
+    """Remove steps. Links on them move to the nearest remaining step below, or become full. The caller holds the chain's lock."""
     _clean(folder)
     written = []
     for link in [link for step, link in chain.links.items() if step not in steps and link.on in steps]:
@@ -82,7 +79,7 @@ def drop(chain: Chain, folder: Path, steps: Collection[int], how: StreamSettings
         on = next((below.step for below in way[-2::-1] if below.step not in steps), None)
         written.append(_rewrite(chain, folder / file_name(link.step), link.step, on, how, sync, note))
         chain = read_chain(folder)
-    for step in sorted(steps, reverse=True):  # what stands on another goes before it
+    for step in sorted(steps, reverse=True):  # a link comes before the step below it
         path = folder / file_name(step)
         inputs.forget(path)
         path.unlink()
@@ -92,13 +89,13 @@ def drop(chain: Chain, folder: Path, steps: Collection[int], how: StreamSettings
 
 
 def squash(chain: Chain, first: int, last: int, target: Path, how: StreamSettings, sync: bool, note: Note) -> Written:
-    """Write all that changed from one step to another as one artifact."""
+    """Write all changes from one step to another as one artifact."""
     chain.way(first)
     return _rewrite(chain, target, last, first, how, sync, note)
 
 
 def _rewrite(chain: Chain, target: Path, step: int, on: int | None, how: StreamSettings, sync: bool, note: Note) -> Written:
-    """Write a step of a chain as a link on another one, or as a full one."""
+    """Rewrite a step of a chain as a link on another step, or as a full one."""
     with open_step(chain, step) as source, contextlib.ExitStack() as stack:
         note(f"verifying step {step}")
         verify_expanded([source], how)
@@ -113,7 +110,7 @@ def _write(
     target: Path, step: int, source: Checkpoint, below: Checkpoint | None, how: StreamSettings, sync: bool, note: Note,
     on: int | None = None, on_result: str = "",
 ) -> Written:  # fmt: skip
-    """One link, in place of what is there. Every byte of `below` is known to be right."""
+    """Write one link, replacing an existing one. Every byte of `below` is already verified."""
     about = {STEP: str(step)}
     if below is None:
         below, pairing = Nothing(), Pairing(Prefix(), whole=[source.tensors[name] for name in sorted(source.tensors)])
@@ -137,7 +134,7 @@ def _paired(source: Checkpoint, below: Checkpoint) -> Pairing:
 
 
 def _clean(folder: Path, name: str | None = None) -> None:
-    """Remove what killed commands left, but for what is of use to the next file of that name."""
+    """Remove what killed commands left, except what the next file of that name can use."""
     ours = partial_path(folder / name).name if name is not None else None
     for path in folder.glob(".step-*.safetensors.peru-partial*"):
         if ours is None or not path.name.startswith(ours):

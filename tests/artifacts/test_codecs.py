@@ -1,4 +1,4 @@
-"""Streams, the index and whole artifacts: what is written comes back, and damage is a BadFile and nothing else."""
+"""Streams, the index and whole artifacts: what is written is read back, and damage raises BadFile and nothing else."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_codecs_give_back_what_they_took(values: np.ndarray, codec: int) -> None
     data = encode(values, codec)
     back = decode(data, codec, values.dtype.name, len(values))
     assert back.dtype == values.dtype and back.tolist() == values.tolist()
-    assert encode(values.copy(), codec) == data  # nothing but the values goes into the bytes
+    assert encode(values.copy(), codec) == data  # the bytes depend on nothing but the values
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -104,7 +104,7 @@ SIDE_NAMES = ["config.json", "tokenizer.json", "vocab.txt", "spiece.model", "cha
 
 @st.composite
 def indexes(draw: st.DrawFn) -> Index:
-    """Sound indexes: streams hold as much as their tensors keep, blocks follow each other."""
+    """Valid indexes: streams hold as much as their tensors keep, blocks follow each other."""
     tensors = []
     for name in sorted(draw(st.lists(NAMES, unique=True, max_size=6))):
         mode = draw(st.sampled_from([Mode.WHOLE, Mode.DELTA, Mode.COPY]))
@@ -195,7 +195,7 @@ def delta_record(name: str, dtype: str, entries: int, kept: int) -> TensorRecord
 def write_artifact(
     path: Path, tensors: dict[str, tuple[int, list[int]]], dtype: str, block_entries: int, rounded: bool, parts: int, wide_every: int = 7
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Write positions of several tensors, handed over in uneven parts; returns all positions, values and differences apart."""
+    """Write positions of several tensors in uneven parts. Returns all positions, values and differences stored apart."""
     noise = np.random.default_rng(len(tensors))
     stream = Stream(BY_NAME[dtype], ROUNDED if rounded else EXACT, block_entries=block_entries)
     offset, all_positions = 0, []
@@ -217,7 +217,7 @@ def write_artifact(
             if len(part):
                 waiting += writer.add(0, Entries(positions[part], values[part], exact[part][marked[part]]))
         waiting += writer.rest()
-        for block in waiting[::-1]:  # encoded in any order, written in theirs
+        for block in waiting[::-1]:  # encoded in any order, written in canonical order
             writer.write(block)
         writer.finish(metadata, records, [])
     return positions, values, exact[marked]
@@ -265,7 +265,7 @@ def test_kept_entries_come_back_from_any_run(
     parts: int,
     cuts: list[float],
 ) -> None:
-    """Positions beyond 2^32, gaps wider than 32 bits, blocks that end anywhere, differences stored apart."""
+    """Positions beyond 2^32, gaps wider than 32 bits, blocks with arbitrary ends, differences stored apart."""
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     positions, values, apart = write_artifact(path, tensors, dtype, block_entries, rounded and dtype in ("F32", "F64"), parts)
     with SparseDelta(path) as artifact:
@@ -292,7 +292,7 @@ def test_only_gaps_of_2_to_the_32_are_wide(tmp_path: Path) -> None:
 
 
 def sealed(path: Path, index: Index, blocks: bytes, **changes: str | None) -> Path:
-    """A container whose seal is sound, whatever lies in it: what a stranger could send."""
+    """A container with a valid seal and arbitrary content: what a stranger could send."""
     metadata = {k: v for k, v in {**metadata_for(index.tensors), **changes}.items() if v is not None}
     with ContainerWriter(path, metadata, sync=False) as writer:
         writer.append("blocks", blocks)
@@ -312,11 +312,11 @@ def one_block(gaps: list[int], length: int, **changes: object) -> tuple[Index, b
 @pytest.mark.parametrize(
     "gaps,length,changes",
     [
-        ([0, 100], 100, {}),  # leaves the tensor
+        ([0, 100], 100, {}),  # outside of the tensor
         ([2**64 - 1, 3], 100, {}),
-        ([1, 2**64 - 2, 1], 100, {}),  # sums to something small, modulo 2^64
-        ([2**62 - 9] * 4 + [0], 2**62 - 1, {}),  # wraps around without any gap being too long
-        ([0, 1], 100, {"origin": 50}),  # would leave entries before it out
+        ([1, 2**64 - 2, 1], 100, {}),  # their sum is small modulo 2^64
+        ([2**62 - 9] * 4 + [0], 2**62 - 1, {}),  # wraps around although no gap is too long
+        ([0, 1], 100, {"origin": 50}),  # would skip entries before it
         ([0, 1], 100, {"origin": 101}),
         ([0, 1], 100, {"origin": 2**62}),
         ([0, 1], 100, {"digest": bytes(16)}),
@@ -340,7 +340,7 @@ def test_a_sealed_artifact_with_odd_metadata_is_refused(tmp_path: Path, key: str
     with SparseDelta(sealed(tmp_path / "good.safetensors", index, data)) as artifact:
         assert artifact.entries(artifact.index.tensors[0], 0, 100)[1].positions.tolist() == [0, 2]
     if key == "peru.task" and value in {"x" * 64, "9" * 30, "0" * 63}:
-        return  # sound names
+        return  # valid names
     with pytest.raises(BadFile) as caught:
         SparseDelta(sealed(tmp_path / "bad.safetensors", index, data, **{key: value}))
     assert key in caught.value.message and "bad.safetensors" in caught.value.message
@@ -348,7 +348,7 @@ def test_a_sealed_artifact_with_odd_metadata_is_refused(tmp_path: Path, key: str
 
 
 def test_signed_numbers_are_written_as_the_format_says() -> None:
-    """0, -1, 1, -2, ... as varints 0, 1, 2, 3, ...: packs and mixed artifacts have exponents and scales so."""
+    """0, -1, 1, -2, ... as varints 0, 1, 2, 3, ...: exponents and scales of packs and mixed artifacts use this."""
     for value, written in ((0, b"\0"), (-1, b"\1"), (1, b"\2"), (-2, b"\3"), (-64, b"\x7f"), (64, b"\x80\1"), (-1074, b"\xe3\x10")):
         sink = bytestream.Sink()
         sink.signed(value)

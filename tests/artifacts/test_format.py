@@ -1,4 +1,4 @@
-"""docs/format.md: golden files that are compared literally, and read by a reader written from that page alone."""
+"""docs/format.md: golden files are compared literally, and read by a reader written from that page alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_unpack_gives_the_expected_result(tmp_path: Path, peru, name: str) -> No
 
 
 def test_an_artifact_older_than_the_digests_of_base_files_still_reads(tmp_path: Path, peru) -> None:
-    """tests/golden/older.safetensors is `grown` as peru wrote it before `peru.base.files` came."""
+    """tests/golden/older.safetensors is `grown` as peru wrote it before `peru.base.files` existed."""
     metadata = read_safetensors((GOLDEN / "older.safetensors").read_bytes())[0]
     assert metadata["peru.base"] == "example/base@0123abc" and "peru.base.files" not in metadata
     peru("unpack", GOLDEN / "older.safetensors", "-b", GOLDEN / "grown" / "base", "-o", tmp_path / "r.safetensors", "--no-sync")
@@ -78,7 +78,7 @@ def test_the_digests_of_base_files_are_those_that_git_lfs_and_the_hub_have() -> 
 
 
 def test_golden_files_hold_what_they_are_there_for() -> None:
-    """Each corner of the format is in one of them."""
+    """Each corner case of the format is in one of them."""
     seen = set()
     for name in CASES:
         artifact = (GOLDEN / name / "artifact.safetensors").read_bytes()
@@ -138,7 +138,7 @@ def test_the_reader_follows_unpack_through_all_dtypes_and_many_blocks(tmp_path: 
 
 
 def test_changed_counts_tensors_in_which_nothing_is_kept(tmp_path: Path, peru) -> None:
-    """Tensors larger than the sample that thresholds are predicted from; 0 of 1.2 million each are kept."""
+    """Tensors larger than the sample that predicts thresholds; 0 of 1.2 million entries are kept in each."""
     base: Tensors = {name: ("BF16", np.full(1_200_000, 0x3F80, np.uint16)) for name in ("a", "b")}
     fine: Tensors = {name: ("BF16", array + (np.arange(array.size) % 3 == 0).astype(np.uint16)) for name, (_, array) in base.items()}
     write_model(tmp_path / "base", base, {})
@@ -150,7 +150,7 @@ def test_changed_counts_tensors_in_which_nothing_is_kept(tmp_path: Path, peru) -
     assert read_artifact(target.read_bytes(), *model(tmp_path / "base"))[0] == model(tmp_path / "base")[0]
 
 
-# -- what a reader checks, on files whose seal is right ------------------------------------------------
+# -- what a reader checks, on files with a valid seal --------------------------------------------------------
 
 
 def sealed(artifact: bytes, old: bytes, new: bytes) -> bytes:
@@ -189,14 +189,14 @@ def test_padding_is_sealed(tmp_path: Path, peru) -> None:
     artifact = bytearray((GOLDEN / "heads" / "artifact.safetensors").read_bytes())
     end = len(read_safetensors(artifact)[2])
     assert artifact[end - 1 : end] == b" "
-    artifact[end - 1 : end] = b"\t"  # white space still, to a JSON parser
+    artifact[end - 1 : end] = b"\t"  # still white space to a JSON parser
     (tmp_path / "a.safetensors").write_bytes(artifact)
     peru("unpack", tmp_path / "a.safetensors", "-b", GOLDEN / "heads" / "base", "-o", tmp_path / "r.safetensors", code=1)
     assert "altered" in peru.stderr
 
 
 def test_index_limits() -> None:
-    """Numbers that go on and on, names that front coding blows up, blocks larger than their entries."""
+    """Endless numbers, names that front coding inflates, blocks larger than their entries."""
     from peru_cli.artifacts.index import decode_index
     from peru_cli.errors import BadFile
 
@@ -216,7 +216,7 @@ def test_index_limits() -> None:
         decode_index(bytes(index))
 
 
-# -- the document and the code say the same ------------------------------------------------------------
+# -- the document and the code agree -------------------------------------------------------------------------
 
 
 def test_dtype_codes_are_those_of_the_code() -> None:

@@ -1,4 +1,4 @@
-"""docs/masks.md: golden masks that are compared literally and read by another reader; damage and wrong use; masks in memory."""
+"""docs/masks.md: golden masks are compared literally and read by another reader; damage and misuse; masks in memory."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_table_of_metadata_is_that_of_the_code() -> None:
 
 
 def read_everything(path: Path, model: Path) -> None:
-    """All tasks, without writing anything."""
+    """Read all tasks without writing anything."""
     with open_pack(path) as opened:
         tasks = list(opened.tasks)
     with open_model(str(model)) as base:
@@ -301,7 +301,7 @@ def test_a_damaged_mask_puts_the_base_back(made: Path) -> None:
 
 
 def test_eval_takes_masks(tmp_path: Path, peru: Peru) -> None:
-    """Each task out of the masks, in memory: the same scores as what they unpack to has."""
+    """Each task from the masks, in memory, gets the same scores as its unpacked checkpoint."""
     names = ("digits", "sign_digits")
     fine = [f"{task}={demo.fine_tune(task)}" for task in names]
     data = [part for task in names for part in ("-d", f"{task}={demo.images(task)}")]
@@ -319,7 +319,7 @@ def test_eval_takes_masks(tmp_path: Path, peru: Peru) -> None:
     weights = run(peru, path, "-b", demo.BASE, *against)["weights"]
     assert weights == run(peru, *(f"{task}={tmp_path / task}" for task in names), "-b", demo.BASE, *against)["weights"]
     shown = json.loads(peru("inspect", path, "--json"))["tasks"]
-    for task in shown:  # the weights are bfloat16: rounding base + tau^ misses a little more
+    for task in shown:  # the weights are bfloat16: rounding base + tau^ adds a small error
         assert weights[task["task"]]["total"]["error"] == pytest.approx(task["error"], rel=0.01)
 
 

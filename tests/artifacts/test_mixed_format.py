@@ -1,4 +1,4 @@
-"""docs/mixed.md: a golden artifact that is compared literally and read by another reader; damage; sums that would round."""
+"""docs/mixed.md: a golden artifact is compared literally and read by another reader; damage; sums that would round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_another_reader_and_unpack_agree(tmp_path: Path, peru: Peru) -> None:
 
 
 def test_every_byte_is_guarded(tmp_path: Path, peru: Peru) -> None:
-    """One bit of each byte in turn: unpack refuses, or only the padding of the header, which the seal covers too, was hit."""
+    """Flips one bit of each byte in turn: unpack refuses, or the bit was in the header's padding, which the seal covers too."""
     data, path = bytearray(ARTIFACT.read_bytes()), tmp_path / "a.safetensors"
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.finetunes.open import open_artifact

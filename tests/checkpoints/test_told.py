@@ -1,4 +1,4 @@
-"""Files that are not what they are named for, and folders that hold more than one model: each is called what it is."""
+"""Files that are not what their names say, and folders with more than one model: messages call each what it is."""
 
 from __future__ import annotations
 

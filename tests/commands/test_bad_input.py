@@ -1,4 +1,4 @@
-"""Whatever a user or a stranger hands in: an exit code, a message that names what is wrong, and nothing left behind."""
+"""Any input of a user or a stranger gets an exit code, a message that names what is wrong, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def nothing_new(folder: Path, before: set[Path]) -> None:
 
 
 def refused(peru: Callable[..., str], folder: Path, code: int, *arguments: object, says: str | tuple[str, ...]) -> None:
-    """The command fails with this code, says all of this, and leaves the folder as it was."""
+    """The command fails with this code, prints all of this, and leaves the folder unchanged."""
     before = set(folder.rglob("*"))
     peru(*arguments, code=code)
     message = peru.stderr  # type: ignore[attr-defined]
@@ -121,7 +121,8 @@ def verify(artifact: Path, base: Path) -> None:
 
 @pytest.mark.parametrize("change", ["a bit", "another value"])
 def test_every_altered_byte_of_an_artifact_is_noticed(tmp_path: Path, peru, change: str) -> None:
-    """Of every byte one bit, and any other value, through the layers below the command line; of every seventh one bit through all."""
+    """One bit of every byte, and any other value, through the layers below the command line; one bit of every seventh byte
+    through all layers."""
     base, fine = tiny()
     (tmp_path / "model").mkdir()
     save(fine, tmp_path / "model" / "model.safetensors")
@@ -338,7 +339,7 @@ def test_things_that_are_no_model(tmp_path: Path, peru, pair) -> None:
 
 
 class Boom:
-    """A pickle that makes a file when it is loaded by a trusting reader."""
+    """A pickle that creates a file when a trusting reader loads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -348,7 +349,7 @@ class Boom:
 
 
 def test_pickles(tmp_path: Path, peru, pair) -> None:
-    """Code is refused and not run; plain tensors give the artifact that safetensors gives."""
+    """Code is refused and does not run; plain tensors give the same artifact as safetensors."""
     base, fine = pair
     folder = tmp_path / "old"
     folder.mkdir()

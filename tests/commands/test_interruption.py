@@ -1,4 +1,4 @@
-"""Kills, signals, full disks, broken pipes and rivals: the old state or the new one, and the same bytes next time."""
+"""Kills, signals, full disks, broken pipes and competing processes: the old state or the new one, and the same bytes next time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _child(arguments: list[str], stderr: str) -> None:
 
 
 class Pair:
-    """A base and a fine-tune large enough to be interrupted, and what prune and unpack make of them."""
+    """A base and a fine-tune large enough to be interrupted, and the outputs of prune and unpack for them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def bytes_on_disk(path: Path) -> int:
-    """What is written of a file or a folder's files, holes not counted; -1 if there is nothing."""
+    """Bytes written of a file or a folder's files, without holes; -1 if there is nothing."""
     total = -1
     with contextlib.suppress(FileNotFoundError):
         for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
@@ -96,7 +96,7 @@ def bytes_on_disk(path: Path) -> int:
 
 
 def kill_at(child: BaseProcess, partial: Path, written: float) -> bool:
-    """Wait until so many bytes are half done, then kill; whether it was still running."""
+    """Wait until this much is written, then kill. Returns whether the process was still running."""
     while child.is_alive() and bytes_on_disk(partial) < written:
         time.sleep(0.0005)
     child.kill()
@@ -167,7 +167,7 @@ def _rival(kind: str, target: str, letter: int, until: float) -> None:
 
 
 def test_rivals_never_touch_what_one_of_them_has_finished(tmp_path: Path, pair: Pair) -> None:
-    """Six processes write one target as fast as they can: it is always whole, and all of one writer."""
+    """Six processes write one target as fast as they can: it is always whole, and all from one writer."""
     target = tmp_path / "out"
     rivals = [CONTEXT.Process(target=_rival, args=("file", str(target), letter, time.time() + 3)) for letter in range(6)]
     for rival in rivals:
@@ -196,7 +196,7 @@ def test_rivals_leave_a_whole_folder(tmp_path: Path, pair: Pair) -> None:
 
 
 def stopped_while_writing(pair: Pair, verb: str, target: Path) -> BaseProcess:
-    """A process that is held up in the middle of its work; on a busy machine it may take several attempts to catch one."""
+    """A process stopped in the middle of its work; on a busy machine it may take several attempts to catch one."""
     for _ in range(20):
         child = pair.start(*pair.command(verb, target), "--force")
         partial = target.with_name(f".{target.name}.peru-partial")
@@ -246,7 +246,7 @@ def test_an_interrupted_command_cleans_up(tmp_path: Path, pair: Pair, verb: str,
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     assert child.exitcode == 130, pair.stderr()
     assert "interrupted" in pair.stderr() and "Traceback" not in pair.stderr()
-    kept = {f".{name}.peru-partial", f".{name}.peru-partial-journal"} if verb == "prune" else set()  # for the same command to go on with
+    kept = {f".{name}.peru-partial", f".{name}.peru-partial-journal"} if verb == "prune" else set()  # for the same command to continue with
     left = set(others(tmp_path, target))
     assert left <= kept and not target.exists()
     promised = f"the finished part is kept in {tmp_path}" if left else "nothing unfinished was left behind"

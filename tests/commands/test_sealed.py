@@ -1,4 +1,4 @@
-"""What peru writes for others to load carries digests: any byte that changes is found when it is read back, and others' files are read."""
+"""Plain files that peru writes carry digests: any changed byte is found when they are read back, and files without digests are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Peru = Callable[..., str]
 
 
 def model(folder: Path, seed: int, head: int | None) -> Path:
-    """Two layers of a kilobyte and, if asked for, a head of so many classes."""
+    """Two layers of a kilobyte and, optionally, a head with this many classes."""
     noise = torch.Generator().manual_seed(7)
     own = torch.Generator().manual_seed(seed)
     tensors = {f"layers.{i}.weight": torch.randn(24, 20, generator=noise) for i in range(2)}
@@ -60,7 +60,7 @@ def readers(family: Path) -> dict[str, list[list[object]]]:
 
 
 def test_any_byte_that_changes_is_found(family: Path, peru) -> None:
-    """Flips in every part of every file; nothing is written. In a configuration, whatever changes a weight."""
+    """Flips in every part of every file; nothing is written. In a config, every field that changes a weight."""
     noise = random.Random(0)
     tried = 0
     for name, commands in readers(family).items():
@@ -102,7 +102,7 @@ def test_a_tensor_that_was_altered_is_named(family: Path, peru) -> None:
 
 
 def test_digests_are_those_of_the_document(family: Path) -> None:
-    """docs/format.md, "Sealed files", spelt out again."""
+    """Implements docs/format.md, "Sealed files", again."""
     path = family / "merged" / "model.safetensors"
     raw = path.read_bytes()
     header = raw[: 8 + int.from_bytes(raw[:8], "little")]
@@ -129,7 +129,7 @@ def test_a_head_of_another_merge_is_refused(family: Path, peru) -> None:
 
 
 def test_an_adapter_on_another_base_is_refused(family: Path, peru) -> None:
-    """A base of other contents; one of another dtype cannot be told apart, which is said."""
+    """A base with other contents is refused; for one of another dtype peru warns that it cannot tell."""
     weights = load_file(family / "base" / "model.safetensors")
     changed = {name: tensor.clone() for name, tensor in weights.items()}
     changed["layers.1.weight"][3, 3] += 1

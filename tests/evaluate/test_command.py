@@ -1,4 +1,4 @@
-"""`peru eval` as it is typed: on tiny models, on the demo family, on what cannot work."""
+"""`peru eval` as it is typed: on tiny models, on the demo family, and on impossible requests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def family(tmp_path: Path, peru: Peru) -> Path:
 
 
 def predictions(folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
-    """One text after the other, as anybody would write it."""
+    """One text after the other, in the obvious way."""
     model = tr.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     read = tr.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_gates_end_with_exit_code_three(family: Path, peru: Peru, tmp_path: Path
 
 
 def test_sizes_add_up_when_tasks_share_a_merge(tmp_path: Path, peru: Peru) -> None:
-    """Heads beside a merge, and PERU-FFT's deltas on one: the merge counts for each task, and once in all."""
+    """Heads beside a merge, and PERU-FFT's deltas of one: the merge counts for each task, and once in total."""
     tasks = {"digits": "digits", "fashion": "fashion_mnist"}
     fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]
     data = [part for task, name in tasks.items() for part in ("-d", f"{task}={demo.images(name)}")]
@@ -260,7 +260,7 @@ def test_a_head_that_is_neither_there_nor_tied_is_not_made_up(tmp_path: Path, pe
 
 
 def test_models_whose_labels_are_in_another_order_are_compared_by_name(family: Path, peru: Peru) -> None:
-    """The same model with its classes moved: every prediction agrees."""
+    """The same model with its classes reordered: every prediction agrees."""
     names, order = ["negative", "neutral", "positive"], [1, 2, 0]
     rows = [json.loads(line) for line in (family / "test.jsonl").read_text().splitlines()]
     (family / "named.jsonl").write_text("".join(json.dumps({**row, "label": names[row["label"]]}) + "\n" for row in rows))
@@ -320,7 +320,7 @@ def test_mistakes_are_found_before_anything_runs(family: Path, peru: Peru, monke
 
 
 def test_a_later_tasks_mistake_is_found_before_the_first_task_runs(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one forward pass, not one tensor of the base: what is wrong with the last task shows in headers and side files."""
+    """Not one forward pass, not one tensor of the base: headers and side files show what is wrong with the last task."""
 
     def never(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("weights were read")
@@ -375,7 +375,7 @@ def test_a_name_cannot_write_into_the_report(family: Path, peru: Peru) -> None:
 
 
 class Tags(HTMLParser):
-    """Open tags, how many there were of each, and references that a browser would follow."""
+    """Open tags, their counts, and references that a browser would follow."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Examples as they are read: what each kind of file gives, and where each kind of mistake is said to be."""
+"""How each kind of file is read, and where each kind of mistake is reported."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_kind_of_table_gives_the_same_examples(tmp_path: Path) -> None:
         assert (read.texts, read.pairs, read.labels) == tuple([row[key] for row in ROWS] for key in ("text", "text_pair", "label")), file
         assert len(read) == 3 and len(read_examples(str(file), most=2)) == 2
     assert read_examples(str(files[0])).place(2) == f"{files[0]}, line 3"
-    assert read_examples(str(files[1])).place(2) == f"{files[1]}, line 5"  # the second row has a line break in it
+    assert read_examples(str(files[1])).place(2) == f"{files[1]}, line 5"  # the second row contains a line break
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_images_come_from_arrays_and_folders(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat" / "notes.txt").write_text("no image")
     read = read_examples(str(tmp_path / "set"))
     assert read.labels == ["cat", "cat", "dog"] and read.place(0) == f"{tmp_path / 'set'}, cat/1.png"
-    # Names of classes are the config's where it has any; else the folders in order.
+    # The config's class names if it has any, otherwise the folders in order.
     plain = SimpleNamespace(num_labels=2, label2id={"LABEL_0": 0, "LABEL_1": 1})
     named = SimpleNamespace(num_labels=2, label2id={"Dog": 0, "Cat": 1})
     assert [list(read.class_numbers(config)) for config in (plain, named)] == [[0, 0, 1], [1, 1, 0]]
@@ -155,7 +155,7 @@ def test_labels_outside_the_head_are_found_with_their_line(tmp_path: Path) -> No
 
 
 def test_a_data_sets_class_numbers_go_by_its_names_where_the_model_has_them(tmp_path: Path) -> None:
-    """As MNLI's: roberta-large-mnli has contradiction first, the data set entailment."""
+    """As for MNLI: roberta-large-mnli puts contradiction first, the data set entailment."""
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 2}]
     read = read_examples(str(lines(tmp_path / "a.jsonl", rows)))
     read.label_names = ["entailment", "neutral", "contradiction"]
@@ -193,7 +193,7 @@ def test_data_sets_by_name_need_their_package(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_data_set_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data set in a folder, read by the real package as it reads one from the Hub: config, split and class names count."""
+    """A data set in a folder, read by the real package as from the Hub: config, split and class names matter."""
     datasets = pytest.importorskip("datasets", reason="needs `pip install datasets`")
     datasets.disable_progress_bars()
     folder = tmp_path / "owner" / "reviews"

@@ -36,7 +36,7 @@ def run(peru: Peru, *arguments: object) -> dict[str, Any]:
 
 
 def logits(folder: Path, texts: list[str], one_by_one: bool = True) -> np.ndarray[Any, Any]:
-    """What transformers says to each example alone, without any padding."""
+    """transformers' output for each example alone, without any padding."""
     model = tr.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     read = tr.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def two(tmp_path: Path) -> tuple[Path, Path, list[str]]:
 
 
 def test_independent_labels(tmp_path: Path, peru: Peru, two: tuple[Path, Path, list[str]]) -> None:
-    """Each label has a probability of its own: F1 as scikit-learn has it, KL of Bernoulli variables in float64."""
+    """Each label has its own probability: F1 as in scikit-learn, KL of Bernoulli variables in float64."""
     ours, theirs, texts = two
     for folder in (ours, theirs):
         configure(
@@ -88,7 +88,7 @@ def test_independent_labels(tmp_path: Path, peru: Peru, two: tuple[Path, Path, l
     kl = torch.distributions.kl_divergence(p, q).sum(-1).numpy()
     assert values["kl"] == pytest.approx(kl.mean(), rel=1e-4) and values["kl"] > 0.01
     assert values["agreement"] == pytest.approx(((got > 0) == (wanted > 0)).all(-1).mean())
-    # a softmax does not see a shift of all labels; it changes every probability
+    # a softmax does not see a shift of all labels; a sigmoid does
     table = load_file(ours / "model.safetensors")
     save_file(table | {"classifier.bias": table["classifier.bias"] + 3}, theirs / "model.safetensors", {"format": "pt"})
     assert run(peru, ours, "-a", theirs, "-d", tmp_path / "flags.jsonl")["values"]["kl"] > 0.1
@@ -109,7 +109,7 @@ def regression(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_regressions(tmp_path: Path, peru: Peru) -> None:
-    """Correlations and the mean squared error as SciPy has them; equals (ties) get the mean of their ranks."""
+    """Correlations and the mean squared error as in SciPy; ties get their mean rank."""
     ours, theirs = regression(tmp_path)
     texts = models.sentences(50)
     got, wanted = logits(ours, texts)[:, 0], logits(theirs, texts)[:, 0]
@@ -166,7 +166,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("padding", ["none", "config only", "tokenizer only", "two", "left", "not in the vocabulary"])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_results_do_not_depend_on_the_batch(tmp_path: Path, peru: Peru, kind: str, padding: str) -> None:
-    """Each example has what transformers gives it alone, whatever config and tokenizer say of padding."""
+    """Each example gets transformers' output for it alone, whatever config and tokenizer say about padding."""
     torch.manual_seed(1)
     fine = tmp_path / "fine"
     model = models.enlarge(DECODERS[kind]())
@@ -177,7 +177,7 @@ def test_results_do_not_depend_on_the_batch(tmp_path: Path, peru: Peru, kind: st
         made.pad_token = None
     made.save_pretrained(fine)
     configured = {"none": None, "config only": 3, "tokenizer only": None, "two": 5, "left": 0, "not in the vocabulary": -1}[padding]
-    if kind != "roberta":  # whose positions begin after it
+    if kind != "roberta":  # its positions begin after the padding id
         configure(fine, pad_token_id=configured)
     texts = [text + end for text, end in zip(models.sentences(24), ["", " w1", " [PAD]", " [SEP]"] * 6, strict=True)]
     wanted = logits(fine, texts)
@@ -185,7 +185,7 @@ def test_results_do_not_depend_on_the_batch(tmp_path: Path, peru: Peru, kind: st
     for size in (1, 7, 24):
         found = run(peru, fine, "-d", file, "--batch-size", size)
         assert found["values"]["accuracy"] == 1, (size, found["values"])
-    # and to the last digits, not only in the choice
+    # compares all digits, not only the choice
     from peru_cli.inference.eval_model import open_eval_model
     from peru_cli.inference.inputs import class_logits
     from peru_cli.inference.prepare import Settings, load

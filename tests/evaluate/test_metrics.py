@@ -44,7 +44,7 @@ def test_matthews_and_f1_of_two_classes_by_hand() -> None:
     table = np.array([[50, 10], [5, 35]])  # 50 and 35 right
     assert metrics.f1(table) == pytest.approx(2 * 35 / (2 * 35 + 10 + 5))
     assert metrics.matthews(table) == pytest.approx((50 * 35 - 10 * 5) / np.sqrt(60 * 40 * 55 * 45))
-    assert metrics.matthews(np.array([[9, 0], [3, 0]])) == 0.0  # one class only: undefined, counted as none
+    assert metrics.matthews(np.array([[9, 0], [3, 0]])) == 0.0  # only one class: undefined, counted as 0
     assert metrics.f1(np.array([[9, 0], [0, 0]])) == 0.0
 
 
@@ -58,7 +58,7 @@ def test_kl_is_the_sum_over_probabilities_and_zero_for_equal_logits() -> None:
 
 
 def test_paired_intervals_see_what_unpaired_ones_cannot() -> None:
-    # 800 examples, 792 the same for both: 0.2 points less is no loss; 40 of 800 lost and none won is one.
+    # 800 examples, 792 equal for both: 0.2 points less is not significant; 40 of 800 lost and none won is.
     little, much = metrics.Compared(700, 3, 5, 92), metrics.Compared(660, 0, 40, 100)
     assert little.difference().value == -2 / 800 and little.difference().low < 0 < little.difference().high
     # The exact variance of a paired difference is (b + c - (b - c)^2 / n) / n^2; 2,000 replicates come within a tenth.
@@ -112,7 +112,7 @@ def test_closeness_of_weights_is_plain_arithmetic(tmp_path: Path, dtype: str) ->
     wanted = (ours["embed.weight"].double() - fine["embed.weight"].double()).norm() / (
         fine["embed.weight"] - base["embed.weight"]
     ).double().norm()
-    assert one.error == pytest.approx(float(wanted), rel=1e-2 if dtype == "bf16" else 1e-6)  # the denominator was rounded here
+    assert one.error == pytest.approx(float(wanted), rel=1e-2 if dtype == "bf16" else 1e-6)  # here the denominator was rounded
     same = measure(paths[1], paths[1], paths[2]).total
     assert (same.error, same.sign) == (0.0, 1.0) and same.cosine == pytest.approx(1.0, rel=1e-12)
 
@@ -133,7 +133,7 @@ def test_an_artifact_misses_what_prune_said_it_would(tmp_path: Path, peru: Calla
     assert report.tensors == measure(tmp_path / "r.safetensors", fine, base).tensors
     kept = sum(int((load_file(tmp_path / "r.safetensors")[n] != t).sum()) for n, t in load_file(base).items())
     assert report.total.same_sign == kept  # kept entries are exact, the others are the base's
-    # Pythagoras: what was kept and what was dropped are orthogonal, so error^2 + cosine^2 = 1.
+    # Pythagoras: kept and dropped parts are orthogonal, so error^2 + cosine^2 = 1.
     assert report.total.error**2 + report.total.cosine**2 == pytest.approx(1.0, rel=1e-12)
     wrong = {n: t + 1 if t.is_floating_point() else t for n, t in load_file(base).items()}
     save_file(wrong, tmp_path / "wrong.safetensors")

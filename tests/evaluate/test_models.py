@@ -1,4 +1,4 @@
-"""Models built in memory compute what transformers computes from the folder, artifact by artifact."""
+"""Models built in memory compute the same as transformers does from the folder, for each kind of artifact."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def logits(loaded: Loaded, batch_size: int = 7) -> np.ndarray[Any, Any]:
 
 
 def plain_loop(folder: Path, examples: Examples, tokenizer: Path | None = None) -> np.ndarray[Any, Any]:
-    """What anybody would write: one example after the other."""
+    """The obvious way: one example after the other."""
     model = tr.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     read = tr.AutoTokenizer.from_pretrained(tokenizer or folder)
     rows = []
@@ -48,7 +48,7 @@ def plain_loop(folder: Path, examples: Examples, tokenizer: Path | None = None) 
     return np.stack(rows)
 
 
-# Batches pad: sums over keys then have zeros in them and may be split in other places, so float32 differs in its last bits.
+# Batches pad: sums over keys then contain zeros and may be split differently, so float32 differs in its last bits.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -58,13 +58,13 @@ def test_logits_are_those_of_a_plain_loop(tmp_path: Path, pairs: bool) -> None:
     examples = texts(pairs=pairs)
     loaded = load(open_eval_model(str(fine), "", None), examples, [], Settings())
     wanted = plain_loop(fine, examples)
-    assert np.ptp(wanted, axis=0).min() > 0.1 and len(set(wanted.argmax(1))) > 1  # it tells inputs apart
+    assert np.ptp(wanted, axis=0).min() > 0.1 and len(set(wanted.argmax(1))) > 1  # it distinguishes inputs
     np.testing.assert_allclose(logits(loaded), wanted, **CLOSE)
     np.testing.assert_array_equal(logits(loaded, 1000).argmax(1), wanted.argmax(1))
 
 
 def test_a_tokenizer_is_read_again_only_where_it_may_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels have no part in it; a vocabulary in another order has, and what a config may say of its tokenizer."""
+    """Labels do not matter; a vocabulary in another order does, and so does what a config says about its tokenizer."""
     _, fine = models.pair(models.bert, tmp_path)
     renamed, shuffled, older = (shutil.copytree(fine, tmp_path / name) for name in ("renamed", "shuffled", "older"))
     config = json.loads((fine / "config.json").read_text())

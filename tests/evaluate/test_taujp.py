@@ -45,10 +45,9 @@ def test_of_a_linear_model_it_is_x_tau() -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])
 def test_of_transformers_it_is_central_differences(kind: str, tmp_path: Path) -> None:
-    """float64, step 1e-6: good to about 1e-8. gpt2's features are one a position, of which padding does not count.
+    """float64, step 1e-6: accurate to about 1e-8. gpt2 has one feature vector a position, and padding does not count.
 
-    vit's attention takes its softmax in float32, whose rounding a step divides: a longer step, and less agreement.
-    """
+    vit's attention computes its softmax in float32, and a step divides its rounding: a longer step, and less agreement."""
     step, allowed = (1e-3, 1e-3) if kind == "vit" else (1e-6, 1e-6)
     torch.manual_seed(0)
     model = models.enlarge({"bert": models.bert, "gpt2": gpt2, "vit": models.vit}[kind](), 6.0)
@@ -70,7 +69,7 @@ def test_of_transformers_it_is_central_differences(kind: str, tmp_path: Path) ->
     if kind == "gpt2":
         norms = torch.stack([row[: int(mask.sum())].mean() for row, mask in zip(norms, batch["attention_mask"], strict=True)])
     torch.testing.assert_close(got, norms, rtol=allowed, atol=1e-9)
-    if kind == "bert":  # what the head is given, and nothing else
+    if kind == "bert":  # the head's inputs, and nothing else
         torch.testing.assert_close(features(model, origin, batch), model.bert(**batch).pooler_output)
 
 
@@ -115,7 +114,7 @@ def test_tau_jp_and_disentanglement_error(family: Path, peru) -> None:
     assert "tau-Jp" in table and "disentanglement error" in table
     html, drawn = page.read_text("utf-8"), plot.read_text("utf-8")
     for i in TASKS:
-        for j in TASKS:  # drawn as glyphs, so each number stands in a comment beside them
+        for j in TASKS:  # numbers are drawn as glyphs, with each number in a comment beside them
             assert f"<!-- {found['tau_jp'][i][j]:.3g} -->" in drawn
             assert f"{found['tau_jp'][i][j]:.4g}</td>" in html
     assert html.count("<svg") == 1 and "src=" not in html

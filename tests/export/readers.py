@@ -1,4 +1,4 @@
-"""Readers of the weight updates of SGLang, prime-rl and TRL, written from their public descriptions; nothing of peru is in them."""
+"""Readers of the weight updates of SGLang, prime-rl and TRL, written from their public descriptions, without code of peru."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def apply_prime_rl(state: State, folder: Path, applied: int) -> None:
 
 
 def apply_trl(state: State, folder: Path, applied: int) -> None:
-    """`NAME.idx`, gaps less one, and `NAME.val`."""
+    """`NAME.idx`, gaps minus one, and `NAME.val`."""
     with safe_open(folder / "patch.safetensors", "pt") as file:
         about = file.metadata()
         assert (about["format"], about["sparse"], about["encoding"]) == ("sparse_weight_patch", "True", "gap_delta")

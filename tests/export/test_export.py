@@ -1,4 +1,4 @@
-"""`peru export` and `peru_cli.patches`: what engines read makes the fine-tune's bits of the base."""
+"""`peru export` and `peru_cli.patches`: an engine that applies them to the base gets the fine-tune's bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = {"lossless": ["--lossless"], "bits": ["--bits", "3", "--per-task", r"^
 
 
 def states(seed: int = 0, share: float = 0.03) -> tuple[State, State]:
-    """A base and a fine-tune with some changed entries, NaN and -0.0 among them; one tensor stays, one changes everywhere."""
+    """A base and a fine-tune with some changed entries, including NaN and -0.0; one tensor stays, one changes everywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_patches_hand_out_nothing_of_a_wrong_base(family: tuple[Path, Path], tmp
     peru("prune", fine, "--base", base, "-o", artifact, "--keep", "20%")
     with pytest.raises(Mismatch):
         next(peru_cli.patches(artifact, fine))
-    with pytest.raises(Mismatch):  # at the end, if it is not to be verified first
+    with pytest.raises(Mismatch):  # at the end, unless it is verified first
         list(peru_cli.patches(artifact, fine, verify_first=False))
 
 

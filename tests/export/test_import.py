@@ -1,4 +1,4 @@
-"""Weight updates of trainers, read as fine-tunes: what public writers make becomes the fine-tune's bits, and damage is found."""
+"""Weight updates of trainers, read as fine-tunes: updates from public writers become the fine-tune's bits, and damage is found."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_sglang_checksums_find_another_base_and_altered_bytes(base: Path, tmp_pa
 
 
 def peru_code(update: Path, base: Path, out: Path) -> None:
-    """Unpack: it fails with a message, or what comes out is right after all."""
+    """Unpack: it fails with a message, or the output is right after all."""
     import contextlib
     import io
 

@@ -1,9 +1,8 @@
 """Makes the golden artifacts beside this file: `python tests/golden/make.py`.
 
-Inputs come from integer arithmetic, expected results from the plain NumPy below, which shares no code with
-peru. Only the artifacts come from `peru prune`. To be run again only when format 1 is given up: the files
-say what it is, and tests/artifacts/test_format.py compares them literally.
-"""
+Inputs come from integer arithmetic, expected results from the plain NumPy below, which shares no code with peru. Only the
+artifacts come from `peru prune`. Run it again only if format 1 is given up: the files define it, and
+tests/artifacts/test_format.py compares them literally."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype, its entries as they lie in the file (BF16: uint16)
+Tensors = dict[str, tuple[str, Array]]  # name -> safetensors dtype, its entries as stored in the file (BF16: uint16)
 
 HERE = Path(__file__).resolve().parent
 BITS = {"F64": 64, "I64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "U8": 8}
@@ -29,7 +28,7 @@ BITS = {"F64": 64, "I64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "U8":
 
 @dataclass
 class Case:
-    """One golden artifact: what it is made from, with which options, and what it gives back."""
+    """One golden artifact: its inputs, its options, and the result of unpacking."""
 
     base: Tensors
     fine: Tensors
@@ -72,7 +71,7 @@ def from_bf16(patterns: Array) -> Array:
 
 
 def kept(pairs: dict[str, tuple[Array, Array]], changed: dict[str, Array], density: Fraction, scope: str) -> dict[str, Array]:
-    """Which entries stay, by sorting all of them; `pairs` are float32, base first."""
+    """Which entries are kept, by sorting all of them; `pairs` are float32, base first."""
     masks = {name: np.zeros(mask.size, bool) for name, mask in changed.items()}
     names = sorted(pairs)
     for group in [names] if scope == "global" else [[name] for name in names]:
@@ -92,7 +91,7 @@ def tiny() -> Case:
     """One tensor, two entries kept."""
     base = np.array([0x3F80, 0xBF80, 0x0000, 0x4000, 0x3F00, 0x3E80, 0xC000, 0x4040], np.uint16).reshape(2, 4)
     fine = base.copy()
-    fine[0, 1], fine[1, 2], fine[1, 3] = 0xBF82, 0xC001, 0x4041  # by 2^-6, 2^-6, 2^-6: the last of the equals goes
+    fine[0, 1], fine[1, 2], fine[1, 3] = 0xBF82, 0xC001, 0x4041  # by 2^-6, 2^-6, 2^-6: the last of the equals is dropped
     expected = fine.copy()
     expected[1, 3] = base[1, 3]
     tensors = [{"w": ("BF16", array)} for array in (base, fine, expected)]
@@ -186,7 +185,7 @@ def lossless() -> Case:
 
 
 def octaves() -> Case:
-    """BF16 and F16 with differences of which sign and octave are kept, some apart."""
+    """BF16 and F16 differences of which sign and octave are kept, some stored apart."""
     base: Tensors = {}
     fine: Tensors = {}
     shape = (20, 24)
@@ -232,7 +231,7 @@ CASES = {"tiny": tiny, "heads": heads, "grown": grown, "lossless": lossless, "oc
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
-    """As peru writes checkpoints: wide dtypes first, then by name."""
+    """In the order that peru writes: wide dtypes first, then by name."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, (dtype, array) in sorted(tensors.items(), key=lambda item: (-BITS[item[1][0]], item[0])):
@@ -253,7 +252,7 @@ def write_model(folder: Path, tensors: Tensors, files: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Replace golden files: those named, or all."""
+    """Replace golden files: the named ones, or all."""
     for name in sys.argv[1:] or CASES:
         make = CASES[name]
         case, folder = make(), HERE / name

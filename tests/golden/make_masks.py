@@ -1,8 +1,7 @@
 """Makes the golden masks beside this file: `python tests/golden/make_masks.py`.
 
-The family is that of make_pack.py, with a third task. Expected results come from tests/support/pack_reader.py, which shares no code
-with peru; only the artifact comes from `peru shuffle-pack`. To be run again only when the format is given up.
-"""
+The family is that of make_pack.py, with a third task. Expected results come from tests/support/pack_reader.py, which shares
+no code with peru; only the artifact comes from `peru shuffle-pack`. Run it again only if the format is given up."""
 
 from __future__ import annotations
 

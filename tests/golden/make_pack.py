@@ -1,8 +1,7 @@
 """Makes the golden pack beside this file: `python tests/golden/make_pack.py`.
 
 Inputs come from integer arithmetic, expected results from tests/support/pack_reader.py, which shares no code with peru. Only the
-pack comes from `peru shuffle-pack`. To be run again only when the format is given up.
-"""
+pack comes from `peru shuffle-pack`. Run it again only if the format is given up."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def base() -> Tensors:
 
 
 def fine_tune(number: int) -> Tensors:
-    """BF16 where the base is, behind a prefix, with a head; `norm` is BF16 over an F32 base."""
+    """BF16 if the base is, behind a prefix, with a head; `norm` is BF16 over an F32 base."""
     tensors: Tensors = {"enc.ids": ("I64", np.arange(5, dtype=np.int64)), "head": ("F32", weights((3, 6), 90 + number))}
     for seed, (name, (dtype, array)) in enumerate(base().items(), 100 * number + 200):
         if name == "ids":
@@ -52,7 +51,7 @@ FILES = [{"config.json": '{"task": 1}\n', "vocab.txt": "a\nb\n"}, {"config.json"
 
 
 def expected(pack: str, task: str) -> str:
-    """The file of what a golden pack gives back."""
+    """The file with the expected result for a task of a golden pack."""
     return task if pack == "pack" else f"{pack}-{task}"
 
 

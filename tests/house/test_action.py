@@ -1,4 +1,4 @@
-"""The GitHub Action's own scripts, run as a runner runs them, and `--summary`."""
+"""The GitHub Action's own scripts, run as a runner does, and `--summary`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "compress" / "action.yml
 
 
 def run_action(folder: Path, **given: str) -> tuple[int, dict[str, str], str]:
-    """Exit code, outputs and summary of the action's steps in a folder, with inputs and their defaults."""
+    """Exit code, outputs and summary of the action's steps in a folder, given inputs and their defaults."""
     inputs = {name: given.get(name, str(about.get("default", ""))) for name, about in ACTION["inputs"].items()}
     (folder / "bin").mkdir()
     (folder / "bin" / "peru").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m peru_cli "$@"\n')

@@ -1,4 +1,4 @@
-"""What a person sees: tables that fit, errors in one style, colours only where they are welcome."""
+"""What a person sees: tables that fit, errors in one style, colours only if wanted."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ROWS = [["sst2", "a/very/long/folder/name/that/does/not/fit/anywhere/sst2.safete
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, width: int, **env: str) -> list[str]:
-    """Lines of the table on a terminal of so many columns."""
+    """Lines of the table on a terminal of this width."""
     for name, value in {"COLUMNS": str(width), "TERM": "xterm", "NO_COLOR": "1", **env}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", screen := Terminal())
@@ -42,7 +42,7 @@ def test_a_table_fits_the_terminal_and_keeps_its_first_column_and_whole_numbers(
     assert "sst2" in words and "4.15" in words
     left = "".join(line for line in lines if line.startswith("("))
     for number, name in (("4,147,088", "kept"), ("0.532", "bits/param"), ("1.2", "stored whole")):
-        assert (number in words) != (name in left)  # shown whole, or said to be left out
+        assert (number in words) != (name in left)  # either shown whole or listed as left out
     assert "".join(line[6:].split("  ")[0].strip() for line in table[1:]).startswith("a/very/long/folder/name")  # wrapped, not cut
 
 

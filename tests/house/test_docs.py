@@ -1,4 +1,4 @@
-"""Documentation is executed: the commands of README and the tour run as written, generated pages are what the commands say."""
+"""Documentation is executed: the commands of README and the tour run as written, and generated pages match the commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def execute(line: str) -> None:
-    """Run one line of a shell block as it stands; comments and pipes are the shell's."""
+    """Run one line of a shell block unchanged, with its comments and pipes."""
     words = shlex.split(line, comments=True)
     if words[:1] == ["peru"] and not set(words) & {"|", ">", "&&"}:
         done = run_peru(*words[1:])
@@ -113,7 +113,7 @@ def test_completion_works_live() -> None:
 
 
 def test_apply_of_the_readme_restores_the_base(family: Path) -> None:
-    """What the Python example promises in its last comment, checked on every bit."""
+    """Checks on every bit what the Python example's last comment promises."""
     import peru_cli
 
     done = subprocess.run(

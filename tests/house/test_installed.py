@@ -1,4 +1,4 @@
-"""What README's first command promises: `peru demo` with nothing installed but what peru itself asks for, no extras."""
+"""README's first command: `peru demo` works with nothing installed except peru's own requirements, no extras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house's one rule: imports point down. Reads the imports of every file; nothing of peru is run."""
+"""The house's one rule: imports point down. Reads the imports of every file without running peru."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> list[tuple[str, int]]:
-    """What a file imports from the package, wherever in the file: (module, line)."""
+    """What a file imports from the package, anywhere in the file: (module, line)."""
     found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "peru_cli":
@@ -101,12 +101,12 @@ def broken(known: dict[str, Path]) -> list[str]:
 
 
 def test_every_room_is_listed() -> None:
-    """A new room must say where it lies."""
+    """A new room must be placed in the list."""
     assert {name.split(".")[0] for name in modules() if name} == set(ROOMS)
 
 
 def test_imports_point_down_and_never_in_a_circle() -> None:
-    """Who breaks the rule is named with file and line."""
+    """Violations are named with file and line."""
     assert broken(modules()) == []
 
 

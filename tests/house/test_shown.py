@@ -1,4 +1,4 @@
-"""What is shown of strangers' text: nothing that a terminal or a browser obeys, no passwords, no message of megabytes."""
+"""Displayed text of strangers: nothing that a terminal or a browser interprets, no passwords, no megabytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VISIBLE = {*range(0x600, 0x606), 0x6DD, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}  
 
 
 def test_every_character_that_unicode_calls_control_or_format_is_spelt() -> None:
-    """Python's own tables say which."""
+    """According to Python's own tables."""
     for code in range(sys.maxunicode + 1):
         character = chr(code)
         if unicodedata.category(character) in OBEYED and code not in VISIBLE:

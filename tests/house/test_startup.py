@@ -33,7 +33,7 @@ sys.exit(code)
 
 
 def probe(*arguments: str) -> tuple[str, set[str]]:
-    """Stdout of a run in a process of its own, and the top-level modules that it had loaded."""
+    """Stdout of a run in its own process, and the top-level modules that it loaded."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments],
         capture_output=True,
@@ -61,7 +61,7 @@ def options_of(text: str) -> set[str]:
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Help in this process as wide as in a process of its own."""
+    """Make help in this process as wide as in its own process."""
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 120)
 
 
@@ -92,7 +92,7 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_declared_option_is_in_the_help(name: str, peru: Callable[..., str], wide: None) -> None:
-    """What a user can type must be found in the help: nothing cut off at 120 columns, every method's options in that method's help."""
+    """Every option must be in the help: nothing cut off at 120 columns, and every method's options in that method's help."""
     import typer.main
 
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
 
 
 def test_lora_adapters_do_without_peft(tmp_path: Path) -> None:
-    """peft imports transformers and takes seconds: only the methods that it merges need it."""
+    """peru imports transformers through peft, which takes seconds: only the methods that peft merges need it."""
     import json
 
     import torch

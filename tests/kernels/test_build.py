@@ -1,4 +1,4 @@
-"""How loops are compiled, kept and found again: never a failure, never a rounding that NumPy does not make."""
+"""How loops are compiled, cached and loaded again: never a failure, never a rounding that NumPy does not make."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def draw() -> subprocess.Popen[str]:
 
 
 def test_products_and_sums_are_rounded_one_by_one(folder: Path) -> None:
-    """A fused multiply-add rounds once, and a sum in another order elsewhere: neither is what NumPy gives."""
+    """A fused multiply-add rounds once, and other machines may sum in another order: neither equals NumPy."""
     noise = np.random.default_rng(0)
     a, b, c = (noise.standard_normal(4099).astype(np.float32) for _ in range(3))
     out = np.empty_like(a)
     kernel("*f4 *f4 *f4 *f4 i8")(_multiply_add)(a, b, c, out, len(a))
     assert np.array_equal(out, a * b + c)
     exact = (a.astype(np.float64) * b + c).astype(np.float32)
-    assert not np.array_equal(out, exact)  # which a fused one would nearly always give
+    assert not np.array_equal(out, exact)  # a fused one would nearly always give this
     total = np.empty(1, np.float32)
     kernel("*f4 i8 *f4")(_add_up)(a, len(a), total)
     assert total[0] == np.add.accumulate(a)[-1]
@@ -100,7 +100,7 @@ def test_without_a_home_loops_stay_in_memory(monkeypatch) -> None:
 
 
 def test_every_loop_has_a_name_of_its_own() -> None:
-    """Files are named by it, and their contents are trusted."""
+    """Files use it as their name, and their contents are trusted."""
     seen: list[str] = []
     for module in sorted(Path(build.__file__).parent.glob("*.py")):
         names = vars(__import__(f"peru_cli.kernels.{module.stem}", fromlist=["x"])).values() if module.stem != "__init__" else []

@@ -8,7 +8,7 @@ import torch
 
 from peru_cli.kernels.merging import accumulate, disjoint, elected, narrowed, onto_base, trim
 
-N = 2051  # two blocks and a rest
+N = 2051  # two blocks and a remainder
 BEFORE = [(1.0, 0.5), (2.0, 1.0), (1.0, -0.3)]
 DTYPE = {"f4": "F32", "f8": "F64"}
 
@@ -20,7 +20,7 @@ def task_vectors(kind: str) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Bit for bit: -0.0 is told from 0.0."""
+    """Bit for bit: -0.0 differs from 0.0."""
     return np.array_equal(a.view(f"i{a.itemsize}"), b.view(f"i{b.itemsize}"))
 
 

@@ -11,7 +11,7 @@ LOW = 0xFFFFFFFF
 
 
 def plain(counter: list[int], key: tuple[int, int]) -> list[int]:
-    """Philox-4x32-10 as the paper has it, one counter at a time."""
+    """Philox-4x32-10 as in the paper, one counter at a time."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -32,7 +32,7 @@ def test_philox_known_answers() -> None:
 
 
 def test_words_are_those_of_their_blocks() -> None:
-    """Also beyond 2^32 blocks, where the counter's second word begins."""
+    """Also beyond 2^32 blocks, where the counter's second word is used."""
     key = stream_key(7, "news", "layer.weight")
     for start, n in ((0, 131), ((1 << 34) - 6, 12)):
         expected = [plain([i // 4 & LOW, i // 4 >> 32, 0, 0], key)[i % 4] for i in range(start, start + n)]

@@ -1,4 +1,4 @@
-"""Artifacts on weights in memory: the fine-tune's bits while applied, the base's own afterwards."""
+"""Artifacts applied to weights in memory: the fine-tune's bits while applied, the base's own afterwards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_module_becomes_the_unpacked_checkpoint_and_the_base_again(tmp_path: P
 
 
 def test_a_classifier_takes_its_head_from_the_artifact(tmp_path: Path, peru: Peru) -> None:
-    """The base is a bare encoder; the module is a classifier on it, whose head is random until then."""
+    """The base is a bare encoder; the module is a classifier on it, with a random head at first."""
     kind = KINDS["bert"]
     base, fine, _ = make_pair(kind, tmp_path, "bf16")
     artifact, out = pruned(peru, tmp_path, base, fine, "--keep", "10%")
@@ -163,7 +163,7 @@ def test_swapping_tasks_and_forgetting_models(tmp_path: Path, peru: Peru) -> Non
     assert everything(model.state_dict()) == everything(load_file(out_a / "model.safetensors"))
     applied = peru_cli.apply(model, peru_cli.open_artifact(b))
     assert everything(model.state_dict()) == everything(load_file(out_b / "model.safetensors"))
-    earlier.restore()  # was taken off already: must not disturb b
+    earlier.restore()  # it was taken off already and must not disturb b
     assert everything(model.state_dict()) == everything(load_file(out_b / "model.safetensors"))
     applied.restore()
     assert everything(model.state_dict()) == everything(base)
@@ -197,7 +197,7 @@ def test_a_wrong_base_is_refused_and_nothing_changed(tmp_path: Path, peru: Peru,
 
 @pytest.mark.parametrize("as_module", [True, False])
 def test_a_damaged_artifact_leaves_the_model_as_it_was(tmp_path: Path, peru: Peru, as_module: bool) -> None:
-    """Blocks and whole tensors are checked as they are met: the first ones are on the model by then."""
+    """Blocks and whole tensors are checked when they are reached: the first ones are on the model by then."""
     noise = torch.Generator().manual_seed(2)
     base = {f"t{i}": torch.randn(200_000, generator=noise).bfloat16() for i in range(3)} | {"z.head": torch.zeros(40, dtype=torch.int64)}
     fine = {n: t * 2 if t.is_floating_point() else t + 1 for n, t in base.items()}
@@ -247,7 +247,7 @@ def test_an_untied_fine_tune_of_a_tied_base(tmp_path: Path, peru: Peru) -> None:
     save_file(untied, fine / "model.safetensors", metadata={"format": "pt"})
     artifact, out = pruned(peru, tmp_path, base, fine)
     kind = KINDS["llama-untied"]
-    assert everything(load(kind, out).state_dict()) == everything(untied)  # unpack gives it back whole
+    assert everything(load(kind, out).state_dict()) == everything(untied)  # unpack returns it whole
     model = load(KINDS["llama-tied"], base)
     before = everything(model.state_dict())
     with pytest.raises(Mismatch, match=r"lm_head.weight and model.embed_tokens.weight are tied in this model"):
@@ -278,13 +278,13 @@ def test_what_the_model_no_longer_has_and_no_one_changed_does_not_matter(tmp_pat
     base, fine = random_pair("bf16")
     artifact, _ = pruned(peru, tmp_path, save(base, tmp_path / "b.safetensors"), save(fine, tmp_path / "f.safetensors"))
     model = Tiny({n: t for n, t in base.items() if n != "position_ids"})
-    model.register_buffer("position_ids", torch.zeros(5), persistent=False)  # today's models compute their own
+    model.register_buffer("position_ids", torch.zeros(5), persistent=False)  # current models compute their own
     with peru_cli.apply(model, peru_cli.open_artifact(artifact)):
         assert everything(model.state_dict()) == everything({n: t for n, t in fine.items() if n != "position_ids"})
 
 
 def test_layer_norms_of_old_files_have_other_names_in_memory(tmp_path: Path, peru: Peru) -> None:
-    """bert-base-uncased says gamma and beta; transformers loads them as weight and bias, and saves them as it found them."""
+    """bert-base-uncased says gamma and beta; transformers loads them as weight and bias, and saves them under the old names."""
     kind = KINDS["bert"]
     base, _, _ = make_pair(kind, tmp_path, "bf16")
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -306,7 +306,7 @@ def test_layer_norms_of_old_files_have_other_names_in_memory(tmp_path: Path, per
 
 
 def test_fused_experts_are_refused_with_nothing_changed(tmp_path: Path, peru: Peru) -> None:
-    """transformers 5 fuses Mixtral's experts in memory and splits them in files: names differ, unpack is the way."""
+    """transformers 5 fuses Mixtral's experts in memory and splits them in files: names differ, so unpack is needed."""
     kind = KINDS["mixtral"]
     base, fine, _ = make_pair(kind, tmp_path, "bf16")
     artifact, _ = pruned(peru, tmp_path, base, fine, "--keep", "10%")

@@ -1,4 +1,4 @@
-"""Who shares a model, and what happens to it while an artifact is on it: the base comes back, or an error says that it did not."""
+"""Who shares a model, and what happens to it while an artifact is applied: the base comes back, or an error says that it did not."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def apply(model: nn.Module | dict[str, torch.Tensor], artifact: SparseDelta | Pa
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_another_thread_gets_an_error_while_weights_are_in_use(made, number: int) -> None:
-    """As long as they are: afterwards it is its turn."""
+    """Only while they are in use: afterwards the other thread may apply."""
     model, artifacts = made
     base, said = base_of(made), []
 
@@ -78,7 +78,7 @@ def test_another_thread_gets_an_error_while_weights_are_in_use(made, number: int
 
 
 def test_threads_that_race_leave_the_base(made) -> None:
-    """Every round, each of four threads either has the model to itself or is refused."""
+    """In every round, each of four threads either has the model to itself or is refused."""
     model, artifacts = made
     base, applied = base_of(made), [0]
     wrong = []
@@ -113,7 +113,7 @@ def test_a_model_that_is_cast_meanwhile_is_the_base_cast(made, number: int, dtyp
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_tensors_that_were_exchanged_are_an_error(made, number: int) -> None:
-    """Put in the place of the old ones, or moved to where there is no data."""
+    """Replaced by others, or moved to where there is no data."""
     model, artifacts = made
     fresh = nn.Linear(40, 30).bfloat16().weight
     with pytest.raises(Mismatch, match="the base was not restored"), apply(model, artifacts[number]):
@@ -137,7 +137,7 @@ def test_nested_applies_to_a_state_dict_come_off_in_their_order(made) -> None:
 
 
 def test_weights_that_are_gone_belong_to_nobody(made) -> None:
-    """A claim was found by its address. New weights at the address of freed ones belonged to the thread that had changed those."""
+    """Claims were found by address. New weights at the address of freed ones belonged to the thread that had changed those."""
     _, artifacts = made
     base = base_of(made)
     refused: list[UsageError] = []

@@ -1,4 +1,4 @@
-"""Packs on weights in memory: what unpack gives while applied, another task in its place, the base's bits afterwards."""
+"""Packs applied to weights in memory: unpack's result while applied, another task in its place, the base's bits afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bits(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 class Family:
-    """A bare encoder, two classifiers on it, their pack, and what unpack makes of each."""
+    """A bare encoder, two classifiers on it, their pack, and each unpacked."""
 
     def __init__(self, folder: Path, peru: Peru, dtype: str) -> None:
         self.folder = folder
@@ -149,7 +149,7 @@ def test_an_artifact_and_a_pack_take_turns(family: Family, peru: Peru) -> None:
     assert bits(model.state_dict()) == bits(family.load("a").state_dict())
     peru_cli.apply(model, pack, task="a")
     assert bits(model.state_dict()) == family.expected["a"]
-    applied.restore()  # a handle that was taken over does nothing
+    applied.restore()  # a handle that was superseded does nothing
     assert bits(model.state_dict()) == family.expected["a"]
     peru_cli.apply(model, pack, task="b").restore()
     assert bits(model.state_dict()) == before

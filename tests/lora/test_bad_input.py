@@ -1,4 +1,4 @@
-"""Adapters that are not what they should be: what is said, that it names file and module, and that nothing is left behind."""
+"""Invalid adapters: messages name file and module, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def refused(folder: Path, peru, *arguments: object, code: int, says: tuple[str, ...]) -> str:
-    """The command fails with this code, says all of this, and leaves the folder as it was."""
+    """The command fails with this code, prints all of this, and leaves the folder unchanged."""
     before = sorted(folder.rglob("*"))
     peru(*arguments, code=code)
     for text in says:
@@ -158,7 +158,7 @@ def test_options_that_cannot_be(tmp_path: Path, peru, adapter: Path, options: tu
 
 
 def test_an_adapter_of_another_base(tmp_path: Path, peru, adapter: Path) -> None:
-    """All that does not fit is said at once, from headers alone, wherever an adapter meets a base."""
+    """All problems are reported at once, from headers alone, wherever an adapter meets a base."""
     base = {f"{name}.weight": torch.zeros(shape) for name, shape in SHAPES.items()}
     up = "model.layers.0.mlp.up_proj"
     save(base | {f"{Q}.weight": torch.zeros(48, 41)}, tmp_path / "shape.safetensors")
@@ -207,12 +207,12 @@ def test_folders_and_models_that_are_no_adapter(tmp_path: Path, peru, adapter: P
     refused(tmp_path, peru, "svd-lora", adapter, *at, code=1, says=("adapter_config.json: not a table",))
     (adapter / "adapter_config.json").write_text("{")
     refused(tmp_path, peru, "svd-lora", adapter, *at, code=1, says=("adapter_config.json: not JSON",))
-    # several by name, none of them the default: svd-lora takes all, unpack wants one
+    # several by name, none of them the default: svd-lora takes all, unpack needs one
     save_adapter(tmp_path / "many" / "x", factors(4), 4)
     save_adapter(tmp_path / "many" / "y", factors(4), 4)
     says = ("holds several adapters", str(tmp_path / "many" / "x"), "name one of them")
     refused(tmp_path, peru, "unpack", tmp_path / "many", "-b", tmp_path / "model.safetensors", "-o", tmp_path / "out", code=2, says=says)
-    # and where a full model is meant
+    # and where a full model is needed
     good = tmp_path / "many" / "x"
     says = ("is a PEFT adapter, but a full checkpoint is needed here", "peru unpack")
     at = ("-b", good, "-o", tmp_path / "a.safetensors", "--keep", "10%")
@@ -234,7 +234,7 @@ def test_full_fine_tunes_that_cannot_become_adapters(tmp_path: Path, peru) -> No
     save(broken, fine)
     says = (f"{Q}.weight differs from the base by NaN or infinity at entry {3 * 40 + 5}", "--per-task")
     refused(tmp_path, peru, "svd-lora", fine, *at, code=1, says=says)
-    # kept whole, it is nobody's problem
+    # stored whole, it is no problem
     peru("svd-lora", fine, *at, "--per-task", "q_proj", "--no-sync")
     peru("unpack", tmp_path / "out", "-b", tmp_path / "base.safetensors", "-o", tmp_path / "r.safetensors", "--no-sync")
     assert torch.equal(load_file(tmp_path / "r.safetensors")[f"{Q}.weight"].nan_to_num(7), broken[f"{Q}.weight"].nan_to_num(7))

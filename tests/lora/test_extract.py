@@ -1,4 +1,4 @@
-"""Adapters out of full fine-tunes: real tiny models, loaded back by peft and by transformers, nothing left out."""
+"""Adapters from full fine-tunes: real tiny models, loaded by peft and by transformers, nothing left out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 
 def pair(folder: Path, model: Callable[[], nn.Module], seed: int = 0, bare: bool = False) -> tuple[nn.Module, nn.Module]:
-    """A base and a fine-tune of it that changed everywhere, saved by transformers; `bare` saves the base without its head."""
+    """A base and a fine-tune that changed everywhere, saved by transformers. `bare` saves the base without its head."""
     torch.manual_seed(seed)
     base = model().eval()
     fine = copy.deepcopy(base)
@@ -46,7 +46,7 @@ def pair(folder: Path, model: Callable[[], nn.Module], seed: int = 0, bare: bool
 
 
 def best(delta: torch.Tensor, rank: int) -> torch.Tensor:
-    """The best approximation of a rank, float64: of a matrix, a flattened kernel, or each of a stack of experts."""
+    """The best approximation at a rank, float64: of a matrix, a flattened kernel, or each of a stack of experts."""
     matrix = delta.double() if delta.ndim == 3 else delta.double().flatten(1)
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     return ((u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]).view(delta.shape)
@@ -76,20 +76,20 @@ def test_peft_and_transformers_load_what_was_extracted(tmp_path: Path, peru, kin
     factored = targeted(tmp_path / "a")
     assert len(factored) == len(said["modules"]) > 5
     wanted = {name: before[name] + best(after[name] - before[name], rank) if name in factored else tensor for name, tensor in after.items()}
-    # unpacked: everything is the fine-tune's, but for the factored weights
+    # unpacked: everything equals the fine-tune, except the factored weights
     peru("unpack", tmp_path / "a", "-b", tmp_path / "base", "-o", tmp_path / "full", "--no-sync")
     loaded, info = type(fine).from_pretrained(tmp_path / "full", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name].float(), rtol=1e-5, atol=1e-6)
-    # loaded by peft: the same, but for what only the delta beside the adapter has
+    # loaded by peft: the same, except what only the delta beside the adapter has
     in_delta = set()
     if said["delta_tensors"]:
         renamed, _ = ask_transformers(
             type(fine).__name__, fine.config.model_type, json.loads((tmp_path / "fine" / "config.json").read_text())
         )
         in_delta = {renamed.get(name, name) for name in said["delta_tensors"]}
-    if kind == "gpt2":  # tied to the output matrix, which peft would leave as it was
+    if kind == "gpt2":  # tied to the output matrix, which peft would leave unchanged
         assert said["delta_tensors"] == ["transformer.wte.weight"]
         in_delta.add("lm_head.weight")
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_peft_and_transformers_load_what_was_extracted(tmp_path: Path, peru, kin
         reference.load_state_dict({name: before[name] if name in in_delta else tensor for name, tensor in wanted.items()})
         wrapped = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
         torch.testing.assert_close(wrapped(**INPUTS[model]).logits, reference(**INPUTS[model]).logits, rtol=1e-4, atol=1e-4)
-    # and all of it is counted
+    # and everything is counted
     held = factored | in_delta | {f"{m}.bias" for m in (n.removesuffix(".weight") for n in factored) if said["biases"]}
     held |= {name for name in after if name.rpartition(".")[0] in said["modules_to_save"]}
     assert {name for name in after if not torch.equal(after[name], before[name])} <= held
@@ -105,7 +105,7 @@ def test_peft_and_transformers_load_what_was_extracted(tmp_path: Path, peru, kin
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_rest_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
-    """The adapter alone is what vLLM and llama.cpp take; all else comes back to the bit."""
+    """vLLM and llama.cpp take the adapter alone; all else comes back to the bit."""
     model, bare = KINDS[kind]
     pair(tmp_path, model, bare=bare)
     options = ("-b", tmp_path / "base", "-o", tmp_path / "a", "--rank", 4, "--rest", "delta", "--no-sync", "--json")
@@ -164,7 +164,7 @@ def test_an_expert_that_did_not_change_has_factors_of_zero(tmp_path: Path, peru)
 
 
 def matrices(folder: Path, dtype: torch.dtype = torch.float32, base_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Plain files of a base and a fine-tune with matrices of falling spectra; the differences by name."""
+    """Plain files of a base and a fine-tune with matrices of falling spectra. Returns the differences by name."""
     noise = torch.Generator().manual_seed(1)
     shapes = {"a.weight": (700, 600), "b.weight": (90, 130), "c.weight": (130, 90), "d.weight": (1200, 560)}
     before = {name: torch.randn(shape, generator=noise).to(base_dtype or dtype) for name, shape in shapes.items()}
@@ -215,7 +215,7 @@ def test_energy_and_bytes_of_a_full_fine_tune(tmp_path: Path, peru) -> None:
             energies = torch.linalg.svdvals(delta).square()
             least = int((energies.cumsum(0) / energies.sum() < share).sum()) + 1
             most = (delta.numel() - 1) // sum(delta.shape)
-            if least > most:  # its factors would be no smaller than itself: it is held whole
+            if least > most:  # its factors would be no smaller than the matrix: it is stored whole
                 assert name.removesuffix(".weight") in said["modules_to_save"] and name.removesuffix(".weight") not in ranks
             else:
                 assert ranks[name.removesuffix(".weight")] in (least, least + 1)  # values from power iterations are a little low
@@ -225,7 +225,7 @@ def test_energy_and_bytes_of_a_full_fine_tune(tmp_path: Path, peru) -> None:
         said = report(peru("svd-lora", *at, "-o", tmp_path / str(budget), "--max-bytes", budget))
         assert budget * 0.97 - 4000 < said["file_bytes"] <= budget
         errors.append(said["relative_error"])
-        # one rank for all, as large as the same bytes allow, is no better
+        # one rank for all, with as many bytes, is no better
         rank = (said["file_bytes"] - 2000) // (4 * sum(sum(delta.shape) for delta in deltas.values()))
         dropped = sum(float(torch.linalg.svdvals(delta)[rank:].square().sum()) for delta in deltas.values())
         assert said["relative_error"] <= 1.005 * (dropped / sum(float(delta.square().sum()) for delta in deltas.values())) ** 0.5
@@ -327,7 +327,7 @@ def test_adapters_with_what_they_could_not_hold_merge_like_the_fine_tune(tmp_pat
 
 @pytest.mark.parametrize("kind", sorted(SAME_NAMES))
 def test_models_whose_names_are_said_to_be_the_same(kind: str) -> None:
-    """The table saves an import of seconds; transformers itself is asked here whether it is right."""
+    """The table saves an import of seconds. Here it is checked against transformers."""
     from transformers.models.auto import modeling_auto as auto
 
     tables = (auto.MODEL_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)

@@ -66,13 +66,13 @@ DIFFUSERS = {
 def test_diffusers_files_keep_their_names(tmp_path: Path, peru, style: str, scaled: str) -> None:
     down, up = DIFFUSERS[style]
     table = {down: torch.randn(8, 20), up: torch.randn(30, 8), "unet.other.bias": torch.ones(3)}
-    prefix = down.partition(".")[0] + "." if scaled == "component" else ""  # a pipeline's file, or that of one model
+    prefix = down.partition(".")[0] + "." if scaled == "component" else ""  # a pipeline's file, or one model's
     metadata = {"lora_adapter_metadata": json.dumps({f"{prefix}r": 8, f"{prefix}lora_alpha": 4})} if scaled else {}
     (tmp_path / "in").mkdir()
     save_file(table, tmp_path / "in" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"} | metadata)
     peru("svd-lora", tmp_path / "in", "-o", tmp_path / "out", "--rank", 3, "--no-sync")
     with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as out:
-        # no alpha and no recorded configuration: diffusers then takes the rank for alpha
+        # no alpha and no recorded config: diffusers then uses the rank as alpha
         assert sorted(out.keys()) == sorted(table) and "lora_adapter_metadata" not in out.metadata()
         assert raw(out.get_tensor("unet.other.bias")) == raw(table["unet.other.bias"])
         after = out.get_tensor(up).double() @ out.get_tensor(down).double()

@@ -1,4 +1,4 @@
-"""What `peru svd-lora` promises of ranks, bytes, dtypes and folders, on random adapters."""
+"""What `peru svd-lora` promises about ranks, bytes, dtypes and folders, on random adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def factors(
 
 
 def save_adapter(folder: Path, table: dict[str, torch.Tensor], r: int, **config: object) -> Path:
-    """A PEFT adapter; the least that a configuration has."""
+    """A PEFT adapter with a minimal config."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({OUTER + name: tensor for name, tensor in table.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     base = {
@@ -46,7 +46,7 @@ def save_adapter(folder: Path, table: dict[str, torch.Tensor], r: int, **config:
 
 
 def product(folder: Path, name: str) -> torch.Tensor:
-    """alpha / r * B @ A of an adapter, float64, the patterns resolved as peft does it."""
+    """alpha / r * B @ A of an adapter, float64, with patterns resolved as in peft."""
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
@@ -104,7 +104,7 @@ def test_energy_keeps_the_least_rank_that_suffices(tmp_path: Path, peru, share: 
         least = int((shares < wanted * (1 - 1e-12)).sum()) + 1
         assert module["rank"] == min(least, 8)
         assert product(tmp_path / "out", module["name"]).shape == SHAPES[module["name"]]
-    if share == "90%":  # ranks differ: patterns name modules to the letter, the same for both, and the largest is r
+    if share == "90%":  # ranks differ: patterns name modules exactly, the same for both, and the largest is r
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         ranks = {module["name"]: module["rank"] for module in said["modules"]}
         assert config["r"] == config["lora_alpha"] == max(ranks.values())
@@ -121,7 +121,7 @@ def test_a_byte_budget_is_kept_and_spent(tmp_path: Path, peru, dtype: torch.dtyp
         out = tmp_path / str(budget)
         said = report(peru("svd-lora", source, "-o", out, "--max-bytes", budget, "--json", "--no-sync"))
         cheapest = min(module["bytes"] // module["rank"] for module in said["modules"])
-        # what is left is less than one more rank of the cheapest module, but for the digits of the header
+        # the rest is less than one more rank of the cheapest module, except for the digits of the header
         assert budget - cheapest - 200 < said["file_bytes"] <= budget
         errors.append(said["relative_error"])
         one = report(
@@ -199,7 +199,7 @@ def test_rslora_is_right_where_pefts_own_resize_is_not(tmp_path: Path, peru) -> 
     ours = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
     torch.testing.assert_close(ours.base_model.model[0].get_delta_weight("default").double(), best, rtol=1e-4, atol=1e-5)
     if peft.__version__ == "0.21.2":
-        # one adapter alone is not resized at all there, so it is given twice
+        # it does not resize a single adapter at all, so it is given twice
         wrapped.add_weighted_adapter(["default", "default"], [0.5, 0.5], "small", combination_type="svd", svd_rank=4)
         theirs = wrapped.base_model.model[0].get_delta_weight("small").detach().double()
         torch.testing.assert_close(theirs, 2 * best, rtol=1e-4, atol=1e-4)  # sqrt(4) too large
@@ -238,7 +238,7 @@ def test_several_adapters_and_folders_of_several(tmp_path: Path, peru) -> None:
     a, b = (save_adapter(tmp_path / name, factors(8, seed=i), 8) for i, name in enumerate("ab"))
     said = json.loads(peru("svd-lora", f"x={a}", b, "-o", tmp_path / "out", "--rank", 2, "--json", "--no-sync"))
     assert [(one["task"], one["path"]) for one in said] == [("x", str(tmp_path / "out" / "x")), ("b", str(tmp_path / "out" / "b"))]
-    # as PeftModel.save_pretrained writes several: the default adapter in the folder itself, others by name
+    # the layout of PeftModel.save_pretrained for several: the default adapter in the folder itself, others by name
     save_adapter(a / "other", factors(4, seed=5), 4)
     (a / "tokenizer.json").write_text("{}")
     peru("svd-lora", a, "-o", tmp_path / "two", "--rank", 2, "--no-sync")

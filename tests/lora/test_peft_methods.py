@@ -1,4 +1,4 @@
-"""PEFT's methods besides LoRA: what peru folds in equals peft's own merged model, bit for bit; and what peft's names and fields are."""
+"""PEFT's methods besides LoRA: peru's result equals peft's own merged model, bit for bit; and peft's names and fields are covered."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapt(base: Path, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Save a random adapter; what peft makes of it, merged."""
+    """Save a random adapter. Returns peft's merged result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = tr.AutoModelForCausalLM.from_pretrained(base)
@@ -83,7 +83,7 @@ def test_every_method_is_merged_as_peft_does_it(tmp_path: Path, peru, base: Path
 
 
 def test_the_other_commands_take_them(tmp_path: Path, peru, base: Path) -> None:
-    """merge, svd-lora (with the base, as a full fine-tune) and eval; the file named instead of its folder, too."""
+    """merge, svd-lora (with the base, as a full fine-tune) and eval; also given the file instead of its folder."""
     wanted = adapt(base, tmp_path / "loha", "LOHA")
     file = tmp_path / "loha" / "adapter_model.safetensors"
     peru("merge", f"a={file}", "-b", base, "-m", "task-arithmetic", "--scale", 1, "-o", tmp_path / "merged", "--no-sync")
@@ -125,7 +125,7 @@ def test_a_setting_that_the_installed_peft_does_not_know(tmp_path: Path, peru, b
 
 
 def test_prefixes_and_methods_are_those_of_the_installed_peft() -> None:
-    """A method that a new peft brings is either read or refused with a reason; none is forgotten."""
+    """Every method of a new peft is either read or refused with a reason; none is forgotten."""
     known = {str(kind.value): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
     assert {kind: known[kind] for kind in PREFIXES} == PREFIXES
     every = {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
@@ -133,7 +133,7 @@ def test_prefixes_and_methods_are_those_of_the_installed_peft() -> None:
 
 
 def test_every_field_of_loraconfig_is_written_or_checked() -> None:
-    """A field that a new peft brings may change what an adapter means: somebody has to look at it."""
+    """A new field of peft may change what an adapter means: somebody has to look at it."""
     from peru_cli.checkpoints.lora.config import HANDLED
 
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}

@@ -1,4 +1,4 @@
-"""Adapters folded in and compared with what peft makes of the same folder: orientations, heads that come apart, vocabularies."""
+"""Merged adapters compared with peft's result for the same folder: orientations, untied heads, vocabularies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def llama(tied: bool = False) -> Any:
 
 
 def adapt(model: Any, folder: Path, **settings: Any) -> Any:
-    """Save a base and a random adapter on it; the peft model."""
+    """Save a base and a random adapter on it. Returns the peft model."""
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def unpacked(peru, folder: Path) -> Any:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_orientation_follows_the_modules_type(tmp_path: Path, peru, kind: str, flag: bool, dora: bool) -> None:
-    """Square matrices: nothing but the module's type tells. PEFT corrects fan_in_fan_out while it loads, whatever the file says."""
+    """Square matrices: only the module's type tells. PEFT corrects fan_in_fan_out on loading, whatever the file says."""
     made, targets = (gpt2(), ["attn.c_proj"]) if kind == "gpt2" else (llama(), ["q_proj", "o_proj"])
     wrapped = adapt(made, tmp_path, target_modules=targets, fan_in_fan_out=kind == "gpt2", use_dora=dora)
     path = tmp_path / "lora" / "adapter_config.json"
@@ -75,7 +75,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", HEADS)
 def test_a_head_that_comes_apart_from_its_embedding(tmp_path: Path, peru, case: str) -> None:
-    """The written model computes what the adapter's does: a config that said tied would have every loader tie them again."""
+    """The written model computes what the adapter's does: with a tied config, every loader would tie them again."""
     wrapped = adapt(llama(tied=True), tmp_path, **HEADS[case])
     got = unpacked(peru, tmp_path)
     config = json.loads((tmp_path / "full" / "config.json").read_text())
@@ -111,7 +111,7 @@ def test_saved_embeddings_of_another_size_fix_the_vocabulary(tmp_path: Path, per
 
 
 def test_a_tensor_that_nothing_names_is_refused(tmp_path: Path, peru) -> None:
-    """A key of an adapter's file is used or refused, never written as a tensor of the model because nobody knew it."""
+    """A key of an adapter's file is used or refused, never written as a tensor of the model because it is unknown."""
     adapt(llama(), tmp_path, target_modules=["q_proj"])
     from safetensors.torch import save_file
 
@@ -122,7 +122,7 @@ def test_a_tensor_that_nothing_names_is_refused(tmp_path: Path, peru) -> None:
 
 
 def test_a_merge_of_adapters_whose_heads_differ_is_untied(tmp_path: Path, peru) -> None:
-    """Task arithmetic of one task at weight 1 is the task: in the merge under its head, and where the base stores both."""
+    """Task arithmetic of one task at weight 1 equals the task: in the merge under its head, and if the base stores both."""
     wrapped = adapt(llama(tied=True), tmp_path, **HEADS["a saved head"])
     peru(
         "merge", f"a={tmp_path / 'lora'}", "-b", tmp_path / "base", "-o", tmp_path / "m", "-m", "task-arithmetic", "--scale", 1, "--no-sync"
@@ -131,7 +131,7 @@ def test_a_merge_of_adapters_whose_heads_differ_is_untied(tmp_path: Path, peru) 
     got = tr.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     with torch.no_grad():
         torch.testing.assert_close(got(IDS).logits, wrapped(IDS).logits, rtol=1e-4, atol=1e-4)
-    # a base that stores the tied matrix twice, as older transformers and other programs did
+    # a base that stores the tied matrix twice, like older transformers and other programs
     from safetensors.torch import save_file
 
     table = load_file(tmp_path / "base" / "model.safetensors")
@@ -162,7 +162,7 @@ def test_a_tied_head_that_the_base_stores_again_follows_its_embedding(tmp_path: 
 
 
 def test_what_a_fine_tune_lacks_an_adapter_cannot_take_away(tmp_path: Path, peru) -> None:
-    """A tied head that only the base stores would stay the base's; other tensors stay with a word."""
+    """A tied head that only the base stores would stay the base's; other tensors stay with a note."""
     from safetensors.torch import save_file
 
     adapt(llama(tied=True), tmp_path, target_modules=["q_proj"])
@@ -181,7 +181,7 @@ def test_what_a_fine_tune_lacks_an_adapter_cannot_take_away(tmp_path: Path, peru
 
 @pytest.mark.parametrize("model", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
 def test_a_model_and_an_adapter_in_one_folder(tmp_path: Path, peru, model: str) -> None:
-    """Which is meant cannot be told: both are named, and their files can be."""
+    """Nothing tells which is meant: both are named in the error, and their files can be given."""
     adapt(llama(), tmp_path, target_modules=["q_proj"])
     both = tmp_path / "lora" / model
     both.write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
@@ -200,7 +200,7 @@ def test_a_model_and_an_adapter_in_one_folder(tmp_path: Path, peru, model: str) 
 
 
 def test_models_whose_output_is_tied_by_default() -> None:
-    """Configs that say nothing, as those before transformers 5: their model type's default counts."""
+    """For configs without the setting, as before transformers 5, their model type's default counts."""
     from peru_cli.checkpoints.architectures import _TIED
 
     assert [kind for kind in sorted(_TIED) if not tr.CONFIG_MAPPING[kind]().tie_word_embeddings] == []

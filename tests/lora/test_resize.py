@@ -1,4 +1,4 @@
-"""Resized adapters of every kind, built by peft on tiny random models, loaded back by peft, against dense float64 SVDs."""
+"""Resized adapters of every kind, built by peft on tiny random models, loaded again by peft, against dense float64 SVDs."""
 
 from __future__ import annotations
 
@@ -128,14 +128,14 @@ def build(kind: str, folder: Path) -> tuple[PeftModel, nn.Module]:
 
 
 def truncated(delta: torch.Tensor, rank: int) -> torch.Tensor:
-    """The best approximation of a rank, in float64: of a matrix, a flattened kernel, or each of a stack of experts."""
+    """The best approximation at a rank, in float64: of a matrix, a flattened kernel, or each of a stack of experts."""
     matrix = delta.double() if delta.ndim == 3 and delta.shape[0] == 3 else delta.double().flatten(1)
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     return ((u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]).view(delta.shape)
 
 
 def expected(wrapped: PeftModel, fresh: nn.Module, rank: int) -> nn.Module:
-    """The merged model with every update replaced by its best approximation; magnitudes of DoRA as they were."""
+    """The merged model with every update replaced by its best approximation; DoRA's magnitudes are unchanged."""
     deltas = {}
     for name, module in wrapped.named_modules():
         if isinstance(module, LoraLayer):
@@ -158,7 +158,7 @@ def expected(wrapped: PeftModel, fresh: nn.Module, rank: int) -> nn.Module:
 
 
 def load(folder: Path, fresh: nn.Module) -> PeftModel:
-    """What peft makes of an adapter; fails on any missing or unexpected key."""
+    """Load an adapter with peft. Fails on any missing or unexpected key."""
     import warnings
 
     with warnings.catch_warnings():

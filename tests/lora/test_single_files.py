@@ -1,4 +1,4 @@
-"""Single-file adapters as trainers leave them: where alpha is written, entries that are no factors, LoHa and LoKr."""
+"""Single-file adapters as trainers write them: where alpha is stored, entries that are not factors, LoHa and LoKr."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_alpha_in_the_metadata_counts(tmp_path: Path, peru, base: Path, prefix: 
     save_file(table, tmp_path / "in.safetensors", metadata=metadata)
     wanted = load_file(base)[f"{NAME}.weight"] + scale * up @ down
     torch.testing.assert_close(fold(peru, base, tmp_path / "in.safetensors")[f"{NAME}.weight"], wanted, rtol=1e-5, atol=1e-5)
-    # and once the scale has gone into the factors, no record of it is left behind
+    # once the scale is in the factors, no record of it is left
     peru("svd-lora", tmp_path / "in.safetensors", "-o", tmp_path / "small.safetensors", "--rank", 4, "--no-sync")
     torch.testing.assert_close(fold(peru, base, tmp_path / "small.safetensors")[f"{NAME}.weight"], wanted, rtol=1e-5, atol=1e-5)
 
@@ -118,7 +118,7 @@ def test_an_alpha_of_several_entries(tmp_path: Path, peru, base: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_differences_are_added_where_they_belong(tmp_path: Path, peru, base: Path, layout: str) -> None:
-    """ComfyUI's and LyCORIS' meaning: .diff and .w_norm on weights, .diff_b and .b_norm on biases, .set_weight instead of one."""
+    """ComfyUI's and LyCORIS' meaning: .diff and .w_norm add to weights, .diff_b and .b_norm to biases, .set_weight replaces one."""
     before = load_file(base)
     q, conv, norm = (FLAT, "lora_unet_conv", "lora_unet_norm") if layout == "kohya" else (f"diffusion_model.{NAME}", "conv", "norm")
     down, up = pair()
@@ -138,12 +138,12 @@ def test_differences_are_added_where_they_belong(tmp_path: Path, peru, base: Pat
     assert sorted(got) == sorted(wanted)
     for name, tensor in wanted.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5)
-    # truncating the factors leaves the differences as they are
+    # truncating the factors leaves the differences unchanged
     peru("svd-lora", tmp_path / "in.safetensors", "-o", tmp_path / "small.safetensors", "--rank", 4, "--no-sync")
     small = fold(peru, base, tmp_path / "small.safetensors")
     for name, tensor in wanted.items():
         torch.testing.assert_close(small[name], tensor, rtol=1e-5, atol=1e-5)
-    # and a file of differences alone is an adapter, too
+    # a file with only differences is an adapter, too
     save_file({f"{norm}.set_weight": table[f"{norm}.w_norm"], f"{q}.diff": up @ down}, tmp_path / "alone.safetensors")
     alone = fold(peru, base, tmp_path / "alone.safetensors")
     assert torch.equal(alone["norm.weight"], table[f"{norm}.w_norm"]) and sorted(alone) == sorted(before)
@@ -202,7 +202,7 @@ def test_loha_and_lokr_of_lycoris(tmp_path: Path, peru, base: Path) -> None:
         save_file({"lora_unet_conv.lokr_w1": w["k1"]} | {f"lora_unet_conv.{n}": t for n, t in parts.items()}, tmp_path / "in.safetensors")
         wanted = before["conv.weight"].double() + scale * torch.kron(d["k1"][:, :, None, None], second.contiguous())
         torch.testing.assert_close(fold(peru, base, tmp_path / "in.safetensors")["conv.weight"].double(), wanted, rtol=1e-5, atol=1e-5)
-    # their updates are no products of two thin factors: with the base they are factored, without it refused
+    # their updates are not products of two thin factors: with the base they are factored, without it refused
     peru("svd-lora", tmp_path / "in.safetensors", "-o", tmp_path / "lora", "--rank", 2, code=2)
     assert "LoKr" in peru.stderr and "add --base BASE" in peru.stderr
     peru("svd-lora", tmp_path / "in.safetensors", "-b", base, "-o", tmp_path / "lora", "--rank", 4, "--no-sync")
@@ -222,7 +222,7 @@ def test_a_loha_whose_halves_do_not_fit(tmp_path: Path, peru, base: Path) -> Non
 
 
 def test_kohya_and_diffusers_agree_about_the_scale(tmp_path: Path, peru, base: Path) -> None:
-    """kohya's alpha beside the factors is what diffusers moves into both of them: equal updates."""
+    """diffusers moves kohya's alpha, stored beside the factors, into both of them: the updates are equal."""
     down, up = pair()
     save_file(
         {f"{FLAT}.lora_down.weight": down, f"{FLAT}.lora_up.weight": up, f"{FLAT}.alpha": torch.tensor(1.0)}, tmp_path / "k.safetensors"

@@ -1,4 +1,4 @@
-"""What is said of a merge's inputs before anything is written."""
+"""Warnings about a merge's inputs before anything is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Family = Callable[..., list[str]]
 
 @pytest.fixture
 def family(tmp_path: Path) -> Family:
-    """Write a base and fine-tunes whose changes have these sizes; the arguments that name them."""
+    """Write a base and fine-tunes whose changes have these sizes. Returns the arguments that name them."""
 
     def write(*sizes: float, dtype: torch.dtype = torch.bfloat16) -> list[str]:
         noise = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def test_models_that_differ_in_one_entry_are_not_equal(family: Family, warned, t
     models = family(0.0, 0.0)
     for number in range(2):
         changed = load_file(tmp_path / "base.safetensors")
-        changed["layers.2.weight"][number, 0] += 1  # outside of the run that is sampled
+        changed["layers.2.weight"][number, 0] += 1  # outside of the sampled run
         save(changed, tmp_path / f"t{number}.safetensors")
     text = warned(*models, "-m", "ties")
     assert "equal" not in text
@@ -107,7 +107,7 @@ def test_methods_that_do_not_mind_norms_are_silent_of_them(family: Family, warne
 
 
 def folder(at: Path, source: Path, template: str | None, own_file: bool = False) -> Path:
-    """A model folder with a chat template in the tokenizer's configuration, or in a file of its own."""
+    """A model folder with a chat template in the tokenizer's config, or in its own file."""
     at.mkdir()
     shutil.copy(source, at / "model.safetensors")
     (at / "config.json").write_text(json.dumps({"model_type": "llama"}))

@@ -124,7 +124,7 @@ def test_pcb(tmp_path: Path, peru) -> None:
 
 
 def weighted(merge: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-    """Matrices by the formula, of weighted task vectors; everything else their mean."""
+    """Matrices by the formula of weighted task vectors; all other tensors are their mean."""
 
     def merged(tau: Arrays) -> Any:
         tau = [w * x for w, x in zip(WEIGHTS, tau, strict=True)]
@@ -152,7 +152,7 @@ def test_wudi_is_where_its_gradient_is_0(tmp_path: Path, peru) -> None:
         merged = got[name].numpy() - case.base[name].numpy()
         scale = np.abs(formula.wudi_gradient(sum(tau), tau)).max()
         assert np.abs(formula.wudi_gradient(merged, tau)).max() < 1e-9 * scale, name
-    close = case.merged.run("-m", "wudi", "--ridge", "1e9")  # where the pull is all there is, the sum is left
+    close = case.merged.run("-m", "wudi", "--ridge", "1e9")  # with the ridge alone, the sum is left
     np.testing.assert_allclose(close["a.weight"].numpy(), case.base["a.weight"].numpy() + sum(case.vectors("a.weight")), atol=1e-7)
 
 

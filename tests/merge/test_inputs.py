@@ -1,4 +1,4 @@
-"""What goes into a merge: adapters, artifacts, heads; and what is refused before anything is written."""
+"""Inputs of a merge: adapters, artifacts, heads; and what is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import raw, save
 
 
 class Small(nn.Module):
-    """One of each kind of layer that plain LoRA knows."""
+    """One of each kind of layer that plain LoRA supports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Transposed(nn.Module):
 
 
 def adapter(folder: Path, model: nn.Module, **settings: object) -> dict[str, torch.Tensor]:
-    """Save a random adapter of the model with peft; what peft's own merge_and_unload gives."""
+    """Save a random adapter of the model with peft. Returns the result of peft's own merge_and_unload."""
     wrapped = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -126,7 +126,7 @@ def test_artifacts_and_adapters_and_models_mix(tmp_path: Path, peru) -> None:
         results.append(load_file(tmp_path / f"{out}.safetensors"))
     for name in base:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6)
-    # an artifact of another base is found by its digests, before there is any output
+    # the digests show an artifact of another base, before there is any output
     save({n: t * 2 for n, t in base.items()}, tmp_path / "wrong.safetensors")
     peru("merge", f"a={tmp_path / 'o.safetensors'}", f"c={tmp_path / 'full.safetensors'}", "-b", tmp_path / "wrong.safetensors",
          "-o", tmp_path / "z.safetensors", "-m", "ties", code=1)  # fmt: skip
@@ -155,7 +155,7 @@ def test_heads_are_kept_and_found_again(tmp_path: Path, peru) -> None:
         assert sorted(heads) == ["head.bias", "head.weight"] and all(raw(heads[n]) == raw(table[n]) for n in heads)
     peru("merge", *models, "-b", tmp_path / "base.safetensors", "-o", tmp_path / "m.safetensors", "-m", "ties", code=2)
     assert "cannot hold per-task tensors" in peru.stderr
-    # PERU-FFT: both in one go equals merge, then prune; unpack gives heads back
+    # PERU-FFT: both in one command equals merge, then prune; unpack returns the heads
     at = ["-b", tmp_path / "base.safetensors", "--no-sync"]
     peru("merge", *models, *at, "-o", tmp_path / "fft", "-m", "task-arithmetic", "--compress", "10%")
     peru("prune", models[0], "-b", tmp_path / "m", "-o", tmp_path / "pa.safetensors", "--keep", "10%", "--no-sync")
@@ -169,7 +169,7 @@ def test_heads_are_kept_and_found_again(tmp_path: Path, peru) -> None:
 
 
 def test_heads_that_the_base_has_too(tmp_path: Path, peru) -> None:
-    """Three classes in one task as in the base, five in the other: nobody's head is merged, the base's is copied."""
+    """Three classes in one task as in the base, five in the other: no head is merged, the base's is copied."""
     base = encoder(9, 3)
     save(base, tmp_path / "base.safetensors")
     fine = {"a": encoder(1, 3), "b": encoder(2, 5)}
@@ -261,7 +261,7 @@ def test_other_shapes_vocabularies_and_dtypes_are_reported_together(tmp_path: Pa
     assert "vocabularies differ: embed.weight has b 5,002 rows" in said
     assert "1.weight: [90, 31] in b, [90, 30]" in said and "2.weight: in a, not in b" in said
     assert "dtypes differ: a F32, b BF16 in 1 tensor(s), such as 3.weight" in said
-    # entirely different models
+    # completely different models
     save({f"{i}.weight": torch.ones(7, 7) for i in range(9)}, tmp_path / "b.safetensors")
     assert "share only" in problem(tmp_path, peru, "-m", "ties", code=1)
 
@@ -321,7 +321,7 @@ def test_dry_run_writes_nothing(pair: Path, peru) -> None:
 
 
 def test_mixed_dtypes_merge_when_asked_to(pair: Path, peru) -> None:
-    """The base is cast to a fine-tune's dtype before it is subtracted, so that entries it did not change stay."""
+    """The base is cast to a fine-tune's dtype before it is subtracted, so unchanged entries stay unchanged."""
     base, a, b = (load_file(pair / f"{name}.safetensors") for name in ("base", "a", "b"))
     b = {name: (base[name] if name == "1.weight" else tensor).bfloat16() for name, tensor in b.items()}
     save_file(b, pair / "b.safetensors")
@@ -347,7 +347,7 @@ def test_a_shape_error_names_every_problem_before_anything_is_read(pair: Path, p
 
 
 def named(folder: Path, labels: list[str]) -> Path:
-    """A classifier's folder, its head with a row of its own number for each class."""
+    """A classifier's folder; its head has a row with its own number for each class."""
     folder.mkdir()
     torch.manual_seed(len(list(folder.parent.iterdir())))
     save({"encoder.weight": torch.randn(4, 4), "classifier.weight": torch.randn(3, 4)}, folder / "model.safetensors")

@@ -23,7 +23,7 @@ NEGATIVE = [1.0, -0.5, 2.0, -1.0, 0.25]
 
 
 def family(tasks: int, seed: int = 0, ties: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Table, list[Table]]:
-    """A base and fine-tunes. With `ties`, differences are few small multiples of a power of two, so sums are exact."""
+    """A base and fine-tunes. With `ties`, differences are a few small multiples of a power of two, so sums are exact."""
     noise = torch.Generator().manual_seed(seed)
     base = {name: torch.randint(-64, 65, shape, generator=noise).float().to(dtype) / 64 for name, shape in SHAPES.items()}
     fine = []
@@ -40,7 +40,7 @@ def family(tasks: int, seed: int = 0, ties: bool = True, dtype: torch.dtype = to
 
 
 class Merged:
-    """Saves a family, merges it with peru, and gives results as flat vectors."""
+    """Saves a family, merges it with peru, and returns results as flat vectors."""
 
     def __init__(self, folder: Path, peru, base: Table, fine: list[Table]) -> None:
         self.folder, self.peru, self.base, self.fine = folder, peru, base, fine
@@ -101,7 +101,7 @@ def test_ties_equals_mergekit_written_out_and_peft(tmp_path: Path, peru, tasks: 
     for normalize, reduce in ((True, "mean"), (False, "sum")):
         got = case.vector("-m", "ties", "--variant", "mergekit", "--keep", "0.4", "--reduce", reduce, *case.weights(tasks))
         close(got, case.by_tensor(lambda own, n=normalize: ties_mergekit(own, weights, max(1, int(0.4 * len(own[0]))), n)))
-    # peft picks among equals as topk does: no ties here
+    # peft picks among ties as topk does, so there are none here
     base, fine = family(tasks, seed=tasks, ties=False)
     base = {name: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in base.items()}
     case = Merged(tmp_path, peru, base, fine)
@@ -110,7 +110,7 @@ def test_ties_equals_mergekit_written_out_and_peft(tmp_path: Path, peru, tasks: 
 
 
 def test_ties_divides_by_weights_that_hardly_sum_to_anything_as_mergekit_does(tmp_path: Path, peru) -> None:
-    """mergekit's `divisor[divisor.abs() < 1e-8] = 1`: below it nothing is left of the vector, above it all of it is."""
+    """mergekit's `divisor[divisor.abs() < 1e-8] = 1`: below it nothing is left of the vector, above it all of it."""
     case = Merged(tmp_path, peru, *family(1))
     options = ("-m", "ties", "--variant", "mergekit", "--keep", "100%", "--weight")
     close(case.vector(*options, "t0=0.000000011"), case.vectors[0])
@@ -179,7 +179,7 @@ def test_dare_against_its_expectation(tmp_path: Path, peru, method: str) -> None
         deviation = sum(v.square() for v in case.vectors).sqrt() / 30**0.5
         score = ((mean - sum(case.vectors)) / deviation.clamp(min=1e-12))[deviation > 1e-9]
         assert abs(float(score.mean())) < 0.03 and 0.95 < float(score.std()) < 1.05
-    # what is left of a task alone is 0 or the entry over the density
+    # a single task's kept entry is 0 or the entry over the density
     alone = Merged(tmp_path, peru, base, fine[:1]).vector("-m", method, "--keep", "50%")
     kept = alone != 0
     assert 0.49 < float(kept.float().mean()) < 0.51
@@ -208,7 +208,7 @@ def test_same_bytes_whatever_the_machine_does(tmp_path: Path, peru) -> None:
 
 
 def test_dare_bytes_are_pinned(tmp_path: Path, peru) -> None:
-    """The same on every machine: written down once."""
+    """The same on every machine: recorded once."""
     base = {"w": torch.zeros(64)}
     case = Merged(tmp_path, peru, base, [{"w": torch.ones(64)}])
     kept = (case.run("-m", "dare", "--keep", "25%", "--seed", 3)["w"] != 0).int().tolist()

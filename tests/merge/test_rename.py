@@ -1,4 +1,4 @@
-"""--rename: names that changed between versions come together as the user says; printed, recorded, never guessed."""
+"""--rename: names that changed between versions are matched by the user's rules; printed, recorded, never guessed."""
 
 from __future__ import annotations
 

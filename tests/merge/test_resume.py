@@ -1,4 +1,4 @@
-"""A merge that is killed at any moment leaves no output, and goes on when it is typed again: the same bytes."""
+"""A merge that is killed at any moment leaves no output, and the same command continues it: the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges whose options are chosen on data: the curve against transformers' own accuracies; and data and options that cannot be."""
+"""Merges whose options are chosen on data: the curve against transformers' own accuracies; and invalid data and options."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_folder_for_statistics_is_made_only_where_some_are_collected(family: P
         peru(*command(family, "regmean", "-o", tmp_path / "collected"))
 
 
-# What cannot be
+# Invalid requests
 
 
 @pytest.mark.parametrize(

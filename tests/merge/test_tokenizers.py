@@ -1,4 +1,4 @@
-"""Models of other tokenizers: rows of the same token are merged, never rows of the same number; all files are written to match."""
+"""Models with different tokenizers: rows of the same token are merged, never rows of the same number; all files are written to match."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tokens(folder: Path) -> dict[str, int]:
 
 
 def row(table: str, token: str, own: str, models: dict[str, tuple[Tensors, dict[str, int]]]) -> torch.Tensor:
-    """The rule in plain torch: own row, else the only holder's, else the base's, else the holders' mean."""
+    """The rule in plain torch: the model's own row, or the only holder's, or the base's, or the holders' mean."""
     holders = {m: t[table][ids[token]].double() for m, (t, ids) in models.items() if token in ids}
     if own in holders:
         return holders[own]
@@ -93,7 +93,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_brought_together_by_token(tmp_path: Path, peru, number: int, dtype: torch.dtype) -> None:
     source, multiple, method = CASES[number]
-    # A base with two rows that no token has; one model with a word more and other ids for it, one that has grown.
+    # A base with two rows without a token; one model with an extra word and other ids, one with more rows.
     given = {
         "base": ({}, 13),
         "a": ({"<a>": 11, "<x>": 12}, 13),

@@ -1,4 +1,4 @@
-"""Models that do not say the same: buffers, configs that compute differently, heads stored in one of them only."""
+"""Models that disagree: buffers, configs that compute differently, heads stored in only one of them."""
 
 from __future__ import annotations
 

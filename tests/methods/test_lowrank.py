@@ -34,7 +34,7 @@ def dense_best(product: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def thin(rows: int, columns: int, r: int, condition: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random thin factors whose columns differ in size by up to `condition`, the other way round in the other factor."""
+    """Random thin factors whose columns differ in size by up to `condition`, in the opposite order in the other factor."""
     noise = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(0, math.log10(condition), r, dtype=torch.float64)
     left = torch.randn(rows, r, generator=noise, dtype=torch.float64) * sizes
@@ -80,7 +80,7 @@ def test_a_scale_moves_into_the_factors_without_rounding_more_than_once(scale: f
     assert 0.5 <= float(b.abs().max() / a.abs().max()) <= 4
     stored = b.half().double() @ a.half().double()
     if math.log2(abs(scale)).is_integer():
-        # a power of two costs nothing, though half of the left factor's entries were subnormal
+        # a power of two costs nothing, although half of the left factor's entries were subnormal
         assert torch.equal(stored, scale * left.double() @ right.double())
     assert float((stored - b @ a).norm() / (b @ a).norm()) < 2**-10
 
@@ -167,7 +167,7 @@ def test_panels_change_nothing_but_rounding_and_zero_is_zero() -> None:
 
 
 def test_a_solver_that_fails_on_a_gpu_runs_on_the_cpu() -> None:
-    """The device "meta" stands for a GPU: it is no CPU, and its solvers can be made to fail."""
+    """The device "meta" stands for a GPU: it is not a CPU, and its solvers can be made to fail."""
     seen = []
 
     def solver(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -196,7 +196,7 @@ def test_budgets_are_spent_as_well_as_by_trying_everything(seed: int) -> None:
     for trial in range(150):
         energies = [np.sort(noise.random(noise.integers(1, 6)) ** 3)[::-1] for _ in range(noise.integers(1, 5))]
         if trial % 3 == 0:
-            energies = [np.round(values * 4) / 4 for values in energies]  # equal gains, and none
+            energies = [np.round(values * 4) / 4 for values in energies]  # equal gains, and zeros
         costs = [int(cost) for cost in noise.choice([3, 5, 7, 12], len(energies))]
         budget = sum(costs) + int(noise.integers(0, 60))
         ranks = ranks_for_bytes(energies, costs, budget)

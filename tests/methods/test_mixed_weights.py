@@ -1,4 +1,4 @@
-"""What an error counts by kind of tensor, and directions made longer for those that are left out."""
+"""The weight of an error by kind of tensor, and kept directions lengthened for dropped ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_kept_directions_are_longer_by_a_power_of_what_is_left_out() -> None:
     noise = np.random.default_rng(5)
     left, right = (np.linalg.qr(noise.standard_normal((n, 6)))[0] for n in (300, 200))
     values = np.array([80.0, 80.0, 80.0, 1.0, 1.0, 1.0])
-    squared = float(np.square(values).sum()) + 6000  # of which the spectrum holds a part
+    squared = float(np.square(values).sum()) + 6000  # the spectrum holds a part of it
     spectrum = Spectrum(left, values, right, squared)
     wanted = (left[:, :3] * values[:3]) @ right[:, :3].T
     for longer, factor in ((False, 1.0), (True, (squared / 19200) ** REGAINED)):

@@ -82,7 +82,7 @@ def test_structure_of_convnext_stages_by_depth() -> None:
 
 
 def test_mixtral_experts_move_with_their_layer() -> None:
-    """As Mixtral's checkpoints name them; transformers fuses them in memory."""
+    """As in Mixtral's checkpoints; transformers fuses them in memory."""
     shapes = {f"model.layers.{i}.block_sparse_moe.experts.{j}.w1.weight": (6, 4) for i in range(3) for j in range(8)}
     groups = sp.find_groups(infos(shapes))
     assert len(groups) == 8 and {(g.prefix, g.depth) for g in groups} == {("model.layers.", 3)}
@@ -94,7 +94,7 @@ def test_mixtral_experts_move_with_their_layer() -> None:
 def test_order_of_members_skip_target_and_exclude() -> None:
     shapes = {f"h.{i}.w": (2, 3) for i in range(12)} | {f"h.{i}.b": (3,) for i in range(12)} | {"wte": (5, 3), "h.12.w": (9, 9)}
     (group,) = sp.find_groups(infos(shapes))
-    assert group.members == tuple(f"h.{i}.w" for i in range(12))  # 10 after 9, not after 1
+    assert group.members == tuple(f"h.{i}.w" for i in range(12))  # 10 comes after 9, not after 1
     (group,) = sp.find_groups(infos(shapes), skip=4)
     assert group.members == ("h.0.w", "h.4.w", "h.8.w")
     assert sp.find_groups(infos(shapes), exclude=re.compile(r"\.w$")) == []
@@ -104,7 +104,7 @@ def test_order_of_members_skip_target_and_exclude() -> None:
 
 
 def plain_word(seed: int, parts: list[str], number: int) -> int:
-    """docs/random.md written out with whole numbers."""
+    """docs/random.md in plain integers."""
     digest = hashlib.sha256("\0".join(["peru random 1", str(seed), *parts]).encode()).digest()
     k = [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")]
     block = number // 4
@@ -136,7 +136,7 @@ def test_permutations_are_those_of_the_document(depth: int) -> None:
 
 
 def test_permutations_are_even() -> None:
-    """Every one of 24 orders about equally often: chi squared of 23 degrees is under 49.7 but once in a thousand."""
+    """Each of the 24 orders occurs about equally often: chi squared with 23 degrees of freedom exceeds 49.7 once in a thousand."""
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(4800):
         order = tuple(sp.permutation(seed, "t", "layers.", 4))
@@ -192,7 +192,7 @@ def test_steps_are_powers_of_two_below_the_mean_square_root() -> None:
 
 @pytest.mark.parametrize("tasks", [2, 3, 8, 20])
 def test_error_and_cosine_of_independent_vectors(tasks: int) -> None:
-    """||retrieved - tau|| / ||tau|| = sqrt(T - 1), cosine 1 / sqrt(T); and the default step does not show in three digits."""
+    """||retrieved - tau|| / ||tau|| = sqrt(T - 1), cosine 1 / sqrt(T); the default step does not show in three digits."""
     rng = np.random.default_rng(tasks)
     vectors = rng.normal(size=(tasks, 400_000))
     products = vectors @ vectors.T

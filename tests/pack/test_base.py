@@ -1,4 +1,4 @@
-"""`shuffle-pack --merge-base`: plain sums in a new base cost the pack nothing, and every task is what it was without."""
+"""`shuffle-pack --merge-base`: plain sums in a new base cost the pack nothing, and every task is the same as without it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_tasks_are_the_same_to_the_bit(tmp_path: Path, peru: Peru, base_dtype: s
         for name in targets:
             size = a.records[name].info.entries
             assert a.sums(a.records[name], 0, size).tolist() == b.sums(b.records[name], 0, size).tolist()
-    # The new base against float64: base plus 0.4 times the sum of differences, to half a step a task and one rounding.
+    # The new base against float64: base plus 0.4 times the sum of differences, to half a step per task and one rounding.
     found = new_base(made)
     epsilon = {"fp32": 2.0**-24, "bf16": 2.0**-8}[dtype]
     with Pack(plain) as pack:
@@ -78,7 +78,7 @@ def test_the_reader_of_the_document_takes_it_too(tmp_path: Path, peru: Peru) -> 
     reader = PackReader(pack.read_bytes())
     base = read_safetensors((tmp_path / "merged" / "model.safetensors").read_bytes())[1]
     for task in "ab":
-        made.peru("unpack", pack, "--task", task, "-o", tmp_path / "out.safetensors", "--force", "--no-sync")  # merged/ lies beside it
+        made.peru("unpack", pack, "--task", task, "-o", tmp_path / "out.safetensors", "--force", "--no-sync")  # merged/ is beside it
         assert reader.retrieve(task, base) == read_safetensors((tmp_path / "out.safetensors").read_bytes())[1]
 
 

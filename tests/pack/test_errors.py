@@ -1,4 +1,4 @@
-"""What a pack says of its errors and its size, against what follows from the numbers of tasks and steps."""
+"""A pack's reported errors and size, against what follows from the numbers of tasks and steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_error_follows_the_square_root_of_the_tasks(packs: Callable[..., Packs],
 
 @pytest.mark.parametrize("bits", [0, 3])
 def test_what_rounding_alone_misses_is_predicted(packs: Callable[..., Packs], bits: int) -> None:
-    """A single task has no interference: its error is that of numbers rounded to a step, step / sqrt(12)."""
+    """A single task has no interference: its error is that of rounding to a step, step / sqrt(12)."""
     made = packs("a", size=40)
     pack = made.run("a", "--json", "--precision", bits)
     (task,) = json.loads(made.text)["packed"]
@@ -59,7 +59,7 @@ def test_the_size_grows_by_the_entropy_of_a_wider_sum_only(packs: Callable[..., 
 
 
 def test_superposition_removes_what_task_vectors_have_in_common(packs: Callable[..., Packs]) -> None:
-    """T = 8, a shared variance of 0.3: plain sums miss sqrt(7 + 7 * 6 * 0.3) = 4.43, superposed ones sqrt(7) = 2.65."""
+    """T = 8, a shared variance of 0.3: plain sums have error sqrt(7 + 7 * 6 * 0.3) = 4.43, superposed ones sqrt(7) = 2.65."""
     names = "abcdefgh"
     made = packs(names, shared=0.3, size=40)
     errors = {}
@@ -67,7 +67,7 @@ def test_superposition_removes_what_task_vectors_have_in_common(packs: Callable[
         made.run(names, "--json", "--target", ".", *options)
         found = json.loads(made.text)["packed"]
         errors[key] = sum(task["error"] for task in found) / 8
-        # Some 130 signs a task: cosines of what was shared are 0.3 / sqrt(130) = 0.026, 28 pairs of them.
+        # About 130 signs a task: cosines of the shared part are 0.3 / sqrt(130) = 0.026, for 28 pairs.
         assert sum(task["predicted_error"] for task in found) / 8 == pytest.approx(errors[key], rel=0.05)
     assert errors["plain"] == pytest.approx(math.sqrt(7 + 7 * 6 * 0.3), rel=0.02)
     assert errors["apart"] == pytest.approx(math.sqrt(7), rel=0.05)

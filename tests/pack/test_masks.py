@@ -44,7 +44,7 @@ def plain_tall(vectors: dict[str, np.ndarray], thresholds: dict[str, float]) -> 
 
 
 def plain_magnitude(tau: np.ndarray, kept: int) -> np.ndarray:
-    """The largest entries of one task vector; of equals the first."""
+    """The largest entries of one task vector; ties: the first."""
     order = np.argsort(-np.abs(tau), kind="stable")
     mask = np.zeros(len(tau), bool)
     mask[order[:kept]] = True
@@ -76,7 +76,7 @@ def test_equals_and_zeros_are_in_no_mask() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.3, 0.5, 0.76, 0.99, 1.0])
 def test_masks_come_back_near_their_entropy(share: float) -> None:
-    """Independent entries; gaps come within 1.5% of the order-0 entropy from 5% to 95%, a block's head (about 40 bytes) included."""
+    """Independent entries; gaps come within 1.5% of the order-0 entropy from 5% to 95%, including a block's head (about 40 bytes)."""
     mask = np.random.default_rng(1).random(1 << 17) < share
     block, data = encode_mask(mask)
     assert block.kept == mask.sum() and np.array_equal(decode_mask(data, block, len(mask), 1), mask)
@@ -151,7 +151,7 @@ def test_exact_ties_and_unchanged_entries(tmp_path: Path, peru: Peru) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("keep", ["10%", "0.333", "100%"])
 def test_magnitude_masks_keep_exactly_the_largest(packs: Callable[..., Packs], dtype: str, keep: str) -> None:
-    """bf16 differences have very many equals: of them the first are kept, in order of names."""
+    """bf16 differences have very many equals: the first of them are kept, in order of names."""
     made = packs("abc", dtype, size=30)
     made.run("abc", "--method", "magnitude-masks", "--keep", keep, "--json", "--tile-entries", 16384)
     vectors = task_vectors(made.fine, made.base)
@@ -185,7 +185,7 @@ def test_the_grids_choice_is_that_of_brute_force(packs: Callable[..., Packs], sc
         assert task["threshold"] == GRID[int(np.argmin(errors))] and task["from_grid"]
         assert task["predicted_error"] == pytest.approx(min(errors) / np.linalg.norm(tau), rel=1e-3)
         chosen.add(task["threshold"])
-    assert (chosen == {0.6}) is (scale == 1.0)  # at scale 1 any threshold up to 1 misses less than a smaller one
+    assert (chosen == {0.6}) is (scale == 1.0)  # at scale 1, of thresholds up to 1 the largest has the least error
 
 
 def test_measured_error_scale_and_bytes_are_those_of_what_unpack_gives(packs: Callable[..., Packs]) -> None:
@@ -250,7 +250,7 @@ def test_neither_order_threads_tiles_nor_hash_seed_change_a_byte(packs: Callable
 
 
 def test_wide_models_and_other_dtypes(packs: Callable[..., Packs]) -> None:
-    """Of float64 models with a float32 tensor, magnitudes are compared in float64 everywhere."""
+    """For float64 models with a float32 tensor, magnitudes are compared in float64 everywhere."""
     made = packs("ab", "fp64", size=10)
     for name in ("base", "a", "b"):
         table = made.base if name == "base" else made.fine[name]

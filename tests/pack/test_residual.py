@@ -1,4 +1,4 @@
-"""`shuffle-pack --residual`: the largest of what superposition lost, against a plain program, wherever packs are read."""
+"""`shuffle-pack --residual`: the largest losses of superposition, against a plain program, wherever packs are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bf16(values: np.ndarray) -> np.ndarray:
 
 
 def plain_residual(fine: Table, back: Table, names: list[str], share: float, rounded: bool) -> Table:
-    """What comes back with the largest differences corrected: all sorted at once, equals in order."""
+    """The retrieved task with the largest differences corrected: all sorted at once, ties in order."""
     f, g = (np.concatenate([table[name].float().numpy().reshape(-1) for name in names]) for table in (fine, back))
     keys = np.abs(f - g)
     chosen = np.argsort(-keys, kind="stable")[: math.floor(share * len(keys))]
@@ -64,7 +64,7 @@ def test_the_largest_of_what_is_lost_comes_back(tmp_path: Path, peru: Peru, dtyp
         without, back = made.unpack(plain, task), made.unpack(pack, task)
         wanted = plain_residual(made.fine[task], without, names, share, rounded=dtype == "fp32")
         assert {n: raw(t) for n, t in back.items()} == {n: raw(t) for n, t in wanted.items()}
-        if dtype != "fp16":  # which the reader's casts leave out
+        if dtype != "fp16":  # the reader does not implement casts for it
             assert (
                 PackReader(pack.read_bytes()).retrieve(task, base) == read_safetensors((tmp_path / "unpacked.safetensors").read_bytes())[1]
             )
@@ -91,7 +91,7 @@ def test_all_of_it_gives_the_fine_tunes_bits(tmp_path: Path, peru: Peru, dtype: 
 
 
 def test_equals_at_the_threshold_are_taken_in_order(tmp_path: Path, peru: Peru) -> None:
-    """One task, steps of 2^-4 below an RMS of 1: all differences are one of few values."""
+    """One task, steps of 2^-4 below an RMS of 1: all differences are one of a few values."""
     base = {f"layers.{i}.w": torch.zeros(50, 40) for i in range(3)}
     torch.manual_seed(0)
     fine = {name: (torch.randint(-64, 65, tensor.shape) / 64.0) for name, tensor in base.items()}
@@ -161,7 +161,7 @@ def test_neither_threads_nor_tiles_change_a_byte(tmp_path: Path, peru: Peru) -> 
 
 
 def test_a_changed_pack_has_no_residuals(tmp_path: Path, peru: Peru) -> None:
-    """They correct what the old sums gave back."""
+    """They correct what the old sums returned."""
     made = Packs(tmp_path, peru, *family("abc"))
     plain, pack = made.run("ab", "--seed", 7, name="plain"), made.run("ab", "--seed", 7, "--residual", "5%")
     before = pack.read_bytes()

@@ -1,4 +1,4 @@
-"""`shuffle-pack`: sums against a plain program, tasks back to half a step, adding and removing, the same bytes always."""
+"""`shuffle-pack`: sums against a plain program, retrieved tasks to half a step, adding and removing, always the same bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES |= {f"layers.{i}.bias": (40,) for i in range(DEPTH)}
 
 
 def family(tasks: str, dtype: str = "fp32", shared: float = 0.0, size: int = 1) -> tuple[Table, dict[str, Table]]:
-    """A base and fine-tunes by name; `shared` is the share of variance that their task vectors have in common."""
+    """A base and fine-tunes by name. `shared` is the share of variance that their task vectors have in common."""
     noise = torch.Generator().manual_seed(5)
     shapes = {name: (shape[0] * size, *shape[1:]) if shape else shape for name, shape in SHAPES.items()}
     base = {name: (torch.randn(shape, generator=noise) * 0.1).to(FLOATS[dtype]) for name, shape in shapes.items()}
@@ -84,7 +84,7 @@ def plain_place(name: str, moves: list[int]) -> str:
 def plain_pack(
     fine: dict[str, Table], base: Table, steps: dict[str, float], seed: int, decorrelate: str, signs: bool
 ) -> dict[str, np.ndarray]:
-    """The sums, as ALGORITHMS has them: whole tensors, one after the other."""
+    """The sums, as in ALGORITHMS: whole tensors, one after the other."""
     sums = {name: np.zeros(tensor.shape, np.int64) for name, tensor in base.items() if tensor.is_floating_point()}
     for number, task in enumerate(sorted(fine)):
         moves = {"shuffle": plain_moves(seed, task, "layers.", DEPTH), "none": list(range(DEPTH))}
@@ -142,7 +142,7 @@ def test_one_task_alone_comes_back_to_half_a_step(packs: Callable[..., Packs]) -
             if record.is_sum and record.info.entries:
                 name = record.info.name
                 error = float((back[name].double() - made.fine["a"][name].double()).abs().max())
-                assert error <= 2.0**record.exponent / 2 + 1e-8, name  # and base + tau^ is rounded to float32 once
+                assert error <= 2.0**record.exponent / 2 + 1e-8, name  # plus one rounding of base + tau^ to float32
     assert "precision 10" in made.text
 
 
@@ -219,7 +219,7 @@ def test_adding_then_removing_gives_the_earlier_bytes(packs: Callable[..., Packs
     assert fifth.read_bytes() == first.read_bytes()
     assert made.run("bd", "--remove-from", third, name="sixth").read_bytes() == first.read_bytes()
     both = made.run("bd", "--add-to", first, name="both")
-    with Pack(third) as a, Pack(both) as b:  # the same sums and tasks; shifts depend on who came first
+    with Pack(third) as a, Pack(both) as b:  # the same sums and tasks; shifts depend on the order of adding
         if decorrelate == "shuffle":
             assert a.metadata["peru.sums"] == b.metadata["peru.sums"]
         assert [task.digest for task in a.index.tasks] == [task.digest for task in b.index.tasks]
@@ -296,7 +296,7 @@ def test_dry_run_shows_groups_and_writes_nothing(packs: Callable[..., Packs]) ->
 
 
 def test_real_classifiers_on_a_bare_encoder(tmp_path: Path, peru: Peru) -> None:
-    """Heads, prefix, configs and tokenizer: what unpack gives loads, and is the fine-tune's but for interference."""
+    """Heads, prefix, configs and tokenizer: the unpacked model loads, and equals the fine-tune except for interference."""
     config = tr.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, num_labels=3)
     torch.manual_seed(0)
     base = tr.BertModel(config)
@@ -313,7 +313,7 @@ def test_real_classifiers_on_a_bare_encoder(tmp_path: Path, peru: Peru) -> None:
     pack = tmp_path / "p.safetensors"
     peru("shuffle-pack", tmp_path / "a", tmp_path / "b", "-b", tmp_path / "base", "-o", pack, "--seed", 7)
     with Pack(pack) as opened:
-        assert [size for size, _ in opened.index.contents].count(6) == 1  # vocab.txt of both tasks, once
+        assert [size for size, _ in opened.index.contents].count(6) == 1  # vocab.txt of both tasks, stored once
         assert {group.prefix for group in opened.index.groups} == {"encoder.layer."}
     peru("unpack", pack, "--task", "b", "-b", tmp_path / "base", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "vocab.txt").read_text() == "shared"

@@ -1,4 +1,4 @@
-"""A pack's task wherever a model is named: what `prune` and `merge` make of it is what they make of the unpacked file."""
+"""A pack's task wherever a model is named: `prune` and `merge` give the same result as for the unpacked file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_task_is_pruned_and_merged_as_its_unpacked_file(tmp_path: Path, peru: 
 
 
 def test_json_of_a_task_that_changes_nothing_holds_no_infinity(tmp_path: Path, peru: Peru) -> None:
-    """What comes back of it is the other task's vector, infinitely far for its length of 0: null, as JSON (RFC 8259) has no infinity."""
+    """It returns the other task's vector, an infinite error relative to its norm of 0: null, as JSON (RFC 8259) has no infinity."""
     base, fine = family("a", "fp32", size=20)
     at = {task: save(table, tmp_path / f"{task}.safetensors") for task, table in {"base": base, "none": base, **fine}.items()}
     pack = tmp_path / "pack.safetensors"

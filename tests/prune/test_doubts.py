@@ -1,4 +1,4 @@
-"""A base that looks wrong is said before anything is written; the right one is not doubted."""
+"""A base that looks wrong is reported before anything is written; the right one is not doubted."""
 
 from __future__ import annotations
 

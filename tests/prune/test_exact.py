@@ -80,7 +80,7 @@ def test_lossless_gives_every_bit_back(tmp_path: Path, peru, dtype: str) -> None
     base["odd"], fine["odd"] = odd.clone(), odd.flip(0).contiguous()
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[odd.element_size()]
     every = torch.arange(-(2**15), 2**15).to(width)
-    if width != torch.int16:  # the top 16 bits in all patterns: every sign, exponent and some NaN payloads
+    if width != torch.int16:  # all patterns of the top 16 bits: every sign, exponent and some NaN payloads
         every = every << (8 * odd.element_size() - 16)
     noise = torch.Generator().manual_seed(1)
     base["every"] = every.view(FLOATS[dtype])
@@ -118,9 +118,9 @@ def test_not_finite_entries_rank_first_and_come_back_exactly(tmp_path: Path, per
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_rounded_values_are_bf16_differences(tmp_path: Path, peru, dtype: str) -> None:
-    """auto on wide dtypes: base + bf16(fine - base) at the kept entries, computed plainly here."""
+    """auto on wide dtypes: base + bf16(fine - base) at the kept entries, computed here directly."""
     base, fine = random_pair(dtype)
-    fine["layers.0.mlp.weight"] = fine["layers.0.mlp.weight"] * 1.0371  # differences that bf16 cannot hold
+    fine["layers.0.mlp.weight"] = fine["layers.0.mlp.weight"] * 1.0371  # differences that bf16 cannot represent
     save(base, tmp_path / "base.safetensors")
     save(fine, tmp_path / "fine.safetensors")
     at = ["-b", tmp_path / "base.safetensors", "--no-sync"]

@@ -31,7 +31,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def relative_error(back: dict[str, torch.Tensor], fine: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> float:
-    """||back - fine|| / ||fine - base|| over differences that are finite, in float64."""
+    """||back - fine|| / ||fine - base|| over finite differences, in float64."""
     lost = energy = 0.0
     for name, tensor in base.items():
         difference = fine[name].double() - tensor.double()

@@ -1,4 +1,4 @@
-"""Adapters and artifacts as fine-tunes of `prune`: the same bytes as from what unpack gives back."""
+"""Adapters and artifacts as fine-tunes of `prune`: the same bytes as for the unpacked model."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def test_an_adapter_is_not_taken_against_a_merge(made: Path, peru) -> None:
     peru("merge", *models, "-o", made / "merged", "-m", "ties", "--compress", "10%", "--no-sync")
     peru("prune", made / "lora", "-b", made / "merged" / "merged", "-o", made / "x.safetensors", "--keep", "7%", code=2)
     assert "no adapter was trained on" in peru.stderr
-    # with --compress it is expanded on its own base first
+    # with --compress it is first expanded on its own base
     peru("prune", f"a={made / 'from-lora.safetensors'}", "-b", made / "merged" / "merged", "-o", made / "y.safetensors", "--keep", "10%")
     assert (made / "y.safetensors").read_bytes() == (made / "merged" / "a.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""`peru prune --max-bytes|--bits|--min-quality`: sizes, errors, and what comes back."""
+"""`peru prune --max-bytes|--bits|--min-quality`: sizes, errors, and the unpacked result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Peru = Callable[..., str]
 
 
 def make_pair(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 6) -> tuple[Path, Path]:
-    """A base and a fine-tune whose differences are of low rank with noise; norms, an embedding of which few rows changed, a head."""
+    """A base and a fine-tune whose differences are of low rank with noise; norms, an embedding with few changed rows, a head."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Mixed artifacts where something is in the way: differences that are not finite, and runs that are killed; and eval of them."""
+"""Mixed artifacts in difficult cases: differences that are not finite, and killed runs; and eval of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prune that is killed at any moment leaves no output, and goes on when it is typed again: the same bytes, nothing read twice."""
+"""A prune that is killed at any moment leaves no output, and the same command continues it: the same bytes, nothing read twice."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files on a disk are noted of once a second otherwise."""
+    """Otherwise, work on local files is recorded once a second."""
     monkeypatch.setattr(countlog, "EVERY", 0.0)
-    monkeypatch.setattr(taskvectors, "SAMPLE_RUNS", 64)  # less than everything, so that there is something to count
+    monkeypatch.setattr(taskvectors, "SAMPLE_RUNS", 64)  # less than everything, so that something is left to count
 
 
 VARIANTS = {
@@ -67,7 +67,7 @@ def arguments(folder: Path, out: Path, *options: object) -> list[str]:
 
 
 def figures(printed: str) -> list[dict[str, object]]:
-    """What --json says, but for the place."""
+    """The output of --json, without the path."""
     return [{key: value for key, value in task.items() if key != "path"} for task in json.loads(printed)]
 
 
@@ -94,7 +94,7 @@ def test_kill_at_many_moments_then_resume(models: Path, peru, variant: str) -> N
 
 
 def test_killed_again_and_again(models: Path, peru) -> None:
-    """Every run is killed a little later than the one before began."""
+    """Every run is killed a little later than the one before."""
     peru(*arguments(models, models / "whole.safetensors", "--keep", "15%"))
     out = models / "out.safetensors"
     for _ in range(60):
@@ -105,7 +105,7 @@ def test_killed_again_and_again(models: Path, peru) -> None:
 
 
 def test_some_artifacts_in_place(models: Path, peru, monkeypatch) -> None:
-    """Killed between the renames: what is in place stays, and is not taken for a file that must not be replaced."""
+    """Killed between the renames: finished files stay, and do not count as files that must not be replaced."""
     peru(*arguments(models, models / "whole", "--keep", "15%"))
     child = os.fork()
     if not child:
@@ -156,7 +156,7 @@ def test_only_the_same_command_resumes(models: Path, peru, monkeypatch, what: st
         from peru_cli.prune import run as prune
 
         monkeypatch.setattr(prune, "__version__", "0")
-    elif what == "boot":  # nothing was synced, and the machine went down
+    elif what == "boot":  # nothing was synced, and the machine crashed
         monkeypatch.setattr(journal, "_boot", lambda: "another")
     peru(*arguments(models, out, *options))
     assert ("continuing" in peru.stderr) == (what in ("same", "torn"))
@@ -181,7 +181,7 @@ def test_after_a_crash_of_the_machine_only_what_was_synced_counts(models: Path, 
 
 BASE, FINE = "meta/base", "org/fine"
 
-# Less is kept in memory, as of a model larger than it: pass 1 reads everything, and pass 2 again.
+# Less is kept in memory, as for a model larger than it: pass 1 reads everything, and pass 2 again.
 SMALL = """
 import sys
 from peru_cli.checkpoints.local import readahead
@@ -208,7 +208,7 @@ def start(hub: HubServer, models: Path, *options: object) -> subprocess.Popen[st
 
 
 def asked(hub: HubServer) -> dict[str, list[tuple[int, int]]]:
-    """Ranges that were answered whole, by repo."""
+    """Ranges that were answered completely, by repo."""
     found: dict[str, list[tuple[int, int]]] = {BASE: [], FINE: []}
     for r in hub.requests:
         if r.status == 206 and r.range and r.origin == "cdn":
@@ -217,7 +217,7 @@ def asked(hub: HubServer) -> dict[str, list[tuple[int, int]]]:
 
 
 def depth(ranges: list[tuple[int, int]], begin: int, end: int) -> int:
-    """How often the most asked-for byte of a stretch was asked for."""
+    """How often the most requested byte of a range was requested."""
     marks = torch.zeros(end - begin + 1, dtype=torch.int64)
     for first, stop in ranges:
         if first < end and stop > begin:
@@ -235,7 +235,7 @@ def places(path: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("requests", [60, 90, 120, 150, 185])
 def test_a_killed_stream_asks_for_nothing_finished(hub: HubServer, models: Path, requests: int) -> None:
-    """Killed after so many ranges: what a pass has finished is not asked for again in that pass."""
+    """Killed after this many ranges: what a pass has finished is not requested again in that pass."""
     seen = [0]
 
     def stop(handler: Handler, request: Request) -> bool:
@@ -251,7 +251,7 @@ def test_a_killed_stream_asks_for_nothing_finished(hub: HubServer, models: Path,
     first = start(hub, models, "--stream")
     notes = models / ".hub.safetensors.peru-partial-journal"
     before, still = "", time.monotonic()
-    while time.monotonic() - still < 3.0 and first.poll() is None:  # until nothing more comes of what it has
+    while time.monotonic() - still < 3.0 and first.poll() is None:  # until it makes no more progress
         time.sleep(0.1)
         now = notes.read_text() if notes.exists() else ""
         if now != before:
@@ -288,7 +288,7 @@ def local(models: Path) -> bytes:
 
 
 def test_a_moved_branch_starts_afresh(hub: HubServer, models: Path) -> None:
-    """The journal is of one commit."""
+    """The journal belongs to one commit."""
     slow = [0]
 
     def stop(handler: Handler, request: Request) -> bool:
@@ -316,7 +316,7 @@ def test_a_moved_branch_starts_afresh(hub: HubServer, models: Path) -> None:
 
 
 def test_a_connection_that_stays_away_keeps_what_was_done(hub: HubServer, models: Path) -> None:
-    """The error says so, the journal stays; through the cache, whole files that are there are not asked for again."""
+    """The error says so, and the journal stays; through the cache, whole files that are there are not requested again."""
     seen = [0]
 
     def stop(handler: Handler, request: Request) -> bool:
@@ -332,7 +332,7 @@ def test_a_connection_that_stays_away_keeps_what_was_done(hub: HubServer, models
     assert first.returncode == 1 and "status 503" in err, err
     assert (models / ".hub.safetensors.peru-partial-journal").exists() and not (models / "hub.safetensors").exists()
     hub.faults.clear()
-    second = start(hub, models)  # the same models: by ranges or through the cache is no matter
+    second = start(hub, models)  # the same models: ranges or cache make no difference
     _, err = second.communicate(timeout=100)
     assert second.returncode == 0 and "continuing" in err, err
     assert (models / "hub.safetensors").read_bytes() == local(models)

@@ -1,4 +1,4 @@
-"""What has no partner is counted: refused above a tenth of either side's bytes, said above a hundredth, heads apart."""
+"""Tensors without a partner are counted: refused above a tenth of either side's bytes, reported above a hundredth, except heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was published comes back by name, on the base that it names; a base that moved is refused."""
+"""Published files come back by name, on the base that they name; a base that moved is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["hub", "user"]
 
 
 def test_what_was_pushed_comes_back_by_name(user: User) -> None:
-    """Several artifacts in a repo; each unpacks without --base, with the base fetched at the commit that it names."""
+    """Several artifacts in a repo. Each unpacks without --base, with the base downloaded at the commit that it names."""
     at = user.folder
     first = user.hub.make("org/base", {"model.safetensors": (at / "base.safetensors").read_bytes(), "config.json": b"{}"}).refs["main"]
     user.hub.repos["org/base"].commit("main", {"model.safetensors": b"moved on"}, "newer")
@@ -33,7 +33,7 @@ def test_what_was_pushed_comes_back_by_name(user: User) -> None:
 
 
 def test_the_card_of_a_branch_names_the_branch(user: User) -> None:
-    """Its command is typed as it stands; the main branch holds nothing."""
+    """Its command runs as it stands; the main branch is empty."""
     at = user.folder
     first = user.hub.make("org/base", {"model.safetensors": (at / "base.safetensors").read_bytes()}).refs["main"]
     user.peru("prune", f"a={at / 'a.safetensors'}", f"b={at / 'b.safetensors'}", "-b", f"org/base@{first}", "-o", at / "d/", "--lossless",
@@ -74,7 +74,7 @@ def test_without_a_named_base(user: User) -> None:
     user.here("unpack", at / "x.safetensors", "--task", "b", "-o", at / "r.safetensors", code=2)
     assert "x.safetensors holds a" in user.here.stderr  # type: ignore[attr-defined]
     user.here("merge", *models, "-o", at / "fft", "-m", "ties", "--compress", "100%")
-    user.here("unpack", at / "fft", "--task", "x", "-o", at / "x", "--no-sync")  # the merged model beside it
+    user.here("unpack", at / "fft", "--task", "x", "-o", at / "x", "--no-sync")  # the merged model is beside it
     assert_same_tensors(at / "x" / "model.safetensors", load_file(at / "a.safetensors"))
     user.here("unpack", at / "fft", "--task", "z", "-o", at / "z", code=2)
     assert "no artifact of the task 'z'\n  it holds x, y: name one of these, or its file" in user.here.stderr  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Publishing with the real Hub client against a loopback server: one commit or nothing, cards, rights, kills, and no token anywhere."""
+"""Publishing with the real Hub client to a loopback server: one commit or nothing, cards, rights, kills, and no token anywhere."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_adapters_and_unpacked_models(user: User) -> None:
     assert front(repo.files("v1")["README.md"])["base_model"] == "org/base"
 
 
-# -- what is there already --------------------------------------------------------------------------------
+# -- existing content ----------------------------------------------------------------------------------------
 
 
 def test_a_repo_with_content_is_left_alone_unless_forced(user: User) -> None:
@@ -117,7 +117,7 @@ def test_a_repo_with_content_is_left_alone_unless_forced(user: User) -> None:
     assert "me/deltas holds 2 files already: model.safetensors, notes.txt" in failed.stderr and "--force" in failed.stderr
     assert not (user.folder / "x.safetensors").exists() and not user.hub.asked("POST") and repo.refs["main"] == before
     user.prune("--push", "me/deltas", "--force")
-    assert sorted(repo.files()) == ["README.md", "x.safetensors"]  # no old weights that transformers would take for the model
+    assert sorted(repo.files()) == ["README.md", "x.safetensors"]  # no old weights that transformers would mistake for the model
     assert repo.parents[repo.refs["main"]] == before and repo.files(before)["notes.txt"] == b"mine"
 
 
@@ -248,7 +248,7 @@ def test_somebody_else_publishes_meanwhile(user: User) -> None:
 
 
 class Killed:
-    """`peru push` that is stopped when it asks for something."""
+    """`peru push`, stopped when it makes a certain request."""
 
     def __init__(self, user: User, number: int, method: str, part: str, after: bool = False) -> None:
         self.asked, done = threading.Event(), threading.Event()

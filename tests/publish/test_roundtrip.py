@@ -1,4 +1,4 @@
-"""Every kind of output, published with the real client and read again from a Hub: the same tensors, by what its card says."""
+"""Every kind of output, published with the real client and read again from a Hub with the card's commands: the same tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Hub:
         self.names = [f"{task}={self.at[task]}" for task in "ab"]
 
     def push(self, output: Path, repo: str) -> str:
-        """Publish and take it over to the server that is read; the card."""
+        """Publish, and copy the repo to the other server. Returns the card."""
         env = {"HF_ENDPOINT": self.writes.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / "w"), "HF_HUB_OFFLINE": "0"}
         done = run_peru("push", output, repo, env=env | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
         assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ class Hub:
         assert done.returncode == 0, done.stderr
 
     def follow(self, card: str, task: str) -> dict[str, bytes]:
-        """Run the card's line that gives a task back, with our base in place of BASE; its tensors."""
+        """Run the card's command for a task, with our base in place of BASE. Returns its tensors."""
         lines = [line for line in card.splitlines() if line.startswith("peru unpack") and re.search(rf"-o ({task}|restored)/$", line)]
         assert len(lines) == 1, card
         words = ["" if word == "peru" else str(self.base) if word == "BASE" else word for word in shlex.split(lines[0])][1:]
@@ -91,7 +91,7 @@ def test_a_merge_with_heads(hub: Hub) -> None:
     merged = hub.folder / "m"
     hub.here("merge", *hub.names, "-b", hub.base, "-o", merged, "-m", "task-arithmetic")
     hub.push(merged, "me/m")
-    hub.pull("prune", hub.names[0], "-b", "me/m", "-o", hub.folder / "d.safetensors", "--lossless")  # holds digests of what was pulled
+    hub.pull("prune", hub.names[0], "-b", "me/m", "-o", hub.folder / "d.safetensors", "--lossless")  # it holds digests of what was pulled
     assert hub.unpacked(hub.folder / "d.safetensors", "-b", merged) == {name: raw(tensor) for name, tensor in hub.fine["a"].items()}
     files = hub.writes.repos["me/m"].files()
     assert files["heads/b.safetensors"] == (merged / "heads" / "b.safetensors").read_bytes()

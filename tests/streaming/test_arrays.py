@@ -1,4 +1,4 @@
-"""Whole commands on torch's arrays, which a GPU runs: the same bytes as on NumPy's."""
+"""Whole commands on torch's arrays, which a GPU uses: the same bytes as on NumPy's."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from peru_cli.checkpoints.local import atomic, journal
 
 
 def damaged(data: bytes, noise: random.Random, mutations: int) -> bytes:
-    """Bytes changed, cut out, put in or cut off, so many times."""
+    """Bytes changed, removed, inserted or cut off, this many times."""
     changed = bytearray(data)
     for _ in range(mutations):
         at, kind = noise.randrange(len(changed) + 1), noise.randrange(4)
@@ -29,7 +29,7 @@ def damaged(data: bytes, noise: random.Random, mutations: int) -> bytes:
 
 
 def run_and_kill(event: int, command: list[str], line: str | None = None) -> int:
-    """Run in a forked process that kills itself at its n-th event: a write, a line of the journal, a rename, a removal; or such line."""
+    """Run in a forked process that kills itself at its n-th event (a write, a journal line, a rename, a removal), or its n-th such line."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -55,5 +55,5 @@ def run_and_kill(event: int, command: list[str], line: str | None = None) -> int
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, by their paths in it."""
+    """All files below a folder, by their relative paths."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Tiny classifiers with sentences for each, and the command that merges them by these."""
+"""Tiny classifiers, sentences for each, and the command that merges them with these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASKS = ("a", "b")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For models of 20,000 parameters, threads only wait for each other."""
+    """With models of 20,000 parameters, threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

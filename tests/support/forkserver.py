@@ -1,9 +1,8 @@
-"""`peru` in a process of its own without waiting for imports: a server that has imported everything forks one for each command.
+"""Run `peru` in its own process without waiting for imports: a server that has imported everything forks one for each command.
 
-The child gets the environment, folder and files it is told, and reads huggingface_hub's constants again, which are made from
-the environment when that package is imported. Everything else is as `python -m peru_cli` has it. What depends on
-how an interpreter starts (PYTHON* variables, what is imported when) needs a real one: `run_peru` sees to that.
-"""
+The child gets the given environment, folder and files, and reloads huggingface_hub's constants, which depend on the environment
+at import. Everything else is as in `python -m peru_cli`. Tests that depend on how an interpreter starts (PYTHON* variables,
+import order) need a real one: `run_peru` sees to that."""
 
 from __future__ import annotations
 
@@ -25,14 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ForkServer:
-    """The client's side: starts the server with the first command, and ends it with this process."""
+    """The client's side: starts the server with the first command, and stops it with this process."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, arguments: list[str], stdin: bytes, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-        """Run one command; as `subprocess.run` with captured text."""
+        """Run one command, like `subprocess.run` with captured text."""
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             given.write(stdin)
             given.seek(0)
@@ -58,7 +57,7 @@ class ForkServer:
 
     @staticmethod
     def _wait(reader: int, arguments: list[str], timeout: float) -> int:
-        """The child's exit status, as `waitpid` has it; kills a child that takes too long."""
+        """The child's exit status, in the form of `waitpid`. Kills a child that takes too long."""
         with open(reader, "rb", buffering=0) as pipe, selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
             pid = None
@@ -76,7 +75,7 @@ class ForkServer:
                 pid = value
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         if self._socket is not None and self._process is not None:
             self._socket.close()
             self._process.wait()
@@ -150,7 +149,7 @@ def become(request: list[object], fds: list[int]) -> NoReturn:
 
         importlib.reload(constants)
         hf_api.api.endpoint = constants.ENDPOINT
-        for name, module in list(sys.modules.items()):  # whoever took a constant by name has the old one
+        for name, module in list(sys.modules.items()):  # modules that imported a constant by name have the old one
             if name.startswith("huggingface_hub.") and module is not constants:
                 vars(module).update({key: value for key, value in vars(constants).items() if key.isupper() and key in vars(module)})
         sys.argv = ["peru", *arguments]  # type: ignore[misc]

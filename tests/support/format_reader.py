@@ -1,4 +1,4 @@
-"""A reader of artifacts written from docs/format.md alone: it shares no code with peru."""
+"""A reader of artifacts written from docs/format.md alone. It shares no code with peru."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def document_rows(heading: str) -> list[list[str]]:
-    """Cells of the first table after a heading, less its head; code marks and escapes are taken off."""
+    """Cells of the first table after a heading, without its header row, code marks and escapes."""
     lines = DOCUMENT.split(f"\n{heading}\n", 1)[1].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| ---"))
     rows = []
@@ -161,14 +161,14 @@ def order(x: Array) -> Array:
 
 
 def floats(bits: Array, dtype: str) -> Array:
-    """Patterns as the floats that they are; BF16 as float32, which holds it."""
+    """Patterns as floats; BF16 as float32."""
     if dtype == "BF16":
         return (bits.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return bits.view(FLOAT[dtype])
 
 
 def cast(bits: Array, source: str, target: str) -> Array:
-    """Signed patterns of one dtype to those of another."""
+    """Signed patterns of one dtype cast to another."""
     if source == target:
         return bits
     signed = np.dtype(f"<i{BITS[target] // 8}")
@@ -217,7 +217,7 @@ def kept_entries(data: bytes, streams: list[dict], blocks: list[dict]) -> list[t
 
 
 def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: str, rounded: bool) -> None:
-    """Replace the base's entries at positions by the fine-tune's."""
+    """Replace the base's entries at positions with the fine-tune's."""
     b = bits[positions]
     exact = values
     with np.errstate(all="ignore"):
@@ -231,7 +231,7 @@ def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: st
 
 
 def read_artifact(artifact: bytes, base: dict[str, tuple[str, tuple[int, ...], bytes]], base_files: dict[str, bytes]) -> tuple:
-    """The fine-tune's tensors and side files; asserts every rule and digest of the document on the way."""
+    """The fine-tune's tensors and side files. Asserts every rule and digest of the document on the way."""
     metadata, roles, header = read_safetensors(artifact)
     assert len(header) % 8 == 0 and list(roles) == [r for r in ("blocks", "whole", "files", "index") if r in roles]
     for key, required, pattern, _ in document_rows("### Metadata"):

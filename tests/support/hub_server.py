@@ -1,8 +1,7 @@
-"""A Hub on loopback: what huggingface_hub asks of the real one, answered out of memory, with every request logged and faults on demand.
+"""A Hub on loopback: answers huggingface_hub's requests from memory, logs every request, and produces faults on demand.
 
-`HubServer` is the origin with the API; LFS files redirect to `cdn`, another origin, as the real Hub does. A fault is a function that
-may answer a request in its own way: `server.fault(lambda request: ...)`.
-"""
+`HubServer` is the origin with the API; LFS files redirect to `cdn`, another origin, as on the real Hub. A fault is a function
+that may answer a request in its own way: `server.fault(lambda request: ...)`."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repo: commits by sha, refs by name; who may see it."""
+    """A repo: commits by sha, refs by name, and who may see it."""
 
     name: str
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -47,7 +46,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """One request as the server saw it; `sent` counts body bytes of the answer, `range` is (first, last) or None."""
+    """One request as the server saw it. `sent` counts body bytes of the answer, `range` is (first, last) or None."""
 
     method: str
     origin: str  # "hub" or "cdn"
@@ -62,7 +61,7 @@ class Request:
 
     @property
     def token(self) -> str | None:
-        """The bearer token that came with it."""
+        """The request's bearer token."""
         return self.headers.get("authorization", "").removeprefix("Bearer ") or None
 
 
@@ -70,7 +69,7 @@ Fault = Callable[["Handler", Request], bool]  # True if it has answered
 
 
 class HubServer:
-    """Start with `with HubServer() as hub:`; `env(home)` is what a process needs to talk to it."""
+    """Start with `with HubServer() as hub:`. `env(home)` is the environment of its clients."""
 
     def __init__(self, token: str = "hf_secretsecretsecret", tls: ssl.SSLContext | None = None) -> None:
         self.token = token
@@ -99,14 +98,14 @@ class HubServer:
             server.server_close()
 
     def env(self, home: Path, **more: str) -> dict[str, str]:
-        """Environment of a client with a cache of its own."""
+        """Environment of a client with its own cache."""
         return {
             "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "",
             "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", **more,
         }  # fmt: skip
 
     def add(self, name: str, files: dict[str, bytes | Path] | Path, revision: str = "main", **options: Any) -> str:
-        """Add a commit to a repo (made if need be) and point a branch at it; returns the commit's sha."""
+        """Add a commit to a repo, created if necessary, and point a branch at it. Returns the commit's sha."""
         repo = self.repos.setdefault(name, Repo(name))
         for option, value in options.items():
             setattr(repo, option, value)
@@ -127,7 +126,7 @@ class HubServer:
             self.requests = []
 
     def fetched(self, suffix: str = "", method: str = "GET") -> int:
-        """Body bytes sent for files whose path ends so."""
+        """Body bytes sent for files whose path has this end."""
         with self.lock:
             return sum(r.sent for r in self.requests if r.method == method and "/api/" not in r.path and r.path.endswith(suffix))
 
@@ -143,14 +142,14 @@ class _Server(ThreadingHTTPServer):
     origin: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are what some tests are about."""
+        """Some tests are about clients that go away."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Routes requests; `answer` and `send_file` are what faults build upon."""
+    """Routes requests; faults build on `answer` and `send_file`."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # as storage on the web does: else the end of each body waits for an acknowledgement
+    disable_nagle_algorithm = True  # like storage on the web: otherwise the end of each body waits for an acknowledgement
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -196,13 +195,13 @@ class Handler(BaseHTTPRequestHandler):
             self.request_seen.sent += len(body)
 
     def cut(self) -> None:
-        """Close the connection where it stands."""
+        """Close the connection in the middle."""
         self.wfile.flush()
         self.close_connection = True
         self.connection.close()
 
     def refuse(self, status: int, code: str) -> None:
-        """An error as the Hub spells it."""
+        """An error in the Hub's form."""
         self.answer(status, json.dumps({"error": code}).encode(), X_Error_Code=code, Content_Type="application/json")
 
     # -- routes -----------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404)
 
     def repo(self, name: str, request: Request, files: bool) -> Repo | None:
-        """The repo, or None after an answer that refuses it."""
+        """The repo. None if the request was refused and answered."""
         hub = self.server.hub
         if (new := hub.renamed.get(name)) is not None:
             self.answer(307, Location=self.path.replace(name, new, 1))
@@ -280,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(content, {"ETag": f'"{sha256(content)}"'})
 
     def send_file(self, content: bytes | Path, headers: dict[str, str]) -> None:
-        """A file or the range that was asked for."""
+        """A file, or the requested range."""
         request = self.request_seen
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         first, last = request.range or (0, size - 1)

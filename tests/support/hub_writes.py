@@ -1,8 +1,7 @@
-"""The Hub's API as the real client asks for it when it publishes: repos, branches, uploads, commits; on a loopback port.
+"""The Hub's API for publishing with the real client: repos, branches, uploads, commits; on a loopback port.
 
-Every request is logged. What the Hub checks is checked: tokens, rights, cards, sizes and digests of uploads, the parent commit.
-Uploads go to another origin (`localhost`), where the token must never be seen.
-"""
+Every request is logged. The server checks what the Hub checks: tokens, rights, cards, sizes and digests of uploads, the parent
+commit. Uploads go to another origin (`localhost`), which must never see the token."""
 
 from __future__ import annotations
 
@@ -51,10 +50,9 @@ class Repo:
 
 
 class HubServer(ThreadingHTTPServer):
-    """`repos` is what the Hub holds, `log` the requests: method, path, whether the token came along, host.
+    """`repos` is the Hub's content, `log` the requests: method, path, whether the token was sent, host.
 
-    `before` is called with method and path before each answer: it may wait, kill, or return a status to fail with.
-    """
+    `before` is called with method and path before each answer: it may wait, kill, or return a status to fail with."""
 
     daemon_threads = True
 
@@ -69,7 +67,7 @@ class HubServer(ThreadingHTTPServer):
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT is to be."""
+        """The value of HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def asked(self, method: str, part: str = "") -> list[str]:
@@ -94,12 +92,12 @@ class HubServer(ThreadingHTTPServer):
 
 
 def is_lfs(path: str) -> bool:
-    """As .gitattributes of a new repo has it."""
+    """As in the .gitattributes of a new repo."""
     return path.endswith(".safetensors")
 
 
 def blob_id(content: bytes) -> str:
-    """Git's name of a file."""
+    """Git's blob id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -273,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({})
 
     def validate(self, body: bytes) -> None:
-        """The front matter as the Hub has it; a card that fails here cannot be committed."""
+        """Checks the front matter as the Hub does; a card that fails here cannot be committed."""
         content = json.loads(body)["content"]
         match = re.match(r"---\n(.*?\n)---\n", content, re.DOTALL)
         errors = []

@@ -1,7 +1,6 @@
-"""Merge methods of 2024 to 2026 and mergekit's, from their formulas, plainly, in float64. Shares no code with peru.
+"""Merge methods of 2024 to 2026 and mergekit's, directly from their formulas, in float64. Shares no code with peru.
 
-A function takes what one tensor of every task is (task vectors `tau`, or weights), in the tensor's shape.
-"""
+A function takes one tensor of every task (task vectors `tau`, or weights), in the tensor's shape."""
 
 from __future__ import annotations
 
@@ -173,7 +172,7 @@ def iso_cts(tau: list[Array], common: float) -> Array:
 
 
 def wudi_gradient(merged: Array, tau: list[Array]) -> Array:
-    """Of the loss that WUDI minimises; 0 at its optimum."""
+    """Gradient of the loss that WUDI minimises; 0 at its optimum."""
     return sum(2 * (rows(merged) - rows(x)) @ rows(x).T @ rows(x) / (x**2).sum() for x in tau)
 
 

@@ -1,4 +1,4 @@
-"""Merge methods written out plainly on whole tensors. Shares no code with peru."""
+"""Merge methods written out directly on whole tensors. Shares no code with peru."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def flatten(table: Table) -> torch.Tensor:
 
 
 def top(vector: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest entries by magnitude, equals in order; the rest 0."""
+    """The k largest entries by magnitude, ties in order; the rest is 0."""
     order = torch.sort(vector.abs(), descending=True, stable=True).indices
     kept = torch.zeros_like(vector)
     kept[order[:k]] = vector[order[:k]]
@@ -64,7 +64,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def consensus(vectors: list[torch.Tensor], share: float, least: int) -> torch.Tensor:
-    """Entries of the sum that at least so many tasks use."""
+    """Entries of the sum that at least `least` tasks use."""
     total = torch.stack(vectors).sum(dim=0)
     uses = sum((v.abs() > share * (total - v).abs()).int() for v in vectors)
     return total * (uses >= least)

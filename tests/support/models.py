@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer of their own, as transformers saves them."""
+"""Tiny random models with their own tokenizers, as transformers saves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def tokenizer(marks: bool = True) -> Any:
-    """A tokenizer of single words; with `marks`, [CLS] a [SEP] b [SEP] as BERT has it."""
+    """A tokenizer of single words; with `marks`, [CLS] a [SEP] b [SEP] like BERT."""
     made = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     made.pre_tokenizer = Whitespace()
     if marks:
@@ -47,7 +47,7 @@ def vit(labels: int = 3) -> Any:
 
 
 def enlarge(model: Any, scale: float = 16.0) -> Any:
-    """Random initialisation makes nearly constant outputs; larger weights make models that tell inputs apart."""
+    """Random initialisation gives nearly constant outputs; with larger weights, outputs depend on the input."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -56,7 +56,7 @@ def enlarge(model: Any, scale: float = 16.0) -> Any:
 
 
 def pair(make: Any, folder: Path, change: float = 0.02, marks: bool = True, seed: int = 0) -> tuple[Path, Path]:
-    """A base without head (where there is one) and a fine-tune of it, saved with a tokenizer."""
+    """A base without head (if it can be) and a fine-tune of it, saved with a tokenizer."""
     torch.manual_seed(seed)
     fine = enlarge(make())
     body = getattr(fine, fine.base_model_prefix, fine) if fine.__class__.__name__.endswith("Classification") else fine

@@ -1,4 +1,4 @@
-"""A reader of packs written from docs/packs.md, docs/format.md and docs/random.md alone: it shares no code with peru."""
+"""A reader of packs written from docs/packs.md, docs/format.md and docs/random.md alone. It shares no code with peru."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def word(key: tuple[str, ...], number: int) -> int:
-    """docs/random.md with whole numbers."""
+    """docs/random.md in plain integers."""
     from tests.methods.test_superpose import plain_word
 
     return plain_word(int(key[0]), list(key[1:]), number)
@@ -54,7 +54,7 @@ class PackReader:
         assert version in (1, 2)
         self.groups = [(self.text(), self.cursor.varint()) for _ in range(self.cursor.varint())]
         self.tensors = self.read_tensors()
-        self.blocks_at = len(self.roles.get("blocks", b""))  # as far as they were read
+        self.blocks_at = len(self.roles.get("blocks", b""))  # position of the reader
         self.sums = self.read_sums()
         self.contents = [(self.cursor.varint(), self.cursor.take(16)) for _ in range(self.cursor.varint())]
         self.tasks = [self.read_task(number) for number in range(self.cursor.varint())]
@@ -134,7 +134,7 @@ class PackReader:
         return task
 
     def read_residual(self) -> dict[str, tuple[Array, Array, Array, bool]]:
-        """Of each tensor with corrections: positions, values, values apart, whether they are rounded."""
+        """For each tensor with corrections: positions, values, values stored apart, whether they are rounded."""
         cursor = self.cursor
         density, _ = self.text(), float(self.text())
         floating = [t for t in self.tensors if t["dtype"] in ("F16", "BF16", "F32", "F64")]
@@ -175,7 +175,7 @@ class PackReader:
         return result
 
     def correct(self, task: str, tensor: dict[str, Any], raw: bytes) -> bytes:
-        """What comes back, with the residual's entries put in."""
+        """The retrieved tensor with the residual's entries."""
         entries = self.residuals.get(task, {}).get(tensor["name"])
         if entries is None:
             return raw
@@ -192,7 +192,7 @@ class PackReader:
         return data
 
     def place(self, task: dict[str, Any], tensor: dict[str, Any]) -> dict[str, Any]:
-        """The tensor among whose sums a task's vector lies."""
+        """The tensor whose sums hold a task's vector."""
         if tensor["mode"] == SUM:
             return tensor
         prefix, depth = self.groups[tensor["group"]]
@@ -206,7 +206,7 @@ class PackReader:
         return next(t for t in self.tensors if t["mode"] == tensor["mode"] and (t["group"], t["place"]) == (tensor["group"], order[block]))
 
     def retrieve(self, name: str, base: Tensors) -> Tensors:
-        """A task's checkpoint; F32 and BF16, which are cast as far as the golden pack needs it."""
+        """A task's checkpoint; F32 and BF16, cast as far as the golden pack needs it."""
         task = next(t for t in self.tasks if t["name"] == name)
         result: Tensors = {}
         for tensor in self.tensors:
@@ -267,7 +267,7 @@ class MaskReader(PackReader):
         return {}
 
     def decode_blocks(self, tables: dict[str, Any]) -> dict[str, dict[str, Array]]:
-        """Fills the sums; the masks by task and tensor, flat, 0 and 1."""
+        """Fills the sums. Returns the masks by task and tensor, flat, 0 and 1."""
         blocks, at, left = self.roles.get("blocks", b""), 0, int(self.metadata["peru.entries"])
         flat = {"": [np.empty(0, np.int32)]} | {name: [np.empty(0, np.uint8)] for name in tables}
         for number, (nbytes, digest) in enumerate(self.table):
@@ -309,7 +309,7 @@ class MaskReader(PackReader):
 
 
 def decode(data: bytes, out: Array) -> Array:
-    """A pcodec stream of so many numbers of a kind."""
+    """A pcodec stream with this many numbers of a type."""
     file, used = wrapped.FileDecompressor.new(data)
     chunk, more = file.chunk_decompressor(data[used:], {"int32": "i32", "uint32": "u32"}[str(out.dtype)])
     chunk.read_page_into(data[used + more :], len(out), out)
@@ -326,7 +326,7 @@ def widen(raw: bytes, dtype: str, wanted: str) -> Array:
 
 
 def narrow(floats: Array, dtype: str) -> bytes:
-    """Finite float32 in a dtype, to nearest even."""
+    """Finite float32 rounded to a dtype, to nearest even."""
     if dtype == "F32":
         return floats.astype(FLOAT["F32"]).tobytes()
     u = floats.view(np.uint32).astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Post-Pruning written out plainly: sort by key, then position. Shares no code with peru."""
+"""Post-Pruning written out directly: sort by key, then position. Shares no code with peru."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def post_prune(
 ) -> dict[str, np.ndarray]:
     """For each paired floating tensor, a bool mask (flat) of the entries to keep.
 
-    Keys are |fine - base| in float32 (float64 if any tensor is float64), the base cast to the fine-tune's
-    dtype first; not finite ties as the largest; only entries whose bits differ compete; equals are taken by
-    tensor name, then flat index; floor(density * n) of them, or all changed ones.
-    """
+    Keys are |fine - base| in float32 (float64 if any tensor is float64), with the base first cast to the fine-tune's dtype. Differences
+    that are not finite tie as the largest. Only entries whose bits differ compete. Ties are broken by tensor name, then flat
+    index. Keeps floor(density * n) of them, or all changed ones."""
     names = sorted(n for n in fine if n in base and fine[n].is_floating_point() and fine[n].shape == base[n].shape)
     wide = any(t[n].dtype == torch.float64 for n in names for t in (base, fine))
     kind = torch.float64 if wide else torch.float32

@@ -48,7 +48,7 @@ def test_each_task_is_a_model_that_transformers_loads(family: Path, peru) -> Non
         assert type(model).__name__ == "BertForSequenceClassification" and model.config.id2label[labels - 1] == f"{task}{labels - 1}"
         own = transformers.AutoModelForSequenceClassification.from_pretrained(family / task)
         with torch.inference_mode():
-            expected = own.classifier(encoder(tokens).pooler_output)  # dropout is off: eval is from_pretrained's mode
+            expected = own.classifier(encoder(tokens).pooler_output)  # dropout is off: from_pretrained returns models in eval mode
             assert torch.equal(model(tokens).logits, expected)
 
 
@@ -67,7 +67,7 @@ def test_to_a_file_in_another_dtype(family: Path, peru) -> None:
 
 
 def test_tensors_that_the_base_has_too_come_from_the_head(family: Path, peru) -> None:
-    """With --per-task the merge holds the base's own tensor of that name: the task's is meant."""
+    """With --per-task the merge holds the base's own tensor of that name; the task's is used."""
     merged = merge(family, peru, "-m", "task-arithmetic", "--per-task", "pooler|classifier")
     peru("unpack", merged, "--task", "a", "-b", family / "base", "-o", family / "a.safetensors", "--no-sync")
     got, own = load_file(family / "a.safetensors"), load_file(family / "a" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""`peru verify`: every kind that peru writes is sound as written, and any byte that changes is told; what cannot be checked is said."""
+"""`peru verify`: every kind of file that peru writes passes unchanged, and any changed byte is reported, as is what cannot be checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import save
 
 @pytest.fixture
 def outputs(tmp_path: Path, peru) -> Path:
-    """One of each kind, of a base and two fine-tunes with heads."""
+    """One file of each kind, for a base and two fine-tunes with heads."""
     noise = torch.Generator().manual_seed(0)
     base = {f"layers.{i}.weight": torch.randn(24, 20, generator=noise).bfloat16() for i in range(2)}
     out = tmp_path / "out"
@@ -42,7 +42,7 @@ def test_what_peru_wrote_is_sound_and_every_change_is_told(outputs: Path, peru) 
     assert {f["verdict"] for f in found} == {"sound"}
     told = {str(Path(f["file"]).relative_to(outputs)) for f in found}
     files = {str(path.relative_to(outputs)) for path in outputs.rglob("*") if path.is_file() and path.name != "README.md"}
-    assert told == files  # configurations, too; people edit cards
+    assert told == files  # configs, too; people edit cards
     noise = random.Random(1)
     for name in sorted(files):
         path = outputs / name
@@ -60,7 +60,7 @@ def test_what_peru_wrote_is_sound_and_every_change_is_told(outputs: Path, peru) 
 
 
 def test_an_artifact_that_no_longer_says_what_it_is_was_changed(outputs: Path, peru) -> None:
-    """Damage to the very key that makes it an artifact must not make it somebody else's file."""
+    """Damage to the very key that makes it an artifact must not turn it into somebody else's file."""
     for name in ("sparse", "pack", "masks"):
         path = outputs / f"{name}.safetensors"
         path.write_bytes(path.read_bytes().replace(b'"peru.format"', b'"peru.furmat"'))
@@ -68,7 +68,7 @@ def test_an_artifact_that_no_longer_says_what_it_is_was_changed(outputs: Path, p
 
 
 def test_what_cannot_be_checked_is_said(outputs: Path, peru) -> None:
-    """Files of others, and what unpack wrote."""
+    """Files of others, and unpack's output."""
     base = outputs.parent / "base.safetensors"
     peru("unpack", outputs / "sparse.safetensors", "-b", base, "-o", outputs.parent / "r", "--no-sync")
     assert "cannot be checked" in peru("verify", base, outputs.parent / "r")

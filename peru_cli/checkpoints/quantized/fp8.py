@@ -1,8 +1,7 @@
 """An FP8 checkpoint read as floats: w = code * scale of its block, computed while it is read.
 
-As transformers' Fp8Dequantize and compressed-tensors have it: codes and scales to float32, one product, rounded once to the
-type that comes out (nearest, ties to even).
-"""
+As in transformers' Fp8Dequantize and compressed-tensors: codes and scales to float32, one product, rounded once to the output
+type (nearest, ties to even)."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ from peru_cli.checkpoints.quantized.layout import Layout, Scaled
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.kernels.codes import decode
 
-_HELD = 4  # tensors whose scales are kept: each is read in many tiles
+_HELD = 4  # tensors whose scales are cached: each is read in many tiles
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def _minifloats(exponent: int, mantissa: int, bias: int, nan: str) -> Floats:
-    """Values of all 256 codes of an 8-bit float; `nan` says which codes are none: fn, ieee or fnuz."""
+    """Values of all 256 codes of an 8-bit float. `nan` says which codes are NaN: fn, ieee or fnuz."""
     codes = np.arange(256)
     sign = np.where(codes & 0x80, -1.0, 1.0)
     e, m = (codes >> mantissa) & ((1 << exponent) - 1), codes & ((1 << mantissa) - 1)
@@ -65,9 +64,9 @@ def read_scales(raw: bytes, dtype: str) -> Floats:
 
 
 class Dequantized(Checkpoint):
-    """Codes and scales of another checkpoint as floats, companions left out; config.json without its `quantization_config`."""
+    """Codes and scales of another checkpoint as floats, without companions; config.json without its `quantization_config`."""
 
-    expanded = True  # the float type was not chosen by whoever made the model
+    expanded = True  # the maker of the model did not choose the float type
 
     def __init__(self, stored: Checkpoint, layout: Layout) -> None:
         self.stored, self.layout = stored, layout
@@ -88,7 +87,7 @@ class Dequantized(Checkpoint):
         self._lock = threading.Lock()
 
     def _side_files(self) -> dict[str, Place]:
-        """The stored ones; a config.json that speaks of quantisation is written anew, in a folder that goes when this does."""
+        """The stored side files. A config.json with quantisation settings is rewritten into a temporary folder of this object."""
         files = dict(self.stored.side_files)
         config = self.stored.config()
         if _without_quantization(config):
@@ -120,7 +119,7 @@ class Dequantized(Checkpoint):
             decode(codes, start, values, scales, matrix, block, dtype, np.frombuffer(buffer, f"u{width}"))
 
     def _scales(self, weight: Scaled) -> Floats:
-        """All scales of a tensor as float32, (n,): at most 1 for 32 of its entries."""
+        """All scales of a tensor as float32, (n,): at most one for 32 of its entries."""
         assert weight.scale is not None
         with self._lock:
             if (found := self._cache.get(weight.info.name)) is not None:
@@ -159,7 +158,7 @@ class Dequantized(Checkpoint):
 
 
 def _without_quantization(config: dict[str, Any]) -> bool:
-    """Take `quantization_config` out of a config and the tables in it; whether there was one."""
+    """Remove `quantization_config` from a config and its inner tables. Returns whether there was one."""
     found = config.pop("quantization_config", None) is not None
     for value in config.values():
         if isinstance(value, dict):

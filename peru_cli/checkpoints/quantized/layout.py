@@ -1,10 +1,9 @@
 """Find the codes and scales of quantised weights, from headers and config.json alone.
 
-A quantised weight and its companions are one thing. FP8 (and the symmetric INT8 of compressed-tensors) is turned back into
-floats while it is read (fp8.py); every other scheme is refused by its name. Layouts:
+A quantised weight and its companions belong together. FP8 (and the symmetric INT8 of compressed-tensors) is converted to floats
+while it is read (fp8.py). Every other scheme is refused by name. Layouts:
 https://github.com/vllm-project/compressed-tensors, transformers' integrations/finegrained_fp8.py, DeepSeek-V3's README_WEIGHTS.md,
-ComfyUI's `scale_weight`.
-"""
+ComfyUI's `scale_weight`."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ CODES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0", "U8"})
 _DEFAULT_BLOCK = (128, 128)
 
-# Names that only one scheme writes.
+# Names that only one scheme uses.
 _SCHEMES = [
     ("bitsandbytes 4-bit", re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.bitsandbytes__")),
     ("bitsandbytes 8-bit", re.compile(r"\.(SCB|weight_format)$")),
@@ -36,17 +35,16 @@ _SCHEMES = [
     ("EETQ", re.compile(r"\.weight_scales$")),
 ]
 _METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "quanto": "quanto"}
-# Of activations and of key-value caches: nothing of the weights is in them.
+# Scales of activations and of key-value caches, which do not affect the weights.
 _OF_ACTIVATIONS = re.compile(r"\.(input_scale|scale_input|activation_scale|input_scale_ub|[kqv]_scale|prob_output_scale|output_scale)$")
 _MARKERS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant)$")
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight of codes: what is read (`codes`), what comes out (`info`), and the scales, one for each block of rows and columns.
+    """A weight stored as codes: the stored tensor (`codes`), the result (`info`), and one scale for each block of rows and columns.
 
-    `scale` is None where codes are values by themselves. The grid of scales is (matrices, rows, columns).
-    """
+    `scale` is None if codes are values by themselves. The grid of scales is (matrices, rows, columns)."""
 
     codes: TensorInfo
     info: TensorInfo
@@ -63,7 +61,7 @@ class Scaled:
 
 @dataclass
 class Layout:
-    """The quantised weights of a checkpoint by name, and which of its tensors are their companions."""
+    """The quantised weights of a checkpoint by name, and the tensors that are their companions."""
 
     weights: dict[str, Scaled] = field(default_factory=dict)
     companions: set[str] = field(default_factory=set)
@@ -71,7 +69,7 @@ class Layout:
 
 
 def is_quantized(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether any tensor is a code of a scheme that is known, from headers alone."""
+    """Whether any tensor is a code of a known scheme, from headers alone."""
     return any(info.dtype.name in CODES | {"F4"} for info in tensors.values()) or _scheme(tensors) is not None or _int8(tensors)
 
 
@@ -100,7 +98,7 @@ def quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(config: Mapping[str, Any]) -> Dtype | None:
-    """The float type that a config.json says its model has."""
+    """The float type that a config.json gives its model."""
     tables = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
     for table in tables:
         for key in ("dtype", "torch_dtype"):
@@ -111,12 +109,11 @@ def _dtype(config: Mapping[str, Any]) -> Dtype | None:
 
 
 def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], label: str) -> Layout | None:
-    """The quantised weights of a checkpoint; None if it has none.
+    """The quantised weights of a checkpoint. None if it has none.
 
     Raises:
-        UsageError: a scheme that peru does not turn back into floats, by name.
-        BadFile: codes without their scales, scales without their codes, or scales of a shape that fits no scheme.
-    """
+        UsageError: a scheme that peru cannot convert to floats, by name.
+        BadFile: codes without their scales, scales without their codes, or scales of a shape that fits no scheme."""
     if not is_quantized(tensors):
         return None
     said = quantization(config)
@@ -152,7 +149,7 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], labe
         if f"{name}_zero_point" in tensors:
             problems.append(f"{name} has a zero point, which peru does not read")
     bare = [name for name, weight in layout.weights.items() if weight.scale is None]
-    marked = any(_MARKERS.search(name) for name in tensors)  # ComfyUI's way to say that codes have scales
+    marked = any(_MARKERS.search(name) for name in tensors)  # ComfyUI's marker for codes with scales
     if bare and (method or marked or len(bare) < len(layout.weights)):
         problems += [f"{name}: {tensors[name].dtype.name} without its scale" for name in bare]
     for name in tensors:
@@ -170,7 +167,7 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], labe
 
 
 def _scaled(codes: TensorInfo, scale: TensorInfo, said: Mapping[str, Any], wanted: Dtype | None) -> Scaled | str:
-    """How scales lie over a weight, or what is wrong with them."""
+    """How scales cover a weight, or what is wrong with them."""
     if scale.dtype.name not in _SCALES:
         return f"{scale.name} is {scale.dtype.name}, which is no type of scales"
     dtype = wanted or (scale.dtype if scale.dtype.compressible else BY_NAME["BF16"])
@@ -194,13 +191,13 @@ def _scaled(codes: TensorInfo, scale: TensorInfo, said: Mapping[str, Any], wante
                 return Scaled(codes, info, scale, block, (matrices, shape[-2], shape[-1]))
         block = (rows // max(shape[-2], 1), columns // max(shape[-1], 1))
         exact = all(b and b & (b - 1) == 0 for b in block) and [block[0] * shape[-2], block[1] * shape[-1]] == [rows, columns]
-        if exact:  # a block that the config does not name: a power of two each way, with nothing left over
+        if exact:  # a block that the config does not name: a power of two in each direction, dividing exactly
             return Scaled(codes, info, scale, block, (matrices, shape[-2], shape[-1]))
     return f"{scale.name}: {shape} scales for a weight of shape {list(codes.shape)}"
 
 
 def _blocks(said: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Sizes of blocks that a quantization_config names, then the everyday one; (rows, columns)."""
+    """Block sizes that a quantization_config names, then the usual one; (rows, columns)."""
     found = [said.get("weight_block_size")]
     groups = said.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():

@@ -1,4 +1,4 @@
-"""Ranges straight from the socket: over TLS, behind proxies, and on connections that a server leaves."""
+"""Ranges straight from the socket: over TLS, behind proxies, and on connections that a server closes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_over_tls_and_only_with_a_certificate_that_is_trusted(tmp_path: Path) ->
 
 
 def test_storage_whose_certificate_is_not_trusted(tmp_path: Path) -> None:
-    """The Hub itself is, so that it is the socket's own check that counts."""
+    """The Hub's own certificate is trusted, so the socket's check is tested."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("localhost").configure_cert(context)
     with HubServer() as hub, HubServer(tls=context) as storage:
@@ -76,7 +76,7 @@ def test_a_proxy_is_gone_through_except_for_hosts_that_it_is_not_for(hub: HubSer
         proxy.repos, proxy.cdn = hub.repos, hub.cdn
 
         def forward(handler: Handler, request: Request) -> bool:
-            request.origin = "cdn" if f":{urlsplit(hub.cdn).port}/" in handler.path else "hub"  # a proxy is told the whole address
+            request.origin = "cdn" if f":{urlsplit(hub.cdn).port}/" in handler.path else "hub"  # a proxy gets the whole address
             return False
 
         proxy.fault(forward)
@@ -89,7 +89,7 @@ def test_a_proxy_is_gone_through_except_for_hosts_that_it_is_not_for(hub: HubSer
 
 
 def test_a_server_that_leaves_without_saying_so_is_asked_again_at_once(hub: HubServer, tmp_path: Path) -> None:
-    """Whole bodies, then the connection is closed: no range is asked for twice, no time is lost in waiting."""
+    """Whole bodies, then the connection is closed: no range is requested twice, and no time is lost waiting."""
     pair = both(hub, tmp_path)
 
     def leave(handler: Handler, request: Request) -> bool:
@@ -149,7 +149,7 @@ raise SystemExit(cli.run(sys.argv[1:]))
 
 
 def test_an_address_that_expires_under_all_connections_at_once(hub: HubServer, tmp_path: Path) -> None:
-    """Eight requests are under way when the storage's signature expires: all are refused, and one new address serves them all."""
+    """Eight requests are in progress when the storage's signature expires: all are refused, and one new address serves them all."""
     pair, expired = both(hub, tmp_path), threading.Event()
     seen: list[Request] = []
     refused: list[Request] = []
@@ -185,7 +185,7 @@ def test_an_address_that_expires_under_all_connections_at_once(hub: HubServer, t
 
 
 def test_a_name_with_a_space_in_the_address_of_storage(hub: HubServer, tmp_path: Path) -> None:
-    """The test server, as others do, puts names into `Location` as they are."""
+    """The test server, like others, writes names into `Location` without escaping."""
     pair = both(hub, tmp_path)
     alone = tmp_path / "alone" / "fine tune é.safetensors"
     alone.parent.mkdir()

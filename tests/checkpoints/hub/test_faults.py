@@ -1,4 +1,4 @@
-"""What servers, networks and hostile files do, by ranges and through the cache: the right bytes or an error that says what is wrong."""
+"""Faults of servers, networks and hostile files, by ranges and through the cache: the right bytes, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def made(tmp_path: Path) -> bytes:
 
 @pytest.mark.parametrize("fault", [*RECOVERED, "500 burst"])
 def test_what_passes_is_tried_again_through_the_cache(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
-    """As test_hub_stream has it for ranges alone."""
+    """As in test_hub_stream for ranges alone."""
     answer = RECOVERED[fault.removesuffix(" burst")]
     hub.fault(once(answer, times=4 if "burst" in fault else 1, skip=1))
     ok(run_peru(*command(tmp_path, "cache"), env=hub.env(tmp_path / "hf", HF_TOKEN=hub.token)))
     assert made(tmp_path) == local(pair, tmp_path)
     assert all(r.token is None for r in hub.requests if r.origin == "cdn") and any(r.token == hub.token for r in hub.requests)
-    if fault == "cut":  # it went on where it broke: nothing that came was asked for again
+    if fault == "cut":  # it continued after the break: nothing received was requested again
         assert hub.fetched("model.safetensors") == (pair[1] / "model.safetensors").stat().st_size
 
 
@@ -83,7 +83,7 @@ WRONG = {
 }
 
 
-# Those that are tried again to the end take half a minute through the cache, which asks for the same ranges.
+# Faults that are retried to the end take half a minute through the cache, which requests the same ranges.
 @pytest.mark.parametrize(("mode", "fault"), [*(("stream", fault) for fault in WRONG), ("cache", "changed etag"), ("cache", "endless 503")])
 def test_what_stays_is_an_error(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, fault: str) -> None:
     answer, words = WRONG[fault]
@@ -94,7 +94,7 @@ def test_what_stays_is_an_error(hub: HubServer, pair: tuple[Path, Path], tmp_pat
 
 
 def test_other_bytes_than_the_hub_lists_never_reach_the_cache(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """The same size, the same ETag, one byte changed: only the digest tells; also where ranges are ignored."""
+    """The same size, the same ETag, one byte changed: only the digest shows it; also if ranges are ignored."""
     target = pair[1] / "model.safetensors"
     good = target.read_bytes()
     for ranges in (True, False):
@@ -123,7 +123,7 @@ def test_other_bytes_than_the_hub_lists_never_reach_the_cache(hub: HubServer, pa
 def test_ctrl_c_is_heard_while_storage_does_not_answer(
     hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, skip: int
 ) -> None:
-    """In a download, among headers, in a pass: an interrupt waits for no request of any thread, nor for those after it."""
+    """In a download, in headers, in a pass: an interrupt waits for no request of any thread, and for no later one."""
     asked, answer, seen = threading.Event(), threading.Event(), []
 
     def hang(handler: Handler, request: Request) -> bool:
@@ -162,7 +162,7 @@ raise SystemExit(cli.run(sys.argv[1:]))
 
 @pytest.mark.parametrize("mode", MODES)
 def test_file_systems_without_locks(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
-    """As Lustre has it unless it is mounted with flock: huggingface_hub downloads, with locks of another kind, and peru checks."""
+    """Like Lustre mounted without flock: huggingface_hub downloads, with locks of another kind, and peru checks."""
     words = [sys.executable, "-c", NO_LOCKS, *map(str, command(tmp_path, mode))]
     ok(subprocess.run(words, capture_output=True, text=True, env={**os.environ, **hub.env(tmp_path / "hf")}))
     assert made(tmp_path) == local(pair, tmp_path)
@@ -170,7 +170,7 @@ def test_file_systems_without_locks(hub: HubServer, pair: tuple[Path, Path], tmp
 
 
 def test_a_cached_file_that_lost_its_end(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Once what the error names is deleted, the file is fetched again."""
+    """After the file named in the error is deleted, it is downloaded again."""
     env = hub.env(tmp_path / "hf")
     ok(run_peru(*command(tmp_path, "cache"), env=env))
     cached = next((tmp_path / "hf").rglob("snapshots/*/model.safetensors"))
@@ -223,7 +223,7 @@ def test_gated_missing_and_moved(hub: HubServer, pair: tuple[Path, Path], tmp_pa
 
 
 def test_stream_offline(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Ranges cannot be had; what the cache holds is read there."""
+    """Ranges are unavailable; files in the cache are read there."""
     env = hub.env(tmp_path / "hf")
     cold = run_peru(*command(tmp_path, "stream"), env={**env, "HF_HUB_OFFLINE": "1"})
     assert cold.returncode == 1 and "HF_HUB_OFFLINE is set" in cold.stderr and not hub.requests
@@ -265,7 +265,7 @@ def trickle(pause: float) -> Callable[[Handler, Request], bool]:
 
 
 def on_a_terminal(given: list[str], env: dict[str, str]) -> tuple[int, str]:
-    """Exit code, and what a terminal was shown."""
+    """Exit code and terminal output."""
     pid, fd = pty.fork()
     if not pid:
         fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
@@ -294,7 +294,7 @@ def test_a_slow_server_takes_longer_than_the_time_out_and_shows_progress(
     assert code == 0, shown
     assert time.monotonic() - began > 3 and made(tmp_path) == local(pair, tmp_path)
     assert len(set(re.findall(r"(\d+)%", shown))) > 2, shown
-    assert not [r for r in hub.requests if r.range and r.status == 206 and r.sent < r.range[1] - r.range[0] + 1]  # none was given up
+    assert not [r for r in hub.requests if r.range and r.status == 206 and r.sent < r.range[1] - r.range[0] + 1]  # none was aborted
 
 
 def test_a_server_that_falls_silent_is_asked_again(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_server_that_falls_silent_is_asked_again(hub: HubServer, pair: tuple[P
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_download_goes_on(hub: HubServer, tmp_path: Path, sent: signal.Signals) -> None:
-    """The same bytes are not asked for twice, in whichever process: huggingface_hub would begin the file anew."""
+    """The same bytes are not requested twice, whichever process asks: huggingface_hub would restart the file."""
     import torch
 
     base = {f"layers.{i}.weight": torch.randn(2000, 4096).bfloat16() for i in range(3)}

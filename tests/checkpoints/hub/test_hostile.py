@@ -1,4 +1,4 @@
-"""Headers that somebody made up to do harm, in files on the Hub: refused, by ranges and through the cache."""
+"""Malicious headers in files on the Hub: refused, by ranges and through the cache."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HOSTILE = {
 @pytest.mark.parametrize("what", HOSTILE)
 @pytest.mark.parametrize("mode", MODES)
 def test_hostile_headers(hub: HubServer, tmp_path: Path, mode: str, what: str) -> None:
-    """Refused with little memory taken, and nothing but the header asked for by ranges."""
+    """Refused with little memory; by ranges, only the header is requested."""
     hub.add("org/evil", {"model.safetensors": HOSTILE[what]})
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (600 << 20,) * 2); from peru_cli import cli; "
     limited += "raise SystemExit(cli.run(sys.argv[1:]))"

@@ -1,4 +1,4 @@
-"""Names of the Hub wherever a model or an artifact is named: each command says and writes what it does of the same files on a disk."""
+"""Hub names wherever a model or an artifact is named: each command prints and writes the same as for the same files on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def family(tmp_path: Path, peru, hub: HubServer) -> Path:
-    """Two fine-tunes of a tiny BERT with heads of their own, their artifacts, pack and merge, here and on the Hub."""
+    """Two fine-tunes of a tiny BERT with their own heads, their artifacts, pack and merge, local and on the Hub."""
     base, fine = models.pair(models.bert, tmp_path)
     _, other = models.pair(models.bert, tmp_path / "b", change=0.03)
     (tmp_path / "both").mkdir()
@@ -47,7 +47,7 @@ ARTIFACTS = {
 
 
 def numbers(said: str) -> Any:
-    """What --json says, without names."""
+    """The output of --json without names."""
     found = json.loads(said)
     for task in found["tasks"]:
         for name in ("model", "against", "label"):
@@ -128,6 +128,6 @@ def test_a_merge_in_a_repo_is_a_base(hub: HubServer, family: Path) -> None:
     ok(run_peru("prune", f"a={family / 'fine'}", "-b", family / "fft/merged", "-o", family / "here.safetensors", *given))
     ok(run_peru("prune", "a=org/fine", "-b", "org/fft@main/merged", "-o", family / "there.safetensors", *given, env=env))
     assert (family / "here.safetensors").read_bytes() == (family / "there.safetensors").read_bytes()
-    ok(run_peru("unpack", "org/fft", "--task", "a", "-o", family / "a", env=env))  # the base lies beside the artifact
+    ok(run_peru("unpack", "org/fft", "--task", "a", "-o", family / "a", env=env))  # the base is beside the artifact
     ok(run_peru("unpack", family / "fft/a.safetensors", "-o", family / "b2"))
     assert (family / "a/model.safetensors").read_bytes() == (family / "b2/model.safetensors").read_bytes()

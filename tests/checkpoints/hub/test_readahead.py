@@ -1,4 +1,4 @@
-"""Reading ahead: each announced byte is asked for once, whatever the order in which it is read."""
+"""Reading ahead: each announced byte is requested once, in whatever order it is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Counted:
 
 
 def test_no_order_of_reading_blocks_and_each_byte_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More is expected than may be held, and it is read backwards, by several threads, with parts that nobody announced."""
+    """More is announced than may be held, and it is read backwards, by several threads, with unannounced parts."""
     monkeypatch.setattr(readahead, "PIECE", 64)
     monkeypatch.setattr(readahead, "HELD", 256)
     content = bytes(i * 7 % 251 for i in range(10_000))

@@ -1,4 +1,4 @@
-"""Models on the Hub, read through the shared cache by the real client from a Hub on loopback."""
+"""Models on the Hub, read through the shared cache by the real client from a loopback Hub."""
 
 from __future__ import annotations
 

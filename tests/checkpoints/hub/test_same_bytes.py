@@ -1,4 +1,4 @@
-"""The same bytes from files on a disk, from the cache and by ranges, for everything that is made of models on the Hub."""
+"""The same bytes from files on disk, from the cache and by ranges, for every output made from models on the Hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS = {
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubServer]:
-    """A base and two fine-tunes: tiny real models, here and on the Hub."""
+    """A base and two fine-tunes: tiny real models, local and on the Hub."""
     with HubServer() as server:
         base, fine = models.pair(models.llama, tmp_path)
         _, other = models.pair(models.llama, tmp_path / "b", change=0.03)

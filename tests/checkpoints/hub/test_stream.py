@@ -1,4 +1,4 @@
-"""`--stream`: models on the Hub read by ranges, every byte counted at the server; and what a network can do to a range."""
+"""`--stream`: models on the Hub read by ranges, with every byte counted at the server; and network faults within a range."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def command(tmp_path: Path, *more: object) -> tuple[object, ...]:
     return ("prune", FINE, "-b", BASE, "-o", tmp_path / "hub.safetensors", "--base-id", "x/y", "--stream", "--keep", "5%", *more)
 
 
-_LOCAL: dict[object, bytes] = {}  # what local files give, once for equal files and options
+_LOCAL: dict[object, bytes] = {}  # results for local files, cached for equal files and options
 
 
 def local(pair: tuple[Path, Path], tmp_path: Path, *more: object) -> bytes:
@@ -75,7 +75,7 @@ def asked(hub: HubServer, name: str) -> list[tuple[int, int]]:
 
 
 def times_asked(ranges: list[tuple[int, int]], size: int) -> tuple[int, int]:
-    """How often the least and the most asked-for bytes of a file were asked for."""
+    """How often the least and the most requested bytes of a file were requested."""
     marks = torch.zeros(size + 1, dtype=torch.int64)
     for first, end in ranges:
         marks[first] += 1
@@ -157,7 +157,7 @@ def test_how_often_each_byte_is_asked_for(
 def test_what_stands_on_a_base_asks_for_no_byte_of_it_again(
     hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, kind: str, kept: int, times: int
 ) -> None:
-    """A pass reads the base, and so does the adapter or artifact on it: once a pass, and once to verify an artifact."""
+    """A pass reads the base, and so does the adapter or artifact on it: once for each pass, and once to verify an artifact."""
     made = tmp_path / ("lora" if kind == "adapter" else "delta.safetensors")
     verb, *options = ("svd-lora", "--rank", 2) if kind == "adapter" else ("prune", "--keep", "20%")
     scaled = {name: t * 1.01 if "layers" in name else t for name, t in tensors(0).items()}  # nothing that an adapter cannot hold
@@ -244,7 +244,7 @@ def test_what_passes_is_tried_again(hub: HubServer, pair: tuple[Path, Path], tmp
     assert (tmp_path / "hub.safetensors").read_bytes() == local(pair, tmp_path)
     if fault == "429":
         assert time.monotonic() - began >= 1.0
-    if fault in ("cut", "short body"):  # it went on where it broke
+    if fault in ("cut", "short body"):  # it continued after the break
         broken = next(r for r in hub.requests if r.range and r.status == 206 and r.sent < r.range[1] - r.range[0] + 1)
         assert broken.range and any(
             r.range == (broken.range[0] + broken.sent, broken.range[1]) for r in hub.requests if r.path == broken.path
@@ -333,7 +333,7 @@ def test_a_killed_merge_goes_on_without_asking_for_finished_tensors(hub: HubServ
     stuck = threading.Event()
 
     def stick(handler: Handler, request: Request) -> bool:
-        """The last tensor of the fine-tune does not come."""
+        """The last tensor of the fine-tune never arrives."""
         if request.range is None or f"/{FINE}/" not in request.path or not request.range[0] <= last <= request.range[1]:
             return False
         stuck.set()

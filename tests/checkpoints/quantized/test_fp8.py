@@ -1,4 +1,4 @@
-"""FP8 weights and their scales are one thing: turned back into floats to the bit, or kept together, or refused."""
+"""FP8 weights and their scales belong together: converted to floats to the bit, or kept together, or refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_blocks_equal_transformers_own_to_the_bit(tmp_path: Path, dtype: str | N
 
 
 def test_last_blocks_may_be_short(tmp_path: Path) -> None:
-    # 1000 rows over 8 scales are not 125 rows each: what deriving the block from the shapes would give.
+    # 1000 rows over 8 scales are not 125 rows each, as a block derived from the shapes would be.
     codes, scales = quantise(normal(1000, 200))
     path = folder(tmp_path / "m", {"w.weight": codes, "w.weight_scale_inv": scales}, quantization_config=FP8, torch_dtype="bfloat16")
     with open_model(str(path)) as model:
@@ -131,7 +131,7 @@ def test_stacked_experts(tmp_path: Path) -> None:
 
 
 def test_compressed_tensors_layouts_equal_its_own_decompression(tmp_path: Path) -> None:
-    """By its formula: codes in the scale's type, times the scale (compressed_tensors.quantization.lifecycle.forward._dequantize)."""
+    """By their formula: codes in the scale's type, times the scale (compressed_tensors.quantization.lifecycle.forward._dequantize)."""
     tensors, expected = {}, {}
     for kind, codes in (("f", normal(40, 60).to(torch.float8_e4m3fn)), ("i", torch.randint(-127, 128, (40, 60), generator=NOISE).char())):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -147,7 +147,7 @@ def test_compressed_tensors_layouts_equal_its_own_decompression(tmp_path: Path) 
 
 
 def family(tmp_path: Path) -> tuple[Path, Path, Tensors, Tensors]:
-    """A base and two files of one fine-tune: codes halved and scales doubled are the same weights. Also both as bf16."""
+    """A base and two files of one fine-tune: halved codes with doubled scales are the same weights. Also both as bf16."""
     weights = [normal(256, 130)]
     weights.append(weights[0] + 0.05 * normal(256, 130))
     made = []
@@ -164,7 +164,7 @@ def test_codes_halved_and_scales_doubled_change_nothing(tmp_path: Path, peru) ->
     base, _, plain, _ = family(tmp_path)
     tensors = load_file(base / "model.safetensors")
     scales = tensors["w.weight_scale_inv"] * 2
-    halved = (tensors["w.weight"].float() / 2).to(torch.float8_e4m3fn)  # subnormal codes are rounded: those entries are other weights
+    halved = (tensors["w.weight"].float() / 2).to(torch.float8_e4m3fn)  # subnormal codes are rounded, so those weights differ
     same = {"w.weight": halved, "w.weight_scale_inv": scales, "norm.weight": tensors["norm.weight"]}
     fine = folder(tmp_path / "same", same, quantization_config=FP8, torch_dtype="bfloat16")
     expected = (halved.float() * expanded(scales, (256, 130), (128, 128))).bfloat16()
@@ -202,7 +202,7 @@ def test_lossless_keeps_codes_and_scales_as_they_are(tmp_path: Path, peru) -> No
 
 
 def test_a_lossless_artifact_of_codes_stands_for_its_fine_tune(tmp_path: Path, peru) -> None:
-    """Also where the artifact carries a config.json of its own, whose block sizes are not the base's."""
+    """Also if the artifact carries its own config.json with other block sizes than the base's."""
     base, fine, _, _ = family(tmp_path)
     config = json.loads((fine / "config.json").read_text())
     (fine / "config.json").write_text(json.dumps(config | {"architectures": ["Other"]}))

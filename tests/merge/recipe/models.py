@@ -37,7 +37,7 @@ def save(folder: Path, tensors: Tensors, layers: int = LAYERS, **config: object)
 
 
 def make_family(folder: Path, names: str = "abc") -> dict[str, Tensors]:
-    """`base` and fine-tunes of it in folders of their names; their tensors, float32."""
+    """Write `base` and its fine-tunes into folders of their names. Returns their tensors, float32."""
     noise = torch.Generator().manual_seed(7)
     base = {name: torch.randn(shape, generator=noise) for name, shape in shapes().items()}
     family = {"base": base}

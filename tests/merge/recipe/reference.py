@@ -1,7 +1,6 @@
-"""mergekit's formulas in plain torch and float64, tensor by tensor: values by level, filters and gradients included.
+"""mergekit's formulas in plain torch and float64, tensor by tensor, with values by level, filters and gradients.
 
-Written from the mathematics alone (the tables of the papers and of mergekit's documentation), apart from peru's own code.
-"""
+Written only from the mathematics (the tables of the papers and of mergekit's documentation), without peru's code."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def value(setting: Any, name: str, depth: float) -> Any:
-    """A scalar, a gradient, a table or a list of tables at one tensor; None if no filter is met."""
+    """A scalar, a gradient, a table or a list of tables at one tensor. None if no filter matches."""
     if isinstance(setting, dict):
         setting = [setting]
     if isinstance(setting, list) and isinstance(setting[0], dict):
@@ -48,7 +47,7 @@ def depth_of(name: str, layers: int) -> float:
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """On the great circle from a (t = 0) to b; on the line where they are nearly parallel."""
+    """On the great circle from a (t = 0) to b, or on the line if they are nearly parallel."""
     x, y = a.flatten(), b.flatten()
     cosine = float(x @ y / (x.norm() * y.norm()))
     if abs(cosine) > 0.9995:

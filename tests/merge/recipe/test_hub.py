@@ -1,4 +1,4 @@
-"""Recipes on the Hub: the one in a repo is run again; of models in one that cannot be merged, no more than headers are fetched."""
+"""Recipes on the Hub: a repo's own recipe is run again; models that cannot be merged are not downloaded beyond their headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of recipes: rows are merged by token; files, config and chat template are the ones that were asked for."""
+"""Tokenizers of recipes: rows are merged by token, and the output gets the requested files, config and chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, torch.Tensor]]:
-    """`a` and `b` give the same id to tokens of their own."""
+    """`a` and `b` give the same id to different tokens."""
     monkeypatch.chdir(tmp_path)
     return {name: model(tmp_path / name, {token: 11}, 12) for name, token in (("a", "<x>"), ("b", "<y>"))}
 
@@ -35,7 +35,7 @@ def test_a_union_merges_rows_by_token(pair: dict[str, dict[str, torch.Tensor]], 
     for name in ROWS:
         a, b = pair["a"][name], pair["b"][name]
         assert torch.allclose(found[name][:11], (a + 3 * b)[:11] / 4, atol=1e-6)
-        assert torch.allclose(found[name][ids["<x>"]], a[11], atol=1e-6)  # b lacks it, and takes the only holder's
+        assert torch.allclose(found[name][ids["<x>"]], a[11], atol=1e-6)  # b lacks it, and takes the only holder's row
         assert torch.allclose(found[name][ids["<y>"]], b[11], atol=1e-6)
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] == len(found[ROWS[0]])
 

@@ -60,7 +60,7 @@ def here(home: tuple[Path, dict[str, Tensors]], monkeypatch: pytest.MonkeyPatch)
 
 
 def run(peru, folder: Path, recipe: Any, *options: object) -> Tensors:
-    """Merge a recipe; the result's tensors."""
+    """Merge a recipe. Returns the result's tensors."""
     file, out = folder / "recipe.yml", folder / "out"
     file.write_text(recipe if isinstance(recipe, str) else json.dumps(recipe))
     peru("merge", file, "-o", out, "--no-sync", "--force", *options)
@@ -274,7 +274,7 @@ def test_a_method_that_mergekit_has_not_is_no_recipe(tmp_path: Path, peru) -> No
 
 @pytest.mark.parametrize(("method", "key", "density", "kept"), [("ties", "density", 0.29, 28), ("sce", "select_topk", 0.29, 29)])
 def test_shares_are_counted_as_mergekit_counts_them(method: str, key: str, density: float, kept: int, tmp_path: Path, peru) -> None:
-    # mergekit 0.1.5 keeps so many of 100 entries: it multiplies in doubles, for sce in single precision.
+    # mergekit 0.1.5 keeps this many of 100 entries: it multiplies in doubles, for sce in single precision.
     noise = torch.Generator().manual_seed(0)
     base = {"layers.0.weight": torch.randn(10, 10, generator=noise)}
     for name in ("base", "a", "b"):
