@@ -13,6 +13,7 @@ from typing import Any
 
 import adapters
 import families
+import quantised
 import right
 import torch
 import typer
@@ -107,6 +108,8 @@ class Run:
 
     def lossless(self) -> None:
         task, place, family = self.rng.choice("ab"), self.out("l.safetensors"), self.family
+        if family.broken.get(task) == families.UNREAD and quantised.has_codes(family.stored["base"]):
+            del family.broken[task]  # codes of any scheme are kept as they are where the base has codes, too
         answer = peru("prune", self.paths[task], *self.base, *FIXED, *self.rename(), "-o", place, "--lossless")
         if not self.judge("prune", "lossless", answer, task):
             return
@@ -128,10 +131,19 @@ class Run:
     def merge(self) -> None:
         method = self.rng.choice(sorted(right.METHODS))
         models = [f"{t}={self.paths[t]}" for t in "ab"]
-        place = self.out("m")
-        answer = peru("merge", *models, *self.base, *FIXED, *self.rename(), "-o", place, "-m", method, *right.OPTIONS[method])
-        if self.judge("merge", f"merge {method}", answer, "ab"):
-            right.merged(self.family, load_file(place / families.WEIGHTS), method)
+        place, family = self.out("m"), self.family
+        fp8 = quantised.has_codes(family.stored["base"]) and family.layout != "int8" and self.rng.random() < 0.5
+        dtype = ["--dtype", "fp8"] if fp8 else []
+        answer = peru("merge", *models, *self.base, *FIXED, *self.rename(), "-o", place, "-m", method, *right.OPTIONS[method], *dtype)
+        if "nans" in family.traits and fp8:
+            family.may.add("merge")
+        if self.judge("merge", f"merge {method}{' fp8' * fp8}", answer, "ab"):
+            got = load_file(place / families.WEIGHTS)
+            if not fp8:
+                right.merged(family, got, method)
+                return
+            right.names(got, set(family.stored["base"]) - family.left_out, "merge fp8")
+            right.merged(family, quantised.decoded(got, family.layout), method, 2**-3 if family.layout == "e5m2" else 2**-4)
 
     def merge_others(self) -> None:
         """Methods without a reference here: names, shapes and finite values."""

@@ -34,6 +34,7 @@ class Family:
     said: dict[str, str] = field(default_factory=dict)  # model -> what a command that reads it must say
     left_out: set[str] = field(default_factory=set)  # names that a merge leaves out: heads that are tied
     traits: list[str] = field(default_factory=list)
+    layout: str = ""  # of FP8 weights (quantised.py)
     form: dict[str, str] = field(default_factory=dict)  # how a model's files lie
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # more files of a model, or in place of its weights
 
@@ -64,6 +65,7 @@ def make(rng: random.Random, traits: int | None = None) -> Family:
         family.stored[name] = dict(tensors)
     if "fp8" in family.traits:
         quantise(rng, family)
+        family.form = {name: "bin" if form == "bin old" else form for name, form in family.form.items()}  # torch itself cannot read them
     for name in "ab":
         family.values[name] = {family.prefix + n: t for n, t in family.values[name].items()}
         written = {n.replace("layers.", "blocks.") if family.rename else n: t for n, t in family.stored[name].items()}
@@ -228,11 +230,14 @@ def strange(rng: random.Random, family: Family) -> None:
     _break(family, "no weights")
 
 
+UNREAD = "a scheme that is not read"
+
+
 def foreign(rng: random.Random, family: Family) -> None:
     kinds = [{"z.weight.absmax": torch.ones(2)}, {"z.qweight": torch.zeros(2, 2).int()}, {"z.SCB": torch.ones(2)}]
     kinds += [{"z.weight_packed": torch.zeros(2, 2).int()}, {"z.g_idx": torch.zeros(2).int()}, {"z.W_q": torch.zeros(2, 2).byte()}]
     family.values["a"] |= rng.choice(kinds)
-    _break(family, "a scheme that is not read")
+    _break(family, UNREAD)
 
 
 def forms(rng: random.Random, family: Family) -> None:

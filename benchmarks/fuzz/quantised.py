@@ -15,6 +15,7 @@ FINEGRAINED = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}}
 INT8 = COMPRESSED | {"format": "int-quantized"}
 FBGEMM = {"quant_method": "fbgemm_fp8"}
+SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
 # layout -> quantization_config; None: the config says nothing (ComfyUI)
 LAYOUTS: dict[str, dict[str, object] | None] = {
     "block": FINEGRAINED, "tensor": FINEGRAINED, "row": FBGEMM, "flat row": COMPRESSED, "e5m2": COMPRESSED, "comfy": None, "int8": INT8,
@@ -49,9 +50,29 @@ def encode(weight: torch.Tensor, layout: str) -> tuple[torch.Tensor, Tensors, to
     return codes, {name: stored, **more}, codes.float() * spread
 
 
+def has_codes(tensors: Tensors) -> bool:
+    """Whether any of the stored tensors are codes."""
+    return any((tensor.dtype.itemsize == 1 and tensor.is_floating_point()) or name.endswith(SCALES) for name, tensor in tensors.items())
+
+
+def decoded(tensors: Tensors, layout: str) -> Tensors:
+    """Stored tensors as float32 values, companions left out."""
+    values = {n: t.float() for n, t in tensors.items() if not n.endswith((*SCALES, "input_scale", "scaled_fp8"))}
+    for name, scale in tensors.items():
+        stem = next((name.removesuffix(end) for end in SCALES if name.endswith(end)), None)
+        if stem is not None:
+            codes = tensors[f"{stem}weight"]
+            rows, columns = codes.shape
+            scale = scale.float()
+            if layout in ("block", "powers"):
+                scale = scale.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+            values[f"{stem}weight"] = codes.float() * (scale.view(-1, 1) if layout == "flat row" else scale)
+    return values
+
+
 def quantise(rng: random.Random, family: Family) -> None:
     """Quantise the `up` weights of some models, all in one layout; sometimes lose a scale, or keep one without its codes."""
-    layout = rng.choice(sorted(LAYOUTS))
+    layout = family.layout = rng.choice(sorted(LAYOUTS))
     for name in rng.choice([["base", "a", "b"], ["a"], ["a", "b"]]):
         said = LAYOUTS[layout]
         if said is not None:
@@ -67,7 +88,7 @@ def quantise(rng: random.Random, family: Family) -> None:
             family.stored[name]["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     if layout in ("flat row", "e5m2", "int8") or layout == "bare":
         family.may |= {"merge", "pack"}  # a model of several dtypes
-    scales = sorted(n for n in family.stored["a"] if n.endswith(("_scale", "_scale_inv", "scale_weight")))
+    scales = sorted(n for n in family.stored["a"] if n.endswith(SCALES))
     if scales and rng.random() < 0.15:
         lost = rng.choice(scales)
         del family.stored["a"][lost]

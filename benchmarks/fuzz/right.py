@@ -109,8 +109,18 @@ def nearer(family: Family, got: Tensors, task: str) -> None:
         raise Wrong(f"bits: squared distance {after}, the base's is {before}")
 
 
-def merged(family: Family, got: Tensors, method: str) -> None:
-    """A merge of a and b on the base; buffers by their own rule, what only the base has is copied."""
+def on_base(task: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Base + task vector in float64. The base is cast to the fine-tune's dtype before it is subtracted (docs/format.md)."""
+    if task.dtype is base.dtype:
+        return task.double()
+    return base.double() + (task.double() - base.to(task.dtype).double())
+
+
+def merged(family: Family, got: Tensors, method: str, step: float = 0.0) -> None:
+    """A merge of a and b on the base; buffers by their own rule, what only the base has is copied.
+
+    `step` is what was lost by rounding, of the largest weight of a tensor.
+    """
     base = {n: t for n, t in family.values["base"].items() if n not in family.left_out}
     names(got, set(base), f"merge {method}")
     for name, tensor in base.items():
@@ -119,7 +129,7 @@ def merged(family: Family, got: Tensors, method: str) -> None:
         if any(t is None or t.shape != tensor.shape for t in tasks):
             close(got[name], tensor, what, 0)
             continue
-        a, b = (t.double() for t in tasks)
+        a, b = (t.double() if method == "linear" or "running" in name else on_base(t, tensor) for t in tasks)
         if not tensor.is_floating_point() or name.endswith("inv_freq"):
             close(got[name], tensor, what, 0)
         else:
@@ -127,7 +137,9 @@ def merged(family: Family, got: Tensors, method: str) -> None:
             weights = (0.75, 0.25) if method == "linear" else (0.5, 0.5)
             expected = weights[0] * a + weights[1] * b if mean else METHODS[method](a, b, tensor.double())
             open_ = expected.isnan() & got[name].isfinite() if method == "ties" else None  # the whole model's majority decides there
-            rounded(got[name], expected if open_ is None else torch.where(open_, got[name].double(), expected), what)
+            finite = expected[expected.isfinite()]
+            lost = step * float(finite.abs().max()) + step if finite.numel() and step else 0.0
+            rounded(got[name], expected if open_ is None else torch.where(open_, got[name].double(), expected), what, lost)
 
 
 def _ties(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -162,7 +174,7 @@ def packed(family: Family, got: Tensors, task: str) -> None:
         if whole or not tensor.is_floating_point():
             close(got[name], tensor, f"pack: {name}", 0)
             continue
-        a, b, c = (t.double() for t in (*tasks, base))
+        a, b, c = (*(on_base(t, base) for t in tasks), base.double())
         expected = c + a + b - 2 * c
         finite = (expected - c).nan_to_num(0, 0, 0)
         size = float(finite.square().mean().sqrt()) if c.numel() else 0.0  # the scale is one of least squares
