@@ -144,11 +144,11 @@ def _silence() -> None:
 
 def _left() -> str:
     """What an interrupted command leaves behind, and how to continue."""
-    if not console.unfinished:
+    left = [path for path in console.unfinished if path.exists()]
+    if not left:
         return "nothing unfinished was left behind"
-    folder = console.unfinished[0].parent
     return (
-        f"the finished part is kept in {folder}, in hidden files that end in .peru-partial\n"
+        f"the finished part is kept in {left[0].parent}, in hidden files that end in .peru-partial\n"
         "  run the same command again to continue, or add --force to start over and remove them"
     )
 

@@ -29,7 +29,7 @@ class Console:
         self.summary: Path | None = None  # tables, lines and the error are also written here, as Markdown
         self._summary: list[str] = []
         self._bar: Any = None  # the visible progress bar: lines are printed above it
-        self.unfinished: list[Path] = []  # journals kept so that the same command can continue
+        self.unfinished: list[Path] = []  # where unfinished outputs are, if they are still there when the command ends
 
     def note(self, text: str) -> None:
         """Something worth knowing while it happens."""

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mutate
 import outputs
+import running
 import stops
 
 PARTS = ("mutations", "kills", "interrupts", "disks")
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--record", type=Path, required=True, help="where counts are kept")
     parser.add_argument("--mutations", type=int, default=100_000, help="of all files together")
-    parser.add_argument("--kills", type=int, default=200, help="of all commands together, at models of 200 MB")
+    parser.add_argument("--kills", type=int, default=8, help="of each command that writes, at models of 200 MB")
     parser.add_argument("--moments", type=int, default=50, help="at which each command is interrupted")
     parser.add_argument("--only", choices=PARTS, action="append")
     given = parser.parse_args()
@@ -94,7 +95,7 @@ def main() -> None:
         PARTS, (mutations, stops.kills, stops.interrupts, stops.disks), (given.mutations, given.kills, given.moments, 0), strict=True
     ):
         if given.only is None or part in given.only:
-            stops.apart(lambda work=work, size=size: work(Record(given.record), size))  # type: ignore[misc]
+            running.apart(lambda work=work, size=size: work(Record(given.record), size))  # type: ignore[misc]
     lines, bad = Record(given.record).table()
     print("\n".join(lines))
     sys.exit(bad)

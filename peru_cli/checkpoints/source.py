@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from peru_cli.checkpoints.digests import CHUNK, TensorDigest, leaves
+from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place, fingerprint, sha256
+from peru_cli.errors import BadFile
 
+AGAIN = "run the command again when nothing changes its inputs any more"
 PIECE = 16 * CHUNK  # entries read at once where a tensor is only copied, digested or compared
 
 
@@ -57,6 +59,15 @@ class Checkpoint(ABC):
     expanded = False
     part: str | None = None
     public_name: str | None = None  # where everybody finds it: org/name@commit of what was read from the Hub
+
+    def told_digest(self, name: str) -> bytes | None:
+        """What a tensor's digest should be, 16 bytes, if its file says so."""
+        return None
+
+    def agree(self, found: Mapping[str, bytes]) -> None:
+        """Compare digests that a pass took of tensors with those that their files tell, and that an earlier pass compared; BadFile."""
+        if any(self.told_digest(name) not in (None, digest[:SHORT]) for name, digest in found.items()):
+            raise BadFile(f"{self.label} was changed while it was being read: nothing was written", AGAIN)
 
     @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:

@@ -19,7 +19,7 @@ from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.source import AGAIN, Checkpoint
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.methods.delta import Bits, cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
@@ -219,6 +219,10 @@ class OneTask(FromArtifact):
         self.origins = origins_of(artifact)
         self.heading = f"base {base.label}: {base.kind}; {self.task}:"
         self.facts = {"result_digest": artifact.result_digest.hex()}
+
+    def agree(self, found: Mapping[str, bytes]) -> None:
+        if found.keys() == self.tensors.keys() and checkpoint_digest(dict(found)) != self.single.result_digest:
+            raise BadFile(f"{self.label} was changed while it was being read: nothing was written", AGAIN)
 
     def verify_stored(self) -> None:
         for record in self.single.records.values():

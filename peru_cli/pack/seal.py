@@ -136,6 +136,7 @@ class PackSealer:
                 digest = plan.base.digest(tensor.info.name)[:SHORT]
             else:
                 digest = self._step.base_digests[tensor.info.name].digest()[:SHORT]
+            plan.base.agree({tensor.info.name: digest})
             if plan.old is None:
                 tensor.base_digest = digest
             elif tensor.base_digest != digest:

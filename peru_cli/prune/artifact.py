@@ -151,6 +151,7 @@ class Job:
             self.writer.write(block)
         results = {name: digest.digest() for name, digest in sink.result.items()}
         records, whole = self._records(select, results)
+        fine.agree(results)
         files = list(side_files_of(fine, self._base))
         kept = sum(sink.kept.values())
         changed = kept if self.options.density is None else sink.changed
@@ -187,13 +188,15 @@ class Job:
             pair = pairs.get(name)
             if pair is not None and pair.is_delta:
                 record = TensorRecord(info, Mode.DELTA, base_dtype=pair.base.dtype, kept=self.sink.kept[name])
-                record.base_digest = select.base_digests[pair.base.name].digest()[:SHORT]
+                digest = select.base_digests[pair.base.name].digest()
+                self._base.agree({pair.base.name: digest})
+                record.base_digest = digest[:SHORT]
                 if pair.grown:
                     record.base_rows = pair.base.shape[0]
                     record.whole_digest = self._store(info, pair.entries)[:SHORT]
-            elif pair is not None and (digest := self._shared(pair)) is not None:
-                record = TensorRecord(info, Mode.COPY, base_dtype=pair.base.dtype, base_digest=digest[:SHORT])
-                results[name] = digest
+            elif pair is not None and (shared := self._shared(pair)) is not None:
+                record = TensorRecord(info, Mode.COPY, base_dtype=pair.base.dtype, base_digest=shared[:SHORT])
+                results[name] = shared
             else:
                 results[name] = self._store(info, 0)
                 record = TensorRecord(info, Mode.WHOLE, results[name][:SHORT])

@@ -127,6 +127,7 @@ def prune(
     gates = parse_gates(fail_above or [])
 
     from peru_cli.checkpoints.base_name import name_base
+    from peru_cli.checkpoints.local.atomic import folder_of
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
@@ -182,11 +183,13 @@ def prune(
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
-    if several:
-        out.mkdir(exist_ok=True)
     passes = 1 if density is None else 2
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
-    with console.progress(total, "prune") as progress, streaming(run.device, run.threads, run.tile_entries, progress.advance) as how:
+    with (
+        folder_of(out, several),
+        console.progress(total, "prune") as progress,
+        streaming(run.device, run.threads, run.tile_entries, progress.advance) as how,
+    ):
         verify_expanded(opened, how, progress.step)
         results = job.prune(opened_base, planned, chosen, how, run.sync, progress.step, console.note, fresh=run.force)
     _report(results, publish(place, targets, "prune"))
@@ -198,6 +201,7 @@ def _to_goal(
 ) -> None:  # fmt: skip
     """Mixed artifacts that meet a goal. `output` is where, whether it is a folder, and whether to wait for the disk."""
     from peru_cli.checkpoints.base_name import name_base
+    from peru_cli.checkpoints.local.atomic import folder_of
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.prune.mixed.run import prune_mixed
     from peru_cli.prune.mixed.show import report
@@ -205,10 +209,8 @@ def _to_goal(
 
     named = name_base(base, base_id)
     out, several, sync = output
-    if several:
-        out.mkdir(exist_ok=True)
     total = 2 * sum(task.entries for task in planned)
-    with console.progress(total, "prune") as progress, streaming(*settings, progress.advance) as how:
+    with folder_of(out, several), console.progress(total, "prune") as progress, streaming(*settings, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
         results = prune_mixed(base, planned, goal, named, how, sync, progress.step, console.note, gates)
     report(results, publish(place, [task.target for task in planned], "prune"))

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from peru_cli.checkpoints.local import checkpoint as local
+from peru_cli.checkpoints.local import inputs
 from peru_cli.errors import UsageError
 from peru_cli.publish.run import collect
+from peru_cli.vectors.selection import Select
 from tests.conftest import random_pair, run_peru, save
 from tests.support import data_family, models
 
@@ -122,6 +124,33 @@ def test_an_input_that_changes_is_named_and_nothing_is_written(tmp_path: Path, p
             peru(*command, code=1)
         assert f"{config} was changed while it was being read" in stderr(peru)
         assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", ["base", "artifact"])
+def test_both_passes_read_the_same_bytes_of_what_carries_digests(tmp_path: Path, peru, pair, monkeypatch, changed: str) -> None:
+    """A sealed base or an artifact that was compared in the first pass, then overwritten with its times put back."""
+    base, fine = pair
+    merged, artifact, out = tmp_path / "merged.safetensors", tmp_path / "artifact.safetensors", tmp_path / "a.safetensors"
+    peru("merge", f"a={fine}", f"b={base}", "-o", merged, "-m", "linear", "--no-sync")
+    peru("prune", f"t={fine}", "-b", merged, "-o", artifact, "--lossless", "--no-sync")
+    victim = merged if changed == "base" else artifact
+    command = ["prune", f"t={artifact}" if changed == "artifact" else f"t={fine}", "-b", merged, "-o", out, "--keep", "10%"]
+    select = Select.apply
+
+    def at_once(self: Select, *given: object) -> object:
+        monkeypatch.setattr(Select, "apply", select)
+        times, data = victim.stat(), bytearray(victim.read_bytes())
+        data[-400:] = bytes(400)
+        with open(victim, "r+b") as file:
+            file.write(data)
+        os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return select(self, *given)
+
+    monkeypatch.setattr(inputs, "_SMALL", 0)  # as if all were large
+    monkeypatch.setattr(Select, "apply", at_once)
+    peru(*command, "--no-sync", code=1)
+    assert "changed while it was being read: nothing was written" in stderr(peru) or "altered" in stderr(peru), stderr(peru)
+    assert not out.exists()
 
 
 def test_an_input_that_is_replaced_or_removed(tmp_path: Path, peru, pair, monkeypatch) -> None:

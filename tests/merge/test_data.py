@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.func import functional_call, grad, vmap
 
+from peru_cli.checkpoints.local.atomic import PartialFile
+from peru_cli.merge.data import statistics as on_disk
 from peru_cli.methods import adamerging, fisher, regmean
 from peru_cli.methods.statistics import TaskModel
 from tests.support import models
+from tests.support.damage import files
 from tests.support.data_family import TASKS, command, fine_tune, gpt2, merged, one_thread, sentences, tokens, write_family, write_rows
 
 __all__ = ["one_thread"]
@@ -280,6 +284,24 @@ def test_statistics_are_collected_once(family: Path, peru, tmp_path: Path) -> No
     (damaged := stats / next(iter(before))).write_bytes(b"no")
     peru(*command(family, "fisher", "-o", tmp_path / "5", "--stats", stats), code=1)
     assert damaged.name in peru.stderr and "remove it" in peru.stderr and not (tmp_path / "5").exists()
+
+
+def test_two_users_of_one_folder_of_statistics(family: Path, tmp_path: Path, peru, monkeypatch) -> None:
+    """Both collect, one writes first: the other waits for it and leaves its file alone, which somebody may be reading."""
+    peru(*command(family, "fisher", "-o", tmp_path / "1", "--stats", tmp_path / "first"))
+    (shared := tmp_path / "shared").mkdir()
+    ours, theirs = sorted((tmp_path / "first").iterdir())
+    other, waited = PartialFile(shared / theirs.name, sync=False), []
+
+    def finish(seconds: float) -> None:
+        waited.append((shared / theirs.name).exists())
+        other.write_at(0, theirs.read_bytes())
+        other.commit()
+
+    monkeypatch.setattr(on_disk, "time", SimpleNamespace(sleep=finish))
+    peru(*command(family, "fisher", "-o", tmp_path / "2", "--stats", shared))
+    assert waited == [False] and sorted(path.name for path in shared.iterdir()) == [ours.name, theirs.name]
+    assert files(tmp_path / "1") == files(tmp_path / "2") and (shared / ours.name).read_bytes() == ours.read_bytes()
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging"])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peru_cli.checkpoints.local import inputs
+from peru_cli.console import console
 from peru_cli.errors import PeruError, UsageError
 
 try:
@@ -24,6 +25,10 @@ except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what file systems say that have none (Lustre, some NFS)
+
+
+class BeingWritten(PeruError):
+    """Another process is writing the same output."""
 
 
 def check_target(target: Path, force: bool, new_folder: bool = False) -> None:
@@ -58,11 +63,13 @@ def partial_path(target: Path) -> Path:
 
 
 def _open_locked(path: Path, target: Path) -> int:
-    """Open or make the file at `path`, which no other process may have; PeruError if one does.
+    """Open or make the file at `path`, which no other process may have; BeingWritten if one does.
 
+    From now on an interrupted command says that it lies there, until it is gone.
     Whoever had it may have renamed or removed it between our opening and our locking: then we hold the lock
     of a file that is no longer at `path` (it may be the finished target), and open what is there now.
     """
+    console.unfinished.append(path)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -74,7 +81,8 @@ def _open_locked(path: Path, target: Path) -> int:
                     return fd
         except BlockingIOError as error:
             os.close(fd)
-            raise PeruError(f"{target} is being written by another peru", "wait for it, or choose another -o") from error
+            _gone(path)
+            raise BeingWritten(f"{target} is being written by another peru", "wait for it, or choose another -o") from error
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in NO_LOCKS:
                 return fd
@@ -85,7 +93,7 @@ def _open_locked(path: Path, target: Path) -> int:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder of files that belong together; PeruError if another process holds it. Where there are no locks, nothing is held."""
+    """Hold a folder of files that belong together; BeingWritten if another process holds it. Where there are no locks, nothing is held."""
     if fcntl is None:
         yield
         return
@@ -94,13 +102,19 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise PeruError(f"{folder} is being written by another peru", "wait for it, then run the command again") from error
+            raise BeingWritten(f"{folder} is being written by another peru", "wait for it, then run the command again") from error
         except OSError as error:
             if error.errno not in NO_LOCKS | {errno.EBADF}:  # NFS locks only what is open for writing, which a folder cannot be
                 raise
         yield
     finally:
         os.close(fd)
+
+
+def _gone(path: Path) -> None:
+    """Nothing of ours lies there any more."""
+    with contextlib.suppress(ValueError):
+        console.unfinished.remove(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -132,7 +146,7 @@ class PartialFile:
     """A file that appears under its name when committed. A context manager: leaving it uncommitted removes it."""
 
     def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
-        """With `resume`, what an earlier run left is not emptied, and an interrupt (`may_go_on`) leaves it."""
+        """With `resume`, what an earlier run left is not emptied, and an interrupt (`may_go_on`) leaves it unless it is empty."""
         self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self.fd = _open_locked(self.path, target)
@@ -176,6 +190,7 @@ class PartialFile:
         if self._sync:
             os.fsync(self.fd)
         os.replace(self.path, self.target)
+        _gone(self.path)
         inputs.wrote(self.target)
         self._close()
         if self._sync:
@@ -191,9 +206,10 @@ class PartialFile:
 
     def __exit__(self, *exc: object) -> None:
         if self._open:
-            if not (self._resume and may_go_on(exc)):
+            if not (self._resume and may_go_on(exc) and os.fstat(self.fd).st_size):
                 with contextlib.suppress(OSError):
                     os.unlink(self.path)
+                    _gone(self.path)
             self._close()
 
 
@@ -201,10 +217,11 @@ class PartialDirectory:
     """A folder that appears under its name when committed, all at once."""
 
     def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
-        """With `resume`, what an earlier run left stays, and an interrupt leaves it."""
+        """With `resume`, what an earlier run left stays, and an interrupt leaves it unless all of its files are empty."""
         self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self._lock_fd: int | None = _open_locked(self.path.with_name(self.path.name + ".lock"), target)
+        console.unfinished.append(self.path)
         try:
             if self.path.exists() and not resume:
                 shutil.rmtree(self.path)
@@ -234,6 +251,7 @@ class PartialDirectory:
             os.rename(self.target, aside)
             os.rename(self.path, self.target)
             remove(aside)
+        _gone(self.path)
         inputs.wrote(self.target, self.path)
         if self._sync:
             sync_folder(self.path.parent)
@@ -241,19 +259,42 @@ class PartialDirectory:
 
     def _release(self) -> None:
         if self._lock_fd is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path.with_name(self.path.name + ".lock"))
-            os.close(self._lock_fd)
-            self._lock_fd = None
+            lock = self.path.with_name(self.path.name + ".lock")
+            try:
+                with contextlib.suppress(OSError):
+                    os.unlink(lock)
+                    _gone(lock)
+            finally:
+                os.close(self._lock_fd)
+                self._lock_fd = None
 
     def __enter__(self) -> PartialDirectory:
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._lock_fd is not None:
-            if not (self._resume and may_go_on(exc)):
+            found = any(path.is_file() and path.stat().st_size for path in self.path.rglob("*"))
+            if not (self._resume and may_go_on(exc) and found):
+                inputs.forget(self.path)  # what was read back of it
                 shutil.rmtree(self.path, ignore_errors=True)
+                if not self.path.exists():
+                    _gone(self.path)
             self._release()
+
+
+@contextlib.contextmanager
+def folder_of(outputs: Path, several: bool) -> Iterator[None]:
+    """Make the folder that several outputs go to, if there is none. It goes again if the command fails and leaves nothing in it."""
+    made = several and not outputs.exists()
+    try:
+        if made:
+            outputs.mkdir()
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                outputs.rmdir()
+        raise
 
 
 def remove(path: Path) -> None:

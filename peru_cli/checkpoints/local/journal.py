@@ -53,8 +53,14 @@ class Journal:
             self.done, self.notes, self._seal = {}, {}, b""
             for file in files:
                 file.empty()
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if afresh else 0), 0o666)
-        self._append(*([[key]] if afresh else []), ["boot", _boot()])
+        console.unfinished.append(path)
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if afresh else 0), 0o666)
+            self._append(*([[key]] if afresh else []), ["boot", _boot()])
+        except BaseException:
+            if afresh:
+                path.unlink(missing_ok=True)
+            raise
 
     def _read(self, key: str) -> bool:
         lines = _lines(self._path)
@@ -112,7 +118,6 @@ class Journal:
     def close(self) -> None:
         """Leave it for the next run."""
         if self._fd >= 0:
-            console.unfinished.append(self._path)
             os.close(self._fd)
             self._fd = -1
 

@@ -145,8 +145,8 @@ class FileWriter(CheckpointWriter):
                 self.journal = Journal(path, resume_key, [self._file], sync, lambda _: not fresh and fits(self._file, header, size))
             self._file.write_at(0, header)
             os.ftruncate(self._file.fd, size)
-        except BaseException:
-            self._file.__exit__()
+        except BaseException as error:
+            self._file.__exit__(type(error), error)
             raise
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -165,7 +165,7 @@ class FileWriter(CheckpointWriter):
     def __exit__(self, *exc: object) -> None:
         self._file.__exit__(*exc)
         if self.journal is not None:
-            self.journal.close() if may_go_on(exc) else self.journal.remove()
+            self.journal.close() if may_go_on(exc) and self._file.path.exists() else self.journal.remove()
 
 
 class DirectoryWriter(CheckpointWriter):

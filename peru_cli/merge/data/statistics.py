@@ -7,6 +7,7 @@ together, the same of the other tasks and the base. So files of any merges can s
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from peru_cli.checkpoints.digests import checkpoint_digest
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import inputs
+from peru_cli.checkpoints.local.atomic import BeingWritten
 from peru_cli.checkpoints.local.checkpoint import open_file
 from peru_cli.checkpoints.local.writer import FileWriter
 from peru_cli.checkpoints.source import Checkpoint
@@ -33,6 +35,7 @@ from peru_cli.shown import listed
 from peru_cli.streaming.arrays import KIND, Host
 from peru_cli.version import __version__
 
+_WAIT = 0.1  # seconds
 _DTYPE = {torch.float32: BY_NAME["F32"], torch.float64: BY_NAME["F64"]}
 
 
@@ -150,7 +153,16 @@ class Statistics:
             "peru.statistics": self._method.name, "peru.task": model.task, "peru.examples": str(len(model.examples)),
             "peru.version": __version__,
         }  # fmt: skip
+        while not path.exists():
+            try:
+                self._write_once(path, model, found, infos, metadata)
+            except BeingWritten:  # by another peru, which collects the same
+                time.sleep(_WAIT)
+
+    def _write_once(self, path: Path, model: TaskModel, found: Found, infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
         with FileWriter(path, infos, True, metadata, files={}) as writer:
+            if path.exists():  # by another peru meanwhile: somebody may be reading it
+                return
             for name, tensor in found.items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise BadFile(

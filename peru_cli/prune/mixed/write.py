@@ -86,6 +86,7 @@ class Final:
 
     def commit(self, tile: Tile, result: _Made) -> None:
         item = self._items[tile.tensor]
+        self._base.agree({item.pair.base.name: result.base_digest})
         record = self._named[item.task][item.name]
         self._writers[item.task].add(record, result.parts)
         record.base_digest = result.base_digest[:SHORT]

@@ -1,0 +1,231 @@
+"""The commands that are killed, interrupted and run on full disks: every one that writes, in each of its forms, and those that read."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+from outputs import Command, family, makers, peru
+from running import Run
+from safetensors.torch import load_file
+
+from tests.conftest import save
+from tests.support import data_family
+
+BIG = (50, 1000, 2000)  # layers, rows and columns: 200 MB in bfloat16
+SMALLER = (50, 200, 1000)  # 20 MB
+SMALL = (10, 200, 1000)  # 4 MB
+MIDDLING = (8, 300, 300)
+_OPTIONS: Command = ["--no-sync", "--threads", 1]
+RECIPE = "models:\n  - model: {0}\n    parameters: {{weight: 0.6}}\n  - model: {1}\n    parameters: {{weight: 0.4}}\nmerge_method: linear\n"
+
+
+def digest(path: Path) -> str | None:
+    """Of a file, or of a folder's files and names; None if there is nothing."""
+    if not path.exists():
+        return None
+    total = blake3()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        total.update(str(file.relative_to(path)).encode() + b"\0")
+        total.update_mmap(str(file)) if file.stat().st_size else None
+    return total.hexdigest()
+
+
+class Case:
+    """A command that writes one output into a folder of its own, or none (then its target never exists)."""
+
+    def __init__(self, name: str, command: Command, target: Path, inputs: Path) -> None:
+        self.name, self.command, self.target, self.inputs = name, command, target, inputs
+        self.reference: str | None = None
+        self.before: str | None = None  # of the inputs
+        self.seconds = 0.0
+
+    @property
+    def place(self) -> Path:
+        """Where the output goes."""
+        return self.target.parent
+
+    def start(self) -> Run:
+        """Begin it."""
+        return Run(self.command, self.place.with_name(self.place.name + "-said"))
+
+    def measure(self) -> None:
+        """Run it once, undisturbed."""
+        self.before = digest(self.inputs)
+        began = time.monotonic()
+        run = self.start()
+        code = run.wait()
+        assert code == 0, f"{self.name}: exit {code}: {run.said}"
+        self.seconds, self.reference = time.monotonic() - began, digest(self.target)
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing was ever done."""
+        shutil.rmtree(self.place)
+        self.place.mkdir()
+
+    def others(self) -> list[str]:
+        """What lies beside the output."""
+        return sorted(path.name for path in self.place.iterdir() if path != self.target)
+
+    def state(self) -> str:
+        """What is there: nothing, the whole output, or what must not be."""
+        strangers = [name for name in self.others() if not (name.startswith(".") and ".peru-" in name)]
+        found = digest(self.target)
+        if strangers:
+            return f"LEFT {strangers}"
+        return "complete" if found == self.reference else "as before" if found is None else "OTHER BYTES"
+
+    def finishes(self) -> str:
+        """Type it again: whether it gives what an undisturbed run gives, and leaves nothing else."""
+        code = self.start().wait()
+        same = code == 0 and digest(self.target) == self.reference and not self.others()
+        return "then finished, same bytes" if same else f"LATER EXIT {code}, {self.state().upper()}, {self.others()}"
+
+    def inputs_changed(self) -> bool:
+        """Whether anything that it reads is another than before."""
+        return digest(self.inputs) != self.before
+
+
+def _whole(folder: Path, tasks: list[str]) -> dict[str, tuple[str, Command]]:
+    """Commands that write from models alone: by their name, the output's name and the command."""
+    base: Command = ["-b", folder / "base.safetensors"]
+    made = makers(folder, tasks, Path())
+    found = {f"{command[0]} {name}": (name, command[:-2]) for name, command in made.items()}
+    recipe, plain = folder / "recipe.yml", _without_head(folder, tasks[0])
+    recipe.write_text(RECIPE.format(*(task.partition("=")[2] for task in tasks)))
+    return found | {
+        "prune of two": ("deltas", ["prune", *tasks, "--keep", "5%", *base, *_OPTIONS]),
+        "prune low-rank": ("x.safetensors", ["prune", tasks[0], "--bits", "0.3", *base, *_OPTIONS]),
+        "shuffle-pack magnitude-masks": ("x.safetensors", ["shuffle-pack", *tasks, "--method", "magnitude-masks", *base, *_OPTIONS]),
+        "merge linear": ("x.safetensors", ["merge", f"c={plain}", f"base={base[1]}", "-m", "linear", *_OPTIONS]),
+        "merge in shards": ("x", ["merge", *tasks, "-m", "dare", "--keep", "50%", "--max-shard-size", "30MB", *base, *_OPTIONS]),
+        "merge tsv-m": ("x", ["merge", *tasks, "-m", "tsv-m", *base, *_OPTIONS]),
+        "merge recipe": ("x", ["merge", recipe, "--per-task", "classifier", *_OPTIONS]),
+        "svd-lora with a delta": ("x", ["svd-lora", tasks[0], "--rank", "2", "--rest", "delta", *base, *_OPTIONS]),
+    }
+
+
+def _without_head(folder: Path, task: str) -> Path:
+    """A fine-tune that has no tensors but the base's."""
+    tensors = load_file(Path(task.partition("=")[2]) / "model.safetensors")
+    return save({name: tensor for name, tensor in tensors.items() if "classifier" not in name}, folder / "c.safetensors")
+
+
+def _again(folder: Path, task: str, made: Path) -> dict[str, tuple[str, str, Command]]:
+    """Commands that take what others wrote: by their name, what must be made first, the output's name and the command."""
+    base: Command = ["-b", folder / "base.safetensors"]
+    pack, sparse, sync = made / "pack.safetensors", made / "sparse.safetensors", ["--no-sync"]
+    unpack = {
+        name: ["unpack", made / name, *base, *_OPTIONS] for name in ("sparse.safetensors", "lossless.safetensors", "mixed.safetensors")
+    }
+    return {
+        "unpack sparse to a file": (sparse.name, "x.safetensors", unpack[sparse.name]),
+        "unpack lossless to a folder": ("lossless.safetensors", "x", unpack["lossless.safetensors"]),
+        "unpack mixed": ("mixed.safetensors", "x", unpack["mixed.safetensors"]),
+        "unpack a pack": (pack.name, "x", ["unpack", pack, "--task", "a", *base, *_OPTIONS]),
+        "unpack masks": ("masks.safetensors", "x", ["unpack", made / "masks.safetensors", "--task", "a", *base, *_OPTIONS]),
+        "unpack an adapter": ("adapter", "x", ["unpack", made / "adapter", *base, *_OPTIONS]),
+        "unpack a head": ("merged", "x", ["unpack", made / "merged", "--task", "a", *_OPTIONS]),
+        "shuffle-pack --add-to": (
+            "one.safetensors",
+            "x.safetensors",
+            ["shuffle-pack", task, "--add-to", made / "one.safetensors", *base, *_OPTIONS],
+        ),
+        "svd-lora smaller": ("adapter", "x", ["svd-lora", made / "adapter", "--rank", "1", *_OPTIONS]),
+        "export to sglang": ("plain.safetensors", "weight_v000001", ["export", made / "plain.safetensors", "--to", "sglang", *base, *sync]),
+        "export to prime-rl": (
+            "plain.safetensors",
+            "x",
+            ["export", made / "plain.safetensors", "--to", "prime-rl", "--step", "1", *base, *sync],
+        ),
+    }
+
+
+def _reading(folder: Path, tasks: list[str], made: Path) -> dict[str, tuple[str, Command]]:
+    """Commands that write nothing: by their name, what must be made first and the command."""
+    base: Command = ["-b", folder / "base.safetensors"]
+    sparse = made / "sparse.safetensors"
+    return {
+        "inspect": (sparse.name, ["inspect", tasks[0].partition("=")[2], *base]),
+        "verify": (sparse.name, ["verify", sparse]),
+        "eval of weights": (sparse.name, ["eval", sparse, *base, "--against", tasks[0].partition("=")[2]]),
+    }
+
+
+def _with_data(folder: Path) -> Iterator[tuple[str, str | None, Command]]:
+    """Commands that run models on examples: their names, their outputs' names and the commands."""
+    data_family.write_family(folder, count=4)
+    data = [word for task in data_family.TASKS for word in ("--data", f"{task}={folder / task}.jsonl")]
+    yield "merge regmean", "x", data_family.command(folder, "regmean", *_OPTIONS)
+    yield "merge --search", "x", [*data_family.command(folder, "ties", *_OPTIONS, data=False), *data, "--search", "scale=0.5:1:0.5"]
+    yield "eval on data", None, ["eval", folder / "a", "--data", folder / "a.jsonl"]
+
+
+@contextmanager
+def cases(size: tuple[int, int, int], wanted: Callable[[str], bool] = lambda name: True, reading: bool = False) -> Iterator[Iterator[Case]]:
+    """Every writing command on a family of models of such a size, in memory, whose name is wanted; with `reading`, what only reads, too."""
+    with tempfile.TemporaryDirectory(prefix="peru-trust-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        yield _made(Path(name), size, wanted, reading)
+
+
+def _warm(folder: Path) -> None:
+    """Import in this process what its forks would each import again."""
+    folder.mkdir()
+    inputs, made = folder / "inputs", folder / "made"
+    inputs.mkdir()
+    made.mkdir()
+    for command in makers(inputs, family(inputs), made).values():
+        code, said = peru(*command)
+        assert code == 0, said
+    assert peru("unpack", made / "adapter", "-b", inputs / "base.safetensors", *_OPTIONS, "-o", folder / "x")[0] == 0
+    from peru_cli.evaluate import run  # noqa: F401
+    from peru_cli.export import patches  # noqa: F401
+    from peru_cli.inspect import run as inspect_run  # noqa: F401
+    from peru_cli.merge import recipe  # noqa: F401
+
+
+def _made(folder: Path, size: tuple[int, int, int], wanted: Callable[[str], bool], reading: bool) -> Iterator[Case]:
+    inputs, made = folder / "inputs", folder / "made"
+    inputs.mkdir()
+    made.mkdir()
+    tasks = family(inputs, *size)
+    _warm(folder / "warm")
+
+    def case(name: str, target: str | None, command: Command, given: Path = inputs) -> Case:
+        place = folder / f"case-{name.replace(' ', '-')}"
+        place.mkdir()
+        path = place / (target or "nothing")
+        return Case(name, [*command, "-o", path] if target else command, path, given)
+
+    def prepare(name: str) -> None:
+        base: Command = ["-b", inputs / "base.safetensors", *_OPTIONS]
+        commands = makers(inputs, tasks, made) | {
+            "one.safetensors": ["shuffle-pack", tasks[1], *base, "-o", made / "one.safetensors"],
+            "plain.safetensors": ["prune", inputs / "c.safetensors", "--keep", "10%", *base, "-o", made / "plain.safetensors"],
+        }
+        if not (made / name).exists():
+            run = Run(commands[name], folder / "said")
+            assert run.wait() == 0, run.said
+
+    for name, (target, command) in _whole(inputs, tasks).items():
+        if wanted(name):
+            yield case(name, target, command)
+    for name, (needs, target, command) in _again(inputs, tasks[0], made).items():
+        if wanted(name):
+            prepare(needs)
+            yield case(name, target, command)
+    if reading:
+        for name, (needs, command) in _reading(inputs, tasks, made).items():
+            prepare(needs)
+            yield case(name, None, command)
+        data = folder / "data"
+        data.mkdir()
+        for name, output, command in _with_data(data):
+            yield case(name, output, command, data)
+        yield case("demo", None, ["demo"])

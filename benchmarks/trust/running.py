@@ -1,0 +1,80 @@
+"""Commands in processes of their own, which can be killed and interrupted."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from outputs import Command
+
+from peru_cli import cli
+
+_SLOW = 600  # seconds that a command may take
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Do something in a forked process, so that neither its threads nor its limits are anybody else's."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("a part of the campaign failed")
+
+
+class Run:
+    """A command in a forked process, which is about to begin once this is made."""
+
+    def __init__(self, command: Command, errors: Path, folder: Path | None = None) -> None:
+        ready, told = os.pipe()
+        self._errors = errors
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(ready)
+            self._become([str(part) for part in command], told, folder)
+        os.close(told)
+        select.select([ready], [], [], _SLOW)
+        os.close(ready)
+
+    def _become(self, command: list[str], told: int, folder: Path | None) -> NoReturn:
+        code = 99
+        try:
+            fd = os.open(self._errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+            signal.signal(signal.SIGINT, cli._terminate)  # as `cli.run` does first of all
+            os.close(told)
+            code = cli.run(command)
+        finally:
+            os._exit(code)
+
+    def wait(self, seconds: float = _SLOW) -> int | None:
+        """The exit code, negative for a signal; None if it goes on after so many seconds."""
+        end, pidfd = time.monotonic() + seconds, os.pidfd_open(self.pid)
+        try:
+            if not select.select([pidfd], [], [], max(0.0, end - time.monotonic()))[0]:
+                return None
+        finally:
+            os.close(pidfd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    @property
+    def said(self) -> str:
+        """What it printed."""
+        return self._errors.read_text("utf-8", "replace")
