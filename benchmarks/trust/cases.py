@@ -25,15 +25,19 @@ _OPTIONS: Command = ["--no-sync", "--threads", 1]
 RECIPE = "models:\n  - model: {0}\n    parameters: {{weight: 0.6}}\n  - model: {1}\n    parameters: {{weight: 0.4}}\nmerge_method: linear\n"
 
 
+def visible(path: Path) -> list[Path]:
+    """A file, or a folder's files but for those that peru has not finished."""
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in found if not any(".peru-" in part for part in file.relative_to(path.parent).parts)]
+
+
 def digest(path: Path) -> str | None:
-    """Of a file, or of a folder's files and names; None if there is nothing."""
-    if not path.exists():
-        return None
-    total = blake3()
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+    """Of a file, or of a folder's visible files and their names; None if there is nothing."""
+    total, found = blake3(), visible(path)
+    for file in found:
         total.update(str(file.relative_to(path)).encode() + b"\0")
         total.update_mmap(str(file)) if file.stat().st_size else None
-    return total.hexdigest()
+    return total.hexdigest() if found else None
 
 
 class Case:
@@ -70,8 +74,9 @@ class Case:
         self.place.mkdir()
 
     def others(self) -> list[str]:
-        """What lies beside the output."""
-        return sorted(path.name for path in self.place.iterdir() if path != self.target)
+        """What lies beside the output, and what is unfinished in it."""
+        unfinished = [path.name for path in self.target.rglob(".*.peru-*")] if self.target.is_dir() else []
+        return sorted([path.name for path in self.place.iterdir() if path != self.target] + unfinished)
 
     def state(self) -> str:
         """What is there: nothing, the whole output, or what must not be."""

@@ -84,7 +84,7 @@ def interrupts(record: Any, moments: int) -> None:
                     run.send(signal.SIGINT)
                     code = run.wait()
                 counts[_interrupted(case, run, code)] += 1
-                if case.reference is not None and not case.target.exists() and (number % 5 == 0 or case.others()):
+                if case.reference is not None and case.state() != "complete" and (number % 5 == 0 or case.others()):
                     counts[case.finishes()] += 1
             if case.inputs_changed():
                 counts["INPUTS CHANGED"] += 1
