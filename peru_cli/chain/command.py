@@ -34,23 +34,29 @@ def add(
     run_folder: Run,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The checkpoint: a folder or a file.")],
     step: Annotated[
-        Optional[int], typer.Option("--step", min=0, metavar="N", help="The step's number. Default: the digits that the name ends in.")
+        Optional[int], typer.Option("--step", min=0, metavar="N", help="The step's number. Default: the digits at the end of the name.")
     ] = None,
     full_every: Annotated[
-        int, typer.Option("--full-every", min=1, metavar="N", help="Store every N-th step whole. More take more room and come back faster.")
+        int,
+        typer.Option(
+            "--full-every",
+            min=1,
+            metavar="N",
+            help="Store every N-th step whole. A smaller N takes more space, but steps are rebuilt faster.",
+        ),
     ] = FULL_EVERY,
     full: Annotated[bool, typer.Option("--full", help="Store this step whole.")] = False,
     lossless: Annotated[bool, typer.Option("--lossless", help="Keep every changed entry. Chains always do.", show_default=False)] = True,
     *,
     run: options.Running,
 ) -> None:
-    """Append a checkpoint to a chain, as what changed since the step before.
+    """Append a checkpoint to a chain, as its changes since the step before.
 
     peru chain add run/ step-1200/ --lossless
 
     peru chain add run/ model.safetensors --step 1200
 
-    A chain that is not there is made. A kill at any moment leaves the chain as it was, or with the new step.
+    A missing chain is created. A kill at any moment leaves the chain as it was, or with the new step.
     """
     from peru_cli.chain import write
     from peru_cli.chain.links import Chain, form, read_chain
@@ -60,7 +66,7 @@ def add(
 
     folder, number = Path(run_folder), _step_of(model, step)
     if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise UsageError(f"{folder.absolute().parent}: no such folder, so {folder.name} cannot be made there")
+        raise UsageError(f"{folder.absolute().parent}: no such folder, so {folder.name} cannot be created there")
     with open_model(model, stored=True) as source:
         if run.dry_run:
             chain = read_chain(folder) if folder.exists() else Chain(folder, {})
@@ -73,7 +79,7 @@ def add(
             chain = read_chain(folder)
             _warn(chain)
             if write.is_there(chain, number, source):
-                console.note(f"{folder} has step {number} already, with the same weights")
+                console.note(f"{folder} already has step {number}, with the same weights")
                 console.result({"step": number, "on": chain.links[number].on, "bytes": chain.links[number].nbytes, "written": False})
                 return
             on = write.place_of(chain, number, full_every, full)
@@ -150,7 +156,7 @@ def list_(run_folder: Run, *, run: options.Running) -> None:
 
 @options.shared(lacks=["force", "dry_run", "no_sync", "stream", "summary"])
 def verify(run_folder: Run, *, run: options.Running) -> None:
-    """Read all of a chain and rebuild the steps on which nothing stands: says what is broken, what is lost with it, and what is not.
+    """Read a whole chain and check every step. Reports what is broken, what is lost with it, and what is left.
 
     peru chain verify run/
 
@@ -174,11 +180,11 @@ def verify(run_folder: Run, *, run: options.Running) -> None:
 @options.shared(lacks=["force", "stream", "summary"])
 def prune(
     run_folder: Run,
-    keep_every: Annotated[int, typer.Option("--keep-every", min=1, metavar="N", help="Keep steps that N divides, and the last one.")],
+    keep_every: Annotated[int, typer.Option("--keep-every", min=1, metavar="N", help="Keep the steps divisible by N, and the last one.")],
     *,
     run: options.Running,
 ) -> None:
-    """Remove steps from a chain. Those that are kept come back bit for bit, as before.
+    """Remove steps from a chain. The remaining steps stay the same, bit for bit.
 
     peru chain prune run/ --keep-every 100
     """
@@ -196,8 +202,8 @@ def prune(
 @options.shared(lacks=["force", "stream", "summary"])
 def squash(
     run_folder: Run,
-    first: Annotated[int, typer.Argument(metavar="FIRST", help="The step that the new link stands on.")],
-    last: Annotated[int, typer.Argument(metavar="LAST", help="The step that it gives.")],
+    first: Annotated[int, typer.Argument(metavar="FIRST", help="The step that the new link builds on.")],
+    last: Annotated[int, typer.Argument(metavar="LAST", help="The step that the new link rebuilds.")],
     output: Annotated[
         Optional[str],
         typer.Option("--output", "-o", metavar="OUT", help="Write the link to this .safetensors file, and leave the chain as it is."),
@@ -205,7 +211,7 @@ def squash(
     *,
     run: options.Running,
 ) -> None:
-    """Make one link of several: put LAST on FIRST, and remove the steps between them.
+    """Merge several links into one: store LAST as a change of FIRST, and remove the steps between them.
 
     peru chain squash run/ 1100 1200
 
@@ -235,7 +241,9 @@ def squash(
 
     def chosen(chain: Chain) -> set[int]:
         if first not in [link.step for link in chain.way(last)]:
-            raise UsageError(f"step {last} does not stand on step {first}", "`peru chain list` shows what stands on what; -o takes any two")
+            raise UsageError(
+                f"step {last} does not build on step {first}", "`peru chain list` shows which step each builds on; -o takes any two"
+            )
         steps = {step for step in chain.links if first < step < last}
         console.note(f"{'would remove' if run.dry_run else 'removing'} {spans(steps, chain.links) or 'nothing'}")
         return steps
@@ -278,7 +286,7 @@ def _step_of(model: str, given: int | None) -> int:
         return given
     found = re.search(r"\d{1,18}$", default_task(model))
     if found is None:
-        raise UsageError(f"{model} does not say in its name which step it is", "add --step N")
+        raise UsageError(f"the name {model} does not end in a step number", "add --step N")
     return int(found.group())
 
 

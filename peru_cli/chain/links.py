@@ -61,7 +61,7 @@ class Chain:
         if below is None:
             return Cause(link.on, "is missing")
         if self._causes[link.on] is None and below.result != link.on_result:
-            return Cause(link.on, f"is not the checkpoint that step {link.step} stands on")
+            return Cause(link.on, f"is not the checkpoint that step {link.step} builds on")
         return self._causes[link.on]
 
     @property
@@ -97,7 +97,7 @@ class Chain:
 
     def _said(self, cause: Cause) -> str:
         lost = [step for step, found in self._causes.items() if found == cause and step != cause.step]
-        with_it = f"; {spans(lost, self.links)} {'stands' if len(lost) == 1 else 'stand'} on it and cannot be had" if lost else ""
+        with_it = f"; {spans(lost, self.links)} {'builds' if len(lost) == 1 else 'build'} on it and cannot be rebuilt" if lost else ""
         return f"step {cause.step} {cause.problem}{with_it}"
 
     def _left(self) -> str:
@@ -130,7 +130,7 @@ def file_name(step: int) -> str:
 def read_chain(place: Place) -> Chain:
     """Read the headers of all links. UsageError if the folder does not exist."""
     if not place.is_dir():
-        raise UsageError(f"{place}: no such chain", "`peru chain add` makes one")
+        raise UsageError(f"{place}: no such chain", "`peru chain add` creates one")
     found = ((file, _FILE.fullmatch(file.name)) for file in children(place, "step-*.safetensors"))
     return Chain(place, {int(name[1]): _read(file, int(name[1])) for file, name in found if name})
 
@@ -153,5 +153,5 @@ def _read(place: Place, step: int) -> Link:
         return link
     on, on_result = metadata[ON], metadata.get(ON_RESULT, "")
     if not re.fullmatch(_NUMBER, on) or int(on) >= step or not re.fullmatch("[0-9a-f]{64}", on_result):
-        return replace(link, problem="is damaged (its header names nothing that it could stand on)")
+        return replace(link, problem="is damaged (its header names no step below it)")
     return replace(link, on=int(on), on_result=on_result)

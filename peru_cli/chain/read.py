@@ -68,7 +68,9 @@ def _naming(chain: Chain, step: int) -> Iterator[None]:
         for link in chain.way(step):
             if problem := damage(link):
                 losses = chain.broken(link.step, f"is damaged ({problem})").losses()
-                raise BadFile("\n  ".join(losses), "add it again if you still have it; `peru chain add --full` begins anew") from error
+                raise BadFile(
+                    "\n  ".join(losses), "add it again if you still have it, or start over with `peru chain add --full`"
+                ) from error
         raise
 
 

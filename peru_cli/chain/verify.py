@@ -32,7 +32,7 @@ def verify_chain(chain: Chain, how: StreamSettings) -> tuple[Chain, list[Verdict
             with open_step(chain, step) as opened:
                 verify_expanded([opened], how)
         except BadFile as error:
-            chain = chain.broken(step, f"does not come back ({error.message})")
+            chain = chain.broken(step, f"cannot be rebuilt ({error.message})")
     missing = {cause.step for step in chain.links if (cause := chain.cause(step)) is not None}
     return chain, [_verdict(chain, step) for step in sorted({*chain.links, *missing})]
 
@@ -43,4 +43,4 @@ def _verdict(chain: Chain, step: int) -> Verdict:
     cause = chain.cause(step)
     if cause is None:
         return Verdict(step, "")
-    return Verdict(step, f"it {cause.problem}" if cause.step == step else f"it stands on step {cause.step}, which {cause.problem}")
+    return Verdict(step, f"it {cause.problem}" if cause.step == step else f"it builds on step {cause.step}, which {cause.problem}")

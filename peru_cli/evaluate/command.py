@@ -70,7 +70,7 @@ def evaluate_command(
             "--fail-below",
             metavar="METRIC=VALUE",
             help="Exit with 3 if any task is below: accuracy, f1, f1_micro, f1_macro, matthews, pearson, spearman, normalised, difference, "
-            "agreement, cosine, sign. Shares as 95%. Repeatable.",
+            "agreement, cosine, sign. Write shares as 95%. Repeatable.",
         ),
     ] = None,
     fail_above: Annotated[

@@ -33,7 +33,7 @@ def export(
     ] = None,
     run: options.Running,
 ) -> None:
-    """Write what a fine-tune changed as the weight update that a serving engine reads: new values, tensor by tensor.
+    """Write a fine-tune's changes as the weight update that a serving engine reads: new values, tensor by tensor.
 
     peru export a.safetensors --base BASE --to sglang -o weight_v000001
 

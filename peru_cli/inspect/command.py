@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.02, 0.05, 0.1, 0.3, 1.0)  # bits a parameter of the mixed artifacts that are predicted
 
-Plot = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Draw it, too (needs matplotlib).")]
+Plot = Annotated[Optional[Path], typer.Option("--plot", metavar="FILE.png|svg", help="Also draw a plot (needs matplotlib).")]
 
 
 @options.shared(lacks=["force", "dry_run", "no_sync", "tile_entries"])
@@ -49,7 +49,7 @@ def inspect(
 
     peru inspect MODEL --base BASE --plot frontier.png
 
-    With --base, --plot also foresees mixed artifacts (prune --bits) at several budgets, and draws error over size of all choices.
+    With --base, --plot also predicts mixed artifacts (prune --bits) at several budgets, and draws error over size for all choices.
     """
     from peru_cli.artifacts.container import artifact_kind, find_artifact
     from peru_cli.artifacts.mixed.writer import KIND as MIXED

@@ -127,7 +127,7 @@ def test_a_missing_link_is_named_with_what_is_lost_and_what_is_not(
     for command in (["get", run, 30, "-o", tmp_path / "x"], ["get", run, 20, "-o", tmp_path / "x"], ["verify", run]):
         peru("chain", *command, code=1)
         said = " ".join(peru.stderr.split())  # type: ignore[attr-defined]
-        assert "step 20 is missing; step 30 stands on it and cannot be had" in said and "not lost: steps 10, 40 to 60" in said
+        assert "step 20 is missing; step 30 builds on it and cannot be rebuilt" in said and "not lost: steps 10, 40 to 60" in said
     assert same(got(peru, run, 60, tmp_path / "y"), states[60])
     peru("chain", "prune", run, "--keep-every", 20, code=1)
     assert "step 20 is missing" in peru.stderr  # type: ignore[attr-defined]
@@ -148,8 +148,8 @@ def test_a_damaged_link_is_named_with_what_is_lost_and_what_is_not(
     for command in (["get", run, 60, "-o", tmp_path / "x"], ["verify", run]):
         peru("chain", *command, code=1)
         said = peru.stderr  # type: ignore[attr-defined]
-        lost = "steps 50, 60 stand" if step == 40 else "step 60 stands"
-        assert f"step {step} is damaged" in said and f"; {lost} on it and cannot be had" in said
+        lost = "steps 50, 60 build" if step == 40 else "step 60 builds"
+        assert f"step {step} is damaged" in said and f"; {lost} on it and cannot be rebuilt" in said
         assert "not lost: steps 10 to " + ("30" if step == 40 else "40") in said
     assert not (tmp_path / "x").exists()
     assert same(got(peru, run, 30, tmp_path / "y"), states[30])
@@ -164,7 +164,7 @@ def test_a_link_of_another_run_does_not_pass_for_the_one_below(chain: tuple[Path
     peru("chain", "add", tmp_path / "other", tmp_path / "step-50", "--step", 20, "--no-sync")
     shutil.copy(tmp_path / "other" / "step-20.safetensors", run / "step-20.safetensors")
     peru("chain", "get", run, 30, "-o", tmp_path / "x", code=1)
-    assert "step 20 is not the checkpoint that step 30 stands on" in peru.stderr  # type: ignore[attr-defined]
+    assert "step 20 is not the checkpoint that step 30 builds on" in peru.stderr  # type: ignore[attr-defined]
     shutil.copy(run / "step-10.safetensors", run / "step-20.safetensors")
     peru("chain", "get", run, 20, "-o", tmp_path / "x", code=1)
     assert "step-20.safetensors holds step 10" in peru.stderr  # type: ignore[attr-defined]
@@ -181,7 +181,7 @@ def test_squashing_is_exact(chain: tuple[Path, dict[int, State]], peru: Peru, tm
     assert links(peru, run) == {10: None, 30: 10, 40: None, 50: 40, 60: 50}
     assert same(got(peru, run, 30, tmp_path / "x"), states[30])
     peru("chain", "squash", run, 10, 60, code=2)
-    assert "does not stand on step 10" in peru.stderr  # type: ignore[attr-defined]
+    assert "does not build on step 10" in peru.stderr  # type: ignore[attr-defined]
 
 
 def test_pruning_keeps_every_nth_and_the_last(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
