@@ -50,7 +50,7 @@ class Examples:
         return replace(self, places=self.places[:count], **cut)
 
     def by_number(self, config: Any) -> bool:
-        """Whether labels are the model's own class indices, or indices of classes that the data names as the model does."""
+        """Whether labels are the model's own class indices: not names, and not indices of classes that the data names like the model."""
         numbers = any(isinstance(label, int) for label in self.labels or ())
         return numbers and sorted(name.lower() for name in self.label_names or ()) != sorted(_classes(config))
 

@@ -56,7 +56,7 @@ class RegMean(MatrixRule):
         self._average = share_of_sum(parameters.weights)
 
     def _role(self, name: str) -> str | None:
-        """Which side of a tensor its inputs are on. None if they were not collected."""
+        """The role under which a tensor's inputs were collected. None if they were not."""
         for role in (ROWS, COLUMNS):
             if self.statistics and all(found.shape(role, name) is not None for found in self.statistics):
                 return role

@@ -55,7 +55,7 @@ def integers(draw: st.DrawFn) -> np.ndarray:
 
 @settings(max_examples=200, deadline=None)
 @given(integers() | hnp.arrays(st.sampled_from([np.int16, np.uint64]), st.integers(1, 40)), st.sampled_from([RAW, PCO]))
-def test_codecs_give_back_what_they_took(values: np.ndarray, codec: int) -> None:
+def test_codecs_round_trip(values: np.ndarray, codec: int) -> None:
     data = encode(values, codec)
     back = decode(data, codec, values.dtype.name, len(values))
     assert back.dtype == values.dtype and back.tolist() == values.tolist()
@@ -87,7 +87,7 @@ def test_damaged_streams_raise_badfile_or_give_as_many_numbers(values: np.ndarra
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(TYPES), st.integers(1, 5000), st.integers(0, 255))
-def test_random_bytes_are_no_stream(data: bytes, kind: str, count: int, codec: int) -> None:
+def test_random_bytes_are_not_a_stream(data: bytes, kind: str, count: int, codec: int) -> None:
     try:
         back = decode(data, codec, kind, count)
     except BadFile:
@@ -147,7 +147,7 @@ def indexes(draw: st.DrawFn) -> Index:
 
 @settings(max_examples=200, deadline=None)
 @given(indexes())
-def test_the_index_comes_back(index: Index) -> None:
+def test_the_index_round_trips(index: Index) -> None:
     encoded = encode_index(index)
     assert decode_index(encoded) == index
     assert encode_index(decode_index(encoded)) == encoded
@@ -155,7 +155,7 @@ def test_the_index_comes_back(index: Index) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(indexes(), st.integers(0, 2**32), st.integers(1, 3))
-def test_a_damaged_index_raises_badfile_or_is_another_sound_one(index: Index, seed: int, mutations: int) -> None:
+def test_a_damaged_index_raises_badfile_or_is_another_valid_one(index: Index, seed: int, mutations: int) -> None:
     data = damaged(encode_index(index), random.Random(seed), mutations)
     try:
         decoded = decode_index(data)
@@ -166,7 +166,7 @@ def test_a_damaged_index_raises_badfile_or_is_another_sound_one(index: Index, se
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=120))
-def test_random_bytes_are_no_index(data: bytes) -> None:
+def test_random_bytes_are_not_an_index(data: bytes) -> None:
     try:
         decode_index(b"\1" + data)
     except BadFile:
@@ -256,7 +256,7 @@ def kept_positions(draw: st.DrawFn) -> dict[str, tuple[int, list[int]]]:
     kept_positions(), st.sampled_from(["BF16", "F16", "F32", "F64"]), st.integers(1, 40), st.booleans(), st.integers(1, 5),
     st.lists(st.floats(0, 1), max_size=4),
 )  # fmt: skip
-def test_kept_entries_come_back_from_any_run(
+def test_kept_entries_are_read_from_any_range(
     tmp_path_factory: pytest.TempPathFactory,
     tensors: dict[str, tuple[int, list[int]]],
     dtype: str,
@@ -274,7 +274,7 @@ def test_kept_entries_come_back_from_any_run(
 
 
 @pytest.mark.parametrize("kept", [1, 15, 16, 17, 32, 33, 160])
-def test_blocks_hold_exactly_so_many_entries(tmp_path: Path, kept: int) -> None:
+def test_blocks_hold_exactly_the_set_number_of_entries(tmp_path: Path, kept: int) -> None:
     positions, _, _ = write_artifact(tmp_path / "a.safetensors", {"t": (1 << 35, [i << 27 for i in range(kept)])}, "BF16", 16, False, 3)
     with SparseDelta(tmp_path / "a.safetensors") as artifact:
         blocks = artifact.index.blocks

@@ -35,7 +35,7 @@ def model(folder: Path) -> tuple[dict, dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_writer_gives_the_golden_bytes(tmp_path: Path, peru, name: str) -> None:
+def test_the_writer_produces_the_golden_bytes(tmp_path: Path, peru, name: str) -> None:
     case = CASES[name]()
     write_model(tmp_path / "fine", case.fine, case.fine_files)
     write_model(tmp_path / "base", case.base, case.base_files)
@@ -77,7 +77,7 @@ def test_the_digests_of_base_files_are_those_that_git_lfs_and_the_hub_have() -> 
     assert metadata["peru.base.files"] == hashlib.sha256(weights).hexdigest()
 
 
-def test_golden_files_hold_what_they_are_there_for() -> None:
+def test_golden_files_cover_their_cases() -> None:
     """Each corner case of the format is in one of them."""
     seen = set()
     for name in CASES:
@@ -219,14 +219,14 @@ def test_index_limits() -> None:
 # -- the document and the code agree -------------------------------------------------------------------------
 
 
-def test_dtype_codes_are_those_of_the_code() -> None:
+def test_dtype_codes_in_the_document_match_the_code() -> None:
     from peru_cli.checkpoints.dtypes import BY_CODE
 
     rows = [(int(number), name, int(bits), mark == "yes") for number, name, bits, mark in document_rows("### Dtype codes")]
     assert rows == [(d.code, d.name, d.bits, d.compressible) for d in sorted(BY_CODE.values(), key=lambda d: d.code)]
 
 
-def test_metadata_keys_and_patterns_are_those_of_the_code() -> None:
+def test_metadata_keys_and_patterns_match_the_code() -> None:
     from peru_cli.artifacts.sparse_delta import METADATA, OPTIONAL
 
     rows = {code(key): (code(pattern), required) for key, required, pattern, _ in document_rows("### Metadata")}
@@ -234,7 +234,7 @@ def test_metadata_keys_and_patterns_are_those_of_the_code() -> None:
     assert rows == {key: (pattern, "no" if key in OPTIONAL else "yes") for key, pattern in METADATA.items()}
 
 
-def test_limits_are_those_of_the_code() -> None:
+def test_limits_in_the_document_match_the_code() -> None:
     from peru_cli.artifacts import bytestream, codecs, container, index
     from peru_cli.checkpoints import header, sidefiles
 
@@ -245,7 +245,7 @@ def test_limits_are_those_of_the_code() -> None:
     assert (index.STORED, index.FROM_BASE, codecs.RAW, codecs.PCO) == (0, 1, 0, 1)
 
 
-def test_side_file_names_are_those_of_the_code() -> None:
+def test_side_file_names_in_the_document_match_the_code() -> None:
     from peru_cli.checkpoints.sidefiles import is_side_file_name
 
     section = DOCUMENT.split("\n## Side files\n", 1)[1].split("\n## ", 1)[0]

@@ -46,13 +46,13 @@ INDEX = read_safetensors(FILE.read_bytes())[1]["index"][2]
 # -- the golden file ----------------------------------------------------------------------------------
 
 
-def test_the_writer_gives_the_golden_bytes(tmp_path: Path, peru: Peru) -> None:
+def test_the_writer_produces_the_golden_bytes(tmp_path: Path, peru: Peru) -> None:
     peru(*write_family(tmp_path), "-o", tmp_path / "m.safetensors", "--no-sync")
     assert (tmp_path / "m.safetensors").read_bytes() == FILE.read_bytes()
 
 
 @pytest.mark.parametrize("task", ["a", "b", "c"])
-def test_a_reader_from_the_document_and_peru_give_the_golden_tasks(tmp_path: Path, peru: Peru, task: str) -> None:
+def test_a_reader_from_the_document_and_peru_produce_the_golden_tasks(tmp_path: Path, peru: Peru, task: str) -> None:
     expected = read_safetensors((GOLDEN / f"{task}.safetensors").read_bytes())[1]
     reader = MaskReader(FILE.read_bytes())
     assert reader.retrieve(task, as_read(base())) == expected
@@ -87,7 +87,7 @@ def test_a_reader_from_the_document_reads_several_blocks(tmp_path: Path, peru: P
         assert reader.thresholds == {task: float(mask.threshold) for task, mask in pack.masks.items()}
 
 
-def test_the_table_of_metadata_is_that_of_the_code() -> None:
+def test_the_table_of_metadata_matches_the_code() -> None:
     rows = re.findall(r"^\| `(peru\.[\w.]+)` \| (yes|no) \| `(.*?)` \|", PAGE, re.MULTILINE)
     written = {key: (need, form.replace("\\|", "|")) for key, need, form in rows}
     shared = {"peru.format", "peru.scale", "peru.precision", "peru.entries", "peru.sums", "peru.base", "peru.base.files"}
@@ -109,7 +109,7 @@ def read_everything(path: Path, model: Path) -> None:
                 verify(source, StreamSettings(CPU, 1, 1 << 14))
 
 
-def test_every_altered_byte_is_noticed(tmp_path: Path) -> None:
+def test_every_altered_byte_is_detected(tmp_path: Path) -> None:
     whole, noise = FILE.read_bytes(), random.Random(3)
     path = tmp_path / "m.safetensors"
     path.write_bytes(whole)
@@ -144,7 +144,7 @@ def resealed(target: Path, change_mask: Callable[[kind.MaskRecord], None]) -> Pa
     return target
 
 
-def test_a_mask_that_is_not_the_one_recorded_is_noticed(tmp_path: Path) -> None:
+def test_a_mask_that_differs_from_the_recorded_one_is_detected(tmp_path: Path) -> None:
     read_everything(resealed(tmp_path / "same.safetensors", lambda mask: None), GOLDEN / "base")
     path = resealed(tmp_path / "m.safetensors", lambda mask: setattr(mask, "digest", bytes(32)))
     with pytest.raises(BadFile, match="the mask of b is not the one that was written"):
@@ -153,7 +153,7 @@ def test_a_mask_that_is_not_the_one_recorded_is_noticed(tmp_path: Path) -> None:
         MaskPack(resealed(tmp_path / "n.safetensors", lambda mask: setattr(mask, "kept", 3)))
 
 
-def test_the_index_comes_back() -> None:
+def test_the_index_round_trips() -> None:
     assert encode_masks(*decode_masks(INDEX)) == INDEX
     with pytest.raises(BadFile, match="moves tensors"):
         _, masks = decode_masks(INDEX)
@@ -163,7 +163,7 @@ def test_the_index_comes_back() -> None:
 
 @settings(max_examples=600, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 3))
-def test_a_damaged_index_raises_badfile_or_is_another_sound_one(seed: int, mutations: int) -> None:
+def test_a_damaged_index_raises_badfile_or_is_another_valid_one(seed: int, mutations: int) -> None:
     data = damaged(INDEX, random.Random(seed), mutations)
     try:
         decoded = decode_masks(data)
@@ -191,7 +191,7 @@ def made(tmp_path: Path, peru: Peru) -> Path:
     return tmp_path
 
 
-def test_options_and_models_that_cannot_be(made: Path, peru: Peru) -> None:
+def test_invalid_options_and_models_are_refused(made: Path, peru: Peru) -> None:
     before = {path.name: path.read_bytes() for path in made.iterdir()}
     a, b, c = (f"{task}={made}/{task}.safetensors" for task in "abc")
     tall, magnitude, at = ["--method", "tall-masks"], ["--method", "magnitude-masks"], ["-b", made / "base.safetensors"]
@@ -323,7 +323,7 @@ def test_eval_takes_masks(tmp_path: Path, peru: Peru) -> None:
         assert weights[task["task"]]["total"]["error"] == pytest.approx(task["error"], rel=0.01)
 
 
-def test_nothing_is_left_of_paths(tmp_path: Path, peru: Peru) -> None:
+def test_no_local_paths_are_recorded(tmp_path: Path, peru: Peru) -> None:
     peru(*write_family(tmp_path), "-o", tmp_path / "m.safetensors", "--no-sync")
     data = (tmp_path / "m.safetensors").read_bytes()
     assert str(tmp_path).encode() not in data and b"example/base@0123abc" in data

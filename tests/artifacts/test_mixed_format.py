@@ -23,7 +23,7 @@ Peru = Callable[..., str]
 ARTIFACT, BASE = HERE / "artifact.safetensors", HERE / "base.safetensors"
 
 
-def test_the_writer_gives_the_golden_bytes(tmp_path: Path) -> None:
+def test_the_writer_produces_the_golden_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == ARTIFACT.read_bytes()
 
@@ -57,7 +57,7 @@ def test_every_byte_is_guarded(tmp_path: Path, peru: Peru) -> None:
         data[at] ^= 1 << at % 8
 
 
-def test_no_index_is_taken_that_cannot_be() -> None:
+def test_an_impossible_index_is_refused() -> None:
     index, noise = read_safetensors(ARTIFACT.read_bytes())[1]["index"][2], random.Random(5)
     assert encode_mixed(decode_mixed(index)) == index
     for _ in range(3000):

@@ -42,14 +42,14 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "packs.md").read_text("ut
 
 
 @pytest.mark.parametrize("pack", PACKS)
-def test_the_writer_gives_the_golden_bytes(tmp_path: Path, peru: Peru, pack: str) -> None:
+def test_the_writer_produces_the_golden_bytes(tmp_path: Path, peru: Peru, pack: str) -> None:
     peru(*write_family(tmp_path), *PACKS[pack], "-o", tmp_path / "p.safetensors", "--no-sync")
     assert (tmp_path / "p.safetensors").read_bytes() == (GOLDEN / f"{pack}.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("task", ["a", "b"])
 @pytest.mark.parametrize("pack", PACKS)
-def test_a_reader_from_the_document_and_peru_give_the_golden_tasks(tmp_path: Path, peru: Peru, pack: str, task: str) -> None:
+def test_a_reader_from_the_document_and_peru_produce_the_golden_tasks(tmp_path: Path, peru: Peru, pack: str, task: str) -> None:
     wanted = read_safetensors((GOLDEN / f"{expected(pack, task)}.safetensors").read_bytes())[1]
     reader = PackReader((GOLDEN / f"{pack}.safetensors").read_bytes())
     assert reader.retrieve(task, as_read(base())) == wanted
@@ -59,7 +59,7 @@ def test_a_reader_from_the_document_and_peru_give_the_golden_tasks(tmp_path: Pat
     assert files == {"config.json": f'{{"task": {"ab".index(task) + 1}}}\n', "vocab.txt": "a\nb\n", "generation_config.json": "{}\n"}
 
 
-def test_the_table_of_metadata_is_that_of_the_code() -> None:
+def test_the_table_of_metadata_matches_the_code() -> None:
     rows = re.findall(r"^\| `(peru\.[\w.]+)` \| (yes|no) \| `(.*?)` \|", PAGE, re.MULTILINE)
     written = {key: (need, form.replace("\\|", "|")) for key, need, form in rows if key != "peru.digest"}
     assert {key: form for key, (_, form) in written.items()} == METADATA
@@ -81,7 +81,7 @@ def read_everything(pack: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_every_altered_byte_of_a_pack_is_noticed(tmp_path: Path, name: str) -> None:
+def test_every_altered_byte_of_a_pack_is_detected(tmp_path: Path, name: str) -> None:
     whole, noise = (GOLDEN / f"{name}.safetensors").read_bytes(), random.Random(3)
     pack = tmp_path / "p.safetensors"
     pack.write_bytes(whole)
@@ -108,7 +108,7 @@ def test_truncated_packs_are_refused_by_every_command(tmp_path: Path, peru: Peru
 INDEXES = [PackReader((GOLDEN / f"{name}.safetensors").read_bytes()).roles["index"] for name in PACKS]
 
 
-def test_the_index_comes_back() -> None:
+def test_the_index_round_trips() -> None:
     assert [index[0] for index in INDEXES] == [1, 2]
     for index in INDEXES:
         assert encode_index(decode_index(index)) == index
@@ -116,7 +116,7 @@ def test_the_index_comes_back() -> None:
 
 @settings(max_examples=900, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 3))
-def test_a_damaged_index_raises_badfile_or_is_another_sound_one(seed: int, mutations: int) -> None:
+def test_a_damaged_index_raises_badfile_or_is_another_valid_one(seed: int, mutations: int) -> None:
     noise = random.Random(seed)
     data = damaged(noise.choice(INDEXES), noise, mutations)
     try:
@@ -195,7 +195,7 @@ def test_wrong_tasks_checkpoints_and_bases_leave_the_old_pack_alone(made: Path, 
     }
 
 
-def test_unpacking_what_is_not_there(made: Path, peru: Peru) -> None:
+def test_unpacking_a_missing_artifact(made: Path, peru: Peru) -> None:
     pack, out = made / "p.safetensors", made / "out.safetensors"
     base_path = made / "base.safetensors"
     peru("unpack", pack, "--task", "c", "-b", base_path, "-o", out, code=2)

@@ -94,7 +94,7 @@ def links(peru: Peru, run: Path) -> dict[int, int | None]:
     return {link["step"]: link["on"] for link in json.loads(peru("chain", "list", run, "--json"))}
 
 
-def test_one_step_is_whole_and_the_next_ones_stand_on_it(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
+def test_one_step_is_whole_and_the_next_ones_build_on_it(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
     run, states = chain
     assert links(peru, run) == {10: None, 20: 10, 30: 20, 40: None, 50: 40, 60: 50}
     for step, state in states.items():
@@ -118,7 +118,7 @@ def test_side_files_are_stored_once(chain: tuple[Path, dict[int, State]], peru: 
     assert "files" in load_file(run / "step-40.safetensors") and "files" not in load_file(run / "step-50.safetensors")
 
 
-def test_a_missing_link_is_named_with_what_is_lost_and_what_is_not(
+def test_a_missing_link_is_named_with_the_lost_and_the_remaining_steps(
     chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path
 ) -> None:  # fmt: skip
     run, states = chain
@@ -137,7 +137,7 @@ def test_a_missing_link_is_named_with_what_is_lost_and_what_is_not(
 
 @pytest.mark.parametrize("where", [0.3, 0.7, 0.999])
 @pytest.mark.parametrize("step", [40, 50])
-def test_a_damaged_link_is_named_with_what_is_lost_and_what_is_not(
+def test_a_damaged_link_is_named_with_the_lost_and_the_remaining_steps(
     chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path, step: int, where: float
 ) -> None:  # fmt: skip
     run, states = chain
@@ -194,7 +194,7 @@ def test_pruning_keeps_every_nth_and_the_last(chain: tuple[Path, dict[int, State
     peru("chain", "verify", run)
 
 
-def test_what_was_killed_is_as_if_it_had_not_been(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
+def test_a_killed_command_leaves_no_trace(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
     """What a kill leaves lies under hidden names, and the next command removes it."""
     run, states = chain
     left = [run / ".step-70.safetensors.peru-partial", run / ".step-70.safetensors.peru-partial-journal"]
@@ -229,7 +229,7 @@ def test_a_step_is_added_once(chain: tuple[Path, dict[int, State]], peru: Peru, 
     assert "has another checkpoint as step 60" in peru.stderr and (run / "step-60.safetensors").read_bytes() == before  # type: ignore[attr-defined]
 
 
-def test_another_model_is_refused_unless_it_is_to_be_whole(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
+def test_another_model_is_refused_unless_it_is_stored_whole(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
     run, _ = chain
     other = {"something.else": torch.randn(50, 50)}
     save_file(other, tmp_path / "other.safetensors", {"format": "pt"})
@@ -239,7 +239,7 @@ def test_another_model_is_refused_unless_it_is_to_be_whole(chain: tuple[Path, di
     assert same(got(peru, run, 70, tmp_path / "x"), other)
 
 
-def test_quantised_codes_come_back_as_they_are(peru: Peru, tmp_path: Path) -> None:
+def test_quantised_codes_are_restored_unchanged(peru: Peru, tmp_path: Path) -> None:
     codes = {"w": torch.randn(64, 64).to(torch.float8_e4m3fn), "n": torch.randn(300).bfloat16()}
     changed = {"w": codes["w"].clone(), "n": codes["n"] * 2}
     changed["w"].view(torch.uint8)[3, 4] ^= 1
@@ -262,7 +262,7 @@ def test_a_chain_on_the_hub_is_read(chain: tuple[Path, dict[int, State]], tmp_pa
         assert done.returncode == 0 and "on step 50" in done.stdout, done.stderr
 
 
-def test_arguments_that_cannot_be(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
+def test_invalid_arguments(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
     run, _ = chain
     for arguments, said in (
         (["add", run, tmp_path / "step-60" / "model.safetensors"], "add --step N"),

@@ -110,7 +110,7 @@ def test_hostile_headers_are_refused_by_name(tmp_path: Path, name: str) -> None:
     assert message in caught.value.message and str(path) in caught.value.message
 
 
-def test_the_cases_above_are_refused_for_what_they_say(tmp_path: Path) -> None:
+def test_the_cases_above_are_refused_for_the_stated_reason(tmp_path: Path) -> None:
     """The same file without its flaw is read."""
     path = tmp_path / "good.safetensors"
     path.write_bytes(file_of(header_text({"__metadata__": {"k": "1"}, "a": U8}) + b"   ", b"\1\2\3\4"))
@@ -119,7 +119,7 @@ def test_the_cases_above_are_refused_for_what_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("claim", [2**64 - 1, 2**63, 100_000_001, 99_999_999, 5])
-def test_header_length_is_checked_before_room_is_taken(tmp_path: Path, claim: int) -> None:
+def test_header_length_is_checked_before_memory_is_allocated(tmp_path: Path, claim: int) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(struct.pack("<Q", claim) + b"{}")
     with pytest.raises(BadFile, match=f"{claim} bytes"):
@@ -156,7 +156,7 @@ def every_kind() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_what_the_reference_writes_is_read_byte_for_byte(tmp_path: Path) -> None:
+def test_output_of_the_reference_is_read_byte_for_byte(tmp_path: Path) -> None:
     tensors, path = {}, tmp_path / "all.safetensors"
     for name, tensor in every_kind().items():
         try:
@@ -179,7 +179,7 @@ def test_what_the_reference_writes_is_read_byte_for_byte(tmp_path: Path) -> None
         assert bytes(part) == raw(tensors["I64.all"])[13:20]
 
 
-def test_the_reference_reads_what_is_built_here(tmp_path: Path) -> None:
+def test_the_reference_reads_our_headers(tmp_path: Path) -> None:
     tensors, placed, at = every_kind(), [], 0
     known = {d.torch_name: d for d in BY_NAME.values()}
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):

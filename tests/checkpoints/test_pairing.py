@@ -99,7 +99,7 @@ def test_most_bytes_decide_and_ties_prefer_no_prefix(tmp_path: Path, flip: bool)
     assert found({"w": a.float(), "x.v": b, "x.u": b}, {"w": a, "v": b, "u": b}) == Prefix()  # 800 or 400 bytes
 
 
-def test_what_counts_are_the_fine_tunes_bytes(tmp_path: Path) -> None:
+def test_only_the_fine_tunes_bytes_count(tmp_path: Path) -> None:
     a, b = numbers(20, 10), numbers(15, 10)
     base = {"w": b.double(), "x.v": a, "v": a}  # the base's own widths must not outweigh
     assert find_prefix(infos(tmp_path, {"v": a.float(), "w": b}), infos(tmp_path, base)) == Prefix()
@@ -198,7 +198,7 @@ def test_per_task_tensors_are_whole_and_do_not_compete(tmp_path: Path, peru: Per
         paired(tmp_path, base, fine, "(")
 
 
-def test_strangers_are_refused_with_what_was_compared(tmp_path: Path, peru: Peru) -> None:
+def test_unrelated_models_are_refused_with_what_was_compared(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     other = {f"decoder.{i}": numbers(150, 150, seed=i) for i in range(4)} | {"embed.weight": numbers(701, 47), "scalar": fine["scalar"]}
     save(base, tmp_path / "base.safetensors")
@@ -234,7 +234,7 @@ def test_dtypes_may_differ_tensor_by_tensor(tmp_path: Path, peru: Peru) -> None:
     )
 
 
-def test_tensors_that_are_no_floats(tmp_path: Path, peru: Peru) -> None:
+def test_tensors_that_are_not_floats(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     base |= {"same.int": torch.arange(40_000), "new.int": torch.arange(5), "mask": torch.ones(9, dtype=torch.bool), "step": torch.tensor(3)}
     fine |= {
@@ -256,7 +256,7 @@ def test_tensors_that_are_no_floats(tmp_path: Path, peru: Peru) -> None:
         assert found[name] == Mode.WHOLE, name
 
 
-def test_what_the_fine_tune_lacks_stays_away(tmp_path: Path, peru: Peru) -> None:
+def test_tensors_that_the_fine_tune_lacks_are_not_written(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     del fine["layers.1.mlp.weight"]
     round_trip(peru, tmp_path, base, fine, "--lossless", "--allow-unpaired")
@@ -264,7 +264,7 @@ def test_what_the_fine_tune_lacks_stays_away(tmp_path: Path, peru: Peru) -> None
     assert "layers.1.mlp.weight" not in load_file(tmp_path / "r.safetensors")
 
 
-def test_old_names_of_layer_norms_are_stored_whole_and_come_back(tmp_path: Path, peru: Peru) -> None:
+def test_old_names_of_layer_norms_are_stored_whole_and_restored(tmp_path: Path, peru: Peru) -> None:
     """BERT's LayerNorm.gamma and beta became weight and bias. They are small, so they are stored whole; there is no table of renamings."""
     base, fine = random_pair("bf16")
     base |= {"LayerNorm.gamma": numbers(48), "LayerNorm.beta": numbers(48)}

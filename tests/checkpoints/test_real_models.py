@@ -136,7 +136,7 @@ CASES = [(name, "bf16") for name in KINDS] + [("llama-tied", "fp32"), ("bert", "
 
 
 @pytest.mark.parametrize("name,dtype", CASES)
-def test_lossless_gives_a_model_that_loads_and_computes_the_same(tmp_path: Path, peru: Callable[..., str], name: str, dtype: str) -> None:
+def test_lossless_restores_a_model_that_computes_the_same(tmp_path: Path, peru: Callable[..., str], name: str, dtype: str) -> None:
     kind = KINDS[name]
     base, fine, model = make_pair(kind, tmp_path, dtype)
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync")
@@ -156,7 +156,7 @@ def test_lossless_gives_a_model_that_loads_and_computes_the_same(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name,dtype", [("llama-tied", "bf16"), ("bert", "fp32"), ("gpt2", "bf16"), ("mixtral", "bf16")])
-def test_keep_gives_the_plain_reference(tmp_path: Path, peru: Callable[..., str], name: str, dtype: str) -> None:
+def test_keep_matches_the_plain_reference(tmp_path: Path, peru: Callable[..., str], name: str, dtype: str) -> None:
     kind = KINDS[name]
     base, fine, _ = make_pair(kind, tmp_path, dtype)
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "10%", "--values", "exact", "--no-sync")
@@ -190,7 +190,7 @@ def test_shards_keep_to_their_size_and_load(tmp_path: Path, peru: Callable[..., 
     assert logits(load(kind, tmp_path / "out"), kind.inputs) == logits(model, kind.inputs)
 
 
-def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path: Path, peru: Callable[..., str]) -> None:
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path, peru: Callable[..., str]) -> None:
     kind = KINDS["llama-untied"]
     base, fine, model = make_pair(kind, tmp_path, "bf16")
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync")
@@ -202,7 +202,7 @@ def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path: Path, peru: Ca
 
 
 @pytest.mark.parametrize("size", ["", "GB", "0", "5XB", "-1", "1e9", "5 i", "0.4B", "1,5GB"])
-def test_sizes_that_are_none_are_refused(tmp_path: Path, peru: Callable[..., str], size: str) -> None:
+def test_invalid_sizes_are_refused(tmp_path: Path, peru: Callable[..., str], size: str) -> None:
     peru("unpack", tmp_path / "a.safetensors", "-b", tmp_path, "-o", tmp_path / "out", f"--max-shard-size={size}", code=2)
     assert "--max-shard-size" in peru.stderr and not (tmp_path / "out").exists()  # type: ignore[attr-defined]
 
@@ -254,7 +254,7 @@ def test_side_files_travel_when_they_differ_from_the_bases(tmp_path: Path, peru:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
-def test_dtype_converts_weights_and_what_the_config_says(tmp_path: Path, peru: Callable[..., str], dtype: str) -> None:
+def test_dtype_converts_weights_and_config(tmp_path: Path, peru: Callable[..., str], dtype: str) -> None:
     kind = KINDS["clip"]  # its config contains two more, each with a dtype
     base, fine, _ = make_pair(kind, tmp_path, "bf16")
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync")
@@ -326,7 +326,7 @@ def predict(folder: Path, batch: Any) -> torch.Tensor:
         return model.eval()(**batch).logits.float()
 
 
-def test_a_trained_classifier_comes_back_whole_or_nearly(
+def test_a_trained_classifier_is_restored_exactly_or_nearly(
     tmp_path: Path, peru: Callable[..., str], minilm: tuple[Path, Path, Any, Any]
 ) -> None:
     base, fine, batch, labels = minilm

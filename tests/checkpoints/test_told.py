@@ -79,7 +79,7 @@ def test_a_single_file_beside_shards_is_taken_as_transformers_does(tmp_path: Pat
         assert "the single file is read, as in transformers" in model.warnings[0]
 
 
-def test_an_index_of_the_single_file_is_no_doubt(tmp_path: Path) -> None:
+def test_an_index_of_the_single_file_causes_no_warning(tmp_path: Path) -> None:
     shards(tmp_path, "model.safetensors.index.json", "model.safetensors", WEIGHTS)
     with open_model(str(tmp_path)) as model:
         assert not model.warnings and len(model.tensors) == 2
@@ -94,7 +94,7 @@ def test_two_indices_are_refused_by_name(tmp_path: Path, names: tuple[str, str])
     assert all(name in error.value.message for name in names)
 
 
-def test_the_index_of_a_variant_is_left_aside_with_a_word(tmp_path: Path) -> None:
+def test_the_index_of_a_variant_is_ignored_with_a_note(tmp_path: Path) -> None:
     shards(tmp_path, "model.safetensors.index.json", "model-1.safetensors", WEIGHTS)
     shards(tmp_path, "model.safetensors.index.fp16.json", "model.fp16-1.safetensors", {n: t.half() for n, t in WEIGHTS.items()})
     with open_model(str(tmp_path)) as model:
@@ -102,7 +102,7 @@ def test_the_index_of_a_variant_is_left_aside_with_a_word(tmp_path: Path) -> Non
         assert "not model.safetensors.index.fp16.json" in model.warnings[0]
 
 
-def test_a_name_that_is_no_folder_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_that_is_not_a_folder_says_where_it_was_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name, said in (("models/missing", True), ("hf://models/org/missing", False)):
         with pytest.raises(PeruError) as error:

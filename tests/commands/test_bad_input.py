@@ -120,7 +120,7 @@ def verify(artifact: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["a bit", "another value"])
-def test_every_altered_byte_of_an_artifact_is_noticed(tmp_path: Path, peru, change: str) -> None:
+def test_every_altered_byte_of_an_artifact_is_detected(tmp_path: Path, peru, change: str) -> None:
     """One bit of every byte, and any other value, through the layers below the command line; one bit of every seventh byte
     through all layers."""
     base, fine = tiny()
@@ -164,7 +164,7 @@ def test_every_altered_byte_of_an_artifact_is_noticed(tmp_path: Path, peru, chan
         ("0.0000001%", "keeps nothing"),
     ],
 )  # fmt: skip
-def test_densities_that_mean_nothing(tmp_path: Path, peru, pair, keep: str, says: str) -> None:
+def test_invalid_densities_are_refused(tmp_path: Path, peru, pair, keep: str, says: str) -> None:
     base, fine = pair
     refused(peru, tmp_path, 2, "prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--keep", keep, says=says)
 
@@ -230,7 +230,7 @@ def test_targets_that_exist_or_cannot_be_written(tmp_path: Path, peru, pair) -> 
     refused(peru, tmp_path, 2, *unpack, "-o", tmp_path / "is_a_folder.safetensors", "--force", says="is_a_folder.safetensors")
 
 
-def test_a_folder_of_artifacts_is_made_only_when_there_is_something_for_it(tmp_path: Path, peru, pair) -> None:
+def test_a_folder_of_artifacts_is_created_only_if_something_goes_into_it(tmp_path: Path, peru, pair) -> None:
     base, fine = pair
     out = tmp_path / "deltas"
     to = ["prune", f"one={fine}", f"two={fine}", "-b", base, "-o", out]
@@ -308,7 +308,7 @@ def test_odd_configs_do_no_harm(tmp_path: Path, peru, pair) -> None:
         assert (tmp_path / "r" / "config.json").read_text() == text
 
 
-def test_things_that_are_no_model(tmp_path: Path, peru, pair) -> None:
+def test_inputs_that_are_not_models(tmp_path: Path, peru, pair) -> None:
     base, fine = pair
     artifact = tmp_path / "made.safetensors"
     peru("prune", fine, "-b", base, "-o", artifact, "--keep", "5%", "--no-sync")

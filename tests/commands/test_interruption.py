@@ -270,7 +270,7 @@ def test_ctrl_c_while_libraries_are_being_imported(tmp_path: Path, pair: Pair, l
 # -- full disks, broken pipes -------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_said_and_left_clean(small_disk: Path, pair: Pair, peru: Any) -> None:
+def test_a_full_disk_is_reported_and_left_clean(small_disk: Path, pair: Pair, peru: Any) -> None:
     used = shutil.disk_usage(small_disk).used
     peru(*pair.command("prune", small_disk / "a.safetensors"), code=1)
     assert f"{small_disk / 'a.safetensors'}: " in peru.stderr and "the disk is full" in peru.stderr

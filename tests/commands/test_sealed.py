@@ -101,7 +101,7 @@ def test_a_tensor_that_was_altered_is_named(family: Path, peru) -> None:
         assert f"{path}: tensor 'layers.1.weight' was altered after it was written" in peru.stderr
 
 
-def test_digests_are_those_of_the_document(family: Path) -> None:
+def test_digests_match_the_document(family: Path) -> None:
     """Implements docs/format.md, "Sealed files", again."""
     path = family / "merged" / "model.safetensors"
     raw = path.read_bytes()
@@ -146,7 +146,7 @@ def test_an_adapter_on_another_base_is_refused(family: Path, peru) -> None:
     peru("unpack", family / "small", "-b", family / "wrong.safetensors", "-o", family / "no.safetensors", code=1)
 
 
-def test_files_of_others_are_read_as_they_are(family: Path, peru) -> None:
+def test_files_without_digests_are_read_unchecked(family: Path, peru) -> None:
     """The same weights saved by safetensors, without digests; and the heads beside them, with a warning."""
     path = family / "merged" / "model.safetensors"
     weights = load_file(path)
@@ -160,7 +160,7 @@ def test_files_of_others_are_read_as_they_are(family: Path, peru) -> None:
     peru("prune", f"a={family / 'a'}", "-b", family / "merged", "--lossless", "-o", family / "a.safetensors", "--no-sync")
 
 
-def test_a_configuration_beside_a_merge_that_was_changed_is_said(family: Path, peru) -> None:
+def test_a_changed_configuration_beside_a_merge_is_reported(family: Path, peru) -> None:
     config = family / "merged" / "config.json"
     config.write_text(config.read_text().replace("20", "21"))
     peru("prune", f"a={family / 'a'}", "-b", family / "merged", "--lossless", "-o", family / "a.safetensors", "--no-sync")

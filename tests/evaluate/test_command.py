@@ -63,7 +63,7 @@ def value(task: Any, name: str) -> float:
     return float(task["metrics"][name]["value"])
 
 
-def test_accuracies_are_a_plain_loops_to_the_last_example(family: Path, peru: Peru) -> None:
+def test_accuracies_equal_those_of_a_plain_loop_to_the_last_example(family: Path, peru: Peru) -> None:
     rows = [json.loads(line) for line in (family / "test.jsonl").read_text().splitlines()]
     texts, labels = [row["text"] for row in rows], np.array([row["label"] for row in rows])
     peru("unpack", family / "a.safetensors", "-b", family / "base", "-o", family / "restored", "--no-sync")
@@ -142,7 +142,7 @@ def test_sizes_add_up_when_tasks_share_a_merge(tmp_path: Path, peru: Peru) -> No
     assert alone["tasks"][0]["shared"] is None and alone["bytes_in_all"] == alone["tasks"][0]["bytes"]
 
 
-def test_a_pack_is_as_good_as_what_it_unpacks_to(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pack_scores_like_its_unpacked_tasks(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = {"digits": "digits", "fashion": "fashion_mnist"}
     fine = [f"{task}={demo.fine_tune(name)}" for task, name in tasks.items()]
     data = [part for task, name in tasks.items() for part in ("-d", f"{task}={demo.images(name)}")]
@@ -242,7 +242,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite(tmp_path: Path, peru: Peru)
     assert "perplexity is inf" in peru.stderr  # type: ignore[attr-defined]
 
 
-def test_a_head_that_is_neither_there_nor_tied_is_not_made_up(tmp_path: Path, peru: Peru) -> None:
+def test_a_missing_untied_head_is_not_invented(tmp_path: Path, peru: Peru) -> None:
     _, fine = models.pair(models.llama, tmp_path, marks=False)
     table = load_file(fine / "model.safetensors")
     del table["lm_head.weight"]

@@ -154,7 +154,7 @@ def test_labels_outside_the_head_are_found_with_their_line(tmp_path: Path) -> No
         assert f"b.jsonl, line 3: the model's head has {said}" in str(caught.value) and "it has 2 labels" in str(caught.value)
 
 
-def test_a_data_sets_class_numbers_go_by_its_names_where_the_model_has_them(tmp_path: Path) -> None:
+def test_class_numbers_of_a_data_set_are_matched_by_name(tmp_path: Path) -> None:
     """As for MNLI: roberta-large-mnli puts contradiction first, the data set entailment."""
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 2}]
     read = read_examples(str(lines(tmp_path / "a.jsonl", rows)))

@@ -206,7 +206,7 @@ def test_a_tokenizer_that_does_not_fit_its_model(tmp_path: Path, peru: Peru) -> 
     assert "its tokenizer has 66 tokens, the embedding 64 rows: 2 tokens have no row" in said
 
 
-def test_shares_are_in_per_cent_and_a_bare_95_is_asked_about(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_in_per_cent_and_a_bare_95_gets_a_hint(tmp_path: Path, peru: Peru, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fine = models.pair(models.bert, tmp_path)
     texts = models.sentences(40)
     labels = logits(fine, texts).argmax(-1)
@@ -222,7 +222,7 @@ def test_shares_are_in_per_cent_and_a_bare_95_is_asked_about(tmp_path: Path, per
         assert f"did you mean {typed}%?" in peru.stderr  # type: ignore[attr-defined]
 
 
-def test_an_accuracy_near_chance_and_classes_that_are_not_the_models_are_told(tmp_path: Path, peru: Peru) -> None:
+def test_an_accuracy_near_chance_and_foreign_classes_cause_warnings(tmp_path: Path, peru: Peru) -> None:
     from peru_cli.inference.data import Examples, class_doubts
 
     _, fine = models.pair(models.bert, tmp_path)

@@ -20,7 +20,7 @@ from tests.conftest import random_pair, save
 SOME = np.random.default_rng(5)
 
 
-def test_wilson_is_scipys() -> None:
+def test_wilson_equals_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     for right, n in ((0, 7), (7, 7), (1, 9), (790, 800), (5000, 10_000)):
         wanted = stats.binomtest(right, n).proportion_ci(method="wilson")
@@ -29,7 +29,7 @@ def test_wilson_is_scipys() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
-def test_f1_and_matthews_are_scikit_learns(classes: int) -> None:
+def test_f1_and_matthews_equal_scikit_learns(classes: int) -> None:
     scores = pytest.importorskip("sklearn.metrics")
     labels, predicted = SOME.integers(0, classes, (2, 300))
     predicted = np.where(SOME.random(300) < 0.4, labels, predicted)
@@ -80,7 +80,7 @@ def test_compare_right_counts_all_four_cases() -> None:
 
 
 @pytest.mark.parametrize("n", [400, 20_000])
-def test_the_interval_of_a_mean_is_the_normal_one(n: int) -> None:
+def test_the_interval_of_a_mean_is_normal(n: int) -> None:
     values = SOME.exponential(size=n)
     got, half = metrics.bootstrap_mean(values), metrics.Z * values.std() / np.sqrt(n)
     assert got.value == values.mean() and got == metrics.bootstrap_mean(values)  # the same at each call
@@ -125,7 +125,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
     assert report.total.not_finite == 2 and report.total.error == 0.0
 
 
-def test_an_artifact_misses_what_prune_said_it_would(tmp_path: Path, peru: Callable[..., str]) -> None:
+def test_an_artifacts_error_is_the_one_that_prune_printed(tmp_path: Path, peru: Callable[..., str]) -> None:
     base, fine = (save(t, tmp_path / f"{n}.safetensors") for t, n in zip(random_pair("fp32"), ("b", "m"), strict=True))
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "20%", "--no-sync", "--values", "exact")
     peru("unpack", tmp_path / "a.safetensors", "-b", base, "-o", tmp_path / "r.safetensors", "--no-sync")

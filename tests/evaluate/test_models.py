@@ -53,7 +53,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_logits_are_those_of_a_plain_loop(tmp_path: Path, pairs: bool) -> None:
+def test_logits_equal_those_of_a_plain_loop(tmp_path: Path, pairs: bool) -> None:
     _, fine = models.pair(models.bert, tmp_path)
     examples = texts(pairs=pairs)
     loaded = load(open_eval_model(str(fine), "", None), examples, [], Settings())
@@ -63,7 +63,7 @@ def test_logits_are_those_of_a_plain_loop(tmp_path: Path, pairs: bool) -> None:
     np.testing.assert_array_equal(logits(loaded, 1000).argmax(1), wanted.argmax(1))
 
 
-def test_a_tokenizer_is_read_again_only_where_it_may_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_is_read_again_only_if_it_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels do not matter; a vocabulary in another order does, and so does what a config says about its tokenizer."""
     _, fine = models.pair(models.bert, tmp_path)
     renamed, shuffled, older = (shutil.copytree(fine, tmp_path / name) for name in ("renamed", "shuffled", "older"))
@@ -93,7 +93,7 @@ def test_a_tokenizer_is_read_again_only_where_it_may_be_another(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_artifact_is_what_unpack_would_write(tmp_path: Path, peru: Callable[..., str], dtype: str) -> None:
+def test_an_artifact_equals_what_unpack_would_write(tmp_path: Path, peru: Callable[..., str], dtype: str) -> None:
     base, fine = models.pair(models.bert, tmp_path)
     if dtype == "bf16":
         for folder in (base, fine):
@@ -112,7 +112,7 @@ def test_an_artifact_is_what_unpack_would_write(tmp_path: Path, peru: Callable[.
         open_eval_model(str(tmp_path / "a.safetensors"), "", None)
 
 
-def test_an_adapter_is_what_peft_computes(tmp_path: Path) -> None:
+def test_an_adapter_equals_pefts_result(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base, fine = models.pair(models.bert, tmp_path)
     model = tr.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
@@ -176,7 +176,7 @@ def refused(subject: Path, examples: Examples, base: Path | None = None) -> str:
     return str(caught.value)
 
 
-def test_what_does_not_fit_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mismatches_are_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("a forward pass")
 

@@ -138,7 +138,7 @@ def test_negation_keeps_the_control_task(family: Path, peru, tmp_path: Path) -> 
     assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG") and f"{100 * found['best']['target']:.2f}</td>" in page.read_text()
 
 
-def test_what_cannot_be_measured(family: Path, peru, tmp_path: Path) -> None:
+def test_unmeasurable_requests_are_refused(family: Path, peru, tmp_path: Path) -> None:
     data = ["--data", f"target={family}/a.jsonl", "--data", f"control={family}/b.jsonl"]
     for arguments, words in (
         (["eval", f"a={family / 'a'}", "--tau-jp", "--data", f"a={family}/a.jsonl"], "--base BASE"),

@@ -62,7 +62,7 @@ def load(folder: Path) -> State:
 
 @pytest.mark.parametrize("to", READERS)
 @pytest.mark.parametrize("form", ["checkpoint", "lossless", "bits"])
-def test_an_update_makes_the_fine_tune_of_the_base(family: tuple[Path, Path], tmp_path: Path, peru: Peru, to: str, form: str) -> None:
+def test_an_update_turns_the_base_into_the_fine_tune(family: tuple[Path, Path], tmp_path: Path, peru: Peru, to: str, form: str) -> None:
     base, fine = family
     given, wanted = fine, load(fine)
     if form != "checkpoint":
@@ -107,7 +107,7 @@ def test_a_wrong_base_or_a_damaged_artifact_leaves_no_update(family: tuple[Path,
     assert not (tmp_path / "u").exists() and not list(tmp_path.glob(".u*"))
 
 
-def test_what_engines_cannot_patch_is_refused(family: tuple[Path, Path], tmp_path: Path, peru: Peru) -> None:
+def test_tensors_that_engines_cannot_patch_are_refused(family: tuple[Path, Path], tmp_path: Path, peru: Peru) -> None:
     base, fine = family
     state = load(fine) | {"head": torch.ones(3)}
     save_file(state, fine / "model.safetensors", {"format": "pt"})
@@ -133,7 +133,9 @@ def test_wrong_options_are_refused_before_anything_is_read(arguments: list[str],
 
 @pytest.mark.parametrize("dense", [None, True, False])
 @pytest.mark.parametrize("form", ["checkpoint", "lossless"])
-def test_patches_make_the_fine_tune(family: tuple[Path, Path], tmp_path: Path, peru: Peru, dense: bool | None, form: str) -> None:
+def test_patches_turn_the_base_into_the_fine_tune(
+    family: tuple[Path, Path], tmp_path: Path, peru: Peru, dense: bool | None, form: str
+) -> None:
     base, fine = family
     given = fine
     if form == "lossless":
@@ -161,7 +163,7 @@ def test_patches_take_the_smaller_form_for_each_tensor(family: tuple[Path, Path]
             assert len(patch.indices) * (size + 4) < size * torch.Size(patch.shape).numel()
 
 
-def test_patches_hand_out_nothing_of_a_wrong_base(family: tuple[Path, Path], tmp_path: Path, peru: Peru) -> None:
+def test_patches_yield_nothing_for_a_wrong_base(family: tuple[Path, Path], tmp_path: Path, peru: Peru) -> None:
     base, fine = family
     artifact = tmp_path / "a.safetensors"
     peru("prune", fine, "--base", base, "-o", artifact, "--keep", "20%")

@@ -119,7 +119,7 @@ def test_an_update_becomes_a_verified_artifact_and_a_checkpoint(kind: str, base:
         assert same_bits({n: t.clone() for n, t in load_file(tmp_path / f"{name}.safetensors").items()}, fine)
 
 
-def test_what_peru_exports_it_reads_again(base: Path, tmp_path: Path, peru: Peru) -> None:
+def test_peru_reads_its_own_exports(base: Path, tmp_path: Path, peru: Peru) -> None:
     fine = tmp_path / "fine.safetensors"
     save_file(states()[1], fine, {"format": "pt"})
     for to in ("sglang", "prime-rl", "trl"):
@@ -181,7 +181,7 @@ def peru_code(update: Path, base: Path, out: Path) -> None:
         (lambda m: m["tensors"][0].update(values=m["tensors"][1]["values"]), "values of"),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused(change: Callable[[Any], None], says: str, base: Path, tmp_path: Path, peru: Peru) -> None:
+def test_an_invalid_manifest_is_refused(change: Callable[[Any], None], says: str, base: Path, tmp_path: Path, peru: Peru) -> None:
     write_prime_rl(tmp_path / "u", load(base), states()[1])
     edited(tmp_path / "u" / "sparse_update_manifest.json", change)
     code = 2 if says == "is compressed" else 1
@@ -210,7 +210,7 @@ def test_positions_outside_the_tensor_or_twice_are_refused(places: list[int], ba
         (lambda m: m.update(weight_map=[]), "'weight_map' is list"),
     ],
 )
-def test_an_index_that_cannot_be_is_refused(change: Callable[[Any], None], says: str, base: Path, tmp_path: Path, peru: Peru) -> None:
+def test_an_invalid_index_is_refused(change: Callable[[Any], None], says: str, base: Path, tmp_path: Path, peru: Peru) -> None:
     write_sglang(tmp_path / "u", load(base), states()[1])
     edited(tmp_path / "u" / "model.safetensors.index.json", change)
     peru("unpack", tmp_path / "u", "--base", base, "-o", tmp_path / "x/", code=2 if " in zstd" in says or "md5" in says else 1)

@@ -79,6 +79,6 @@ def test_a_summary_that_cannot_be_written_is_an_error(tmp_path: Path, peru: Call
 
 
 @pytest.mark.parametrize("name", ["bytes", "quality"])
-def test_outputs_come_from_steps_that_exist(name: str) -> None:
+def test_outputs_refer_to_existing_steps(name: str) -> None:
     step = ACTION["outputs"][name]["value"].split(".")[1]
     assert f"{name}=" in next(one["run"] for one in ACTION["runs"]["steps"] if one["id"] == step)

@@ -73,7 +73,7 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPa
         (["merge", "-m"], "option '-m' requires an argument"),
     ],
 )
-def test_a_wrong_command_line_is_said_in_one_style(arguments: list[str], says: str) -> None:
+def test_a_wrong_command_line_is_reported_in_one_style(arguments: list[str], says: str) -> None:
     done = run_peru(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and says in done.stderr and "--help` shows how it is used" in done.stderr
@@ -89,7 +89,7 @@ def test_an_error_is_red_on_a_terminal() -> None:
     os.close(ours)
 
 
-def test_notes_stand_above_the_bar_and_not_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_are_printed_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")

@@ -38,7 +38,7 @@ def only_required(folder: Path) -> Path:
     return folder
 
 
-def test_the_demo_needs_nothing_that_is_not_asked_for(tmp_path: Path) -> None:
+def test_the_demo_needs_only_the_required_packages(tmp_path: Path) -> None:
     packages = only_required(tmp_path / "packages")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
     alone = [sys.executable, "-S"]  # without the environment's own packages

@@ -110,7 +110,7 @@ def test_imports_point_down_and_never_in_a_circle() -> None:
     assert broken(modules()) == []
 
 
-def test_the_walk_finds_what_breaks_the_rule(tmp_path: Path, monkeypatch) -> None:
+def test_the_import_check_finds_violations(tmp_path: Path, monkeypatch) -> None:
     """An import that points up and a circle are both found."""
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "peru_cli")
     for name, text in {
@@ -129,7 +129,7 @@ def test_the_walk_finds_what_breaks_the_rule(tmp_path: Path, monkeypatch) -> Non
     )
 
 
-def test_every_folder_says_what_it_is() -> None:
+def test_every_folder_has_a_description() -> None:
     """One sentence at the top of each room."""
     assert [str(p) for p in PACKAGE.rglob("__init__.py") if not ast.get_docstring(ast.parse(p.read_text("utf-8")))] == []
     assert [str(d) for d in PACKAGE.rglob("*") if d.is_dir() and list(d.glob("*.py")) and not (d / "__init__.py").exists()] == []

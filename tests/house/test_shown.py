@@ -12,7 +12,7 @@ OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 VISIBLE = {*range(0x600, 0x606), 0x6DD, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}  # number signs of Arabic, Syriac and Kaithi
 
 
-def test_every_character_that_unicode_calls_control_or_format_is_spelt() -> None:
+def test_every_control_or_format_character_is_escaped() -> None:
     """According to Python's own tables."""
     for code in range(sys.maxunicode + 1):
         character = chr(code)
@@ -30,7 +30,7 @@ def test_json_keeps_its_meaning_and_its_lines() -> None:
     assert all(line.isprintable() for line in text.split("\n"))
 
 
-def test_a_name_cannot_make_a_line_of_its_own() -> None:
+def test_a_name_cannot_start_a_new_line() -> None:
     assert shown.message("a: evil\nerror: gone\n  a hint") == "a: evil\\nerror: gone\n  a hint"
 
 

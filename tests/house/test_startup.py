@@ -65,7 +65,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 120)
 
 
-def test_the_known_commands_are_there() -> None:
+def test_the_known_commands_exist() -> None:
     assert {"prune", "unpack"} <= set(COMMANDS)
 
 
@@ -75,7 +75,7 @@ def test_version_is_answered_at_once() -> None:
     assert not loaded & (HEAVY | {"typer", "click", "rich"})
 
 
-def test_version_before_a_command_says_the_same() -> None:
+def test_version_before_a_command_prints_the_same() -> None:
     out, loaded = probe("--version", "prune")
     assert out == f"peru {peru_cli.__version__}\n" and not loaded & HEAVY
 
@@ -111,7 +111,7 @@ def test_the_help_of_a_method_has_its_options_and_no_others(method: str, peru: C
     assert own <= found and not others & found
 
 
-def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
+def test_pruning_on_a_cpu_needs_no_torch(tmp_path: Path) -> None:
     """Importing torch takes longer than pruning a small model."""
     from peru_cli import demo
 
@@ -125,7 +125,7 @@ def test_pruning_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
         assert not loaded & {"torch", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib"}
 
 
-def test_lora_adapters_do_without_peft(tmp_path: Path) -> None:
+def test_lora_adapters_need_no_peft(tmp_path: Path) -> None:
     """peru imports transformers through peft, which takes seconds: only the methods that peft merges need it."""
     import json
 

@@ -74,7 +74,7 @@ def test_two_processes_at_once_and_a_third_that_needs_no_numba(folder: Path) -> 
     assert out == f"{FIRST} False\n" and not said
 
 
-def test_what_cannot_be_kept_or_trusted_is_compiled_again(folder: Path) -> None:
+def test_untrusted_or_unwritable_object_files_are_compiled_again(folder: Path) -> None:
     def answer() -> object:
         total = np.empty(1, np.float32)
         kernel("*f4 i8 *f4")(_add_up)(np.ones(3, np.float32), 3, total)
@@ -99,7 +99,7 @@ def test_without_a_home_loops_stay_in_memory(monkeypatch) -> None:
     objects.store(None, b"")
 
 
-def test_every_loop_has_a_name_of_its_own() -> None:
+def test_every_loop_has_a_unique_name() -> None:
     """Files use it as their name, and their contents are trusted."""
     seen: list[str] = []
     for module in sorted(Path(build.__file__).parent.glob("*.py")):

@@ -31,7 +31,7 @@ def test_philox_known_answers() -> None:
         assert philox(counter, key).tolist() == expected == plain(counter, key)
 
 
-def test_words_are_those_of_their_blocks() -> None:
+def test_words_match_their_blocks() -> None:
     """Also beyond 2^32 blocks, where the counter's second word is used."""
     key = stream_key(7, "news", "layer.weight")
     for start, n in ((0, 131), ((1 << 34) - 6, 12)):

@@ -69,7 +69,7 @@ def test_a_classifier_takes_its_head_from_the_artifact(tmp_path: Path, peru: Per
         peru_cli.apply(tr.BertModel.from_pretrained(base, dtype="auto"), peru_cli.open_artifact(artifact))
 
 
-def test_a_head_of_another_dtype_is_refused_not_left_out(tmp_path: Path, peru: Peru) -> None:
+def test_a_head_of_another_dtype_is_refused_not_omitted(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     fine["head.weight"] = torch.randn(3, 48)
     model = Tiny({**base, "head.weight": torch.zeros(3, 48, dtype=torch.bfloat16)})
@@ -103,7 +103,7 @@ class Tiny(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", list(FLOATS))
-def test_odd_bits_come_and_go(tmp_path: Path, peru: Peru, dtype: str) -> None:
+def test_odd_bits_are_applied_and_restored(tmp_path: Path, peru: Peru, dtype: str) -> None:
     base, fine = random_pair(dtype)
     odd = torch.tensor([float("nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-45, 1.0, -1.0], dtype=torch.float64).to(FLOATS[dtype])
     base["odd"], fine["odd"] = odd, odd.flip(0)
@@ -142,7 +142,7 @@ def _plan(peru: Peru, folder: Path) -> str:
     return peru.stderr  # type: ignore[attr-defined, no-any-return]
 
 
-def test_names_of_the_fine_tune_or_of_the_base_both_do(tmp_path: Path, peru: Peru) -> None:
+def test_names_of_the_fine_tune_and_of_the_base_both_work(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     fine = {f"bert.{name}": tensor for name, tensor in fine.items()}
     artifact, _ = pruned(peru, tmp_path, save(base, tmp_path / "b.safetensors"), save(fine, tmp_path / "f.safetensors"))
@@ -196,7 +196,7 @@ def test_a_wrong_base_is_refused_and_nothing_changed(tmp_path: Path, peru: Peru,
 
 
 @pytest.mark.parametrize("as_module", [True, False])
-def test_a_damaged_artifact_leaves_the_model_as_it_was(tmp_path: Path, peru: Peru, as_module: bool) -> None:
+def test_a_damaged_artifact_leaves_the_model_unchanged(tmp_path: Path, peru: Peru, as_module: bool) -> None:
     """Blocks and whole tensors are checked when they are reached: the first ones are on the model by then."""
     noise = torch.Generator().manual_seed(2)
     base = {f"t{i}": torch.randn(200_000, generator=noise).bfloat16() for i in range(3)} | {"z.head": torch.zeros(40, dtype=torch.int64)}
@@ -274,7 +274,7 @@ def test_a_tied_vocabulary_grows_under_both_names(tmp_path: Path, peru: Peru) ->
     assert everything(state) == before
 
 
-def test_what_the_model_no_longer_has_and_no_one_changed_does_not_matter(tmp_path: Path, peru: Peru) -> None:
+def test_unchanged_tensors_that_the_model_lacks_do_not_matter(tmp_path: Path, peru: Peru) -> None:
     base, fine = random_pair("bf16")
     artifact, _ = pruned(peru, tmp_path, save(base, tmp_path / "b.safetensors"), save(fine, tmp_path / "f.safetensors"))
     model = Tiny({n: t for n, t in base.items() if n != "position_ids"})

@@ -103,7 +103,7 @@ def test_threads_that_race_leave_the_base(made) -> None:
 
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_model_that_is_cast_meanwhile_is_the_base_cast(made, number: int, dtype: torch.dtype) -> None:
+def test_a_model_cast_meanwhile_is_restored_to_the_cast_base(made, number: int, dtype: torch.dtype) -> None:
     model, artifacts = made
     base = base_of(made)
     with apply(model, artifacts[number]):
@@ -112,7 +112,7 @@ def test_a_model_that_is_cast_meanwhile_is_the_base_cast(made, number: int, dtyp
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_tensors_that_were_exchanged_are_an_error(made, number: int) -> None:
+def test_replaced_tensors_are_an_error(made, number: int) -> None:
     """Replaced by others, or moved to where there is no data."""
     model, artifacts = made
     fresh = nn.Linear(40, 30).bfloat16().weight
@@ -123,7 +123,7 @@ def test_tensors_that_were_exchanged_are_an_error(made, number: int) -> None:
         model.to("meta")
 
 
-def test_nested_applies_to_a_state_dict_come_off_in_their_order(made) -> None:
+def test_nested_applies_to_a_state_dict_are_restored_in_reverse_order(made) -> None:
     _, artifacts = made
     base = base_of(made)
     state = {name: tensor.clone() for name, tensor in base.items()}
@@ -136,7 +136,7 @@ def test_nested_applies_to_a_state_dict_come_off_in_their_order(made) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
 
 
-def test_weights_that_are_gone_belong_to_nobody(made) -> None:
+def test_freed_weights_belong_to_nobody(made) -> None:
     """Claims were found by address. New weights at the address of freed ones belonged to the thread that had changed those."""
     _, artifacts = made
     base = base_of(made)

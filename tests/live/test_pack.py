@@ -86,7 +86,7 @@ def test_a_module_goes_from_task_to_task_and_back_to_the_base(family: Family) ->
     assert bits(model.state_dict()) == before
 
 
-def test_the_base_need_not_be_there_any_more(family: Family) -> None:
+def test_the_base_is_no_longer_needed(family: Family) -> None:
     model = family.load("base")
     (family.folder / "base" / "model.safetensors").unlink()
     pack = peru_cli.open_artifact(family.path)
@@ -108,7 +108,7 @@ def test_a_state_dict_gains_and_loses_the_head(family: Family) -> None:
 
 
 @pytest.mark.parametrize("kind", ["superposed", "masks"])
-def test_tasks_are_computed_beside_a_base_that_stays(family: Family, peru: Peru, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_are_computed_beside_an_unchanged_base(family: Family, peru: Peru, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, path = family.folder, family.path
     if kind == "masks":
         path = folder / "masks.safetensors"

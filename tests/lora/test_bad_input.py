@@ -153,7 +153,7 @@ def test_factors_that_are_not_finite(tmp_path: Path, peru, adapter: Path, factor
         (("--rank", 2, "--per-task", "x"), "add --base BASE"),
     ],
 )
-def test_options_that_cannot_be(tmp_path: Path, peru, adapter: Path, options: tuple[object, ...], says: str) -> None:
+def test_invalid_options_are_refused(tmp_path: Path, peru, adapter: Path, options: tuple[object, ...], says: str) -> None:
     refused(tmp_path, peru, "svd-lora", adapter, "-o", tmp_path / "out", *options, code=2, says=(says,))
 
 
@@ -182,7 +182,7 @@ def test_a_bias_without_a_place(tmp_path: Path, peru, adapter: Path) -> None:
     refused(tmp_path, peru, "unpack", adapter, "-b", tmp_path / "base.safetensors", "-o", tmp_path / "out", code=1, says=says)
 
 
-def test_what_resizes_but_cannot_be_folded(tmp_path: Path, peru, adapter: Path) -> None:
+def test_adapters_that_can_be_resized_but_not_folded(tmp_path: Path, peru, adapter: Path) -> None:
     base = {f"{name}.weight": torch.zeros(shape) for name, shape in SHAPES.items()}
     save(base, tmp_path / "base.safetensors")
     for name, value in (("trainable_token_indices", [1, 2]), ("layer_replication", [[0, 1], [0, 1]])):
@@ -193,7 +193,7 @@ def test_what_resizes_but_cannot_be_folded(tmp_path: Path, peru, adapter: Path) 
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())[name] == value
 
 
-def test_folders_and_models_that_are_no_adapter(tmp_path: Path, peru, adapter: Path) -> None:
+def test_folders_and_models_that_are_not_adapters(tmp_path: Path, peru, adapter: Path) -> None:
     base = {f"{name}.weight": torch.zeros(shape) for name, shape in SHAPES.items()}
     save(base, tmp_path / "model.safetensors")
     at = ("-o", tmp_path / "out", "--rank", 2)

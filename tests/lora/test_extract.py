@@ -67,7 +67,7 @@ KINDS = {"bert": (bert, True), "vit": (vit, True), "llama": (llama, False), "gpt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_and_transformers_load_what_was_extracted(tmp_path: Path, peru, kind: str) -> None:
+def test_peft_and_transformers_load_extracted_adapters(tmp_path: Path, peru, kind: str) -> None:
     model, bare = KINDS[kind]
     base, fine = pair(tmp_path, model, bare=bare)
     rank = 4
@@ -104,7 +104,7 @@ def test_peft_and_transformers_load_what_was_extracted(tmp_path: Path, peru, kin
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_the_rest_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
+def test_the_remainder_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
     """vLLM and llama.cpp take the adapter alone; all else comes back to the bit."""
     model, bare = KINDS[kind]
     pair(tmp_path, model, bare=bare)
@@ -135,7 +135,7 @@ def test_the_rest_as_a_delta(tmp_path: Path, peru, kind: str) -> None:
     assert "is not the base" in peru.stderr and not (tmp_path / "no.safetensors").exists()
 
 
-def test_what_did_not_change_is_not_held(tmp_path: Path, peru) -> None:
+def test_unchanged_tensors_are_not_stored(tmp_path: Path, peru) -> None:
     pair(tmp_path, llama)
     table, before = load_file(tmp_path / "fine" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
     kept = {name: tensor for name, tensor in before.items() if "layers.1." not in name}
@@ -146,7 +146,7 @@ def test_what_did_not_change_is_not_held(tmp_path: Path, peru) -> None:
     assert said["unchanged"] == len(kept) and not said["delta_tensors"] and not (tmp_path / "a" / REST).exists()
 
 
-def test_an_expert_that_did_not_change_has_factors_of_zero(tmp_path: Path, peru) -> None:
+def test_an_unchanged_expert_has_zero_factors(tmp_path: Path, peru) -> None:
     noise = torch.Generator().manual_seed(0)
     base = {"mlp.experts.up": torch.randn(3, 40, 30, generator=noise), "wide.experts.up": torch.randn(2, 700, 600, generator=noise)}
     fine = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise) for name, tensor in base.items()}
@@ -243,7 +243,7 @@ def test_threads_do_not_change_the_bytes(tmp_path: Path, peru) -> None:
         assert len(files) == 1
 
 
-def test_a_grown_vocabulary_and_a_new_head_come_back(tmp_path: Path, peru) -> None:
+def test_a_grown_vocabulary_and_a_new_head_are_restored(tmp_path: Path, peru) -> None:
     base, _ = pair(tmp_path, bert, bare=True)
     fine = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, max_position_embeddings=32, num_labels=5))
     fine.load_state_dict({n: t for n, t in base.state_dict().items() if not n.startswith("classifier")}, strict=False)
@@ -298,7 +298,7 @@ def test_inspect_predicts_error_and_size_of_each_rank(tmp_path: Path, peru) -> N
     assert "effective rank" in text and "--rank 64" in text and "--keep 10%" in text
 
 
-def test_adapters_with_what_they_could_not_hold_merge_like_the_fine_tune(tmp_path: Path, peru) -> None:
+def test_adapters_with_a_delta_beside_them_merge_like_the_fine_tune(tmp_path: Path, peru) -> None:
     pair(tmp_path, bert, bare=True)
     at = ("-b", tmp_path / "base", "--no-sync")
     peru("svd-lora", tmp_path / "fine", *at, "-o", tmp_path / "a", "--rank", 4, "--rest", "delta")
@@ -326,7 +326,7 @@ def test_adapters_with_what_they_could_not_hold_merge_like_the_fine_tune(tmp_pat
 
 
 @pytest.mark.parametrize("kind", sorted(SAME_NAMES))
-def test_models_whose_names_are_said_to_be_the_same(kind: str) -> None:
+def test_models_listed_with_the_same_names(kind: str) -> None:
     """The table saves an import of seconds. Here it is checked against transformers."""
     from transformers.models.auto import modeling_auto as auto
 

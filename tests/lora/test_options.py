@@ -68,7 +68,7 @@ def report(text: str) -> dict[str, object]:
     return dict(one)
 
 
-def test_the_report_is_the_truth(tmp_path: Path, peru) -> None:
+def test_the_report_is_true(tmp_path: Path, peru) -> None:
     source = save_adapter(tmp_path / "in", factors(8), 8)
     said = report(peru("svd-lora", source, "-o", tmp_path / "out", "--rank", 3, "--json", "--no-sync"))
     squared = missed = 0.0
@@ -151,7 +151,7 @@ def test_uniform_rank_fills_with_zeros(tmp_path: Path, peru) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_rank_that_is_there_already_loses_nothing(tmp_path: Path, peru, dtype: torch.dtype) -> None:
+def test_a_rank_that_a_module_already_has_loses_nothing(tmp_path: Path, peru, dtype: torch.dtype) -> None:
     """alpha / r = 2 moves into the factors by powers of two alone."""
     source = save_adapter(tmp_path / "in", factors(8, dtype), 8)
     for rank in (8, 50):
@@ -180,7 +180,7 @@ def test_factors_of_any_dtype_neither_under_nor_overflow(tmp_path: Path, peru, d
     assert all(0.9 < a / b < 1.1 for a, b in zip(sizes[::2], sizes[1::2], strict=True))  # the square root is in each
 
 
-def test_rslora_is_right_where_pefts_own_resize_is_not(tmp_path: Path, peru) -> None:
+def test_rslora_is_right_although_pefts_own_resize_is_not(tmp_path: Path, peru) -> None:
     """peft 0.21.2 keeps use_rslora when it resizes, and scales by sqrt(r) once more."""
     import copy
 
@@ -215,7 +215,7 @@ def test_weights_in_a_bin_file_are_read_too(tmp_path: Path, peru) -> None:
     assert sorted(a) == sorted(b) and all(raw(a[name]) == raw(b[name]) for name in a)
 
 
-def test_exact_is_the_same_by_way_of_the_dense_product(tmp_path: Path, peru) -> None:
+def test_exact_gives_the_same_result_from_the_dense_product(tmp_path: Path, peru) -> None:
     source = save_adapter(tmp_path / "in", factors(8), 8)
     peru("svd-lora", source, "-o", tmp_path / "a", "--rank", 3, "--no-sync")
     peru("svd-lora", source, "-o", tmp_path / "b", "--rank", 3, "--exact", "--no-sync")
@@ -278,7 +278,7 @@ def test_outputs_are_refused_replaced_or_not_written_at_all(tmp_path: Path, peru
     assert "a PEFT adapter is a folder" in peru.stderr
 
 
-def test_inspect_shows_what_each_rank_would_miss(tmp_path: Path, peru) -> None:
+def test_inspect_shows_the_error_of_each_rank(tmp_path: Path, peru) -> None:
     source = save_adapter(tmp_path / "in", factors(20), 20, use_rslora=True)
     text = peru("inspect", source)
     assert "LoRA adapter, rank 20, on 3 modules" in text and "effective rank" in text and "--rank 16" in text

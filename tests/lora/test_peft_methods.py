@@ -102,7 +102,7 @@ def test_the_other_commands_take_them(tmp_path: Path, peru, base: Path) -> None:
     assert next(iter(said["weights"].values()))["total"]["error"] < 1e-5
 
 
-def test_a_file_that_lacks_a_part_or_has_one_too_many(tmp_path: Path, peru, base: Path) -> None:
+def test_a_file_with_a_missing_or_an_extra_part(tmp_path: Path, peru, base: Path) -> None:
     adapt(base, tmp_path / "loha", "LOHA")
     file = tmp_path / "loha" / "adapter_model.safetensors"
     table = load_file(file)
@@ -124,7 +124,7 @@ def test_a_setting_that_the_installed_peft_does_not_know(tmp_path: Path, peru, b
     assert "use_new_thing=True" in peru.stderr and peft.__version__ in peru.stderr
 
 
-def test_prefixes_and_methods_are_those_of_the_installed_peft() -> None:
+def test_prefixes_and_methods_match_the_installed_peft() -> None:
     """Every method of a new peft is either read or refused with a reason; none is forgotten."""
     known = {str(kind.value): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
     assert {kind: known[kind] for kind in PREFIXES} == PREFIXES
@@ -140,7 +140,7 @@ def test_every_field_of_loraconfig_is_written_or_checked() -> None:
     assert fields - set(HANDLED) == set()
 
 
-def test_what_svd_lora_writes_is_a_configuration_of_peft(tmp_path: Path, peru, base: Path) -> None:
+def test_svd_lora_writes_a_peft_configuration(tmp_path: Path, peru, base: Path) -> None:
     from peru_cli.checkpoints.lora.config import new_config
 
     written = new_config({"a.q": 4, "a.v": 2}, ["a.q", "a.v"], [], "org/base")

@@ -74,7 +74,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", HEADS)
-def test_a_head_that_comes_apart_from_its_embedding(tmp_path: Path, peru, case: str) -> None:
+def test_a_head_that_becomes_untied_from_its_embedding(tmp_path: Path, peru, case: str) -> None:
     """The written model computes what the adapter's does: with a tied config, every loader would tie them again."""
     wrapped = adapt(llama(tied=True), tmp_path, **HEADS[case])
     got = unpacked(peru, tmp_path)
@@ -161,7 +161,7 @@ def test_a_tied_head_that_the_base_stores_again_follows_its_embedding(tmp_path: 
         torch.testing.assert_close(got(IDS).logits, merged(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_fine_tune_lacks_an_adapter_cannot_take_away(tmp_path: Path, peru) -> None:
+def test_an_adapter_cannot_remove_what_the_fine_tune_lacks(tmp_path: Path, peru) -> None:
     """A tied head that only the base stores would stay the base's; other tensors stay with a note."""
     from safetensors.torch import save_file
 

@@ -17,7 +17,7 @@ SHAPES = {
 }
 
 
-def test_quantised_factors_miss_less_than_truncated_ones_of_the_same_size(tmp_path: Path, peru) -> None:
+def test_quantised_factors_have_less_error_than_truncated_ones_of_the_same_size(tmp_path: Path, peru) -> None:
     noise = torch.Generator().manual_seed(5)
     base = {f"{name}.weight": torch.randn(*shape, generator=noise) for name, shape in SHAPES.items()}
     save_file(base, tmp_path / "base.safetensors")

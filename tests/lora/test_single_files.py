@@ -235,7 +235,7 @@ def test_kohya_and_diffusers_agree_about_the_scale(tmp_path: Path, peru, base: P
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_naming_the_file_of_an_adapter_is_naming_its_folder(tmp_path: Path, peru, base: Path, suffix: str) -> None:
+def test_an_adapters_file_can_be_named_instead_of_its_folder(tmp_path: Path, peru, base: Path, suffix: str) -> None:
     down, up = torch.randn(8, 10), torch.randn(12, 8)
     folder = save_adapter(tmp_path / "lora", {f"{NAME}.lora_A.weight": down, f"{NAME}.lora_B.weight": up}, 8, lora_alpha=32)
     file = folder / "adapter_model.safetensors"
@@ -256,7 +256,7 @@ def test_naming_the_file_of_an_adapter_is_naming_its_folder(tmp_path: Path, peru
         assert all((tmp_path / one / name).read_bytes() == (tmp_path / other / name).read_bytes() for name in files)
 
 
-def test_a_peft_file_without_its_configuration_has_no_scale(tmp_path: Path, peru, base: Path) -> None:
+def test_a_peft_file_without_its_config_has_no_scale(tmp_path: Path, peru, base: Path) -> None:
     down, up = pair()
     table = {f"{OUTER}{NAME}.lora_A.weight": down, f"{OUTER}{NAME}.lora_B.weight": up}
     save_file(table, tmp_path / "in.safetensors")

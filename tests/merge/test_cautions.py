@@ -44,11 +44,11 @@ def warned(peru, tmp_path: Path) -> Callable[..., str]:
     return warn
 
 
-def test_plain_fine_tunes_are_not_warned_of(family: Family, warned) -> None:
+def test_plain_fine_tunes_cause_no_warning(family: Family, warned) -> None:
     assert "warning" not in warned(*family(0.1, 0.1, 0.12), "-m", "ties")
 
 
-def test_a_weight_of_0_and_a_scale_of_0_are_said(family: Family, warned) -> None:
+def test_a_weight_of_0_and_a_scale_of_0_cause_warnings(family: Family, warned) -> None:
     models = family(0.1, 0.1)
     assert "the weight of t1 is 0" in warned(*models, "-m", "ties", "-w", "t1=0")
     assert "the weight of t0 is 0" in warned(*models, "-m", "ties", "-w", "t0=layers.1:0,0", "-w", "t1=1")
@@ -56,12 +56,12 @@ def test_a_weight_of_0_and_a_scale_of_0_are_said(family: Family, warned) -> None
     assert "the scale is 0: the result is the base" in warned(*models, "-m", "task-arithmetic", "--scale", 0)
 
 
-def test_a_weight_of_0_is_said_before_a_model_is_opened(peru, tmp_path: Path) -> None:
+def test_a_weight_of_0_causes_a_warning_before_a_model_is_opened(peru, tmp_path: Path) -> None:
     peru("merge", "a=gone-a", "b=gone-b", "-b", "gone", "-o", tmp_path / "m", "-m", "ties", "-w", "a=0", code=2)
     assert peru.stderr.index("the weight of a is 0") < peru.stderr.index("gone")
 
 
-def test_equal_models_are_said(family: Family, warned, tmp_path: Path) -> None:
+def test_equal_models_cause_a_warning(family: Family, warned, tmp_path: Path) -> None:
     models = family(0.1, 0.1, 0.1)
     shutil.copy(tmp_path / "t0.safetensors", tmp_path / "t2.safetensors")
     assert "t0 and t2 are equal" in warned(*models, "-m", "linear")
@@ -94,13 +94,13 @@ def test_a_model_in_another_dtype_that_rounds_to_the_base_is_equal_to_it(family:
 
 
 @pytest.mark.parametrize("method", ["wudi", "ties", "task-arithmetic", "iso-c"])
-def test_norms_far_apart_are_said_with_their_ratio(family: Family, warned, method: str) -> None:
+def test_very_different_norms_cause_a_warning_with_their_ratio(family: Family, warned, method: str) -> None:
     models = family(0.01, 0.2, 0.02, dtype=torch.float32)
     assert "the task vector of t1 is about 20 times as long as that of t0" in warned(*models, "-m", method)
     assert "times as long" not in warned(*models, "-m", method, "-w", "t1=0.1")
 
 
-def test_methods_that_do_not_mind_norms_are_silent_of_them(family: Family, warned) -> None:
+def test_methods_that_ignore_norms_do_not_warn_about_them(family: Family, warned) -> None:
     models = family(0.01, 0.2, dtype=torch.float32)
     for method in ("linear", "slerp", "nuslerp", "multislerp", "karcher"):
         assert "times as long" not in warned(*models, "-m", method)
@@ -117,7 +117,7 @@ def folder(at: Path, source: Path, template: str | None, own_file: bool = False)
     return at
 
 
-def test_chat_templates_that_differ_are_said(family: Family, warned, tmp_path: Path) -> None:
+def test_different_chat_templates_cause_a_warning(family: Family, warned, tmp_path: Path) -> None:
     family(0.1, 0.1, 0.1)
     for name, template, own in (("base", None, False), ("t0", "{{ a }}", False), ("t1", "{{ a }}\n", True), ("t2", "{{ b }}", False)):
         folder(tmp_path / name, tmp_path / f"{name}.safetensors", template, own)
@@ -128,7 +128,7 @@ def test_chat_templates_that_differ_are_said(family: Family, warned, tmp_path: P
     assert "chat templates" not in warned(*models[:2], "-m", "linear")
 
 
-def test_recipes_are_looked_at_too(family: Family, peru, tmp_path: Path) -> None:
+def test_recipes_are_checked_too(family: Family, peru, tmp_path: Path) -> None:
     family(0.1, 0.0, 1.0)
     names = ["t0", "t1", "t2"]
     models = [{"model": str(tmp_path / f"{n}.safetensors"), "parameters": {"weight": int(n != "t0")}} for n in names]
@@ -140,7 +140,7 @@ def test_recipes_are_looked_at_too(family: Family, peru, tmp_path: Path) -> None
     assert text.count("t1 is equal to the base") == 1
 
 
-def test_an_earlier_document_is_looked_at_once_it_is_merged(family: Family, peru, tmp_path: Path) -> None:
+def test_an_earlier_document_is_checked_once_it_is_merged(family: Family, peru, tmp_path: Path) -> None:
     family(0.1, 0.1)
     at = {name: str(tmp_path / f"{name}.safetensors") for name in ("base", "t0", "t1")}
     first = {"name": "first", "merge_method": "passthrough", "models": [{"model": at["t0"]}]}

@@ -72,7 +72,7 @@ def test_multislerp(tmp_path: Path, peru, normalize: bool) -> None:
     case.check(lambda n: formula.multislerp(case.models(n), WEIGHTS, normalize), *options, base=False, atol=2e-6)
 
 
-def test_karcher_is_the_point_where_no_step_is_left(tmp_path: Path, peru) -> None:
+def test_karcher_ends_where_no_step_is_left(tmp_path: Path, peru) -> None:
     case = Case(tmp_path, peru, size=1.0)
     case.check(lambda n: formula.karcher(case.models(n)), "-m", "karcher", "--max-iter", 200, "--tol", "1e-13", base=False)
 

@@ -180,7 +180,7 @@ def test_heads_that_the_base_has_too(tmp_path: Path, peru) -> None:
     assert raw(load_file(tmp_path / "m" / "heads" / "a.safetensors")["head.bias"]) == raw(fine["a"]["head.bias"])
 
 
-def test_without_a_base_heads_need_a_word(tmp_path: Path, peru) -> None:
+def test_without_a_base_heads_need_an_option(tmp_path: Path, peru) -> None:
     models = [f"{task}={save(encoder(i, c), tmp_path / f'{task}.safetensors')}" for i, (task, c) in enumerate((("a", 3), ("b", 5)), 1)]
     peru("merge", *models, "-o", tmp_path / "m", "-m", "linear", code=1)
     assert "head.weight: [5, 40] in b, [3, 40]" in peru.stderr and "--per-task" in peru.stderr
@@ -237,7 +237,7 @@ def test_unknown_options_and_words(pair: Path, peru) -> None:
     assert "matches no tensor" in problem(pair, peru, "-m", "ties", "--per-task", "nothing", code=2)
 
 
-def test_the_wrong_models(pair: Path, peru) -> None:
+def test_wrong_models_are_refused(pair: Path, peru) -> None:
     a, b, base = (str(pair / f"{name}.safetensors") for name in ("a", "b", "base"))
     (pair / "link.safetensors").symlink_to(a)
     assert "the same model" in problem(pair, peru, "-m", "ties", code=1, models=[f"a={a}", f"b={b}", f"c={pair / 'link.safetensors'}"])
@@ -301,7 +301,7 @@ def test_overflow_is_an_error(pair: Path, peru) -> None:
     assert "does not fit F16" in said and "--dtype bf16 or fp32" in said
 
 
-def test_integers_that_differ(pair: Path, peru) -> None:
+def test_different_integers_are_refused(pair: Path, peru) -> None:
     for i, name in enumerate(("base", "a", "b")):
         table = load_file(pair / f"{name}.safetensors")
         save_file(table | {"ids": torch.arange(5), "steps": torch.tensor(i)}, pair / f"{name}.safetensors")

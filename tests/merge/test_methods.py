@@ -109,7 +109,7 @@ def test_ties_equals_mergekit_written_out_and_peft(tmp_path: Path, peru, tasks: 
     close(got, case.by_tensor(lambda own: merge_utils.ties(own, torch.tensor(weights), 0.4)))
 
 
-def test_ties_divides_by_weights_that_hardly_sum_to_anything_as_mergekit_does(tmp_path: Path, peru) -> None:
+def test_ties_divides_by_tiny_sums_of_weights_as_mergekit_does(tmp_path: Path, peru) -> None:
     """mergekit's `divisor[divisor.abs() < 1e-8] = 1`: below it nothing is left of the vector, above it all of it."""
     case = Merged(tmp_path, peru, *family(1))
     options = ("-m", "ties", "--variant", "mergekit", "--keep", "100%", "--weight")
@@ -137,7 +137,7 @@ def test_sums_and_averages(tmp_path: Path, peru, tasks: int) -> None:
         close(case.vector("-m", "consensus", "--scale", "1"), consensus(case.vectors, 0.4, 2))
 
 
-def test_wise_ft_has_the_base_as_one_of_the_models(tmp_path: Path, peru) -> None:
+def test_wise_ft_merges_the_base_as_one_of_the_models(tmp_path: Path, peru) -> None:
     case = Merged(tmp_path, peru, *family(1))
     at = tmp_path / "base.safetensors"
     options = ["-m", "linear", "--weight", "t0=0.25", "--weight", "zero=0.75", "--no-sync"]
@@ -186,7 +186,7 @@ def test_dare_against_its_expectation(tmp_path: Path, peru, method: str) -> None
     close(alone[kept], 2 * case.vectors[0][kept])
 
 
-def test_same_bytes_whatever_the_machine_does(tmp_path: Path, peru) -> None:
+def test_same_bytes_for_any_threads_tiles_and_hash_seed(tmp_path: Path, peru) -> None:
     base, fine = family(3, dtype=torch.bfloat16)
     wide = torch.randn(300, 400, generator=torch.Generator().manual_seed(1))
     base["wide"] = wide.bfloat16()

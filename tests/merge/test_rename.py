@@ -72,7 +72,7 @@ def test_rules_that_do_nothing_or_too_much_are_refused(tmp_path: Path, peru) -> 
         assert says in peru.stderr and not (tmp_path / "m").exists(), (rule, peru.stderr)
 
 
-def test_a_pack_of_renamed_models_gives_them_back_under_the_bases_names(tmp_path: Path, peru) -> None:
+def test_a_pack_of_renamed_models_unpacks_under_the_bases_names(tmp_path: Path, peru) -> None:
     b, f, base, fine = family(tmp_path)
     peru("shuffle-pack", f"a={f}", "-b", b, "-o", tmp_path / "p.safetensors", "--no-sync", code=1)
     peru("shuffle-pack", f"a={f}", "-b", b, "-o", tmp_path / "p.safetensors", "--no-sync", *RULES)

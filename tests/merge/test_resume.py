@@ -62,7 +62,7 @@ def journal_of(out: Path) -> Path:
     return out.parent / f".{out.name}.peru-partial" / ".peru-journal"
 
 
-def test_what_was_written_is_not_written_again(models: Path, peru, monkeypatch) -> None:
+def test_finished_output_is_not_written_again(models: Path, peru, monkeypatch) -> None:
     killed(models, 70, models / "out")
     claimed = journal_of(models / "out").read_text().count('"done"')
     assert 10 <= claimed < LAYERS
@@ -109,7 +109,7 @@ def test_only_the_same_command_resumes(models: Path, peru, what: str) -> None:
         assert (out.read_bytes() == again.read_bytes()) if out.is_file() else (files(out) == files(again))
 
 
-def test_an_interrupt_keeps_what_was_done_and_an_error_does_not(models: Path, peru, monkeypatch) -> None:
+def test_an_interrupt_keeps_partial_work_and_an_error_does_not(models: Path, peru, monkeypatch) -> None:
     from peru_cli.checkpoints.local.writer import DirectoryWriter
 
     original = DirectoryWriter.write

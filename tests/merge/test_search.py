@@ -56,7 +56,7 @@ def test_search_over_other_options(family: Path, peru, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "option"), [("task-arithmetic", "scale=0:1:0.25"), ("regmean", "alpha=0:1:0.5")])
-def test_the_first_examples_alone_are_as_a_file_that_ends_there(family: Path, peru, tmp_path: Path, method: str, option: str) -> None:
+def test_the_first_examples_equal_a_file_that_ends_there(family: Path, peru, tmp_path: Path, method: str, option: str) -> None:
     def search(name: str, *more: object) -> tuple[dict, dict[str, torch.Tensor]]:
         out = tmp_path / name
         found = json.loads(peru(*command(family, method, "--search", option, "-o", out, "--json", *more, data=name != "cut")))
@@ -84,7 +84,7 @@ def test_the_command_on_the_card_makes_the_same_merge(family: Path, peru, tmp_pa
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_a_folder_for_statistics_is_made_only_where_some_are_collected(family: Path, peru, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_for_statistics_is_created_only_if_some_are_collected(family: Path, peru, tmp_path: Path, monkeypatch) -> None:
     def never(**options: object) -> None:
         raise AssertionError("a folder is made")
 
@@ -120,12 +120,12 @@ def test_a_folder_for_statistics_is_made_only_where_some_are_collected(family: P
         (["-m", "fisher", "--alpha", "1"], "fisher does not know --alpha"),
     ],
 )
-def test_options_that_cannot_be(family: Path, peru, tmp_path: Path, options: list[str], words: str) -> None:
+def test_invalid_options_are_refused(family: Path, peru, tmp_path: Path, options: list[str], words: str) -> None:
     peru(*command(family, "ties", "-o", tmp_path / "out", *options), code=2)
     assert words in peru.stderr and not (tmp_path / "out").exists()
 
 
-def test_data_that_cannot_be(family: Path, peru, tmp_path: Path) -> None:
+def test_invalid_data_is_refused(family: Path, peru, tmp_path: Path) -> None:
     out = ["-o", tmp_path / "out"]
     peru(*command(family, "regmean", *out, data=False), code=2)
     assert "--data TASK=FILE" in peru.stderr

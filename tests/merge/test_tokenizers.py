@@ -61,7 +61,7 @@ def row(table: str, token: str, own: str, models: dict[str, tuple[Tensors, dict[
     return torch.stack(list(holders.values())).mean(0)
 
 
-def test_ids_that_disagree_stop_merges_and_packs_with_the_list(tmp_path: Path, peru) -> None:
+def test_conflicting_token_ids_stop_merges_and_packs_with_a_list(tmp_path: Path, peru) -> None:
     for name, added in (("base", {}), ("a", {"<a>": 11, "<b>": 12}), ("b", {"<b>": 11, "<a>": 12})):
         model(tmp_path / name, added, 16)
     models = [f"{n}={tmp_path / n}" for n in "ab"]
@@ -71,7 +71,7 @@ def test_ids_that_disagree_stop_merges_and_packs_with_the_list(tmp_path: Path, p
         assert ("--tokenizer" in peru.stderr) == (command == "merge")
 
 
-def test_other_tokens_under_one_id_are_a_disagreement_and_more_tokens_are_none(tmp_path: Path, peru) -> None:
+def test_other_tokens_under_one_id_conflict_and_more_tokens_do_not(tmp_path: Path, peru) -> None:
     for name, added in (("base", {}), ("a", {"<a>": 11}), ("b", {"<b>": 11}), ("c", {"<a>": 11, "<c>": 12})):
         model(tmp_path / name, added, 16)
     merge = ["merge", "-b", tmp_path / "base", "-m", "task-arithmetic", "--no-sync"]
@@ -91,7 +91,7 @@ CASES = [
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_brought_together_by_token(tmp_path: Path, peru, number: int, dtype: torch.dtype) -> None:
+def test_rows_are_matched_by_token(tmp_path: Path, peru, number: int, dtype: torch.dtype) -> None:
     source, multiple, method = CASES[number]
     # A base with two rows without a token; one model with an extra word and other ids, one with more rows.
     given = {

@@ -49,7 +49,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)))
-def test_running_statistics_are_averaged_and_stay_in_their_domain(tmp_path: Path, peru, number: int) -> None:
+def test_running_statistics_are_averaged_and_stay_valid(tmp_path: Path, peru, number: int) -> None:
     method, options, shares = METHODS[number]
     base, a, b = normalised(0.2, 10), normalised(0.05, 20), normalised(0.03, 20)
     models = [folder(tmp_path / name, t) for name, t in (("base", base), ("a", a), ("b", b))]
@@ -113,7 +113,7 @@ def test_configs_that_compute_differently_stop_a_merge_with_both_values(tmp_path
     assert "no model is called 'nobody'" in peru.stderr
 
 
-def test_configs_that_say_the_same_in_other_words_merge(tmp_path: Path, peru) -> None:
+def test_configs_with_equivalent_fields_merge(tmp_path: Path, peru) -> None:
     base = folder(tmp_path / "base", {"w": normal(4, 4)}, **CONFIG)
     same = {"hidden_act": "silu", "attention_dropout": 0.1, "transformers_version": "5", "rope_scaling": None, "id2label": {"0": "x"}}
     newer = {k: v for k, v in CONFIG.items() if k != "rope_theta"} | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -130,7 +130,7 @@ def language_model(head: bool | torch.Tensor) -> Tensors:
 
 @pytest.mark.parametrize("holders", [("a",), ("base",), ("a", "b")])
 @pytest.mark.parametrize("command", ["merge", "shuffle-pack"])
-def test_a_tied_head_that_some_models_store_is_left_out(tmp_path: Path, peru, holders: tuple[str, ...], command: str) -> None:
+def test_a_tied_head_that_only_some_models_store_is_dropped(tmp_path: Path, peru, holders: tuple[str, ...], command: str) -> None:
     tied = {"model_type": "llama", "tie_word_embeddings": True}
     models = {name: language_model(name in holders) for name in ("base", "a", "b")}
     paths = {name: folder(tmp_path / name, t, **tied) for name, t in models.items()}
@@ -146,7 +146,7 @@ def test_a_tied_head_that_some_models_store_is_left_out(tmp_path: Path, peru, ho
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_that_differs_from_its_embedding_is_not_left_out(tmp_path: Path, peru) -> None:
+def test_a_head_that_differs_from_its_embedding_is_kept(tmp_path: Path, peru) -> None:
     tied = {"model_type": "llama", "tie_word_embeddings": True}
     base, a = folder(tmp_path / "base", language_model(normal(20, 8)), **tied), folder(tmp_path / "a", language_model(False), **tied)
     b = folder(tmp_path / "b", language_model(normal(20, 8)), **tied)

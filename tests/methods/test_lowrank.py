@@ -63,7 +63,7 @@ def test_thin_factors_give_the_best_approximation_of_their_product(rows: int, co
         assert float((other[0] @ other[1] - best).norm() / best.norm()) < 1e-12
 
 
-def test_products_are_compared_without_being_made() -> None:
+def test_products_are_compared_without_computing_them() -> None:
     a, b = thin(40, 50, 6), thin(40, 50, 4, seed=1)
     assert thin_inner(a, b) == pytest.approx(float(((a[0] @ a[1]) * (b[0] @ b[1])).sum()))
     whole = thin_inner(a, a)
@@ -147,7 +147,7 @@ def test_the_gram_matrix_gives_the_optimum(name: str) -> None:
         assert math.sqrt(fitted.squared_error) == pytest.approx(float(exact[rank:].square().sum().sqrt()), rel=1e-6)
 
 
-def test_the_error_of_rounded_factors_is_measured_on_what_is_stored() -> None:
+def test_the_error_is_measured_on_the_stored_factors() -> None:
     entries = spectra()["steep"]
     matrix = InMemory(entries)
     fitted = fit(matrix, gram(matrix), 60, lambda t: t.bfloat16().double())
@@ -191,7 +191,7 @@ def test_a_solver_that_fails_on_a_gpu_runs_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_budgets_are_spent_as_well_as_by_trying_everything(seed: int) -> None:
+def test_budgets_are_spent_as_well_as_by_brute_force(seed: int) -> None:
     noise = np.random.default_rng(seed)
     for trial in range(150):
         energies = [np.sort(noise.random(noise.integers(1, 6)) ** 3)[::-1] for _ in range(noise.integers(1, 5))]

@@ -29,7 +29,7 @@ def test_errors_count_by_the_kind_of_tensor(name: str, weight: float) -> None:
     assert weight_of(name.replace("weight", "bias"), False) == VECTOR
 
 
-def test_kept_directions_are_longer_by_a_power_of_what_is_left_out() -> None:
+def test_kept_directions_are_lengthened_for_dropped_ones() -> None:
     noise = np.random.default_rng(5)
     left, right = (np.linalg.qr(noise.standard_normal((n, 6)))[0] for n in (300, 200))
     values = np.array([80.0, 80.0, 80.0, 1.0, 1.0, 1.0])

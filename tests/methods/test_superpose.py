@@ -68,7 +68,7 @@ def test_structure_is_found(make, expected: dict[str, set[int]]) -> None:
     assert found == expected
 
 
-def test_structure_of_vit_as_its_checkpoints_have_it() -> None:
+def test_structure_of_vit_in_its_checkpoints() -> None:
     model = tr.ViTModel(tr.ViTConfig(**TINY, num_hidden_layers=4, image_size=8, patch_size=4))
     ((prefix, depths),) = groups_of(model).items()
     assert depths == {4} and prefix.endswith(("layer.", "layers."))
@@ -129,13 +129,13 @@ def plain_signs(seed: int, task: str, tensor: str, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 6, 12, 80])
-def test_permutations_are_those_of_the_document(depth: int) -> None:
+def test_permutations_match_the_document(depth: int) -> None:
     for seed in (0, 7, 2**63):
         got = sp.permutation(seed, "news", "encoder.layer.", depth)
         assert sorted(got) == list(range(depth)) and got == plain_moves(seed, "news", "encoder.layer.", depth)
 
 
-def test_permutations_are_even() -> None:
+def test_permutations_are_uniform() -> None:
     """Each of the 24 orders occurs about equally often: chi squared with 23 degrees of freedom exceeds 49.7 once in a thousand."""
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(4800):
@@ -145,7 +145,7 @@ def test_permutations_are_even() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 130, 1000])
-def test_signs_are_those_of_the_document(count: int) -> None:
+def test_signs_match_the_document(count: int) -> None:
     got = sp.signs(7, "news", "encoder.layer.0.weight", count)
     assert got.dtype == np.float32 and got.tolist() == plain_signs(7, "news", "encoder.layer.0.weight", count)
     assert abs(sp.signs(7, "a", "w", 10_000).mean()) < 0.04  # four standard deviations
@@ -208,7 +208,7 @@ def test_error_and_cosine_of_independent_vectors(tasks: int) -> None:
     assert np.linalg.norm(coarser - vectors[0]) / np.linalg.norm(vectors.sum(axis=0) - vectors[0]) - 1 > 5e-4
 
 
-def test_the_best_scale_is_that_of_least_squares() -> None:
+def test_the_best_scale_equals_least_squares() -> None:
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(3, 1000)) * [[1.0], [2.0], [0.5]]
     total = vectors.sum(axis=0)

@@ -72,7 +72,7 @@ def test_tasks_are_the_same_to_the_bit(tmp_path: Path, peru: Peru, base_dtype: s
     assert raw(found["ids"]) == raw(base["ids"])
 
 
-def test_the_reader_of_the_document_takes_it_too(tmp_path: Path, peru: Peru) -> None:
+def test_the_documents_reader_accepts_it_too(tmp_path: Path, peru: Peru) -> None:
     made = Packs(tmp_path, peru, *family("ab", "bf16"))
     pack = made.run("ab", "--seed", 7, "--merge-base", tmp_path / "merged")
     reader = PackReader(pack.read_bytes())
@@ -154,7 +154,7 @@ def test_the_base_that_is_named_is_the_new_one(tmp_path: Path, peru: Peru) -> No
     assert "peru.base" not in Pack(made.run("ab", "--merge-base", tmp_path / "merged")).metadata
 
 
-def test_what_cannot_be_says_so_and_leaves_everything(tmp_path: Path, peru: Peru) -> None:
+def test_invalid_requests_are_reported_and_change_nothing(tmp_path: Path, peru: Peru) -> None:
     made = Packs(tmp_path, peru, *family("abc"))
     pack = made.run("ab", "--merge-base", tmp_path / "merged", name="p")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

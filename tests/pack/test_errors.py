@@ -36,7 +36,7 @@ def test_error_follows_the_square_root_of_the_tasks(packs: Callable[..., Packs],
 
 
 @pytest.mark.parametrize("bits", [0, 3])
-def test_what_rounding_alone_misses_is_predicted(packs: Callable[..., Packs], bits: int) -> None:
+def test_the_error_of_rounding_alone_is_predicted(packs: Callable[..., Packs], bits: int) -> None:
     """A single task has no interference: its error is that of rounding to a step, step / sqrt(12)."""
     made = packs("a", size=40)
     pack = made.run("a", "--json", "--precision", bits)
@@ -58,7 +58,7 @@ def test_the_size_grows_by_the_entropy_of_a_wider_sum_only(packs: Callable[..., 
     assert bits[8] - bits[2] == pytest.approx(math.log2(math.sqrt(8 / 2)), abs=0.05)
 
 
-def test_superposition_removes_what_task_vectors_have_in_common(packs: Callable[..., Packs]) -> None:
+def test_superposition_decorrelates_the_shared_part(packs: Callable[..., Packs]) -> None:
     """T = 8, a shared variance of 0.3: plain sums have error sqrt(7 + 7 * 6 * 0.3) = 4.43, superposed ones sqrt(7) = 2.65."""
     names = "abcdefgh"
     made = packs(names, shared=0.3, size=40)

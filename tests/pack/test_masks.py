@@ -64,7 +64,7 @@ def read_masks(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarra
 # -- the pure functions -------------------------------------------------------------------------------
 
 
-def test_equals_and_zeros_are_in_no_mask() -> None:
+def test_ties_and_zeros_are_in_no_mask() -> None:
     own = np.array([0.0, 0.5, 0.5, 0.5000001, 1.0, 0.0])
     rest = np.array([0.0, 1.0, 1.0, 1.0, 0.0, 3.0])
     assert masking.tall_mask(own, rest, 0.5).tolist() == [False, False, False, True, True, False]
@@ -75,7 +75,7 @@ def test_equals_and_zeros_are_in_no_mask() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.3, 0.5, 0.76, 0.99, 1.0])
-def test_masks_come_back_near_their_entropy(share: float) -> None:
+def test_masks_are_coded_near_their_entropy(share: float) -> None:
     """Independent entries; gaps come within 1.5% of the order-0 entropy from 5% to 95%, including a block's head (about 40 bytes)."""
     mask = np.random.default_rng(1).random(1 << 17) < share
     block, data = encode_mask(mask)
@@ -92,7 +92,7 @@ def test_masks_come_back_near_their_entropy(share: float) -> None:
             decode_mask(data, block, int(np.flatnonzero(mask)[-1]), 1)
 
 
-def test_the_best_scale_is_that_of_least_squares() -> None:
+def test_the_best_scale_equals_least_squares() -> None:
     rng = np.random.default_rng(1)
     vectors = dict(zip("abc", rng.normal(size=(3, 1000)) * [[1.0], [2.0], [0.5]], strict=True))
     masks, total = plain_tall(vectors, dict.fromkeys("abc", 0.4)), sum(vectors.values())
@@ -116,7 +116,7 @@ def test_the_default_precision_does_not_show_in_three_digits(tasks: int) -> None
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_tall_masks_sums_and_tasks_are_those_of_plain_formulas(packs: Callable[..., Packs], dtype: str) -> None:
+def test_tall_masks_sums_and_tasks_match_plain_formulas(packs: Callable[..., Packs], dtype: str) -> None:
     made = packs("abc", dtype, 0.3, size=30)
     options = ["--threshold", "0.4", "--threshold", "b=0.25", "--scale", "0.7", "--tile-entries", 16384]
     path = made.run("cab", "--method", "tall-masks", *options)
@@ -167,7 +167,7 @@ def test_magnitude_masks_keep_exactly_the_largest(packs: Callable[..., Packs], d
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.3])
-def test_the_grids_choice_is_that_of_brute_force(packs: Callable[..., Packs], scale: float) -> None:
+def test_the_grids_choice_matches_brute_force(packs: Callable[..., Packs], scale: float) -> None:
     made = packs("abcd", shared=0.3, size=10)
     b = made.fine["b"]
     save(b | {n: t + (b[n] - t) * 3 for n, t in made.base.items() if t.is_floating_point()}, made.at["b"])
@@ -188,7 +188,7 @@ def test_the_grids_choice_is_that_of_brute_force(packs: Callable[..., Packs], sc
     assert (chosen == {0.6}) is (scale == 1.0)  # at scale 1, of thresholds up to 1 the largest has the least error
 
 
-def test_measured_error_scale_and_bytes_are_those_of_what_unpack_gives(packs: Callable[..., Packs]) -> None:
+def test_measured_error_scale_and_bytes_match_the_unpacked_tasks(packs: Callable[..., Packs]) -> None:
     made = packs("abc", size=20)
     path = made.run("abc", "--json", "--scale", "0.5", "--method", "tall-masks")
     report = json.loads(made.text)
@@ -220,7 +220,7 @@ def test_measured_error_scale_and_bytes_are_those_of_what_unpack_gives(packs: Ca
     assert "tall-masks, scale 0.5, precision 5" in table and "0.6" in table
 
 
-def test_one_task_alone_comes_back_to_half_a_step(packs: Callable[..., Packs]) -> None:
+def test_a_single_task_is_retrieved_to_half_a_step(packs: Callable[..., Packs]) -> None:
     made = packs("a")
     path = made.run("a", "--method", "tall-masks")
     back, (_, _, steps) = made.unpack(path, "a"), read_masks(path)

@@ -51,7 +51,7 @@ def plain_residual(fine: Table, back: Table, names: list[str], share: float, rou
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("residual", "share"), [("1%", 0.01), ("0.3", 0.3)])
-def test_the_largest_of_what_is_lost_comes_back(tmp_path: Path, peru: Peru, dtype: str, residual: str, share: float) -> None:
+def test_the_largest_losses_are_corrected(tmp_path: Path, peru: Peru, dtype: str, residual: str, share: float) -> None:
     made = Packs(tmp_path, peru, *family("abc", dtype, size=3))
     options = ("--seed", 7, "--scale", "0.6", "--tile-entries", 16384)
     plain = made.run("abc", *options, name="plain")
@@ -81,7 +81,7 @@ def test_the_largest_of_what_is_lost_comes_back(tmp_path: Path, peru: Peru, dtyp
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_all_of_it_gives_the_fine_tunes_bits(tmp_path: Path, peru: Peru, dtype: str) -> None:
+def test_a_full_residual_restores_the_fine_tunes_bits(tmp_path: Path, peru: Peru, dtype: str) -> None:
     made = Packs(tmp_path, peru, *family("ab", dtype))
     pack = made.run("ab", "--residual", "100%", "--json")
     assert [task["residual_error"] for task in json.loads(made.text)["packed"]] == [0.0, 0.0]
@@ -90,7 +90,7 @@ def test_all_of_it_gives_the_fine_tunes_bits(tmp_path: Path, peru: Peru, dtype: 
         assert {n: raw(t) for n, t in back.items()} == {n: raw(t) for n, t in made.fine[task].items()}
 
 
-def test_equals_at_the_threshold_are_taken_in_order(tmp_path: Path, peru: Peru) -> None:
+def test_ties_at_the_threshold_are_kept_in_order(tmp_path: Path, peru: Peru) -> None:
     """One task, steps of 2^-4 below an RMS of 1: all differences are one of a few values."""
     base = {f"layers.{i}.w": torch.zeros(50, 40) for i in range(3)}
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def test_equals_at_the_threshold_are_taken_in_order(tmp_path: Path, peru: Peru) 
     assert {n: raw(t) for n, t in made.unpack(pack, "a").items()} == {n: raw(t) for n, t in wanted.items()}
 
 
-def test_with_a_base_of_its_own(tmp_path: Path, peru: Peru) -> None:
+def test_a_model_with_its_own_base(tmp_path: Path, peru: Peru) -> None:
     made = Packs(tmp_path, peru, *family("ab", "bf16", size=2))
     options = ("--seed", 7, "--residual", "5%")
     plain = made.run("ab", *options, name="plain")
@@ -126,7 +126,7 @@ def test_with_a_base_of_its_own(tmp_path: Path, peru: Peru) -> None:
         assert {n: raw(t) for n, t in state.items()} == before
 
 
-def test_live_models_and_eval_have_it_too(tmp_path: Path, peru: Peru) -> None:
+def test_live_models_and_eval_use_the_residual_too(tmp_path: Path, peru: Peru) -> None:
     config = tr.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, num_labels=3)
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
@@ -182,7 +182,7 @@ def test_a_changed_pack_has_no_residuals(tmp_path: Path, peru: Peru) -> None:
         (("--residual", "x"), "is not a density"),
     ],
 )
-def test_shares_that_make_no_sense(tmp_path: Path, peru: Peru, options: tuple[str, ...], says: str) -> None:
+def test_invalid_shares_are_refused(tmp_path: Path, peru: Peru, options: tuple[str, ...], says: str) -> None:
     made = Packs(tmp_path, peru, *family("ab"))
     out = made.run("ab", *options, code=2)
     assert says in made.peru.stderr and not out.exists()  # type: ignore[attr-defined]

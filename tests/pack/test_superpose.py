@@ -103,7 +103,7 @@ def plain_pack(
 @pytest.mark.parametrize("decorrelate", ["shuffle", "shift", "none"])
 @pytest.mark.parametrize("signs", ["--signs", "--no-signs"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_sums_and_tasks_are_those_of_a_plain_program(packs: Callable[..., Packs], decorrelate: str, signs: str, dtype: str) -> None:
+def test_sums_and_tasks_match_a_plain_program(packs: Callable[..., Packs], decorrelate: str, signs: str, dtype: str) -> None:
     made = packs("abc", dtype)
     path = made.run("cab", "--seed", 7, "--decorrelate", decorrelate, signs, "--scale", "0.7", "--tile-entries", 16384)
     with Pack(path) as pack:
@@ -133,7 +133,7 @@ def test_sums_and_tasks_are_those_of_a_plain_program(packs: Callable[..., Packs]
             assert raw(back[name]) == raw(made.fine[task][name])
 
 
-def test_one_task_alone_comes_back_to_half_a_step(packs: Callable[..., Packs]) -> None:
+def test_a_single_task_is_retrieved_to_half_a_step(packs: Callable[..., Packs]) -> None:
     made = packs("a")
     path = made.run("a", "--seed", 3)
     back = made.unpack(path, "a")
@@ -208,7 +208,7 @@ def test_neither_order_threads_tiles_nor_hash_seed_change_a_byte(packs: Callable
 
 
 @pytest.mark.parametrize("decorrelate", ["shuffle", "shift"])
-def test_adding_then_removing_gives_the_earlier_bytes(packs: Callable[..., Packs], decorrelate: str) -> None:
+def test_adding_then_removing_restores_the_earlier_bytes(packs: Callable[..., Packs], decorrelate: str) -> None:
     made = packs("abcd")
     first = made.run("ac", "--seed", 1, "--decorrelate", decorrelate, name="first")
     second = made.run("d", "--add-to", first, name="second")
@@ -239,7 +239,7 @@ def test_shifts_are_the_smallest_free_ones(packs: Callable[..., Packs]) -> None:
     assert {task.name: task.shift for task in Pack(third).index.tasks} == {"a": 0, "c": 2, "d": 1}
 
 
-def test_measured_error_is_that_of_what_unpack_gives(packs: Callable[..., Packs]) -> None:
+def test_measured_error_is_that_of_the_unpacked_model(packs: Callable[..., Packs]) -> None:
     made = packs("abc", size=5)
     path = made.run("abc", "--json", "--scale", "0.5")
     for task in json.loads(made.text)["packed"]:

@@ -18,7 +18,7 @@ METHODS = {"superpose": ["--seed", "3"], "masks": ["--method", "tall-masks"]}
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_task_is_pruned_and_merged_as_its_unpacked_file(tmp_path: Path, peru: Peru, method: str, dtype: str) -> None:
+def test_a_task_is_pruned_and_merged_like_its_unpacked_file(tmp_path: Path, peru: Peru, method: str, dtype: str) -> None:
     base, fine = family("ab", dtype, size=50)
     at = {task: save(table, tmp_path / f"{task}.safetensors") for task, table in {"base": base, **fine}.items()}
     pack, under = tmp_path / "pack.safetensors", ["-b", at["base"], "--no-sync"]

@@ -24,7 +24,7 @@ Peru = Callable[..., str]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_sums_of_whole_weights_are_those_of_a_plain_program(tmp_path: Path, peru: Peru, dtype: str) -> None:
+def test_sums_of_whole_weights_match_a_plain_program(tmp_path: Path, peru: Peru, dtype: str) -> None:
     made = Packs(tmp_path, peru, *family("ab", dtype))
     pack = made.run("ab", "--seed", 7, "--whole-weights", "--scale", "0.5", "--tile-entries", 16384)
     assert "a baseline, not for use" in made.peru.stderr  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ def test_one_task_alone_and_changes(tmp_path: Path, peru: Peru) -> None:
 
 
 @pytest.mark.parametrize("tasks", ["a", "abc"])
-def test_scale_auto_is_that_of_least_squares(tmp_path: Path, peru: Peru, tasks: str) -> None:
+def test_scale_auto_equals_least_squares(tmp_path: Path, peru: Peru, tasks: str) -> None:
     made = Packs(tmp_path, peru, *family(tasks, shared=0.2, size=40))
     pack = made.run(tasks, "--seed", 1, "--scale", "auto", "--json")
     report = json.loads(made.text)
@@ -91,7 +91,7 @@ def test_scale_auto_is_that_of_least_squares(tmp_path: Path, peru: Peru, tasks: 
     assert [t.exponent for t in Pack(one).index.tensors] == [t.exponent for t in Pack(pack).index.tensors]
 
 
-def test_scales_that_are_none(tmp_path: Path, peru: Peru) -> None:
+def test_invalid_scales_are_refused(tmp_path: Path, peru: Peru) -> None:
     made = Packs(tmp_path, peru, *family("ab"))
     for text in ("0", "nan", "inf", "often"):
         made.run("ab", "--scale", text, code=2)

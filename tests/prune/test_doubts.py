@@ -61,7 +61,7 @@ def test_one_changed_entry_is_not_nothing(tmp_path: Path, peru) -> None:
     assert "warning" not in said(tmp_path, peru, weights(0), fine)
 
 
-def test_swapped_models_are_doubted_when_a_head_shows_it(tmp_path: Path, peru) -> None:
+def test_swapped_models_cause_a_warning_if_a_head_shows_it(tmp_path: Path, peru) -> None:
     base = weights(0)
     found = said(tmp_path, peru, near(base) | {"classifier.weight": torch.zeros(3, 96).bfloat16()}, base)
     assert "the base has tensors that the fine-tune lacks (classifier.weight): are the two swapped?" in found

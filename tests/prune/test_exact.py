@@ -74,7 +74,7 @@ def test_base_of_another_dtype_is_cast_first(tmp_path: Path, peru, pair: tuple[s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lossless_gives_every_bit_back(tmp_path: Path, peru, dtype: str) -> None:
+def test_lossless_restores_every_bit(tmp_path: Path, peru, dtype: str) -> None:
     base, fine = random_pair(dtype)
     odd = torch.tensor([float("nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-45, 1.0, -1.0]).to(FLOATS[dtype])
     base["odd"], fine["odd"] = odd.clone(), odd.flip(0).contiguous()
@@ -95,7 +95,7 @@ def test_lossless_gives_every_bit_back(tmp_path: Path, peru, dtype: str) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_finite_entries_rank_first_and_come_back_exactly(tmp_path: Path, peru, dtype: str) -> None:
+def test_entries_that_are_not_finite_rank_first_and_are_exact(tmp_path: Path, peru, dtype: str) -> None:
     base, fine = random_pair(dtype)
     flat, base_flat = fine["embed.weight"].view(-1), base["embed.weight"].view(-1)
     flat[5], flat[9], base_flat[12], flat[100] = float("nan"), float("inf"), float("-inf"), torch.finfo(FLOATS[dtype]).max

@@ -54,7 +54,7 @@ def relative_error(back: dict[str, torch.Tensor], fine: dict[str, torch.Tensor],
     ],
     ids=" ".join,
 )
-def test_the_relative_error_is_that_of_what_comes_back(peru: Peru, pair: tuple[Path, Path], tmp_path: Path, options: list[str]) -> None:
+def test_the_relative_error_is_that_of_the_unpacked_model(peru: Peru, pair: tuple[Path, Path], tmp_path: Path, options: list[str]) -> None:
     base, fine = pair
     at = ["--base", base, "--no-sync"]
     said = [
@@ -109,7 +109,7 @@ def test_a_missed_gate_writes_nothing_and_exits_with_3(peru: Peru, tmp_path: Pat
 
 
 @pytest.mark.parametrize("much", [["--keep", "10%"], ["--max-bytes", "5kB"]], ids=["sparse", "mixed"])
-def test_gates_that_are_passed_are_said(peru: Peru, tmp_path: Path, much: list[str]) -> None:
+def test_passed_gates_are_reported(peru: Peru, tmp_path: Path, much: list[str]) -> None:
     peru(*two_tasks(tmp_path), *much, "--fail-above", "error=99%", "--fail-above", "bytes=1MB")
     assert "passed --fail-above error=99%: relative error 0." in peru.stderr and "passed --fail-above bytes=1MB: " in peru.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.safetensors", "b.safetensors"]
@@ -127,6 +127,6 @@ def test_an_old_artifact_survives_a_missed_gate(peru: Peru, tmp_path: Path) -> N
     ("gate", "says"),
     [("kl=1", "neither error nor bytes"), ("error=much", "not a number"), ("bytes=3XB", "not a size"), ("error", "not a number")],
 )
-def test_gates_that_mean_nothing_are_refused(peru: Peru, tmp_path: Path, gate: str, says: str) -> None:
+def test_meaningless_gates_are_refused(peru: Peru, tmp_path: Path, gate: str, says: str) -> None:
     peru(*two_tasks(tmp_path), "--keep", "10%", "--fail-above", gate, code=2)
     assert says in peru.stderr

@@ -48,7 +48,7 @@ def test_an_artifact_of_another_base_or_damaged_is_refused(made: Path, peru) -> 
     assert "altered" in peru.stderr and not (made / "x.safetensors").exists()
 
 
-def test_an_adapter_is_not_taken_against_a_merge(made: Path, peru) -> None:
+def test_an_adapter_is_refused_on_a_merge(made: Path, peru) -> None:
     models = [f"a={made / 'lora'}", f"b={made / 'full.safetensors'}", "-b", made / "base.safetensors"]
     peru("merge", *models, "-o", made / "merged", "-m", "ties", "--compress", "10%", "--no-sync")
     peru("prune", made / "lora", "-b", made / "merged" / "merged", "-o", made / "x.safetensors", "--keep", "7%", code=2)

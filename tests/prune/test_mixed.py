@@ -40,7 +40,7 @@ def squared_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], names:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_what_comes_back_has_the_error_that_was_printed(peru: Peru, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_unpacked_model_has_the_printed_error(peru: Peru, tmp_path: Path, dtype: torch.dtype) -> None:
     base, fine = make_pair(tmp_path, dtype)
     out = tmp_path / "a.safetensors"
     (said,) = json.loads(peru("prune", fine, "--base", base, "-o", out, "--max-bytes", "16kB", "--json"))
@@ -77,7 +77,7 @@ def test_more_bytes_bring_less_error_and_beat_sparse_deltas_of_the_same_size(per
 
 
 @pytest.mark.parametrize("size", [9_300, 11_000, 12_345, 16_000, 27_000])
-def test_small_models_use_the_limit_up(peru: Peru, tmp_path: Path, size: int) -> None:
+def test_small_models_use_up_the_limit(peru: Peru, tmp_path: Path, size: int) -> None:
     base, fine = make_pair(tmp_path)
     (said,) = json.loads(peru("prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--max-bytes", size, "--json"))
     assert 0.99 * size < said["file_bytes"] <= size
@@ -121,7 +121,7 @@ def test_threads_and_tiles_change_no_byte(peru: Peru, tmp_path: Path) -> None:
         assert (tmp_path / name.format("one")).read_bytes() == (tmp_path / name.format("four")).read_bytes()
 
 
-def test_what_cannot_be_is_said(peru: Peru, tmp_path: Path) -> None:
+def test_invalid_requests_are_reported(peru: Peru, tmp_path: Path) -> None:
     base, fine = make_pair(tmp_path)
     command = ["prune", fine, "--base", base, "-o", tmp_path / "a.safetensors"]
     for options, words in {
@@ -138,7 +138,7 @@ def test_what_cannot_be_is_said(peru: Peru, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*peru*")) and not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_limit_above_all_that_is_needed_is_not_used_up(peru: Peru, tmp_path: Path) -> None:
+def test_a_limit_above_the_need_is_not_used_up(peru: Peru, tmp_path: Path) -> None:
     base, fine = make_pair(tmp_path)
     (said,) = json.loads(peru("prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--max-bytes", "50MB", "--json"))
     assert "more would not help" in peru.stderr  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ def test_another_base_is_refused(peru: Peru, tmp_path: Path) -> None:
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_a_vocabulary_that_grew_comes_back(peru: Peru, tmp_path: Path) -> None:
+def test_a_grown_vocabulary_is_restored(peru: Peru, tmp_path: Path) -> None:
     base, fine = tmp_path / "base.safetensors", tmp_path / "fine.safetensors"
     generator = torch.Generator().manual_seed(1)
     old = torch.randn(5000, 16, generator=generator)
@@ -197,7 +197,7 @@ def test_every_command_reads_the_kind(peru: Peru, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_inspect_foresees_size_and_error_and_draws_them(peru: Peru, tmp_path: Path) -> None:
+def test_inspect_predicts_size_and_error_and_draws_them(peru: Peru, tmp_path: Path) -> None:
     base, fine = make_pair(tmp_path)
     plot = tmp_path / "frontier.png"
     said = json.loads(peru("inspect", fine, "--base", base, "--plot", plot, "--json"))

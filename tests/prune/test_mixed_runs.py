@@ -28,7 +28,9 @@ Peru = Callable[..., str]
         ("base", "layer.1.weight", torch.inf),
     ],
 )
-def test_what_is_not_finite_is_named_and_can_be_kept_whole(peru: Peru, tmp_path: Path, where: str, name: str, value: float) -> None:
+def test_tensors_that_are_not_finite_are_named_and_can_be_stored_whole(
+    peru: Peru, tmp_path: Path, where: str, name: str, value: float
+) -> None:
     base, fine = make_pair(tmp_path)
     path = fine if where == "fine" else base
     tensors = load_file(path)
@@ -67,7 +69,7 @@ def test_a_killed_run_leaves_no_artifact_and_starts_again(peru: Peru, tmp_path: 
     assert killed >= 3
 
 
-def test_eval_measures_what_unpack_gives(peru: Peru, tmp_path: Path) -> None:
+def test_eval_measures_the_unpacked_model(peru: Peru, tmp_path: Path) -> None:
     base, fine = models.pair(models.bert, tmp_path)
     out, at = tmp_path / "a.safetensors", ["--base", base]
     (made,) = json.loads(peru("prune", fine, *at, "-o", out, "--min-quality", "80%", "--json", "--no-sync"))
@@ -85,7 +87,7 @@ def test_eval_measures_what_unpack_gives(peru: Peru, tmp_path: Path) -> None:
     peru("eval", out, *at, "--against", fine, "--fail-above", f"error={error * 0.9}", code=3)
 
 
-def test_a_limit_that_pays_for_no_change_is_said(peru: Peru, tmp_path: Path) -> None:
+def test_a_limit_too_small_for_any_change_is_reported(peru: Peru, tmp_path: Path) -> None:
     base, fine = make_pair(tmp_path)
     command = ["prune", fine, "--base", base, "-o", tmp_path / "a.safetensors", "--max-bytes"]
     peru(*command, "1kB", code=2)

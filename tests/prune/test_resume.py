@@ -165,7 +165,7 @@ def test_only_the_same_command_resumes(models: Path, peru, monkeypatch, what: st
     assert not partial.exists() and not notes.exists()
 
 
-def test_after_a_crash_of_the_machine_only_what_was_synced_counts(models: Path, peru, monkeypatch) -> None:
+def test_after_a_machine_crash_only_synced_data_counts(models: Path, peru, monkeypatch) -> None:
     monkeypatch.setattr(journal, "_SYNC_SECONDS", 0.0)
     command = [a for a in arguments(models, models / "out.safetensors", "--keep", "15%") if a != "--no-sync"]
     assert run_and_kill(5, command, "slots before") == -signal.SIGKILL
@@ -234,7 +234,7 @@ def places(path: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("requests", [60, 90, 120, 150, 185])
-def test_a_killed_stream_asks_for_nothing_finished(hub: HubServer, models: Path, requests: int) -> None:
+def test_a_killed_stream_requests_nothing_finished(hub: HubServer, models: Path, requests: int) -> None:
     """Killed after this many ranges: what a pass has finished is not requested again in that pass."""
     seen = [0]
 
@@ -287,7 +287,7 @@ def local(models: Path) -> bytes:
     return target.read_bytes()
 
 
-def test_a_moved_branch_starts_afresh(hub: HubServer, models: Path) -> None:
+def test_a_moved_branch_starts_over(hub: HubServer, models: Path) -> None:
     """The journal belongs to one commit."""
     slow = [0]
 
@@ -315,7 +315,7 @@ def test_a_moved_branch_starts_afresh(hub: HubServer, models: Path) -> None:
     assert (models / "hub.safetensors").read_bytes() == local(models)
 
 
-def test_a_connection_that_stays_away_keeps_what_was_done(hub: HubServer, models: Path) -> None:
+def test_a_lost_connection_keeps_the_finished_work(hub: HubServer, models: Path) -> None:
     """The error says so, and the journal stays; through the cache, whole files that are there are not requested again."""
     seen = [0]
 

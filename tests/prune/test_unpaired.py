@@ -17,7 +17,7 @@ def layers(prefix: str, count: int, size: int = 40) -> Tensors:
     return {f"{prefix}.{i}.weight": torch.randn(size, size) for i in range(count)}
 
 
-def test_a_half_that_was_renamed_is_refused_unless_allowed(tmp_path: Path, peru) -> None:
+def test_a_half_renamed_model_is_refused_unless_allowed(tmp_path: Path, peru) -> None:
     base = layers("visual", 6) | layers("model.layers", 4)
     fine = {n: t + 0.1 for n, t in base.items() if n.startswith("visual")} | layers("model.language_model.layers", 4)
     b, f = save(base, tmp_path / "base.safetensors"), save(fine, tmp_path / "fine.safetensors")
@@ -38,7 +38,7 @@ def test_a_half_that_was_renamed_is_refused_unless_allowed(tmp_path: Path, peru)
 
 @pytest.mark.parametrize(("size", "code", "said"), [(30, 1, True), (20, 0, True), (5, 0, False)])
 @pytest.mark.parametrize("side", ["fine", "base"])
-def test_a_tenth_is_refused_and_a_hundredth_is_said(tmp_path: Path, peru, size: int, code: int, said: bool, side: str) -> None:
+def test_a_tenth_is_refused_and_a_hundredth_is_reported(tmp_path: Path, peru, size: int, code: int, said: bool, side: str) -> None:
     models = {name: layers("layers", 4) for name in ("fine", "base")}
     models[side]["extra.weight"] = torch.randn(size, size)
     paths = {name: save(t, tmp_path / f"{name}.safetensors") for name, t in models.items()}
@@ -49,7 +49,7 @@ def test_a_tenth_is_refused_and_a_hundredth_is_said(tmp_path: Path, peru, size: 
         assert_same_tensors(tmp_path / "r.safetensors", models["fine"])
 
 
-def test_heads_and_what_is_named_are_not_meant(tmp_path: Path, peru) -> None:
+def test_heads_and_named_tensors_are_exempt(tmp_path: Path, peru) -> None:
     base = layers("layers", 4) | {"lm_head.weight": torch.randn(90, 40), "cls.predictions.bias": torch.randn(900)}
     fine = layers("layers", 4) | {"classifier.out_proj.weight": torch.randn(50, 40), "adapter.own.weight": torch.randn(60, 40)}
     b, f = save(base, tmp_path / "base.safetensors"), save(fine, tmp_path / "fine.safetensors")

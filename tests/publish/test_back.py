@@ -12,7 +12,7 @@ from tests.support.push_user import User, hub, user
 __all__ = ["hub", "user"]
 
 
-def test_what_was_pushed_comes_back_by_name(user: User) -> None:
+def test_published_outputs_are_read_by_name(user: User) -> None:
     """Several artifacts in a repo. Each unpacks without --base, with the base downloaded at the commit that it names."""
     at = user.folder
     first = user.hub.make("org/base", {"model.safetensors": (at / "base.safetensors").read_bytes(), "config.json": b"{}"}).refs["main"]
@@ -83,7 +83,7 @@ def test_without_a_named_base(user: User) -> None:
     assert_same_tensors(at / "y" / "model.safetensors", load_file(at / "b.safetensors"))
 
 
-def test_an_adapter_comes_back_with_the_base_that_it_names(user: User) -> None:
+def test_an_adapter_is_unpacked_on_the_base_that_it_names(user: User) -> None:
     at = user.folder
     commit = user.hub.make("org/base", {"model.safetensors": (at / "base.safetensors").read_bytes()}).refs["main"]
     user.peru("svd-lora", at / "a.safetensors", "-b", f"org/base@{commit}", "-o", at / "lora", "--rank", 2, "--push", "me/lora")

@@ -70,7 +70,7 @@ def test_several_tasks_share_a_repo_and_a_card(user: User) -> None:
     assert "peru unpack team/deltas --task sst2 --base BASE -o sst2/" in card and "lossless" in card
 
 
-def test_a_merge_goes_out_with_its_heads_and_the_card_that_lies_beside_it(user: User) -> None:
+def test_a_merge_is_published_with_its_heads_and_its_card(user: User) -> None:
     at = user.folder
     models = (f"x={at / 'a.safetensors'}", f"y={at / 'b.safetensors'}", "-b", at / "base.safetensors")
     user.peru(
@@ -121,7 +121,7 @@ def test_a_repo_with_content_is_left_alone_unless_forced(user: User) -> None:
     assert repo.parents[repo.refs["main"]] == before and repo.files(before)["notes.txt"] == b"mine"
 
 
-def test_what_is_there_already_is_not_published_twice(user: User) -> None:
+def test_existing_content_is_not_published_twice(user: User) -> None:
     user.prune("--push", "me/deltas")
     repo = user.hub.repos["me/deltas"]
     commits = dict(repo.commits)
@@ -134,7 +134,7 @@ def test_what_is_there_already_is_not_published_twice(user: User) -> None:
     assert "holds 2 files already" in user.peru("push", user.folder / "x.safetensors", "me/deltas", code=2).stderr
 
 
-def test_a_new_branch_holds_the_output_alone(user: User) -> None:
+def test_a_new_branch_holds_only_the_output(user: User) -> None:
     repo = user.hub.make("me/deltas", {"model.safetensors": b"version 1"})
     main = repo.refs["main"]
     user.prune("--push", "me/deltas", "--revision", "v2")
@@ -166,7 +166,7 @@ def test_a_dry_run_asks_and_writes_nothing(user: User) -> None:
     assert user.hub.log and not user.hub.asked("POST") and not user.hub.asked("PUT")
 
 
-def test_names_that_are_no_yaml_and_no_markdown(user: User) -> None:
+def test_names_cannot_inject_yaml_or_markdown(user: User) -> None:
     at = user.folder
     user.peru("prune", at / "a.safetensors", "-b", at / "base.safetensors", "-o", at / "x.safetensors", "--keep", "5%", "--no-sync",
               "--base-id", "---\u2028: [x](y) `|", "--push", "me/odd", code=2)  # fmt: skip
@@ -191,7 +191,7 @@ def test_names_that_are_no_yaml_and_no_markdown(user: User) -> None:
     ],
     ids=["none", "read", "wrong", "other", "offline", "down"],
 )
-def test_what_cannot_be_published_is_said_before_any_work(user: User, more: tuple, env: dict, code: int, said: str) -> None:
+def test_outputs_that_cannot_be_published_are_refused_before_any_work(user: User, more: tuple, env: dict, code: int, said: str) -> None:
     failed = user.prune(*more, code=code, **env)
     assert said in failed.stderr and "Traceback" not in failed.stderr
     assert not (user.folder / "x.safetensors").exists() and not user.hub.asked("POST")
@@ -207,7 +207,7 @@ def test_what_cannot_be_published_is_said_before_any_work(user: User, more: tupl
         (("--revision", "x"), "add --push org/name"),
     ],
 )
-def test_what_makes_no_sense_is_said_without_asking_the_hub(user: User, more: tuple, said: str) -> None:
+def test_invalid_options_are_reported_without_asking_the_hub(user: User, more: tuple, said: str) -> None:
     user.here(*user.pruning(*more), code=2)
     assert said in user.here.stderr and not user.hub.log  # type: ignore[attr-defined]
 
@@ -223,7 +223,7 @@ def test_what_makes_no_sense_is_said_without_asking_the_hub(user: User, more: tu
         ("POST", "/commit/", 429, "too many requests"),
     ],
 )
-def test_a_push_that_fails_leaves_the_output_here_and_nothing_there(user: User, method: str, part: str, status: int, said: str) -> None:
+def test_a_failed_push_keeps_the_output_and_publishes_nothing(user: User, method: str, part: str, status: int, said: str) -> None:
     user.hub.before = lambda verb, path: status if verb == method and part in path else None
     failed = user.prune("--push", "me/deltas", code=1)
     assert said in failed.stderr and "x.safetensors is complete, but not published" in failed.stderr, failed.stderr
@@ -231,7 +231,7 @@ def test_a_push_that_fails_leaves_the_output_here_and_nothing_there(user: User, 
     assert "me/deltas" not in user.hub.repos or not user.hub.repos["me/deltas"].files()
 
 
-def test_an_upload_that_breaks_off_is_taken_up_again(user: User) -> None:
+def test_an_interrupted_upload_is_retried(user: User) -> None:
     user.hub.before = lambda verb, path: CUT if verb == "PUT" and len(user.hub.asked("PUT")) == 1 else None
     user.prune("--push", "me/deltas")
     assert len(user.hub.asked("PUT")) == 2 and sorted(user.hub.repos["me/deltas"].files()) == ["README.md", "x.safetensors"]
@@ -285,7 +285,7 @@ class Killed:
         (signal.SIGTERM, "POST", "/commit/"),
     ],
 )
-def test_a_push_that_is_killed_publishes_nothing_and_can_be_typed_again(user: User, number: int, method: str, part: str) -> None:
+def test_a_killed_push_publishes_nothing_and_can_be_repeated(user: User, number: int, method: str, part: str) -> None:
     user.here(*user.pruning())
     killed = Killed(user, number, method, part)
     assert killed.code == (130 if number == signal.SIGTERM else -number)

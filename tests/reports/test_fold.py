@@ -21,7 +21,7 @@ from tests.conftest import random_pair, save
         (["conv1.weight"], "conv1.weight"),
     ],
 )
-def test_a_folded_name_says_which_numbers_it_stands_for(names: list[str], says: str) -> None:
+def test_a_folded_name_shows_its_numbers(names: list[str], says: str) -> None:
     assert folded_name(names) == says
 
 

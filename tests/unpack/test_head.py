@@ -74,7 +74,7 @@ def test_tensors_that_the_base_has_too_come_from_the_head(family: Path, peru) ->
     assert raw(got["bert.pooler.dense.weight"]) == raw(own["bert.pooler.dense.weight"])
 
 
-def test_tasks_are_named_and_asked_for(family: Path, peru) -> None:
+def test_a_task_must_be_named_if_there_are_several(family: Path, peru) -> None:
     merged = merge(family, peru, "-m", "ties")
     for options in ([], ["--task", "c"], ["--task", "../a"]):
         peru("unpack", merged, *options, "-b", family / "base", "-o", family / "x", code=2)

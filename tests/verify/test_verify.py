@@ -37,7 +37,7 @@ def outputs(tmp_path: Path, peru) -> Path:
     return out
 
 
-def test_what_peru_wrote_is_sound_and_every_change_is_told(outputs: Path, peru) -> None:
+def test_outputs_of_peru_are_sound_and_every_change_is_detected(outputs: Path, peru) -> None:
     found = json.loads(peru("verify", outputs, "--json"))
     assert {f["verdict"] for f in found} == {"sound"}
     told = {str(Path(f["file"]).relative_to(outputs)) for f in found}
@@ -59,7 +59,7 @@ def test_what_peru_wrote_is_sound_and_every_change_is_told(outputs: Path, peru) 
         path.write_bytes(sound)
 
 
-def test_an_artifact_that_no_longer_says_what_it_is_was_changed(outputs: Path, peru) -> None:
+def test_an_artifact_with_a_damaged_kind_counts_as_changed(outputs: Path, peru) -> None:
     """Damage to the very key that makes it an artifact must not turn it into somebody else's file."""
     for name in ("sparse", "pack", "masks"):
         path = outputs / f"{name}.safetensors"
@@ -67,7 +67,7 @@ def test_an_artifact_that_no_longer_says_what_it_is_was_changed(outputs: Path, p
         assert "was altered" in peru("verify", path, code=1)
 
 
-def test_what_cannot_be_checked_is_said(outputs: Path, peru) -> None:
+def test_files_that_cannot_be_checked_are_reported(outputs: Path, peru) -> None:
     """Files of others, and unpack's output."""
     base = outputs.parent / "base.safetensors"
     peru("unpack", outputs / "sparse.safetensors", "-b", base, "-o", outputs.parent / "r", "--no-sync")

@@ -70,7 +70,7 @@ def test_storage_whose_certificate_is_not_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spared", [False, True])
-def test_a_proxy_is_gone_through_except_for_hosts_that_it_is_not_for(hub: HubServer, tmp_path: Path, spared: bool) -> None:
+def test_a_proxy_is_used_except_for_excluded_hosts(hub: HubServer, tmp_path: Path, spared: bool) -> None:
     pair = both(hub, tmp_path)
     with HubServer() as proxy:
         proxy.repos, proxy.cdn = hub.repos, hub.cdn
@@ -88,7 +88,7 @@ def test_a_proxy_is_gone_through_except_for_hosts_that_it_is_not_for(hub: HubSer
     assert any(r.origin == "cdn" for r in hub.requests) is spared
 
 
-def test_a_server_that_leaves_without_saying_so_is_asked_again_at_once(hub: HubServer, tmp_path: Path) -> None:
+def test_a_server_that_closes_silently_is_asked_again_at_once(hub: HubServer, tmp_path: Path) -> None:
     """Whole bodies, then the connection is closed: no range is requested twice, and no time is lost waiting."""
     pair = both(hub, tmp_path)
 
@@ -107,7 +107,7 @@ def test_a_server_that_leaves_without_saying_so_is_asked_again_at_once(hub: HubS
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_a_body_in_chunks_whose_length_nobody_says(hub: HubServer, tmp_path: Path, extra: int) -> None:
+def test_a_chunked_body_without_a_length(hub: HubServer, tmp_path: Path, extra: int) -> None:
     """The bytes of the range, or one more, which is an error."""
     pair = both(hub, tmp_path)
 

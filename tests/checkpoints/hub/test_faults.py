@@ -53,7 +53,7 @@ def made(tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("fault", [*RECOVERED, "500 burst"])
-def test_what_passes_is_tried_again_through_the_cache(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
+def test_temporary_faults_are_retried_through_the_cache(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
     """As in test_hub_stream for ranges alone."""
     answer = RECOVERED[fault.removesuffix(" burst")]
     hub.fault(once(answer, times=4 if "burst" in fault else 1, skip=1))
@@ -85,7 +85,7 @@ WRONG = {
 
 # Faults that are retried to the end take half a minute through the cache, which requests the same ranges.
 @pytest.mark.parametrize(("mode", "fault"), [*(("stream", fault) for fault in WRONG), ("cache", "changed etag"), ("cache", "endless 503")])
-def test_what_stays_is_an_error(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, fault: str) -> None:
+def test_permanent_faults_are_errors(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, fault: str) -> None:
     answer, words = WRONG[fault]
     hub.fault(once(answer, times=10**9, skip=8 if mode == "stream" else 1))
     failed = run_peru(*command(tmp_path, mode), env=hub.env(tmp_path / "hf"))
@@ -120,9 +120,7 @@ def test_other_bytes_than_the_hub_lists_never_reach_the_cache(hub: HubServer, pa
 
 
 @pytest.mark.parametrize(("mode", "skip"), [("cache", 0), ("stream", 0), ("stream", 6)])
-def test_ctrl_c_is_heard_while_storage_does_not_answer(
-    hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, skip: int
-) -> None:
+def test_ctrl_c_works_while_storage_does_not_answer(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, skip: int) -> None:
     """In a download, in headers, in a pass: an interrupt waits for no request of any thread, and for no later one."""
     asked, answer, seen = threading.Event(), threading.Event(), []
 
@@ -297,7 +295,7 @@ def test_a_slow_server_takes_longer_than_the_time_out_and_shows_progress(
     assert not [r for r in hub.requests if r.range and r.status == 206 and r.sent < r.range[1] - r.range[0] + 1]  # none was aborted
 
 
-def test_a_server_that_falls_silent_is_asked_again(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_silent_server_is_asked_again(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     def silent(handler: Handler, request: Request) -> None:
         time.sleep(4)
         handler.cut()
@@ -308,7 +306,7 @@ def test_a_server_that_falls_silent_is_asked_again(hub: HubServer, pair: tuple[P
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_download_goes_on(hub: HubServer, tmp_path: Path, sent: signal.Signals) -> None:
+def test_a_killed_download_continues(hub: HubServer, tmp_path: Path, sent: signal.Signals) -> None:
     """The same bytes are not requested twice, whichever process asks: huggingface_hub would restart the file."""
     import torch
 
@@ -358,7 +356,7 @@ def test_two_downloads_of_one_file_share_it(hub: HubServer, pair: tuple[Path, Pa
     assert hub.fetched("model.safetensors") == (pair[1] / "model.safetensors").stat().st_size
 
 
-def test_a_damaged_unfinished_download_is_found_out(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_damaged_unfinished_download_is_detected(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     from tests.support.hub_server import sha256
 
     target = pair[1] / "model.safetensors"

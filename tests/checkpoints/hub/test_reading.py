@@ -174,7 +174,7 @@ def test_an_index_cannot_leave_its_repo(hub: HubServer, pair: tuple[Path, Path],
     assert not hub.fetched(".safetensors")
 
 
-def test_busy_and_broken_answers_are_asked_again(hub: HubServer, pair: tuple[Path, Path], home: Path) -> None:
+def test_requests_with_busy_and_broken_answers_are_repeated(hub: HubServer, pair: tuple[Path, Path], home: Path) -> None:
     answers = iter([(429, {"Retry_After": "1"}), (500, {}), (503, {})])
 
     def busy(handler: Handler, request: Request) -> bool:
@@ -189,6 +189,6 @@ def test_busy_and_broken_answers_are_asked_again(hub: HubServer, pair: tuple[Pat
     assert len(times) == 4 and times[1] - times[0] >= 1.0
 
 
-def test_what_is_no_hub(hub: HubServer, home: Path) -> None:
+def test_endpoints_that_are_not_a_hub(hub: HubServer, home: Path) -> None:
     hub.fault(lambda handler, request: handler.answer(200, b"<html>", Content_Type="text/html") is None)
     refused(hub, home, "org/fine", "does not answer as the Hub does", "HF_ENDPOINT")

@@ -154,7 +154,7 @@ def test_how_often_each_byte_is_asked_for(
 
 
 @pytest.mark.parametrize(("kind", "kept", "times"), [("adapter", 128 << 20, 1), ("adapter", 0, 2), ("artifact", 0, 3)])
-def test_what_stands_on_a_base_asks_for_no_byte_of_it_again(
+def test_adapters_and_artifacts_request_no_byte_of_their_base_again(
     hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, kind: str, kept: int, times: int
 ) -> None:
     """A pass reads the base, and so does the adapter or artifact on it: once for each pass, and once to verify an artifact."""
@@ -237,7 +237,7 @@ RECOVERED = {
 
 
 @pytest.mark.parametrize("fault", RECOVERED)
-def test_what_passes_is_tried_again(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
+def test_temporary_faults_are_retried(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
     hub.fault(once(RECOVERED[fault], times=3 if fault == "500" else 1))
     began = time.monotonic()
     ok(run_peru(*command(tmp_path), env=hub.env(tmp_path / "hf", HF_TOKEN=hub.token)))
@@ -266,7 +266,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_stays_is_an_error_that_names_the_file(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
+def test_permanent_faults_are_errors_that_name_the_file(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
     answer, words = REFUSED[fault]
     hub.fault(once(answer, times=10**9, skip=7))
     failed = run_peru(*command(tmp_path), env=hub.env(tmp_path / "hf"))
@@ -320,7 +320,7 @@ def test_inspect_fetches_headers_only(hub: HubServer, pair: tuple[Path, Path], t
     assert hub.fetched(".safetensors") == headers
 
 
-def test_a_killed_merge_goes_on_without_asking_for_finished_tensors(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_killed_merge_continues_without_requesting_finished_tensors(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     import os
     import signal
     import subprocess

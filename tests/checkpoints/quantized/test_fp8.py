@@ -60,7 +60,7 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 @pytest.mark.parametrize(
     ("name", "kind"), [("F8_E4M3", "e4m3fn"), ("F8_E5M2", "e5m2"), ("F8_E4M3FNUZ", "e4m3fnuz"), ("F8_E5M2FNUZ", "e5m2fnuz")]
 )
-def test_every_code_has_torchs_value(name: str, kind: str) -> None:
+def test_every_code_has_the_same_value_as_in_torch(name: str, kind: str) -> None:
     expected = torch.arange(256, dtype=torch.uint8).view(getattr(torch, f"float8_{kind}")).float()
     torch.testing.assert_close(torch.from_numpy(VALUES[name].copy()), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -175,7 +175,7 @@ def test_codes_halved_and_scales_doubled_change_nothing(tmp_path: Path, peru) ->
     assert_same_tensors(tmp_path / "r.safetensors", {"w.weight": expected, "norm.weight": plain["norm.weight"]})
 
 
-def test_commands_give_what_they_give_for_the_same_weights_in_bf16(tmp_path: Path, peru) -> None:
+def test_commands_give_the_same_as_for_the_same_weights_in_bf16(tmp_path: Path, peru) -> None:
     base, fine, plain_base, plain_fine = family(tmp_path)
     bf16 = [folder(tmp_path / name, t, torch_dtype="bfloat16") for name, t in (("pb", plain_base), ("pf", plain_fine))]
     for number, (b, f) in enumerate(((base, fine), bf16)):
@@ -193,7 +193,7 @@ def test_commands_give_what_they_give_for_the_same_weights_in_bf16(tmp_path: Pat
         assert "quantization_config" not in json.loads((tmp_path / out / "config.json").read_text())
 
 
-def test_lossless_keeps_codes_and_scales_as_they_are(tmp_path: Path, peru) -> None:
+def test_lossless_keeps_codes_and_scales_unchanged(tmp_path: Path, peru) -> None:
     base, fine, _, _ = family(tmp_path)
     peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync")
     peru("unpack", tmp_path / "a.safetensors", "-b", base, "-o", tmp_path / "r", "--no-sync")
@@ -201,7 +201,7 @@ def test_lossless_keeps_codes_and_scales_as_they_are(tmp_path: Path, peru) -> No
     assert (tmp_path / "r" / "config.json").read_bytes() == (fine / "config.json").read_bytes()
 
 
-def test_a_lossless_artifact_of_codes_stands_for_its_fine_tune(tmp_path: Path, peru) -> None:
+def test_a_lossless_artifact_of_codes_can_replace_its_fine_tune(tmp_path: Path, peru) -> None:
     """Also if the artifact carries its own config.json with other block sizes than the base's."""
     base, fine, _, _ = family(tmp_path)
     config = json.loads((fine / "config.json").read_text())
@@ -237,7 +237,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("number", range(len(BROKEN)))
-def test_one_without_the_other_is_refused(tmp_path: Path, peru, number: int) -> None:
+def test_codes_and_scales_without_each_other_are_refused(tmp_path: Path, peru, number: int) -> None:
     tensors, message = BROKEN[number]
     path = folder(tmp_path / "m", tensors)
     peru("merge", f"x={path}", "-b", path, "-o", tmp_path / "o", "-m", "task-arithmetic", code=1)

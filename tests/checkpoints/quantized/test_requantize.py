@@ -81,7 +81,7 @@ def test_blocks_are_those_of_transformers_quantiser_to_the_bit(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float8_e8m0fnu])
-def test_powers_of_two_are_those_of_transformers(tmp_path: Path, peru, kind: torch.dtype) -> None:
+def test_powers_of_two_match_transformers(tmp_path: Path, peru, kind: torch.dtype) -> None:
     said = BLOCKS | {"scale_fmt": "ue8m0"}
     like = {"w.weight": torch.zeros(128, 256, dtype=torch.float8_e4m3fn)}
     floats, got = merged(peru, tmp_path, models(tmp_path, like, torch.tensor([[1.0, 0.5]]).to(kind), "_scale_inv", said))
@@ -94,7 +94,7 @@ def test_powers_of_two_are_those_of_transformers(tmp_path: Path, peru, kind: tor
 @pytest.mark.parametrize(
     ("shape", "block"), [((), (300, 200)), ((1,), (300, 200)), ((300, 1), (1, 200)), ((300,), (1, 200)), ((3, 2), (128, 128))]
 )
-def test_scales_are_those_of_compressed_tensors(tmp_path: Path, peru, shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype):
+def test_scales_match_compressed_tensors(tmp_path: Path, peru, shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype):
     like = {"w.weight": torch.zeros(300, 200, dtype=torch.float8_e4m3fn)}
     floats, got = merged(peru, tmp_path, models(tmp_path, like, torch.full(shape, 0.01, dtype=dtype), "_scale", COMPRESSED))
     codes, scales = by_compressed_tensors(floats["w.weight"], block, dtype)
@@ -140,7 +140,7 @@ def test_the_same_bytes_for_any_tiles_threads_and_groups(tmp_path: Path, peru, m
         assert len(found) == 1
 
 
-def test_what_only_the_base_has_keeps_its_codes(tmp_path: Path, peru) -> None:
+def test_tensors_that_only_the_base_has_keep_their_codes(tmp_path: Path, peru) -> None:
     base, a, b = models(tmp_path, {"w.weight": torch.zeros(128, 128, dtype=torch.float8_e4m3fn)}, torch.ones(1, 1), "_scale_inv", BLOCKS)
     more = {"z.weight": torch.randn(8, 8).to(torch.float8_e4m3fn), "z.weight_scale_inv": torch.tensor([[0.3]])}
     save_file(load_file(base / "model.safetensors") | more, base / "model.safetensors", {"format": "pt"})
@@ -149,7 +149,7 @@ def test_what_only_the_base_has_keeps_its_codes(tmp_path: Path, peru) -> None:
     assert all(raw(got[name]) == raw(tensor) for name, tensor in more.items())
 
 
-def test_transformers_loads_what_was_written(tmp_path: Path, peru) -> None:
+def test_transformers_loads_the_output(tmp_path: Path, peru) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
@@ -176,7 +176,7 @@ def test_transformers_loads_what_was_written(tmp_path: Path, peru) -> None:
         assert raw(weight) == raw(expected), key
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path, peru) -> None:
+def test_invalid_requests_are_refused(tmp_path: Path, peru) -> None:
     base, a, b = models(tmp_path, {"w.weight": torch.zeros(128, 128, dtype=torch.float8_e4m3fn)}, torch.ones(1, 1), "_scale_inv", BLOCKS)
     plain = folder(tmp_path / "plain", {"w.weight": torch.randn(128, 128).bfloat16(), "norm.weight": torch.ones(200).bfloat16()}, None)
     models_ = [f"a={a}", f"b={b}"]

@@ -19,7 +19,7 @@ models: [{{model: {0}a}}, {{model: {0}b}}]
 """
 
 
-def test_a_recipe_on_the_hub_and_what_is_fetched_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peru) -> None:
+def test_a_recipe_on_the_hub_downloads_only_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peru) -> None:
     monkeypatch.chdir(tmp_path)
     make_family(tmp_path, "ab")
     (tmp_path / "local.yml").write_text(RECIPE.format(""))

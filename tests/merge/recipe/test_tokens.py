@@ -50,7 +50,7 @@ def test_the_tokenizer_of_a_model_decides_which_rows_there_are(
         assert len(found[name]) == rows and torch.allclose(found[name][11], pair["b"][name][11], atol=1e-6)
 
 
-def test_without_a_word_about_it_tokens_of_one_id_are_never_averaged(pair: dict[str, dict[str, torch.Tensor]], peru) -> None:
+def test_different_tokens_of_one_id_are_never_averaged_silently(pair: dict[str, dict[str, torch.Tensor]], peru) -> None:
     Path("r.yml").write_text("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n")
     peru("merge", "r.yml", "-o", "out", code=1)
     assert "tokenizers disagree" in peru.stderr

@@ -75,7 +75,7 @@ def close(found: Tensors, wanted: Tensors, within: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_what_its_formula_says(name: str, home: tuple[Path, dict[str, Tensors]], tmp_path: Path, peru) -> None:
+def test_a_recipe_equals_its_formula(name: str, home: tuple[Path, dict[str, Tensors]], tmp_path: Path, peru) -> None:
     recipe = RECIPES[name] | {"models": [{"model": m, "parameters": p} for m, p in RECIPES[name]["models"]], "dtype": "float32"}
     close(run(peru, tmp_path, recipe), merge(recipe, home[1], LAYERS))
 
@@ -162,7 +162,7 @@ dtype: float32
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yml"]  # nothing is left of the first
 
 
-def test_a_head_that_is_tied_falls_back_to_the_embedding(home: tuple[Path, dict[str, Tensors]], tmp_path: Path, peru) -> None:
+def test_a_tied_head_falls_back_to_the_embedding(home: tuple[Path, dict[str, Tensors]], tmp_path: Path, peru) -> None:
     noise = torch.Generator().manual_seed(3)
     tied = {name: torch.randn(shape, generator=noise) for name, shape in shapes(tied=True).items()}
     save(tmp_path / "tied", tied, tie_word_embeddings=True)
@@ -173,7 +173,7 @@ def test_a_head_that_is_tied_falls_back_to_the_embedding(home: tuple[Path, dict[
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_the_output_has_the_recipe_and_says_it_in_its_card(tmp_path: Path, peru) -> None:
+def test_the_output_and_its_card_contain_the_recipe(tmp_path: Path, peru) -> None:
     text = f"# mine\nmerge_method: linear\nparameters: {{weight: 1}}\nmodels:\n- model: {Path.cwd() / 'a'}\n- model: b\n"
     run(peru, tmp_path, text, "--dtype", "bf16")
     kept = (tmp_path / "out" / "mergekit_config.yml").read_text()
@@ -234,7 +234,7 @@ def test_values_by_tensor_on_the_command_line(
         (("-w", "a=mlp:1", "--search", "scale=0:1:1"), "takes one value for all tensors"),
     ],
 )
-def test_values_by_tensor_that_cannot_be(option: tuple[str, ...], says: str, tmp_path: Path, peru) -> None:
+def test_invalid_values_by_tensor_are_refused(option: tuple[str, ...], says: str, tmp_path: Path, peru) -> None:
     data = ("-d", "a=x.jsonl", "-d", "b=x.jsonl") if "--search" in option else ()
     peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "ties", *option, *data, code=2)
     assert says in peru.stderr, peru.stderr
@@ -253,7 +253,7 @@ def test_values_by_tensor_that_cannot_be(option: tuple[str, ...], says: str, tmp
         (("-m", "ties", "-k", "40%"), "--variant authors: mergekit has mergekit"),
     ],
 )
-def test_what_was_typed_is_written_as_a_recipe(options: tuple[str, ...], says: str | None, tmp_path: Path, peru) -> None:
+def test_the_command_line_is_written_as_a_recipe(options: tuple[str, ...], says: str | None, tmp_path: Path, peru) -> None:
     base = () if options[1] in ("linear", "slerp") else ("-b", "base")
     typed = ("merge", "a=./a", "b=./b", *base, *options, "--no-sync")
     peru(*typed, "-o", tmp_path / "typed", "--write-recipe", tmp_path / "r.yml")
@@ -267,7 +267,7 @@ def test_what_was_typed_is_written_as_a_recipe(options: tuple[str, ...], says: s
         close(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "typed" / "model.safetensors"), 1e-7)
 
 
-def test_a_method_that_mergekit_has_not_is_no_recipe(tmp_path: Path, peru) -> None:
+def test_a_method_that_mergekit_lacks_has_no_recipe(tmp_path: Path, peru) -> None:
     peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "consensus", "--write-recipe", tmp_path / "r.yml", code=2)
     assert "mergekit has no method like consensus" in peru.stderr and not list(tmp_path.iterdir())
 
