@@ -1,4 +1,4 @@
-"""What changes unseen, who shares a model, what a stranger's file can say: refused, named, escaped or masked."""
+"""Inputs that change unnoticed, shared models, hostile text in files: refused, named, escaped or masked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def limit() -> Iterator[None]:
-    """Whoever waits for a pipe is woken after 20 seconds."""
+    """Wakes whoever waits for a pipe after 20 seconds."""
 
     def late(*_: object) -> None:
         raise TimeoutError("it hangs")
@@ -56,7 +56,7 @@ def stderr(peru: Peru) -> str:
 
 
 def change_while_read(monkeypatch: pytest.MonkeyPatch, victim: Path, change: Callable[[], None], after: int = 3) -> None:
-    """Change a file as soon as so many reads of some file have been done."""
+    """Change a file after this many reads of some file."""
     read, left = local.RandomAccessFile.read_into, [after]
 
     def counted(self: local.RandomAccessFile, offset: int, buffer: memoryview) -> None:
@@ -94,7 +94,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_input_that_changes_is_named_and_nothing_is_written(tmp_path: Path, peru, pair, monkeypatch, name: str) -> None:
-    """Of every input in every command: overwritten in place, and a side file with another one of the same size."""
+    """Every input of every command: overwritten in place; a side file by another of the same size."""
     base, fine = pair
     artifact, out = tmp_path / "artifact.safetensors", tmp_path / "out"
     out.mkdir()
@@ -114,7 +114,7 @@ def test_an_input_that_changes_is_named_and_nothing_is_written(tmp_path: Path, p
     if name not in ("inspect", "unpack"):
         config = fine / "config.json"
 
-        def another() -> None:  # the clock of the file is put back: only its bytes tell
+        def another() -> None:  # the file's clock is set back: only its bytes differ
             times = config.stat()
             config.write_text('{"hidden_size": 5}')
             os.utime(config, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -179,7 +179,7 @@ def test_an_output_may_take_the_place_of_its_input(tmp_path: Path, peru, pair) -
     peru("unpack", out / "a.safetensors", "-b", base, "-o", tmp_path / "r", "--no-sync")
 
 
-# -- what is no regular file --------------------------------------------------------------------------
+# -- files that are not regular ------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX")
@@ -211,7 +211,7 @@ def test_pipes_devices_and_folders_in_the_place_of_files(tmp_path: Path, peru, p
     peru("unpack", tmp_path / "adapter", "-b", base, "-o", tmp_path / "r", code=2)
 
 
-# -- what a stranger's file can say -------------------------------------------------------------------
+# -- text in strangers' files --------------------------------------------------------------------------------
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31m\u202egnp\u2028error: all is well\u0085"
 
@@ -245,7 +245,7 @@ def test_nothing_in_metadata_names_or_labels_reaches_the_terminal_raw(tmp_path: 
         harmless(out)
         harmless(stderr(peru))
         if "--json" in command:
-            assert "\u202e" in json.loads(out)["tensor_list"][0]["name"]  # the same value, spelt
+            assert "\u202e" in json.loads(out)["tensor_list"][0]["name"]  # the same value, escaped
 
 
 def test_a_password_in_an_address_is_masked_also_with_debug(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_messages_stay_short_whatever_names_there_are(tmp_path: Path, peru, pair
     assert "(2,000,002 characters)" in stderr(peru) and len(stderr(peru)) < 1000
 
 
-# -- reports that nobody takes ------------------------------------------------------------------------
+# -- reports that nobody reads -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -299,14 +299,14 @@ def test_a_report_that_cannot_be_written_says_what_was(tmp_path: Path, pair) -> 
     assert "another disk" not in found.stderr and "Exception" not in found.stderr
     assert inspected.returncode == 1 and "the report could not be written to stdout" in inspected.stderr
     assert "wrote" not in inspected.stderr
-    assert quiet.returncode == 0  # notes that nobody hears are no reason to fail
+    assert quiet.returncode == 0  # notes that nobody reads are no reason to fail
 
 
-# -- what goes out, and what is run -------------------------------------------------------------------
+# -- what is published, and what code runs -------------------------------------------------------------------
 
 
 def test_links_out_of_a_folder_are_not_published(tmp_path: Path, pair) -> None:
-    """A secret under the name of a side file, or a folder that lies elsewhere; links within the folder go out."""
+    """A secret under the name of a side file, or a folder elsewhere; links within the folder are published."""
     _, fine = pair
     secret = tmp_path / "id_rsa"
     secret.write_text("{}")
@@ -318,7 +318,7 @@ def test_links_out_of_a_folder_are_not_published(tmp_path: Path, pair) -> None:
 
 
 def test_code_that_a_model_names_is_neither_run_nor_asked_for(tmp_path: Path, peru, monkeypatch) -> None:
-    """A type that transformers knows is run as transformers has it, which is said; any other is refused."""
+    """A type that transformers knows runs with transformers' code, with a note; any other is refused."""
     _base, fine = models.pair(models.bert, tmp_path)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": n % 3}) + "\n" for n, text in enumerate(["a b", "c d", "a"])))
@@ -333,7 +333,7 @@ def test_code_that_a_model_names_is_neither_run_nor_asked_for(tmp_path: Path, pe
     peru("eval", fine, "--data", data, code=1)
     assert "its own Python code, which peru does not run" in stderr(peru) and "--trust-remote-code" in stderr(peru)
     assert not (tmp_path / "ran").exists()
-    peru("eval", fine, "--trust-remote-code", "-b", _base, "--against", fine, code=2)  # weights alone: no model is run
+    peru("eval", fine, "--trust-remote-code", "-b", _base, "--against", fine, code=2)  # weights only: no model is run
 
 
 OWN_CODE = """
@@ -351,7 +351,7 @@ class Model(BertForSequenceClassification):
 
 @pytest.mark.parametrize("kind", ["own", "bert"])
 def test_code_is_run_for_those_who_mean_it(tmp_path: Path, peru, kind: str) -> None:
-    """The model's own class in eval and in a merge with data, for its own type and for one of transformers'; then never again."""
+    """The model's own class runs in eval and in a merge with data, for its own type and one of transformers'; afterwards never again."""
     family = data_family.write_family(tmp_path, count=4)
     plain = json.loads(peru("eval", family / "a", "--data", family / "a.jsonl", "--json"))
     for name in ("base", "a", "b"):

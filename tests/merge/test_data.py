@@ -1,4 +1,4 @@
-"""Merges that look at data: against closed forms, float64 and programs of torch's; their statistics on disk."""
+"""Merges with data, against closed forms, float64 and torch programs; their statistics on disk."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_fisher_of_a_transformer_is_that_of_vmap_and_grad(family: Path, peru, tm
         norm = torch.stack([expected.square().sum() for expected in total.values()]).sum().sqrt()
         largest = max(float(expected.max()) for expected in total.values())
         for name, expected in total.items():
-            # float32 sums in another order; keys' biases have no gradient, so theirs is rounding alone
+            # float32 sums in another order; keys' biases have no gradient, so theirs is only rounding
             allowed = 1e-5 * float(expected.max()) + 1e-10 * largest
             torch.testing.assert_close(statistics[f"fisher/{name}"].double(), expected, rtol=2e-4, atol=allowed, msg=name)
             torch.testing.assert_close(statistics[f"fisher-norm/{name}"].double(), norm, rtol=1e-5, atol=0)
@@ -140,7 +140,7 @@ def test_inputs_that_no_task_has_are_averaged() -> None:
 
 
 def inputs_of(model: torch.nn.Module, name: str, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """What a layer is given, float64 (rows, in)."""
+    """The inputs of a layer, float64 (rows, in)."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].detach()))
     for batch in batches:
@@ -152,7 +152,7 @@ def inputs_of(model: torch.nn.Module, name: str, batches: list[dict[str, torch.T
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_regmean_solves_the_normal_equations(peru, tmp_path: Path, kind: str, alpha: float) -> None:
-    """gpt2 stores its weights (in, out). Each sentence is run alone, so nothing here is padded."""
+    """gpt2 stores its weights (in, out). Each sentence is run alone, so nothing is padded."""
     family = write_family(tmp_path, models.bert if kind == "bert" else gpt2)
     peru(*command(family, "regmean", "-o", tmp_path / "out", "--alpha", alpha, "--ridge", "1e-12"))
     got = merged(tmp_path / "out")
@@ -203,7 +203,7 @@ def test_padding_is_no_input(family: Path, peru, tmp_path: Path) -> None:
 
 
 def test_derivative_by_the_scales_is_that_of_central_differences(family: Path) -> None:
-    """float64, so differences of step 1e-5 are good to about 1e-9."""
+    """float64, so differences with step 1e-5 are accurate to about 1e-9."""
     base = {f"bert.{name}": tensor.double() for name, tensor in load_file(family / "base" / "model.safetensors").items()}
     batches = [tokens(family, sentences(family, task)[:4]) for task in TASKS]
     for by_tensor in (True, False):
@@ -237,7 +237,7 @@ def test_adamerging_starts_from_task_arithmetic_and_makes_the_model_surer(family
     peru(*command(family, "task-arithmetic", "-o", tmp_path / "ta", "--scale", "0.3", data=False))
     peru(*command(family, "adamerging", "-o", tmp_path / "zero", "--steps", 0))
     start, unmoved = merged(tmp_path / "ta"), merged(tmp_path / "zero")
-    for name, tensor in start.items():  # the scale goes to each vector instead of to their sum
+    for name, tensor in start.items():  # the scale is applied to each vector instead of their sum
         torch.testing.assert_close(unmoved[name], tensor, rtol=3e-7, atol=1e-7)
 
     def total_entropy(out: Path) -> float:
@@ -327,7 +327,7 @@ def test_methods_without_a_base_need_none(family: Path, peru, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", ["regmean", "fisher", "adamerging"])
 def test_tensors_that_transformers_renames_are_followed(peru, tmp_path: Path, method: str) -> None:
-    """The demo's checkpoints have names of an earlier transformers: every weight that is trained has statistics under its own name."""
+    """The demo's checkpoints have names of an earlier transformers: every trained weight has statistics under its own name."""
     from peru_cli import demo
 
     tasks = ("digits", "notmnist")

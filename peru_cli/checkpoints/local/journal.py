@@ -1,11 +1,10 @@
 """The journal of an unfinished output, from which a killed run continues.
 
-A text file beside the unfinished data: the first line is the key (a digest of all that decides the result), every
-further line one JSON value. `["done", TENSOR, NOTE]`: all bytes of a tensor are written. `["note", WHAT, VALUE]`: what a pass found out.
-Each ends in a tab and 16 digits of BLAKE3, of the line before's digits and its own value: lines count down to the first that is torn
-or altered. What a process has written outlives the process, not the machine: `["boot", ID]` says which
-boot wrote the lines after it, `["synced"]` that everything before it is on the disk. After another boot only that counts.
-"""
+A text file beside the unfinished data. The first line is the key (a digest of everything that determines the result), every
+further line one JSON value. `["done", TENSOR, NOTE]`: all bytes of a tensor are written. `["note", WHAT, VALUE]`: a result of a
+pass. Each line ends in a tab and 16 digits of BLAKE3 of the previous line's digits and its own value: lines count up to the
+first one that is torn or altered. Written data survives the process, but not the machine: `["boot", ID]` says which boot wrote
+the following lines, `["synced"]` that everything before it is on disk. After another boot only that counts."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.sealed import DIGESTS, blanked
 from peru_cli.console import console
 
-_SYNC_SECONDS = 5.0  # at most this much work is done again after a power failure
+_SYNC_SECONDS = 5.0  # the most work repeated after a power failure
 
 
 def _boot() -> str | None:
@@ -36,12 +35,12 @@ def _boot() -> str | None:
 
 
 class Journal:
-    """`done` maps tensors that an earlier run wrote to what it noted of them; `notes` are its other findings, in their order."""
+    """`done` maps tensors that an earlier run wrote to their notes. `notes` are its other results, in order."""
 
     def __init__(
         self, path: Path, key: str, files: Sequence[PartialFile], sync: bool, fits: Callable[[Journal], bool] = lambda journal: True
     ) -> None:
-        """Read what is there, and start afresh if that is of another key, or `fits` finds that the files are not what it tells of."""
+        """Read the existing journal. Start over if its key differs, or `fits` finds that the files do not match it."""
         self._path, self._files, self._sync = path, files, sync
         self._lock = threading.Lock()
         self._synced_at = time.monotonic()
@@ -81,7 +80,7 @@ class Journal:
         return True
 
     def note(self, what: str, value: Any) -> None:
-        """Record what was found out. From any thread."""
+        """Record a result. From any thread."""
         self._record(["note", what, value])
 
     def claim(self, tensor: str, note: Any) -> None:
@@ -95,7 +94,7 @@ class Journal:
                 self._flush()
 
     def flush(self) -> None:
-        """Make sure that what was recorded outlives the machine, unless the user waived that."""
+        """Make the records survive a crash of the machine, unless the user waived that."""
         with self._lock:
             self._flush()
 
@@ -116,7 +115,7 @@ class Journal:
         os.write(self._fd, told)
 
     def close(self) -> None:
-        """Leave it for the next run."""
+        """Keep it for the next run."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -130,7 +129,7 @@ class Journal:
 
 
 def notes_at(path: Path, key: str | None = None) -> dict[str, Any]:
-    """The notes of the journal that is there, of this key or of any; only a hint if somebody is writing it."""
+    """The notes of an existing journal, of this key or of any. Only a hint while another process writes it."""
     values = [line.value for line in _lines(path)]
     if not values or (key is not None and values[0] != [key]):
         return {}
@@ -139,7 +138,7 @@ def notes_at(path: Path, key: str | None = None) -> dict[str, Any]:
 
 @dataclass
 class _Line:
-    """A line that is as it was written: its value, its seal, and the offset in bytes at which it ends."""
+    """A complete line: its value, its seal, and the byte offset of its end."""
 
     value: Any
     seal: bytes
@@ -152,11 +151,11 @@ def _seal(before: bytes, text: bytes) -> bytes:
 
 
 def _lines(path: Path) -> list[_Line]:
-    """The lines of a journal down to the first that is torn or was altered; none if there is no journal."""
+    """The lines of a journal up to the first that is torn or altered. Empty without a journal."""
     found: list[_Line] = []
     seal, end = b"", 0
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
+        for line in path.read_bytes().split(b"\n")[:-1]:  # anything after the last newline is torn
             text, _, told = line.rpartition(b"\t")
             seal, end = _seal(seal, text), end + len(line) + 1
             if told != seal:
@@ -166,6 +165,6 @@ def _lines(path: Path) -> list[_Line]:
 
 
 def fits(file: PartialFile, header: bytes, size: int) -> bool:
-    """Whether a file has this size, and begins so, digests that were filled in at the end aside."""
+    """Whether a file has this size and this beginning, ignoring digests that are filled in at the end."""
     found = os.pread(file.fd, len(header), 0)
     return os.fstat(file.fd).st_size == size and header in (found, blanked(found) if DIGESTS.encode() in found else b"")

@@ -17,11 +17,11 @@ from peru_cli.checkpoints.local.journal import Journal, fits
 from peru_cli.checkpoints.local.sealed import Collected, blank, complete, fill, model_digest
 from peru_cli.checkpoints.source import Checkpoint
 
-METADATA = {"format": "pt"}  # transformers refuses files that do not say so
+METADATA = {"format": "pt"}  # transformers rejects files without this
 
 
 def data_order(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
-    """The order in which tensors lie in a file: wide dtypes first, so that each is aligned, then by name."""
+    """The order of tensors in a file: wide dtypes first, so that each is aligned, then by name."""
     return sorted(tensors, key=lambda t: (-t.dtype.bits, t.name))
 
 
@@ -34,15 +34,15 @@ def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
 
 
 def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None) -> int:
-    """How long the header of a file of these tensors is; with `files`, of a sealed one."""
+    """The header's length for a file with these tensors; with `files`, for a sealed one."""
     return len(_Layout(tensors, metadata, files).header)
 
 
 class _Layout:
-    """One file's header, and the digests that go into it at the end, if it is to carry any."""
+    """One file's header, and the digests to fill in at the end, if it carries any."""
 
     def __init__(self, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None, files: Mapping[str, bytes] | None) -> None:
-        """`files` are those beside the weights that the seal covers; None for no seal."""
+        """`files` are the files beside it that the seal covers. None for no seal."""
         self.order = _placed(data_order(tensors))
         self._metadata, self._files = METADATA | dict(metadata or {}), dict(files) if files is not None else None
         self.collected = {info.name: Collected(info) for info in self.order} if files is not None else {}
@@ -51,12 +51,12 @@ class _Layout:
         self.size = len(self.header) + sum(info.nbytes for info in self.order)
 
     def saw(self, name: str, offset: int, data: memoryview) -> None:
-        """Bytes that are written."""
+        """Take bytes that are written."""
         if self.collected:
             self.collected[name].saw(offset, data)
 
     def seal(self, file: PartialFile) -> dict[str, bytes]:
-        """Write the digests into the header, if there are to be any; what was not seen is read from the file."""
+        """Write the digests into the header, if there are any. Bytes that were not seen are read from the file."""
 
         def read(at: int) -> Callable[[int, memoryview], None]:
             def fill_in(offset: int, buffer: memoryview) -> None:
@@ -72,7 +72,7 @@ class _Layout:
         return digests
 
     def amended(self, name: str, content: bytes) -> bytes:
-        """The sealed header, another content of a side file in it."""
+        """The sealed header with a new content of a side file."""
         if self._files is None:
             return self.header
         self._files[name] = content
@@ -82,7 +82,7 @@ class _Layout:
 
 
 def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
-    """Cut tensors into shards of at most `max_shard_bytes` of data (a larger tensor has one to itself)."""
+    """Split tensors into shards of at most `max_shard_bytes` of data (a larger tensor gets its own)."""
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in tensors:
@@ -106,13 +106,13 @@ class CheckpointWriter(ABC):
         """Write bytes of one tensor from byte `offset` on."""
 
     def copy(self, name: str, source: Checkpoint, source_name: str) -> None:
-        """Write a tensor as it is in a checkpoint, under that name there."""
+        """Copy a tensor from a checkpoint, where it has the name `source_name`."""
         for offset, piece in source.pieces(source_name):
             self.write(name, offset, piece)
 
     @abstractmethod
     def commit(self) -> None:
-        """Put the output in place."""
+        """Rename the output into place."""
 
     @abstractmethod
     def __enter__(self) -> CheckpointWriter: ...
@@ -134,7 +134,7 @@ class FileWriter(CheckpointWriter):
         fresh: bool = False,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """With `files`, those that lie beside it, if any, the file carries digests (sealed.py)."""
+        """With `files`, the files beside it (possibly none), the file carries digests (sealed.py)."""
         self._layout = _Layout(tensors, metadata, files)
         self.order, header, size = self._layout.order, self._layout.header, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
@@ -183,10 +183,9 @@ class DirectoryWriter(CheckpointWriter):
         fresh: bool = False,
         seal: bool = False,
     ) -> None:
-        """With `resume_key`, tensors that an earlier run with the same key wrote are in `journal.done`, unless `fresh`.
+        """With `resume_key`, `journal.done` has the tensors that an earlier run with the same key wrote, unless `fresh`.
 
-        With `seal`, the shards carry digests of their tensors and of the side files (sealed.py).
-        """
+        With `seal`, the shards carry digests of their tensors and of the side files (sealed.py)."""
         shards = split_shards(sorted(tensors, key=lambda t: t.name), max_shard_bytes)
         total = sum(info.nbytes for info in tensors)
         resume = resume_key is not None
@@ -202,7 +201,7 @@ class DirectoryWriter(CheckpointWriter):
             self.shards = len(shards)
             for shard, name in zip(shards, names, strict=True):
                 path = self._folder.path / name
-                if resume and path.exists():  # killed while the shards got their names
+                if resume and path.exists():  # killed while the shards were being renamed
                     os.replace(path, partial_path(path))
                 file = undo.enter_context(PartialFile(path, sync, resume))
                 layout = _Layout(shard, metadata, side_files if seal else None)
@@ -229,11 +228,11 @@ class DirectoryWriter(CheckpointWriter):
 
     @property
     def folder(self) -> Path:
-        """The unfinished folder, for files that come along."""
+        """The unfinished folder, for additional files."""
         return self._folder.path
 
     def _remove_strangers(self, names: Sequence[str]) -> None:
-        """Remove what an earlier run left besides the journal and the shards of this one."""
+        """Remove what an earlier run left, except the journal and the shards of this one."""
         ours = {partial_path(self._folder.path / name).name for name in names} | {".peru-journal"}
         for path in self._folder.path.iterdir():
             if path.name not in ours:
@@ -245,7 +244,7 @@ class DirectoryWriter(CheckpointWriter):
         file.write_at(layout.at[name] + offset, data)
 
     def seal(self) -> None:
-        """All is written: the unfinished folder can be read as a checkpoint before `commit` puts it in place."""
+        """Call when everything is written: the unfinished folder can be read as a checkpoint before `commit`."""
         if self.journal is not None and self._files:
             self.journal.flush()
         for file, layout in self._files:
@@ -255,7 +254,7 @@ class DirectoryWriter(CheckpointWriter):
         self._files = []
 
     def amend(self, name: str, content: bytes) -> None:
-        """Replace a side file, after `seal`: the shards tell of the new one."""
+        """Replace a side file after `seal`, and record it in the shards."""
         (self._folder.path / name).write_bytes(content)
         for path, layout in self._sealed:
             with open(path, "r+b") as file:
@@ -264,7 +263,7 @@ class DirectoryWriter(CheckpointWriter):
 
     @property
     def model_digest(self) -> str:
-        """What the sealed shards hold together."""
+        """The content of the sealed shards together."""
         return model_digest(self._digests)
 
     def commit(self) -> None:
@@ -290,7 +289,7 @@ def shard_names(count: int) -> list[str]:
 
 
 class PipeWriter(CheckpointWriter):
-    """One safetensors file into a pipe: bytes in order, nothing to take back."""
+    """One safetensors file into a pipe: bytes in order, nothing can be undone."""
 
     ordered = True
 
@@ -318,7 +317,7 @@ class PipeWriter(CheckpointWriter):
 
 
 class NullWriter(CheckpointWriter):
-    """Nothing is written: everything is read and checked."""
+    """Writes nothing: everything is read and checked."""
 
     def __init__(self, tensors: Sequence[TensorInfo]) -> None:
         self.order = list(tensors)

@@ -1,13 +1,12 @@
-"""Floats written as FP8 in the layout of another checkpoint: a writer that takes floats and writes codes and scales.
+"""Write floats as FP8 in the layout of another checkpoint: a writer that takes floats and writes codes and scales.
 
-Two ways to compute them, told apart by the name of the scales. Both take float32, bound the codes and round them once:
+There are two ways to compute them; the name of the scales decides. Both take float32, bound the codes and round once:
 
 - `weight_scale_inv`: as transformers' Fp8Quantize. factor = 1 / largest * most, scale = 1 / factor, code = weight * factor.
 - every other name: as compressed-tensors' calculate_qparams and quantize. scale = largest / most, code = weight / scale, the scale
   rounded to its type first.
 
-Scales that are powers of two, by their type or because the config says `scale_fmt: ue8m0`, are rounded up.
-"""
+Scales that are powers of two, by their type or because the config says `scale_fmt: ue8m0`, are rounded up."""
 
 from __future__ import annotations
 
@@ -32,13 +31,13 @@ from peru_cli.errors import BadFile, UsageError
 from peru_cli.kernels.codes import MOST, encode, largest
 from peru_cli.kernels.merging import narrowed
 
-FLOAT = BY_NAME["F32"]  # what the writer takes
-_GROUP = 1 << 18  # entries that are encoded at once, if their scales allow it
-_HELD = 1 << 22  # entries of a group that are held in memory; a larger one, a whole matrix with one scale, waits in a file
+FLOAT = BY_NAME["F32"]  # the dtype that the writer takes
+_GROUP = 1 << 18  # entries encoded at once, if their scales allow it
+_HELD = 1 << 22  # entries of a group held in memory; a larger one, a whole matrix with one scale, waits in a file
 
 _POWERS_OF_TWO = ("F8_E8M0", "U8")
 _TINY = np.finfo(np.float32).tiny
-_STEP = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # from 1 to the next number of the type
+_STEP = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}  # distance from 1 to the next number of the type
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -47,7 +46,7 @@ class Requantized:
     """The FP8 weights of a checkpoint as a layout for others of the same names and shapes."""
 
     def __init__(self, model: Dequantized) -> None:
-        """UsageError for codes that are no FP8."""
+        """UsageError for codes that are not FP8."""
         self.model, self.weights = model, model.layout.weights
         other = next((w.codes for w in self.weights.values() if w.codes.dtype.name not in CODES), None)
         if other is not None:
@@ -58,10 +57,10 @@ class Requantized:
         said = quantization(model.stored.config())
         self.powers = said.get("scale_fmt") == "ue8m0"
         scales = {weight.scale.name for weight in self.weights.values() if weight.scale is not None}
-        self.kept = [model.stored.tensors[name] for name in sorted(model.layout.companions - scales)]  # of activations, markers
+        self.kept = [model.stored.tensors[name] for name in sorted(model.layout.companions - scales)]  # scales of activations, markers
 
     def stored(self, outputs: Iterable[TensorInfo]) -> list[TensorInfo]:
-        """What is written for tensors of floats; UsageError for one whose shape is not that of its codes."""
+        """The tensors to write for tensors of floats. UsageError for one whose shape differs from its codes'."""
         written = [TensorInfo(info.name, info.dtype, info.shape) for info in self.kept]
         for output in outputs:
             weight = self.weights.get(output.name)
@@ -79,11 +78,11 @@ class Requantized:
         return written
 
     def vocabulary(self) -> str | None:
-        """An FP8 weight whose rows are tokens; None if none are."""
+        """An FP8 weight whose rows are tokens. None if there is none."""
         return next((name for name in self.weights if is_output(name) or is_embedding(name.removesuffix(".weight"))), None)
 
     def config(self, content: bytes) -> bytes:
-        """config.json with the `quantization_config` of the layout, where that has it."""
+        """config.json with the layout's `quantization_config`, in the place where the layout's config has it."""
         config = json.loads(content)
         _put(config, self.model.stored.config())
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -98,10 +97,10 @@ def _put(config: dict[str, Any], stored: Mapping[str, Any]) -> None:
 
 
 class RequantizingWriter(CheckpointWriter):
-    """Takes weights as float32, in any order and from any thread, and gives codes and scales to another writer."""
+    """Takes weights as float32, in any order and from any thread, and passes codes and scales to another writer."""
 
     def __init__(self, writer: CheckpointWriter, layout: Requantized, folder: Path) -> None:
-        """`folder` is where large matrices with a single scale wait until it is known."""
+        """Large matrices with a single scale wait in `folder` until the scale is known."""
         self.order, self.journal, self._writer, self._layout, self._folder = writer.order, writer.journal, writer, layout, folder
         self._tensors: dict[str, _Tensor] = {}
         self._lock = threading.Lock()
@@ -124,7 +123,7 @@ class RequantizingWriter(CheckpointWriter):
                 self._tensors.pop(name, None)
 
     def _encode(self, weight: Scaled, group: _Group) -> None:
-        """Codes and scales of some rows, which share no block with others."""
+        """Write codes and scales of some rows, which share no block with others."""
         dtype, scale = weight.codes.dtype.name, weight.scale
         sizes = group.sizes()
         if not np.isfinite(sizes).all():
@@ -141,7 +140,7 @@ class RequantizingWriter(CheckpointWriter):
             self._writer.write(weight.info.name, at, encode(numbers, block, factors, divide, dtype).data)
 
     def copy(self, name: str, source: Checkpoint, source_name: str) -> None:
-        """What the layout has in FP8 is copied as it is stored there."""
+        """Tensors that the layout stores in FP8 are copied as stored."""
         weight, stored = self._layout.weights.get(name), self._layout.model.stored
         if weight is None:
             self._writer.copy(name, source, source_name)
@@ -161,7 +160,7 @@ class RequantizingWriter(CheckpointWriter):
 
 
 class _Tensor:
-    """What has come of one tensor, cut into groups of rows that are encoded once they are complete."""
+    """The entries of one tensor so far, in groups of rows that are encoded once they are complete."""
 
     def __init__(self, weight: Scaled, folder: Path) -> None:
         rows, columns = weight.matrix
@@ -184,7 +183,7 @@ class _Tensor:
         return not self._left
 
     def add(self, start: int, numbers: Floats) -> Iterator[_Group]:
-        """Groups that are complete now."""
+        """Add entries. Yields the groups that are now complete."""
         (height, columns), at = self._matrix, 0
         while at < len(numbers):
             matrix, inside = divmod((start + at) // columns, height)
@@ -209,7 +208,7 @@ class _Tensor:
 
 
 class _Group:
-    """Rows of a matrix that wait for each other: in memory, or where they are many and have one scale, in a file without a name."""
+    """Rows of a matrix that wait for each other: in memory, or in an unnamed file if there are many with one scale."""
 
     def __init__(
         self, shape: tuple[int, int], begin: int, first_block: int, block: tuple[int, int], single: bool, folder: Path
@@ -223,7 +222,7 @@ class _Group:
         self._numbers: Floats = np.empty(0 if self._file else self._size, np.float32)
 
     def put(self, at: int, numbers: Floats) -> None:
-        """Entries from an index in the tensor on; from any thread."""
+        """Add entries from an index in the tensor on; from any thread."""
         if self._single:
             found = largest(numbers.reshape(1, -1), (1, len(numbers)))
             with self._lock:
@@ -241,7 +240,7 @@ class _Group:
         return self._largest if self._single else largest(self._numbers.reshape(self._shape), self._block)
 
     def pieces(self) -> Iterator[tuple[int, Floats, tuple[int, int]]]:
-        """Numbers as matrices: the first one's index in the tensor, the matrix, and the blocks that lie over it."""
+        """Numbers as matrices: the first one's index in the tensor, the matrix, and the range of its blocks."""
         if self._file is None:
             yield self._begin, self._numbers.reshape(self._shape), self._block
             return
@@ -253,13 +252,12 @@ class _Group:
 
 
 def scales_of(sizes: Floats, dtype: Dtype, most: float, divide: bool, powers: bool) -> tuple[bytes, Floats]:
-    """Scales as bytes of their type, and what weights are divided by, or without `divide` multiplied with; (blocks,).
+    """Scales as bytes of their type, and the divisors of the weights, or without `divide` their factors; (blocks,).
 
     Args:
         sizes: the largest magnitude of each block.
-        most: the largest number that the codes have.
-        powers: round scales up to powers of two, whatever their type.
-    """
+        most: the largest number that the codes can represent.
+        powers: round scales up to powers of two, whatever their type."""
     with np.errstate(over="ignore", divide="ignore"):
         factors: Floats = np.where(sizes == 0, 1, np.float32(1) / sizes * np.float32(most)).astype(np.float32)
         scales: Floats = sizes / np.float32(most) if divide else np.float32(1) / factors
