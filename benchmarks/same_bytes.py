@@ -52,7 +52,7 @@ def commands() -> Iterator[tuple[str, str]]:
         data = " ".join(f"--data {t}=data/{t}.npz" for t in TASKS) + " --max-samples 20 --stats stats" if method in WITH_DATA else ""
         more = "--steps 2 --batch-size 10" if method == "adamerging" else ""
         yield f"merge {method}", f"merge {models} --base base -o merge-{method}/ -m {method} {OWN} {data} {more}"
-    yield "merge a file", f"merge {every} --base base -o merged.safetensors -m ties --keep 20%"
+    yield "merge a file", "merge merge-ties merge-dare --base base -o merged.safetensors -m ties --keep 20%"
     yield "merge bf16", f"merge {every} --base base -o merged-bf16/ -m task-arithmetic --dtype bf16 {OWN}"
     yield "merge weighted", f"merge {every} -o linear/ -m linear -w digits=2 -w notmnist=0.5 {OWN}"
     yield "merge compressed", f"merge {every} --base base -o fft/ -m task-arithmetic --scale 0.3 {OWN} --compress 5%"
