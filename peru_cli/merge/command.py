@@ -14,10 +14,11 @@ from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.merge import recipe as recipes
-from peru_cli.merge.given import Given, build_by_tensor, default_of, first_parameters, shown
+from peru_cli.merge.given import build_by_tensor, first_parameters, shown
 from peru_cli.merge.help import HelpByMethod
-from peru_cli.merge.options import given_values, parse_search, with_method_options
+from peru_cli.merge.options import check_then, check_varied, given_values, layout_of, parse_search, refuse_beside_a_recipe, with_method_options
 from peru_cli.methods.table import METHODS, Method, effective_values, find_method
+from peru_cli.methods.then.table import PASSES, build_pass
 from peru_cli.publish.command import destination, publish
 from peru_cli.shown import listed
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.merge.output import Recipe
     from peru_cli.merge.plan import MergePlan
-    from peru_cli.methods.parameters import Value
 
 FP8 = "fp8"
 
@@ -36,6 +36,8 @@ def _list_methods(value: bool) -> None:
         return
     rows = [[m.name, m.title, " ".join(f"--{o}" for o in m.options), m.paper] for m in METHODS.values()]
     console.table(["method", "what it does", "options", "paper"], rows)
+    for name, after in PASSES.items():
+        console.note(f"--then {name}: {after.title} ({after.paper})")
     console.note("without data, tsv-m kept the most of eight fine-tunes' accuracy: docs/merging.md has the figures")
     console.result([{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper} for m in METHODS.values()])
     raise typer.Exit()
@@ -44,7 +46,7 @@ def _list_methods(value: bool) -> None:
 @options.shared(
     panels={
         "Inputs": "base rename tokenizer pad_vocab_to config",
-        "Method": "method weight list_methods per_task merge_heads strict",
+        "Method": "method weight then list_methods per_task merge_heads strict",
         "Data": "data stats search batch_size trust_remote_code",
         "Output": "output compress dtype max_shard_size base_id write_recipe",
     }
@@ -84,6 +86,12 @@ def merge(
         Optional[str],
         typer.Option(
             "--compress", metavar="DENSITY", help="PERU-FFT: write OUT/merged/, and each task pruned against it as OUT/TASK.safetensors."
+        ),
+    ] = None,
+    then: Annotated[
+        Optional[str],
+        typer.Option(
+            "--then", metavar="PASS", help=f"A pass over the merged matrices. {'; '.join(f'{n}: {p.title}' for n, p in PASSES.items())}."
         ),
     ] = None,
     per_task: Annotated[
@@ -146,9 +154,9 @@ def merge(
     """
     given, varied = given_values(typed)
     if len(models) == 1 and recipes.is_recipe(models[0]):
-        _refuse_beside_a_recipe(
+        refuse_beside_a_recipe(
             given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress, rename=rename,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer, then=then,
             **{"write-recipe": write_recipe, "pad-vocab-to": pad_vocab_to, "trust-remote-code": trust_remote_code or None},
         )  # fmt: skip
         from peru_cli.merge.recipe.plan import Wanted
@@ -179,7 +187,9 @@ def merge(
         effective_values(chosen, {"weight": 1.0})
     varied.add("weight", weight or [])
     values = effective_values(chosen, given)
-    _check_varied(varied, chosen, search, given, values)
+    check_varied(varied, chosen, search, given, values)
+    if then is not None:
+        check_then(then, base, search, write_recipe)
     searched = parse_search(search, chosen, given) if search is not None else None
     if searched is not None:
         values[searched.option] = searched.points[0]
@@ -205,10 +215,11 @@ def merge(
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.merge import output as out
     from peru_cli.merge.cautions import cautions, idle
-    from peru_cli.merge.matrices import check_memory
+    from peru_cli.merge.passes.matrices import check_memory
+    from peru_cli.merge.passes.run import DEFAULT_TILE, check_trims
+    from peru_cli.merge.passes.then import check_memory as check_room_for
     from peru_cli.merge.plan import Options, check_same, plan_merge
     from peru_cli.merge.recipe.write import Typed, check_path, recipe_text, write_text
-    from peru_cli.merge.run import DEFAULT_TILE, check_trims
     from peru_cli.methods.parameters import Parameters
     from peru_cli.vectors.settings import streaming
 
@@ -229,6 +240,8 @@ def merge(
     varied.check_tasks(names)
     parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=base is not None))
     rule = chosen.build(parameters)
+    if then is not None and rule.isotropic:
+        raise UsageError(f"--then {then} has nothing to hold on to after {method}: all singular values are equal", "use another method")
     for warning in () if varied.by_tensor else idle([parameters]):
         console.warn(warning)
     target = Path(output)
@@ -247,7 +260,7 @@ def merge(
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     opened = [model for _, model in tasks]
-    fp8 = _layout(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
+    fp8 = layout_of(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
     if rename:
         from peru_cli.checkpoints.renamed import rename as under_other_names
 
@@ -275,11 +288,18 @@ def merge(
         rule = build_by_tensor(chosen, varied, parameters, [slot.info.name for slot in plan.slots])
     check_trims(plan, rule)
     check_memory(plan, rule)
+    if then is not None:
+        rule.then = build_pass(then)
+        check_room_for(plan, rule.then)
     if as_file and any(plan.heads.values()):
         raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # otherwise a killed run has already taken the space
         check_room(target, sum(info.nbytes for info in plan.written))
-    extra = [*(["--per-task", per_task] if per_task else []), *(["--merge-heads"] if merge_heads else [])]
+    extra = [
+        *(["--then", then] if then else []),
+        *(["--per-task", per_task] if per_task else []),
+        *(["--merge-heads"] if merge_heads else []),
+    ]
     extra += [
         *(word for text in rename or () for word in ("--rename", text)),
         *(["--tokenizer", tokenizer] if tokenizer else []),
@@ -340,6 +360,7 @@ def merge(
             all_models = [*(a.model for a in arguments), *([base] if base is not None else [])]
             with trusting(all_models, trust_remote_code):
                 looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
+            looked.rule.then = rule.then
             rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
         where = out.Where(target, run.sync, run.force, progress.step, console.note)
         if density is not None:
@@ -360,39 +381,6 @@ def merge(
         curve = [{"value": out.show(p.value), "accuracy": p.accuracies, "normalised": p.normalised} for p in looked.points]
         summary["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
     console.result(summary | publish(place, [target], "merge"))
-
-
-def _layout(model: Checkpoint) -> Requantized:
-    """The FP8 layout of the model that gives the output its names; UsageError if that is no FP8 model."""
-    from peru_cli.checkpoints.quantized.fp8 import Dequantized
-    from peru_cli.checkpoints.quantized.requantize import Requantized
-
-    if not isinstance(model, Dequantized):
-        raise UsageError(
-            f"--dtype fp8 writes the layout of the base, but {model.label} is not quantised", "name an FP8 model as --base, or write bf16"
-        )
-    return Requantized(model)
-
-
-def _refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
-    """UsageError for options that repeat what a recipe says."""
-    both = [f"--{name}" for name, value in (given | others).items() if value is not None]
-    if both:
-        raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
-
-
-def _check_varied(varied: Given, method: Method, search: Optional[str], given: dict[str, Value], values: dict[str, Value]) -> None:
-    """UsageError for values by tensor if one value is needed. A share that differs by tensor is taken in each tensor."""
-    several = [f"--{name}" for name in varied.by_tensor]
-    if several and (method.statistics is not None or search is not None):
-        what = "--search" if search is not None else method.name
-        raise UsageError(f"{what} takes one value for all tensors, but {', '.join(several)} has several", "write one number")
-    if set(varied.by_tensor) & {"keep", "gamma"} and values.get("scope") == "global":
-        if "scope" in given:
-            raise UsageError("with --scope global, the density cannot differ between tensors", "leave --scope out, or use --scope tensor")
-        values["scope"] = "tensor"
-    for name in varied.of_single_tasks:
-        values[name] = default_of(method, name)
 
 
 def _say(plan: MergePlan, recipe: Recipe, method: Method, base: Optional[Checkpoint], tasks: list[tuple[str, Checkpoint]]) -> None:

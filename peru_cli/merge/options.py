@@ -15,10 +15,13 @@ import typer
 
 from peru_cli import options
 from peru_cli.errors import UsageError
-from peru_cli.merge.given import BY_TASK, BY_TENSOR, Given
+from peru_cli.merge.given import BY_TASK, BY_TENSOR, Given, default_of
 from peru_cli.methods.table import FLAGS, Flag, Method, flag_help
+from peru_cli.methods.then.table import find_pass
 
 if TYPE_CHECKING:
+    from peru_cli.checkpoints.quantized.requantize import Requantized
+    from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.methods.parameters import Value
 
 _MOST_POINTS = 1000
@@ -125,3 +128,47 @@ def _point(name: str, number: Fraction, text: str) -> Value:
             raise UsageError(f"--search {text}: --{name} must be a whole number")
         return int(number)
     return float(number)
+
+
+def refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
+    """UsageError for options that repeat what a recipe says."""
+    both = [f"--{name}" for name, value in (given | others).items() if value is not None]
+    if both:
+        raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
+
+
+def check_then(then: str, base: Optional[str], search: Optional[str], write_recipe: Optional[str]) -> None:
+    """UsageError for a pass that is unknown or cannot follow."""
+    find_pass(then)
+    if base is None:
+        raise UsageError("--then needs a base: it changes the merged task vector", "add --base BASE")
+    if search is not None:
+        raise UsageError("--then and --search exclude each other", "search first, then merge with the value found")
+    if write_recipe is not None:
+        raise UsageError("--then and --write-recipe exclude each other: mergekit has no such pass", "leave one of the two out")
+
+
+def check_varied(varied: Given, method: Method, search: Optional[str], given: dict[str, Value], values: dict[str, Value]) -> None:
+    """UsageError for values by tensor if one value is needed. A share that differs by tensor is taken in each tensor."""
+    several = [f"--{name}" for name in varied.by_tensor]
+    if several and (method.statistics is not None or search is not None):
+        what = "--search" if search is not None else method.name
+        raise UsageError(f"{what} takes one value for all tensors, but {', '.join(several)} has several", "write one number")
+    if set(varied.by_tensor) & {"keep", "gamma"} and values.get("scope") == "global":
+        if "scope" in given:
+            raise UsageError("with --scope global, the density cannot differ between tensors", "leave --scope out, or use --scope tensor")
+        values["scope"] = "tensor"
+    for name in varied.of_single_tasks:
+        values[name] = default_of(method, name)
+
+
+def layout_of(model: Checkpoint) -> Requantized:
+    """The FP8 layout of the model that gives the output its names; UsageError if that is no FP8 model."""
+    from peru_cli.checkpoints.quantized.fp8 import Dequantized
+    from peru_cli.checkpoints.quantized.requantize import Requantized
+
+    if not isinstance(model, Dequantized):
+        raise UsageError(
+            f"--dtype fp8 writes the layout of the base, but {model.label} is not quantised", "name an FP8 model as --base, or write bf16"
+        )
+    return Requantized(model)

@@ -24,8 +24,8 @@ from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.adapter import AdapterOnBase, as_unpacked
 from peru_cli.finetunes.head import HEADS, head_metadata
+from peru_cli.merge.passes.run import merge
 from peru_cli.merge.plan import MergePlan
-from peru_cli.merge.run import merge
 from peru_cli.methods.parameters import Value
 from peru_cli.methods.rules import Rule
 from peru_cli.prune import run as pruning

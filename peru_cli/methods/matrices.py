@@ -2,7 +2,7 @@
 
 A tile rule (methods/rules.py) sees runs of entries. A `MatrixRule` sees matrices: tensors of more than two dimensions as
 (out, -1), vectors as one row. Tasks are read on request, so a rule that sums holds one at a time. `held` tells the engine
-(merge/matrices.py) how much memory a matrix takes. Rules that only look along rows set `by_rows`: they get panels of whole
+(merge/passes/matrices.py) how much memory a matrix takes. Rules that only look along rows set `by_rows`: they get panels of whole
 rows, always the same ones, so memory does not grow with the matrix.
 
 A rule returns the merged task vector, to which the engine adds the base, or merged weights if `on_vectors` is off.

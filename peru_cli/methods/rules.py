@@ -18,6 +18,7 @@ from fractions import Fraction
 
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Statistics
+from peru_cli.methods.then.table import Pass
 from peru_cli.streaming.arrays import Array, Arrays
 
 
@@ -66,10 +67,12 @@ class Rule(ABC):
     holds_all = False  # needs the inputs of all tasks at once
     trims: Sequence[Sequence[Fraction]] = ()  # for each trim, the share of largest entries that each task keeps
     scope = "global"  # of the trims: "global" or "tensor"
+    isotropic = False  # all singular values of what it merges are equal, so that its singular vectors are any
     suffers_from_norms = True  # on vectors: one that is much longer than the others outweighs them
     wants_signs = False  # `elect` is called on all tiles first, and the sign of its total becomes `RuleInput.majority`
     wants_products = False  # wants inner products of all inputs, for each tensor
     statistics: Sequence[Statistics] = ()  # of each task, for methods with data; set before the first tile
+    then: Pass | None = None  # what follows on merged matrices (methods/then)
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from peru_cli.kernels.random import words
-from peru_cli.merge import matrices as engine
+from peru_cli.merge.passes import panels as panels_of
 from peru_cli.methods import matrices as panels
 from peru_cli.methods.by_tensor import ByTensor
 from peru_cli.methods.parameters import Parameters
@@ -119,7 +119,7 @@ def test_masks_of_infinities_that_all_models_share_stay(tmp_path: Path, peru) ->
 
 
 def test_a_matrix_that_memory_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path, peru, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(panels_of, "free_memory", lambda: 1000)
     case = Merged(tmp_path, peru, *family(2))
     peru("merge", *case.models, "-b", tmp_path / "base.safetensors", "-o", tmp_path / "o", "-m", "della", code=2)
     assert "a.weight (61 x 40) takes" in peru.stderr and not (tmp_path / "o").exists()

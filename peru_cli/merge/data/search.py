@@ -14,8 +14,8 @@ from peru_cli.errors import BadFile, Mismatch
 from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.models import IMAGE, TEXT
 from peru_cli.merge.data.task_models import Running, TaskParts, load_task
+from peru_cli.merge.passes.run import merge
 from peru_cli.merge.plan import MergePlan
-from peru_cli.merge.run import merge
 from peru_cli.methods.parameters import Value
 from peru_cli.methods.rules import Rule
 from peru_cli.vectors.family import StreamSettings

@@ -20,12 +20,12 @@ from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.verify import verify_expanded
 from peru_cli.merge import output as out
 from peru_cli.merge.cautions import cautions, idle
+from peru_cli.merge.passes.run import DEFAULT_TILE, check_trims
 from peru_cli.merge.plan import check_same
 from peru_cli.merge.recipe.document import BLOCK, MAX_BYTES, Complaints, read_documents
 from peru_cli.merge.recipe.parts import Recipe
 from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, plan_stage, read_all
 from peru_cli.merge.recipe.show import effective, print_plan, say
-from peru_cli.merge.run import DEFAULT_TILE, check_trims
 from peru_cli.options import Running, dtype_word
 from peru_cli.streaming.engine import available_threads
 from peru_cli.vectors.settings import streaming

@@ -18,6 +18,8 @@ from peru_cli.methods.spectral.directions import polar, singular_values, top_dir
 class IsoC(SpectralRule):
     """See the module."""
 
+    isotropic = True
+
     def held(self, rows: int, columns: int, tasks: int, itemsize: int) -> int:
         return 8 * (5 * rows * columns + 4 * min(rows, columns) ** 2)
 

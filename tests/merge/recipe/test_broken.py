@@ -166,10 +166,18 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, peru) -> None:
     assert all(f"line {line}: " in peru.stderr for line in (5, 6, 7))
 
 
-UNHEARD = [("--rename", "a=b"), ("--tokenizer", "union"), ("--pad-vocab-to", "8"), ("--trust-remote-code",)]  # dropped without a word once
+UNHEARD = [
+    ("--rename", "a=b"),
+    ("--tokenizer", "union"),
+    ("--pad-vocab-to", "8"),
+    ("--trust-remote-code",),
+    ("--then", "svc"),
+]  # dropped without a word once
 
 
-@pytest.mark.parametrize("option", [("-m", "ties"), ("-b", "base"), ("-w", "a=1"), ("--keep", "10%"), ("--compress", "5%"), *UNHEARD])
+@pytest.mark.parametrize(
+    "option", [("-m", "ties"), ("-b", "base"), ("-w", "a=1"), ("--keep", "10%"), ("--compress", "5%"), *UNHEARD, ("--then", "svc")]
+)
 def test_a_recipe_and_options_that_say_the_same_are_refused(option: tuple[str, ...], tmp_path: Path, peru) -> None:
     (tmp_path / "recipe.yml").write_text(LINEAR + AB)
     peru("merge", tmp_path / "recipe.yml", "-o", tmp_path / "out", *option, code=2)

@@ -15,6 +15,7 @@ from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
+from peru_cli.merge.passes.then import After
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
 from peru_cli.methods.magnitude import Threshold
@@ -285,10 +286,11 @@ class Merge(_Walk):
     """The last pass: merge, round once, write."""
 
     def __init__(
-        self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int], writer: CheckpointWriter
-    ) -> None:
+        self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int], writer: CheckpointWriter,
+        after: After | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(plan, rule, how, decided, slots, writer.journal.done if writer.journal is not None else {})
-        self._writer = writer
+        self._writer, self._after = writer, after
         self._left = {number: plan.slots[number].info.entries for number in slots}
         self._lock = threading.Lock()
 
@@ -296,13 +298,19 @@ class Merge(_Walk):
         number = self.slot_number(tile)
         slot = self._plan.slots[number]
         merged = self._rule.merge(self.view(tile, committed, room))
-        bits = self._xp.download(self._xp.narrow(merged, slot.info.dtype))
-        if largest_magnitude(CPU, bits, slot.info.dtype) >= infinity(slot.info.dtype):
-            self._settle(tile, slot, bits, room)
-        self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), bits.data.cast("B"))
+        after = self._after if self._after is not None and self._after.takes(slot) else None
+        if after is None:
+            bits = self._xp.download(self._xp.narrow(merged, slot.info.dtype))
+            if largest_magnitude(CPU, bits, slot.info.dtype) >= infinity(slot.info.dtype):
+                self._settle(tile, slot, bits, room)
+            self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), bits.data.cast("B"))
+        else:
+            after.add(number, tile.start, self._xp.download(merged))
         with self._lock:
             self._left[number] -= tile.stop - tile.start
             done = not self._left[number]
+        if done and after is not None:
+            after.finish_added(number)
         if done and self._writer.journal is not None:
             self._writer.journal.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]))
 

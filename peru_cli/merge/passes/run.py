@@ -11,8 +11,9 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
-from peru_cli.merge.matrices import MergeMatrices, check_memory, taken
-from peru_cli.merge.passes import Decided, Elect, Merge, Products
+from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
+from peru_cli.merge.passes.then import After
+from peru_cli.merge.passes.tiles import Decided, Elect, Merge, Products
 from peru_cli.merge.plan import MergePlan, in_dtype
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
@@ -57,17 +58,18 @@ def merge(
             journal.note("decided", decided.encode())
     if rule.wants_products:
         rule.decide(decided.products)
+    after = After(plan, rule, rule.then, how, writer) if rule.then is not None else None
     check_memory(plan, rule)  # again: methods with data know only now which matrices they take
     note("merging")
     left = [number for number, slot in enumerate(plan.slots) if slot.info.name not in done]
     matrices = taken(plan, rule)
     tiled = [number for number in left if number not in matrices]
     tiles = TilePlan([plan.slots[i].info.entries for i in tiled], how.tile_entries)
-    run(Merge(plan, rule, how, decided, tiled, writer), tiles, how.threads, how.advance)
+    run(Merge(plan, rule, how, decided, tiled, writer, after), tiles, how.threads, how.advance)
     if matrices:
         whole = [number for number in left if number in matrices]
         entries = [plan.slots[i].info.entries for i in whole]
-        run(MergeMatrices(plan, matrices, how, whole, writer), _whole(entries), how.threads, how.advance)
+        run(MergeMatrices(plan, matrices, how, whole, writer, after), _whole(entries), how.threads, how.advance)
     _copy(plan, writer)
     _average(plan, rule, writer)
 

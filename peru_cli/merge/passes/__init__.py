@@ -1,0 +1,1 @@
+"""What a merge does to tensors: tiles of entries, whole matrices, and what follows on these."""

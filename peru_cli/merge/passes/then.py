@@ -1,0 +1,93 @@
+"""`--then`: merged matrices are changed by a pass before they are rounded and written.
+
+The tiles of a method on entries are put together to matrices first. A matrix is in memory from its first tile to its last.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from peru_cli.checkpoints.local.writer import CheckpointWriter
+from peru_cli.console import si_bytes
+from peru_cli.errors import UsageError
+from peru_cli.merge.passes.panels import MemoryShare, Panel, as_matrix, room_for_matrices, write_rounded
+from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.methods.rules import Rule
+from peru_cli.methods.then.table import Pass
+from peru_cli.streaming.arrays import Host
+from peru_cli.vectors.family import StreamSettings
+
+
+def needed(slot: Slot, then: Pass) -> int:
+    """Bytes that a pass over a tensor holds at once, the merged tensor and the base's included."""
+    return then.held(*as_matrix(slot.info.shape)) + 24 * slot.info.entries
+
+
+def check_memory(plan: MergePlan, then: Pass) -> None:
+    """Refuse a pass over a matrix that does not fit into memory; UsageError."""
+    room = room_for_matrices()
+    for slot in plan.slots:
+        if then.takes(slot.info.name, slot.info.shape) and needed(slot, then) > room:
+            raise UsageError(
+                f"--then takes {si_bytes(needed(slot, then))} of memory for {slot.info.name}, but only {si_bytes(room)} are free",
+                "leave --then out, or use a machine with more memory",
+            )
+
+
+class After:
+    """Changes merged matrices, rounds them once and writes them."""
+
+    def __init__(self, plan: MergePlan, rule: Rule, then: Pass, how: StreamSettings, writer: CheckpointWriter) -> None:
+        self._plan, self._rule, self._then, self._writer = plan, rule, then, writer
+        self._device = getattr(how.xp, "device", "cpu")
+        self._memory = MemoryShare()
+        self._parts: dict[int, Host] = {}  # merged weights of slots of which some tiles have come; (n,)
+        self._lock = threading.Lock()
+
+    def takes(self, slot: Slot) -> bool:
+        """Whether a tensor is changed."""
+        return bool(slot.info.entries) and self._then.takes(slot.info.name, slot.info.shape)
+
+    def needed(self, slot: Slot) -> int:
+        """See `needed`."""
+        return needed(slot, self._then)
+
+    def add(self, number: int, start: int, merged: Host) -> None:
+        """Keep the merged weights of a tile, (k,), of a slot."""
+        with self._lock:
+            if number not in self._parts:
+                self._parts[number] = np.empty(self._plan.slots[number].info.entries, merged.dtype)
+        self._parts[number][start : start + len(merged)] = merged
+
+    def finish_added(self, number: int) -> None:
+        """Change and write a slot of which all tiles were added."""
+        with self._memory.reserved(self.needed(self._plan.slots[number])):
+            self.finish(number, self._parts.pop(number), False)
+
+    def finish(self, number: int, merged: Host, is_vector: bool) -> None:
+        """Change and write a slot: its merged task vector, or weights, (n,)."""
+        import torch
+
+        slot, weights = self._plan.slots[number], self._rule.at(number).parameters.weights
+        panel = Panel(self._plan, slot, True, self._device)
+        base = panel.base().reshape(-1)
+        vector = merged.astype(np.float64) if is_vector else merged.astype(np.float64) - base
+        if not np.isfinite(vector.sum()):
+            vector = self._finite(slot, panel, vector, base)
+        counted = [task for task in range(panel.tasks) if len(weights) != panel.tasks or weights[task]]
+        changed = self._then.change(
+            torch.from_numpy(vector.reshape(panel.rows, panel.columns)).to(self._device), panel, counted
+        )  # fmt: skip
+        values = (base + changed.cpu().numpy().reshape(-1)).astype(base.dtype)
+        write_rounded(self._writer, slot, panel, values, True)
+
+    def _finite(self, slot: Slot, panel: Panel, vector: Host, base: Host) -> Host:
+        """The vector with 0 where the base is not finite (masks of -inf). BadFile where an input or the result is not finite otherwise."""
+        wrong = ~np.isfinite(vector)
+        if (wrong & np.isfinite(base)).any():
+            for task in range(panel.tasks):
+                panel[task]
+            write_rounded(self._writer, slot, panel, base + vector.astype(base.dtype), True)
+        return np.where(wrong, 0.0, vector)

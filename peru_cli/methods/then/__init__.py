@@ -1,0 +1,1 @@
+"""Passes over a merged task vector, matrix by matrix, after any merge: `--then`."""
