@@ -35,9 +35,10 @@ from peru_cli.methods.table import METHODS
 STEP = 1.4  # of the scale
 MOST_STEPS = 8
 VARIANTS: dict[str, list[list[str]]] = {  # besides the defaults
-    "ties": [["--variant", "mergekit"]],
+    "task-arithmetic": [["--scale", "1", "--then", "svc"]],
+    "ties": [["--variant", "mergekit"], ["--then", "svc"]],
     "wudi": [["--ridge", "0.1"]],
-    "tsv-m": [["--plain", "embed"]],
+    "tsv-m": [["--plain", "embed"], ["--then", "svc"]],
     "iso-c": [["--plain", "embed"]],
 }
 Right = dict[str, Array]  # of each task, which examples were right

@@ -8,12 +8,12 @@ Only singular values change. A scale of the merged vector cancels out wherever s
 Tasks of weight 0 do not count. Directions below 1e-6 of the largest are dropped (spectral/directions.py).
 
 Source: Li et al., When Shared Knowledge Hurts (2026), https://arxiv.org/abs/2602.05536, and its program https://github.com/lyymuwu/SVC
-(merge_func.py) with its alpha = 1 / T. That leaves out matrices whose names have "embedding" in them; `--then` takes them unless they match
---plain.
+(merge_func.py) with its alpha = 1 / T. As there, embeddings stay as they were merged.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -22,11 +22,15 @@ from peru_cli.methods.matrices import Matrices
 from peru_cli.methods.spectral.directions import top_directions
 from peru_cli.methods.then.table import Pass
 
+_EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")
 _LEAST = 1e-12  # of a squared response, as the authors' program has it
 
 
 class Svc(Pass):
     """See the module."""
+
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        return super().takes(name, shape) and not _EMBEDDING.search(name)
 
     def held(self, rows: int, columns: int) -> int:
         return 8 * (4 * rows * columns + (2 * rows + 2 * columns + 2 * min(rows, columns)) * min(rows, columns))
