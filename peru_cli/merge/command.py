@@ -13,34 +13,20 @@ import typer
 from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.merge import options as settings
 from peru_cli.merge import recipe as recipes
 from peru_cli.merge.given import build_by_tensor, first_parameters, shown
 from peru_cli.merge.help import HelpByMethod
-from peru_cli.merge.options import check_then, check_varied, given_values, layout_of, parse_search, refuse_beside_a_recipe, with_method_options
-from peru_cli.methods.table import METHODS, Method, effective_values, find_method
+from peru_cli.merge.show import list_methods_and_exit, say, summary
+from peru_cli.methods.table import METHODS, effective_values, find_method
 from peru_cli.methods.then.table import PASSES, build_pass
 from peru_cli.publish.command import destination, publish
 from peru_cli.shown import listed
 
 if TYPE_CHECKING:
-    from peru_cli.checkpoints.quantized.requantize import Requantized
-    from peru_cli.checkpoints.source import Checkpoint
-    from peru_cli.merge.output import Recipe
-    from peru_cli.merge.plan import MergePlan
+    pass
 
 FP8 = "fp8"
-
-
-def _list_methods(value: bool) -> None:
-    if not value:
-        return
-    rows = [[m.name, m.title, " ".join(f"--{o}" for o in m.options), m.paper] for m in METHODS.values()]
-    console.table(["method", "what it does", "options", "paper"], rows)
-    for name, after in PASSES.items():
-        console.note(f"--then {name}: {after.title} ({after.paper})")
-    console.note("without data, tsv-m kept the most of eight fine-tunes' accuracy: docs/merging.md has the figures")
-    console.result([{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper} for m in METHODS.values()])
-    raise typer.Exit()
 
 
 @options.shared(
@@ -128,7 +114,8 @@ def merge(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Recipes: refuse keys that have no effect, instead of warning.")] = False,
     list_methods: Annotated[
-        bool, typer.Option("--list-methods", callback=_list_methods, is_eager=True, help="List all methods with their options and papers.")
+        bool,
+        typer.Option("--list-methods", callback=list_methods_and_exit, is_eager=True, help="List all methods with their options."),
     ] = False,
     publishing: options.Publishing,
     run: options.Running,
@@ -152,9 +139,9 @@ def merge(
 
     If a merge was killed, type the same command again to continue it; --force starts afresh.
     """
-    given, varied = given_values(typed)
+    given, varied = settings.given_values(typed)
     if len(models) == 1 and recipes.is_recipe(models[0]):
-        refuse_beside_a_recipe(
+        settings.refuse_beside_a_recipe(
             given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress, rename=rename,
             tokenizer=tokenizer, then=then,
             **{"write-recipe": write_recipe, "pad-vocab-to": pad_vocab_to, "trust-remote-code": trust_remote_code or None},
@@ -172,8 +159,8 @@ def merge(
             output, options.parse_dtype(dtype) if dtype is not None else None, Wanted(per_task, merge_heads, config),
             options.parse_size(max_shard_size, "--max-shard-size"), strict, run,
         )  # fmt: skip
-        summary = merge_recipe(models[0], asked)
-        console.result(summary if run.dry_run else summary | publish(place, [Path(output)], "merge"))
+        merged = merge_recipe(models[0], asked)
+        console.result(merged if run.dry_run else merged | publish(place, [Path(output)], "merge"))
         return
     if method is None:
         raise UsageError("no --method is given", "name one of --list-methods, or a recipe: peru merge recipe.yml -o merged/")
@@ -187,10 +174,10 @@ def merge(
         effective_values(chosen, {"weight": 1.0})
     varied.add("weight", weight or [])
     values = effective_values(chosen, given)
-    check_varied(varied, chosen, search, given, values)
+    settings.check_varied(varied, chosen, search, given, values)
     if then is not None:
-        check_then(then, base, search, write_recipe)
-    searched = parse_search(search, chosen, given) if search is not None else None
+        settings.check_then(then, base, search, write_recipe)
+    searched = settings.parse_search(search, chosen, given) if search is not None else None
     if searched is not None:
         values[searched.option] = searched.points[0]
     if data and chosen.statistics is None and searched is None:
@@ -260,7 +247,7 @@ def merge(
     opened_base = open_model(base) if base is not None else None
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     opened = [model for _, model in tasks]
-    fp8 = layout_of(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
+    fp8 = settings.layout_of(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
     if rename:
         from peru_cli.checkpoints.renamed import rename as under_other_names
 
@@ -289,8 +276,8 @@ def merge(
     check_trims(plan, rule)
     check_memory(plan, rule)
     if then is not None:
-        rule.then = build_pass(then)
-        check_room_for(plan, rule.then)
+        plan.then = build_pass(then)
+        check_room_for(plan, plan.then)
     if as_file and any(plan.heads.values()):
         raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # otherwise a killed run has already taken the space
@@ -320,7 +307,7 @@ def merge(
     if searched is not None:
         first = f", the first {samples} examples of each" if samples is not None else ""
         recipe = replace(recipe, searched=f"{searched.option}, the best of {searched.text} on {', '.join(seen)}{first}")
-    _say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
+    say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
     zeros = idle(rule.at(number).parameters for number in range(len(plan.slots))) if varied.by_tensor else []
     for warning in [*zeros, *cautions(plan, rule), *check_same(plan)]:
         console.warn(warning)
@@ -342,7 +329,7 @@ def merge(
             console.warn(f"{write_recipe}: {line}")
         write_text(Path(write_recipe), text)
     if run.dry_run:
-        console.result(_summary(plan, recipe, target))
+        console.result(summary(plan, recipe, target))
         return
     results = []
     looked = None
@@ -360,7 +347,6 @@ def merge(
             all_models = [*(a.model for a in arguments), *([base] if base is not None else [])]
             with trusting(all_models, trust_remote_code):
                 looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
-            looked.rule.then = rule.then
             rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
         where = out.Where(target, run.sync, run.force, progress.step, console.note)
         if density is not None:
@@ -376,45 +362,13 @@ def merge(
         bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
         console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
     artifacts = [{"task": r.task, "path": str(r.path), "file_bytes": r.file_bytes, "kept": r.kept} for r in results]
-    summary = _summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {})
+    report = summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {})
     if looked is not None and looked.points:
         curve = [{"value": out.show(p.value), "accuracy": p.accuracies, "normalised": p.normalised} for p in looked.points]
-        summary["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
-    console.result(summary | publish(place, [target], "merge"))
-
-
-def _say(plan: MergePlan, recipe: Recipe, method: Method, base: Optional[Checkpoint], tasks: list[tuple[str, Checkpoint]]) -> None:
-    for model in ([base] if base is not None else []) + [model for _, model in tasks]:
-        for warning in model.warnings:
-            console.warn(warning)
-    if base is not None:
-        console.note(f"base {base.label}: {base.kind}, {plural(len(base.tensors), 'tensor')}, {si_bytes(base.nbytes)}")
-    for vector, (name, model) in zip(plan.vectors, tasks, strict=True):
-        console.note(f"{name}: {model.label}, {model.kind}, {plural(len(model.tensors), 'tensor')} ({vector.pairing.prefix})")
-        if heads := plan.heads[name]:
-            listed = ", ".join(info.name for info in heads[:4]) + (", ..." if len(heads) > 4 else "")
-            console.note(f"  kept for the task, {si_bytes(sum(info.nbytes for info in heads))}: {listed}")
-    if len(tasks) == 1:
-        console.note("only one model: there is nothing to merge it with")
-    same = {info.name for info in plan.copied}
-    console.note(f"merging {plural(len(plan.slots), 'tensor')}, {count(plan.entries)} entries" + (f"; copying {len(same)}" if same else ""))
-    console.note(f"{recipe.method} ({method.paper}): " + ", ".join(f"{name} {value}" for name, value in recipe.words().items()))
-
-
-def _summary(plan: MergePlan, recipe: Recipe, target: Path) -> dict[str, object]:
-    return {
-        "output": str(target),
-        "method": recipe.method,
-        "tasks": list(recipe.tasks),
-        "options": recipe.words(),
-        "merged": len(plan.slots),
-        "entries": plan.entries,
-        "copied": [info.name for info in plan.copied],
-        "heads": {task: [info.name for info in heads] for task, heads in plan.heads.items()},
-        "bytes": sum(info.nbytes for info in plan.written),
-    }
+        report["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
+    console.result(report | publish(place, [target], "merge"))
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(cls=HelpByMethod)(with_method_options(merge, after="weight"))
+    app.command(cls=HelpByMethod)(settings.with_method_options(merge, after="weight"))

@@ -24,6 +24,7 @@ from peru_cli.checkpoints.quantized.requantize import FLOAT, Requantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.then.table import Pass
 from peru_cli.shown import listed
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.vectors.family import TaskVector
@@ -83,6 +84,7 @@ class MergePlan:
     same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
     warnings: list[str] = field(default_factory=list)
     heads: dict[str, list[TensorInfo]] = field(default_factory=dict)  # by task
+    then: Pass | None = None  # a pass over merged matrices
     overrides: dict[str, bytes] = field(default_factory=dict)  # side files that differ from the reference's
 
     @property

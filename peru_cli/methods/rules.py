@@ -18,7 +18,6 @@ from fractions import Fraction
 
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Statistics
-from peru_cli.methods.then.table import Pass
 from peru_cli.streaming.arrays import Array, Arrays
 
 
@@ -72,7 +71,6 @@ class Rule(ABC):
     wants_signs = False  # `elect` is called on all tiles first, and the sign of its total becomes `RuleInput.majority`
     wants_products = False  # wants inner products of all inputs, for each tensor
     statistics: Sequence[Statistics] = ()  # of each task, for methods with data; set before the first tile
-    then: Pass | None = None  # what follows on merged matrices (methods/then)
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from peru_cli.kernels.random import words
+from peru_cli.merge.passes import matrices as engine
 from peru_cli.merge.passes import panels as panels_of
 from peru_cli.methods import matrices as panels
 from peru_cli.methods.by_tensor import ByTensor

@@ -58,7 +58,7 @@ def merge(
             journal.note("decided", decided.encode())
     if rule.wants_products:
         rule.decide(decided.products)
-    after = After(plan, rule, rule.then, how, writer) if rule.then is not None else None
+    after = After(plan, rule, plan.then, how, writer) if plan.then is not None else None
     check_memory(plan, rule)  # again: methods with data know only now which matrices they take
     note("merging")
     left = [number for number, slot in enumerate(plan.slots) if slot.info.name not in done]
