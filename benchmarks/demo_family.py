@@ -93,7 +93,7 @@ class Task:
 
 
 def to_side(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bring images to 28x28 (which leaves those of that size as they are)."""
+    """Resize images to 28x28 (images of that size are unchanged)."""
     resized = [Image.fromarray(i).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for i in images]
     return np.stack([np.asarray(i) for i in resized])
 
@@ -104,7 +104,7 @@ def pixel_values(images: NDArray[np.uint8]) -> Tensor:
 
 
 def load_task(name: str, data: Path) -> Task:
-    """Read one task and hold a part of its train split out: a tenth, but 250 images at least."""
+    """Read one task and hold out a part of its train split: a tenth, but at least 250 images."""
     if name == "digits":
         bunch = load_digits()
         x = (bunch.images * (255 / 16)).round().astype(np.uint8)
@@ -162,14 +162,14 @@ def embed_all(encoder: ViTModel, x: Tensor) -> Tensor:
 
 
 def round_to_bfloat16(module: nn.Module) -> None:
-    """Give the float32 parameters values that bfloat16 holds."""
+    """Round the float32 parameters to values that bfloat16 can hold."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(parameter.bfloat16())
 
 
 def accuracy(encoder: ViTModel, head: nn.Linear, x: Tensor, y: Tensor) -> float:
-    """Percent of the images whose class is right."""
+    """Percent of the images classified right."""
     with torch.no_grad():
         return 100 * (head(embed_all(encoder, x)).argmax(1) == y).float().mean().item()
 
@@ -182,12 +182,12 @@ def pretrain(tasks: list[Task]) -> ViTModel:
     joint_head = nn.Linear(encoder.config.hidden_size, sum(len(t.classes) for t in tasks))
     x = torch.cat([t.train_x for t in tasks])
     y = torch.cat([t.train_y + 10 * i for i, t in enumerate(tasks)])
-    # small tasks come up nearly as often as large ones
+    # small tasks occur nearly as often as large ones
     weight = torch.cat([torch.full((len(t.train_x),), len(t.train_x) ** -0.8) for t in tasks])
     parameters = [*encoder.parameters(), *joint_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PRETRAIN_LR, betas=(0.9, 0.98), weight_decay=0.05)
     for step in range(PRETRAIN_STEPS):
-        # warm-up, then down to a fifth: the rest of the annealing is left to the fine-tunes
+        # warm-up, then down to a fifth: the fine-tunes do the rest of the annealing
         decay = 0.6 + 0.4 * math.cos(math.pi * step / PRETRAIN_STEPS)
         optimizer.param_groups[0]["lr"] = PRETRAIN_LR * decay * min(1.0, (step + 1) / 200)
         pick = torch.multinomial(weight, PRETRAIN_BATCH, generator=rng)
@@ -202,7 +202,7 @@ def pretrain(tasks: list[Task]) -> ViTModel:
 
 
 def fit_head(encoder: ViTModel, task: Task) -> nn.Linear:
-    """Logistic regression on the frozen encoder's outputs for a few images: the encoder is to do the learning."""
+    """Logistic regression on the frozen encoder's outputs for a few images: the encoder should do the learning."""
     features, labels = embed_all(encoder, task.train_x[:HEAD_IMAGES]), task.train_y[:HEAD_IMAGES]
     head = nn.Linear(features.shape[1], len(task.classes))
     for parameter in head.parameters():
@@ -240,7 +240,7 @@ def fine_tune(encoder: ViTModel, head: nn.Linear, task: Task, seed: int) -> None
 
 
 def save_fine_tune(encoder: ViTModel, head: nn.Linear, task: Task, folder: Path) -> None:
-    """Write a ViTForImageClassification in bfloat16, with the settings that make its pixel values."""
+    """Write a ViTForImageClassification in bfloat16, with the settings that produce its pixel values."""
     model = ViTForImageClassification(vit_config(task.classes))
     model.vit.load_state_dict(encoder.state_dict())
     model.classifier.load_state_dict(head.state_dict())
@@ -249,7 +249,7 @@ def save_fine_tune(encoder: ViTModel, head: nn.Linear, task: Task, folder: Path)
 
 
 def attribution(data: Path) -> str:
-    """Where the images come from, under which licences, and what was changed, from the sets' meta files."""
+    """Where the images come from, their licences, and what was changed, from the sets' meta files."""
     rows = []
     for name in IMAGE_TASKS:
         meta = json.loads((data / "image" / f"{name}.meta.json").read_text())
@@ -265,7 +265,7 @@ def attribution(data: Path) -> str:
 
 
 def main() -> None:
-    """Make everything; print held-out accuracies on the way."""
+    """Make everything. Prints held-out accuracies on the way."""
     parser = argparse.ArgumentParser(description="Make the demo family that ships inside peru.")
     parser.add_argument("--data", type=Path, required=True, help="folder with image/NAME.npz and .meta.json")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

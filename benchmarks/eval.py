@@ -4,9 +4,8 @@
     python benchmarks/eval.py CACHE [--tasks sst2 clinc_domains] [--examples 1000] [--runs 3]
 
 CACHE holds base/, full/TASK/ and data/TASK.test.jsonl. The tasks are packed with `peru shuffle-pack`. The forward passes are
-timed where `evaluate` makes them, so both figures come from the same moments of the machine. "all" begins before headers are read
-and data tokenised and ends with the metrics; start-up and imports (the whole command less that) stand beside it.
-"""
+timed inside `evaluate`, so both figures come from the same moments of the machine. "all" starts before headers are read and data
+tokenised, and ends with the metrics. Start-up and imports (the whole command minus that) are listed beside it."""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def main() -> None:
         subprocess.run([*PERU, "shuffle-pack", *models, "--base", cache / "base", "-o", pack, "--quiet"], check=True, stdout=2)
         print("| | all, s | forward passes, s | ratio |\n| --- | ---: | ---: | ---: |")
         for name, against in (("the pack alone", False), ("against the fine-tunes", True)):
-            run(cache, pack, tasks[:1], 50, against)  # what is imported when first needed
+            run(cache, pack, tasks[:1], 50, against)  # imports on first use
             for _ in range(arguments.runs):
                 whole, forward = run(cache, pack, tasks, arguments.examples, against)
                 print(f"| {name}, {len(tasks)} tasks | {whole:.2f} | {forward:.2f} | {whole / forward:.3f} |", flush=True)

@@ -38,10 +38,9 @@ READ = "import sys\nfor p in sys.argv[1:]:\n    f = open(p, 'rb', buffering=0)\n
 
 
 def measure(command: list[str], clear: Path | None = None) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a command; fails loudly if it fails.
+    """Wall seconds and peak resident bytes of a command. Fails loudly if it fails.
 
-    `clear` is what it writes, removed a while before: a file that is overwritten reuses memory that a new one must be given.
-    """
+    `clear` is its output, which is removed some time before: a file that is overwritten reuses memory that a new one must allocate."""
     if clear is not None:
         clear.unlink(missing_ok=True)
         time.sleep(2)
@@ -70,7 +69,7 @@ def prune(pair: Path, out: Path, *options: str) -> list[str]:
 
 
 def inspected(artifact: Path) -> dict[str, object]:
-    """What `peru inspect --json` says."""
+    """The output of `peru inspect --json`."""
     return dict(json.loads(subprocess.run([*PERU, "inspect", str(artifact), "--json"], capture_output=True, check=True).stdout))
 
 

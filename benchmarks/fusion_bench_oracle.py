@@ -1,11 +1,10 @@
-"""Compare Fisher merging and RegMean with fusion_bench on the demo's fine-tunes; prints the largest difference of each.
+"""Compare Fisher merging and RegMean with fusion_bench on the demo's fine-tunes. Prints the largest difference of each.
 
     python benchmarks/fusion_bench_oracle.py [--venv /tmp/peru-fusion-bench]
 
-Installs fusion-bench 0.2.33 (a program to compare with, no code of it is in peru) into a virtual environment of its own. Both
-merge from the statistics that peru has collected, in float64 there; exits with 1 if a difference exceeds float32 rounding.
-fusion_bench adds 1e-6 to every entry of F where peru takes at least --floor, so it is given F without that.
-"""
+Installs fusion-bench 0.2.33 (a program to compare with; peru contains no code of it) into its own virtual environment. Both
+merge from the statistics that peru has collected, fusion_bench in float64. Exits with 1 if a difference exceeds float32 rounding.
+fusion_bench adds 1e-6 to every entry of F where peru takes at least --floor, so it is given F without the floor."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ CASES = {
     "regmean 0.9": ["regmean", "--alpha", "0.9", "--ridge", "0", "--max-samples", "50"],
     "regmean 0.3": ["regmean", "--alpha", "0.3", "--ridge", "0", "--max-samples", "50"],
 }
-# Run there: folder of statistics, method, alpha, output; then for each task its weight and checkpoint.
+# Runs there: folder of statistics, method, alpha, output; then for each task its weight and checkpoint.
 THERE = """
 import sys
 from pathlib import Path
@@ -55,7 +54,7 @@ save_file({name: tensor.contiguous() for name, tensor in merged.items()}, out)
 
 
 def install(folder: Path) -> Path:
-    """fusion_bench in an environment of its own; its Python."""
+    """Install fusion_bench into its own environment. Returns its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)

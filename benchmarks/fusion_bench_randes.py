@@ -1,12 +1,11 @@
-"""Compare packs with fusion_bench's port of RanDeS on a tiny GPT-2 and a tiny CLIP; prints the largest difference of each variant.
+"""Compare packs with fusion_bench's port of RanDeS on a tiny GPT-2 and a tiny CLIP. Prints the largest difference of each variant.
 
     python benchmarks/fusion_bench_randes.py [--venv /tmp/peru-fusion-bench]
 
-fusion-bench 0.2.33 runs in a virtual environment of its own (a program to compare with, no code of it is in peru). Its signs and
-orders come from NumPy's and Python's generators: they are fed to `peru shuffle-pack` and `peru unpack` in place of ours, and the
-tasks that come back are compared. Exits with 1 if a difference exceeds rounding. Skip rates are left out: fusion_bench takes the
-second of every two target tensors, peru the first block of every two.
-"""
+fusion-bench 0.2.33 runs in its own virtual environment (a program to compare with; peru contains no code of it). Its signs and
+orders come from NumPy's and Python's generators. They are passed to `peru shuffle-pack` and `peru unpack` in place of ours, and the
+retrieved tasks are compared. Exits with 1 if a difference exceeds rounding. Skip rates are left out: fusion_bench takes the
+second of every two target tensors, peru the first block of every two."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ VARIANTS = {  # fusion_bench's mode and shift_layers, our options
     "STA + Shuffle": ("random_binary_diagonal_matrix", -1, []),
     "STA + Shift": ("random_binary_diagonal_matrix", 1, ["--decorrelate", "shift"]),
 }
-# Run there: folder, mode, shift_layers, seed.
+# Runs there: folder, mode, shift_layers, seed.
 THERE = """
 import sys
 from pathlib import Path
@@ -66,7 +65,7 @@ def models() -> dict[str, torch.nn.Module]:
 
 
 def their_signs(seed: int, task: str, tensor: str, count: int) -> np.ndarray:
-    """What fusion_bench multiplies columns with; float32 (count,)."""
+    """The signs by which fusion_bench multiplies columns; float32 (count,)."""
     return np.random.RandomState(SEED + TASKS.index(task)).binomial(p=0.5, n=1, size=(1, count))[0].astype(np.float32) * 2 - 1
 
 
@@ -78,7 +77,7 @@ def their_order(seed: int, task: str, prefix: str, depth: int) -> list[int]:
 
 
 def peru(*arguments: object) -> None:
-    """A command in this process, with their random numbers."""
+    """Run a command in this process, with their random numbers."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = cli.run([str(argument) for argument in arguments])
@@ -87,7 +86,7 @@ def peru(*arguments: object) -> None:
 
 
 def compare(python: Path, folder: Path, mode: str, shift: int, options: list[str]) -> float:
-    """The largest difference between what both give back of a task."""
+    """The largest difference between both retrieved tasks."""
     subprocess.run([python, "-c", THERE, folder, mode, str(shift), str(SEED)], check=True, stdout=subprocess.DEVNULL)
     base, pack, out = folder / "base.safetensors", folder / "pack.safetensors", folder / "out.safetensors"
     fine = [f"{task}={folder / f'{task}.safetensors'}" for task in TASKS]

@@ -1,12 +1,11 @@
-"""`peru prune --stream` from a Hub on loopback against curl fetching the same ranges: time, peak memory, files written.
+"""`peru prune --stream` from a loopback Hub against curl fetching the same ranges: time, peak memory, files written.
 
     python benchmarks/hub.py [--gigabytes 1]
 
-The server is tests/support/hub_server.py in a process of its own. curl fetches the ranges that peru asked for, in the same order, as
-many at once, into nothing. Both run in turn, three times, and the same prune from files; the ratio of medians counts, the machine's other
-load is in all. Seconds of processor time say what a command costs without that load: curl's are few, so that on few processors it is
-the computing that takes the time, not the fetching.
-"""
+The server is tests/support/hub_server.py in its own process. curl fetches the ranges that peru requested, in the same order, with
+the same concurrency, and discards them. Both run in turn, three times, and so does the same prune from files. The ratio of medians
+counts, since the machine's other load is in all. Processor seconds show a command's cost without that load. curl needs few of
+them: on few processors the computing takes the time, not the fetching."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def peak_of(command: list[str], env: dict[str, str]) -> tuple[float, int, float]
     """Seconds, peak resident bytes and processor seconds of a command."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process, peak = subprocess.Popen(command, env=env), 0
-    while process.poll() is None:  # wait4 would count what this process holds, too
+    while process.poll() is None:  # wait4 would include this process's memory
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
         time.sleep(0.02)

@@ -2,8 +2,8 @@
 
     python benchmarks/hub_1x.py [--version "1.*"] [TEST...]
 
-Installs that version into a folder of its own, which goes before the environment's; the environment stays as it is. Needs a package index.
-"""
+Installs that version into a separate folder, which takes precedence over the environment's packages. The environment is unchanged.
+Needs a package index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TESTS = [str(ROOT / "tests" / name) for name in ("checkpoints/hub", "publish", "
 
 
 def main() -> None:
-    """Install, say which version the tests see, run them."""
+    """Install, print the version that the tests use, run them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--version", default="1.*")
     parser.add_argument("tests", nargs="*", default=TESTS)

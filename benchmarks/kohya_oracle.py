@@ -1,12 +1,11 @@
-"""Adapters in kohya's names: what diffusers makes of them, and what `peru unpack` does; prints the largest difference of each.
+"""Adapters with kohya's names: diffusers' result against `peru unpack`. Prints the largest difference of each.
 
     /opt/oracles/real/bin/python benchmarks/kohya_oracle.py
 
-Needs diffusers 0.42 and peft beside peru, in a virtual environment of their own. diffusers' own conversion gives names, factors and
-alphas of a file of sd-scripts for a small U-Net; peft puts them on the model and merges. peru reads the same file. Ranks, alphas,
-dtypes and modules are drawn at random. All modules of a file have one alpha, as sd-scripts writes them: of alphas that differ,
-diffusers 0.42 warns that it ignored those of attention layers. Exits with 1 if a difference is above 1e-5 of the largest weight.
-"""
+Needs diffusers 0.42 and peft beside peru, in a separate virtual environment. diffusers' own conversion reads names, factors and
+alphas from an sd-scripts file for a small U-Net; peft applies them to the model and merges. peru reads the same file. Ranks,
+alphas, dtypes and modules are random. All modules of a file have one alpha, as in sd-scripts: if alphas differ, diffusers 0.42
+warns that it ignored those of attention layers. Exits with 1 if a difference is above 1e-5 of the largest weight."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def adapter(model: UNet2DConditionModel, rng: random.Random) -> dict[str, torch.Tensor]:
-    """A file of sd-scripts for some of a model's attention layers, as random as its tensors."""
+    """An sd-scripts file with random tensors for some of a model's attention layers."""
     kind = rng.choice([torch.float32, torch.bfloat16, torch.float16])
     alpha = rng.choice([None, 1.0, 2.0, 8.0])
     modules = dict(model.named_modules())

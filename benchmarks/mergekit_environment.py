@@ -1,4 +1,4 @@
-"""mergekit 0.1.5 in a virtual environment of its own: a program to compare with, no code of it is in peru."""
+"""mergekit 0.1.5 in its own virtual environment: a program to compare with; peru contains no code of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def install(folder: Path) -> Path:
-    """mergekit in an environment of its own; its `mergekit-pytorch`."""
+    """Install mergekit into its own environment. Returns its `mergekit-pytorch`."""
     program = folder / "bin" / "mergekit-pytorch"
     if not program.exists():
         venv.create(folder, with_pip=True)

@@ -1,13 +1,12 @@
-"""Compare `peru merge` with mergekit on a random family, method by method; prints the largest difference of each.
+"""Compare `peru merge` with mergekit on a random family, method by method. Prints the largest difference of each.
 
     python benchmarks/mergekit_oracle.py [--venv /tmp/peru-mergekit] [METHOD ...]
 
-Installs mergekit 0.1.5 (LGPL: a program to compare with, no code of it is in peru) into a virtual environment of its own and
-runs `mergekit-pytorch` on the same files. Methods, parameters and how they are called there come from the table of methods
-(`Method.mergekit`): a new line there is compared with nothing to be done here. CASES adds values other than the defaults.
+Installs mergekit 0.1.5 (LGPL: a program to compare with; peru contains no code of it) into its own virtual environment and
+runs `mergekit-pytorch` on the same files. Methods, parameters and their names in mergekit come from the table of methods
+(`Method.mergekit`): a new line there is compared without any change here. CASES adds values other than the defaults.
 Tensors have the names and shapes of tiny Llama and BERT models. Exits with 1 if a difference exceeds float32 rounding.
-Methods that drop at random use other generators: there means and variances over seeds are compared.
-"""
+Methods that drop at random use other generators, so their means and variances over seeds are compared."""
 
 from __future__ import annotations
 
@@ -43,8 +42,8 @@ SHAPES = {
 }
 TOLERANCE = 1e-6  # relative to the largest weight, of size 1
 BESIDES = {"arcee-fusion": 1e-4}  # entries at the threshold: the program rounds the divergence to float32
-# The program computes in float32 and adds the rounding of a vector that is 0: its own formula in float32 is 1.3e-6 off the one in
-# float64, which peru's equals to 1e-14.
+# The program computes in float32 and adds the rounding of a vector that is 0: its own formula in float32 is off by 1.3e-6 from the one
+# in float64, which peru's equals to 1e-14.
 LOOSER = {"multislerp": 5e-6}
 DRAWS = 8
 SEEDS = (0, 1, 2)
@@ -68,8 +67,8 @@ CASES: dict[str, list[dict[str, Value]]] = {
     "dare": [{"keep": Fraction(1, 2)}],
     "dare-ties": [{"keep": Fraction(1, 2)}],
 }
-BASELESS = ("linear", "karcher", "passthrough")  # methods that see no base there
-EITHER = ("nuslerp", "multislerp")  # with and without one
+BASELESS = ("linear", "karcher", "passthrough")  # methods that get no base in mergekit
+EITHER = ("nuslerp", "multislerp")  # with and without a base
 WITH_BASE_AS_MODEL = ("nearswap", "arcee_fusion")
 
 # Runs many merges in one process of mergekit's environment: [{config, out, seed}] as JSON from stdin.
@@ -82,7 +81,7 @@ for job in json.load(sys.stdin):
 
 
 def make_family(folder: Path, seed: int) -> None:
-    """Base and fine-tunes in float32 with zeros, and no equal magnitudes (mergekit's order of equals is arbitrary)."""
+    """Base and fine-tunes in float32 with zeros, and without equal magnitudes (mergekit orders ties arbitrarily)."""
     noise = torch.Generator().manual_seed(seed)
     base = {name: torch.randn(shape, generator=noise) * 0.5 for name, shape in SHAPES.items()}
     save_file(base, folder / "base.safetensors")
@@ -100,7 +99,7 @@ def tasks_of(method: Method) -> int:
 
 
 def config(folder: Path, method: Method, values: dict[str, Value], base: bool) -> dict[str, object]:
-    """mergekit's configuration of a merge with these options of ours."""
+    """mergekit's configuration for a merge with our options."""
     theirs = method.mergekit
     assert theirs is not None
 
@@ -126,7 +125,7 @@ def config(folder: Path, method: Method, values: dict[str, Value], base: bool) -
 
 
 def run_mergekit(venv: Path, jobs: list[dict[str, object]], folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Merge with mergekit-pytorch, all in one process; the results' tensors."""
+    """Merge with mergekit-pytorch, all in one process. Returns the results' tensors."""
     listed = []
     for number, job in enumerate(jobs):
         at = folder / f"config{number}.yml"
@@ -139,7 +138,7 @@ def run_mergekit(venv: Path, jobs: list[dict[str, object]], folder: Path) -> lis
 
 
 def run_peru(folder: Path, method: Method, values: dict[str, Value], base: bool, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Merge with this tree's peru; the result's tensors."""
+    """Merge with this tree's peru. Returns the result's tensors."""
     out = folder / "peru.safetensors"
     words = ["merge", *(f"t{i}={folder / f't{i}.safetensors'}" for i in range(tasks_of(method))), "-o", str(out), "-m", method.name]
     words += ["--force", "--no-sync", "-q", *(["--base", str(folder / "base.safetensors")] if base else [])]
@@ -160,19 +159,17 @@ def run_peru(folder: Path, method: Method, values: dict[str, Value], base: bool,
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], besides: float = 0.0) -> float:
     """The largest difference of two checkpoints, relative to the largest weight of each tensor (at least 1).
 
-    `besides`: that share of the entries, the worst ones, is not looked at.
-    """
+    `besides`: this share of the entries, the worst ones, is ignored."""
     parts = [((a[name].double() - b[name].double()).abs() / b[name].abs().max().clamp(min=1)).view(-1) for name in SHAPES]
     found = torch.cat(parts).sort().values
     return float(found[len(found) - 1 - int(besides * len(found))])
 
 
 def spread(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
-    """How alike two programs draw: 1 and 1, but for chance, if they draw from the same distribution.
+    """How similarly two programs draw: 1 and 1, up to chance, if they draw from the same distribution.
 
-    Over all entries together, so that it does not matter how few draws keep an entry: the squared difference of the two
-    means over seeds in its expectation, and the variance over seeds of the one in that of the other.
-    """
+    Computed over all entries together, so that it does not matter how few draws keep an entry: the squared difference of the two
+    means over seeds relative to its expectation, and the variance over seeds of one relative to the other."""
     a, b = (torch.stack([torch.cat([table[n].view(-1) for n in SHAPES]).double() for table in tables]) for tables in (theirs, ours))
     variances = a.var(dim=0).sum(), b.var(dim=0).sum()
     apart = (a.mean(dim=0) - b.mean(dim=0)).square().sum() / (sum(variances) / DRAWS)

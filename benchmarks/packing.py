@@ -70,7 +70,7 @@ class Tasks:
             encoder.load_state_dict({n: self.base.get(n, t) for n, t in encoder.state_dict().items()})
 
     def accuracy(self, name: str, part: str, model: Any = None) -> float:
-        """Share of right answers of a model, by default the task's as it is now."""
+        """Share of right answers of a model, by default the task's in its current state."""
         right = total = 0
         with torch.inference_mode():
             for inputs, labels in self.batches[name, part]:
@@ -88,13 +88,13 @@ class Tasks:
 
 
 def peru(*arguments: object) -> Any:
-    """Run a command; what it reports."""
+    """Run a command. Returns its report."""
     done = subprocess.run([*PERU, *map(str, arguments), "--json", "-q", "--no-sync"], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
 
 def best_scale(tasks: Tasks, pack: Any, scales: Iterable[float]) -> float:
-    """The scale with the best accuracy on dev; equals: the smallest."""
+    """The scale with the best accuracy on dev; ties: the smallest."""
     found = {}
     for scale in scales:
         pack.scale = scale

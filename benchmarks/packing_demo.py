@@ -2,10 +2,9 @@
 
     python benchmarks/packing_demo.py [--scales 0.5 0.7 1] [--examples 500]
 
-Four fine-tunes of the shipped vision transformer (bfloat16, 510,192 parameters), their heads kept for each task. Made with `peru
-shuffle-pack` and judged with `peru eval` on the shipped test images; a scale changes no sum, only what is stored as one. The last
-rows are PERU-FFT and Post-Pruning at about a pack's bytes. Prints a table.
-"""
+Four fine-tunes of the shipped vision transformer (bfloat16, 510,192 parameters), with their heads kept for each task. Made with
+`peru shuffle-pack` and judged with `peru eval` on the shipped test images. A scale changes no sum, only the stored scale. The last
+rows are PERU-FFT and Post-Pruning at about a pack's bytes. Prints a table."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ HEADS = ["--base", demo.BASE, "--per-task", "^(vit\\.)?classifier"]
 
 
 def peru(*arguments: object) -> Any:
-    """Run a command; what it reports."""
+    """Run a command. Returns its report."""
     done = subprocess.run([*PERU, *map(str, arguments), "--json", "--quiet"], check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout)
 
@@ -42,7 +41,7 @@ def normalised(subjects: list[str], base: object, examples: int) -> float:
 
 
 def size(folder: Path) -> int:
-    """Bytes of the tensors' files right in a folder."""
+    """Bytes of the tensors' files directly in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

@@ -1,10 +1,9 @@
-"""Size and peak memory of packs by the number of tasks, on synthetic fine-tunes whose task vectors are independent.
+"""Size and peak memory of packs by the number of tasks, on synthetic fine-tunes with independent task vectors.
 
     python benchmarks/packing_sizes.py SCRATCH [--tasks 2 8 20]
 
-7.3M float32 parameters in the shapes of a small encoder, differences normal. Prints bits a parameter, how many more than for the
-number of tasks before, what sqrt(T) adds to the entropy of a sum, retrieval errors, and each process's peak memory.
-"""
+7.3M float32 parameters in the shapes of a small encoder, with normal differences. Prints bits a parameter, the increase over the
+previous number of tasks, the increase in a sum's entropy by sqrt(T), retrieval errors, and each process's peak memory."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 256, 1024, 8, 4000
-# Runs the command and reports the peak memory of its child alone: this process is small, so that a fork of it is.
+# Runs the command and reports only its child's peak memory: this process is small, so a fork of it is too.
 MEASURE = """
 import os, subprocess, sys
 child = subprocess.Popen(sys.argv[1:], stderr=subprocess.DEVNULL)

@@ -1,12 +1,11 @@
-"""Forty recipes of different shapes, run by mergekit and by `peru merge`; prints the largest difference of each.
+"""Forty recipes of different shapes, run by mergekit and by `peru merge`. Prints the largest difference of each.
 
     python benchmarks/recipes_oracle.py [--venv /tmp/peru-mergekit] [--only NAME]
 
-Installs mergekit 0.1.5 (LGPL: a program to compare with, no code of it is in peru) into a virtual environment of its own
+Installs mergekit 0.1.5 (LGPL: a program to compare with; peru contains no code of it) into its own virtual environment
 and runs all recipes there in one process, on tiny random Llama models with tokenizers. Both read the same files. `dtype` is
-float32 throughout: mergekit computes in it. Methods that draw at random are run at density 1, or compared with the base
-and the sign of each entry alone. Exits with 1 if a difference is above 1e-6 of the largest weight.
-"""
+float32 throughout, since mergekit computes in it. Methods that draw at random are run at density 1, or only base and sign of each
+entry are compared. Exits with 1 if a difference is above 1e-6 of the largest weight."""
 
 from __future__ import annotations
 
@@ -87,7 +86,7 @@ def make_family(folder: Path) -> None:
 
 
 def grow(folder: Path) -> None:
-    """`e`: a fine-tune of the base with two more tokens, of which one has the place of another in `f`."""
+    """`e`: a fine-tune of the base with two more tokens. One of them has the id of another token in `f`."""
     for name, words in (("e", ["extra", "other"]), ("f", ["other"])):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "base")
         tokenizer.add_tokens(words)
@@ -111,7 +110,7 @@ def source(name: str, first: int, last: int, **parameters: Any) -> dict[str, Any
 
 
 def cut(*slices: Any) -> list[Any]:
-    """Slices out of lists of sources, or (sources, parameters)."""
+    """Slices from lists of sources, or (sources, parameters)."""
     return [
         {"sources": part[0], "parameters": part[1]} if isinstance(part, tuple) else {"sources": part if isinstance(part, list) else [part]}
         for part in slices
@@ -297,7 +296,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def by_token(folder: Path, table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with the rows of embedding and head in the order of their tokens: mergekit numbers added ones by Python's hash seed."""
+    """The same with the rows of embedding and head sorted by token: mergekit numbers added tokens by Python's hash seed."""
     words = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
     order = [words[word] for word in sorted(words)]
     return {n: t[order + list(range(len(order), len(t)))] if "embed_tokens" in n or "lm_head" in n else t for n, t in table.items()}
@@ -315,7 +314,7 @@ def compare(theirs: Path, ours: Path) -> float:
 
 
 def entries_apart(theirs: Path, ours: Path) -> str:
-    """How many entries differ by more than rounding: of methods that keep or drop entries, some lie at the threshold itself."""
+    """How many entries differ by more than rounding: in methods that keep or drop entries, some are exactly at the threshold."""
     a, b = tensors(theirs), tensors(ours)
     return f"{sum(int(((a[n] - b[n]).abs() > 1e-6).sum()) for n in a):,} of {sum(t.numel() for t in a.values()):,} entries"
 
@@ -350,7 +349,7 @@ def main() -> None:
                 pair = folder / "mergekit" / stem / "result", folder / "peru" / stem
                 found = compare(*pair)
                 said = f"{found:.2g}"
-                if name == "arcee_fusion":  # it compares float32 with a quantile of themselves, peru float64
+                if name == "arcee_fusion":  # it compares float32 values with a quantile of themselves, peru uses float64
                     said += f", in {entries_apart(*pair)}"
                 elif "bf16" not in name:
                     worst = max(worst, found)

@@ -95,7 +95,7 @@ def warm(*files: Path) -> None:
 
 
 def apart(function, *arguments):
-    """A function's result from a process of its own: what a child is reported to have used begins with what its parent has."""
+    """A function's result from its own process: a child's reported usage starts with its parent's."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -135,7 +135,7 @@ def adapter(scratch: Path, layers: int, runs: int) -> None:
 
 
 def make_models(scratch: Path) -> tuple[Path, Path]:
-    """Some blocks of the synthetic 1.1B pair as two folders; embeddings and norms are equal, so that both programs do the same."""
+    """Some blocks of the synthetic 1.1B pair as two folders. Embeddings and norms are equal, so that both programs do the same."""
     folders = scratch / "base", scratch / "fine"
     if not (folders[1] / "config.json").is_file():
         table = {name: base_tensor(name, shape) for name, shape in shapes(BLOCKS).items()}

@@ -29,7 +29,7 @@ BATCH = 100
 
 
 def accuracy(cache: Path, task: str, adapter: Path) -> float:
-    """Percent right on the test part of a task, of the base with an adapter loaded by PEFT."""
+    """Percent right on the test part of a task, for the base with an adapter loaded by PEFT."""
     with open(cache / "data" / f"{task}.test.jsonl", encoding="utf-8") as lines:
         examples = [json.loads(line) for line in lines]
     head = load_file(adapter / "adapter_model.safetensors")["base_model.model.classifier.weight"]
@@ -48,7 +48,7 @@ def accuracy(cache: Path, task: str, adapter: Path) -> float:
 
 
 def naive(source: Path, out: Path, rank: int) -> float:
-    """Write Approx(A) Approx(B) as an adapter of the same configuration; its relative error over all modules."""
+    """Write Approx(A) Approx(B) as an adapter with the same configuration. Returns its relative error over all modules."""
     shutil.copytree(source, out)
     tensors = load_file(source / "adapter_model.safetensors")
     squared = missed = 0.0
@@ -65,7 +65,7 @@ def naive(source: Path, out: Path, rank: int) -> float:
 
 
 def svd_lora(out: Path, rank: int, *arguments: object) -> dict[str, object]:
-    """Run the command; what it reports."""
+    """Run the command. Returns its report."""
     command = [*PERU, "svd-lora", *map(str, arguments), "-o", str(out), "--rank", str(rank), "--json", "-q", "--no-sync"]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)[0])
 

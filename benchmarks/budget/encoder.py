@@ -1,9 +1,8 @@
-"""MiniLM's forward pass, lean: weights in bfloat16, as the checkpoints have them, sums and norms in float32.
+"""MiniLM's forward pass, lean: weights in bfloat16, as in the checkpoints, sums and norms in float32.
 
-Cheaper than transformers' own: small batches that stay in the cache, one product for query, key and
-value, and of the last layer only the first token, which is all that the pooler looks at. Activations are rounded to bfloat16
-where they enter a product: the KL to the float32 computation is about 1e-5 (`compare.py --check` measures it).
-"""
+It is cheaper than transformers' own: small batches that stay in the cache, one product for query, key and value, and in the last
+layer only the first token, the only one that the pooler reads. Activations are rounded to bfloat16 before each product: the KL to
+the float32 computation is about 1e-5 (`compare.py --check` measures it)."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ HALF = torch.bfloat16
 
 
 class Encoder:
-    """BERT with 6 layers and 12 heads, as `sentence-transformers/all-MiniLM-L6-v2` has it."""
+    """BERT with 6 layers and 12 heads, like `sentence-transformers/all-MiniLM-L6-v2`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` under the bare encoder's names; weights are rounded to bfloat16."""
@@ -33,7 +32,7 @@ class Encoder:
             self.dense[f"{layer}.qkv"] = (torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts]))
 
     def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What the pooler makes of each text's first token: ids and mask (texts, tokens) -> float32 (texts, width)."""
+        """The pooler's output for each text's first token: ids and mask (texts, tokens) -> float32 (texts, width)."""
         tokens = ids.shape[1]
         states = self.words[ids].float() + self.types[0].float() + self.positions[:tokens].float()
         states = self._norm(states, "embeddings")

@@ -1,15 +1,14 @@
 """Published ways to compress one fine-tune, without data, in plain torch on state dicts, with all bytes counted.
 
-Every function takes the base's and the fine-tune's encoder (float32 tensors of equal names) and returns the encoder that comes
-back and its bytes. What the papers leave open is the same for all, and generous:
+Every function takes the base's and the fine-tune's encoder (float32 tensors with the same names) and returns the rebuilt encoder
+and its bytes. What the papers leave open is the same for all, and generous:
 
-- matrices of which some rows did not change (word embeddings) are coded by their changed rows; which those are is counted;
-- one-dimensional tensors come back exactly, as entropy-coded differences of bit patterns (0.006 bits a parameter here);
-- sparse and quantised values cost their order-0 entropy a tensor and a table of the values, which no real coder falls below by
-  much; signs that fill a matrix cost a bit, factors their stored width; scales are 16 bits each.
+- matrices with unchanged rows (word embeddings) are coded by their changed rows; the list of these rows is counted;
+- one-dimensional tensors are restored exactly, as entropy-coded differences of bit patterns (0.006 bits a parameter here);
+- sparse and quantised values cost their order-0 entropy per tensor and a table of the values, which no real coder beats by
+  much; signs that fill a matrix cost one bit, factors their stored width; scales are 16 bits each.
 
-Nothing is counted for names, shapes and a container, which peru's own bytes include.
-"""
+Names, shapes and a container are not counted, although peru's own bytes include them."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-Result = tuple[Tensors, float]  # what comes back, and bytes
+Result = tuple[Tensors, float]  # the rebuilt encoder, and bytes
 SCALE_BYTES = 2
-GROUP = 128  # entries that share a scale, as Delta-CoMe's GPTQ has it
+GROUP = 128  # entries that share a scale, as in Delta-CoMe's GPTQ
 
 
 def each_matrix(base: Tensors, fine: Tensors, code: Callable[[str, Tensor], tuple[Tensor, float]]) -> Result:
-    """Code the changed rows of every matrix's difference by `code(name, rows)`; the rest as said above."""
+    """Code the changed rows of every matrix's difference by `code(name, rows)`; the rest as described above."""
     result, nbytes = dict(base), small_tensors(base, fine)
     for name, tensor in base.items():
         if tensor.dim() < 2:
@@ -60,7 +59,7 @@ def binary_entropy(share: float) -> float:
 
 
 def entropy_bytes(symbols: Tensor, value_bytes: int = 2) -> float:
-    """Bytes of `symbols` at their order-0 entropy, and of a table that holds every value that occurs and its count."""
+    """Bytes of `symbols` at their order-0 entropy, plus a table of every value that occurs and its count."""
     counts = torch.unique(symbols, return_counts=True)[1].double()
     share = counts / counts.sum()
     return float(-(counts * share.log2()).sum() / 8) + len(counts) * (value_bytes + 2)
@@ -150,9 +149,8 @@ def factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def t_switch(base: Tensors, fine: Tensors, share: float) -> Result:
     """T-Switch (Qi et al. 2025, from its abstract): the largest `share` of all entries, their signs, and one scale.
 
-    The scale keeps the length of the whole task vector. The abstract leaves it open; on 200 test examples of sst2 and of agnews this one
-    had a third of the KL that the least-squares scale had, so it is the one taken.
-    """
+    The scale preserves the length of the whole task vector. The abstract leaves it open. On 200 test examples of sst2 and of agnews this
+    one had a third of the KL of the least-squares scale, so it is used."""
     names = [name for name in base if base[name].dim() > 1]
     delta = torch.cat([(fine[name] - base[name]).flatten() for name in names])
     count = round(share * sum(tensor.numel() for tensor in base.values()))
@@ -170,11 +168,10 @@ def t_switch(base: Tensors, fine: Tensors, share: float) -> Result:
 def ultra_delta(base: Tensors, fine: Tensors, sparsity: float, embeddings: bool, factor: float = 1.0) -> Result:
     """UltraDelta (Wang et al. 2025; order of steps and constants of the authors' code).
 
-    Each matrix at 16 uniform levels between its extremes; then, of the third of the entries that are in the matrices of least
-    deviation, `sparsity` + 0.01 is dropped, of the middle third `sparsity`, of the last as much less as keeps the mean; entries are
-    dropped at random within each level; what is left is divided by 1 - `sparsity` and multiplied by `factor` (trace_factors).
-    Linear layers only, as published, or with `embeddings`.
-    """
+    Each matrix is quantised at 16 uniform levels between its extremes. Then entries are dropped at random within each level: in the
+    matrices of least deviation, which hold a third of all entries, a share of `sparsity` + 0.01; in the middle third `sparsity`; in the
+    last third as much less as preserves the mean. What is left is divided by 1 - `sparsity` and multiplied by `factor` (trace_factors).
+    Linear layers only, as published, or with `embeddings`."""
     noise = torch.Generator().manual_seed(0)
     chosen = {name: delta for name, delta in _matrices(base, fine) if embeddings or "embeddings" not in name}
     rates = _rates({name: (delta.std(), delta.numel()) for name, delta in chosen.items()}, sparsity)
@@ -198,7 +195,7 @@ def ultra_delta(base: Tensors, fine: Tensors, sparsity: float, embeddings: bool,
 
 
 def trace_factors(base: Tensors, pruned: dict[str, Tensors]) -> dict[str, float]:
-    """UltraDelta's rescaling by the trace norm, as its code has it: the least norm of all tasks / the task's own."""
+    """UltraDelta's rescaling by the trace norm, as in its code: the least norm of all tasks / the task's own."""
     norms = {
         task: sum(torch.linalg.matrix_norm(delta, "nuc").item() for name, delta in _matrices(base, tensors) if "embeddings" not in name)
         for task, tensors in pruned.items()
@@ -214,7 +211,7 @@ def _matrices(base: Tensors, fine: Tensors) -> Iterator[tuple[str, Tensor]]:
 
 
 def _rates(sizes: dict[str, tuple[Tensor, int]], sparsity: float, step: float = 0.01) -> dict[str, float]:
-    """The share to drop of each matrix, from its deviation and number of entries; `step` is less where there is no room."""
+    """The share of each matrix to drop, from its deviation and number of entries; `step` is smaller if there is no room."""
     total, seen, rates = sum(size for _, size in sizes.values()), 0, {}
     step = min(step, (1 - sparsity) / 2)
     spent, last = 0.0, []

@@ -2,10 +2,9 @@
 
     python benchmarks/fuzz --cases 10000 --seed 0
 
-A case is a family of checkpoints (families.py, quantised.py) or an adapter (adapters.py) in files as they lie on the Hub, and one
-command with what undoes it (commands.py). What is right is computed in plain torch from the tensors before they were written
-(right.py). All cases run in this process, some 30 a second. What went wrong is printed with its seed: `--seed SEED --cases 1`.
-"""
+A case is a family of checkpoints (families.py, quantised.py) or an adapter (adapters.py) in files as they are on the Hub, and one
+command with its inverse (commands.py). The right result is computed in plain torch from the tensors before they were written
+(right.py). All cases run in this process, about 30 a second. Failures are printed with their seed: `--seed SEED --cases 1`."""
 
 from __future__ import annotations
 

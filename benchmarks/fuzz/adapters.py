@@ -1,4 +1,4 @@
-"""Made-up adapters of every layout over a small base, with foreign keys now and then, and the weights that they mean."""
+"""Made-up adapters of every layout over a small base, sometimes with foreign keys, and the weights that they mean."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ LINEAR = ["layers.0.attn.q_proj", "layers.0.mlp.up_proj", "layers.1.attn.q_proj"
 
 @dataclass
 class Adapted:
-    """A base, an adapter's folder (PEFT) or file, and what the base becomes under it, float64.
+    """A base, an adapter's folder (PEFT) or file, and the merged base, float64.
 
-    `broken` says why the adapter must be refused. `low_rank` holds for what `svd-lora` can resize.
-    """
+    `broken` says why the adapter must be refused. `low_rank` says whether `svd-lora` can resize it."""
 
     base: Tensors
     tensors: Tensors
@@ -209,7 +208,7 @@ def lokr(rng: random.Random, made: Adapted, gpt2: bool) -> None:
 
 
 def differences(rng: random.Random, made: Adapted, gpt2: bool) -> None:
-    """Entries that are added or put as they are (ComfyUI, LyCORIS)."""
+    """Entries that are added or replace the base's (ComfyUI, LyCORIS)."""
     made.low_rank = False
     for name in _some(rng, False):
         what = rng.choice(["diff", "diff_b", "set_weight"])
@@ -224,7 +223,7 @@ def differences(rng: random.Random, made: Adapted, gpt2: bool) -> None:
 
 
 def ia3(rng: random.Random, made: Adapted, gpt2: bool) -> None:
-    """IA3 of PEFT: rows, or columns of feedforward modules, scaled."""
+    """PEFT's IA3: scaled rows, or scaled columns of feedforward modules."""
     made.low_rank = False
     names = _some(rng, False)
     config: dict[str, object] = {"peft_type": "IA3", "target_modules": [n.rpartition(".")[2] for n in names], "feedforward_modules": []}
@@ -241,7 +240,7 @@ LAYOUTS = {f.__name__: f for f in (peft, kohya, diffusers, loha, lokr, differenc
 
 
 def foreign(rng: random.Random, made: Adapted) -> None:
-    """A key, a field or a state under which the adapter cannot be taken for what it seems."""
+    """A key, a field or a state that makes the adapter something else than it seems."""
     name = LINEAR[0]
     flat = name.replace(".", "_")
     outer = OUTER if made.config is not None else ("lora_unet_" if made.layout == "kohya" else "diffusion_model.")
@@ -285,7 +284,7 @@ def foreign(rng: random.Random, made: Adapted) -> None:
         assert made.config is not None
         made.config["peft_type"] = rng.choice(["PREFIX_TUNING", "XLORA", "WHATEVER", "RANDLORA", None])
     elif kind == "no config":
-        made.config, made.file = None, "adapter_model.safetensors"  # nothing says the scale
+        made.config, made.file = None, "adapter_model.safetensors"  # nothing gives the scale
     else:
         made.tensors[f"{outer}{here}.{'diff_m' if kind == 'diff_m' else 'oft_blocks'}"] = torch.ones(2, 2)
     made.broken = kind

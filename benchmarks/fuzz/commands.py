@@ -1,4 +1,4 @@
-"""Each command on a case: whether it should have succeeded, and whether what it wrote is right."""
+"""Each command on a case: whether it should have succeeded, and whether its output is right."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from peru_cli.console import console
 
 Tensors = dict[str, torch.Tensor]
 FIXED = ["--no-sync", "--threads", 1, "--force"]
-_built = typer.main.get_command(cli.app)  # typer builds the whole app anew at each call, which takes longer than most commands do here
+_built = typer.main.get_command(cli.app)  # typer builds the whole app anew at each call, which takes longer than most commands here
 cli.app = lambda arguments, **how: _built.main(arguments, prog_name="peru", standalone_mode=False)  # type: ignore[assignment]
 
 
 def peru(*arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process: its exit code, standard output, and what it says."""
+    """Run a command in this process: its exit code, standard output, and messages."""
     console.quiet = console.json = console.data_on_stderr = False
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -39,7 +39,7 @@ def peru(*arguments: object) -> tuple[int, str, str]:
 
 
 def judge(command: str, answer: tuple[int, str, str], named: list[str], must: str | None = None, may: bool = False) -> bool:
-    """Whether the command succeeded, as it should have; Wrong if it should not have, or failed badly or without a name."""
+    """Whether the command succeeded, as it should have. Wrong if it should not have, or if it failed badly or without a name."""
     code, _, said = answer
     if "Traceback" in said or "defect" in said:
         raise Wrong(f"{command}: a traceback or a defect\n{said}")
@@ -73,7 +73,7 @@ class Run:
         self.renames = self.family.rename is not None and rng.random() < 0.7
 
     def judge(self, verb: str, command: str, answer: tuple[int, str, str], models: str) -> bool:
-        """As `judge`, for a command that reads some of the models and the base."""
+        """Like `judge`, for a command that reads some of the models and the base."""
         family = self.family
         broken = [family.broken[m] for m in models if m in family.broken]
         must = broken[0] if broken else family.must.get(verb)
@@ -92,7 +92,7 @@ class Run:
         return self.folder / f"out-{name}"
 
     def unpack(self, artifact: Path, *more: object) -> Tensors:
-        """What comes out of an artifact."""
+        """The unpacked artifact."""
         place = self.out("unpacked")
         done("unpack", peru("unpack", artifact, *self.base, *FIXED, "-o", place, *more))
         if "quantization_config" in json.loads((place / "config.json").read_text()):
@@ -109,7 +109,7 @@ class Run:
     def lossless(self) -> None:
         task, place, family = self.rng.choice("ab"), self.out("l.safetensors"), self.family
         if family.broken.get(task) == families.UNREAD and quantised.has_codes(family.stored["base"]):
-            del family.broken[task]  # codes of any scheme are kept as they are where the base has codes, too
+            del family.broken[task]  # codes of any scheme are kept unchanged if the base has codes, too
         answer = peru("prune", self.paths[task], *self.base, *FIXED, *self.rename(), "-o", place, "--lossless")
         if not self.judge("prune", "lossless", answer, task):
             return
@@ -119,7 +119,7 @@ class Run:
         renamed = {n.replace("blocks.", "layers."): t for n, t in family.stored[task].items()}
         raw = got.keys() == renamed.keys() and all(got[n].dtype is renamed[n].dtype for n in got)
         right.same_bits(got, renamed if raw else family.values[task], "lossless")
-        if self.rng.random() < 0.3:  # and the artifact stands for the fine-tune elsewhere
+        if self.rng.random() < 0.3:  # and the artifact replaces the fine-tune elsewhere
             self.compare(place, task)
 
     def bits(self) -> None:
@@ -167,7 +167,7 @@ class Run:
                 right.packed(self.family, self.unpack(place, "--task", task), task)
 
     def svd_lora(self) -> None:
-        """Factors of every matrix that is worth it, the rest as a delta: together the fine-tune, but for what the rank misses."""
+        """Factors of every worthwhile matrix and the rest as a delta together give the fine-tune, except for the error of the rank."""
         task, place = self.rng.choice("ab"), self.out("lora")
         how = ["--rank", "2", "--rest", "delta"]
         answer = peru("svd-lora", self.paths[task], *self.base, "--no-sync", "--force", "-o", place, *how)
@@ -201,7 +201,7 @@ class Run:
         self.count["inspect"] += 1
 
     def changes(self, task: str, changes: dict[str, Any]) -> None:
-        """Entries that changed, counted by tensor."""
+        """Changed entries, counted by tensor."""
         for name, tensor in self.family.values[task].items():
             other = self.family.values["base"].get(self.family.bare(name))
             if name in changes and other is not None and other.shape == tensor.shape and tensor.is_floating_point():
@@ -263,7 +263,7 @@ class AdapterRun:
             self.check(load_file(out / families.WEIGHTS), "lossless")
 
     def resize(self) -> None:
-        """At the rank that it has, svd-lora gives an adapter of the same product."""
+        """At its own rank, svd-lora gives an adapter with the same product."""
         made = self.made
         small = self.folder / ("small" if made.config is not None else "small.safetensors")
         base = [] if made.low_rank else ["-b", self.base]
@@ -283,7 +283,7 @@ class AdapterRun:
         self.count["inspect adapter"] += 1
 
     def evaluate(self) -> None:
-        """Against what unpack wrote, the adapter has no error."""
+        """Compared with unpack's output, the adapter has no error."""
         if self.made.broken is None:
             out = self.folder / "out"
             done("unpack", peru("unpack", self.adapter, "-b", self.base, *FIXED, "-o", out))
@@ -292,13 +292,13 @@ class AdapterRun:
             kind = {n: t.dtype for n, t in self.made.base.items()}
             lost = sum(float((w - w.to(kind[n]).double()).square().sum()) for n, w in self.made.wanted.items())
             added = sum(float((w - self.made.base[n].double()).square().sum()) for n, w in self.made.wanted.items())
-            if error is not None and error > 1.1 * (lost / added) ** 0.5 + 1e-3:  # what unpack rounds
+            if error is not None and error > 1.1 * (lost / added) ** 0.5 + 1e-3:  # the rounding of unpack
                 raise Wrong(f"eval: an adapter has the error {error} against what unpack makes of it")
             self.count["eval adapter"] += 1
 
 
 def one(rng: random.Random, folder: Path, count: Counter[str]) -> tuple[Callable[[], None], object]:
-    """A case with its files made: what to run, and what to say of it if that goes wrong."""
+    """A case with its files: what to run, and its description for failures."""
     if rng.random() < 0.35:
         adapter = AdapterRun(rng, folder, count)
         action = rng.choice([adapter.unpack, adapter.merge, adapter.prune, adapter.resize, adapter.inspect, adapter.evaluate])

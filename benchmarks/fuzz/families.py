@@ -1,4 +1,4 @@
-"""Made-up families: a base and two fine-tunes with some of what the Hub has, and what each of them means in plain torch."""
+"""Made-up families: a base and two fine-tunes with some of the Hub's variety, and what each of them means in plain torch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ WEIGHTS = "model.safetensors"
 
 @dataclass
 class Family:
-    """What files hold (`stored`), what they mean (`values`, under the names that come out), and what must or may be refused.
+    """What files hold (`stored`), what they mean (`values`, under the names of the output), and what must or may be refused.
 
-    A command is named in `must` and `may` by its verb: prune, merge, pack. Whatever reads a model of `broken` must refuse it.
-    """
+    A command is named in `must` and `may` by its verb: prune, merge, pack. Every command that reads a model of `broken` must refuse it."""
 
     stored: dict[str, Tensors]
     values: dict[str, Tensors]
     configs: dict[str, dict[str, object]]
     prefix: str = ""
-    rename: str | None = None  # what --rename must say for the names to pair
+    rename: str | None = None  # the --rename rule that makes the names pair
     must: dict[str, str] = field(default_factory=dict)
     may: set[str] = field(default_factory=set)
     broken: dict[str, str] = field(default_factory=dict)
-    said: dict[str, str] = field(default_factory=dict)  # model -> what a command that reads it must say
-    left_out: set[str] = field(default_factory=set)  # names that a merge leaves out: heads that are tied
+    said: dict[str, str] = field(default_factory=dict)  # model -> what a command that reads it must print
+    left_out: set[str] = field(default_factory=set)  # names that a merge leaves out: tied heads
     traits: list[str] = field(default_factory=list)
     layout: str = ""  # of FP8 weights (quantised.py)
-    form: dict[str, str] = field(default_factory=dict)  # how a model's files lie
-    files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # more files of a model, or in place of its weights
+    form: dict[str, str] = field(default_factory=dict)  # the form of a model's files
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # more files of a model, or replacements of its weights
 
     def bare(self, name: str) -> str:
         """The base's name for a fine-tune's tensor."""
@@ -74,7 +73,7 @@ def make(rng: random.Random, traits: int | None = None) -> Family:
 
 
 def write(family: Family, folder: Path) -> dict[str, Path]:
-    """Put a family's files into a folder; where each model lies."""
+    """Write a family's files into a folder. Returns the path of each model."""
     paths = {}
     for name, tensors in family.stored.items():
         path = paths[name] = folder / name
@@ -185,7 +184,7 @@ def renamed(rng: random.Random, family: Family) -> None:
 
 
 def fp8(rng: random.Random, family: Family) -> None:
-    pass  # quantise() does it when all else is settled
+    pass  # quantise() does it at the end
 
 
 def grown(rng: random.Random, family: Family) -> None:
@@ -247,13 +246,13 @@ def forms(rng: random.Random, family: Family) -> None:
 
 
 def stray(rng: random.Random, family: Family) -> None:
-    """Files of a second model beside the first: what counts is said, or both are refused."""
+    """Files of a second model beside the first: either peru says which one counts, or both are refused."""
     junk = {n: t + 1 if t.is_floating_point() else t for n, t in family.values["a"].items()}
     here = family.files.setdefault("a", {})
     kind = rng.choice(["index", "indices", "bin", "adapter", "shard lost", "two files"])
     if "a" in family.form or "strange" in family.traits:
         return
-    if kind == "index":  # the single file counts, as for transformers
+    if kind == "index":  # the single file counts, as in transformers
         here["model-00001-of-00001.safetensors"] = _bytes(junk)
         here[f"{WEIGHTS}.index.json"] = _index(junk, "model-00001-of-00001.safetensors")
         family.said["a"] = WEIGHTS

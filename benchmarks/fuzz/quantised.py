@@ -1,4 +1,4 @@
-"""FP8 (and INT8) weights as programs store them: codes, their companions, and the values that they stand for."""
+"""FP8 (and INT8) weights as programs store them: codes, their companions, and the values that they represent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized",
 INT8 = COMPRESSED | {"format": "int-quantized"}
 FBGEMM = {"quant_method": "fbgemm_fp8"}
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
-# layout -> quantization_config; None: the config says nothing (ComfyUI)
+# layout -> quantization_config; None: the config has none (ComfyUI)
 LAYOUTS: dict[str, dict[str, object] | None] = {
     "block": FINEGRAINED, "tensor": FINEGRAINED, "row": FBGEMM, "flat row": COMPRESSED, "e5m2": COMPRESSED, "comfy": None, "int8": INT8,
     "powers": FINEGRAINED, "bare": None,
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, object] | None] = {
 
 
 def encode(weight: torch.Tensor, layout: str) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
-    """Codes, companions by the end of their name (after `.weight` less its last part), and float32 values."""
+    """Codes, companions by the end of their name (`.weight` minus its last part), and float32 values."""
     rows, columns = weight.shape
     scale = torch.rand(()) * 0.02 + 0.001
     spread, name, more = scale, "weight_scale", {}
@@ -56,7 +56,7 @@ def has_codes(tensors: Tensors) -> bool:
 
 
 def decoded(tensors: Tensors, layout: str) -> Tensors:
-    """Stored tensors as float32 values, companions left out."""
+    """Stored tensors as float32 values, without companions."""
     values = {n: t.float() for n, t in tensors.items() if not n.endswith((*SCALES, "input_scale", "scaled_fp8"))}
     for name, scale in tensors.items():
         stem = next((name.removesuffix(end) for end in SCALES if name.endswith(end)), None)
@@ -77,7 +77,7 @@ def quantise(rng: random.Random, family: Family) -> None:
         said = LAYOUTS[layout]
         if said is not None:
             family.configs[name]["quantization_config"] = said
-        # the float type that comes out: the config's; the scale's for compressed-tensors
+        # the output's float type: the config's, or for compressed-tensors the scale's
         kind = torch.float32 if said in (COMPRESSED, INT8) else getattr(torch, str(family.configs[name]["torch_dtype"]))
         for n in [n for n in family.values[name] if n.endswith("up.weight")]:
             codes, companions, values = encode(family.values[name][n].float().nan_to_num(0, 0, 0), layout)

@@ -1,4 +1,4 @@
-"""What is right, in plain torch and float64: compared with what peru wrote."""
+"""The right result, in plain torch and float64, compared with peru's output."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ STEP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23, tor
 
 
 class Wrong(Exception):
-    """What peru did is not right."""
+    """peru's result is not right."""
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float) -> None:
-    """Equal shapes, NaN and infinities in the same places, everything else within the tolerance."""
+    """Equal shapes, NaN and infinities in the same places, all other entries within the tolerance."""
     if got.shape != expected.shape:
         raise Wrong(f"{what}: shape {list(got.shape)}, not {list(expected.shape)}")
     a, b = got.double(), expected.double()
@@ -55,7 +55,7 @@ def is_buffer(name: str) -> bool:
 
 
 def pairs(family: Family, task: str, got: Tensors, what: str) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Name, result, fine-tune and base (cast), flat, of what is a difference; checks that all else came back whole."""
+    """Name, result, fine-tune and base (cast), flat, of every difference. Checks that all other tensors were restored whole."""
     found = []
     names(got, set(family.values[task]), what)
     for name, tensor in family.values[task].items():
@@ -76,7 +76,7 @@ def pairs(family: Family, task: str, got: Tensors, what: str) -> list[tuple[str,
 
 
 def pruned(family: Family, got: Tensors, task: str, density: float, by_tensor: bool) -> None:
-    """Kept entries are the fine-tune's, the others the base's, and the largest changes were kept; what does not pair is whole."""
+    """Kept entries are the fine-tune's, the others the base's, and the largest changes were kept. Unpaired tensors are whole."""
     found = pairs(family, task, got, "prune")
     groups = [[pair] for pair in found] if by_tensor else [found]
     for group in groups:
@@ -92,14 +92,14 @@ def pruned(family: Family, got: Tensors, task: str, density: float, by_tensor: b
             kept, changed, entries = kept + int(here.sum()), changed + int((bits[1] != bits[2]).sum()), entries + len(b)
             least = min(least, float(keys[here].min()) if here.any() else least)
             most = max(most, float(keys[~here].max()) if (~here).any() else most)
-        lost = 2 if any(a.element_size() > 2 for _, a, _, _ in group) else 0  # a rounded value may come out as the base's
+        lost = 2 if any(a.element_size() > 2 for _, a, _, _ in group) else 0  # a rounded value may equal the base's
         wanted = min(int(density * entries), changed)
         if not wanted - lost <= kept <= wanted or (most > least and not lost):
             raise Wrong(f"prune: {kept} of {changed} changed entries kept, not {wanted}, from {least} up; the largest left out is {most}")
 
 
 def nearer(family: Family, got: Tensors, task: str) -> None:
-    """A mixed artifact comes nearer to the fine-tune than the base is; what does not pair is whole."""
+    """A mixed artifact is closer to the fine-tune than the base is. Unpaired tensors are whole."""
     before = after = 0.0
     for _, a, b, c in pairs(family, task, got, "bits"):
         odd = ~(b.isfinite() & c.isfinite())
@@ -117,10 +117,9 @@ def on_base(task: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def merged(family: Family, got: Tensors, method: str, step: float = 0.0) -> None:
-    """A merge of a and b on the base; buffers by their own rule, what only the base has is copied.
+    """A merge of a and b on the base. Buffers follow their own rule; tensors that only the base has are copied.
 
-    `step` is what was lost by rounding, of the largest weight of a tensor.
-    """
+    `step` is the rounding error, relative to the largest weight of a tensor."""
     base = {n: t for n, t in family.values["base"].items() if n not in family.left_out}
     names(got, set(base), f"merge {method}")
     for name, tensor in base.items():
@@ -136,14 +135,14 @@ def merged(family: Family, got: Tensors, method: str, step: float = 0.0) -> None
             mean = "running" in name
             weights = (0.75, 0.25) if method == "linear" else (0.5, 0.5)
             expected = weights[0] * a + weights[1] * b if mean else METHODS[method](a, b, tensor.double())
-            open_ = expected.isnan() & got[name].isfinite() if method == "ties" else None  # the whole model's majority decides there
+            open_ = expected.isnan() & got[name].isfinite() if method == "ties" else None  # the whole model's majority decides these
             finite = expected[expected.isfinite()]
             lost = step * float(finite.abs().max()) + step if finite.numel() and step else 0.0
             rounded(got[name], expected if open_ is None else torch.where(open_, got[name].double(), expected), what, lost)
 
 
 def _ties(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """TIES that keeps everything: elect by the sum, mean of those that agree. NaN where the sum is 0 and so elects nothing."""
+    """TIES that keeps everything: elect by the sum, mean of those that agree. NaN where the sum is 0 and elects nothing."""
     tau = torch.stack([a - c, b - c])
     total = tau.sum(0)
     agree = (tau * total.sign() > 0).double()
@@ -164,7 +163,7 @@ OPTIONS = {
 
 
 def packed(family: Family, got: Tensors, task: str) -> None:
-    """The sum of all differences on the base, for each task; its own tensors whole."""
+    """The sum of all differences on the base, for each task, with its own tensors whole."""
     fine = {n: t for n, t in family.values[task].items() if family.bare(n) not in family.left_out}
     names(got, set(fine), "pack")
     for name, tensor in fine.items():
@@ -177,6 +176,6 @@ def packed(family: Family, got: Tensors, task: str) -> None:
         a, b, c = (*(on_base(t, base) for t in tasks), base.double())
         expected = c + a + b - 2 * c
         finite = (expected - c).nan_to_num(0, 0, 0)
-        size = float(finite.square().mean().sqrt()) if c.numel() else 0.0  # the scale is one of least squares
+        size = float(finite.square().mean().sqrt()) if c.numel() else 0.0  # the scale is the least-squares scale
         most = float(finite.abs().max()) if c.numel() else 0.0  # and sums are rounded to bf16
         rounded(got[name], expected, f"pack: {name}", 0.05 * size + 2**-8 * most)

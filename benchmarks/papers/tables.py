@@ -1,12 +1,11 @@
-"""Print the papers' tables as they come out here: MiniLM-L6 on short-text tasks, with bytes and normalised accuracy.
+"""Print the papers' tables as reproduced here: MiniLM-L6 on short-text tasks, with bytes and normalised accuracy.
 
     python benchmarks/papers/tables.py CACHE [--tables full lora ...] [--tasks sst2 agnews ...] [--examples 1000] [--plots FOLDER]
 
-CACHE is what finetunes.py made. Every model is made by the real commands in processes of their own. Accuracies in % on the
-first --examples of each test set; scales are chosen on 200 examples a task of the development parts. "MB" is what the tasks
-take together beside the base: weights, artifacts, adapters and heads. A table that is complete is kept in CACHE/tables.json
-and printed from there; remove its entry to make it anew.
-"""
+CACHE is made by finetunes.py. Every model is made by the real commands in their own processes. Accuracies are in % on the
+first --examples of each test set; scales are chosen on 200 examples per task of the development parts. "MB" is what the tasks
+take together besides the base: weights, artifacts, adapters and heads. A complete table is kept in CACHE/tables.json
+and printed from there; remove its entry to make it again."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ DEV_EXAMPLES = 200
 PREFIX = "bert."  # of a classifier's names, in front of the bare encoder's
 
 Tensors = dict[str, torch.Tensor]
-Row = tuple[str, int | None, dict[str, float]]  # what, bytes beside the base, accuracy of each task
+Row = tuple[str, int | None, dict[str, float]]  # name, bytes besides the base, accuracy of each task
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Examples:
 
 
 class Bench:
-    """The cache, a scratch folder, and what is asked of both."""
+    """The cache, a scratch folder, and the requested options."""
 
     def __init__(self, cache: Path, scratch: Path, tasks: Sequence[str], examples: int) -> None:
         self.cache, self.scratch, self.tasks, self.examples = cache, scratch, tuple(tasks), examples
@@ -55,7 +54,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self._parts: dict[tuple[str, str], Examples] = {}
         self._models: dict[str, Any] = {}
-        self._chosen = cache / "scales.json"  # that were the best, so that no table searches again
+        self._chosen = cache / "scales.json"  # the best scales, so that no table searches again
         self._scales: dict[str, float] = json.loads(self._chosen.read_text()) if self._chosen.exists() else {}
         self.best = {task: self.accuracy(task, self.full(task)) for task in self.tasks}
 
@@ -87,7 +86,7 @@ class Bench:
         return round(100 * right / len(examples.tokens), 2)
 
     def peru(self, *arguments: object) -> None:
-        """Run a command; loud if it fails."""
+        """Run a command. Fails loudly."""
         subprocess.run([sys.executable, "-m", "peru_cli", *map(str, arguments), "--quiet", "--no-sync", "--force"], check=True, stdout=2)
 
     def models(self, kind: str = "full") -> list[str]:
@@ -95,7 +94,7 @@ class Bench:
         return [*(f"{task}={self.cache / kind / task}" for task in self.tasks), "--base", str(self.base)]
 
     def under_head(self, encoder: Path, head: Path) -> Tensors:
-        """A classifier out of a merged encoder and a task's head."""
+        """A classifier from a merged encoder and a task's head."""
         merged = load_file(encoder / "model.safetensors")
         return load_file(head) | {name if name.startswith(PREFIX) else PREFIX + name: t for name, t in merged.items()}
 
@@ -104,7 +103,7 @@ class Bench:
         return {t: self.accuracy(t, self.under_head(folder, folder / "heads" / f"{t}.safetensors"), part) for t in self.tasks}
 
     def unpacked(self, artifacts: Path, base: Path, name: Callable[[str], str] = "{}.safetensors".format) -> dict[str, float]:
-        """Accuracy of what artifacts or adapters give back."""
+        """Accuracy of rebuilt artifacts or adapters."""
         found = {}
         for task in self.tasks:
             self.peru("unpack", artifacts / name(task), "--base", base, "-o", self.scratch / "restored")
@@ -137,7 +136,7 @@ def size(folder: Path) -> int:
 
 
 def merges(bench: Bench, kind: str = "full") -> Iterator[tuple[str, Path]]:
-    """The merging methods, each with the scale that suits it."""
+    """The merging methods, each with its best scale."""
     yield "average (soup)", bench.merge("linear", "--method", "task-arithmetic", "--scale", 1 / len(bench.tasks), kind=kind)
     for name, options in (
         ("Task-Arithmetic", ["--method", "task-arithmetic"]),
@@ -152,7 +151,7 @@ def merges(bench: Bench, kind: str = "full") -> Iterator[tuple[str, Path]]:
 
 
 def reference(bench: Bench) -> Iterator[Row]:
-    """The rows that every table is held against."""
+    """The rows that every table is compared with."""
     yield "base, each task's head", None, {task: _with_base(bench, task) for task in bench.tasks}
     yield "fine-tunes", sum(size(bench.full(task)) for task in bench.tasks), bench.best
 
@@ -164,9 +163,9 @@ def _with_base(bench: Bench, task: str) -> float:
 
 
 def pruned(bench: Bench, density: str, base: Path | None = None, name: str = "pruned") -> tuple[int, dict[str, float]]:
-    """Post-Pruning at a density: bytes and accuracies; of differences from another base where one is given."""
+    """Post-Pruning at a density: bytes and accuracies. Differences are from `base` if it is given."""
     folder = bench.scratch / name
-    shutil.rmtree(folder, ignore_errors=True)  # of other tasks, whose bytes would count
+    shutil.rmtree(folder, ignore_errors=True)  # the bytes of other tasks would count
     models = bench.models()[:-1]
     bench.peru("prune", *models, base or bench.base, "-o", f"{folder}/", "--keep", density)
     return size(folder), bench.unpacked(folder, base or bench.base)
@@ -278,7 +277,7 @@ def table_packing(bench: Bench) -> Iterator[Row]:
 
 
 def table_interference(bench: Bench) -> Iterator[Row]:
-    """tau-Jp paper: how far the other tasks' vectors move a task's features, and what becomes of the sum of all vectors."""
+    """tau-Jp paper: how far the other tasks' vectors move a task's features, and how good the sum of all vectors is."""
     yield from reference(bench)
     for kind in ("full", "regularised"):
         if not all((bench.cache / kind / f"{task}.done").exists() for task in bench.tasks):
@@ -304,7 +303,7 @@ def _mean_tau_jp(bench: Bench, kind: str) -> float:
 
 
 def _packed(bench: Bench, scale: float, options: Sequence[object], part: str) -> tuple[int, dict[str, float]]:
-    """A pack's bytes, and the accuracy of each task that comes back."""
+    """A pack's bytes, and the accuracy of each retrieved task."""
     pack, found = bench.scratch / "pack.safetensors", {}
     bench.peru("shuffle-pack", *bench.models(), "-o", pack, "--scale", scale, *options)
     for task in bench.tasks:
@@ -362,7 +361,7 @@ def plot(rows: Sequence[Row], best: dict[str, float], folder: Path) -> None:
 
 
 def main() -> None:
-    """Make what is not there yet, and print all that was asked for."""
+    """Make what is missing, and print all that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, metavar="CACHE")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
@@ -384,7 +383,7 @@ def main() -> None:
                 rows = []
                 for row in TABLES[name](bench):
                     rows.append(row)
-                    print(list(markdown([row], tasks, bench.best))[-1], file=sys.stderr, flush=True)  # what is found if it is cut off
+                    print(list(markdown([row], tasks, bench.best))[-1], file=sys.stderr, flush=True)  # kept if it is cut off
                 done[key] = rows
                 stored.write_text(json.dumps(done, indent=1) + "\n")
             print(f"\n{(TABLES[name].__doc__ or '').strip()}\n")

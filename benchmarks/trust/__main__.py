@@ -1,13 +1,12 @@
-"""A campaign of damage: alter every file of every output, kill and interrupt every command, fill disks; count what came out.
+"""A campaign of damage: alter every file of every output, kill and interrupt every command, fill disks; count the results.
 
     python benchmarks/trust --record FILE [--mutations N] [--kills N] [--moments N] [--only mutations|kills|interrupts|disks]
 
-What must come out of damage is an error, or the very bytes that the sound file gives; of a kill, the old state or the new one. FILE
-keeps what was counted, so that a campaign that was cut off goes on. At the end one table is printed; the exit code is 1 if it holds
-anything that must not happen (in capitals, or a defect, a hang, memory that a file asked for, something half done).
+The result of damage must be an error, or the bytes that the sound file gives; the result of a kill, the old state or the new one.
+FILE keeps the counts, so that an interrupted campaign continues. At the end one table is printed. The exit code is 1 if it contains
+anything that must not happen (in capitals, or a defect, a hang, memory that a file asked for, partial output).
 
-On one core of a laptop 100,000 mutations take about 20 minutes. Kills take models of 200 MB in memory (1 GB in /dev/shm).
-"""
+On one core of a laptop 100,000 mutations take about 20 minutes. Kills take models of 200 MB in memory (1 GB in /dev/shm)."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ PARTS = ("mutations", "kills", "interrupts", "disks")
 
 
 class Record:
-    """What was counted so far, in a file: a JSON line for each piece of work, its key and its counts."""
+    """The counts so far, in a file: a JSON line for each piece of work, its key and its counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,7 +36,7 @@ class Record:
         self.counts: dict[str, dict[str, int]] = dict(json.loads(line) for line in lines)
 
     def add(self, key: str, counts: dict[str, int]) -> None:
-        """Keep what came out of one piece."""
+        """Record the result of one piece."""
         self.counts[key] = counts
         with open(self._path, "a") as file:
             file.write(json.dumps([key, counts]) + "\n")
@@ -58,7 +57,7 @@ class Record:
 
 
 def mutations(record: Record, total: int) -> None:
-    """Alter files so many times in all."""
+    """Alter files, this many times in total."""
     with tempfile.TemporaryDirectory(prefix="peru-trust-", dir=place()) as folder:
         found = outputs.victims(Path(folder))
         wanted: dict[str, object] = {}
@@ -77,7 +76,7 @@ def mutations(record: Record, total: int) -> None:
 
 
 def place() -> str | None:
-    """Where files are written: in memory, if there is such a place."""
+    """Where to write files: in memory, if possible."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

@@ -26,13 +26,13 @@ RECIPE = "models:\n  - model: {0}\n    parameters: {{weight: 0.6}}\n  - model: {
 
 
 def visible(path: Path) -> list[Path]:
-    """A file, or a folder's files but for those that peru has not finished."""
+    """A file, or a folder's files without those that peru has not finished."""
     found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return [file for file in found if not any(".peru-" in part for part in file.relative_to(path.parent).parts)]
 
 
 def digest(path: Path) -> str | None:
-    """Of a file, or of a folder's visible files and their names; None if there is nothing."""
+    """Digest of a file, or of a folder's visible files and their names. None if there is nothing."""
     total, found = blake3(), visible(path)
     for file in found:
         total.update(str(file.relative_to(path)).encode() + b"\0")
@@ -41,7 +41,7 @@ def digest(path: Path) -> str | None:
 
 
 class Case:
-    """A command that writes one output into a folder of its own, or none (then its target never exists)."""
+    """A command that writes one output into its own folder, or none (then its target never exists)."""
 
     def __init__(self, name: str, command: Command, target: Path, inputs: Path) -> None:
         self.name, self.command, self.target, self.inputs = name, command, target, inputs
@@ -51,11 +51,11 @@ class Case:
 
     @property
     def place(self) -> Path:
-        """Where the output goes."""
+        """The path of the output."""
         return self.target.parent
 
     def start(self) -> Run:
-        """Begin it."""
+        """Start the command."""
         return Run(self.command, self.place.with_name(self.place.name + "-said"))
 
     def measure(self) -> None:
@@ -69,17 +69,17 @@ class Case:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing was ever done."""
+        """Restore the state before any run."""
         shutil.rmtree(self.place)
         self.place.mkdir()
 
     def others(self) -> list[str]:
-        """What lies beside the output, and what is unfinished in it."""
+        """What is beside the output, and what is unfinished in it."""
         unfinished = [path.name for path in self.target.rglob(".*.peru-*")] if self.target.is_dir() else []
         return sorted([path.name for path in self.place.iterdir() if path != self.target] + unfinished)
 
     def state(self) -> str:
-        """What is there: nothing, the whole output, or what must not be."""
+        """The current state: nothing, the whole output, or something that must not exist."""
         strangers = [name for name in self.others() if not (name.startswith(".") and ".peru-" in name)]
         found = digest(self.target)
         if strangers:
@@ -87,18 +87,18 @@ class Case:
         return "complete" if found == self.reference else "as before" if found is None else "OTHER BYTES"
 
     def finishes(self) -> str:
-        """Type it again: whether it gives what an undisturbed run gives, and leaves nothing else."""
+        """Run it again: whether it gives the undisturbed result, and leaves nothing else."""
         code = self.start().wait()
         same = code == 0 and digest(self.target) == self.reference and not self.others()
         return "then finished, same bytes" if same else f"LATER EXIT {code}, {self.state().upper()}, {self.others()}"
 
     def inputs_changed(self) -> bool:
-        """Whether anything that it reads is another than before."""
+        """Whether any of its inputs has changed."""
         return digest(self.inputs) != self.before
 
 
 def _whole(folder: Path, tasks: list[str]) -> dict[str, tuple[str, Command]]:
-    """Commands that write from models alone: by their name, the output's name and the command."""
+    """Commands that write from models alone: by name, the output's name and the command."""
     base: Command = ["-b", folder / "base.safetensors"]
     made = makers(folder, tasks, Path())
     found = {f"{command[0]} {name}": (name, command[:-2]) for name, command in made.items()}
@@ -117,13 +117,13 @@ def _whole(folder: Path, tasks: list[str]) -> dict[str, tuple[str, Command]]:
 
 
 def _without_head(folder: Path, task: str) -> Path:
-    """A fine-tune that has no tensors but the base's."""
+    """A fine-tune with only the base's tensors."""
     tensors = load_file(Path(task.partition("=")[2]) / "model.safetensors")
     return save({name: tensor for name, tensor in tensors.items() if "classifier" not in name}, folder / "c.safetensors")
 
 
 def _again(folder: Path, task: str, made: Path) -> dict[str, tuple[str, str, Command]]:
-    """Commands that take what others wrote: by their name, what must be made first, the output's name and the command."""
+    """Commands that read others' outputs: by name, the required output, the output's name and the command."""
     base: Command = ["-b", folder / "base.safetensors"]
     pack, sparse, sync = made / "pack.safetensors", made / "sparse.safetensors", ["--no-sync"]
     unpack = {
@@ -153,7 +153,7 @@ def _again(folder: Path, task: str, made: Path) -> dict[str, tuple[str, str, Com
 
 
 def _reading(folder: Path, tasks: list[str], made: Path) -> dict[str, tuple[str, Command]]:
-    """Commands that write nothing: by their name, what must be made first and the command."""
+    """Commands that write nothing: by name, the required output and the command."""
     base: Command = ["-b", folder / "base.safetensors"]
     sparse = made / "sparse.safetensors"
     return {
@@ -174,13 +174,13 @@ def _with_data(folder: Path) -> Iterator[tuple[str, str | None, Command]]:
 
 @contextmanager
 def cases(size: tuple[int, int, int], wanted: Callable[[str], bool] = lambda name: True, reading: bool = False) -> Iterator[Iterator[Case]]:
-    """Every writing command on a family of models of such a size, in memory, whose name is wanted; with `reading`, what only reads, too."""
+    """Every wanted writing command on a family of models of this size, in memory; with `reading`, commands that only read, too."""
     with tempfile.TemporaryDirectory(prefix="peru-trust-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         yield _made(Path(name), size, wanted, reading)
 
 
 def _warm(folder: Path) -> None:
-    """Import in this process what its forks would each import again."""
+    """Import in this process what each fork would otherwise import again."""
     folder.mkdir()
     inputs, made = folder / "inputs", folder / "made"
     inputs.mkdir()

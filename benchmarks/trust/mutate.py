@@ -1,4 +1,4 @@
-"""Damage to files: bytes changed, cut and put in, and the same with digests made anew, as a careful forger would."""
+"""Damage to files: bytes changed, removed and inserted, and the same with recomputed digests, as a careful forger would."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from peru_cli.errors import PeruError
 from tests.support.damage import damaged
 
 BATCH = 250
-ROOM = 8 << 30  # bytes of address space more than at the start: whoever trusts a length of a terabyte runs out of them
+ROOM = 8 << 30  # bytes of address space more than at the start: code that trusts a length of a terabyte exhausts them
 FAILURES = ("OTHER RESULT", "NOT TOLD", "defect", "left something", "hangs", "out of memory")
 
 
 def bound_memory() -> None:
-    """Let whoever asks for too much fail."""
+    """Make requests for too much memory fail."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
 
 
 def outcome(victim: Victim, wanted: object, forged: bool) -> str:
-    """What the command that reads a damaged file made of it."""
+    """What the command that reads a damaged file did."""
     victim.prepare()
     try:
         code, said = peru(*victim.command)
@@ -47,7 +47,7 @@ def outcome(victim: Victim, wanted: object, forged: bool) -> str:
 
 
 def told(victim: Victim, forged: bool) -> str:
-    """What `peru verify` says of a damaged file."""
+    """What `peru verify` reports about a damaged file."""
     try:
         code, said = peru("verify", victim.verified)
     except Hangs:
@@ -58,7 +58,7 @@ def told(victim: Victim, forged: bool) -> str:
 
 
 def batch(victim: Victim, forged: bool, seed: str, wanted: object) -> dict[str, int]:
-    """Damage a file BATCH times; how often what came out. The file is as it was, afterwards."""
+    """Damage a file BATCH times. Returns how often each result occurred. Restores the file afterwards."""
     noise, found, sound = random.Random(seed), Counter[str](), victim.path.read_bytes()
     try:
         for number in range(BATCH):
@@ -81,18 +81,18 @@ def batch(victim: Victim, forged: bool, seed: str, wanted: object) -> dict[str, 
 
 
 def resealed(data: bytes, noise: random.Random) -> bytes:
-    """A file of peru's that was altered in one place, with all digests made anew that stand outside of streams."""
+    """A file of peru's, altered in one place, with all digests outside of streams recomputed."""
     length = 8 + int.from_bytes(data[:8], "little")
     return _artifact(data, length, noise) if b'"peru.digest"' in data[:length] else _sealed(data, length, noise)
 
 
 def _artifact(data: bytes, length: int, noise: random.Random) -> bytes:
-    """Damage to the index, to the metadata, to the sizes of roles, or to their bytes; the header's digest is right."""
+    """Damage to the index, the metadata, the sizes of roles, or their bytes; the header's digest is right."""
     header = parse_header(data[8:length], len(data))
     metadata = {key: value for key, value in header.metadata.items() if key != "peru.digest"}
     roles = {name: data[length + info.begin : length + info.begin + info.nbytes] for name, info in header.tensors.items()}
     kind = noise.randrange(10)
-    if kind < 6:  # the index says what is long
+    if kind < 6:  # the index claims long data
         roles["index"] = _altered(roles["index"], noise)
     elif kind < 8:
         key = noise.choice(sorted(metadata))
@@ -111,7 +111,7 @@ def _artifact(data: bytes, length: int, noise: random.Random) -> bytes:
 
 
 def _altered(data: bytes, noise: random.Random) -> bytes:
-    """Bytes changed in place, most of them to what makes numbers long; or put in, or taken out."""
+    """Bytes changed in place, mostly to values that make numbers long; or inserted, or removed."""
     changed = bytearray(data)
     at = noise.randrange(max(1, len(changed)))
     kind = noise.randrange(6)
@@ -128,7 +128,7 @@ def _altered(data: bytes, noise: random.Random) -> bytes:
 
 
 def _sealed(data: bytes, length: int, noise: random.Random) -> bytes:
-    """Damage to the header's JSON or to a tensor's bytes; tensors' and header's digests are right, if there is still a header."""
+    """Damage to the header's JSON or to a tensor's bytes; digests of tensors and header are right, if there is still a header."""
     body, text = data[length:], data[8:length]
     if noise.random() < 0.5:
         body = _altered(body, noise)
@@ -155,7 +155,7 @@ def _sealed(data: bytes, length: int, noise: random.Random) -> bytes:
 
 
 def plan(found: list[Victim], total: int) -> Iterator[tuple[Victim, bool, int]]:
-    """Batches in turns: a file, whether it is forged, and the batch's number. Cards, configurations and journals carry no digests."""
+    """Batches in turns: a file, whether it is forged, and the batch's index. Cards, configurations and journals carry no digests."""
     kinds = [(victim, forged) for victim in found for forged in (False, True) if victim.verified is not None or not forged]
     shares = sum(victim.share for victim, _ in kinds)
     wanted = {number: max(1, round(total * victim.share / shares / BATCH)) for number, (victim, _) in enumerate(kinds)}

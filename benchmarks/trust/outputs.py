@@ -22,12 +22,12 @@ from tests.support import data_family
 from tests.support.damage import files, run_and_kill
 
 Command = list[object]
-_BUILT = typer.main.get_command(cli.app)  # making it takes longer than a small command
-threshold_journal.EVERY = 0.0  # journals of small runs tell something, too
+_BUILT = typer.main.get_command(cli.app)  # building it takes longer than a small command
+threshold_journal.EVERY = 0.0  # so that journals of small runs contain something
 
 
 class Hangs(BaseException):
-    """A command took longer than it may."""
+    """A command took longer than allowed."""
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def peru(*arguments: object) -> tuple[int, str]:
-    """A command in this process: its exit code, and what it said."""
+    """Run a command in this process: its exit code, and its messages."""
     console.quiet = console.json = console.data_on_stderr = False
     said = io.StringIO()
     cli.app = _BUILT  # type: ignore[assignment]
@@ -57,7 +57,7 @@ def peru(*arguments: object) -> tuple[int, str]:
 
 
 def family(folder: Path, layers: int = 3, rows: int = 40, columns: int = 30) -> list[str]:
-    """A base, and two fine-tunes with heads, in bfloat16; the tasks as a command line has them."""
+    """A base, and two fine-tunes with heads, in bfloat16; the tasks in command-line form."""
     noise = torch.Generator().manual_seed(0)
     base = {f"layers.{i}.weight": torch.randn(rows, columns, generator=noise).bfloat16() for i in range(layers)}
     base["norm"] = torch.ones(columns).bfloat16()
@@ -91,7 +91,7 @@ def makers(folder: Path, tasks: list[str], out: Path, more: tuple[object, ...] =
 
 
 def unpacking(folder: Path, made: Path, name: str, out: Path) -> Command:
-    """The command that reads an output of `makers` back."""
+    """The command that reads an output of `makers`."""
     command: Command = ["unpack", made / name, "--no-sync", "--threads", 1, "-o", out]
     if name == "ties":
         return [*command[:1], made / "ties" / "a.safetensors", *command[2:], "-b", made / "ties" / "merged"]
@@ -101,7 +101,7 @@ def unpacking(folder: Path, made: Path, name: str, out: Path) -> Command:
 
 
 def content(path: Path) -> object:
-    """A result's bytes; None if there is none."""
+    """A result's bytes. None if there is none."""
     return files(path) if path.is_dir() else path.read_bytes() if path.exists() else None
 
 
@@ -112,7 +112,7 @@ def clear(path: Path) -> None:
 
 @dataclass
 class Victim:
-    """A file to damage: how often (a share), the command that reads it, and where the command's result lies."""
+    """A file to damage: how often (a share), the command that reads it, and where that command's result is."""
 
     name: str
     path: Path
@@ -120,11 +120,11 @@ class Victim:
     command: Command
     result: Path
     prepare: Callable[[], None] = lambda: None  # before each command
-    verified: Path | None = None  # what `peru verify` is given, if that must tell of any damage
+    verified: Path | None = None  # the path for `peru verify`, if it must report any damage
 
 
 def victims(folder: Path) -> list[Victim]:
-    """Make one of every output below a folder, and list their files with who reads them."""
+    """Make one of every output below a folder, and list their files with their readers."""
     tasks, out, result = family(folder), folder / "out", folder / "read.safetensors"
     out.mkdir()
     found = []
@@ -141,7 +141,7 @@ def victims(folder: Path) -> list[Victim]:
 
 
 def _journals(folder: Path, tasks: list[str]) -> Iterator[Victim]:
-    """What a killed prune and a killed merge leave; the command that goes on is the one that reads it."""
+    """What a killed prune and a killed merge leave; the command that continues reads it."""
     unfinished = folder / "unfinished"
     for name, event in (("sparse.safetensors", 14), ("merged", 9)):
         place, kept = unfinished / name, folder / f"kept-{name}"
@@ -176,6 +176,6 @@ def _statistics(folder: Path) -> Victim:
 
 
 def environment() -> None:
-    """No Hub, and no thread that a fork would miss."""
+    """No Hub, and no thread that a fork would lose."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)

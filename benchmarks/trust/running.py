@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which can be killed and interrupted."""
+"""Commands in their own processes, which can be killed and interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLOW = 600  # seconds that a command may take
 
 
 def apart(work: Callable[[], None]) -> None:
-    """Do something in a forked process, so that neither its threads nor its limits are anybody else's."""
+    """Do something in a forked process, so that its threads and limits affect nobody else."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -35,7 +35,7 @@ def apart(work: Callable[[], None]) -> None:
 
 
 class Run:
-    """A command in a forked process, which is about to begin once this is made."""
+    """A command in a forked process, ready to start once this is created."""
 
     def __init__(self, command: Command, errors: Path, folder: Path | None = None) -> None:
         ready, told = os.pipe()
@@ -61,7 +61,7 @@ class Run:
             os._exit(code)
 
     def wait(self, seconds: float = _SLOW) -> int | None:
-        """The exit code, negative for a signal; None if it goes on after so many seconds."""
+        """The exit code, negative for a signal. None if it is still running after this many seconds."""
         end, pidfd = time.monotonic() + seconds, os.pidfd_open(self.pid)
         try:
             if not select.select([pidfd], [], [], max(0.0, end - time.monotonic()))[0]:
@@ -76,5 +76,5 @@ class Run:
 
     @property
     def said(self) -> str:
-        """What it printed."""
+        """Its output."""
         return self._errors.read_text("utf-8", "replace")

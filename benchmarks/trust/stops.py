@@ -1,4 +1,4 @@
-"""Commands that are killed, interrupted, or run on a disk that fills: the old state or the new one, and the same bytes next time."""
+"""Commands that are killed, interrupted, or run on a full disk: the old state or the new one, and the same bytes next time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from cases import BIG, MIDDLING, SMALL, SMALLER, Case, cases
 from running import Run
 
-_PACKS = {  # read all models several times
+_PACKS = {  # these read all models several times
     "shuffle-pack pack.safetensors", "shuffle-pack masks.safetensors", "shuffle-pack magnitude-masks", "shuffle-pack --add-to",
     "unpack a pack", "unpack masks",
 }  # fmt: skip
-_SINGULAR = {  # take singular values
+_SINGULAR = {  # these compute singular values
     "prune mixed.safetensors", "prune low-rank", "merge tsv-m", "svd-lora adapter", "svd-lora with a delta", "svd-lora smaller",
     "unpack mixed", "unpack an adapter",
 }  # fmt: skip
@@ -23,10 +23,9 @@ _LONG = {"demo": 10, "prune mixed.safetensors": 2, "prune low-rank": 2}  # secon
 
 
 def kills(record: Any, each: int) -> None:
-    """Kill every command so many times, at moments spread over how long it takes; see what is there, type it again.
+    """Kill every command `each` times, at moments spread over its run time. Check the state, run it again.
 
-    Models have 200 MB, for slow commands 20 MB or 4 MB.
-    """
+    Models have 200 MB, for slow commands 20 MB or 4 MB."""
 
     def size_of(name: str) -> tuple[int, int, int]:
         return SMALL if name in _SINGULAR else SMALLER if name in _PACKS else BIG
@@ -42,10 +41,10 @@ def kills(record: Any, each: int) -> None:
 
 
 def _killed(case: Case, each: int) -> dict[str, int]:
-    """What came out of so many kills of one command."""
+    """Results of the kills of one command."""
     counts, noise = Counter[str](), random.Random(case.name)
     for number in range(each):
-        if number % 3 == 0:  # the two that follow are killed while they go on with what was left
+        if number % 3 == 0:  # the next two runs are killed while they continue from what was left
             case.clear()
         run = case.start()
         code = run.wait(case.seconds * (number + noise.random()) / each)
@@ -67,7 +66,7 @@ def _killed(case: Case, each: int) -> dict[str, int]:
 
 
 def interrupts(record: Any, moments: int) -> None:
-    """Press Ctrl-C at so many moments of each command."""
+    """Press Ctrl-C at this many moments of each command."""
     with cases(MIDDLING, reading=True) as found:
         for case in found:
             key = f"interrupts: {case.name}: 0"
@@ -93,7 +92,7 @@ def interrupts(record: Any, moments: int) -> None:
 
 
 def _interrupted(case: Case, run: Run, code: int | None) -> str:
-    """What came out of one Ctrl-C."""
+    """The result of one Ctrl-C."""
     state, left = case.state(), case.others()
     if code == 0 and state == "complete":
         return "done before"
@@ -107,7 +106,7 @@ def _interrupted(case: Case, run: Run, code: int | None) -> str:
 
 
 def disks(record: Any, _: int) -> None:
-    """Run every command on a disk that fills at a tenth, a half or nine tenths of what it writes; the check beforehand is switched off."""
+    """Run every command on a disk that fills up at a tenth, a half or nine tenths of its output; the check for space is off."""
     from peru_cli.checkpoints.local import atomic, writer
 
     def unchecked(*given: object, **named: object) -> None:
@@ -137,7 +136,7 @@ def disks(record: Any, _: int) -> None:
 
 
 def _filled(case: Case) -> str:
-    """What came out of a full disk."""
+    """The result of one full disk."""
     case.place.joinpath("old").write_bytes(b"")
     run = case.start()
     code = run.wait()
