@@ -1,8 +1,7 @@
-"""FP8 codes to floats and back: the product with the scale of each block, rounded once.
+"""Convert FP8 codes to floats and back: the product with the scale of each block, rounded once.
 
 A weight is a matrix (rows, columns), or several stacked, with one scale for each block of rows and columns. The last blocks of a
-matrix may be smaller.
-"""
+matrix may be smaller."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from peru_cli.kernels.scalars import ROUNDED, narrow
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-_WORTH = 1024  # entries in a block from which a table of what its 256 codes stand for is worth making
+_WORTH = 1024  # entries in a block from which a table of its 256 code values pays
 
 
 def _pattern(number: Any) -> Any:
@@ -79,8 +78,8 @@ def _product(number: Any, scale: Any) -> Any:
     return np.float32(number * scale)
 
 
-# Of an 8-bit float: how many bits of a float32's mantissa it lacks, the difference of the exponents' biases, what a subnormal
-# number is added to so that its last bit is that of the sum, the largest number, and whether there is no -0.
+# For an 8-bit float: the number of bits that a float32's mantissa has more, the difference of the exponents' biases, what is added to a
+# subnormal number so that its last bit is the sum's, the largest number, and whether there is no -0.
 def _format(mantissa: int, bias: int, most: float, unsigned_zero: bool) -> dict[str, Any]:
     return {
         "LOST": np.uint32(23 - mantissa),
@@ -101,7 +100,7 @@ _FORMATS = {
     "F8_E5M2FNUZ": _format(2, 16, 57344, True),
 }
 MOST = {name: float(bound["MOST"]) for name, bound in _FORMATS.items()}
-LOST: Any = np.uint32(0)  # these stand for those of each format
+LOST: Any = np.uint32(0)  # each format substitutes its own
 SHIFTED: Any = np.uint32(0)
 HALF: Any = np.uint32(0)
 SMALL: Any = np.float32(0)
@@ -145,11 +144,10 @@ def decode(
 
     Args:
         codes: (n,); `start` is the first one's index in the weight.
-        values: what each of the 256 codes stands for, (256,).
-        scales: of all blocks of all matrices, in their order.
+        values: the values of the 256 codes, (256,).
+        scales: of all blocks of all matrices, in order.
         matrix, block: rows and columns.
-        dtype: BF16, F16 or F32; `out` takes their bits, (n,).
-    """
+        dtype: BF16, F16 or F32; `out` gets their bits, (n,)."""
     down, across = -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
     tables = np.empty(256 * across if block[0] * block[1] >= _WORTH else 1, out.dtype)
     _decode[dtype](codes, len(codes), start, values, scales, *matrix, *block, down, across, tables, out)
@@ -164,13 +162,12 @@ def largest(numbers: Floats, block: tuple[int, int]) -> Floats:
 
 
 def encode(numbers: Floats, block: tuple[int, int], factors: Floats, divide: bool, dtype: str) -> Codes:
-    """Codes of a matrix: each number times, or divided by, the factor of its block, bounded, to the nearest value, ties to even.
+    """Codes of a matrix: each number times its block's factor, or divided by it, clipped, rounded to nearest, ties to even.
 
     Args:
         numbers: finite, (rows, columns).
-        factors: one for each block, in their order.
-        dtype: F8_E4M3, F8_E5M2, or these with FNUZ.
-    """
+        factors: one for each block, in order.
+        dtype: F8_E4M3, F8_E5M2, or these with FNUZ."""
     out = np.empty(numbers.size, np.uint8)
     _encode[f"{dtype} {'quotient' if divide else 'product'}"](numbers, *numbers.shape, *block, factors, out)
     return out

@@ -1,8 +1,7 @@
-"""Sums of products of integer factors, and base + difference: what unpacking a mixed artifact does to every entry.
+"""Sums of products of integer factors, and base + difference: the operations that unpack every entry of a mixed artifact.
 
-Factors come as floats that hold integers so small that no product and no sum rounds (methods/mixed/scales.py). So float32, where it is
-wide enough, gives the same numbers as float64, and the order of additions does not matter.
-"""
+Factors are floats that hold integers so small that no product and no sum rounds (methods/mixed/scales.py). So float32, if it is
+wide enough, gives the same numbers as float64, and the order of additions does not matter."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from peru_cli.kernels.scalars import DTYPES, FLOATS, ROUNDED, Float, narrow, wid
 
 Floats = np.ndarray[Any, np.dtype[Any]]
 Integers = np.ndarray[Any, np.dtype[Any]]
-_BLOCK = 1024  # columns at once: their right factors stay in the second cache from row to row, their sums in the first
+_BLOCK = 1024  # columns processed together: their right factors stay in the second-level cache from row to row, their sums in the first
 
 
-# Most entries of coarse factors are 0. So a row first picks the directions that it has, and takes four of them at once.
+# Most entries of coarse factors are 0. So a row first selects the directions that it has, and processes four at a time.
 @kernels("*f *f i8 i8 i8 *i8 f8 *i8 *f *f *f8", FLOATS)
 def _product(
     left: Any, right: Any, rows: int, rank: int, columns: int, at: Any, unit: float, which: Any, weights: Any, sums: Any, out: Any
@@ -64,11 +63,10 @@ def product_into(left: Floats, right: Floats, unit: float, at: Integers, out: Fl
     """unit * left @ right, each row into `out` from entry `at` on.
 
     Args:
-        left, right: (rows, k) and (k, columns), both float32 or both float64, of integers that add up without rounding.
+        left, right: (rows, k) and (k, columns), both float32 or both float64, holding integers whose sums do not round.
         unit: a power of two.
         at: int64 (rows,).
-        out: float64.
-    """
+        out: float64."""
     rows, rank = left.shape
     room = np.empty(rank, np.int64), np.empty(rank, left.dtype), np.empty(_BLOCK, left.dtype)
     _product[left.dtype.str[1:]](left, right, rows, rank, right.shape[1], at, unit, *room, out)
@@ -77,8 +75,7 @@ def product_into(left: Floats, right: Floats, unit: float, at: Integers, out: Fl
 def added(bits: Any, differences: Floats, dtype: str) -> Any:
     """base + differences in float64, rounded to BF16 or F16 by way of float32, as bits; int16 (n,), float64 (n,).
 
-    Entries whose difference is 0 or whose base is not finite stay as they are.
-    """
+    Entries whose difference is 0 or whose base is not finite stay unchanged."""
     out = np.empty(len(bits), np.int16)
     _add[dtype](np.ascontiguousarray(bits), np.ascontiguousarray(differences), len(bits), out)
     return out

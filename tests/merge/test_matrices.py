@@ -26,13 +26,13 @@ BY_MATRIX = [name for name, method in METHODS.items() if method.statistics is No
 
 
 def drawn(task: str, tensor: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Uniform numbers in [0, 1): the words that decide which entries stay."""
+    """Uniform numbers in [0, 1): the words that decide which entries are kept."""
     n = int(np.prod(shape))
     return words(stream_key(seed, task, tensor), 0, n).reshape(shape) / 2.0**32
 
 
 def della(tau: list[np.ndarray], uniform: list[np.ndarray], weights: list[float], keep: float, epsilon: float, rescale: str, how: str):
-    """DELLA written out from the paper's equations and mergekit's, in float64; a vector is one row."""
+    """DELLA from the paper's and mergekit's equations, in float64; a vector is one row."""
     parts = []
     for vector, chance in zip(tau, uniform, strict=True):
         rows = vector.reshape(1, -1) if vector.ndim < 2 else vector.reshape(len(vector), -1)

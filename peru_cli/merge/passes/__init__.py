@@ -1,1 +1,1 @@
-"""What a merge does to tensors: tiles of entries, whole matrices, and what follows on these."""
+"""The passes of a merge over tensors: tiles of entries, whole matrices, and passes that follow these."""

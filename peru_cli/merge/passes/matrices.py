@@ -110,7 +110,7 @@ class MergeMatrices:
             yield Panel(self._plan, slot, rule.on_vectors, self._device, first, min(first + height, rows))
 
     def _merged(self, slot: Slot, rule: MatrixRule) -> Iterator[tuple[Panel, Host]]:
-        """Panels with what is merged of them, task vectors or weights; (n,)."""
+        """Panels with their merged task vectors or weights; (n,)."""
         sums: list[float] = []
         if rule.measures:
             for panel in self._panels(slot, rule):

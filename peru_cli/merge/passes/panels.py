@@ -36,7 +36,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def itemsize(slot: Slot) -> int:
-    """Bytes of an entry as methods see it."""
+    """Bytes of an entry in the dtype that methods see."""
     return 8 if any(info.dtype.name == "F64" for info in (*slot.inputs, slot.base)) else 4
 
 
@@ -108,7 +108,7 @@ class Panel(Matrices):
 
 
 class MemoryShare:
-    """What threads that hold matrices may take of the free memory together."""
+    """Limits the free memory that all threads' matrices may take together."""
 
     def __init__(self) -> None:
         self._room = room_for_matrices()
@@ -130,7 +130,7 @@ class MemoryShare:
 
 
 def write_rounded(writer: CheckpointWriter, slot: Slot, panel: Panel, values: Host, on_vectors: bool) -> None:
-    """Round merged weights of a panel, (n,), and write them; BadFile where they do not fit."""
+    """Round merged weights of a panel, (n,), and write them. BadFile if they do not fit."""
     dtype = slot.info.dtype
     start = panel.first * panel.columns
     bits = CPU.narrow(values, dtype)

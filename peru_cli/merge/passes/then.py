@@ -1,7 +1,6 @@
-"""`--then`: merged matrices are changed by a pass before they are rounded and written.
+"""`--then`: a pass changes merged matrices before they are rounded and written.
 
-The tiles of a method on entries are put together to matrices first. A matrix is in memory from its first tile to its last.
-"""
+After a method on entries, tiles are first assembled into matrices. A matrix is in memory from its first tile to its last."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ from peru_cli.vectors.family import StreamSettings
 
 
 def needed(slot: Slot, then: Pass) -> int:
-    """Bytes that a pass over a tensor holds at once, the merged tensor and the base's included."""
+    """Bytes held at once while a pass changes a tensor, including the merged tensor and the base's."""
     return then.held(*as_matrix(slot.info.shape)) + 24 * slot.info.entries
 
 
 def check_memory(plan: MergePlan, then: Pass) -> None:
-    """Refuse a pass over a matrix that does not fit into memory; UsageError."""
+    """UsageError for a pass over a matrix that does not fit into memory."""
     room = room_for_matrices()
     for slot in plan.slots:
         if then.takes(slot.info.name, slot.info.shape) and needed(slot, then) > room:
@@ -43,11 +42,11 @@ class After:
         self._plan, self._rule, self._then, self._writer = plan, rule, then, writer
         self._device = getattr(how.xp, "device", "cpu")
         self._memory = MemoryShare()
-        self._parts: dict[int, Host] = {}  # merged weights of slots of which some tiles have come; (n,)
+        self._parts: dict[int, Host] = {}  # merged weights of incomplete slots; (n,)
         self._lock = threading.Lock()
 
     def takes(self, slot: Slot) -> bool:
-        """Whether a tensor is changed."""
+        """Whether the pass changes a tensor."""
         return bool(slot.info.entries) and self._then.takes(slot.info.name, slot.info.shape)
 
     def needed(self, slot: Slot) -> int:
@@ -62,12 +61,12 @@ class After:
         self._parts[number][start : start + len(merged)] = merged
 
     def finish_added(self, number: int) -> None:
-        """Change and write a slot of which all tiles were added."""
+        """Change and write a slot whose tiles have all been added."""
         with self._memory.reserved(self.needed(self._plan.slots[number])):
             self.finish(number, self._parts.pop(number), False)
 
     def finish(self, number: int, merged: Host, is_vector: bool) -> None:
-        """Change and write a slot: its merged task vector, or weights, (n,)."""
+        """Change and write a slot, given its merged task vector or weights, (n,)."""
         import torch
 
         slot, weights = self._plan.slots[number], self._rule.at(number).parameters.weights
@@ -84,7 +83,7 @@ class After:
         write_rounded(self._writer, slot, panel, values, True)
 
     def _finite(self, slot: Slot, panel: Panel, vector: Host, base: Host) -> Host:
-        """The vector with 0 where the base is not finite (masks of -inf). BadFile where an input or the result is not finite otherwise."""
+        """The vector with 0 where the base is not finite (masks of -inf). BadFile if an input or the result is otherwise not finite."""
         wrong = ~np.isfinite(vector)
         if (wrong & np.isfinite(base)).any():
             for task in range(panel.tasks):
