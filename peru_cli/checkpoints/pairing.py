@@ -134,6 +134,13 @@ def pair_checkpoints(fine: Checkpoint, base: Checkpoint, per_task: str | None = 
         raise UsageError(f"--per-task {per_task!r} is not a regular expression: {error}") from error
     if own is not None and not any(own.search(name) for name in fine.tensors):
         raise UsageError(f"--per-task {per_task!r} matches no tensor of {fine.label}", "`peru inspect` lists the names")
+    pairing = pair_up(fine, base, own)
+    _require_half(fine, base, pairing)
+    return pairing
+
+
+def pair_up(fine: Checkpoint, base: Checkpoint, own: re.Pattern[str] | None = None) -> Pairing:
+    """Pair the tensors of `fine` with those of `base`, however few do; those that `own` matches pair with nothing."""
     prefix = find_prefix(dict(fine.tensors), dict(base.tensors))
     pairing = Pairing(prefix)
     vocabularies = (_vocabulary(fine), _vocabulary(base))
@@ -155,7 +162,6 @@ def pair_checkpoints(fine: Checkpoint, base: Checkpoint, per_task: str | None = 
             continue
         claimed.add(other.name)
     pairing.base_only = [base.tensors[name] for name in sorted(base.tensors) if name not in claimed]
-    _require_half(fine, base, pairing)
     return pairing
 
 

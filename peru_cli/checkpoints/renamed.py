@@ -44,7 +44,8 @@ class Renamed(Checkpoint):
     """The same tensors with each name changed by the rules, in order. Mismatch if two names become equal."""
 
     def __init__(self, model: Checkpoint, rules: Sequence[Rule]) -> None:
-        self._model, self.rules = model, [f"{pattern.pattern}={replacement}" for pattern, replacement in rules]
+        self.model = model
+        self.rules: list[str] = [*(model.rules if isinstance(model, Renamed) else []), *(f"{p.pattern}={new}" for p, new in rules)]
         self._old: dict[str, str] = {}
         for name in sorted(model.tensors):
             new = name
@@ -65,19 +66,19 @@ class Renamed(Checkpoint):
         self.tensors = {new: TensorInfo(new, info.dtype, info.shape, info.begin) for new, info in infos}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        self._model.read_into(self._old[name], offset, buffer)
+        self.model.read_into(self._old[name], offset, buffer)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
-        self._model.expect(((self._old[name], offset, nbytes) for name, offset, nbytes in ranges), keep)
+        self.model.expect(((self._old[name], offset, nbytes) for name, offset, nbytes in ranges), keep)
 
     def echo(self) -> None:
-        self._model.echo()
+        self.model.echo()
 
     def forget(self) -> None:
-        self._model.forget()
+        self.model.forget()
 
     def close(self) -> None:
-        self._model.close()
+        self.model.close()
 
 
 def record_rules(models: Iterable[Checkpoint], before: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -93,19 +94,21 @@ def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Che
     rules = parse_renames(texts)
     for text, (pattern, replacement) in zip(texts, rules, strict=True):
         earlier = rules[: rules.index((pattern, replacement))]
-        names = {name for model in models if _is_full(model) for name in Renamed(model, earlier).tensors}
+        names = {name for model in models if is_full(model) for name in Renamed(model, earlier).tensors}
         if all(pattern.sub(replacement, name) == name for name in names):
             raise UsageError(f"--rename {text!r} changes no tensor's name", "`peru inspect` lists the names")
     result: list[Checkpoint] = []
     said = []
     for model in models:
-        changed = Renamed(model, rules if _is_full(model) else [])
+        changed = Renamed(model, rules if is_full(model) else [])
         result.append(changed if changed.renamed else model)
         for old, new in changed.renamed[:1]:
             said.append(f"{model.label}: {len(changed.renamed)} tensors renamed, such as {old} to {new}")
     return result, said
 
 
-def _is_full(model: Checkpoint) -> bool:
+def is_full(model: Checkpoint) -> bool:
     """Whether a model is a checkpoint of its own: adapters and artifacts use their base's names."""
+    while isinstance(model, Renamed):
+        model = model.model
     return not model.expanded or isinstance(model, Dequantized)

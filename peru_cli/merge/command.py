@@ -198,6 +198,7 @@ def merge(
 
     from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
+    from peru_cli.checkpoints.translated import translate
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.merge import output as out
@@ -255,6 +256,11 @@ def merge(
         tasks = list(zip(names, renamed, strict=True))
         for line in said:
             console.note(line)
+    reference = opened_base if opened_base is not None else tasks[0][1]
+    translated, said = translate([model for _, model in tasks], reference)
+    tasks = list(zip(names, translated, strict=True))
+    for line in said:
+        console.note(line)
     if fp8 is not None and opened_base is None and tasks[0][1] is not opened[0]:
         raise UsageError("--dtype fp8 with --rename needs a base, whose names are kept", "add --base BASE")
     if tokenizer is not None:

@@ -129,6 +129,7 @@ def prune(
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import folder_of
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
+    from peru_cli.checkpoints.translated import translate
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
@@ -152,6 +153,9 @@ def prune(
         fines, said = under_other_names(fines, rename)
         for line in said:
             console.note(line)
+    fines, said = translate(fines, opened_base)
+    for line in said:
+        console.note(line)
     tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired, gates=gates)
     place = destination(publishing, run.force, output)

@@ -12,10 +12,10 @@ def usable(checkpoint: Checkpoint, stored: bool = False) -> Checkpoint:
     """The checkpoint, its FP8 weights as floats unless `stored`. If it cannot be used, closes it and raises UsageError or BadFile."""
     try:
         refuse_husks(checkpoint)
-        if stored or isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
+        if isinstance(checkpoint, Dequantized) or not is_quantized(checkpoint.tensors):
             return checkpoint
-        layout = recognise(checkpoint.tensors, checkpoint.config(), checkpoint.label)
-        return checkpoint if layout is None or not layout.weights else Dequantized(checkpoint, layout)
+        layout = recognise(checkpoint.tensors, checkpoint.config(), checkpoint.label, stored)
+        return checkpoint if stored or layout is None or not layout.weights else Dequantized(checkpoint, layout)
     except BaseException:
         checkpoint.close()
         raise

@@ -108,8 +108,10 @@ def _dtype(config: Mapping[str, Any]) -> Dtype | None:
     return None
 
 
-def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], label: str) -> Layout | None:
+def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], label: str, stored: bool = False) -> Layout | None:
     """The quantised weights of a checkpoint. None if it has none.
+
+    With `stored`, for codes that are kept as they are, other schemes give None, and only codes or scales alone are refused.
 
     Raises:
         UsageError: a scheme that peru cannot convert to floats, by name.
@@ -124,6 +126,8 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], labe
         scheme = "FP4"
     if scheme is None and not int8 and _int8(tensors):
         scheme = _METHODS.get(method, f"8-bit integers{f' ({method})' if method else ''}")
+    if scheme is not None and stored:
+        return None
     if scheme is not None:
         raise UsageError(
             f"{label} is quantised ({_METHODS.get(method, scheme)}), and peru works on floating-point weights",
@@ -141,12 +145,12 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], labe
             layout.weights[name] = Scaled(codes, TensorInfo(name, wanted or BY_NAME["BF16"], codes.shape), None)
             continue
         found = _scaled(codes, scale, said, wanted)
+        layout.companions.add(scale.name)
         if isinstance(found, str):
-            problems.append(found)
+            problems += [] if stored else [found]
             continue
         layout.weights[name] = found
-        layout.companions.add(scale.name)
-        if f"{name}_zero_point" in tensors:
+        if f"{name}_zero_point" in tensors and not stored:
             problems.append(f"{name} has a zero point, which peru does not read")
     bare = [name for name, weight in layout.weights.items() if weight.scale is None]
     marked = any(_MARKERS.search(name) for name in tensors)  # ComfyUI's marker for codes with scales

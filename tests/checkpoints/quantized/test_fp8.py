@@ -226,6 +226,15 @@ def test_lossless_refuses_husks_among_codes(tmp_path: Path, peru) -> None:
     assert "norm.weight" in peru.stderr and "ZeRO-3" in peru.stderr
 
 
+def test_lossless_refuses_codes_whose_scale_is_lost(tmp_path: Path, peru) -> None:
+    base, fine, _, _ = family(tmp_path)
+    tensors = load_file(fine / "model.safetensors")
+    del tensors["w.weight_scale_inv"]
+    save_file(tensors, fine / "model.safetensors")
+    peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--lossless", "--no-sync", code=1)
+    assert "w.weight: F8_E4M3 without its scale" in peru.stderr
+
+
 CODES = torch.zeros(4, 8, dtype=torch.float8_e4m3fn)
 BROKEN = [
     ({"a.weight": CODES, "b.weight": CODES.clone(), "b.weight_scale": torch.ones(1)}, "a.weight: F8_E4M3 without its scale"),
