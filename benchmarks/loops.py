@@ -67,6 +67,7 @@ def main() -> None:
         ("random words below a limit", lambda: below((1, 2), 0, N, 1 << 30), None),
         ("difference, key, count of a window", lambda: room.count(base, fine, "BF16", low, high), passes),
         ("threshold, positions and ULP codes of 10%", lambda: room.select(base, fine, "BF16", low), None),
+        ("the same, and squared norms", lambda: room.select(base, fine, "BF16", low, np.zeros((N >> 14, 2))), None),
         ("difference, weight, add", lambda: merging.accumulate(total, fine, "BF16", vectors[0], None, (0.3, 1.0), False), added),
         ("trim", lambda: merging.trim(vectors[0], 0x3F00_0000), None),
         ("elect and merge three tasks", lambda: merging.disjoint(vectors, flags, factors, ones, ones, False, total), elect),

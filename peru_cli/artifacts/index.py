@@ -37,7 +37,7 @@ class Mode(IntEnum):
     COPY = 2  # the base's bytes, unchanged
 
 
-@dataclass
+@dataclass(slots=True)
 class TensorRecord:
     """One tensor of the fine-tune. `base_*` and `kept` are unused in mode WHOLE."""
 
@@ -56,8 +56,10 @@ class TensorRecord:
 
     @property
     def base_entries(self) -> int:
-        """Number of leading entries that come from the base."""
-        return 0 if self.mode == Mode.WHOLE else math.prod(self.base_shape)
+        """Leading entries that come from the base."""
+        if self.mode == Mode.WHOLE:
+            return 0
+        return math.prod(self.base_shape) if self.base_rows else self.info.entries
 
     @property
     def changes(self) -> bool:

@@ -7,8 +7,10 @@ model   = BLAKE3("peru checkpoint 1" 0x00, for each tensor by name: length of th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 from blake3 import blake3
 
@@ -25,41 +27,70 @@ def leaves(data: memoryview, dtype: Dtype) -> bytes:
     return b"".join(blake3(data[i : i + size]).digest() for i in range(0, len(data), size))
 
 
+_lock = threading.Lock()  # for all tensors together: it is held for microseconds
+
+
 class TensorDigest:
-    """Collects a tensor's leaves; `add` in order, `add_at` from any thread in any order."""
+    """Collects a tensor's leaves; `add` in order, `add_at` from any thread in any order.
+
+    What hashes takes 2 kB, and there may be a hundred thousand tensors: it lives from the first leaf to the last.
+    """
+
+    __slots__ = ("_digest", "_hash", "_head", "_left", "_next", "_waiting")
 
     def __init__(self, dtype: Dtype, shape: tuple[int, ...]) -> None:
-        self._hash = blake3(b"peru tensor 1\0" + dtype.name.encode() + b"\0" + ",".join(map(str, shape)).encode() + b"\0")
-        self._lock = threading.Lock()
+        self._head: tuple[Dtype, tuple[int, ...]] | None = (dtype, shape)
+        self._left = -(-math.prod(shape) // CHUNK)  # chunks
+        self._hash: Any = None
+        self._digest: bytes | None = None
         self._next = 0
-        self._waiting: dict[int, bytes] = {}
+        self._waiting: dict[int, bytes] | None = None
 
     def add(self, chunk_leaves: bytes) -> None:
         """Append the leaves of the next chunks."""
+        if not chunk_leaves:
+            return
+        if self._hash is None:
+            assert self._digest is None, "more leaves than the tensor has"
+            self._hash = self._begun()
         self._hash.update(chunk_leaves)
+        self._left -= len(chunk_leaves) // blake3.digest_size
+        if not self._left:
+            self._digest, self._hash = self._hash.digest(), None
+
+    def _begun(self) -> Any:
+        assert self._head is not None
+        dtype, shape = self._head
+        return blake3(b"peru tensor 1\0" + dtype.name.encode() + b"\0" + ",".join(map(str, shape)).encode() + b"\0")
 
     def add_at(self, start: int, chunk_leaves: bytes) -> None:
         """Give the leaves of the chunks from entry `start` on; early ones wait for those before them."""
-        with self._lock:
-            self._waiting[start] = chunk_leaves
-            while (ready := self._waiting.pop(self._next, None)) is not None:
-                self._hash.update(ready)
+        with _lock:
+            if start != self._next:
+                self._waiting = self._waiting or {}
+                self._waiting[start] = chunk_leaves
+                return
+            ready: bytes | None = chunk_leaves
+            while ready is not None:
+                self.add(ready)
                 self._next += len(ready) // blake3.digest_size * CHUNK
+                ready = self._waiting.pop(self._next, None) if self._waiting else None
 
     def digest(self) -> bytes:
         """32 bytes."""
         assert not self._waiting, "leaves are missing"
-        return self._hash.digest()
+        if self._digest is not None:
+            return self._digest
+        return (self._hash if self._hash is not None else self._begun()).digest()  # type: ignore[no-any-return]
 
 
 class KnownDigest(TensorDigest):
     """The digest of a tensor that an earlier run has read."""
 
-    def __init__(self, digest: bytes) -> None:
-        self._known = digest
+    __slots__ = ()
 
-    def digest(self) -> bytes:
-        return self._known
+    def __init__(self, digest: bytes) -> None:
+        self._digest, self._waiting = digest, None
 
 
 def tensor_digest(info: TensorInfo, data: bytes | memoryview) -> bytes:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
@@ -23,11 +25,12 @@ MAX_WRITTEN_HEADER_BYTES = 25_000_000  # huggingface_hub's cap
 MAX_ENTRIES = 1 << 62
 MAX_DIMENSIONS = 64
 METADATA_KEY = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a header says of one tensor; `begin` counts bytes from the end of the header."""
 
@@ -35,11 +38,10 @@ class TensorInfo:
     dtype: Dtype
     shape: tuple[int, ...]
     begin: int = 0
+    entries: int = field(init=False, compare=False, repr=False)  # 1 for a scalar
 
-    @property
-    def entries(self) -> int:
-        """Number of entries (1 for a scalar)."""
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entries", math.prod(self.shape))
 
     @property
     def nbytes(self) -> int:
@@ -58,12 +60,11 @@ class Header:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise BadFile(f"the name {_named(key)} appears twice in the header")
-        seen[key] = value
-    return seen
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise BadFile(f"the name {_named(twice)} appears twice in the header")
+    return table
 
 
 def _refuse_constant(text: str) -> Any:
@@ -87,35 +88,39 @@ def check_tensor_name(name: str) -> None:
         raise BadFile(f"a tensor is named {name}, which a header reserves")
     if _CONTROL.search(name):
         raise BadFile(f"the tensor name {_named(name)} holds a control character")
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or name.startswith(("/", "\\")):
+    if name[0] in "/\\" or (".." in name and ".." in name.replace("\\", "/").split("/")):
         raise BadFile(f"the tensor name {_named(name)} looks like a path out of its folder")
     if not _is_unicode(name):
         raise BadFile(f"the tensor name {_named(name)} is not valid Unicode")
 
 
-def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+def _tensor(name: str, entry: Any, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorInfo:
+    """One entry of the table. Loops are written out: there may be a hundred thousand of these."""
+    if type(entry) is not dict or entry.keys() != _FIELDS:
         raise BadFile(f"the entry of tensor {_named(name)} is not dtype, shape and data_offsets")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise BadFile(f"tensor {_named(name)} has the unknown dtype {cut(repr(entry['dtype']))}")
     shape, offsets = entry["shape"], entry["data_offsets"]
+    entries = least = 1
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise BadFile(f"the {what} of tensor {_named(name)} is not a list of whole numbers: {numbers!r}"[:300])
+        for n in numbers if type(numbers) is list else (None,):
+            if type(n) is not int or n < 0:
+                raise BadFile(f"the {what} of tensor {_named(name)} is not a list of whole numbers: {numbers!r}"[:300])
     if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         raise BadFile(f"tensor {_named(name)} has {len(offsets)} offsets and {len(shape)} dimensions")
-    if any(n > MAX_ENTRIES for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_ENTRIES:
+    for n in shape:
+        entries *= n
+        least *= n or 1
+    if least > MAX_ENTRIES or any(n > MAX_ENTRIES for n in shape):
         raise BadFile(f"tensor {_named(name)} has the impossible shape {cut(str(shape))}")
-    info = TensorInfo(name, dtype, tuple(shape), offsets[0])
-    if info.entries * dtype.bits % 8:
+    if entries * dtype.bits % 8:
         raise BadFile(f"tensor {_named(name)} does not fill whole bytes")
-    if offsets[1] - offsets[0] != info.nbytes:
+    if offsets[1] - offsets[0] != (nbytes := dtype.nbytes(entries)):
         raise BadFile(
-            f"tensor {_named(name)} says {offsets[1] - offsets[0]} bytes, its shape {cut(str(shape))} in {dtype.name} needs {info.nbytes}"
+            f"tensor {_named(name)} says {offsets[1] - offsets[0]} bytes, its shape {cut(str(shape))} in {dtype.name} needs {nbytes}"
         )
-    return info, offsets[1]
+    return TensorInfo(sys.intern(name), dtype, shapes.setdefault(key := tuple(shape), key), offsets[0])
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:
@@ -147,16 +152,18 @@ def parse_header(text: bytes, file_bytes: int) -> Header:
     if not all(_is_unicode(text) for pair in metadata.items() for text in pair):
         raise BadFile(f"the header's {METADATA_KEY} is not valid Unicode")
     tensors: dict[str, TensorInfo] = {}
-    ends: list[tuple[int, int, str]] = []
-    for name, entry in raw.items():
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once in memory: most tensors share theirs with others
+    raw = dict(reversed(raw.items()))
+    while raw:  # taken out from the first to the last: all entries together are larger than what is kept of them
+        name, entry = raw.popitem()
         check_tensor_name(name)
-        tensors[name], end = _tensor(name, entry)
-        ends.append((tensors[name].begin, end, name))
+        info = _tensor(name, entry, shapes)
+        tensors[info.name] = info
     at = 0
-    for begin, end, name in sorted(ends):
-        if begin != at:
-            raise BadFile(f"tensor {_named(name)} begins at byte {begin} of the data, {at} was expected")
-        at = end
+    for info in sorted(tensors.values(), key=lambda t: (t.begin, t.nbytes, t.name)):
+        if info.begin != at:
+            raise BadFile(f"tensor {_named(info.name)} begins at byte {info.begin} of the data, {at} was expected")
+        at += info.nbytes
     data_offset = 8 + len(text)
     if data_offset + at != file_bytes:
         raise BadFile(f"the tensors end at byte {data_offset + at}, the file has {file_bytes}: truncated or overlong")
@@ -169,16 +176,12 @@ def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], res
     Metadata comes first, sorted; tensors in the order of their data. `reserve` is the least total size
     in bytes, for headers that are filled in after the data was written.
     """
-    table: dict[str, Any] = {}
-    if metadata:
-        table[METADATA_KEY] = dict(sorted(metadata.items()))
-    for info in sorted(tensors, key=lambda t: (t.begin, t.nbytes, t.name)):
-        table[info.name] = {
-            "dtype": info.dtype.name,
-            "shape": list(info.shape),
-            "data_offsets": [info.begin, info.begin + info.nbytes],
-        }
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    told = [f"{encode(METADATA_KEY)}:{encode(dict(sorted(metadata.items())))}"] if metadata else []
+    for info in sorted(tensors, key=lambda t: (t.begin, t.nbytes, t.name)):  # one by one: a table of all would be far larger
+        entry = {"dtype": info.dtype.name, "shape": info.shape, "data_offsets": (info.begin, info.begin + info.nbytes)}
+        told.append(f"{encode(info.name)}:{encode(entry)}")
+    text = f"{{{','.join(told)}}}".encode()
     total = max(8 + len(text), reserve)
     total += -total % 8
     if total > MAX_WRITTEN_HEADER_BYTES:

@@ -50,23 +50,26 @@ class Prefix:
         return cls(added=text[1:]) if text.startswith("+") else cls(removed=text[1:]) if text.startswith("-") else cls()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
-    """A fine-tune's tensor and the base's. With `grown`, the base holds only its first rows."""
+    """A fine-tune's tensor and the base's. With `grown`, the base holds only its first rows.
+
+    With `is_delta` the pair is compressed as a difference; else (integers, buffers) it is kept or stored whole.
+    """
 
     fine: TensorInfo
     base: TensorInfo
     grown: bool = False
+    is_delta: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        delta = self.fine.dtype.compressible and self.base.dtype.compressible and not is_buffer(self.base)
+        object.__setattr__(self, "is_delta", delta)
 
     @property
     def entries(self) -> int:
         """Entries that both hold: the first ones of the fine-tune's tensor, in flat order."""
         return self.base.entries
-
-    @property
-    def is_delta(self) -> bool:
-        """Whether the pair is compressed as a difference; else (integers, buffers) it is kept or stored whole."""
-        return self.fine.dtype.compressible and self.base.dtype.compressible and not is_buffer(self.base)
 
 
 @dataclass
@@ -87,6 +90,8 @@ class Pairing:
 
 def find_prefix(fine: dict[str, TensorInfo], base: dict[str, TensorInfo]) -> Prefix:
     """The one prefix under which most bytes of the fine-tune pair (equal names and shapes); the empty one wins ties."""
+    if all((other := base.get(name)) is not None and other.shape == info.shape for name, info in fine.items()):
+        return Prefix()  # no other pairs more
     candidates: dict[Prefix, int] = defaultdict(int)
     for longer, shorter, added in ((fine, base, True), (base, fine, False)):
         for name, info in longer.items():

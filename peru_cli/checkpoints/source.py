@@ -76,6 +76,11 @@ class Checkpoint(ABC):
         Safe from many threads. Raises BadFile if the file ends too early, OSError if reading fails.
         """
 
+    def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
+        """Fill buffers with bytes of several tensors, from an offset on each; as `read_into`."""
+        for info, offset, buffer in parts:
+            self.read_into(info.name, offset, buffer)
+
     def view(self, name: str, offset: int, nbytes: int) -> memoryview | None:
         """The same bytes where they lie, if they lie in memory, to be read only; None elsewhere."""
         return None

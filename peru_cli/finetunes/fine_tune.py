@@ -28,7 +28,7 @@ Artifact: TypeAlias = SparseDelta | Mixed | Pack
 _SHOWN = 5  # tensors named in a message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Origin:
     """The origin of one tensor of a fine-tune: `base` is the base's tensor, None if the tensor is stored whole."""
 
@@ -202,6 +202,7 @@ def origins_of(artifact: SingleArtifact[Any]) -> dict[str, Origin]:
             origins[name] = Origin(record.info)
         else:
             base = TensorInfo(artifact.base_name(record), record.base_dtype, record.base_shape)
+            base = record.info if base == record.info else base
             origins[name] = Origin(record.info, base, record.base_digest, record.changes, record.kept)
     return origins
 

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import kernels
-from peru_cli.kernels.scalars import DTYPES, Key, magnitude, order, widen
+from peru_cli.kernels.scalars import DTYPES, Float, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
+CHUNK = 1 << 14  # entries whose squares are added up together: those of a digest (checkpoints/digests.py)
+_NOTHING = np.zeros(0)
 _BLOCK = 1024  # entries whose keys are computed together, which vectorises, before some are picked, which does not
 _WORD = 8  # flags read together
 
@@ -56,10 +59,27 @@ def _count(
     return found  # type: ignore[no-any-return]
 
 
-@kernels("*b *b i8 k *k *u1 *u8 *i4 *k *b *b", DTYPES)
+def _block_sum(floats: Any, first: int) -> Any:
+    """The sum of a block, by halving, in which order it is the same on every processor; the block is used up."""
+    for i in range(512):
+        floats[first + i] = Float(floats[first + i] + floats[first + 512 + i])
+    for i in range(256):
+        floats[first + i] = Float(floats[first + i] + floats[first + 256 + i])
+    for i in range(128):
+        floats[first + i] = Float(floats[first + i] + floats[first + 128 + i])
+    for i in range(64):
+        floats[first + i] = Float(floats[first + i] + floats[first + 64 + i])
+    total = 0.0
+    for i in range(64):
+        total += np.float64(floats[first + i])
+    return total
+
+
+@kernels("*b *b i8 k k *k *u1 *u8 *f *i4 *k *b *b i8 *f8", DTYPES)
 def _select(
-    base: Any, fine: Any, n: int, least: Any, keys: Any, flags: Any, flag_words: Any, positions: Any, found_keys: Any, ulps: Any, bits: Any
-) -> int:
+    base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, squares: Any,
+    positions: Any, found_keys: Any, ulps: Any, bits: Any, measured: int, sums: Any,
+) -> int:  # fmt: skip
     found: Any = 0
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
@@ -82,6 +102,24 @@ def _select(
             found_keys[j] = keys[at - start]
             bits[j] = fine[at]
             ulps[j] = order(fine[at]) - order(base[at])
+        if measured:
+            for i in range(_BLOCK):
+                key = keys[i] if (i < size) & (keys[i] >= Key(0)) & (keys[i] < infinite) else Key(0)
+                square = Float(Key(key).view(Float) * Key(key).view(Float))
+                squares[i] = square
+                squares[_BLOCK + i] = Float(0.0) if flags[i] else square
+            energy = _block_sum(squares, 0)
+            missed = _block_sum(squares, _BLOCK)
+            if energy == np.inf:
+                energy, missed = 0.0, 0.0
+                for i in range(size):
+                    if (keys[i] >= Key(0)) & (keys[i] < infinite):
+                        length = np.float64(Key(keys[i]).view(Float))
+                        energy += length * length
+                        missed += 0.0 if flags[i] else length * length
+            chunk = start // CHUNK
+            sums[2 * chunk] += energy
+            sums[2 * chunk + 1] += missed
     return found  # type: ignore[no-any-return]
 
 
@@ -116,6 +154,7 @@ class Room:
         self._block, self._flags = np.empty(_BLOCK, key), np.empty(_BLOCK, np.uint8)
         self._keys, self._found = np.empty(entries, key), np.empty(entries + _WORD, key)
         self._positions = np.empty(entries + _WORD, np.int32)
+        self._squares = np.empty(2 * _BLOCK, kind)
 
     def keys(self, base: Ints, fine: Ints, dtype: str) -> Ints:
         """The key of every entry; (n,), valid until the next call of this."""
@@ -131,12 +170,17 @@ class Room:
         found = loop(base, fine, len(base), low, high, self._block, flags, flags.view(np.uint64), self._found, counts)
         return int(counts[0]), int(counts[1]), self._found[:found].copy()
 
-    def select(self, base: Ints, fine: Ints, dtype: str, least: int) -> tuple[Ints, Ints, Ints, Ints]:
-        """For entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+    def select(self, base: Ints, fine: Ints, dtype: str, least: int, sums: Doubles | None = None) -> tuple[Ints, Ints, Ints, Ints]:
+        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
 
-        All (k,). Keys are valid until the next call. With 0: all entries that differ."""
+        All (k,). Keys are valid until the next call. With 0: all entries that differ. To `sums`, (chunks, 2), are added the squared
+        norm of the differences in each CHUNK of the tile, and of those with a smaller key; both of what is finite.
+        """
         n, flags = len(base), self._flags
+        assert sums is None or len(sums) * CHUNK >= n
         ulps, bits = np.empty(n + _WORD, fine.dtype), np.empty(n + _WORD, fine.dtype)
-        loop = _select[f"{dtype} {self._kind}"]
-        found = loop(base, fine, n, least, self._block, flags, flags.view(np.uint64), self._positions, self._found, ulps, bits)
+        found = _select[f"{dtype} {self._kind}"](
+            base, fine, n, least, self._infinite, self._block, flags, flags.view(np.uint64), self._squares,
+            self._positions, self._found, ulps, bits, int(sums is not None), _NOTHING if sums is None else sums,
+        )  # fmt: skip
         return self._positions[:found].astype(np.int64), self._found[:found], ulps[:found].copy(), bits[:found].copy()

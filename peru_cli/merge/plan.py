@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from peru_cli.checkpoints.architectures import is_output, tied_embedding
+from peru_cli.checkpoints.bundle import bundle, members
 from peru_cli.checkpoints.checks.buffers import is_buffer, is_statistic
 from peru_cli.checkpoints.checks.configs import describe
 from peru_cli.checkpoints.checks.unpaired import judge, lost
@@ -27,7 +28,7 @@ from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.then.table import Pass
 from peru_cli.shown import listed
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.vectors.family import TaskVector
+from peru_cli.vectors.family import Family, TaskVector
 
 _SHOWN = 12  # problems listed
 _TOKENS = 6  # tokens listed
@@ -46,7 +47,7 @@ class Options:
     absent: frozenset[tuple[str, str]] = frozenset()  # (task, reference's tensor) that are missing by design
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One merged tensor: the output, each task's tensor, and the base's.
 
@@ -79,6 +80,7 @@ class MergePlan:
     fp8: Requantized | None = None
     config: Checkpoint | None = None  # whose config.json is written; None: the reference's
     slots: list[Slot] = field(default_factory=list)  # in canonical order
+    bundled: bool = False  # whether slots are bundles of small tensors
     copied: list[TensorInfo] = field(default_factory=list)
     averaged: list[Slot] = field(default_factory=list)  # running means and variances: the models' weighted mean
     same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
@@ -101,6 +103,17 @@ class MergePlan:
     def written(self) -> list[TensorInfo]:
         """All tensors that are written, except heads: the outputs, or their codes and scales with `--dtype fp8`."""
         return self.outputs if self.fp8 is None else self.fp8.stored(self.outputs)
+
+
+def in_bundles(plan: MergePlan, family: Family) -> MergePlan:
+    """The same plan, its slots those of the family."""
+    slots = {slot.base.name: slot for slot in plan.slots}
+    bundled = []
+    for base in family.slots:
+        own = [slots[info.name] for info in members(base)]
+        inputs = tuple(bundle([slot.inputs[number] for slot in own]) for number in range(len(own[0].inputs)))
+        bundled.append(Slot(bundle([slot.info for slot in own]), inputs, base, own[0].tasks))
+    return replace(plan, slots=bundled, bundled=True)
 
 
 def in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:

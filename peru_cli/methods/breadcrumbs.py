@@ -26,6 +26,7 @@ class Breadcrumbs(Rule):
         self.trims = (large, outliers) if any(outliers) else (large,)
         self._kept = kept
         self.scope = parameters.text("scope")
+        self.entrywise = self.scope == "global"
 
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
         kept, outliers = (self.parameters.count(share, n) for share in (self._kept[task], self.parameters.share("gamma", task)))

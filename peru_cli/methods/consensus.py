@@ -15,7 +15,7 @@ from peru_cli.streaming.arrays import Array
 class Consensus(Rule):
     """See the module."""
 
-    holds_all = True
+    holds_all = entrywise = True
 
     def merge(self, tile: RuleInput) -> Array:
         xp, n, share = tile.xp, tile.n, self.parameters.number("mask-lambda")

@@ -23,17 +23,22 @@ from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
 from peru_cli.methods.ties import elect_and_merge
-from peru_cli.streaming.arrays import Array, Arrays, Host
+from peru_cli.streaming.arrays import Array, Host
 
 
-def survivors(xp: Arrays, seed: int, task: str, tensor: str, start: int, n: int, density: Fraction) -> Array | None:
+def survivors(tile: RuleInput, seed: int, task: str, density: Fraction) -> Array | None:
     """Which entries are kept; bool (n,), None if all are."""
     limit = int(density * 2**32)
-    return xp.upload(below(stream_key(seed, task, tensor), start, n, limit)) if limit < 2**32 else None
+    if limit == 2**32:
+        return None
+    found = [below(stream_key(seed, task, name), start, n, limit) for name, start, n in tile.parts]
+    return tile.xp.upload(found[0] if len(found) == 1 else np.concatenate(found))
 
 
 class Dare(Rule):
     """See the module."""
+
+    entrywise = True
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
@@ -43,7 +48,7 @@ class Dare(Rule):
     def _stays(self, tile: RuleInput, number: int) -> Array | None:
         """Which entries of a task's vector are kept. None if all are."""
         seed, task = int(self.parameters.number("seed")), self.parameters.tasks[number]
-        return survivors(tile.xp, seed, task, tile.name, tile.start, tile.n, self._densities[number])
+        return survivors(tile, seed, task, self._densities[number])
 
     def _factors(self, number: int) -> tuple[float, float]:
         """The rescaling factor of a task's vector, and its weight."""

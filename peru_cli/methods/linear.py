@@ -25,7 +25,7 @@ def share_of_sum(weights: Sequence[float]) -> float:
 class Linear(Rule):
     """See the module."""
 
-    on_vectors = False
+    on_vectors, entrywise = False, True
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)

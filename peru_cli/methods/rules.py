@@ -42,11 +42,13 @@ class RuleInput:
     `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its weights for rules on
     whole weights. A rule may overwrite it; without `holds_all` it is valid until the call after the next.
     `add(total, t, flags, first, second)` is total + inputs(t) * flags * first * second in one pass, rounded step by step. A total
-    of None is 0, flags of None keep all. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all."""
+    of None is 0, flags of None keep all. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all.
+    For rules that are `entrywise` the tile may lie in several small tensors: `parts` has them."""
 
     name: str  # the tensor's name in the output
     slot: int  # its index in canonical order
     start: int  # flat index of the first entry
+    parts: Sequence[tuple[str, int, int]]  # the tensors that the tile lies in: name, flat index of the first entry, number of entries
     n: int
     tasks: int
     xp: Arrays
@@ -67,6 +69,7 @@ class Rule(ABC):
     trims: Sequence[Sequence[Fraction]] = ()  # for each trim, the share of largest entries that each task keeps
     scope = "global"  # of the trims: "global" or "tensor"
     isotropic = False  # all singular values of what it merges are equal, so that its singular vectors are any
+    entrywise = False  # an entry depends on nothing but those at its place (and `RuleInput.parts`): small tensors may share tiles
     suffers_from_norms = True  # on vectors: one that is much longer than the others outweighs them
     wants_signs = False  # `elect` is called on all tiles first, and the sign of its total becomes `RuleInput.majority`
     wants_products = False  # wants inner products of all inputs, for each tensor

@@ -13,5 +13,7 @@ from peru_cli.streaming.arrays import Array
 class TaskArithmetic(Rule):
     """See the module."""
 
+    entrywise = True
+
     def merge(self, tile: RuleInput) -> Array:
         return onto_base(tile, weighted_sum(tile, self.parameters.weights), self.parameters.number("scale"))

@@ -53,6 +53,7 @@ class Ties(Rule):
         self._variant = parameters.text("variant")
         self.trims = ([parameters.share("keep", task) for task in range(len(parameters.tasks))],)
         self.scope = parameters.text("scope")
+        self.entrywise = self.scope == "global"
         self.wants_signs = self._variant == "authors" and len(parameters.tasks) > 1
 
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:

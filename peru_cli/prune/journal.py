@@ -12,6 +12,7 @@ import numpy as np
 from peru_cli.artifacts.codecs import PCO, decode, encode
 from peru_cli.artifacts.index import Block, Stream
 from peru_cli.artifacts.sparse_delta import Entries, News
+from peru_cli.checkpoints.bundle import members
 from peru_cli.checkpoints.digests import KnownDigest
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.methods.magnitude import Threshold
@@ -62,22 +63,26 @@ class PruneLog:
             if not key.startswith(_SLOTS):
                 continue
             stop = int(key.removeprefix(_SLOTS))
-            names = [slot.name for slot in self._family.slots[self._noted : stop]]
+            names = self._names(self._noted, stop)
             self._select.base_digests |= {n: KnownDigest(bytes.fromhex(d)) for n, d in zip(names, value["base"], strict=True)}
             for number, noted in enumerate(value["tasks"]):
-                self._restore(number, names, noted, per_slot)
+                self._restore(number, names, noted, stop - self._noted if per_slot else 0)
             self._noted = stop
         self._left[: self._noted] = [0] * self._noted
         self._finished = self._noted
         return self._noted
 
-    def _restore(self, number: int, names: list[str], noted: Any, per_slot: bool) -> None:
+    def _names(self, first: int, stop: int) -> list[str]:
+        """Base tensors of some slots."""
+        return [info.name for slot in self._family.slots[first:stop] for info in members(slot)]
+
+    def _restore(self, number: int, names: list[str], noted: Any, slots: int) -> None:
         sink, pairs = self._sinks[number], self._family.tasks[number].pairs
         (key, equals), sink.changed, quota, sink.not_finite, sink.largest_error, sink.energy, sink.missed, blocks, news, tensors = noted
         threshold = Threshold(key, equals)
-        if per_slot:
-            sink.thresholds += [threshold] * len(names)
-            sink.quotas += [0] * len(names)
+        if slots:  # each has its threshold
+            sink.thresholds += [threshold] * slots
+            sink.quotas += [0] * slots
         else:
             sink.thresholds, sink.quotas = [threshold], [quota]
         mine = [pairs[name].fine.name for name in names if name in pairs]
@@ -112,7 +117,7 @@ class PruneLog:
                     self._note(self._marks.pop(slot))
 
     def _note(self, marks: list[_Mark]) -> None:
-        names = [slot.name for slot in self._family.slots[self._noted : self._finished]]
+        names = self._names(self._noted, self._finished)
         base = [self._select.base_digests[name].digest().hex() for name in names]
         tasks = [self._noted_of(number, names, mark) for number, mark in enumerate(marks)]
         self._noted = self._finished

@@ -91,8 +91,9 @@ def prune(
 
     GateMissed if what came out does not pass `options.gates`.
     """
-    family = Family(base, [task.vector for task in tasks], how)
-    path, key = _journal_path(tasks[0].target), _key(base, tasks, options)
+    per_slot = options.density is not None and options.scope == "tensor"
+    family = Family(base, [task.vector for task in tasks], how, bundled=not per_slot)
+    path, key = _journal_path(tasks[0].target), _key(base, tasks, options, len(family.slots))
     for task in tasks:
         if task.in_place and SEALED not in notes_at(path, key):
             check_target(task.target, force=False)  # another command has put it there
@@ -158,10 +159,10 @@ def _journal_path(target: Path) -> Path:
     return path.with_name(f"{path.name}-journal")
 
 
-def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> str:
+def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions, slots: int) -> str:
     """A digest of all that decides the artifacts' bytes, and whether they are put in place."""
     named = options.base_name.metadata() if options.base_name is not None else None
-    parts: list[object] = [__version__, str(options.density), options.scope, options.values, named, base.identity()]
+    parts: list[object] = [__version__, str(options.density), options.scope, options.values, named, base.identity(), slots]
     parts += [gate.option for gate in options.gates]
     parts += options.about
     for task in tasks:
@@ -180,7 +181,7 @@ def _set_thresholds(family: Family, jobs: list[Job], slots: range, log: Threshol
             job.sink.add_threshold(ALL_CHANGED)
         return
     names = [family.slots[slot].name for slot in slots]
-    entries = [sum(pair.entries for name in names if (pair := task.pairs.get(name)) is not None) for task in family.tasks]
+    entries = [sum(pair.entries for name in names if (pair := pairs.get(name)) is not None) for pairs in family.pairs]
     found = find_thresholds(family, slots, {number: int(density * n) for number, n in enumerate(entries)}, log)
     for number, job in enumerate(jobs):
         job.sink.add_threshold(found[number].threshold)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from peru_cli.checkpoints.bundle import Bundle, pieces_of
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.streaming.arrays import BITS, Array, Arrays, Host
@@ -48,8 +49,16 @@ def read_raw(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffe
     """Read what a tensor has of a tile; the bytes lie in the buffer until its next use."""
     view = buffer.view(info.dtype.nbytes(clip(tile, info.entries)))
     if len(view):
-        source.read_into(info.name, info.dtype.nbytes(tile.start), view)
+        _fill(source, info, tile.start, view)
     return view
+
+
+def _fill(source: Checkpoint, info: TensorInfo, start: int, buffer: memoryview) -> None:
+    """Fill a buffer with entries of a tensor, or a bundle, from one on."""
+    if isinstance(info, Bundle):
+        source.read_many((member, member.dtype.nbytes(first), piece) for member, first, piece in pieces_of(info, start, buffer))
+    else:
+        source.read_into(info.name, info.dtype.nbytes(start), buffer)
 
 
 def read_bits(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer) -> tuple[memoryview, Array]:
@@ -63,6 +72,6 @@ def read_runs(source: Checkpoint, info: TensorInfo, runs: Iterable[tuple[int, in
     filled = 0
     for start, stop in runs:
         if nbytes := info.dtype.nbytes(max(0, min(stop, info.entries) - start)):
-            source.read_into(info.name, info.dtype.nbytes(start), buffer.view(filled + nbytes)[filled:])
+            _fill(source, info, start, buffer.view(filled + nbytes)[filled:])
             filled += nbytes
     return buffer.bits(filled, info.dtype.bits)

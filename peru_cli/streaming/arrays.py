@@ -35,10 +35,12 @@ class Differences(Protocol):
         """The number of keys above `high`, the number of entries that differ, and the keys from `low` to `high`, (k,)."""
         ...
 
-    def select(self, base: Array, fine: Array, dtype: str, least: int) -> tuple[Host, Host, Host, Host]:
-        """For entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+    def select(self, base: Array, fine: Array, dtype: str, least: int, sums: Host | None = None) -> tuple[Host, Host, Host, Host]:
+        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
 
-        All (k,). Keys are valid until the next call. With 0: all entries that differ."""
+        All (k,). Keys are valid until the next call. With 0: all entries that differ. To `sums`, (chunks, 2) float64, are added the
+        squared norm of the differences in each CHUNK of the tile, and of those with a smaller key; both of what is finite.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from peru_cli.checkpoints.bundle import cut
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.source import Checkpoint
@@ -67,12 +68,9 @@ def announce(step: object, tiles: Sequence[Tile | Strip]) -> None:
     for source, info_of in step.reads():
         if source.ranged:
             ranges = ((info, *run) for tile in tiles if (info := info_of(tile.tensor)) is not None for run in tile.runs)
+            parts = (part for info, start, stop in ranges if start < info.entries for part in cut(info, start, min(stop, info.entries)))
             source.expect(
-                (
-                    (info.name, info.dtype.nbytes(start), info.dtype.nbytes(min(stop, info.entries) - start))
-                    for info, start, stop in ranges
-                    if start < info.entries
-                ),
+                ((info.name, info.dtype.nbytes(start), info.dtype.nbytes(stop - start)) for info, start, stop in parts),
                 getattr(step, "keeps", False),
             )
 

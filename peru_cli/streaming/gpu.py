@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
+from peru_cli.kernels.deltas import CHUNK
 from peru_cli.streaming.arrays import BITS, KIND, Host
 
 Array = torch.Tensor
@@ -53,9 +54,15 @@ class OnDevice:
         within = keys[(keys >= low) & (keys <= high)]
         return self._xp.count(keys > high), self._xp.count(keys >= 0), self._xp.download(within)
 
-    def select(self, base: Array, fine: Array, dtype: str, least: int) -> tuple[Host, Host, Host, Host]:
+    def select(self, base: Array, fine: Array, dtype: str, least: int, sums: Host | None = None) -> tuple[Host, Host, Host, Host]:
         keys, download = self._keys(base, fine, dtype), self._xp.download
         positions = self._xp.where(keys >= least)
+        if sums is not None:
+            finite = keys.clamp(min=0).masked_fill(keys >= self._infinite, 0)
+            room = torch.zeros(len(sums) * CHUNK, dtype=torch.float64, device=keys.device)
+            for column, kept in enumerate((finite, finite.masked_fill(keys >= least, 0))):
+                room[: len(keys)] = self._xp.view(kept, f"f{kept.element_size()}")
+                sums[:, column] += download(room.view(-1, CHUNK).square().sum(1))
         chosen = fine[positions]
         ulps = _order(chosen) - _order(base[positions])
         return download(positions), download(keys[positions]), download(ulps), download(chosen)

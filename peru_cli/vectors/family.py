@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
+from peru_cli.checkpoints.bundle import MOST, bundle
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
@@ -95,20 +96,26 @@ class Aligned:
         return xp.subtract(xp.widen(self.fine, dtype, out), base_weights, out=out)
 
 
-def _of_task(task: TaskVector, slots: Sequence[TensorInfo], tensor: int) -> TensorInfo | None:
-    pair = task.pairs.get(slots[tensor].name)
+def _of_task(pairs: Mapping[str, Pair], slots: Sequence[TensorInfo], tensor: int) -> TensorInfo | None:
+    pair = pairs.get(slots[tensor].name)
     return pair.fine if pair is not None else None
 
 
 class Family:
-    """A base and task vectors, slot by slot. A slot is a base tensor that any of them pairs with."""
+    """A base and task vectors, slot by slot: a slot is a base tensor that any of them pairs with, or a bundle of small ones.
 
-    def __init__(self, base: Checkpoint, tasks: Sequence[TaskVector], how: StreamSettings) -> None:
+    `pairs` has for each task what it pairs with a slot, by the slot's name.
+    """
+
+    def __init__(self, base: Checkpoint, tasks: Sequence[TaskVector], how: StreamSettings, bundled: bool = False) -> None:
+        """`bundled`: tensors need not be told apart in passes over all of them."""
         self.base, self.tasks, self.how = base, tasks, how
         names = sorted({name for task in tasks for name in task.pairs})
-        self.slots: list[TensorInfo] = [base.tensors[name] for name in names]
+        runs = list(_runs(base, tasks, names)) if bundled else [[name] for name in names]
+        self.slots: list[TensorInfo] = [bundle([base.tensors[name] for name in run]) for run in runs]
+        self.pairs = [_pairs_of(task, self.slots, runs) for task in tasks]
         self.ranged = base.ranged or any(task.fine.ranged for task in tasks)  # whether anything comes over the network
-        self.entries = [max([s.entries] + [t.pairs[s.name].fine.entries for t in tasks if s.name in t.pairs]) for s in self.slots]
+        self.entries = [max([s.entries] + [pairs[s.name].fine.entries for pairs in self.pairs if s.name in pairs]) for s in self.slots]
 
     def plan(self, first: int = 0) -> TilePlan:
         """Tiles of all slots, or of those from `first` on, each as long as its longest tensor."""
@@ -125,14 +132,14 @@ class Family:
     def each(self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
         """Read the tile of each wanted task in turn. Each result is valid until the next one."""
         for number in wanted:
-            if slot.name in self.tasks[number].pairs:
+            if slot.name in self.pairs[number]:
                 aligned = self.align(number, slot.name, tile, base_bits, buffers.fine)
                 if len(aligned.fine) or len(aligned.grown):
                     yield aligned
 
     def align(self, number: int, slot: str, tile: Tile | Strip, base_bits: Array | None, buffer: TileBuffer) -> Aligned:
-        """Read a task's part of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
-        pair = self.tasks[number].pairs[slot]
+        """Read what a task has of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
+        pair = self.pairs[number][slot]
         fine = read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffer)
         if base_bits is None:
             return Aligned(number, pair, fine[:0], fine, fine[:0])
@@ -143,7 +150,7 @@ class Family:
         """What a pass over these slots reads of the base and of the wanted tasks."""
         yield self.base, lambda tensor: slots[tensor]
         for number in wanted:
-            yield self.tasks[number].fine, partial(_of_task, self.tasks[number], slots)
+            yield self.tasks[number].fine, partial(_of_task, self.pairs[number], slots)
 
     def forget(self) -> None:
         """Drop what earlier passes kept."""
@@ -155,13 +162,44 @@ class Family:
         return self.ranged_bytes(slots) <= KEPT_BYTES
 
     def ranged_bytes(self, slots: Sequence[TensorInfo]) -> int:
-        """Bytes of these slots that come over the network, for the base and all tasks."""
-        pairs = [pair for slot in slots for task in self.tasks if task.fine.ranged and (pair := task.pairs.get(slot.name)) is not None]
+        """Bytes of these slots that come over the network, of the base and of all tasks."""
+        ranged = [pairs for task, pairs in zip(self.tasks, self.pairs, strict=True) if task.fine.ranged]
+        pairs = [pair for slot in slots for mine in ranged if (pair := mine.get(slot.name)) is not None]
         return sum(slot.nbytes for slot in slots if self.base.ranged) + sum(pair.fine.nbytes for pair in pairs)
 
     def differences(self, aligned: Aligned, buffers: Buffers) -> Differences:
         """The comparer of one task's tile with the base's."""
         return buffers.differences[self.tasks[aligned.task].wide]
+
+
+def _runs(base: Checkpoint, tasks: Sequence[TaskVector], names: Sequence[str]) -> Iterator[list[str]]:
+    """Names cut into runs, each of one base tensor or of small ones that are alike in all tasks."""
+    run: list[str] = []
+    alike: object = None
+    size = 0
+    for name in names:
+        info, pairs = base.tensors[name], [task.pairs.get(name) for task in tasks]
+        n = info.entries
+        alone = n > MOST or any(pair is not None and pair.grown for pair in pairs)
+        kind = None if alone else (info.dtype, [pair and pair.fine.dtype for pair in pairs])
+        if run and (kind is None or kind != alike or size + n > MOST):
+            yield run
+            run, size = [], 0
+        run.append(name)
+        alike, size = kind, size + n
+    if run:
+        yield run
+
+
+def _pairs_of(task: TaskVector, slots: Sequence[TensorInfo], runs: Sequence[Sequence[str]]) -> Mapping[str, Pair]:
+    """A task's pairs by the names of slots."""
+    if all(len(run) == 1 for run in runs):
+        return task.pairs
+    return {
+        slot.name: task.pairs[run[0]] if len(run) == 1 else Pair(bundle([task.pairs[name].fine for name in run]), slot)
+        for slot, run in zip(slots, runs, strict=True)
+        if run[0] in task.pairs
+    }
 
 
 class _Group:

@@ -10,6 +10,7 @@ import numpy as np
 
 from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
 from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledBlock
+from peru_cli.checkpoints.bundle import Bundle, members, pieces_of
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.delta import add_rounded, round_difference
@@ -18,7 +19,7 @@ from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import CHUNK, Tile
-from peru_cli.vectors.family import Aligned, Buffers, Family, TaskVector
+from peru_cli.vectors.family import Aligned, Buffers, Family
 
 
 @dataclass
@@ -95,16 +96,17 @@ class Select:
     def __init__(self, family: Family, sinks: list[Sink]) -> None:
         self._family, self._sinks = family, sinks
         self.watcher: Watcher | None = None
-        self.base_digests = {slot.name: TensorDigest(slot.dtype, slot.shape) for slot in family.slots}
-        for task, sink in zip(family.tasks, sinks, strict=True):
+        self.base_digests = {info.name: TensorDigest(info.dtype, info.shape) for slot in family.slots for info in members(slot)}
+        for pairs, sink in zip(family.pairs, sinks, strict=True):
             lengths = [0] * len(sink.streams)
-            for name in sorted(task.pairs):
-                pair = task.pairs[name]
-                number = sink.stream_number(pair.fine.dtype)
-                sink.offsets[name] = lengths[number]
-                lengths[number] += pair.entries
-                sink.kept[pair.fine.name] = 0
-                sink.result[pair.fine.name] = TensorDigest(pair.fine.dtype, pair.fine.shape)
+            for slot in family.slots:
+                if (pair := pairs.get(slot.name)) is not None:
+                    number = sink.stream_number(pair.fine.dtype)
+                    sink.offsets[slot.name] = lengths[number]
+                    lengths[number] += pair.entries
+                    for info in members(pair.fine):
+                        sink.kept[info.name] = 0
+                        sink.result[info.name] = TensorDigest(info.dtype, info.shape)
 
     def buffers(self) -> Buffers:
         return self._family.buffers()
@@ -115,8 +117,8 @@ class Select:
     def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
         slot = self._family.slots[tile.tensor]
         raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
-        if len(raw):
-            self.base_digests[slot.name].add_at(tile.start, leaves(raw, slot.dtype))
+        for info, start, piece in pieces_of(slot, tile.start, raw) if len(raw) else ():
+            self.base_digests[info.name].add_at(start, leaves(piece, info.dtype))
         wanted = range(len(self._family.tasks))
         return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted)]
 
@@ -125,19 +127,16 @@ class Select:
         task = self._family.tasks[aligned.task]
         threshold = sink.thresholds[_threshold_number(sink, tile)]
         infinite = equal = None
-        energy = missed = np.zeros(-(-len(aligned.base) // CHUNK))
+        sums = np.zeros((-(-len(aligned.base) // CHUNK), 2))
         room = self._family.differences(aligned, buffers)
         # Once no equals may be taken any more, that never changes: the entries need no check.
         exhausted = not threshold.keeps_all and not sink.quotas[_threshold_number(sink, tile)]
-        where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted)
+        measured = None if threshold.keeps_all else sums
+        where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted, measured)
+        energy, missed = sums[:, 0], sums[:, 1]
         if not threshold.keeps_all:
             equal = None if exhausted else found == threshold.key
             infinite = found == task.infinite_key
-            keys = room.keys(aligned.base, aligned.fine, dtype.name)
-            np.maximum(keys, 0, out=keys)
-            energy = _squares(keys, task)
-            keys[where] = 0
-            missed = _squares(keys, task)
         result = xp.download(aligned.base)
         if len(aligned.grown):
             result = np.concatenate((result, xp.download(aligned.grown)))
@@ -190,7 +189,12 @@ class Select:
             sink.not_finite += int(np.count_nonzero(c.infinite))
         if c.errors is not None:
             sink.largest_error = max(sink.largest_error, float(c.errors.max()))
-        sink.kept[pair.fine.name] += len(c.positions)
+        if isinstance(pair.fine, Bundle):
+            upto = np.searchsorted(c.positions, pair.fine.ends).tolist()
+            for info, before, after in zip(pair.fine.members, [0, *upto], upto, strict=False):
+                sink.kept[info.name] = after - before
+        else:
+            sink.kept[pair.fine.name] += len(c.positions)
         apart = c.values[:0] if c.exact is None else c.exact[c.values == NOT_ROUNDED]
         entries = Entries(c.positions + (sink.offsets[pair.base.name] + tile.start), c.values, apart)
         return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
@@ -200,7 +204,8 @@ class Select:
             sink, pair = self._sinks[c.aligned.task], c.aligned.pair
             CPU.put(c.result, c.positions, c.bits)
             raw = c.result.data.cast("B")
-            sink.result[pair.fine.name].add_at(tile.start, leaves(raw, pair.fine.dtype))
+            for info, start, piece in pieces_of(pair.fine, tile.start, raw):
+                sink.result[info.name].add_at(start, leaves(piece, info.dtype))
             for block in blocks:
                 sink.writer.write(block)
         if self.watcher is not None:
@@ -209,21 +214,6 @@ class Select:
 
 def _threshold_number(sink: Sink, tile: Tile) -> int:
     return tile.tensor if len(sink.thresholds) > 1 else 0
-
-
-def _squares(keys: Array, task: TaskVector) -> Array:
-    """Sums of squared finite differences by CHUNK; float64 (chunks,). Removes differences that are not finite from the keys."""
-    floats = keys.view("f8" if task.wide else "f4")
-    with np.errstate(over="ignore"):
-        sums = _by_run(floats)
-        if not np.isfinite(sums).all():
-            keys[keys >= task.infinite_key] = 0
-            sums = _by_run(floats.astype(np.float64))
-    return sums
-
-
-def _by_run(floats: Array) -> Array:
-    return np.array([np.dot(run, run) for run in (floats[at : at + CHUNK] for at in range(0, len(floats), CHUNK))], np.float64)
 
 
 def _by_chunk(positions: Array, values: Array, chunks: int) -> Array:

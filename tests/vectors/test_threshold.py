@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peru_cli.checkpoints.dtypes import BY_NAME
+from peru_cli.kernels.deltas import CHUNK
 from peru_cli.methods.delta import (
     INFINITE_KEY,
     NOT_ROUNDED,
@@ -311,10 +312,15 @@ def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, xp: Array
             assert above == np.count_nonzero(part > high) and differ == np.count_nonzero(part >= 0)
             assert np.array_equal(within, part[(part >= low) & (part <= high)])
         for least in (0, middle, INFINITE_KEY[wide], INFINITE_KEY[wide] + 2):
-            found = room.select(*bits, name, least)
+            sums = np.zeros((-(-n // CHUNK), 2))
+            found = room.select(*bits, name, least, sums)
             at = np.flatnonzero(part >= least)
             for got, expected in zip(found, (at, part[at], ulps[at], fine.numpy()[at]), strict=True):
                 assert np.array_equal(got, expected) and got.dtype == expected.dtype
+            finite = (part >= 0) & (part < INFINITE_KEY[wide])
+            with np.errstate(over="ignore", invalid="ignore"):
+                squares = np.square(np.where(finite, difference[:n], 0).astype(np.float64))
+                assert sums.sum(0) == pytest.approx([squares.sum(), squares[part < least].sum()], rel=1e-5)
 
 
 def test_news_of_a_tally_are_what_was_added_since() -> None:

@@ -11,7 +11,7 @@ from peru_cli.checkpoints.header import TensorInfo
 
 _STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
 _FIXED = re.compile(
-    r"(^|\.)((original_)?inv_freq|masked_bias|causal_mask|attn_mask|attention_mask|relative_coords_table|relative_position_index|position_ids)$"
+    r"(^|\.)(running_(mean|var)|(original_)?inv_freq|masked_bias|causal_mask|attn_mask|attention_mask|relative_coords_table|relative_position_index|position_ids)$"
 )
 _GPT2_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|attn\.attention)\.bias$")
 
@@ -23,7 +23,7 @@ def is_statistic(name: str) -> bool:
 
 def is_buffer(info: TensorInfo) -> bool:
     """Whether a tensor is a statistic, or fixed by the architecture: frequencies, masks, positions."""
-    if is_statistic(info.name) or _FIXED.search(info.name):
+    if _FIXED.search(info.name):
         return True
     square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
     return square and bool(_GPT2_MASK.search(info.name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from peru_cli.shown import listed
 _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _SIDE_BY_SIDE = 8  # files on the Hub opened at once
+_GAP = 4096  # bytes that are read along rather than asking twice
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -31,19 +32,20 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.files = label, kind, side_files, [], files
         self._files: list[RandomAccess] = []
-        self._where: dict[str, tuple[RandomAccess, int]] = {}
+        self._file_of: dict[str, int] = {}  # numbers; empty where there is one file
         self._seal_of: dict[str, Sealed] = {}
-        tensors: dict[str, TensorInfo] = {}
+        tensors: Mapping[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         try:
             self._files += _open_all(files)
-            for path, file in zip(files, self._files, strict=True):
+            self._begins = [read_header(file).data_offset for file in self._files]
+            for number, (path, file) in enumerate(zip(files, self._files, strict=True)):
                 header = read_header(file)
-                for name, info in header.tensors.items():
-                    if name in tensors:
-                        raise BadFile(f"{path}: tensor {name!r} is in another shard, too")
-                    tensors[name] = info
-                    self._where[name] = (file, header.data_offset + info.begin)
+                if twice := header.tensors.keys() & tensors.keys():
+                    raise BadFile(f"{path}: tensor {min(twice)!r} is in another shard, too")
+                tensors = {**tensors, **header.tensors} if number else header.tensors
+                if len(files) > 1:
+                    self._file_of.update(dict.fromkeys(header.tensors, number))
                 metadata.update(header.metadata)
                 self._unseal(path, file, header)
         except BaseException:
@@ -51,6 +53,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 file.close()
             raise
         self.tensors, self.metadata = tensors, metadata
+        self._infos = tensors
         self.ranged = any(not isinstance(file, RandomAccessFile) for file in self._files)
         self._ahead: ReadAhead | Echo = ReadAhead()
 
@@ -83,8 +86,13 @@ class SafetensorsCheckpoint(Checkpoint):
             if name in self._seal_of:
                 self._seal_of[name].verify([name])
 
+    def _where(self, name: str) -> tuple[RandomAccess, int]:
+        """The file that holds a tensor, and the tensor's first byte there."""
+        number = self._file_of[name] if self._file_of else 0
+        return self._files[number], self._begins[number] + self._infos[name].begin
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        file, begin = self._where[name]
+        file, begin = self._where(name)
         if self.ranged:
             self._ahead.read_into(file, begin + offset, buffer)
         else:
@@ -92,8 +100,25 @@ class SafetensorsCheckpoint(Checkpoint):
         if self._seal_of and name in self._seal_of:
             self._seal_of[name].saw(name, offset, buffer)
 
+    def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
+        if self.ranged:
+            super().read_many(parts)
+            return
+        wanted = sorted(
+            (self._file_of.get(info.name, 0), self._where(info.name)[1] + offset, at, info.name, offset, buffer)
+            for at, (info, offset, buffer) in enumerate(parts)
+        )
+        for run in _runs(wanted):
+            number, begin, *_ = run[0]
+            room = memoryview(bytearray(run[-1][1] + len(run[-1][-1]) - begin))
+            self._files[number].read_into(begin, room)
+            for _, at, _, name, offset, buffer in run:
+                buffer[:] = room[at - begin : at - begin + len(buffer)]
+                if self._seal_of and name in self._seal_of:
+                    self._seal_of[name].saw(name, offset, buffer)
+
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
-        places = ((*self._where[name], offset, nbytes) for name, offset, nbytes in ranges)
+        places = ((*self._where(name), offset, nbytes) for name, offset, nbytes in ranges)
         self._ahead.expect(((file, begin + offset, begin + offset + nbytes) for file, begin, offset, nbytes in places), keep)
 
     def echo(self) -> None:
@@ -117,12 +142,27 @@ class SafetensorsCheckpoint(Checkpoint):
             self.tensors = {name: info for name, info in self.tensors.items() if name in weight_map}
 
     def _file_name(self, name: str) -> str | None:
-        return self._where[name][0].path.name if name in self._where else None
+        return self._where(name)[0].path.name if name in self._infos else None
 
     def close(self) -> None:
         self.forget()
         for file in self._files:
             file.close()
+
+
+_Part = tuple[int, int, int, str, int, memoryview]  # file, first byte there, a number of its own, tensor, offset in it, buffer
+
+
+def _runs(wanted: list[_Part]) -> Iterator[list[_Part]]:
+    """Parts in the order of their bytes, those together that are read at once: what lies between is read along if it is little."""
+    run: list[_Part] = []
+    for part in wanted:
+        if run and (part[0] != run[-1][0] or part[1] > run[-1][1] + len(run[-1][-1]) + _GAP):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
 
 
 class _Again:

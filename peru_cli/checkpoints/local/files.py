@@ -77,9 +77,14 @@ def open_random(place: Place) -> RandomAccess:
 
 
 def read_header(file: RandomAccess) -> Header:
-    """Read and check the header of an open safetensors file, once; BadFile names the file."""
+    """Read and check the header of an open safetensors file, once in a command; BadFile names the file."""
     if file.header is None:
-        file.header = _read_header(file)
+        watch = inputs.current()
+        known = watch.headers if watch is not None and isinstance(file, RandomAccessFile) else {}
+        path = os.path.abspath(str(file.path))
+        if path not in known:
+            known[path] = _read_header(file)
+        file.header = known[path]
     return file.header
 
 

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from peru_cli.checkpoints.header import Header
 from peru_cli.errors import BadFile
 
 _SMALL = 1 << 16  # bytes of a file that are compared themselves: a clock that ticks coarsely can miss a change
@@ -51,6 +52,7 @@ class Watch:
         self._seen: dict[str, tuple[tuple[int, ...], bytes | None]] = {}
         self._unfinished: list[Unfinished] = []
         self.written: list[Path] = []
+        self.headers: dict[str, Header] = {}  # of safetensors files that were read, by absolute path
 
     def see(self, path: Path, fd: int, small: bool = True) -> None:
         """Note an open file. Changed if it was seen before and was another then."""
@@ -97,6 +99,7 @@ class Watch:
         with self._lock:
             for path in [path for path in self._seen if path == root or path.startswith(root + os.sep)]:
                 del self._seen[path]
+                self.headers.pop(path, None)
 
     def wrote(self, target: Path) -> None:
         """An output is in place."""

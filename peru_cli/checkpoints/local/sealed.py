@@ -31,16 +31,20 @@ _PIECE = 64 * CHUNK  # entries read at once
 AGAIN = "fetch or make it again"
 
 
+_lock = threading.Lock()  # of all tensors' pieces
+
+
 class Collected:
     """A tensor's digest out of pieces that come in any order, some of them twice. Safe from many threads."""
+
+    __slots__ = ("_chunks", "_next", "_tree", "_waiting", "info", "touched")
 
     def __init__(self, info: TensorInfo) -> None:
         self.info = info
         self._tree = TensorDigest(info.dtype, info.shape)
         self._chunks = -(-info.entries // CHUNK)
         self._next = 0  # chunks that are in the tree
-        self._waiting: dict[int, bytes] = {}
-        self._lock = threading.Lock()
+        self._waiting: dict[int, bytes] | None = None  # made when it is wanted: most tensors of many are seen in one piece
         self.touched = False
 
     @property
@@ -61,22 +65,24 @@ class Collected:
         if self.complete or offset % size or (len(data) % size and offset + len(data) != total) or not len(data):
             return False
         first = offset // size
-        if first + -(-len(data) // size) <= self._next or first in self._waiting:
+        if first + -(-len(data) // size) <= self._next or first in (self._waiting or ()):
             return False
         found = leaves(data, dtype)
-        with self._lock:
+        with _lock:
             if self.complete:
                 return False
-            self._waiting[first] = found
-            self._settle()
+            waiting = self._waiting if self._waiting is not None else {}
+            waiting[first] = found
+            self._settle(waiting)
+            self._waiting = waiting or None
             return self.complete
 
-    def _settle(self) -> None:
+    def _settle(self, waiting: dict[int, bytes]) -> None:
         width = blake3.digest_size
-        for first in sorted(self._waiting):
+        for first in sorted(waiting):
             if first > self._next:
                 break
-            ready = self._waiting.pop(first)[(self._next - first) * width :]
+            ready = waiting.pop(first)[(self._next - first) * width :]
             self._tree.add(ready)
             self._next += len(ready) // width
 

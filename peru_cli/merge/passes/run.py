@@ -14,7 +14,7 @@ from peru_cli.errors import UsageError
 from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.passes.tiles import Decided, Elect, Merge, Products
-from peru_cli.merge.plan import MergePlan, in_dtype
+from peru_cli.merge.plan import MergePlan, in_bundles, in_dtype
 from peru_cli.methods.delta import cast_bits
 from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
@@ -47,7 +47,10 @@ def merge(
 
     If the writer has a journal, tensors that an earlier run wrote are skipped.
 
-    Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype."""
+    Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype.
+    """
+    if rule.entrywise and plan.then is None:
+        plan = in_bundles(plan, Family(plan.reference, plan.vectors, how, bundled=True))
     journal = writer.journal
     done = journal.done if journal is not None else {}
     if journal is not None and "decided" in journal.notes:
@@ -86,8 +89,8 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
     if rule.trims:
         note("finding thresholds")
         assert plan.base is not None
-        # These passes hold one task's tile at a time, the others hold all tasks'.
-        family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)))
+        # These passes hold one task's tile at a time, the others all of them.
+        family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)), plan.bundled)
         decided.thresholds = [_thresholds(plan, family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
     if rule.wants_signs:
@@ -116,7 +119,7 @@ def _thresholds(plan: MergePlan, family: Family, rule: Rule, index: int, journal
     found: list[list[Threshold]] = [[] for _ in numbers]
     for group in groups:
         n = sum(family.slots[i].entries for i in group)
-        there = [number for number in numbers if any(family.slots[i].name in family.tasks[number].pairs for i in group)]
+        there = [number for number in numbers if any(family.slots[i].name in family.pairs[number] for i in group)]
         kept = {number: _keeps(plan, rule, index, number, n, group.start) for number in there}
         log = ThresholdJournal(journal, f"trim {index} group {group.start}", family.ranged) if journal is not None else None
         trimmed = {number: k for number, k in kept.items() if k < n}

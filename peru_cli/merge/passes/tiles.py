@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from peru_cli.checkpoints.bundle import cut, pieces_of
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
@@ -90,7 +92,7 @@ class _Walk:
         self._kind = "f8" if any(info.dtype.name == "F64" for info in infos) else "f4"
         self._xp = how.xp
         self._reads_base = rule.on_vectors
-        self._family = Family(plan.reference, plan.vectors, how)
+        self._family = Family(plan.reference, plan.vectors, how, plan.bundled)
 
     def _count_owed(self, done: dict[str, Any]) -> dict[int, list[list[int]]]:
         """Equals of tensors that an earlier run wrote, summed up to the next slot of this walk."""
@@ -213,8 +215,9 @@ class _Walk:
             return self._input(task, room, f"input{task if rule.holds_all else task % 2}")
 
         base = room.base_weights if self._reads_base else None
+        parts = [(info.name, first, stop - first) for info, first, stop in cut(slot.info, tile.start, tile.stop)]
         return RuleInput(
-            slot.info.name, number, tile.start, n, len(slot.inputs), self._xp, base, inputs, partial(self._add, room),
+            slot.info.name, number, tile.start, parts, n, len(slot.inputs), self._xp, base, inputs, partial(self._add, room),
             lambda task, index: flags[task][index], room.scratch, slot.info.shape, self._decided.majority,
         )  # fmt: skip
 
@@ -303,7 +306,8 @@ class Merge(_Walk):
             bits = self._xp.download(self._xp.narrow(merged, slot.info.dtype))
             if largest_magnitude(CPU, bits, slot.info.dtype) >= infinity(slot.info.dtype):
                 self._settle(tile, slot, bits, room)
-            self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), bits.data.cast("B"))
+            for info, start, piece in pieces_of(slot.info, tile.start, bits.data.cast("B")):
+                self._writer.write(info.name, info.dtype.nbytes(start), piece)
         else:
             after.add(number, tile.start, self._xp.download(merged))
         with self._lock:
@@ -330,29 +334,30 @@ class Merge(_Walk):
             if self._reads_base and self._plan.base is not None:
                 found.insert(0, (self._plan.base, source, value))
             i = int(np.flatnonzero(~alike)[0])
-            self._refuse(slot, tile, at, i, found)
-            self._refuse_result(slot, f"entry {tile.start + int(at[i]):,}", bits[at[i] : at[i] + 1])
+            entry = tile.start + int(at[i])
+            info, start, _ = next(cut(slot.info, entry, entry + 1))
+            self._refuse(info, f"entry {start:,}", i, found)
+            self._refuse_result(info, f"entry {start:,}", bits[at[i] : at[i] + 1])
         bits[at] = cast_bits(CPU, value, source, dtype)
 
-    def _refuse(self, slot: Slot, tile: Tile, at: Bits, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
-        """BadFile for the first input that is not finite there, if any is."""
-        where = f"entry {tile.start + int(at[i]):,}"
+    def _refuse(self, info: TensorInfo, where: str, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
+        """The first input that is not finite there, if any is."""
         for model, dtype, bits in found:
             if not np.isfinite(_doubles(bits, dtype)[i]):
                 raise BadFile(
-                    f"{model.label}: {slot.info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
+                    f"{model.label}: {info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
                     "a model with such weights is broken: leave it out, or repair it",
                 )
 
-    def _refuse_result(self, slot: Slot, where: str, bits: Bits) -> None:
-        """BadFile for a result that is not finite although all inputs are."""
-        if np.isnan(_doubles(bits, slot.info.dtype)[0]):
+    def _refuse_result(self, info: TensorInfo, where: str, bits: Bits) -> None:
+        """All inputs are finite, and what was made of them is not."""
+        if np.isnan(_doubles(bits, info.dtype)[0]):
             raise BadFile(
-                f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are",
+                f"the merged {info.name!r} is not a number at {where}, though all inputs are",
                 "the method divides zero by zero there: with fisher, raise --floor",
             )
         raise BadFile(
-            f"the merged {slot.info.name!r} does not fit {slot.info.dtype.name} at {where}",
+            f"the merged {info.name!r} does not fit {info.dtype.name} at {where}",
             "use a wider dtype (--dtype bf16 or fp32), or smaller weights and scale",
         )
 

@@ -1,0 +1,54 @@
+"""What one run of a command costs, and a table of several."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PERU = [sys.executable, "-m", "peru_cli"]
+
+
+@dataclass
+class Cost:
+    """Seconds by the clock and of the processor, the largest resident memory in MB, and the exit code."""
+
+    wall: float
+    cpu: float
+    peak_mb: int
+    code: int
+
+
+def measure(command: Sequence[object], log: Path = Path(os.devnull)) -> Cost:
+    """Run a program in a process of its own; what it says goes to `log`."""
+    started = time.time()
+    child = os.fork()
+    if not child:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        words = list(map(str, command))
+        os.execv(words[0], words)
+    _, status, used = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return Cost(time.time() - started, used.ru_utime + used.ru_stime, used.ru_maxrss // 1024, code)
+
+
+def table(commands: Mapping[str, Sequence[object]]) -> None:
+    """Run peru's commands one after another and print a row of each."""
+    print(f"| {'command':<24} | seconds | processor | peak MB |\n| --- | ---: | ---: | ---: |")
+    for name, command in commands.items():
+        cost = measure([*PERU, *command])
+        failed = f" failed with exit code {cost.code}" if cost.code else ""
+        print(f"| {name:<24} | {cost.wall:7.1f} | {cost.cpu:9.1f} | {cost.peak_mb:7} |{failed}", flush=True)
+
+
+def best(command: Sequence[object], times: int) -> Cost:
+    """The least of several runs, each figure by itself; the first exit code that is not 0."""
+    costs = [measure(command) for _ in range(times)]
+    return Cost(
+        min(c.wall for c in costs), min(c.cpu for c in costs), min(c.peak_mb for c in costs), next((c.code for c in costs if c.code), 0)
+    )

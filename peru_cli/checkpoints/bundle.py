@@ -1,0 +1,63 @@
+"""Small tensors that are worked on together: a hundred thousand of them must not cost a hundred thousand tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from peru_cli.checkpoints.digests import CHUNK
+from peru_cli.checkpoints.header import TensorInfo
+
+Ends = np.ndarray[Any, np.dtype[np.int64]]
+MOST = CHUNK  # entries of a bundle, which is one tile whatever the tiles: a larger tensor stands alone
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle(TensorInfo):
+    """Tensors of one dtype as one, their entries one after another. Its shape is (entries,), its name that of no tensor."""
+
+    members: tuple[TensorInfo, ...] = ()
+    ends: Ends = field(default_factory=lambda: np.zeros(0, np.int64), compare=False)  # entries up to the end of each member
+
+
+def bundle(members: Sequence[TensorInfo]) -> TensorInfo:
+    """Tensors of one dtype as one; a single one is itself."""
+    if len(members) == 1:
+        return members[0]
+    ends = np.fromiter(accumulate(info.entries for info in members), np.int64, len(members))
+    name = f"{members[0].name}\0and {len(members) - 1} more"  # tensors' names hold no control characters
+    return Bundle(name, members[0].dtype, (int(ends[-1]),), 0, tuple(members), ends)
+
+
+def members(info: TensorInfo) -> Sequence[TensorInfo]:
+    """The tensors of a bundle; of a tensor, itself."""
+    return info.members if isinstance(info, Bundle) else (info,)
+
+
+def cut(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[TensorInfo, int, int]]:
+    """The tensors that entries `start` to `stop` lie in: each with its own first entry and the entry after its last one."""
+    if not isinstance(info, Bundle):
+        yield info, start, stop
+        return
+    first = int(np.searchsorted(info.ends, start, "right"))
+    begin = int(info.ends[first - 1]) if first else 0
+    for member in info.members[first:]:
+        if begin >= stop:
+            return
+        end = begin + member.entries
+        if member.entries:
+            yield member, max(start, begin) - begin, min(stop, end) - begin
+        begin = end
+
+
+def pieces_of(info: TensorInfo, start: int, raw: memoryview) -> Iterator[tuple[TensorInfo, int, memoryview]]:
+    """The bytes of a tile from entry `start` on, by tensor: each with its own first entry there and its bytes."""
+    at = 0
+    for member, first, last in cut(info, start, start + len(raw) * 8 // info.dtype.bits):
+        nbytes = info.dtype.nbytes(last - first)
+        yield member, first, raw[at : at + nbytes]
+        at += nbytes
