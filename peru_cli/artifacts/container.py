@@ -17,6 +17,7 @@ from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
 from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.files import open_random, read_header
 from peru_cli.checkpoints.places import Place, children
+from peru_cli.checkpoints.source import digest_of, pieces
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.shown import listed
 
@@ -83,6 +84,14 @@ class ContainerWriter:
     def read_first(self, offset: int, nbytes: int) -> bytes:
         """Read bytes of the first role that are already written."""
         return self.file.read_at(self._data_offset + offset, nbytes)
+
+    def digest_next(self, info: TensorInfo) -> bytes:
+        """The digest of a tensor whose bytes an earlier run left where the next ones go."""
+
+        def read(offset: int, buffer: memoryview) -> None:
+            buffer[:] = self.file.read_at(self._at + offset, len(buffer))
+
+        return digest_of(info, pieces(info, read))
 
     @property
     def sizes(self) -> dict[str, int]:

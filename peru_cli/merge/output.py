@@ -15,13 +15,15 @@ from pathlib import Path
 from peru_cli.checkpoints.architectures import is_output, is_tied
 from peru_cli.checkpoints.base_name import hub_repo
 from peru_cli.checkpoints.dtypes import Dtype
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, remove
-from peru_cli.checkpoints.local.checkpoint import open_directory
+from peru_cli.checkpoints.local.checkpoint import SafetensorsCheckpoint, open_directory
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter
 from peru_cli.checkpoints.lora.tied import is_untied, with_settings
 from peru_cli.checkpoints.quantized.requantize import RequantizingWriter
 from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import PeruError
 from peru_cli.finetunes.adapter import AdapterOnBase, as_unpacked
 from peru_cli.finetunes.head import HEADS, head_metadata
 from peru_cli.merge.passes.run import merge
@@ -229,11 +231,11 @@ def write_compressed(
     key = resume_key(plan, recipe)
     with PartialDirectory(where.target, where.sync, resume=True) as folder:
         marker, merged = folder.path / _KEY, folder.path / "merged"
-        if where.fresh or not (marker.is_file() and marker.read_text("ascii") == key and merged.is_dir()):
+        if where.fresh or not (marker.is_file() and marker.read_bytes() == _told(key, merged) and _is_sound(merged)):
             marker.unlink(missing_ok=True)
             _clear(folder.path)
             write_directory(plan, rule, recipe, replace(where, target=merged), how)
-            marker.write_text(key, "ascii")
+            marker.write_bytes(_told(key, merged))
         results = []
         with _opened(merged) as base:
             options = pruning.PruneOptions(keep)
@@ -259,6 +261,26 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if not path.name.startswith(unfinished):
             remove(path)
+
+
+def _told(key: str, merged: Path) -> bytes:
+    """A digest of the key, and of all files of a finished merge but its weights, which carry their own."""
+    total = hashlib.sha256(key.encode())
+    for path in sorted(path for path in merged.rglob("*") if path.is_file()):
+        if path.parent != merged or path.suffix != ".safetensors":
+            total.update(f"{path.relative_to(merged)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest().encode()
+
+
+def _is_sound(merged: Path) -> bool:
+    """Whether the weights of a finished merge are what was written."""
+    try:
+        with inputs.watching(), _opened(merged) as checkpoint:  # by a watch of its own: it may go
+            if isinstance(checkpoint, SafetensorsCheckpoint):
+                checkpoint.verify()
+    except PeruError:
+        return False
+    return True
 
 
 @contextmanager

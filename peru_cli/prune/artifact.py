@@ -21,7 +21,7 @@ from peru_cli.checkpoints.renamed import record_rules
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.magnitude import key_value
 from peru_cli.prune.gates import Gate
-from peru_cli.prune.journal import written_bytes
+from peru_cli.prune.journal import written_blocks
 from peru_cli.vectors.family import TaskVector
 from peru_cli.vectors.selection import Select, Sink
 
@@ -98,6 +98,7 @@ class Job:
 
     def __init__(self, number: int, base: Checkpoint, task: PruneTask, options: PruneOptions, sync: bool) -> None:
         self._number, self._base, self._task, self.options = number, base, task, options
+        self._in_place = False
         pairs = task.vector.pairs.values()
         dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
         streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
@@ -105,23 +106,35 @@ class Job:
         self.sink = Sink(self.writer, streams, octaves=options.values == "log2")
 
     def holds(self, journal: Journal) -> bool:
-        """Whether the unfinished file is as long as a journal says, or the finished one is in its place."""
+        """Whether the unfinished file has all that a journal tells of, unaltered, or the finished one is in its place."""
+        self._in_place = is_in_place(self._task.target, journal.notes)
+        if self._in_place:
+            return True
+        container, at = self.writer.container, 0
         noted = sum(value[1] for key, value in journal.notes.items() if key.startswith(self._key("")))
-        written = written_bytes(journal, self._number, self.sink.streams)
-        return is_in_place(self._task.target, journal.notes) or self.writer.container.holds(written + noted)
+        blocks = [(block, block.nbytes(self.sink.streams[block.stream].dtype)) for block in written_blocks(journal, self._number)]
+        if not container.holds(sum(nbytes for _, nbytes in blocks) + noted):
+            return False
+        for block, nbytes in blocks:
+            if short_digest(container.read_first(at, nbytes)) != block.digest:
+                return False
+            at += nbytes
+        return True
 
     def _key(self, name: str) -> str:
         return f"whole {self._number} {name}"
 
-    def _once(self, what: str, nbytes: int, make: Callable[[], bytes | None]) -> bytes | None:
-        """A digest that an earlier run noted, and `nbytes` that it appended, or what `make` gives and appends, noted."""
-        key, writer = self._key(what), self.writer
+    def _once(self, what: str, make: Callable[[], bytes | None], stored: TensorInfo | None = None) -> bytes | None:
+        """A digest that an earlier run noted, or what `make` gives, noted. `stored` is what `make` appends, or an earlier run has."""
+        key, container = self._key(what), self.writer.container
         if key in self.journal.notes:
             digest, nbytes = self.journal.notes[key]
-            writer.container.skip("whole", nbytes)
-            return bytes.fromhex(digest) if digest else None
+            known = bytes.fromhex(digest) if digest else None
+            if stored is None or self._in_place or container.digest_next(stored) == known:
+                container.skip("whole", nbytes)
+                return known
         made = make()
-        self.journal.note(key, [made.hex() if made else "", nbytes])
+        self.journal.note(key, [made.hex() if made else "", stored.nbytes if stored is not None else 0])
         return made
 
     def _metadata(self, measured: dict[str, str] | None) -> dict[str, str]:
@@ -210,13 +223,14 @@ class Job:
         rows = first // max(info.entries // info.shape[0], 1) if first else 0
         shape = (info.shape[0] - rows, *info.shape[1:]) if first else info.shape
         use = self.writer.append_whole
-        digest = self._once(info.name, info.dtype.nbytes(info.entries - first), lambda: fine.digest(info.name, use, first, shape))
+        stored = TensorInfo(info.name, info.dtype, shape)
+        digest = self._once(info.name, lambda: fine.digest(info.name, use, first, shape), stored)
         assert digest is not None
         return digest
 
     def _shared(self, pair: Pair) -> bytes | None:
         """The digest of a tensor that both have alike, None if they differ."""
-        return self._once(f"{pair.fine.name} alike", 0, lambda: shared_digest(self._task.vector.fine, self._base, pair))
+        return self._once(f"{pair.fine.name} alike", lambda: shared_digest(self._task.vector.fine, self._base, pair))
 
 
 def shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:

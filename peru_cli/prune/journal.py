@@ -39,10 +39,18 @@ class _Mark:
     news: list[News]
 
 
-def written_bytes(journal: Journal, number: int, streams: list[Stream]) -> int:
-    """Bytes of blocks that a journal says a task has written."""
-    notes = (value["tasks"][number] for key, value in journal.notes.items() if key.startswith(_SLOTS))
-    return sum(Block(*block).nbytes(streams[block[0]].dtype) for noted in notes for block in noted[7])
+def written_blocks(journal: Journal, number: int) -> list[Block]:
+    """Blocks that a journal says a task has written, in file order."""
+    return [
+        _block(block)
+        for key, value in journal.notes.items()
+        if key.startswith(_SLOTS)
+        for block in value["tasks"][number][7]
+    ]  # fmt: skip
+
+
+def _block(noted: Any) -> Block:
+    return Block(*(*noted[:-1], bytes.fromhex(noted[-1])))
 
 
 class PruneLog:
@@ -88,7 +96,7 @@ class PruneLog:
         mine = [pairs[name].fine.name for name in names if name in pairs]
         for name, (digest, kept) in zip(mine, tensors, strict=True):
             sink.result[name], sink.kept[name] = KnownDigest(bytes.fromhex(digest)), kept
-        decoded = [Block(*(*block[:-1], bytes.fromhex(block[-1]))) for block in blocks]
+        decoded = [_block(block) for block in blocks]
         self._blocks[number] += len(decoded)
         sink.writer.go_on(decoded, [_decode(stream, each) for stream, each in zip(sink.streams, news, strict=True)])
 

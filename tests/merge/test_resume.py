@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peru_cli.checkpoints.local import journal
 from tests.conftest import save
@@ -127,3 +128,29 @@ def test_an_interrupt_keeps_partial_work_and_an_error_does_not(models: Path, per
         peru(*arguments(models, out), code=code)
         assert journal_of(out).exists() == (code == 130)
         assert not out.exists()
+
+
+@pytest.mark.parametrize("where", ["unfinished", "merged", "head", "key"])
+def test_what_was_altered_after_the_kill_is_written_again(models: Path, peru, where: str) -> None:
+    """Of the tensors that a journal calls done, and of a finished merge whose artifacts are not."""
+    compress = [] if where == "unfinished" else ["--compress", "5%"]
+    for task in "ab":
+        head = {**load_file(models / f"{task}.safetensors"), "head": torch.ones(3)}
+        save(head, models / f"{task}.safetensors")
+    peru(*arguments(models, models / "whole", *compress))
+    out = models / "out"
+    if compress:
+        assert run_and_kill(1, arguments(models, out, *compress), line="slots before ") == -signal.SIGKILL
+    else:
+        killed(models, 40, out)
+    partial = models / ".out.peru-partial"
+    at = {
+        "unfinished": partial / ".model.safetensors.peru-partial", "merged": partial / "merged" / "model.safetensors",
+        "head": partial / "merged" / "heads" / "a.safetensors", "key": partial / ".peru-merge-key",
+    }[where]  # fmt: skip
+    data = bytearray(at.read_bytes())
+    place = next(i for i in reversed(range(len(data))) if data[i])  # of an unfinished file: in the last tensor that is done
+    data[place] ^= 0x80
+    at.write_bytes(data)
+    peru(*arguments(models, out, *compress))
+    assert files(out) == files(models / "whole")

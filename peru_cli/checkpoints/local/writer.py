@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from peru_cli.checkpoints.header import TensorInfo, build_header
 from peru_cli.checkpoints.local import inputs
@@ -55,18 +55,22 @@ class _Layout:
         if self.collected:
             self.collected[name].saw(offset, data)
 
+    def digest(self, file: PartialFile, name: str) -> bytes:
+        """A tensor's digest; what was not seen of it is read from the file."""
+
+        def read(offset: int, buffer: memoryview) -> None:
+            buffer[:] = file.read_at(self.at[name] + offset, len(buffer))
+
+        complete(self.collected[name], read)
+        return self.collected[name].digest()
+
+    def forget(self, name: str) -> None:
+        """A tensor will be written again."""
+        self.collected[name] = Collected(self.collected[name].info)
+
     def seal(self, file: PartialFile) -> dict[str, bytes]:
-        """Write the digests into the header, if there are any. Bytes that were not seen are read from the file."""
-
-        def read(at: int) -> Callable[[int, memoryview], None]:
-            def fill_in(offset: int, buffer: memoryview) -> None:
-                buffer[:] = file.read_at(at + offset, len(buffer))
-
-            return fill_in
-
-        for name, collected in self.collected.items():
-            complete(collected, read(self.at[name]))
-        digests = {name: collected.digest() for name, collected in self.collected.items()}
+        """Write the digests into the header, if there are any."""
+        digests = {name: self.digest(file, name) for name in self.collected}
         if self._files is not None:
             file.write_at(0, fill(self.header, digests))
         return digests
@@ -110,6 +114,10 @@ class CheckpointWriter(ABC):
         for offset, piece in source.pieces(source_name):
             self.write(name, offset, piece)
 
+    def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
+        """All bytes of a tensor are written, as these tensors of the file (itself): writers that resume note it. From any thread."""
+        return
+
     @abstractmethod
     def commit(self) -> None:
         """Rename the output into place."""
@@ -119,6 +127,27 @@ class CheckpointWriter(ABC):
 
     @abstractmethod
     def __exit__(self, *exc: object) -> None: ...
+
+
+_Where = Mapping[str, tuple[PartialFile, _Layout]]
+
+
+def _claim(journal: Journal, where: _Where, name: str, note: Any, parts: Sequence[str] | None) -> None:
+    """Note in a journal that a tensor is written, and what its parts are."""
+    digests = {part: where[part][1].digest(where[part][0], part).hex() for part in parts or [name]}
+    journal.claim(name, {"note": note, "digests": digests})
+
+
+def _believe(journal: Journal, where: _Where) -> None:
+    """Keep in `done` what is still what was written, with its note; anything else is written again."""
+    for name, told in list(journal.done.items()):
+        digests = {part: digest for part, digest in told["digests"].items() if part in where}
+        if all(where[part][1].digest(where[part][0], part).hex() == digest for part, digest in digests.items()):
+            journal.done[name] = told["note"]
+        else:
+            del journal.done[name]
+            for part in digests:
+                where[part][1].forget(part)
 
 
 class FileWriter(CheckpointWriter):
@@ -139,10 +168,12 @@ class FileWriter(CheckpointWriter):
         self.order, header, size = self._layout.order, self._layout.header, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
         self._file = PartialFile(target, sync, resume=resume_key is not None)
+        self._where = {info.name: (self._file, self._layout) for info in self.order}
         try:
             if resume_key is not None:
                 path = self._file.path.with_name(self._file.path.name + "-journal")
                 self.journal = Journal(path, resume_key, [self._file], sync, lambda _: not fresh and fits(self._file, header, size))
+                _believe(self.journal, self._where)
             self._file.write_at(0, header)
             os.ftruncate(self._file.fd, size)
         except BaseException as error:
@@ -152,6 +183,10 @@ class FileWriter(CheckpointWriter):
     def write(self, name: str, offset: int, data: memoryview) -> None:
         self._layout.saw(name, offset, data)
         self._file.write_at(self._layout.at[name] + offset, data)
+
+    def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
+        if self.journal is not None:
+            _claim(self.journal, self._where, name, note, parts)
 
     def commit(self) -> None:
         self._layout.seal(self._file)
@@ -213,6 +248,7 @@ class DirectoryWriter(CheckpointWriter):
                 self.journal = Journal(
                     path, resume_key, ours, sync, lambda _: not fresh and all(fits(file, at.header, at.size) for file, at in self._files)
                 )
+                _believe(self.journal, self._where)
                 self._remove_strangers(names)
             for file, layout in self._files:
                 file.write_at(0, layout.header)
@@ -242,6 +278,10 @@ class DirectoryWriter(CheckpointWriter):
         file, layout = self._where[name]
         layout.saw(name, offset, data)
         file.write_at(layout.at[name] + offset, data)
+
+    def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
+        if self.journal is not None:
+            _claim(self.journal, self._where, name, note, parts)
 
     def seal(self) -> None:
         """Call when everything is written: the unfinished folder can be read as a checkpoint before `commit`."""

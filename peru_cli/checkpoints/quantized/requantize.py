@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,11 @@ class RequantizingWriter(CheckpointWriter):
         for info in (weight.codes, weight.scale):
             if info is not None:
                 self._writer.copy(info.name, stored, info.name)
+
+    def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
+        if (weight := self._layout.weights.get(name)) is not None:
+            parts = [info.name for info in (weight.codes, weight.scale) if info is not None]
+        self._writer.claim(name, note, parts)
 
     def commit(self) -> None:
         self._writer.commit()

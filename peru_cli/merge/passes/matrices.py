@@ -94,8 +94,7 @@ class MergeMatrices:
                     )
             else:
                 after.finish(number, np.concatenate([merged for _, merged in self._merged(slot, rule)]), rule.on_vectors)
-        if self._writer.journal is not None:
-            self._writer.journal.claim(slot.info.name, [[] for _ in self._plan.vectors])
+        self._writer.claim(slot.info.name, [[] for _ in self._plan.vectors])
 
     def commit(self, tile: Tile, result: None) -> None:
         pass

@@ -315,8 +315,8 @@ class Merge(_Walk):
             done = not self._left[number]
         if done and after is not None:
             after.finish_added(number)
-        if done and self._writer.journal is not None:
-            self._writer.journal.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]))
+        if done:
+            self._writer.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]))
 
     def _settle(self, tile: Tile, slot: Slot, bits: Bits, room: MergeBuffers) -> None:
         """Entries that are not finite and equal in all inputs stay (masks of -inf). Any others are an error."""
