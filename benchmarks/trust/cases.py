@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blake3 import blake3
 from outputs import Command, family, makers, peru
-from running import Run
+from running import Run, apart
 from safetensors.torch import load_file
 
 from tests.conftest import save
@@ -165,7 +165,7 @@ def _reading(folder: Path, tasks: list[str], made: Path) -> dict[str, tuple[str,
 
 def _with_data(folder: Path) -> Iterator[tuple[str, str | None, Command]]:
     """Commands that run models on examples: their names, their outputs' names and the commands."""
-    data_family.write_family(folder, count=4)
+    apart(lambda: data_family.write_family(folder, count=4))  # its threads would be missed by the forks of this process
     data = [word for task in data_family.TASKS for word in ("--data", f"{task}={folder / task}.jsonl")]
     yield "merge regmean", "x", data_family.command(folder, "regmean", *_OPTIONS)
     yield "merge --search", "x", [*data_family.command(folder, "ties", *_OPTIONS, data=False), *data, "--search", "scale=0.5:1:0.5"]
@@ -189,6 +189,8 @@ def _warm(folder: Path) -> None:
         code, said = peru(*command)
         assert code == 0, said
     assert peru("unpack", made / "adapter", "-b", inputs / "base.safetensors", *_OPTIONS, "-o", folder / "x")[0] == 0
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
     from peru_cli.evaluate import run  # noqa: F401
     from peru_cli.export import patches  # noqa: F401
     from peru_cli.inspect import run as inspect_run  # noqa: F401

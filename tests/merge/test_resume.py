@@ -140,7 +140,7 @@ def test_what_was_altered_after_the_kill_is_written_again(models: Path, peru, wh
     peru(*arguments(models, models / "whole", *compress))
     out = models / "out"
     if compress:
-        assert run_and_kill(1, arguments(models, out, *compress), line="slots before ") == -signal.SIGKILL
+        assert run_and_kill(1, arguments(models, out, *compress), line="'sealed'") == -signal.SIGKILL
     else:
         killed(models, 40, out)
     partial = models / ".out.peru-partial"

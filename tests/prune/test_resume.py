@@ -195,15 +195,15 @@ raise SystemExit(cli.run(sys.argv[1:]))
 @pytest.mark.parametrize("share", [0.2, 0.9])
 def test_what_was_altered_after_the_kill_is_written_again(models: Path, peru, share: float) -> None:
     """A block of kept entries, and a tensor stored whole."""
-    peru(*arguments(models, models / "whole", *VARIANTS["exact"]))
-    out = models / "out"
+    peru(*arguments(models, models / "whole.safetensors", *VARIANTS["exact"]))
+    out = models / "out.safetensors"
     assert run_and_kill(1, arguments(models, out, *VARIANTS["exact"]), line="sealed") == -signal.SIGKILL
     (partial,) = models.glob(".out*.peru-partial")
     data = bytearray(partial.read_bytes())
     data[int(len(data) * share)] ^= 0x55
     partial.write_bytes(data)
     peru(*arguments(models, out, *VARIANTS["exact"]))
-    assert out.read_bytes() == (models / "whole").read_bytes()
+    assert out.read_bytes() == (models / "whole.safetensors").read_bytes()
 
 
 @pytest.fixture
