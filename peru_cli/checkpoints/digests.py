@@ -18,11 +18,11 @@ from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 
 CHUNK = 1 << 14  # entries; tiles are multiples of it
-SHORT = 16  # bytes of a tensor's digest that the index of an artifact keeps
+SHORT = 16  # bytes of a tensor's digest that an artifact's index stores
 
 
 def leaves(data: memoryview, dtype: Dtype) -> bytes:
-    """Digests of the chunks in `data`, which begins at a chunk's boundary; 32 bytes a chunk."""
+    """Digests of the chunks in `data`, which begins at a chunk boundary; 32 bytes for each chunk."""
     size = dtype.nbytes(CHUNK)
     return b"".join(blake3(data[i : i + size]).digest() for i in range(0, len(data), size))
 
@@ -31,7 +31,7 @@ _lock = threading.Lock()  # for all tensors together: it is held for microsecond
 
 
 class TensorDigest:
-    """Collects a tensor's leaves; `add` in order, `add_at` from any thread in any order.
+    """Collects a tensor's leaves: `add` in order, `add_at` from any thread in any order.
 
     What hashes takes 2 kB, and there may be a hundred thousand tensors: it lives from the first leaf to the last.
     """
@@ -64,7 +64,7 @@ class TensorDigest:
         return blake3(b"peru tensor 1\0" + dtype.name.encode() + b"\0" + ",".join(map(str, shape)).encode() + b"\0")
 
     def add_at(self, start: int, chunk_leaves: bytes) -> None:
-        """Give the leaves of the chunks from entry `start` on; early ones wait for those before them."""
+        """Add the leaves of the chunks from entry `start` on. Early leaves wait for those before them."""
         with _lock:
             if start != self._next:
                 self._waiting = self._waiting or {}
@@ -77,7 +77,7 @@ class TensorDigest:
                 ready = self._waiting.pop(self._next, None) if self._waiting else None
 
     def digest(self) -> bytes:
-        """32 bytes."""
+        """The digest, 32 bytes."""
         assert not self._waiting, "leaves are missing"
         if self._digest is not None:
             return self._digest
@@ -94,7 +94,7 @@ class KnownDigest(TensorDigest):
 
 
 def tensor_digest(info: TensorInfo, data: bytes | memoryview) -> bytes:
-    """The digest of a tensor whose bytes are at hand."""
+    """The digest of a tensor whose bytes are in memory."""
     tree = TensorDigest(info.dtype, info.shape)
     tree.add(leaves(memoryview(data), info.dtype))
     return tree.digest()

@@ -1,9 +1,8 @@
 """The safetensors header, read strictly and written in one canonical way.
 
-The reference reader accepts, against its own specification, duplicate names, leading spaces, empty
-names, names with `../` and absurd shapes. A checkpoint comes from strangers: all of these are refused.
-Source: https://github.com/huggingface/safetensors (README, "Format").
-"""
+Against its own specification, the reference reader accepts duplicate names, leading spaces, empty names, names with `../`
+and absurd shapes. A checkpoint comes from strangers, so all of these are refused.
+Source: https://github.com/huggingface/safetensors (README, "Format")."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.errors import BadFile
 from peru_cli.shown import cut
 
-MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
-MAX_WRITTEN_HEADER_BYTES = 25_000_000  # huggingface_hub's cap
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
+MAX_WRITTEN_HEADER_BYTES = 25_000_000  # huggingface_hub's limit
 MAX_ENTRIES = 1 << 62
 MAX_DIMENSIONS = 64
 METADATA_KEY = "__metadata__"
@@ -32,7 +31,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor; `begin` counts bytes from the end of the header."""
+    """A tensor's entry in a header; `begin` counts bytes from the end of the header."""
 
     name: str
     dtype: Dtype
@@ -51,7 +50,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header: tensors by name, metadata, and where the data begins in the file (bytes)."""
+    """A parsed header: tensors by name, metadata, and the offset of the data in the file (bytes)."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -76,7 +75,7 @@ def _named(name: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    """False for lone surrogates, which JSON can express and UTF-8 cannot."""
     return _SURROGATE.search(text) is None
 
 
@@ -124,7 +123,7 @@ def _tensor(name: str, entry: Any, shapes: dict[tuple[int, ...], tuple[int, ...]
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:
-    """Length of the JSON in bytes, from the file's first eight bytes; refuses what cannot be."""
+    """Length of the JSON in bytes, from the file's first eight bytes. BadFile if it is impossible."""
     if len(prefix) < 8:
         raise BadFile(f"the file has only {len(prefix)} bytes: it is empty or truncated")
     length = int.from_bytes(prefix[:8], "little")
@@ -138,8 +137,7 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
 def parse_header(text: bytes, file_bytes: int) -> Header:
     """Parse the JSON of a safetensors header (without its eight length bytes).
 
-    Raises BadFile if anything is not exactly as the format has it, down to offsets that leave no gap.
-    """
+    Raises BadFile for any deviation from the format, including gaps between offsets."""
     if not text.startswith(b"{"):
         raise BadFile("the header does not begin with '{': not a safetensors file")
     try:
@@ -173,9 +171,8 @@ def parse_header(text: bytes, file_bytes: int) -> Header:
 def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], reserve: int = 0) -> bytes:
     """Serialise a header: eight length bytes and JSON, padded with spaces to a multiple of 8.
 
-    Metadata comes first, sorted; tensors in the order of their data. `reserve` is the least total size
-    in bytes, for headers that are filled in after the data was written.
-    """
+    Metadata comes first, sorted, then tensors in the order of their data. `reserve` is the least total size in bytes, for
+    headers that are filled in after the data was written."""
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     told = [f"{encode(METADATA_KEY)}:{encode(dict(sorted(metadata.items())))}"] if metadata else []
     for info in sorted(tensors, key=lambda t: (t.begin, t.nbytes, t.name)):  # one by one: a table of all would be far larger

@@ -1,8 +1,7 @@
 """Which tensor of a fine-tune belongs to which tensor of the base.
 
-Names pair after adding or removing one prefix: a bare encoder as base and a classifier built on it as
-fine-tune is the everyday case (`encoder.layer.0...` and `bert.encoder.layer.0...`).
-"""
+Names pair after one prefix is added or removed: a bare encoder as base and a classifier built on it as fine-tune is the common
+case (`encoder.layer.0...` and `bert.encoder.layer.0...`)."""
 
 from __future__ import annotations
 
@@ -15,20 +14,20 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 
-# Without a config.json, a first dimension that grew counts as a vocabulary from this size on: the
-# everyday image head (1,000 classes) is smaller, the everyday vocabulary larger.
+# Without a config.json, a first dimension that grew counts as a vocabulary from this size on: the usual image head (1,000 classes)
+# is smaller, the usual vocabulary larger.
 MIN_VOCABULARY_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a fine-tune's names become the base's: `added` is in front of the fine-tune's, `removed` of the base's."""
+    """How a fine-tune's names become the base's: `added` precedes the fine-tune's names, `removed` the base's."""
 
     added: str = ""
     removed: str = ""
 
     def base_name(self, name: str) -> str | None:
-        """The base's name for a fine-tune's tensor, None if the prefix rules it out."""
+        """The base's name for a fine-tune's tensor. None if the prefix rules it out."""
         if self.added:
             return name[len(self.added) :] if name.startswith(self.added) else None
         return self.removed + name
@@ -41,7 +40,7 @@ class Prefix:
         return "same names"
 
     def encode(self) -> str:
-        """As the artifact records it: `+bert.` or `-bert.`, empty for equal names."""
+        """The form that an artifact records: `+bert.` or `-bert.`, empty for equal names."""
         return f"+{self.added}" if self.added else f"-{self.removed}" if self.removed else ""
 
     @classmethod
@@ -52,9 +51,9 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A fine-tune's tensor and the base's. With `grown`, the base holds only its first rows.
+    """A fine-tune's tensor and the base's. With `grown`, the base has only its first rows.
 
-    With `is_delta` the pair is compressed as a difference; else (integers, buffers) it is kept or stored whole.
+    With `is_delta` the pair is compressed as a difference. Otherwise (integers, buffers) it is kept or stored whole.
     """
 
     fine: TensorInfo
@@ -68,18 +67,18 @@ class Pair:
 
     @property
     def entries(self) -> int:
-        """Entries that both hold: the first ones of the fine-tune's tensor, in flat order."""
+        """Entries that both have: the first ones of the fine-tune's tensor, in flat order."""
         return self.base.entries
 
 
 @dataclass
 class Pairing:
-    """All pairs in canonical order (the fine-tune's names by code point) and everything that has none."""
+    """All pairs in canonical order (the fine-tune's names by code point) and all tensors without a partner."""
 
     prefix: Prefix
     pairs: list[Pair] = field(default_factory=list)
     whole: list[TensorInfo] = field(default_factory=list)  # stored whole: heads, new tensors, other shapes
-    reshaped: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)  # the part of `whole` with a namesake
+    reshaped: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)  # the part of `whole` that has a namesake
     base_only: list[TensorInfo] = field(default_factory=list)
 
     @property
@@ -89,7 +88,7 @@ class Pairing:
 
 
 def find_prefix(fine: dict[str, TensorInfo], base: dict[str, TensorInfo]) -> Prefix:
-    """The one prefix under which most bytes of the fine-tune pair (equal names and shapes); the empty one wins ties."""
+    """The prefix under which most bytes of the fine-tune pair (equal names and shapes). The empty one wins ties."""
     if all((other := base.get(name)) is not None and other.shape == info.shape for name, info in fine.items()):
         return Prefix()  # no other pairs more
     candidates: dict[Prefix, int] = defaultdict(int)
@@ -126,13 +125,12 @@ def pair_checkpoints(fine: Checkpoint, base: Checkpoint, per_task: str | None = 
     """Pair the tensors of `fine` with those of `base`.
 
     Args:
-        per_task: a regular expression; tensors of the fine-tune whose name it matches anywhere are
-            stored whole for the task and never paired.
+        per_task: a regular expression. Tensors of the fine-tune with a match anywhere in their names are stored whole for the task
+            and never paired.
 
     Raises:
-        Mismatch: less than half of the fine-tune's bytes pair; the message says what was compared.
-        UsageError: `per_task` is not a regular expression, or matches nothing.
-    """
+        Mismatch: less than half of the fine-tune's bytes pair. The message says what was compared.
+        UsageError: `per_task` is not a regular expression, or matches nothing."""
     try:
         own = re.compile(per_task) if per_task is not None else None
     except re.error as error:

@@ -15,14 +15,13 @@ from peru_cli.checkpoints.places import Place, fingerprint, sha256
 from peru_cli.errors import BadFile
 
 AGAIN = "run the command again when nothing changes its inputs any more"
-PIECE = 16 * CHUNK  # entries read at once where a tensor is only copied, digested or compared
+PIECE = 16 * CHUNK  # entries read at once to copy, digest or compare a tensor
 
 
 def pieces(info: TensorInfo, read: Callable[[int, memoryview], None], first: int = 0) -> Iterator[tuple[int, memoryview]]:
-    """A tensor's bytes from an entry on, piece by piece, in one reused buffer: each piece's offset in bytes, and the piece.
+    """A tensor's bytes from an entry on, in pieces that share one buffer: each piece's offset in bytes, and the piece.
 
-    `read` fills a buffer with the tensor's bytes from an offset on.
-    """
+    `read` fills a buffer with the tensor's bytes from an offset on."""
     room = memoryview(bytearray(info.dtype.nbytes(min(PIECE, info.entries))))
     for start in range(first, info.entries, PIECE):
         piece = room[: info.dtype.nbytes(min(PIECE, info.entries - start))]
@@ -31,7 +30,7 @@ def pieces(info: TensorInfo, read: Callable[[int, memoryview], None], first: int
 
 
 def digest_of(info: TensorInfo, parts: Iterable[tuple[int, memoryview]], use: Callable[[memoryview], object] = lambda data: None) -> bytes:
-    """The digest of a tensor out of all its pieces, which go to `use`, too; 32 bytes."""
+    """The digest of a tensor from all its pieces, which are also passed to `use`; 32 bytes."""
     tree = TensorDigest(info.dtype, info.shape)
     for _, piece in parts:
         tree.add(leaves(piece, info.dtype))
@@ -42,12 +41,10 @@ def digest_of(info: TensorInfo, parts: Iterable[tuple[int, memoryview]], use: Ca
 class Checkpoint(ABC):
     """Named tensors, metadata and side files.
 
-    `label` is how messages name it. `kind` says in words what the argument was taken for. `side_files`
-    maps plain file names (config.json, tokenizer.json, ...) to where they lie. `warnings` are things a
-    user should hear once. `files` are where the bytes lie. `expanded` says that they were computed (an
-    adapter, an artifact), so that the dtype is no choice of whoever made the model. `part` tells apart what
-    comes out of the same files (a pack's task).
-    """
+    `label` is its name in messages. `kind` says in words what the argument is. `side_files` maps plain file names (config.json,
+    tokenizer.json, ...) to their places. `warnings` are shown to the user once. `files` hold the bytes. `expanded` says that the
+    tensors were computed (an adapter, an artifact), so that nobody chose their dtype. `part` distinguishes checkpoints from the
+    same files (a pack's tasks)."""
 
     label: str
     kind: str
@@ -58,7 +55,7 @@ class Checkpoint(ABC):
     files: Sequence[Place] = ()
     expanded = False
     part: str | None = None
-    public_name: str | None = None  # where everybody finds it: org/name@commit of what was read from the Hub
+    public_name: str | None = None  # where everybody can find it: org/name@commit for what was read from the Hub
 
     def told_digest(self, name: str) -> bytes | None:
         """What a tensor's digest should be, 16 bytes, if its file says so."""
@@ -73,8 +70,7 @@ class Checkpoint(ABC):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of tensor `name` from byte `offset` on.
 
-        Safe from many threads. Raises BadFile if the file ends too early, OSError if reading fails.
-        """
+        Thread-safe. Raises BadFile if the file ends too early, OSError if reading fails."""
 
     def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
         """Fill buffers with bytes of several tensors, from an offset on each; as `read_into`."""
@@ -82,25 +78,24 @@ class Checkpoint(ABC):
             self.read_into(info.name, offset, buffer)
 
     def view(self, name: str, offset: int, nbytes: int) -> memoryview | None:
-        """The same bytes where they lie, if they lie in memory, to be read only; None elsewhere."""
+        """The same bytes without a copy, if they are in memory, read-only. None otherwise."""
         return None
 
-    ranged = False  # whether bytes come over the network, so that it pays to say beforehand which
+    ranged = False  # whether bytes come over the network, so that announcing reads pays
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:  # noqa: B027 - a disk needs no telling
-        """What will be read next: tensor, offset and bytes, each once and in this order.
+        """Announce what will be read next: tensor, offset and bytes, each once and in this order.
 
-        `keep` holds it for later passes, until `forget`. Between passes only.
-        """
+        `keep` holds it for later passes, until `forget`. Between passes only."""
 
     def echo(self) -> None:  # noqa: B027
-        """Say that what stands on these tensors, an adapter or an artifact, reads each range again right after the pass has."""
+        """Announce that an adapter or artifact on these tensors reads each range again right after the pass has."""
 
     def forget(self) -> None:  # noqa: B027
         """Drop what was kept."""
 
     def close(self) -> None:  # noqa: B027 - not every source holds handles
-        """Release file handles; the checkpoint cannot be read afterwards."""
+        """Release file handles. The checkpoint cannot be read afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -114,14 +109,14 @@ class Checkpoint(ABC):
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> bytes:
-        """All bytes of one tensor: for small ones."""
+        """All bytes of one tensor; for small ones."""
         data = bytearray(self.tensors[name].nbytes)
         if data:
             self.read_into(name, 0, memoryview(data))
         return bytes(data)
 
     def pieces(self, name: str, first: int = 0) -> Iterator[tuple[int, memoryview]]:
-        """A tensor's bytes from an entry on, piece by piece (see `pieces`). Between passes only."""
+        """A tensor's bytes from an entry on, in pieces (see `pieces`). Between passes only."""
         info = self.tensors[name]
         if self.ranged and first < info.entries:
             self.expect([(name, info.dtype.nbytes(first), info.dtype.nbytes(info.entries - first))])
@@ -134,12 +129,12 @@ class Checkpoint(ABC):
         first: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> bytes:
-        """Digest of a tensor from an entry on, as a tensor of that shape; 32 bytes. Every piece that is read goes to `use`, too."""
+        """Digest of a tensor from an entry on, as a tensor of that shape; 32 bytes. Every piece is also passed to `use`."""
         info = self.tensors[name]
         return digest_of(info if shape is None else TensorInfo(name, info.dtype, shape), self.pieces(name, first), use)
 
     def identity(self) -> str:
-        """A digest that changes when the files do: sizes, times of change, all headers; no path is in it."""
+        """A digest that changes when the files do: sizes, modification times, all headers. It contains no path."""
         parts: list[object] = [[fingerprint(file) for file in self.files]]
         parts += [
             [(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())],
@@ -149,12 +144,12 @@ class Checkpoint(ABC):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def file_digests(self) -> list[str]:
-        """SHA-256 of each of the weight files, in ascending order: what the Hub publishes of them."""
+        """SHA-256 of each weight file, in ascending order: what the Hub publishes of them."""
         with ThreadPoolExecutor() as pool:
             return sorted(pool.map(sha256, self.files))
 
     def config(self) -> dict[str, Any]:
-        """The model's config.json as a table; empty where there is none or it is unreadable."""
+        """The model's config.json as a table. Empty if it is missing or unreadable."""
         path = self.side_files.get("config.json")
         if path is None:
             return {}

@@ -1,7 +1,6 @@
 """`peru prune`: sparse deltas of one or several fine-tunes against a base that is read only once.
 
-Post-Pruning (PERU paper, section 4.1) is this with the pre-trained model as base, PERU-FFT with a merged one.
-"""
+With the pre-trained model as base this is Post-Pruning (PERU paper, section 4.1), with a merged model PERU-FFT."""
 
 from __future__ import annotations
 
@@ -41,10 +40,9 @@ __all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_b
 def plan_prune(
     base: Checkpoint, tasks: list[tuple[str, Checkpoint, Path]], options: PruneOptions, force: bool, new_folder: bool = False
 ) -> list[PruneTask]:
-    """Check everything that headers can show, before any tensor is read; every problem is an error.
+    """Check everything that headers can show, before any tensor is read. Every problem is an error.
 
-    With `new_folder`, the folder of the targets may be made later.
-    """
+    With `new_folder`, the folder of the targets may be created later."""
     planned = []
     left = notes_at(_journal_path(tasks[0][2])) if tasks else {}
     for name, fine, target in tasks:
@@ -66,7 +64,7 @@ def plan_prune(
 
 
 def all_quantized(models: Sequence[str]) -> bool:
-    """Whether all of these are full checkpoints of quantised weights: their codes and scales are then kept as they are by --lossless."""
+    """Whether all of these are full checkpoints of quantised weights: then --lossless keeps their codes and scales unchanged."""
     for model in models:
         place = locate(model)
         if is_adapter(place) or is_lora_file(place) or artifact_kind(place) is not None:
@@ -87,10 +85,9 @@ def prune(
     say: Callable[[str], None] = lambda text: None,
     fresh: bool = False,
 ) -> list[PruneResult]:
-    """Write the artifacts; all of them appear, or none. Goes on where a killed run stopped, unless `fresh`.
+    """Write the artifacts. All of them appear, or none. Continues where a killed run stopped, unless `fresh`.
 
-    GateMissed if what came out does not pass `options.gates`.
-    """
+    GateMissed if the result does not pass `options.gates`."""
     per_slot = options.density is not None and options.scope == "tensor"
     family = Family(base, [task.vector for task in tasks], how, bundled=not per_slot)
     path, key = _journal_path(tasks[0].target), _key(base, tasks, options, len(family.slots))
@@ -128,7 +125,7 @@ def _passes(
     note: Callable[[str], None],
     say: Callable[[str], None],
 ) -> None:
-    """Find thresholds, then select, encode and write, but for what the journal has."""
+    """Find thresholds, then select, encode and write, except for what the journal has."""
     how, slots = family.how, len(family.slots)
     log = PruneLog(journal, family, select, [job.sink for job in jobs])
     per_slot = options.density is not None and options.scope == "tensor"
@@ -137,7 +134,7 @@ def _passes(
         say(f"continuing after {first} of {slots} tensors of an earlier run" if first else "continuing where an earlier run stopped")
     select.watcher = log
     if per_slot:
-        # Tensor by tensor, so that what came over the network need not come twice.
+        # Tensor by tensor, so that network data is not requested twice.
         note("selecting and encoding")
         how.advance(2 * sum(family.entries[:first]))
         for slot in range(first, slots):
@@ -160,7 +157,7 @@ def _journal_path(target: Path) -> Path:
 
 
 def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions, slots: int) -> str:
-    """A digest of all that decides the artifacts' bytes, and whether they are put in place."""
+    """A digest of everything that determines the artifacts' bytes, and whether they are put in place."""
     named = options.base_name.metadata() if options.base_name is not None else None
     parts: list[object] = [__version__, str(options.density), options.scope, options.values, named, base.identity(), slots]
     parts += [gate.option for gate in options.gates]
@@ -189,7 +186,7 @@ def _set_thresholds(family: Family, jobs: list[Job], slots: range, log: Threshol
 
 
 def fetch_bytes(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> int:
-    """Bytes that pruning will fetch over the network if the sample predicts the thresholds well; 0 if it reads files."""
+    """Bytes to fetch over the network if the sample predicts the thresholds well; 0 for local files."""
     family = Family(base, [task.vector for task in tasks], StreamSettings(CPU, 1, DEFAULT_TILE))
     twice = (
         []

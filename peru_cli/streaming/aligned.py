@@ -14,13 +14,13 @@ from peru_cli.streaming.tiles import Tile
 
 
 class TileBuffer:
-    """Reused room for one tile of one input: filled on the host, seen as bits on the device."""
+    """A reused buffer for one tile of one input: filled on the host, viewed as bits on the device."""
 
     def __init__(self, xp: Arrays, entries: int, bytes_per_entry: int) -> None:
         self._xp, self._host = xp, xp.room(entries * bytes_per_entry)
 
     def view(self, nbytes: int) -> memoryview:
-        """The first `nbytes` bytes, to be filled."""
+        """The first `nbytes` bytes, to fill."""
         return self._host.data[:nbytes]
 
     def bits(self, nbytes: int, bits_per_entry: int) -> Array:
@@ -29,24 +29,24 @@ class TileBuffer:
 
 
 def clip(tile: Tile, entries: int) -> int:
-    """How many entries of the tile a tensor of so many entries has."""
+    """How many entries of the tile a tensor of this size has."""
     return max(0, min(tile.stop, entries) - tile.start)
 
 
 def read_bytes(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
-    """The bytes of `n` entries of any tensor, in memory of their own."""
+    """The bytes of `n` entries of any tensor, in newly allocated memory."""
     room = bytearray(info.dtype.nbytes(n))
     source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
     return room
 
 
 def read_entries(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
-    """Entries of a floating tensor as integers of its width, in memory of their own; (n,)."""
+    """Entries of a floating tensor as integers of its width, in newly allocated memory; (n,)."""
     return np.frombuffer(read_bytes(source, info, start, n), BITS[info.dtype.bits])
 
 
 def read_raw(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer) -> memoryview:
-    """Read what a tensor has of a tile; the bytes lie in the buffer until its next use."""
+    """Read a tensor's part of a tile. The bytes stay in the buffer until its next use."""
     view = buffer.view(info.dtype.nbytes(clip(tile, info.entries)))
     if len(view):
         _fill(source, info, tile.start, view)

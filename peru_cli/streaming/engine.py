@@ -1,11 +1,8 @@
 """The engine: run one pass over planned tiles on several threads, with one ordered step.
 
-Each thread takes the next tile, reads it into its own buffers, computes, waits for its turn to
-commit, and finishes. A thread holds one tile at a time, so the number of threads bounds the memory
-and slow writers hold back readers; the kernel reads ahead, so reading overlaps computing.
-What depends on earlier tiles happens in `commit` alone, hence any number of threads gives the same
-bytes.
-"""
+Each thread takes the next tile, reads it into its own buffers, computes, waits for its turn to commit, and finishes. A thread
+holds one tile at a time, so the number of threads bounds the memory, and slow writers hold back readers. The kernel reads
+ahead, so reading overlaps computing. Only `commit` depends on earlier tiles, so any number of threads gives the same bytes."""
 
 from __future__ import annotations
 
@@ -25,8 +22,8 @@ from peru_cli.streaming.tiles import Strip, Tile
 
 T = TypeVar("T", bound=Tile | Strip, contravariant=True)
 B = TypeVar("B")  # a thread's buffers
-R = TypeVar("R")  # what apply makes of a tile
-S = TypeVar("S")  # what commit hands to finish
+R = TypeVar("R")  # the result of apply
+S = TypeVar("S")  # what commit passes to finish
 
 
 class Pass(Protocol[T, B, R, S]):
@@ -41,11 +38,11 @@ class Pass(Protocol[T, B, R, S]):
         ...
 
     def commit(self, tile: T, result: R) -> S:
-        """In canonical order, one thread at a time: cheap."""
+        """Called in canonical order, one thread at a time; must be cheap."""
         ...
 
     def finish(self, tile: T, committed: S, buffers: B) -> None:
-        """Whatever follows from the commit and needs no order."""
+        """Do whatever follows from the commit and needs no order."""
         ...
 
 
@@ -54,15 +51,15 @@ Reads = Iterable[tuple[Checkpoint, Callable[[int], TensorInfo | None]]]
 
 @runtime_checkable
 class Announcing(Protocol):
-    """A pass that knows beforehand what it reads, so that it can be fetched ahead where bytes come over the network."""
+    """A pass that knows in advance what it reads, so that network data can be fetched ahead."""
 
     def reads(self) -> Reads:
-        """Each source, and its tensor (if any) that the tiles of a tensor number read, as far as it goes."""
+        """For each source, the tensor (if any) that a tile's tensor number refers to, and how far it is read."""
         ...
 
 
 def announce(step: object, tiles: Sequence[Tile | Strip]) -> None:
-    """Tell the sources of a pass what they will be asked for; `keeps` of a pass says whether it will be wanted again."""
+    """Tell the sources of a pass what it will read. `keeps` of a pass says whether the data will be needed again."""
     if not isinstance(step, Announcing):
         return
     for source, info_of in step.reads():
@@ -76,11 +73,11 @@ def announce(step: object, tiles: Sequence[Tile | Strip]) -> None:
 
 
 class Aborted(Exception):
-    """Another thread failed: this one stops. Never seen outside the engine."""
+    """Another thread failed, so this one stops. Never leaves the engine."""
 
 
 class Turnstile:
-    """Lets threads through in the order of their tickets."""
+    """Lets threads pass in the order of their tickets."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -102,7 +99,7 @@ class Turnstile:
             self._condition.notify_all()
 
     def abort(self) -> None:
-        """Wake everybody up to stop."""
+        """Wake all threads so that they stop."""
         with self._condition:
             self._aborted = True
             self._condition.notify_all()
@@ -116,11 +113,10 @@ def available_threads() -> int:
 
 
 def run(step: Pass[T, B, R, S], tiles: Sequence[T], threads: int, advance: Callable[[int], None] = lambda entries: None) -> None:
-    """Run `step` over all tiles; re-raises the first error of any thread after all have stopped.
+    """Run `step` over all tiles. Re-raises the first error of any thread after all threads have stopped.
 
-    `advance` is told the number of entries of each tile that is done, from the thread that did it.
-    torch's own threads, if it is there, are switched off meanwhile: threads over tiles are faster than threads within.
-    """
+    Each thread calls `advance` with the number of entries of every tile that it finishes.
+    torch's own threads are switched off meanwhile, if torch is loaded: threads over tiles are faster than threads within tiles."""
     torch = sys.modules.get("torch")
     inner = torch.get_num_threads() if torch is not None else 1
     announce(step, tiles)
@@ -152,11 +148,11 @@ class _Run(Generic[T, B, R, S]):
                     thread.start()
                 for thread in self._threads:
                     while thread.is_alive():
-                        thread.join(0.2)  # in slices, so that Ctrl-C is heard
+                        thread.join(0.2)  # in short waits, so that Ctrl-C is handled
             except BaseException as error:
                 self._fail(error)
                 for thread in self._threads:
-                    if thread.ident is not None:  # else it was never started
+                    if thread.ident is not None:  # otherwise it was never started
                         thread.join()
         if self._error is not None:
             raise self._error
@@ -177,9 +173,9 @@ class _Run(Generic[T, B, R, S]):
     def _work(self) -> None:
         torch = sys.modules.get("torch")
         if torch is not None:
-            torch.set_num_threads(1)  # again: OpenMP, which linear algebra asks, counts for each thread of ours
+            torch.set_num_threads(1)  # again: OpenMP, which linear algebra uses, has its own count for each of our threads
         try:
-            with np.errstate(all="ignore"):  # NaN and infinity are data here; passes look at results where they matter
+            with np.errstate(all="ignore"):  # NaN and infinity are data here; passes check results where it matters
                 buffers = self._step.buffers()
                 while (tile := self._take()) is not None:
                     result = self._step.apply(tile, buffers)

@@ -1,4 +1,4 @@
-"""The exact k-th largest key whatever the window, the tiles and the ties; and the arithmetic on single bits."""
+"""The exact k-th largest key for any window, tiles and ties; and arithmetic on single bits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MOST_COUNTS = 5  # a window of 2^20 bins narrows by 20 bits: a miss below or abo
 
 @st.composite
 def keys_of(draw: st.DrawFn) -> np.ndarray:
-    """Keys as prune sees them: -1 for unchanged entries, many equals, some infinite."""
+    """Keys as in prune: -1 for unchanged entries, many equals, some infinite."""
     kind = draw(st.sampled_from([torch.int32, torch.int64]))
     top = INFINITE_KEY[kind == torch.int64]
     near = draw(st.integers(0, top - 100))
@@ -74,7 +74,7 @@ def kept_by(threshold: Threshold, keys: np.ndarray) -> list[int]:
 
 
 def sorted_reference(keys: np.ndarray, k: int) -> list[int]:
-    """The k largest changed entries, equals by position."""
+    """The k largest changed entries, ties by position."""
     ranked = sorted((i for i in range(len(keys)) if keys[i] >= 0), key=lambda i: (-int(keys[i]), i))
     return sorted(ranked[:k])
 
@@ -114,7 +114,7 @@ def cut(keys: np.ndarray, shares: list[float]) -> list[int]:
 @settings(max_examples=150, deadline=None)
 @given(keys_of(), st.floats(0, 1), st.data(), st.lists(st.floats(0, 1), max_size=5))
 def test_any_window_ends_at_the_threshold_of_a_sort(keys: np.ndarray, share: float, data: st.DataObject, shares: list[float]) -> None:
-    """Right windows, wrong ones, of one bin or of many, fine or coarse."""
+    """Right and wrong windows, of one bin or many, fine or coarse."""
     k = max(1, int(share * len(keys)))
     top = top_of(keys)
     low = data.draw(st.integers(0, top) | st.sampled_from([0, top]) | st.sampled_from([max(int(key), 0) for key in keys]))
@@ -131,7 +131,7 @@ def test_any_window_ends_at_the_threshold_of_a_sort(keys: np.ndarray, share: flo
 @settings(max_examples=60, deadline=None)
 @given(keys_of(), st.floats(0, 1), st.floats(0.01, 1), st.integers(0, 2**32))
 def test_predicted_windows_end_at_the_threshold_of_a_sort(keys: np.ndarray, share: float, sampled: float, seed: int) -> None:
-    """Whatever the sample: all of it, a little, and one that is nothing like the whole."""
+    """For any sample: all keys, a few, or one that is nothing like the whole."""
     k = max(1, int(share * len(keys)))
     rng = np.random.default_rng(seed)
     fair = rng.choice(keys, max(1, int(sampled * len(keys))), replace=False)
@@ -192,7 +192,7 @@ def patterns(name: str, seed: int = 0) -> torch.Tensor:
 
 
 def number(pattern: int, name: str) -> float:
-    """The float64 that a pattern means, by the definition of the type (not NaN)."""
+    """The float64 value of a pattern, by the definition of the type (not NaN)."""
     bits, mantissa = BY_NAME[name].bits, MANTISSA[name]
     sign = -1.0 if pattern < 0 else 1.0
     magnitude = pattern & ((1 << (bits - 1)) - 1)
@@ -243,7 +243,7 @@ def test_widening_means_what_the_types_define(kind: str, xp: Arrays) -> None:
         assert floats.dtype == kind
         finite = ~np.isnan(floats)
         expected = bits.view(FLOAT[name]).to(torch.float32 if kind == "f4" else torch.float64).numpy()
-        assert np.array_equal(floats[finite].view(f"i{kind[1]}"), expected[finite].view(f"i{kind[1]}"))  # -0.0 is told from 0.0
+        assert np.array_equal(floats[finite].view(f"i{kind[1]}"), expected[finite].view(f"i{kind[1]}"))  # -0.0 differs from 0.0
         for pattern, value in zip(bits.tolist()[::61], floats.tolist()[::61], strict=True):
             assert np.isnan(value) or value == number(pattern, name)
 
@@ -287,7 +287,7 @@ def test_ulp_differences_undo_themselves_for_every_pattern(name: str) -> None:
 @pytest.mark.parametrize("xp", SPACES, ids=["numpy", "torch"])
 @pytest.mark.parametrize("name,wide", [*((name, True) for name in FLOAT), ("F16", False), ("BF16", False), ("F32", False)])
 def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, xp: Arrays) -> None:
-    """In float64 by torch; counts and choices are what the keys say, of tiles of any length."""
+    """In float64 by torch; counts and choices follow from the keys, for tiles of any length."""
     base = patterns(name, seed=1)
     fine = base[torch.randperm(len(base), generator=torch.Generator().manual_seed(2))]
     fine[::3] = base[::3]
@@ -324,7 +324,7 @@ def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, xp: Array
 
 
 def test_news_of_a_tally_are_what_was_added_since() -> None:
-    """A search that goes on from them counts the same."""
+    """A search that continues from them counts the same."""
     window = Window(10, 1, 5)
     tally, again = Tally(window), Tally(window)
     for keys in ([10, 19, 12], [], [13, 13]):

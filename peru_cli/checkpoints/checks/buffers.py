@@ -1,7 +1,7 @@
 """Tensors that are not weights: statistics, frequencies, masks. Recognised by the names that torch and transformers use.
 
-A part of a difference between two of them means nothing, and a sum of such differences can leave their domain (a variance below 0).
-"""
+A part of the difference between two of them is meaningless, and a sum of such differences can leave the valid range (a variance
+below 0)."""
 
 from __future__ import annotations
 

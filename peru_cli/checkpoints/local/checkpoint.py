@@ -58,7 +58,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._ahead: ReadAhead | Echo = ReadAhead()
 
     def _unseal(self, place: Place, file: RandomAccess, header: Header) -> None:
-        """Look for the digests that peru writes: what is read is compared with them. BadFile if the header was altered."""
+        """Look for digests that peru wrote, to compare with what is read. BadFile if the header was altered."""
         if not is_sealed(header.metadata):
             return
         raw = bytearray(header.data_offset)
@@ -72,7 +72,7 @@ class SafetensorsCheckpoint(Checkpoint):
             watch.expect(seal)
 
     def digests(self) -> dict[str, bytes] | None:
-        """What each tensor's digest should be, 16 bytes; None unless all weights were written by peru with digests."""
+        """The expected digest of each tensor, 16 bytes. None unless peru wrote all weights with digests."""
         if any(name not in self._seal_of for name in self.tensors):
             return None
         return {name: self._seal_of[name].digests[name] for name in self.tensors}
@@ -81,7 +81,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._seal_of[name].digests[name] if name in self._seal_of else None
 
     def verify(self) -> None:
-        """Compare all tensors that carry digests, reading what has not been read; BadFile names the first that was altered."""
+        """Check all tensors that carry digests, reading what has not been read. BadFile names the first that was altered."""
         for name in self.tensors:
             if name in self._seal_of:
                 self._seal_of[name].verify([name])
@@ -129,7 +129,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._ahead.forget()
 
     def keep_only(self, weight_map: Mapping[str, str], index: Place) -> None:
-        """Hold the tensors to what a shard index says: all that it lists, where it lists them."""
+        """Keep exactly the tensors that a shard index lists, in the listed files."""
         absent = [n for n, shard in weight_map.items() if self._file_name(n) != shard]
         if absent:
             raise BadFile(
@@ -166,7 +166,7 @@ def _runs(wanted: list[_Part]) -> Iterator[list[_Part]]:
 
 
 class _Again:
-    """The tensors of a file that is opened once more, for what a command did not read of it."""
+    """The tensors of a file that is opened again for what a command did not read of it."""
 
     def __init__(self, place: Place) -> None:
         self._file = open_random(place)
@@ -184,7 +184,7 @@ class _Again:
 
 
 def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
-    """Open files and read their headers; those read by ranges side by side, since each waits for answers."""
+    """Open files and read their headers. Files read by ranges are opened in parallel, since each waits for answers."""
 
     def open_one(place: Place) -> RandomAccess:
         file = open_random(place)
@@ -195,7 +195,7 @@ def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
             raise
         return file
 
-    # Whole files are downloaded one at a time anyway (hub/download.py), and in this thread, which hears Ctrl-C.
+    # Whole files are downloaded one at a time anyway (hub/download.py), in this thread, which receives Ctrl-C.
     if len(files) == 1 or not any(not isinstance(file, Path) and file.streams for file in files):
         return [open_one(file) for file in files]
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
@@ -203,7 +203,7 @@ def _open_all(files: Sequence[Place]) -> list[RandomAccess]:
 
 
 def _read_index(path: Place) -> dict[str, str]:
-    """The weight map of a shard index, with shard names that stay in their folder."""
+    """The weight map of a shard index. Shard names must stay in their folder."""
     try:
         parsed = json.loads(inputs.read_small(path))
         weight_map = parsed["weight_map"]
@@ -243,7 +243,7 @@ def _open_sharded(label: str, index: Place) -> Checkpoint:
 
 
 def _told(checkpoint: SafetensorsCheckpoint) -> SafetensorsCheckpoint:
-    """Warn of side files that are not those which peru wrote beside the weights: people change them, and so does damage."""
+    """Warn of side files that differ from those peru wrote beside the weights: people edit them, and files get damaged."""
     for name, digest in told_files(checkpoint.metadata).items():
         place = checkpoint.side_files.get(name)
         if isinstance(place, Path) and file_digest(inputs.read_small(place)) != digest:
@@ -295,7 +295,7 @@ def open_directory(folder: Place, label: str) -> Checkpoint:
 
 
 def open_file(path: Place, label: str) -> Checkpoint:
-    """Open one .safetensors, .bin or .pt file; a config.json beside it comes along."""
+    """Open one .safetensors, .bin or .pt file, with the config.json beside it."""
     side_files = find_side_files(path.parent)
     if path.suffix in {".bin", ".pt", ".pth"}:
         return TorchCheckpoint(label, "PyTorch file", [path], side_files)

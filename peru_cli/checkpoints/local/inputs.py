@@ -1,9 +1,8 @@
 """Inputs must be regular files and must not change while a command reads them; otherwise it fails.
 
-Every file that peru opens is noted with its size, time of change and inode, small ones with their bytes. The engine compares at the
-end of each pass, and everything that puts an output in place compares before it does (atomic.py): an input that was overwritten
-meanwhile would give weights that are neither the old file's nor the new one's. What carries digests (sealed.py) is compared with them, too.
-"""
+Every file that peru opens is recorded with its size, modification time and inode, small files with their bytes. The engine
+compares at the end of each pass, and so does everything that renames an output into place (atomic.py): an input overwritten
+meanwhile would give weights of neither the old file nor the new one. Digests (sealed.py) are compared too."""
 
 from __future__ import annotations
 
@@ -21,15 +20,15 @@ from blake3 import blake3
 from peru_cli.checkpoints.header import Header
 from peru_cli.errors import BadFile
 
-_SMALL = 1 << 16  # bytes of a file that are compared themselves: a clock that ticks coarsely can miss a change
+_SMALL = 1 << 16  # files up to this many bytes are compared by content: a coarse clock can miss a change
 
 
 class Changed(BadFile):
-    """An input is no longer what it was when the command began."""
+    """An input has changed since the command began."""
 
 
 class Unfinished(Protocol):
-    """What is not known to be sound before all of it has been read."""
+    """An input that is not known to be sound before all of it has been read."""
 
     def finish(self) -> None:
         """Read what is left, and compare."""
@@ -45,7 +44,7 @@ class Readable(Protocol):
 
 
 class Watch:
-    """The inputs of one command, and what it has put in place."""
+    """The inputs of one command, and its finished outputs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -55,7 +54,7 @@ class Watch:
         self.headers: dict[str, Header] = {}  # of safetensors files that were read, by absolute path
 
     def see(self, path: Path, fd: int, small: bool = True) -> None:
-        """Note an open file. Changed if it was seen before and was another then."""
+        """Record an open file. Changed if it was recorded before and differs now."""
         state = _state(os.fstat(fd))
         digest = blake3(os.pread(fd, _SMALL, 0)).digest() if small and state[2] <= _SMALL and hasattr(os, "pread") else None
         with self._lock:
@@ -64,7 +63,7 @@ class Watch:
             raise _changed(path)
 
     def expect(self, unfinished: Unfinished) -> None:
-        """Ask this, too, before anything is put in place."""
+        """Also check this before anything is renamed into place."""
         with self._lock:
             self._unfinished.append(unfinished)
 
@@ -74,12 +73,12 @@ class Watch:
         return bool(self._unfinished)
 
     def unchanged(self) -> None:
-        """Compare sizes, times of change and inodes: at the end of a pass."""
+        """Compare sizes, modification times and inodes, at the end of a pass."""
         for path, (state, _) in list(self._seen.items()):
             _compare(path, state)
 
     def check(self) -> None:
-        """Compare everything: before an output is put in place, and before a report."""
+        """Compare everything, before an output is renamed into place and before a report."""
         self.unchanged()
         for unfinished in list(self._unfinished):
             unfinished.finish()
@@ -94,7 +93,7 @@ class Watch:
             _compare(path, state)
 
     def forget(self, target: Path) -> None:
-        """What lies there, or below, is our own doing from now on."""
+        """Stop watching a path and everything below it: from now on we change it ourselves."""
         root = os.path.abspath(target)
         with self._lock:
             for path in [path for path in self._seen if path == root or path.startswith(root + os.sep)]:
@@ -123,30 +122,30 @@ def watching() -> Iterator[Watch]:
 
 
 def current() -> Watch | None:
-    """The watch of the command that runs; None outside of one."""
+    """The watch of the running command. None outside of one."""
     return _current.get()
 
 
 def unchanged() -> None:
-    """Compare what was noted at opening, at the end of a pass; Changed names the file."""
+    """Compare with what was recorded at opening, at the end of a pass. Changed names the file."""
     if (watch := _current.get()) is not None:
         watch.unchanged()
 
 
 def check() -> None:
-    """Compare everything, before an output is put in place or something is reported; Changed or BadFile names the file."""
+    """Compare everything, before an output is renamed into place or a report is printed. Changed or BadFile names the file."""
     if (watch := _current.get()) is not None:
         watch.check()
 
 
 def forget(target: Path) -> None:
-    """A file that others may rightly replace, or that is ours."""
+    """Stop watching a file that others may replace, or that is ours."""
     if (watch := _current.get()) is not None:
         watch.forget(target)
 
 
 def wrote(target: Path, unfinished: Path | None = None) -> None:
-    """An output is in place; `unfinished` is where it lay before."""
+    """An output is in place; `unfinished` is where it was before."""
     if (watch := _current.get()) is not None:
         watch.wrote(target)
         if unfinished is not None:
@@ -154,9 +153,9 @@ def wrote(target: Path, unfinished: Path | None = None) -> None:
 
 
 def open_regular(path: Path, small: bool = True) -> int:
-    """A file descriptor for reading, noted. BadFile for what is no regular file: a pipe would be waited for without end."""
+    """Open and record a file for reading. Returns its descriptor. BadFile unless it is a regular file: a pipe could block forever."""
     refuse_special(path)
-    # Should a pipe have come into its place meanwhile, opening it does not wait either.
+    # If a pipe has taken its place meanwhile, opening does not wait either.
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -170,19 +169,19 @@ def open_regular(path: Path, small: bool = True) -> int:
 
 
 def refuse_special(path: Path) -> None:
-    """BadFile for a pipe, a device, a socket or a folder in the place of a file."""
+    """BadFile for a pipe, device, socket or folder in place of a file."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise _special(path)
 
 
 def note(place: Readable, small: bool = True) -> None:
-    """Note a file that somebody else is going to read."""
+    """Record a file that other code will read."""
     if isinstance(place, Path) and _current.get() is not None:
         os.close(open_regular(place, small))
 
 
 def read_small(place: Readable) -> bytes:
-    """All bytes of a small file, noted if it lies here."""
+    """All bytes of a small file, recorded if it is local."""
     if not isinstance(place, Path):
         return place.read_bytes()
     with os.fdopen(open_regular(place), "rb") as file:

@@ -7,8 +7,7 @@ peru.digests  64 hexadecimal digits, BLAKE3("peru file 1" 0x00, the file's heade
               tensor by name 32 digits, the first half of its digest (digests.py).
 peru.files    JSON: the files that were written beside the weights but README.md, each with the first half of its BLAKE3.
 
-So every byte of such a file is covered. A file that carries no such entries is somebody else's, and is read as it is.
-"""
+So every byte of such a file is covered. A file without these entries was not written by peru, and is read without checks."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ _lock = threading.Lock()  # of all tensors' pieces
 
 
 class Collected:
-    """A tensor's digest out of pieces that come in any order, some of them twice. Safe from many threads."""
+    """A tensor's digest from pieces in any order, some of them repeated. Thread-safe."""
 
     __slots__ = ("_chunks", "_next", "_tree", "_waiting", "info", "touched")
 
@@ -49,7 +48,7 @@ class Collected:
 
     @property
     def complete(self) -> bool:
-        """Whether every chunk was seen."""
+        """Whether every chunk has been read."""
         return self._next == self._chunks
 
     @property
@@ -58,7 +57,7 @@ class Collected:
         return self._next * CHUNK
 
     def saw(self, offset: int, data: memoryview) -> bool:
-        """Bytes from an offset on; whether they made it complete. Pieces that fill no whole chunks are passed over."""
+        """Add bytes from an offset on. Returns whether the tensor is now complete. Ignores partial chunks."""
         self.touched = True
         dtype, total = self.info.dtype, self.info.nbytes
         size = dtype.nbytes(CHUNK)
@@ -87,23 +86,22 @@ class Collected:
             self._next += len(ready) // width
 
     def digest(self) -> bytes:
-        """The first half of the digest; all must have been seen."""
+        """The first half of the digest. Every chunk must have been added."""
         assert self.complete, self.info.name
         return self._tree.digest()[:SHORT]
 
 
 def blank(tensors: Sequence[TensorInfo], files: Mapping[str, bytes]) -> dict[str, str]:
-    """The entries of a file of these tensors before anything is known of them, as long as they will be.
+    """Blank entries for a file with these tensors, as long as the final ones.
 
-    The card, README.md, is left out: people edit it, and no weight depends on it.
-    """
+    README.md, the card, is left out: people edit it, and no weight depends on it."""
     digests = {name: file_digest(content) for name, content in sorted(files.items()) if name != "README.md"}
     told = {FILES: json.dumps(digests)} if digests else {}
     return {SEALED: VERSION, DIGESTS: "0" * (_SEAL + _EACH * len(tensors)), **told}
 
 
 def fill(header: bytes, digests: Mapping[str, bytes]) -> bytes:
-    """A header with a blank entry, filled in."""
+    """Fill in a header's blank entry."""
     at, end = _span(header)
     told = "".join(digests[name].hex() for name in sorted(digests)).encode()
     assert end - at == _SEAL + len(told)
@@ -112,13 +110,13 @@ def fill(header: bytes, digests: Mapping[str, bytes]) -> bytes:
 
 
 def blanked(header: bytes) -> bytes:
-    """A header as it was before it was filled in."""
+    """A header with its entry blank again."""
     at, end = _span(header)
     return header[:at] + b"0" * (end - at) + header[end:]
 
 
 def _span(header: bytes) -> tuple[int, int]:
-    """Where the value of the entry begins and ends; BadFile if it is not spelt as peru does."""
+    """Where the value of the entry begins and ends. BadFile if it is not written as peru writes it."""
     key = f'"{DIGESTS}":"'.encode()
     at = header.find(key)
     end = header.find(b'"', at + len(key))
@@ -132,12 +130,12 @@ def _seal_of(header: bytes) -> str:
 
 
 def is_sealed(metadata: Mapping[str, str]) -> bool:
-    """Whether a file carries digests: one of the two entries is enough, lest damage to the other hide it."""
+    """Whether a file carries digests. One of the two entries is enough, so that damage to the other cannot hide it."""
     return DIGESTS in metadata or SEALED in metadata
 
 
 def read_digests(header: Header, raw: bytes) -> dict[str, bytes]:
-    """Digests by tensor of a sealed file; BadFile if its header, `raw`, was altered after it was written."""
+    """Digests of a sealed file's tensors. BadFile if its header, `raw`, was altered."""
     text = header.metadata.get(DIGESTS, "")
     if header.metadata.get(SEALED) not in (None, VERSION) and DIGESTS in header.metadata:
         raise BadFile(f"sealed in version {header.metadata[SEALED]!r}, this peru knows {VERSION}", "pip install -U peru-cli, or " + AGAIN)
@@ -152,7 +150,7 @@ def read_digests(header: Header, raw: bytes) -> dict[str, bytes]:
 
 
 class Source(Protocol):
-    """What tensors' bytes are read from."""
+    """A source of tensors' bytes."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill a buffer with bytes of a tensor."""
@@ -163,12 +161,12 @@ class Sealed:
     """One file's digests, and what has been read of it."""
 
     def __init__(self, path: Any, tensors: Mapping[str, TensorInfo], digests: Mapping[str, bytes], rest: Any) -> None:
-        """`rest` opens the file's tensors again, a context manager, for what a command did not read."""
+        """`rest` is a context manager that opens the file's tensors again, for what a command did not read."""
         self._path, self._rest, self.digests = path, rest, digests
         self.tensors = {name: Collected(info) for name, info in tensors.items()}
 
     def saw(self, name: str, offset: int, data: memoryview) -> None:
-        """Bytes that were read; BadFile as soon as a tensor is complete and not what was written."""
+        """Take bytes that were read. BadFile as soon as a tensor is complete and differs from what was written."""
         collected = self.tensors[name]
         if not collected.complete and collected.saw(offset, data):
             self._compare(name)
@@ -178,11 +176,11 @@ class Sealed:
             raise BadFile(f"{self._path}: tensor {name!r} was altered after it was written", AGAIN)
 
     def finish(self) -> None:
-        """Read what is left of the tensors that were read in part, or out of step with chunks, and compare."""
+        """Read the rest of tensors that were read in part, or not by whole chunks, and compare."""
         self.verify([name for name, collected in self.tensors.items() if collected.touched])
 
     def verify(self, names: Iterable[str]) -> None:
-        """Compare these tensors, reading what has not been read; BadFile for the first that was altered."""
+        """Check these tensors, reading what has not been read. BadFile for the first that was altered."""
         left = [name for name in names if not self.tensors[name].complete]
         if not left:
             return
@@ -193,7 +191,7 @@ class Sealed:
 
 
 def complete(collected: Collected, read: Any) -> None:
-    """Read the rest of a tensor, `read(offset, buffer)`, into its digest."""
+    """Add the rest of a tensor to its digest, with `read(offset, buffer)`."""
     info = collected.info
     room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
     while not collected.complete:
@@ -205,7 +203,7 @@ def complete(collected: Collected, read: Any) -> None:
 
 
 def model_digest(digests: Mapping[str, bytes]) -> str:
-    """What all files of a model hold together, however they are cut into shards; hexadecimal."""
+    """The content of all files of a model together, whatever the sharding; hexadecimal."""
     total = blake3(b"peru model 1\0")
     for name in sorted(digests):
         encoded = name.encode("utf-8")
@@ -214,12 +212,12 @@ def model_digest(digests: Mapping[str, bytes]) -> str:
 
 
 def file_digest(content: bytes) -> str:
-    """Of a small file beside the weights; hexadecimal."""
+    """Digest of a small file beside the weights; hexadecimal."""
     return blake3(content).digest()[:SHORT].hex()
 
 
 def told_files(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Digests of the files that were written beside sealed weights, by name."""
+    """Recorded digests of the files beside sealed weights, by name."""
     try:
         table = json.loads(metadata.get(FILES, "{}"))
     except ValueError:
