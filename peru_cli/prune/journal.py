@@ -26,7 +26,7 @@ _SLOTS = "slots before "
 
 @dataclass
 class _Mark:
-    """What one task had when a slot's last tile was committed; `blocks` counts those that were full."""
+    """One task's state when a slot's last tile was committed; `blocks` counts the full ones."""
 
     threshold: Threshold
     changed: int
@@ -54,19 +54,20 @@ def _block(noted: Any) -> Block:
 
 
 class PruneLog:
-    """Notes of the pass over all slots, in order: a note holds the slots since the note before."""
+    """Records the pass over all slots, in order. A note covers the slots since the last note."""
 
     def __init__(self, journal: Journal, family: Family, select: Select, sinks: list[Sink]) -> None:
         self._journal, self._family, self._select, self._sinks = journal, family, select, sinks
         self._pace = Pace(family.ranged)
         self._lock = threading.Lock()
-        self._left = list(family.entries)  # entries of each slot that are not finished
+        self._left = list(family.entries)  # entries of each unfinished slot
         self._marks: dict[int, list[_Mark]] = {}  # by slot
         self._noted = self._finished = 0  # slots
         self._blocks = [0 for _ in sinks]
 
     def restore(self, per_slot: bool) -> int:
-        """Take over what an earlier run noted; `per_slot` says that each has its threshold. Returns the first slot that is left."""
+        """Take over what an earlier run recorded. `per_slot` says that each slot has its own threshold. Returns the first slot
+        that is left."""
         for key, value in self._journal.notes.items():
             if not key.startswith(_SLOTS):
                 continue
@@ -115,7 +116,7 @@ class PruneLog:
         )  # fmt: skip
 
     def finished(self, tile: Tile) -> None:
-        """Note slots that are finished, and all before them."""
+        """Record slots that are finished together with all before them."""
         with self._lock:
             self._left[tile.tensor] -= tile.stop - tile.start
             while self._finished < len(self._left) and not self._left[self._finished]:
@@ -145,7 +146,7 @@ class PruneLog:
 
 
 def _encode(news: News) -> Any:
-    """A stream's news as JSON: flags and numbers, how many entries, and their positions (as gaps), values and exact differences."""
+    """A stream's news as JSON: flags and numbers, the number of entries, and their positions (as gaps), values and exact differences."""
     found = [news.all, news.origin, news.kept]
     count = sum(len(e.positions) for e in news.entries)
     if not count:
