@@ -1,4 +1,4 @@
-"""Small tensors that are worked on together: a hundred thousand of them must not cost a hundred thousand tiles."""
+"""Small tensors processed together: a hundred thousand of them must not cost a hundred thousand tiles."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from peru_cli.checkpoints.digests import CHUNK
 from peru_cli.checkpoints.header import TensorInfo
 
 Ends = np.ndarray[Any, np.dtype[np.int64]]
-MOST = CHUNK  # entries of a bundle, which is one tile whatever the tiles: a larger tensor stands alone
+MOST = CHUNK  # entries of a bundle, which is one tile for any tile size; larger tensors are never bundled
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle(TensorInfo):
-    """Tensors of one dtype as one, their entries one after another. Its shape is (entries,), its name that of no tensor."""
+    """Several tensors of one dtype as one, their entries one after another. Its shape is (entries,); its name belongs to no tensor."""
 
     members: tuple[TensorInfo, ...] = ()
-    ends: Ends = field(default_factory=lambda: np.zeros(0, np.int64), compare=False)  # entries up to the end of each member
+    ends: Ends = field(default_factory=lambda: np.zeros(0, np.int64), compare=False)  # number of entries up to the end of each member
 
 
 def bundle(members: Sequence[TensorInfo]) -> TensorInfo:
-    """Tensors of one dtype as one; a single one is itself."""
+    """Bundle tensors of one dtype. A single one is returned as it is."""
     if len(members) == 1:
         return members[0]
     ends = np.fromiter(accumulate(info.entries for info in members), np.int64, len(members))
-    name = f"{members[0].name}\0and {len(members) - 1} more"  # tensors' names hold no control characters
+    name = f"{members[0].name}\0and {len(members) - 1} more"  # tensor names contain no control characters
     return Bundle(name, members[0].dtype, (int(ends[-1]),), 0, tuple(members), ends)
 
 
 def members(info: TensorInfo) -> Sequence[TensorInfo]:
-    """The tensors of a bundle; of a tensor, itself."""
+    """The tensors of a bundle; for a tensor, the tensor itself."""
     return info.members if isinstance(info, Bundle) else (info,)
 
 
 def cut(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[TensorInfo, int, int]]:
-    """The tensors that entries `start` to `stop` lie in: each with its own first entry and the entry after its last one."""
+    """The tensors that contain entries `start` to `stop`, each with its own first entry and the entry after its last one."""
     if not isinstance(info, Bundle):
         yield info, start, stop
         return
@@ -55,7 +55,7 @@ def cut(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[TensorInfo, i
 
 
 def pieces_of(info: TensorInfo, start: int, raw: memoryview) -> Iterator[tuple[TensorInfo, int, memoryview]]:
-    """The bytes of a tile from entry `start` on, by tensor: each with its own first entry there and its bytes."""
+    """The bytes of a tile from entry `start` on, by tensor, each with its own first entry and its bytes."""
     at = 0
     for member, first, last in cut(info, start, start + len(raw) * 8 // info.dtype.bits):
         nbytes = info.dtype.nbytes(last - first)

@@ -94,7 +94,7 @@ def check_tensor_name(name: str) -> None:
 
 
 def _tensor(name: str, entry: Any, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorInfo:
-    """One entry of the table. Loops are written out: there may be a hundred thousand of these."""
+    """One entry of the table. Loops are unrolled: there may be a hundred thousand entries."""
     if type(entry) is not dict or entry.keys() != _FIELDS:
         raise BadFile(f"the entry of tensor {_named(name)} is not dtype, shape and data_offsets")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -152,7 +152,7 @@ def parse_header(text: bytes, file_bytes: int) -> Header:
     tensors: dict[str, TensorInfo] = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once in memory: most tensors share theirs with others
     raw = dict(reversed(raw.items()))
-    while raw:  # taken out from the first to the last: all entries together are larger than what is kept of them
+    while raw:  # removed one by one: all raw entries together are larger than the parsed ones
         name, entry = raw.popitem()
         check_tensor_name(name)
         info = _tensor(name, entry, shapes)

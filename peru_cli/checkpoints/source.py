@@ -73,7 +73,7 @@ class Checkpoint(ABC):
         Thread-safe. Raises BadFile if the file ends too early, OSError if reading fails."""
 
     def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
-        """Fill buffers with bytes of several tensors, from an offset on each; as `read_into`."""
+        """Fill buffers with bytes of several tensors, each from an offset on; like `read_into`."""
         for info, offset, buffer in parts:
             self.read_into(info.name, offset, buffer)
 

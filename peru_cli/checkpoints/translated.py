@@ -1,9 +1,8 @@
-"""Names that changed between versions of transformers, brought together by its own conversion tables.
+"""Match names that changed between versions of transformers, by its own conversion tables.
 
-Only where too much has no partner, and only what the tables say: both models are built without weights from their config.json, and
-every stored name becomes the one that transformers loads it under. Two stored names of the same tensor are one; nothing is guessed
-from shapes. What transformers fuses, splits or transposes on the way is refused by name.
-"""
+Used only if too much has no partner, and only as the tables say. Both models are built without weights from their config.json, and
+every stored name becomes the one that transformers loads it under. Two stored names of the same tensor count as one. Nothing is
+guessed from shapes. Tensors that transformers fuses, splits or transposes on the way are refused by name."""
 
 from __future__ import annotations
 
@@ -18,19 +17,18 @@ from peru_cli.checkpoints.renamed import Renamed, is_full, parse_renames
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
 
-# The one table of an encoder and a decoder, under the names that it is stored under.
+# The shared table of an encoder and a decoder, under its stored names.
 _SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _ENCODER_DECODERS = frozenset(
     {"t5", "mt5", "umt5", "longt5", "pix2struct", "switch_transformers", "bart", "mbart", "pegasus", "plbart", "led", "m2m_100", "marian"}
 )
-_Names = dict[str, tuple[str, bool]]  # by stored name: the name once loaded, and whether more than the name changes on the way
+_Names = dict[str, tuple[str, bool]]  # by stored name: the loaded name, and whether more than the name changes
 
 
 def translate(models: Sequence[Checkpoint], base: Checkpoint) -> tuple[list[Checkpoint], list[str]]:
-    """The models under the base's names where transformers' tables say how these changed, and what to say of it.
+    """The models under the base's names, where transformers' tables say how these changed, and messages about it.
 
-    Raises Mismatch for tensors that transformers fuses or splits, stored in one form by the one and in the other by the other.
-    """
+    Raises Mismatch for tensors that transformers fuses or splits, if one model stores them in one form and the other in the other."""
     result: list[Checkpoint] = []
     said = []
     for model in models:
@@ -46,7 +44,7 @@ def translate(models: Sequence[Checkpoint], base: Checkpoint) -> tuple[list[Chec
 
 
 def _loaded_table(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
-    """New names by old ones of what transformers loads under the name of one of the base's; empty if enough has a partner already."""
+    """Old names to new ones, for tensors that transformers loads under one of the base's names. Empty if enough has a partner."""
     sizes = [sum(info.nbytes for info in side) for side in unpaired(model, pair_up(model, base), None)]
     if max(size / max(side.nbytes, 1) for size, side in zip(sizes, (model, base), strict=True)) <= REFUSED:
         return {}
@@ -74,7 +72,7 @@ def _loaded_table(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
 
 
 def _shared_table(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
-    """The shared embedding of an encoder and a decoder, where each stores it once, under other names."""
+    """The shared embedding of an encoder and a decoder, if each model stores it once, under different names."""
     found = []
     for checkpoint in (model, base):
         config = checkpoint.config()
@@ -89,7 +87,7 @@ def _shared_table(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
 
 
 def _loaded_names(model: Checkpoint) -> _Names | None:
-    """What transformers' tables make of a checkpoint's names; None if it has no such model."""
+    """A checkpoint's names according to transformers' tables. None if transformers does not have the model."""
     config = model.config()
     architectures, kind = config.get("architectures"), config.get("model_type")
     if not isinstance(architectures, list) or not architectures or not isinstance(kind, str) or config.get("auto_map"):
@@ -105,7 +103,7 @@ def _loaded_names(model: Checkpoint) -> _Names | None:
     try:
         with torch.device("meta"):
             built = cls(transformers.CONFIG_MAPPING[kind].from_dict(dict(config)))
-    except Exception:  # whatever a model's own code raises for an unusual config: pairing then says what lacks a partner
+    except Exception:  # whatever a model's own code raises for an unusual config; then pairing reports what lacks a partner
         return None
     table = built.state_dict()
     changes = get_model_conversion_mapping(built)
@@ -125,14 +123,14 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _rules(table: Mapping[str, str], names: Sequence[str]) -> list[str]:
-    """`--rename` rules that do what a table says and leave all other names alone: by the beginning of names if that is enough."""
+    """`--rename` rules that do what a table says and leave all other names unchanged. They match beginnings of names if that is enough."""
     short: dict[str, None] = {}
     for old, new in table.items():
         a, b = old.split("."), new.split(".")
         same = 0
         while same < min(len(a), len(b)) - 1 and a[-same - 1] == b[-same - 1]:
             same += 1
-        kept = a[len(a) - same : len(a) - same + 1]  # the first part that both have, so that nothing else begins like it
+        kept = a[len(a) - same : len(a) - same + 1]  # the first common part, so that no other name begins like it
         before, after = ([*parts[: len(parts) - same], *kept] for parts in (a, b))
         dot = "." if len(before) < len(a) else ""
         short[f"^{re.escape('.'.join(before) + dot)}{'' if dot else '$'}={'.'.join(after)}{dot}"] = None

@@ -106,7 +106,7 @@ class MergePlan:
 
 
 def in_bundles(plan: MergePlan, family: Family) -> MergePlan:
-    """The same plan, its slots those of the family."""
+    """The same plan with the family's slots."""
     slots = {slot.base.name: slot for slot in plan.slots}
     bundled = []
     for base in family.slots:

@@ -48,7 +48,7 @@ class RuleInput:
     name: str  # the tensor's name in the output
     slot: int  # its index in canonical order
     start: int  # flat index of the first entry
-    parts: Sequence[tuple[str, int, int]]  # the tensors that the tile lies in: name, flat index of the first entry, number of entries
+    parts: Sequence[tuple[str, int, int]]  # the tensors that contain the tile: name, flat index of the first entry, number of entries
     n: int
     tasks: int
     xp: Arrays
@@ -69,7 +69,7 @@ class Rule(ABC):
     trims: Sequence[Sequence[Fraction]] = ()  # for each trim, the share of largest entries that each task keeps
     scope = "global"  # of the trims: "global" or "tensor"
     isotropic = False  # all singular values of what it merges are equal, so that its singular vectors are any
-    entrywise = False  # an entry depends on nothing but those at its place (and `RuleInput.parts`): small tensors may share tiles
+    entrywise = False  # an entry depends only on the inputs' entries at its place (and on `RuleInput.parts`): small tensors may share tiles
     suffers_from_norms = True  # on vectors: one that is much longer than the others outweighs them
     wants_signs = False  # `elect` is called on all tiles first, and the sign of its total becomes `RuleInput.majority`
     wants_products = False  # wants inner products of all inputs, for each tensor

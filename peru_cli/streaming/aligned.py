@@ -54,7 +54,7 @@ def read_raw(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffe
 
 
 def _fill(source: Checkpoint, info: TensorInfo, start: int, buffer: memoryview) -> None:
-    """Fill a buffer with entries of a tensor, or a bundle, from one on."""
+    """Fill a buffer with entries of a tensor or a bundle, from `start` on."""
     if isinstance(info, Bundle):
         source.read_many((member, member.dtype.nbytes(first), piece) for member, first, piece in pieces_of(info, start, buffer))
     else:

@@ -102,13 +102,10 @@ def _of_task(pairs: Mapping[str, Pair], slots: Sequence[TensorInfo], tensor: int
 
 
 class Family:
-    """A base and task vectors, slot by slot: a slot is a base tensor that any of them pairs with, or a bundle of small ones.
-
-    `pairs` has for each task what it pairs with a slot, by the slot's name.
-    """
+    """A base and task vectors, slot by slot. A slot is a base tensor that any of them pairs with, or a bundle of small ones."""
 
     def __init__(self, base: Checkpoint, tasks: Sequence[TaskVector], how: StreamSettings, bundled: bool = False) -> None:
-        """`bundled`: tensors need not be told apart in passes over all of them."""
+        """With `bundled`, passes over all tensors need not tell small ones apart."""
         self.base, self.tasks, self.how = base, tasks, how
         names = sorted({name for task in tasks for name in task.pairs})
         runs = list(_runs(base, tasks, names)) if bundled else [[name] for name in names]
@@ -138,7 +135,7 @@ class Family:
                     yield aligned
 
     def align(self, number: int, slot: str, tile: Tile | Strip, base_bits: Array | None, buffer: TileBuffer) -> Aligned:
-        """Read what a task has of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
+        """Read a task's part of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
         pair = self.pairs[number][slot]
         fine = read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffer)
         if base_bits is None:
@@ -162,7 +159,7 @@ class Family:
         return self.ranged_bytes(slots) <= KEPT_BYTES
 
     def ranged_bytes(self, slots: Sequence[TensorInfo]) -> int:
-        """Bytes of these slots that come over the network, of the base and of all tasks."""
+        """Bytes of these slots that come over the network, for the base and all tasks."""
         ranged = [pairs for task, pairs in zip(self.tasks, self.pairs, strict=True) if task.fine.ranged]
         pairs = [pair for slot in slots for mine in ranged if (pair := mine.get(slot.name)) is not None]
         return sum(slot.nbytes for slot in slots if self.base.ranged) + sum(pair.fine.nbytes for pair in pairs)
@@ -173,7 +170,7 @@ class Family:
 
 
 def _runs(base: Checkpoint, tasks: Sequence[TaskVector], names: Sequence[str]) -> Iterator[list[str]]:
-    """Names cut into runs, each of one base tensor or of small ones that are alike in all tasks."""
+    """Split names into runs, each of one base tensor, or of small ones that are alike in all tasks."""
     run: list[str] = []
     alike: object = None
     size = 0
@@ -192,7 +189,7 @@ def _runs(base: Checkpoint, tasks: Sequence[TaskVector], names: Sequence[str]) -
 
 
 def _pairs_of(task: TaskVector, slots: Sequence[TensorInfo], runs: Sequence[Sequence[str]]) -> Mapping[str, Pair]:
-    """A task's pairs by the names of slots."""
+    """A task's pairs by slot name."""
     if all(len(run) == 1 for run in runs):
         return task.pairs
     return {

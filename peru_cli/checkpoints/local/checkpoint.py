@@ -23,7 +23,7 @@ from peru_cli.shown import listed
 _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _SIDE_BY_SIDE = 8  # files on the Hub opened at once
-_GAP = 4096  # bytes that are read along rather than asking twice
+_GAP = 4096  # gaps up to this many bytes are read too, which is cheaper than a second request
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -32,7 +32,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, label: str, kind: str, files: Sequence[Place], side_files: Mapping[str, Place]) -> None:
         self.label, self.kind, self.side_files, self.warnings, self.files = label, kind, side_files, [], files
         self._files: list[RandomAccess] = []
-        self._file_of: dict[str, int] = {}  # numbers; empty where there is one file
+        self._file_of: dict[str, int] = {}  # file indices; empty if there is one file
         self._seal_of: dict[str, Sealed] = {}
         tensors: Mapping[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
@@ -87,7 +87,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._seal_of[name].verify([name])
 
     def _where(self, name: str) -> tuple[RandomAccess, int]:
-        """The file that holds a tensor, and the tensor's first byte there."""
+        """The file that contains a tensor, and the offset of the tensor's first byte."""
         number = self._file_of[name] if self._file_of else 0
         return self._files[number], self._begins[number] + self._infos[name].begin
 
@@ -150,11 +150,11 @@ class SafetensorsCheckpoint(Checkpoint):
             file.close()
 
 
-_Part = tuple[int, int, int, str, int, memoryview]  # file, first byte there, a number of its own, tensor, offset in it, buffer
+_Part = tuple[int, int, int, str, int, memoryview]  # file, offset in it, a unique number, tensor, offset in the tensor, buffer
 
 
 def _runs(wanted: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts in the order of their bytes, those together that are read at once: what lies between is read along if it is little."""
+    """Parts sorted by offset, grouped into those that are read at once: small gaps are read too."""
     run: list[_Part] = []
     for part in wanted:
         if run and (part[0] != run[-1][0] or part[1] > run[-1][1] + len(run[-1][-1]) + _GAP):

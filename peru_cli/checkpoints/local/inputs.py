@@ -51,7 +51,7 @@ class Watch:
         self._seen: dict[str, tuple[tuple[int, ...], bytes | None]] = {}
         self._unfinished: list[Unfinished] = []
         self.written: list[Path] = []
-        self.headers: dict[str, Header] = {}  # of safetensors files that were read, by absolute path
+        self.headers: dict[str, Header] = {}  # of safetensors files read so far, by absolute path
 
     def see(self, path: Path, fd: int, small: bool = True) -> None:
         """Record an open file. Changed if it was recorded before and differs now."""

@@ -30,7 +30,7 @@ _PIECE = 64 * CHUNK  # entries read at once
 AGAIN = "fetch or make it again"
 
 
-_lock = threading.Lock()  # of all tensors' pieces
+_lock = threading.Lock()  # for all tensors' pieces
 
 
 class Collected:
@@ -43,7 +43,7 @@ class Collected:
         self._tree = TensorDigest(info.dtype, info.shape)
         self._chunks = -(-info.entries // CHUNK)
         self._next = 0  # chunks that are in the tree
-        self._waiting: dict[int, bytes] | None = None  # made when it is wanted: most tensors of many are seen in one piece
+        self._waiting: dict[int, bytes] | None = None  # created on demand: most tensors are read in one piece
         self.touched = False
 
     @property

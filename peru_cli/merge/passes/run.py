@@ -89,7 +89,7 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
     if rule.trims:
         note("finding thresholds")
         assert plan.base is not None
-        # These passes hold one task's tile at a time, the others all of them.
+        # These passes hold one task's tile at a time, the others hold all tasks'.
         family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)), plan.bundled)
         decided.thresholds = [_thresholds(plan, family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)

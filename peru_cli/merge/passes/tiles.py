@@ -341,7 +341,7 @@ class Merge(_Walk):
         bits[at] = cast_bits(CPU, value, source, dtype)
 
     def _refuse(self, info: TensorInfo, where: str, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
-        """The first input that is not finite there, if any is."""
+        """BadFile for the first input that is not finite there, if any is."""
         for model, dtype, bits in found:
             if not np.isfinite(_doubles(bits, dtype)[i]):
                 raise BadFile(
@@ -350,7 +350,7 @@ class Merge(_Walk):
                 )
 
     def _refuse_result(self, info: TensorInfo, where: str, bits: Bits) -> None:
-        """All inputs are finite, and what was made of them is not."""
+        """BadFile for a result that is not finite although all inputs are."""
         if np.isnan(_doubles(bits, info.dtype)[0]):
             raise BadFile(
                 f"the merged {info.name!r} is not a number at {where}, though all inputs are",
