@@ -1,10 +1,12 @@
 """Compare ways to store fine-tunes at equal bytes: bits a parameter and task, normalised accuracy, KL, on MiniLM.
 
-    python benchmarks/budget/compare.py CACHE --out DIR [--tasks sst2 ...] [--examples 400] [--only NAME ...] [--check]
+    python benchmarks/budget/compare.py CACHE --out DIR [--data ../shared/data/text] [--tasks sst2 ...] [--examples 400]
+        [--only NAME ...] [--check]
 
 CACHE is what benchmarks/papers/finetunes.py made (`--only full`). DIR keeps what was found, a file a method, task and number of
 examples: a run that was cut off goes on, and tasks that are trained later are added. Prints one table and writes its rows to
-DIR/points.json, which picture.py draws. All methods see the same bfloat16 checkpoints, no data, and the same count: bytes of
+DIR/points.json, which picture.py draws. All methods see the same bfloat16 checkpoints, no data (but the rows
+that say so: 1,000 texts of the training part, from --data), and the same count: bytes of
 all encoder parameters / their number. Heads are the fine-tune's own and are counted nowhere.
 """
 
@@ -21,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from judge import Judge, Judged, mean_kl, normalised
-from methods import METHODS, Method, Shop
+from methods import METHODS, TUNED, Method, Shop
 
 from peru_cli.inference.metrics import kl_divergence
 
@@ -58,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, metavar="CACHE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="TASK/train.jsonl.gz in it; without, rows with data are left out")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="by default all that CACHE/full has")
     parser.add_argument("--examples", type=int, help="of each test set, at most; by default all")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods whose names contain one of these")
@@ -69,11 +72,12 @@ def main() -> None:
     if arguments.check:
         check(judge, tasks)
     chosen = [m for m in METHODS if not arguments.only or any(part in m.name for part in arguments.only)]
+    chosen = [m for m in chosen if arguments.data is not None or m not in TUNED]
     points = []
     counts = [len(judge.reference(task)) for task in tasks]
     print(f"{len(tasks)} tasks ({', '.join(tasks)}), {sum(counts)} examples, {judge.parameters:,} parameters a task\n")
     print("| method | bits/param | bytes a task | normalised accuracy | mean KL |\n| --- | ---: | ---: | ---: | ---: |")
-    shop = Shop(judge, tasks, arguments.out / "made")
+    shop = Shop(judge, tasks, arguments.out / "made", arguments.data)
     for method, nbytes, found in rows(judge, shop, tasks, chosen, arguments.out):
         bits, quality, kl = 8 * nbytes / len(tasks) / judge.parameters, normalised(found), mean_kl(found)
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import rivals
 from judge import Judge, Tensors, encoder_tensors
 
@@ -18,14 +20,16 @@ from peru_cli import cli
 from peru_cli.console import console
 
 MERGE_SCALE = 0.3  # of task arithmetic, the usual one for eight tasks
+WITH_DATA = ("0.02", "0.03", "0.04", "0.06", "0.1")
+TEXTS = 1000  # of a task, for --data
 BUDGETS = ("0.02", "0.03", "0.045", "0.06", "0.1", "0.3", "1.0", "1.5")
 
 
 class Shop:
     """Makes compressed fine-tunes: knows the base, all tasks, and a folder for what commands write."""
 
-    def __init__(self, judge: Judge, tasks: list[str], folder: Path) -> None:
-        self.judge, self.tasks, self.folder = judge, tasks, folder
+    def __init__(self, judge: Judge, tasks: list[str], folder: Path, data: Path | None = None) -> None:
+        self.judge, self.tasks, self.folder, self.data = judge, tasks, folder, data
         self.base = judge.cache / "base-bf16"
         self._trace: dict[float, dict[str, float]] = {}
 
@@ -67,6 +71,20 @@ class Shop:
             report = report[0] if isinstance(report, list) else report
             return self.unpacked(artifact, base), float(report["delta_bytes"])
 
+    def texts(self, task: str) -> Path:
+        """Texts of the task's training part, some at random, without labels."""
+        if self.data is None:
+            raise SystemExit("peru with data needs texts: --data FOLDER, of TASK/train.jsonl.gz")
+        path = self.folder / f"{task}-texts.jsonl"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with gzip.open(self.data / task / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines]
+            order = np.random.default_rng(1).permutation(len(rows))[:TEXTS]
+            chosen = [{name: rows[i][name] for name in ("text", "text_pair") if name in rows[i]} for i in order]
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), encoding="utf-8")
+        return path
+
     def trace_factor(self, task: str, sparsity: float) -> float:
         """UltraDelta's factor of a task."""
         if sparsity not in self._trace:
@@ -104,6 +122,11 @@ def prune(*options: object) -> Make:
     return lambda shop, task: shop.pruned(task, shop.base, *options)
 
 
+def with_data(bits: str) -> Make:
+    """`peru prune --bits --data` on texts of the training part."""
+    return lambda shop, task: shop.pruned(task, shop.base, "--bits", bits, "--data", shop.texts(task))
+
+
 def fft(density: str) -> Make:
     """`peru prune` against a task-arithmetic merge of all tasks, whose own bytes are not counted."""
 
@@ -133,6 +156,7 @@ def with_trace(shop: Shop, task: str) -> tuple[Tensors, float]:
 
 
 MIXED = [Method(f"peru prune --bits {bits}", "peru, mixed", prune("--bits", bits)) for bits in BUDGETS]
+TUNED = [Method(f"peru prune --bits {bits} --data", "peru, with data", with_data(bits)) for bits in WITH_DATA]
 SPARSE = [Method(f"Post-Pruning {keep}", "Post-Pruning", prune("--keep", keep)) for keep in ("1%", "5%", "10%")]
 OCTAVES = [
     Method(f"Post-Pruning {keep}, --values log2", "Post-Pruning, log2", prune("--keep", keep, "--values", "log2"))
@@ -160,4 +184,4 @@ OTHERS = [
     *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
     *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
 ]
-METHODS = [*MIXED, *ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *PACKS]
+METHODS = [*MIXED, *TUNED, *ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *PACKS]

@@ -17,9 +17,9 @@ from peru_cli.checkpoints.local.checkpoint import open_directory
 from peru_cli.console import console
 from peru_cli.inference.models import pick_device
 from peru_cli.inference.reading import read_examples
+from peru_cli.inference.task_models import Running
 from peru_cli.merge.data.collect import look
 from peru_cli.merge.data.search import Trial
-from peru_cli.merge.data.task_models import Running
 from peru_cli.merge.plan import Options, plan_merge
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.table import effective_values, find_method

@@ -16,9 +16,10 @@ from peru_cli.inference.eval_model import in_memory
 from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.models import IMAGE, TEXT
 from peru_cli.inference.prepare import Settings, load
+from peru_cli.inference.task_models import Running, read_floats, trace_names
 from peru_cli.inference.taujp import change_norms
 from peru_cli.live.memory import read_tensors
-from peru_cli.merge.data.task_models import Running, TaskParts, load_task, read_floats, trace_names
+from peru_cli.merge.data.task_models import TaskParts, load_task
 from peru_cli.merge.plan import MergePlan, Options, plan_merge
 
 Advance = Callable[[int], None]

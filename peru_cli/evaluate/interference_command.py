@@ -106,7 +106,7 @@ def _vectors(
     from peru_cli.evaluate.interference import Vectors
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.inference.models import pick_device
-    from peru_cli.merge.data.task_models import Running
+    from peru_cli.inference.task_models import Running
 
     if base is None:
         raise UsageError("task vectors need a base", "add --base BASE")

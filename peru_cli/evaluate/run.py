@@ -16,14 +16,13 @@ from peru_cli.evaluate.plan import Comparison
 from peru_cli.inference import metrics
 from peru_cli.inference.data import Array, Examples, class_doubts, label_order
 from peru_cli.inference.eval_model import Base, open_eval_model
-from peru_cli.inference.inputs import IGNORED, class_logits
+from peru_cli.inference.inputs import BATCH_SIZES, IGNORED, class_logits, counted_logits, counted_tokens
 from peru_cli.inference.metrics import Compared, Estimate
-from peru_cli.inference.models import CAUSAL, IMAGE, LABELS, SEQ2SEQ, TEXT, VALUE, problem_of
+from peru_cli.inference.models import IMAGE, LABELS, TEXT, VALUE, problem_of
 from peru_cli.inference.prepare import Loaded, Prepared, Settings, prepare
 from peru_cli.streaming.engine import available_threads
 
 Advance = Callable[[int], None]
-BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}
 _SMALL = 4_000_000  # parameters; for smaller models one thread is faster than several that wait for each other
 _MOST_NATS = math.log(sys.float_info.max)  # its exponential is still finite
 _ENOUGH = 30  # examples needed before an accuracy near chance means anything
@@ -230,12 +229,8 @@ def _require_finite(logits: Array, label: str) -> None:
 
 def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (n, vocabulary) and actual next tokens (n,), for the n tokens of a batch that count."""
-    given = batch if loaded.kind != CAUSAL else {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits, labels = loaded.model(**given).logits, batch["labels"]
-    if loaded.kind == CAUSAL:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
-    return logits[counted], labels[counted]
+    labels = counted_tokens(batch, loaded.kind)
+    return counted_logits(loaded.model, batch, loaded.kind)[0], labels[labels != IGNORED]
 
 
 class _TokenSums:

@@ -14,12 +14,13 @@ import transformers
 
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.inference.data import Array, Examples
-from peru_cli.inference.models import IMAGE, SEQ2SEQ, TEXT, Files, folder, quiet_transformers, reason, takes_attention_mask
+from peru_cli.inference.models import CAUSAL, IMAGE, SEQ2SEQ, TEXT, Files, folder, quiet_transformers, reason, takes_attention_mask
 from peru_cli.inference.remote_code import code_for
 
 _VOCABULARY = re.compile(r"tokenizer\.json|(vocab|merges)\.(json|txt)|.*\.(model|spm|tiktoken)")
 _LONGEST = 1_000_000  # tokens; tokenizers use 1e30 for "no limit"
 IGNORED = -100  # a label for positions without a token
+BATCH_SIZES = {TEXT: 64, IMAGE: 64, CAUSAL: 4, SEQ2SEQ: 16}  # unless the user says
 
 Batch = dict[str, torch.Tensor]
 _TOKENIZER: list[Any] = []  # the source of the last tokenizer, and the tokenizer: reading one takes longer than a batch
@@ -281,3 +282,21 @@ def class_logits(
             found[numbers] = model(**batch).logits.float().cpu().numpy()
             advance(len(numbers))
     return found
+
+
+def counted_tokens(batch: Batch, kind: str) -> torch.Tensor:
+    """Labels of a language model's batch, each at the place whose logits foretell it; IGNORED for what does not count."""
+    return batch["labels"][:, 1:] if kind == CAUSAL else batch["labels"]
+
+
+def counted_logits(model: Any, batch: Batch, kind: str, hidden: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits that count, (n, labels) or (tokens, vocabulary); and hidden states layer by layer, if they are wanted."""
+    given = {name: tensor for name, tensor in batch.items() if name != "labels"} if kind == CAUSAL else batch
+    output = model(**given, **({"output_hidden_states": True} if hidden else {}))
+    states: list[torch.Tensor] = []
+    for part in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states") if hidden else ():
+        states += getattr(output, part, None) or ()
+    logits = output.logits
+    if kind in (TEXT, IMAGE):
+        return logits, states
+    return (logits[:, :-1] if kind == CAUSAL else logits)[counted_tokens(batch, kind) != IGNORED], states

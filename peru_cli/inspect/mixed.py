@@ -33,6 +33,10 @@ def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
         console.line(f"{path}: {meta['peru.kind']}, task {meta['peru.task']}, {si_bytes(container.file_bytes)}")
         console.line(f"base:     {meta.get('peru.base', 'not recorded (prune --base-id records it)')}")
         console.line(f"goal:     {meta['peru.goal']}")
+        if "peru.data" in meta:
+            _, examples, held, before, after = meta["peru.data"].split(" ")
+            said = f"{after} from the fine-tune's outputs where {before} was without data, on {held} held out"
+            console.line(f"data:     tuned on {examples} examples; {said}")
         console.line(f"kept:     {100 * quality:.4g}% of the task vector's energy, relative error {missed:.4f}")
         console.line(
             f"bits:     {8 * delta_bytes / max(entries, 1):.4f} per parameter ({count(entries)}), heads and side files not counted"

@@ -320,8 +320,8 @@ def merge(
     running = None
     if data:
         from peru_cli.inference.remote_code import trusting
+        from peru_cli.inference.task_models import read_data
         from peru_cli.merge.data import collect as mergedata
-        from peru_cli.merge.data.task_models import read_data
 
         limit = int(samples) if samples is not None else None
         running = read_data(data, names, run.device, batch_size, method if chosen.statistics else "--search", limit)

@@ -19,6 +19,7 @@ from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.source import Checkpoint
+    from peru_cli.inference.task_models import Running
     from peru_cli.prune.gates import Gate
     from peru_cli.prune.mixed.goal import Goal
     from peru_cli.prune.run import PruneOptions, PruneResult, PruneTask
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     panels={
         "Inputs": "base rename per_task allow_unpaired",
         "How much to keep": "keep max_bytes bits min_quality lossless scope values",
+        "Data": "data max_samples batch_size trust_remote_code",
         "Gates": "fail_above",
         "Output": "output base_id",
     }
@@ -71,6 +73,23 @@ def prune(
             help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: only sign and octave.",
         ),
     ] = "auto",
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="[TASK=]FILE",
+            help="With --max-bytes or --bits: examples on which outputs come nearer to the fine-tune's. No labels needed. Repeatable.",
+        ),
+    ] = None,
+    max_samples: Annotated[
+        Optional[int], typer.Option("--max-samples", min=1, metavar="N", help="With --data: use the first N examples of each file.")
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],
+        typer.Option("--batch-size", min=1, metavar="N", help="With --data: examples per step. Default: 64; language models 4 or 16."),
+    ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     fail_above: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -103,10 +122,12 @@ def prune(
 
     peru prune a=MODEL_A b=MODEL_B --base BASE -o d/ --bits 0.1
 
+    peru prune MODEL --base BASE -o a.safetensors --max-bytes 3MB --data texts.jsonl
+
     peru prune MODEL --base BASE -o a.safetensors --lossless
 
     --keep writes sparse deltas: Post-Pruning, or PERU-FFT if the base is a merge. --max-bytes, --bits and --min-quality choose rank and
-    precision for each tensor, at one price for all.
+    precision for each tensor, at one price for all. With --data, what is stored is then tuned on examples.
 
     If prune --keep was killed, type the same command again to continue it; --force starts afresh.
     """
@@ -122,6 +143,11 @@ def prune(
         raise UsageError(f"--scope {scope!r} is neither global nor tensor")
     if values not in ("auto", "exact", "bf16", "log2"):
         raise UsageError(f"--values {values!r} is not auto, exact, bf16 or log2")
+    if data and (goal is None or goal.kind == "quality"):
+        hint = "leave --data out: --min-quality is the energy of weights" if goal is not None else "for example --max-bytes 3MB --data FILE"
+        raise UsageError("--data goes with --max-bytes or --bits", hint)
+    if not data and (max_samples is not None or batch_size is not None or trust_remote_code):
+        raise UsageError("--max-samples, --batch-size and --trust-remote-code go with --data", "add --data FILE, or leave them out")
     density = options.parse_density(keep) if keep is not None else None
     options.check_base_id(base_id)
     gates = parse_gates(fail_above or [])
@@ -170,13 +196,16 @@ def prune(
         for doubt in find_doubts(opened_base, task.vector):
             console.warn(f"{task.vector.name}: {doubt}")
     if goal is not None:
+        from peru_cli.inference.remote_code import trusting
+
         console.note(f"target: {goal}")
-        if run.dry_run:
-            console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
-            return
-        _to_goal(
-            opened_base, opened, planned, goal, gates, base_id, (run.device, run.threads, run.tile_entries), (out, several, run.sync), place
-        )
+        with trusting([base, *(a.model for a in arguments)], trust_remote_code):
+            running = _read(data, opened_base, planned, run.device, batch_size or 0, max_samples) if data else None
+            if run.dry_run:
+                console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
+                return
+            settings = run.device, run.threads, run.tile_entries
+            _to_goal(opened_base, opened, planned, goal, gates, base_id, settings, (out, several, run.sync), place, running)
         return
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
@@ -199,9 +228,19 @@ def prune(
     _report(results, publish(place, targets, "prune"))
 
 
+def _read(data: list[str], base: Checkpoint, planned: list[PruneTask], device: str, batch_size: int, most: int | None) -> Running:
+    """The examples of all tasks, and whether models take them, as far as headers and side files show it."""
+    from peru_cli.inference.task_models import check_fine_tune, read_data
+
+    running = read_data(data, tuple(task.vector.name for task in planned), device, batch_size, "--data", most)
+    for task in planned:
+        check_fine_tune(task.vector.fine, base, running.examples[task.vector.name])
+    return running
+
+
 def _to_goal(
     base: Checkpoint, opened: list[Checkpoint], planned: list[PruneTask], goal: Goal, gates: Sequence[Gate], base_id: str | None,
-    settings: tuple[str, int | None, int | None], output: tuple[Path, bool, bool], place: Destination | None,
+    settings: tuple[str, int | None, int | None], output: tuple[Path, bool, bool], place: Destination | None, running: Running | None,
 ) -> None:  # fmt: skip
     """Mixed artifacts that meet a goal. `output` is where, whether it is a folder, and whether to wait for the disk."""
     from peru_cli.checkpoints.base_name import name_base
@@ -216,7 +255,7 @@ def _to_goal(
     total = 2 * sum(task.entries for task in planned)
     with folder_of(out, several), console.progress(total, "prune") as progress, streaming(*settings, progress.advance) as how:
         verify_expanded(opened, how, progress.step)
-        results = prune_mixed(base, planned, goal, named, how, sync, progress.step, console.note, gates)
+        results = prune_mixed(base, planned, goal, named, how, sync, progress.step, console.note, gates, running)
     report(results, publish(place, [task.target for task in planned], "prune"))
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peru_cli.console import Progress as Bar
+from peru_cli.inference.task_models import Running
 from peru_cli.merge.data.search import Point, Trial, best
 from peru_cli.merge.data.statistics import Progress, Statistics, open_folder
-from peru_cli.merge.data.task_models import Running
 from peru_cli.merge.plan import MergePlan
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.rules import Rule

@@ -13,7 +13,8 @@ from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.inference.inputs import class_logits
 from peru_cli.inference.models import IMAGE, TEXT
-from peru_cli.merge.data.task_models import Running, TaskParts, load_task
+from peru_cli.inference.task_models import Running
+from peru_cli.merge.data.task_models import TaskParts, load_task
 from peru_cli.merge.passes.run import merge
 from peru_cli.merge.plan import MergePlan
 from peru_cli.methods.parameters import Value

@@ -26,7 +26,8 @@ from peru_cli.checkpoints.local.writer import FileWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.inference.data import Examples
-from peru_cli.merge.data.task_models import Running, TaskParts, digest_inputs, load_task, own_files, read_floats
+from peru_cli.inference.task_models import Running, digest_inputs, own_files, read_floats
+from peru_cli.merge.data.task_models import TaskParts, load_task
 from peru_cli.merge.plan import MergePlan
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Collector, Found, TaskModel

@@ -108,10 +108,16 @@ def _refined(spectrum: Spectrum, keep: Integers, numbers: Integers, longer: bool
         if longer and not last:
             solved *= regain(spectrum.squared, _squared(_scaled(left, steps), solved))
         right = quantise(solved, steps, ratios[0], LARGEST)
-    a, b = _scaled(left, steps), _scaled(right, steps)
-    inside = float(((_inner(spectrum.left, a) * values[:, None]) * _inner(spectrum.right, b)).sum())
-    error = spectrum.squared - 2 * inside + _squared(a, b)
-    return LowRank(left, np.ascontiguousarray(right.T), numbers, max(error, 0.0))
+    factor = np.ascontiguousarray(right.T)
+    return LowRank(left, factor, numbers, missed_by(spectrum, left, factor, numbers))
+
+
+def missed_by(spectrum: Spectrum, left: Integers, right: Integers, scales: Integers) -> float:
+    """What factors miss of a matrix, squared; integers (rows, k), (k, columns), scale numbers (k,)."""
+    steps = np.sqrt(scale_of(scales))
+    a, b = _scaled(left, steps), _scaled(right.T, steps)
+    inside = float(((_inner(spectrum.left, a) * spectrum.values[:, None]) * _inner(spectrum.right, b)).sum())
+    return max(spectrum.squared - 2 * inside + _squared(a, b), 0.0)
 
 
 def _scaled(factor: Integers, steps: Floats) -> Floats:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from peru_cli.artifacts.mixed.writer import Represented
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import cast_bits
@@ -86,6 +87,7 @@ class Item:
     held: tuple[_Held, ...] = ()
     rank: int = 0  # how many directions are held
     most: int = 0  # how many there are
+    fixed: Represented | None = None  # its parts, once they are chosen whatever the price
 
     @property
     def name(self) -> str:

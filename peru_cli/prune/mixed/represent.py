@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import MixedCounter, Represented
 from peru_cli.checkpoints.digests import SHORT
 from peru_cli.methods.mixed import dense
-from peru_cli.methods.mixed.directions import choose_scales, quantised
+from peru_cli.methods.mixed.directions import choose_scales, missed_by, quantised
 from peru_cli.methods.mixed.rates import bits, entropy
 from peru_cli.methods.mixed.scales import scale_of
 from peru_cli.methods.mixed.sums import rounded_error
@@ -71,6 +71,8 @@ class Frame:
 def represent(item: Item, spill: Spill, price: Price) -> tuple[Represented, float]:
     """A tensor's parts at a price, and the squared error of the result, rounded to the fine-tune's dtype."""
     parts = Represented()
+    if item.fixed is not None:
+        return item.fixed, rounded_error(_missed(item, spill, item.fixed), item.ulps)
     if item.columns:
         spectrum, rows = spectrum_of(item, spill)
         found = quantised(spectrum, price.of(item), price.of_outputs)
@@ -84,6 +86,24 @@ def represent(item: Item, spill: Spill, price: Price) -> tuple[Represented, floa
         return parts, item.squared
     parts.dense, parts.dense_scale = plain.integers, plain.scale
     return parts, rounded_error(plain.squared_error, item.ulps)
+
+
+def _missed(item: Item, spill: Spill, parts: Represented) -> float:
+    """The squared error of parts that were chosen before, as far as the held directions tell."""
+    if item.columns and parts.left is not None and parts.right is not None and parts.scales is not None:
+        return missed_by(spectrum_of(item, spill)[0], parts.left, parts.right, parts.scales)
+    if parts.dense is None:
+        return item.squared
+    return float(np.square(spill.get(item.held[0]) - parts.dense * scale_of(np.array([parts.dense_scale]))).sum())
+
+
+def size_of(frame: Frame, items: Iterable[Item], parts: Mapping[str, Represented]) -> int:
+    """Bytes of a task's artifact."""
+    records, counter = frame.copies(), MixedCounter()
+    named = {record.info.name: record for record in records}
+    for item in items:
+        counter.add(named[item.name], parts[item.name])
+    return frame.header_bytes + frame.whole_bytes + frame.side_bytes + counter.nbytes(records, frame.files)
 
 
 def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, float, list[int]]:

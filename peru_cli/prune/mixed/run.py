@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peru_cli.artifacts.container import header_room
 from peru_cli.artifacts.index import STORED, Mode
@@ -24,12 +25,16 @@ from peru_cli.prune.artifact import PruneTask, shared_digest, side_files_of
 from peru_cli.prune.gates import Gate, check
 from peru_cli.prune.mixed.decompose import Spill, decompose, items_of
 from peru_cli.prune.mixed.goal import Goal
-from peru_cli.prune.mixed.represent import Frame, Price, estimate, try_out
+from peru_cli.prune.mixed.represent import Frame, Price, estimate, represent, size_of, try_out
 from peru_cli.prune.mixed.search import Found, approach
 from peru_cli.prune.mixed.write import Final, store_rest
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
+
+if TYPE_CHECKING:
+    from peru_cli.inference.task_models import Running
+    from peru_cli.prune.mixed.with_data import Gain
 
 _FIRST_RANK = 16  # directions looked for at least
 _BITS_A_DIRECTION = 3.0  # an entry of a factor, about
@@ -52,6 +57,7 @@ class MixedResult:
     energy: float
     error: float
     predicted_error: float
+    gain: Gain | None = None
     whole: list[TensorInfo] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
 
@@ -80,9 +86,12 @@ class _Family:
     """Everything that stays the same while multipliers are tried."""
 
     def __init__(
-        self, base: Checkpoint, tasks: Sequence[PruneTask], goal: Goal, base_name: BaseName | None, spill: Spill, how: StreamSettings
-    ) -> None:
+        self, base: Checkpoint, tasks: Sequence[PruneTask], goal: Goal, base_name: BaseName | None, spill: Spill, how: StreamSettings,
+        running: Running | None = None,
+    ) -> None:  # fmt: skip
         self.base, self.tasks, self.goal, self.spill, self.how, self.base_name = base, tasks, goal, spill, how, base_name
+        self.running = running
+        self.gains: dict[str, Gain] = {}
         self.items = items_of([task.vector for task in tasks])
         self.frames = [self._frame(task) for task in tasks]
 
@@ -112,6 +121,7 @@ class _Family:
         """Metadata of an artifact; without measured values, the longest that it can become."""
         if measured is None:
             measured = {"peru.energy": "9" * 26, "peru.error": "9" * 26, "peru.result": "0" * 64}
+            measured |= {"peru.data": "9" * 140} if self.running is not None else {}
         named = self.base_name.metadata() if self.base_name is not None else {}
         return {
             "peru.task": task.vector.name,
@@ -120,6 +130,7 @@ class _Family:
             "peru.goal": self.goal.encode(),
             **named,
             **record_rules([task.vector.fine]),
+            **({"peru.data": gain.encode()} if (gain := self.gains.get(task.vector.name)) is not None else {}),
             **measured,
         }
 
@@ -165,13 +176,14 @@ def prune_mixed(
     note: Callable[[str], None] = lambda text: None,
     say: Callable[[str], None] = lambda text: None,
     gates: Sequence[Gate] = (),
+    running: Running | None = None,
 ) -> list[MixedResult]:
-    """Write the artifacts; all of them appear, or none.
+    """Write the artifacts, tuned on examples if there are some; all of them appear, or none.
 
     UsageError if the limit is below what no choice can undercut; GateMissed if what came out does not pass the gates.
     """
     with Spill(tasks[0].target.parent) as spill:
-        family = _Family(base, tasks, goal, base_name, spill, how)
+        family = _Family(base, tasks, goal, base_name, spill, how, running)
         limit = family.limit()
         least = try_out([], family.frames, spill, family.price(0.0), how)[0]
         if limit is not None and least > limit:
@@ -183,7 +195,10 @@ def prune_mixed(
         target = 1 - goal.value if goal.kind == "quality" else None
         for _ in range(4):
             note("searching")
-            price = _search_bytes(family, limit, least, say) if limit is not None else _search_quality(family, target or 0.0)
+            if limit is not None:
+                price = _tuned(family, limit, least, note, say) if running is not None else _search_bytes(family, limit, least, say)
+            else:
+                price = _search_quality(family, target or 0.0)
             note("writing")
             results = _write(family, price, sync, target is None or goal.value, limit, gates, say)
             if results is not None:
@@ -287,6 +302,28 @@ def _search_bytes(family: _Family, limit: int, least: int, say: Callable[[str], 
     return price
 
 
+def _tuned(family: _Family, limit: int, least: int, note: Callable[[str], None], say: Callable[[str], None]) -> Price:
+    """The price without data; every task's items are fixed at moved integers where those are better for its bytes."""
+    from peru_cli.prune.mixed.with_data import START, tune_task
+
+    assert family.running is not None
+    price = _search_bytes(family, limit, least, say)
+    start = _search_bytes(family, least + int(START * (limit - least)), least, lambda text: None)
+    by_task = [[item for item in family.items if item.task == number] for number in range(len(family.tasks))]
+    found = [{item.name: represent(item, family.spill, price)[0] for item in items} for items in by_task]
+    sizes = [size_of(frame, items, parts) for frame, items, parts in zip(family.frames, by_task, found, strict=True)]
+    for number, task in enumerate(family.tasks):
+        note(f"tuning {task.vector.name}")
+        allowed = limit * sizes[number] // sum(sizes)
+        gain = tune_task(
+            family.base, task, by_task[number], family.frames[number], family.spill, found[number], start, family.running, allowed
+        )
+        say(str(gain))
+        if gain.kept:
+            family.gains[task.vector.name] = gain
+    return price
+
+
 def _between(family: _Family, price: Price, taken: int, room: int, least: int, tolerance: int) -> tuple[Price, int]:
     """How many tensors have the lower multiplier, which is too low for all; what fits, and the bytes that it takes."""
     fits, exceeds = 0, len(family.items)
@@ -360,5 +397,6 @@ def _seal(family: _Family, number: int, final: Final, records: list[MixedRecord]
     size = writer.seal(family.metadata(task, measured), index, files)
     return MixedResult(
         task.vector.name, task.target, task.entries, size, frame.whole_bytes, frame.side_bytes, task.vector.fine.nbytes,
-        energy, final.errors[number], final.predicted[number], whole, {r.info.name: r.rank for r in records if r.rank},
+        energy, final.errors[number], final.predicted[number], family.gains.get(task.vector.name), whole,
+        {r.info.name: r.rank for r in records if r.rank},
     )  # fmt: skip
