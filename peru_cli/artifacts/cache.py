@@ -33,5 +33,7 @@ class BlockCache(Generic[V]):
             try:
                 future.set_result(make())
             except BaseException as error:
-                future.set_exception(error)
+                if not future.done():  # Ctrl-C can come after the result
+                    future.set_exception(error)
+                raise
         return future.result()

@@ -7,12 +7,14 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from peru_cli.artifacts.cache import BlockCache
 from peru_cli.checkpoints.local import atomic, journal
 from tests.conftest import save
 from tests.support.damage import files
@@ -115,3 +117,18 @@ def test_what_fails_after_the_merge_is_not_called_a_vanished_input(models: Path,
     command = ["merge", models / "a.safetensors", models / "b.safetensors", "-b", models / "base.safetensors", "-m", "ties"]
     peru(*command, "--compress", "10%", "-o", models / "out" / "both", code=1)
     assert "the disk is full" in peru.stderr and "disappeared" not in peru.stderr and not list((models / "out").iterdir())
+
+
+def test_ctrl_c_just_after_a_block_was_decoded(monkeypatch) -> None:
+    """It stays a Ctrl-C: telling the block's other readers of it once more was a defect."""
+    done = Future.set_result
+
+    def press(self: Future[int], value: int) -> None:
+        done(self, value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "set_result", press)
+    cache = BlockCache[int](2)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get("block", lambda: 1)
+    assert cache.get("block", lambda: 2) == 1
