@@ -150,9 +150,11 @@ class RequantizingWriter(CheckpointWriter):
                 self._writer.copy(info.name, stored, info.name)
 
     def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
-        if (weight := self._layout.weights.get(name)) is not None:
-            parts = [info.name for info in (weight.codes, weight.scale) if info is not None]
-        self._writer.claim(name, note, parts)
+        written: list[str] = []
+        for part in parts or [name]:
+            weight = self._layout.weights.get(part)
+            written += [part] if weight is None else [info.name for info in (weight.codes, weight.scale) if info is not None]
+        self._writer.claim(name, note, written)
 
     def commit(self) -> None:
         self._writer.commit()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.checkpoints.bundle import cut, pieces_of
+from peru_cli.checkpoints.bundle import cut, members, pieces_of
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
@@ -316,7 +316,8 @@ class Merge(_Walk):
         if done and after is not None:
             after.finish_added(number)
         if done:
-            self._writer.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]))
+            parts = [info.name for info in members(slot.info)]
+            self._writer.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]), parts)
 
     def _settle(self, tile: Tile, slot: Slot, bits: Bits, room: MergeBuffers) -> None:
         """Entries that are not finite and equal in all inputs stay (masks of -inf). Any others are an error."""
