@@ -1,4 +1,4 @@
-"""The first pass: decompose every tensor's task vector into singular vectors or plain values, kept on disk."""
+"""The first pass: decompose every tensor's task vector into singular vectors or plain values, which are stored on disk."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings, TaskVector
 from peru_cli.vectors.task_matrix import TaskMatrix
 
-SMALLEST = 4096  # entries from which a matrix is worth singular vectors
+SMALLEST = 4096  # entries from which singular vectors are worthwhile for a matrix
 _PIECE = 1 << 19  # entries counted at once
-_ENOUGH = 0.8  # rows of a matrix: where fewer changed, they are listed
+_ENOUGH = 0.8  # share of a matrix's rows: if fewer changed, the changed rows are listed
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -39,7 +39,7 @@ class _Held(NamedTuple):
 
 
 class Spill:
-    """Arrays on disk, beside the output, in a file without a name. One writer; any readers."""
+    """Arrays on disk, beside the output, in an unnamed file. One writer, any number of readers."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".peru-spill-", buffering=0)  # noqa: SIM115 - closed by __exit__
@@ -56,7 +56,7 @@ class Spill:
         return held
 
     def get(self, held: _Held) -> Array:
-        """Read one back."""
+        """Read an array back."""
         room = np.empty(held.shape, held.kind)
         view, at = room.reshape(-1).data.cast("B"), held.offset
         while len(view):
@@ -75,28 +75,27 @@ class Spill:
 class Item:
     """One tensor of one task; `number` counts through all of them.
 
-    `held` is left, values, right, rows of a matrix, or the values of anything else.
-    """
+    `held` is left, values, right and rows of a matrix, or the values of any other tensor."""
 
     number: int
     task: int
     pair: Pair
-    columns: int  # 0: no matrix
-    squared: float = 0.0  # of the difference's norm
+    columns: int  # 0: not a matrix
+    squared: float = 0.0  # squared norm of the difference
     ulps: dict[int, int] = field(default_factory=dict)
     held: tuple[_Held, ...] = ()
-    rank: int = 0  # how many directions are held
-    most: int = 0  # how many there are
+    rank: int = 0  # number of directions held
+    most: int = 0  # number of directions that exist
     fixed: Represented | None = None  # its parts, once they are chosen whatever the price
 
     @property
     def name(self) -> str:
-        """The fine-tune's name of it."""
+        """The fine-tune's name of the tensor."""
         return self.pair.fine.name
 
 
 def items_of(tasks: Sequence[TaskVector]) -> list[Item]:
-    """All tensors that have a difference, task by task, in canonical order."""
+    """All tensors with a difference, task by task, in canonical order."""
     items: list[Item] = []
     for number, task in enumerate(tasks):
         for pair in sorted(task.pairs.values(), key=lambda pair: pair.fine.name):
@@ -108,7 +107,7 @@ def items_of(tasks: Sequence[TaskVector]) -> list[Item]:
 
 
 class Decompose:
-    """The pass; a tile is a tensor."""
+    """The pass. Each tile is one tensor."""
 
     def __init__(self, base: Checkpoint, tasks: Sequence[TaskVector], items: Sequence[Item], spill: Spill, device: str) -> None:
         self._base, self._tasks, self._items, self._spill = base, tasks, items, spill
@@ -147,7 +146,7 @@ class Decompose:
         else:
             for start, panel in matrix.column_panels():
                 image[start : start + panel.shape[1]] = panel.double().T @ vectors
-        # Singular vectors of what the subspace holds: those of the range finder are not quite the matrix' own.
+        # Singular vectors of the subspace's content: those of the range finder are not exactly the matrix's own.
         energies, rotation = (part.flip(-1) for part in solve(torch.linalg.eigh, image.T @ image))
         values = energies.clamp(min=0).sqrt()
         kept = int((values > values[:1] * 1e-7).sum()) if found.squared else 0
@@ -187,7 +186,7 @@ class Decompose:
 
 
 def spectrum_of(item: Item, spill: Spill) -> tuple[Spectrum, Array | None]:
-    """A matrix' leading singular values and vectors, and the rows that its left ones have, None for all."""
+    """A matrix's leading singular values and vectors, and the rows of the left ones, None for all."""
     left, values, right, rows = (spill.get(held) for held in item.held)
     spectrum = Spectrum(left.astype(np.float64), values, right.astype(np.float64), item.squared)
     return spectrum, rows if len(rows) else None
@@ -196,6 +195,6 @@ def spectrum_of(item: Item, spill: Spill) -> tuple[Spectrum, Array | None]:
 def decompose(
     base: Checkpoint, tasks: Sequence[TaskVector], items: Sequence[Item], numbers: Sequence[int], spill: Spill, how: StreamSettings
 ) -> None:
-    """Fill in some of the items, each to the rank that it names."""
+    """Decompose some of the items, each up to its rank."""
     tiles = [Tile(i, number, 0, items[number].pair.entries) for i, number in enumerate(numbers)]
     run(Decompose(base, tasks, items, spill, how.xp.name), tiles, how.threads, how.advance)

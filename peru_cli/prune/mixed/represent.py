@@ -28,18 +28,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Price:
-    """Squared error that a bit is worth. `of_outputs`: as outputs feel it, by kinds of tensors; else as it is in matrices.
+    """The squared error that one bit is worth. With `of_outputs` it is weighted by the kind of tensor, as outputs feel it;
+    otherwise only vectors are.
 
-    Where no multiplier comes near the limit, as many tensors as just fit have a lower one.
-    """
+    If no multiplier comes close to the limit, as many tensors as fit get a lower one."""
 
     multiplier: float
     of_outputs: bool
     lower: float = 0.0
-    with_lower: int = 0  # the first so many tensors
+    with_lower: int = 0  # number of tensors with it, the first ones
 
     def of(self, item: Item) -> float:
-        """In a tensor."""
+        """The price for a tensor."""
         multiplier = self.lower if item.number < self.with_lower else self.multiplier
         if self.of_outputs:
             return multiplier / weight_of(item.name, item.columns > 0)
@@ -48,7 +48,7 @@ class Price:
 
 @dataclass
 class Frame:
-    """What an artifact holds whatever the price: records of all tensors in canonical order, side files, other bytes."""
+    """What an artifact holds at any price: records of all tensors in canonical order, side files, other bytes."""
 
     records: list[MixedRecord]
     files: list[SideFile]
@@ -57,7 +57,7 @@ class Frame:
     side_bytes: int
 
     def copies(self) -> list[MixedRecord]:
-        """Records to be filled in; digests are there, of the right length."""
+        """Records to fill in. They already have digests, of the right length."""
         return [
             replace(
                 record,
@@ -107,7 +107,7 @@ def size_of(frame: Frame, items: Iterable[Item], parts: Mapping[str, Represented
 
 
 def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, float, list[int]]:
-    """Bytes and squared error at a price, nearly, without rounding anything; and which items want more directions than are held."""
+    """Estimated bytes and squared error at a price, without rounding anything, and which items want more directions than are held."""
     total, error, short = 0.0, 0.0, []
     for number, item in enumerate(items):
         if not item.columns:
@@ -135,7 +135,7 @@ def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, 
 
 
 class Trial:
-    """The pass that counts; a tile is a tensor."""
+    """The pass that counts bytes. Each tile is one tensor."""
 
     def __init__(self, items: Sequence[Item], frames: Sequence[Frame], spill: Spill, price: Price) -> None:
         self._items, self._spill, self._price = items, spill, price

@@ -1,4 +1,4 @@
-"""`peru prune --max-bytes|--bits|--min-quality`: decompose once, search the multiplier, write, measure what came out."""
+"""`peru prune --max-bytes|--bits|--min-quality`: decompose once, search the multiplier, write, measure the result."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from peru_cli.inference.task_models import Running
     from peru_cli.prune.mixed.with_data import Gain
 
-_FIRST_RANK = 16  # directions looked for at least
-_BITS_A_DIRECTION = 3.0  # an entry of a factor, about
-_WIDER = 8.0  # a tensor may get so many times the mean number of directions before it is decomposed again
-_TOLERANCE = 0.004  # below the limit of bytes
+_FIRST_RANK = 16  # least number of directions to compute
+_BITS_A_DIRECTION = 3.0  # approximate bits for an entry of a factor
+_WIDER = 8.0  # a tensor may get this many times the mean number of directions before it is decomposed again
+_TOLERANCE = 0.004  # relative distance below the limit of bytes
 _TRIALS = 14
 
 
 @dataclass
 class MixedResult:
-    """What became of a task. Energies are squared norms of task vectors."""
+    """The result for one task. Energies are squared norms of task vectors."""
 
     task: str
     path: Path
@@ -63,7 +63,7 @@ class MixedResult:
 
     @property
     def delta_bytes(self) -> int:
-        """Without tensors stored whole and side files: what bits a parameter count."""
+        """Bytes without tensors stored whole and side files: what bits a parameter count."""
         return self.file_bytes - self.whole_bytes - self.side_bytes
 
     @property
@@ -78,7 +78,7 @@ class MixedResult:
 
     @property
     def quality(self) -> float:
-        """Share of the task vector's energy that is kept: 1 - |result - fine-tune|^2 / |fine-tune - base|^2."""
+        """Kept share of the task vector's energy: 1 - |result - fine-tune|^2 / |fine-tune - base|^2."""
         return 1 - self.error / self.energy if self.energy else 1.0
 
 
@@ -118,7 +118,7 @@ class _Family:
         )
 
     def metadata(self, task: PruneTask, measured: dict[str, str] | None) -> dict[str, str]:
-        """Metadata of an artifact; without measured values, the longest that it can become."""
+        """Metadata of an artifact. Without measured values, the longest that it can become."""
         if measured is None:
             measured = {"peru.energy": "9" * 26, "peru.error": "9" * 26, "peru.result": "0" * 64}
             measured |= {"peru.data": "9" * 140} if self.running is not None else {}
@@ -136,21 +136,21 @@ class _Family:
 
     @property
     def rest_bytes(self) -> int:
-        """Tensors stored whole and side files of all tasks."""
+        """Bytes of tensors stored whole and side files of all tasks."""
         return sum(frame.whole_bytes + frame.side_bytes for frame in self.frames)
 
     @property
     def entries(self) -> int:
-        """Of all tasks."""
+        """Entries of all tasks."""
         return sum(task.entries for task in self.tasks)
 
     @property
     def energy(self) -> float:
-        """Of all task vectors together."""
+        """Energy of all task vectors together."""
         return sum(item.squared for item in self.items)
 
     def limit(self) -> int | None:
-        """Bytes of all artifacts together that the goal allows."""
+        """Bytes that the goal allows for all artifacts together."""
         if self.goal.kind == "quality":
             return None
         return int(self.goal.value) if self.goal.kind == "bytes" else int(self.goal.value * self.entries / 8) + self.rest_bytes
@@ -162,7 +162,7 @@ class _Family:
         return try_out(self.items, self.frames, self.spill, price, self.how)
 
     def price(self, log: float) -> Price:
-        """At a logarithm of the multiplier. A goal that is an energy is met by what the weights themselves are worth."""
+        """The price for a logarithm of the multiplier. For a goal of energy, errors count as they are in the weights."""
         return Price(math.exp(log), self.goal.kind != "quality")
 
 
@@ -210,7 +210,7 @@ def prune_mixed(
 
 @dataclass
 class Foreseen:
-    """What `--bits` is expected to give: bytes of the artifact, and norm of the error over the norm of the task vector."""
+    """The predicted result of `--bits`: bytes of the artifact, and norm of the error over the norm of the task vector."""
 
     bits: float
     file_bytes: int
@@ -219,10 +219,9 @@ class Foreseen:
 
 
 def foresee(base: Checkpoint, task: PruneTask, budgets: Sequence[float], how: StreamSettings) -> list[Foreseen]:
-    """Artifacts at several budgets, in bits a parameter: estimated after one decomposition; nothing is rounded or written.
+    """Predict artifacts at several budgets, in bits a parameter, after one decomposition. Nothing is rounded or written.
 
-    A budget that does not pay for header and index is left out.
-    """
+    A budget that does not pay for header and index is left out."""
     found = []
     with Spill(Path(tempfile.gettempdir())) as spill:
         family = _Family(base, [task], Goal("bits", max(budgets)), None, spill, how)
@@ -241,7 +240,7 @@ def foresee(base: Checkpoint, task: PruneTask, budgets: Sequence[float], how: St
 
 
 def _first_ranks(family: _Family, limit: int | None) -> None:
-    """How many directions to look for at first: several times what the budget pays for on average."""
+    """How many directions to compute at first: several times what the budget pays for on average."""
     for item in family.items:
         if not item.columns:
             continue
@@ -255,7 +254,7 @@ def _first_ranks(family: _Family, limit: int | None) -> None:
 
 
 def _estimated(family: _Family, by_bytes: bool, target: float) -> float:
-    """The logarithm of the multiplier at which an estimate meets the target; decomposes further where directions run out."""
+    """The logarithm of the multiplier at which an estimate meets the target. Decomposes further if directions run out."""
     start = math.log(max(family.energy, 1e-300) / max(family.entries, 1) / 0.3)
     short: list[int] = []
 
@@ -325,7 +324,7 @@ def _tuned(family: _Family, limit: int, least: int, note: Callable[[str], None],
 
 
 def _between(family: _Family, price: Price, taken: int, room: int, least: int, tolerance: int) -> tuple[Price, int]:
-    """How many tensors have the lower multiplier, which is too low for all; what fits, and the bytes that it takes."""
+    """Give as many tensors as fit the lower multiplier, which is too low for all. Returns the price and its bytes."""
     fits, exceeds = 0, len(family.items)
     while exceeds - fits > 1 and taken < room - tolerance:
         mixed = replace(price, with_lower=(fits + exceeds) // 2)
@@ -352,7 +351,7 @@ def _search_quality(family: _Family, target: float) -> Price:
 def _write(
     family: _Family, price: Price, sync: bool, quality: float | bool, limit: int | None, gates: Sequence[Gate], say: Callable[[str], None]
 ) -> list[MixedResult] | None:
-    """Write all artifacts; None, and nothing is left, if the measured quality is too low."""
+    """Write all artifacts. Returns None, and leaves nothing, if the measured quality is too low."""
     items, tasks = family.items, family.tasks
     with ExitStack() as stack:
         writers = [stack.enter_context(MixedWriter(task.target, family.metadata(task, None), sync)) for task in tasks]
