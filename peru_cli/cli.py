@@ -66,7 +66,12 @@ def main(
     _debug = debug
 
 
+_pressed = False  # whether Ctrl-C or a request to end has come
+
+
 def _terminate(signum: int, frame: Any) -> None:
+    global _pressed
+    _pressed = True
     interrupt()
     raise KeyboardInterrupt  # clean up: remove partial outputs
 
@@ -76,6 +81,8 @@ def run(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _terminate)
+    global _pressed
+    _pressed = False
     console.unfinished.clear()
     with inputs.watching() as watch:
         code = _run(arguments, watch)
@@ -123,6 +130,9 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
         console.error(f"{done} report could not be written to stdout: {error.message}")
         return EXIT_FAILED
     except Exception as error:
+        if _pressed and not _debug:  # what fails afterwards fails because of it: files are closed that threads still read
+            console.error(f"interrupted: {_left()}")
+            return EXIT_INTERRUPTED
         return _report(_deeper(error))
 
 

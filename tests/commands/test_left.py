@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -132,3 +133,17 @@ def test_ctrl_c_just_after_a_block_was_decoded(monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         cache.get("block", lambda: 1)
     assert cache.get("block", lambda: 2) == 1
+
+
+def test_what_fails_because_of_ctrl_c_is_a_ctrl_c(peru, monkeypatch) -> None:
+    """A thread still reads a file that cleaning up has closed."""
+
+    def app(*given: object, **named: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    monkeypatch.setattr("peru_cli.cli.app", app)
+    peru("verify", "x", code=130)
+    assert peru.stderr == "error: interrupted: nothing unfinished was left behind\n"
