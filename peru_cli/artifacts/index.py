@@ -109,7 +109,7 @@ class Stream:
     @property
     def value_type(self) -> str:
         """NumPy type of the decoded values."""
-        return "int16" if self.values == ROUNDED else f"int{self.dtype.bits}"
+        return "int16" if self.values == ROUNDED or self.dtype.bits == 8 else f"int{self.dtype.bits}"
 
 
 @dataclass
@@ -242,7 +242,8 @@ def decode_record(cursor: Cursor, name: str, kind: Callable[[TensorInfo, Mode], 
         raise BadFile(f"tensor {name!r} is a copy of another dtype")
     if mode == Mode.DELTA:
         assert record.base_dtype is not None
-        if not (dtype.compressible and record.base_dtype.compressible):
+        codes = dtype.is_code and record.base_dtype is dtype
+        if not (codes or (dtype.compressible and record.base_dtype.compressible)):
             raise BadFile(f"tensor {name!r} is a difference of {dtype.name}, which has none")
         record.base_rows = cursor.number()
         if record.base_rows and not (shape and record.base_rows < shape[0]):
@@ -262,7 +263,7 @@ def decode_streams(cursor: Cursor) -> tuple[list[Stream], list[Block]]:
 def _decode_stream(cursor: Cursor) -> Stream:
     dtype = cursor.dtype()
     values = cursor.one_of((EXACT, ROUNDED), "kind of values")
-    if not dtype.compressible:
+    if not (dtype.compressible or (dtype.is_code and values == EXACT)):
         raise BadFile(f"a stream of {dtype.name} entries is impossible")
     codecs = [cursor.one_of((RAW, PCO), "codec") for _ in range(2)]
     stream = Stream(dtype, values, codecs[0], codecs[1], cursor.number(MAX_BLOCK_ENTRIES))

@@ -18,6 +18,11 @@ class Dtype:
     torch_name: str | None
     compressible: bool = False
 
+    @property
+    def is_code(self) -> bool:
+        """Whether entries are bytes whose differences `prune --lossless` stores: codes of quantised weights and their scales."""
+        return self.name in _CODES
+
     def nbytes(self, entries: int) -> int:
         """Bytes that `entries` consecutive entries take (sub-byte types are packed)."""
         return (entries * self.bits + 7) // 8
@@ -47,6 +52,7 @@ _ALL = (
     Dtype("F8_E4M3FNUZ", 8, 21, "float8_e4m3fnuz"),
     Dtype("F8_E5M2FNUZ", 8, 22, "float8_e5m2fnuz"),
 )
+_CODES = frozenset({"U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 BY_NAME = {dtype.name: dtype for dtype in _ALL}
 BY_CODE = {dtype.code: dtype for dtype in _ALL}

@@ -59,10 +59,11 @@ class Pair:
     fine: TensorInfo
     base: TensorInfo
     grown: bool = False
+    coded: bool = False  # codes, whose differences are stored byte by byte
     is_delta: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        delta = self.fine.dtype.compressible and self.base.dtype.compressible and not is_buffer(self.base)
+        delta = self.coded or (self.fine.dtype.compressible and self.base.dtype.compressible and not is_buffer(self.base))
         object.__setattr__(self, "is_delta", delta)
 
     @property

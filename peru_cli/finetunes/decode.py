@@ -15,7 +15,7 @@ from peru_cli.methods.delta import Bits, add_rounded, add_ulps
 def decode_bits(base: Bits, entries: Entries, values: int, dtype: Dtype) -> Bits:
     """The fine-tune's bits at kept positions from the base's bits there, cast to its dtype; (k,) -> (k,)."""
     if values != ROUNDED:
-        return add_ulps(base, entries.values)
+        return add_ulps(base, entries.values.astype(base.dtype, copy=False))
     bits, apart = add_rounded(base, entries.values, dtype)
     bits[apart] = add_ulps(base[apart], entries.apart)
     return bits

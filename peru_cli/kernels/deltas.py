@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import kernels
-from peru_cli.kernels.scalars import DTYPES, Float, Key, magnitude, order, widen
+from peru_cli.kernels.scalars import CODES, DTYPES, Float, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 CHUNK = 1 << 14  # entries whose squares are added up together: those of a digest (checkpoints/digests.py)
 _NOTHING = np.zeros(0)
 _BLOCK = 1024  # entries whose keys are computed together, which vectorises, before some are picked, which does not
+_EVERY = DTYPES | CODES
 _WORD = 8  # flags read together
 
 
-@kernels("*b *b i8 *k", DTYPES)
+@kernels("*b *b i8 *k", _EVERY)
 def _keys(base: Any, fine: Any, n: int, out: Any) -> None:
     for i in range(n):
         key = magnitude(widen(fine[i]) - widen(base[i]))
@@ -28,7 +29,7 @@ def _keys(base: Any, fine: Any, n: int, out: Any) -> None:
 
 
 # A block's flags are read as words: most are 0 if few entries are wanted.
-@kernels("*b *b i8 k k *k *u1 *u8 *k *i8", DTYPES)
+@kernels("*b *b i8 k k *k *u1 *u8 *k *i8", _EVERY)
 def _count(
     base: Any, fine: Any, n: int, low: Any, high: Any, keys: Any, flags: Any, flag_words: Any, within: Any, counts: Any
 ) -> int:  # fmt: skip
@@ -75,7 +76,7 @@ def _block_sum(floats: Any, first: int) -> Any:
     return total
 
 
-@kernels("*b *b i8 k k *k *u1 *u8 *f *i4 *k *b *b i8 *f8", DTYPES)
+@kernels("*b *b i8 k k *k *u1 *u8 *f *i4 *k *b *b i8 *f8", _EVERY)
 def _select(
     base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, squares: Any,
     positions: Any, found_keys: Any, ulps: Any, bits: Any, measured: int, sums: Any,
@@ -129,7 +130,7 @@ def _add_bins(bins: Any, keys: Any, n: int, low: int, shift: int) -> None:
         bins[(np.int64(keys[i]) - low) >> shift] += 1
 
 
-@kernels("*b *i8 *b i8", {"2": {"b": "u2"}, "4": {"b": "u4"}, "8": {"b": "u8"}})
+@kernels("*b *i8 *b i8", {"1": {"b": "u1"}, "2": {"b": "u2"}, "4": {"b": "u4"}, "8": {"b": "u8"}})
 def _put(out: Any, positions: Any, values: Any, n: int) -> None:
     for i in range(n):
         out[positions[i]] = values[i]
@@ -141,7 +142,7 @@ def add_bins(bins: Ints, keys: Ints, low: int, shift: int) -> None:
 
 
 def put(out: Ints, positions: Ints, values: Ints) -> None:
-    """out[positions] = values, of one dtype of 2, 4 or 8 bytes; positions int64, all within."""
+    """out[positions] = values, of one dtype of 1, 2, 4 or 8 bytes; positions int64, all within."""
     _put[str(out.itemsize)](out, positions, values, len(positions))
 
 

@@ -54,6 +54,19 @@ def _magnitude_double(number: Any) -> Any:
     return np.int64(min(np.float64(number).view(np.int64) & np.int64(0x7FFF_FFFF_FFFF_FFFF), np.int64(0x7FF0_0000_0000_0000)))
 
 
+def _number(bits: Any) -> Any:
+    """A number for each byte: codes are compared, nothing is computed with them."""
+    return np.float32(bits)
+
+
+def _doubled_number(bits: Any) -> Any:
+    return np.float64(bits)
+
+
+def _order_8(bits: Any) -> Any:
+    return np.uint8(bits ^ np.uint8(0x7F)) if bits >= np.uint8(0x80) else np.uint8(bits)
+
+
 def _order_16(bits: Any) -> Any:
     """Sign-magnitude pattern to an integer in total order (methods/delta.py)."""
     return np.uint16(bits ^ np.uint16(0x7FFF)) if bits >= np.uint16(0x8000) else np.uint16(bits)
@@ -118,6 +131,13 @@ ROUNDED = {"BF16": {"narrow": _narrow_bf16}, "F16": {"narrow": _narrow_f16}}
 _BITS_16 = {"b": "u2", "order": _order_16}
 _BITS_32 = {"b": "u4", "order": _order_32}
 _BITS_64 = {"b": "u8", "order": _order_64}
+
+_BITS_8 = {"b": "u1", "order": _order_8}
+CODES: dict[str, dict[str, Any]] = {  # of 8 bits, which are only compared
+    f"{dtype} {kind}": {**_BITS_8, **FLOATS[kind], "widen": number}
+    for dtype in ("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+    for kind, number in (("f4", _number), ("f8", _doubled_number))
+}
 
 # By dtype and computing kind. `b` are bits, `f` floats, `k` integers of a float's width.
 DTYPES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 class Kept(NamedTuple):

@@ -38,6 +38,7 @@ class PruneOptions:
     per_task: str | None = None
     base_name: BaseName | None = None
     allow_unpaired: bool = False  # store whatever has no partner whole, however much it is
+    codes: bool = False  # store differences of codes byte by byte: both models' codes are kept as they are
     gates: tuple[Gate, ...] = ()  # that the finished artifacts must pass
     about: tuple[tuple[str, str], ...] = ()  # metadata that the artifacts carry besides
 

@@ -183,7 +183,7 @@ def prune(
     for line in said:
         console.note(line)
     tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]
-    chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired, gates=gates)
+    chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired, codes=stored, gates=gates)
     place = destination(publishing, run.force, output)
     planned = job.plan_prune(opened_base, tasks, chosen, run.force or run.dry_run, new_folder=several)
     for warning in [w for checkpoint in (opened_base, *(c for _, c, _ in tasks)) for w in checkpoint.warnings]:

@@ -27,7 +27,7 @@ def find_doubts(base: Checkpoint, vector: TaskVector) -> list[str]:
         return []
     found = []
     lengths = []
-    for bits, other, dtype in _samples(base, vector.fine, pairs):
+    for bits, other, dtype in _samples(base, vector.fine, [pair for pair in pairs if not pair.coded]):
         weights = _floats(other, dtype)
         with np.errstate(all="ignore"):
             delta = _floats(bits, dtype) - weights

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from peru_cli.artifacts.container import artifact_kind
@@ -47,6 +48,9 @@ def plan_prune(
     left = notes_at(_journal_path(tasks[0][2])) if tasks else {}
     for name, fine, target in tasks:
         pairing = pair_checkpoints(fine, base, options.per_task)
+        if options.codes:
+            coded = [pair.fine.dtype.is_code and pair.fine.dtype is pair.base.dtype for pair in pairing.pairs]
+            pairing.pairs = [replace(pair, coded=is_code) for pair, is_code in zip(pairing.pairs, coded, strict=True)]
         task = PruneTask(TaskVector(name, fine, pairing), target, options.density)
         chosen = re.compile(options.per_task) if options.per_task is not None else None
         task.unpaired = judge(fine, base, pairing, chosen, options.allow_unpaired)

@@ -20,7 +20,7 @@ from peru_cli.kernels.deltas import Room, put
 Array = Any  # np.ndarray, or torch.Tensor on a GPU
 Host = np.ndarray[Any, np.dtype[Any]]
 KIND = {"F16": "f2", "F32": "f4", "F64": "f8"}
-BITS = {16: "i2", 32: "i4", 64: "i8"}
+BITS = {8: "i1", 16: "i2", 32: "i4", 64: "i8"}
 _SPARSE, _BRANCHLESS = 1 / 25, 1 / 10
 
 

@@ -178,7 +178,7 @@ class Gpu:
         return vector.mul_(scale).add_(base)
 
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
-        floats = bits.view(_float_type(dtype))
+        floats = bits if dtype.is_code else bits.view(_float_type(dtype))
         return floats if floats.dtype == out.dtype else out.copy_(floats)
 
     def narrow(self, floats: Array, dtype: Dtype) -> Array:

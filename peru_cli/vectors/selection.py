@@ -134,6 +134,8 @@ class Select:
         measured = None if threshold.keeps_all else sums
         where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted, measured)
         energy, missed = sums[:, 0], sums[:, 1]
+        if dtype.bits == 8:
+            ulps = ulps.astype(np.int16)  # as the codec takes them
         if not threshold.keeps_all:
             equal = None if exhausted else found == threshold.key
             infinite = found == task.infinite_key

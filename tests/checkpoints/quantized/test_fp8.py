@@ -201,6 +201,29 @@ def test_lossless_keeps_codes_and_scales_unchanged(tmp_path: Path, peru) -> None
     assert (tmp_path / "r" / "config.json").read_bytes() == (fine / "config.json").read_bytes()
 
 
+def test_lossless_stores_the_codes_that_changed(tmp_path: Path, peru) -> None:
+    """One in a hundred: a few bytes each, whatever the codes and scales, and the same bits back."""
+    codes = torch.randint(0, 256, (512, 512), generator=NOISE).byte()
+    others = torch.randint(0, 256, codes.shape, generator=NOISE).byte()
+    changed = torch.where(torch.rand(codes.shape, generator=NOISE) < 0.01, others, codes)
+    scale = torch.rand(4, 4, generator=NOISE)
+    kinds = [(torch.float8_e4m3fn, scale), (torch.float8_e5m2, scale.to(torch.float8_e8m0fnu)), (torch.int8, scale)]
+    for number, (kind, scales) in enumerate(kinds):
+        paths, said = [], {"quant_method": "compressed-tensors", "format": "naive-quantized"} if kind is torch.int8 else FP8
+        for name, octets, more in (("base", codes, 0), ("fine", changed, 1)):
+            scales = scales.clone()
+            scales.view(torch.uint8)[0, 0] += more
+            tensors = {"w.weight": octets.view(kind), "w.weight_scale_inv": scales, "norm.weight": torch.full((8,), 1.0 + more)}
+            paths.append(folder(tmp_path / f"{name}{number}", tensors, quantization_config=said))
+        artifact, at = tmp_path / f"{number}.safetensors", ["-b", paths[0], "--no-sync"]
+        made = json.loads(peru("prune", paths[1], *at, "-o", artifact, "--lossless", "--json", "--tile-entries", 16384))[0]
+        assert artifact.stat().st_size < 0.04 * codes.numel() and made["kept"] == int((codes != changed).sum()) + 9
+        peru("verify", artifact)
+        peru("unpack", artifact, *at, "-o", tmp_path / f"r{number}")
+        assert_same_tensors(tmp_path / f"r{number}" / "model.safetensors", load_file(paths[1] / "model.safetensors"))
+        peru("inspect", artifact)
+
+
 def test_a_lossless_artifact_of_codes_can_replace_its_fine_tune(tmp_path: Path, peru) -> None:
     """Also if the artifact carries its own config.json with other block sizes than the base's."""
     base, fine, _, _ = family(tmp_path)
