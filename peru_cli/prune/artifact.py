@@ -165,7 +165,8 @@ class Job:
             self.writer.write(block)
         results = {name: digest.digest() for name, digest in sink.result.items()}
         records, whole = self._records(select, results)
-        fine.agree(results)
+        if self.options.density is None:  # otherwise the result is not the fine-tune's own tensors
+            fine.agree(results)
         files = list(side_files_of(fine, self._base))
         kept = sum(sink.kept.values())
         changed = kept if self.options.density is None else sink.changed
