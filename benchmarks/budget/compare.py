@@ -2,11 +2,12 @@
 
     python benchmarks/budget/compare.py CACHE --out DIR [--data ../shared/data/text] [--tasks sst2 ...] [--examples 400]
         [--only NAME ...] [--check]
+    python benchmarks/budget/compare.py --images --out DIR
 
-CACHE is what benchmarks/papers/finetunes.py made (`--only full`). DIR keeps what was found, a file a method, task and number of
-examples: a run that was cut off goes on, and tasks that are trained later are added. Prints one table and writes its rows to
-DIR/points.json, which picture.py draws. All methods see the same bfloat16 checkpoints, no data (but the rows
-that say so: 1,000 texts of the training part, from --data), and the same count: bytes of
+CACHE is what benchmarks/papers/finetunes.py made (`--only full`); `--images` takes the demo's vision transformers. DIR keeps what
+was found, a file a method, task and number of examples: a run that was cut off goes on, and tasks that are trained later are
+added. Prints one table and writes its rows to DIR/points.json, which picture.py draws. All methods see the same bfloat16
+checkpoints, no data (but the rows that say so: 1,000 texts of the training part, from --data), and the same count: bytes of
 all encoder parameters / their number. Heads are the fine-tune's own and are counted nowhere.
 """
 
@@ -22,9 +23,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from images import ImageJudge
 from judge import Judge, Judged, mean_kl, normalised
-from methods import METHODS, TUNED, Method, Shop
+from methods import BUDGETS, IMAGE_BUDGETS, OTHER, TUNED, Method, Shop, mixed
 
+from peru_cli import demo
 from peru_cli.inference.metrics import kl_divergence
 
 Row = tuple[Method, float, list[Judged]]  # bytes of all tasks
@@ -58,7 +61,8 @@ def check(judge: Judge, tasks: list[str]) -> None:
 def main() -> None:
     """Judge what is not judged yet, and print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path, metavar="CACHE")
+    parser.add_argument("cache", type=Path, metavar="CACHE", nargs="?")
+    parser.add_argument("--images", action="store_true", help="the demo's image models in place of CACHE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="TASK/train.jsonl.gz in it; without, rows with data are left out")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="by default all that CACHE/full has")
@@ -67,12 +71,16 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the outputs with transformers' first")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # threads that wait for each other cost more than they bring where others compute, too
-    tasks = arguments.tasks or sorted(path.stem for path in (arguments.cache / "full").glob("*.done"))
-    judge = Judge(arguments.cache.resolve(), arguments.out / "outputs", arguments.examples)
+    if (arguments.cache is None) is not arguments.images:
+        parser.error("give CACHE, or --images in its place")
+    store = arguments.out / "outputs"
+    judge = ImageJudge(store, arguments.examples) if arguments.images else Judge(arguments.cache.resolve(), store, arguments.examples)
+    found = demo.tasks() if arguments.images else sorted(path.stem for path in (arguments.cache / "full").glob("*.done"))
+    tasks = arguments.tasks or found
     if arguments.check:
         check(judge, tasks)
-    chosen = [m for m in METHODS if not arguments.only or any(part in m.name for part in arguments.only)]
-    chosen = [m for m in chosen if arguments.data is not None or m not in TUNED]
+    ours = mixed(IMAGE_BUDGETS) if arguments.images else [*mixed(BUDGETS), *(TUNED if arguments.data is not None else [])]
+    chosen = [m for m in [*ours, *OTHER] if not arguments.only or any(part in m.name for part in arguments.only)]
     points = []
     counts = [len(judge.reference(task)) for task in tasks]
     print(f"{len(tasks)} tasks ({', '.join(tasks)}), {sum(counts)} examples, {judge.parameters:,} parameters a task\n")

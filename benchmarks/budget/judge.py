@@ -52,22 +52,37 @@ class Texts:
 class Judge:
     """The cache that benchmarks/papers/finetunes.py made, a folder for outputs, and one encoder."""
 
+    heads: tuple[str, ...] = ()  # options by which commands on several tasks know the tasks' heads
+
     def __init__(self, cache: Path, store: Path, examples: int | None, part: str = "test") -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.cache, self.store, self.examples, self.part = cache, store, examples, part
-        self.base = encoder_tensors(cache / "base-bf16")
+        self.base_folder = cache / "base-bf16"
+        self.base = self.tensors(self.base_folder)
         self.parameters = sum(tensor.numel() for tensor in self.base.values())
-        self._tokenizer = AutoTokenizer.from_pretrained(cache / "base-bf16")
+        self._tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
         self._texts: dict[str, Texts] = {}
 
     def fine_tune(self, task: str) -> Tensors:
         """The fine-tune's encoder, in float32, under the bare encoder's names."""
-        return encoder_tensors(self.cache / "full-bf16" / task)
+        return self.tensors(self.folder(task))
+
+    def folder(self, task: str) -> Path:
+        """The folder of a fine-tune."""
+        return self.cache / "full-bf16" / task
+
+    def tensors(self, folder: Path) -> Tensors:
+        """The encoder in a folder, in float32, under the bare encoder's names."""
+        return load_tensors(folder, PREFIX)
+
+    def labels(self, task: str) -> Array:
+        """Of the examples, in the order of the outputs; (examples,)."""
+        return self.texts(task).labels
 
     def judge(self, task: str, tensors: Mapping[str, torch.Tensor]) -> Judged:
         """What an encoder's `tensors` are worth under the head of the task's fine-tune."""
-        labels, reference, found = self.texts(task).labels, self.reference(task), self.outputs(task, tensors)
+        labels, reference, found = self.labels(task), self.reference(task), self.outputs(task, tensors)
         return Judged(found.argmax(-1) == labels, reference.argmax(-1) == labels, kl_divergence(reference, found))
 
     def reference(self, task: str) -> Array:
@@ -81,7 +96,7 @@ class Judge:
     def outputs(self, task: str, tensors: Mapping[str, torch.Tensor]) -> Array:
         """Logits under the task's head, float32 (examples, classes), in the order of length."""
         encoder = Encoder(tensors)
-        with safe_open(self.cache / "full-bf16" / task / "model.safetensors", "pt") as file:
+        with safe_open(self.folder(task) / "model.safetensors", "pt") as file:
             weight, bias = (file.get_tensor(name).float() for name in HEAD)
         with torch.inference_mode():
             pooled = torch.cat([encoder.pooled(batch["input_ids"], batch["attention_mask"]) for batch in self.texts(task).batches])
@@ -89,7 +104,7 @@ class Judge:
 
     def outputs_of_transformers(self, task: str) -> Array:
         """The fine-tune's logits as transformers computes them in float32: what `reference` is checked against."""
-        model = AutoModelForSequenceClassification.from_pretrained(self.cache / "full-bf16" / task, dtype=torch.float32).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(self.folder(task), dtype=torch.float32).eval()
         with torch.inference_mode():
             return torch.cat([model(**batch).logits for batch in self.texts(task).batches]).numpy()
 
@@ -117,10 +132,10 @@ def cuts(tokens: list[dict[str, Any]], order: list[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def encoder_tensors(folder: Path) -> Tensors:
+def load_tensors(folder: Path, prefix: str) -> Tensors:
     """A checkpoint's floating tensors without its head, in float32, under the bare encoder's names."""
     tensors = load_file(folder / "model.safetensors")
-    return {name.removeprefix(PREFIX): t.float() for name, t in tensors.items() if t.is_floating_point() and name not in HEAD}
+    return {name.removeprefix(prefix): t.float() for name, t in tensors.items() if t.is_floating_point() and name not in HEAD}
 
 
 def normalised(tasks: list[Judged]) -> Estimate:

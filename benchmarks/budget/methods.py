@@ -8,13 +8,13 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import rivals
-from judge import Judge, Tensors, encoder_tensors
+from judge import Judge, Tensors
 
 from peru_cli import cli
 from peru_cli.console import console
@@ -23,6 +23,7 @@ MERGE_SCALE = 0.3  # of task arithmetic, the usual one for eight tasks
 WITH_DATA = ("0.02", "0.03", "0.04", "0.06", "0.1")
 TEXTS = 1000  # of a task, for --data
 BUDGETS = ("0.02", "0.03", "0.045", "0.06", "0.1", "0.3", "1.0", "1.5")
+IMAGE_BUDGETS = ("0.1", "0.2", "0.3", "0.5", "0.7", "1.0", "1.5")  # names and digests of a model of 0.5M parameters take 0.09
 
 
 class Shop:
@@ -30,12 +31,12 @@ class Shop:
 
     def __init__(self, judge: Judge, tasks: list[str], folder: Path, data: Path | None = None) -> None:
         self.judge, self.tasks, self.folder, self.data = judge, tasks, folder, data
-        self.base = judge.cache / "base-bf16"
+        self.base = judge.base_folder
         self._trace: dict[float, dict[str, float]] = {}
 
     def model(self, task: str) -> Path:
         """The folder of a fine-tune."""
-        return self.judge.cache / "full-bf16" / task
+        return self.judge.folder(task)
 
     def peru(self, *arguments: object) -> str:
         """Run a command in this process, which spares the imports, and give what it prints; loud if it fails."""
@@ -53,14 +54,14 @@ class Shop:
         if not path.exists():
             models = [f"{task}={self.model(task)}" for task in self.tasks]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.peru(arguments[0], *models, "--base", self.base, "-o", path, *arguments[1:], "--quiet")
+            self.peru(arguments[0], *models, "--base", self.base, "-o", path, *self.judge.heads, *arguments[1:], "--quiet")
         return path
 
     def unpacked(self, artifact: Path, base: Path, *options: object) -> Tensors:
         """The encoder that `peru unpack` makes."""
         with tempfile.TemporaryDirectory() as scratch:
             self.peru("unpack", artifact, "--base", base, "-o", f"{scratch}/model", "--no-sync", "--quiet", *options)
-            return encoder_tensors(Path(scratch) / "model")
+            return self.judge.tensors(Path(scratch) / "model")
 
     def pruned(self, task: str, base: Path, *options: object) -> tuple[Tensors, float]:
         """`peru prune` of one task, and back; bytes without head and config, with everything else."""
@@ -155,7 +156,11 @@ def with_trace(shop: Shop, task: str) -> tuple[Tensors, float]:
     return rivals.ultra_delta(shop.judge.base, shop.judge.fine_tune(task), 0.99, False, factor)
 
 
-MIXED = [Method(f"peru prune --bits {bits}", "peru, mixed", prune("--bits", bits)) for bits in BUDGETS]
+def mixed(budgets: Sequence[str]) -> list[Method]:
+    """Mixed artifacts at several budgets."""
+    return [Method(f"peru prune --bits {bits}", "peru, mixed", prune("--bits", bits)) for bits in budgets]
+
+
 TUNED = [Method(f"peru prune --bits {bits} --data", "peru, with data", with_data(bits)) for bits in WITH_DATA]
 SPARSE = [Method(f"Post-Pruning {keep}", "Post-Pruning", prune("--keep", keep)) for keep in ("1%", "5%", "10%")]
 OCTAVES = [
@@ -184,4 +189,4 @@ OTHERS = [
     *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
     *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
 ]
-METHODS = [*MIXED, *TUNED, *ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *PACKS]
+OTHER = [*ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *PACKS]
