@@ -73,7 +73,7 @@ class Campaign:
             self.model.steps[step] = holds
 
     def prune(self) -> None:
-        every = self.chance.choice([2, 3, 5])
+        every = self.chance.choice([2, 3, 5] if len(self.model.steps) <= MOST else [50, 1000])
         kept = self.model.kept_by_prune(every)
         self._drop(["chain", "prune", self.model.run, "--keep-every", every, *QUICK], kept)
 

@@ -15,7 +15,7 @@ from blake3 import blake3
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo, build_header
 from peru_cli.checkpoints.local.atomic import PartialFile
-from peru_cli.checkpoints.local.files import open_random, read_header
+from peru_cli.checkpoints.local.files import BytesFile, RandomAccess, open_random, read_header
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.source import digest_of, pieces
 from peru_cli.errors import BadFile, UsageError
@@ -52,11 +52,13 @@ def header_room(largest_metadata: Mapping[str, str]) -> int:
 class ContainerWriter:
     """Appends roles in order, then seals the file with its header. A context manager, like PartialFile."""
 
-    def __init__(self, target: Path, largest_metadata: Mapping[str, str], sync: bool, resume: bool = False) -> None:
+    def __init__(
+        self, target: Path, largest_metadata: Mapping[str, str], sync: bool, resume: bool = False, file: PartialFile | None = None
+    ) -> None:  # fmt: skip
         """`largest_metadata` has every key that `finish` will get, with a value at least as long.
 
         With `resume`, the bytes that an earlier run left are kept for `skip`."""
-        self.file = PartialFile(target, sync, resume)
+        self.file = PartialFile(target, sync, resume) if file is None else file
         self._sizes = dict.fromkeys(ROLES, 0)
         self._data_offset = header_room(largest_metadata)
         self._at = self._data_offset
@@ -146,10 +148,10 @@ def opening(path: Place, close: Callable[[], None]) -> Iterator[None]:
 class Container:
     """An artifact opened for reading: metadata, the verified index, and roles read by range."""
 
-    def __init__(self, path: Place) -> None:
-        self.path = path
-        self._file = open_random(path)
-        with opening(path, self.close):
+    def __init__(self, source: Place | BytesFile) -> None:
+        self.path: Place = source.path if isinstance(source, BytesFile) else source
+        self._file: RandomAccess = source if isinstance(source, BytesFile) else open_random(source)
+        with opening(self.path, self.close):
             self._open()
 
     def _open(self) -> None:

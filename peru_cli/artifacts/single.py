@@ -11,6 +11,7 @@ from peru_cli.artifacts.index import STORED, Mode, SideFile, TensorRecord
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.files import BytesFile
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import digest_of, pieces
@@ -24,10 +25,10 @@ class SingleArtifact(ABC, Generic[R]):
 
     records: dict[str, R]  # by the fine-tune's names, in canonical order
 
-    def __init__(self, path: Place) -> None:
-        self.container = Container(path)
+    def __init__(self, source: Place | BytesFile) -> None:
+        self.container = Container(source)
         self.path, self.metadata = self.container.path, self.container.metadata
-        with opening(path, self.close):
+        with opening(self.path, self.close):
             self._open()
 
     @abstractmethod

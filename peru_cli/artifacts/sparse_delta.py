@@ -20,6 +20,7 @@ from peru_cli.artifacts.codecs import encode
 from peru_cli.artifacts.container import FORMAT, ContainerWriter
 from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, STORED, Block, Index, SideFile, Stream, TensorRecord, encode_index
 from peru_cli.checkpoints.digests import SHORT
+from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.errors import BadFile
 
 KIND = "sparse-delta"
@@ -225,8 +226,11 @@ class BlockWriter:
 class SparseDeltaWriter(BlockWriter):
     """Writes one artifact: a BlockWriter with `finish`."""
 
-    def __init__(self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool, resume: bool = False) -> None:
-        self.container = ContainerWriter(target, largest_metadata, sync, resume)
+    def __init__(
+        self, target: Path, streams: list[Stream], largest_metadata: Mapping[str, str], sync: bool, resume: bool = False,
+        file: PartialFile | None = None,
+    ) -> None:  # fmt: skip
+        self.container = ContainerWriter(target, largest_metadata, sync, resume, file)
         super().__init__(streams, partial(self.container.append, "blocks"))
 
     def go_on(self, blocks: list[Block], news: list[News]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peru_cli.chain.links import Chain
     from peru_cli.chain.write import Written
 
-FULL_EVERY = 20
+FULL_EVERY = 50
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The chain: a folder of links, step-1200.safetensors and so on.")]
 Step = Annotated[str, typer.Argument(metavar="STEP", help="The step's number, or `last`.")]

@@ -13,6 +13,7 @@ from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.checks.usable import usable
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local.checkpoint import open_file
+from peru_cli.checkpoints.local.files import BytesFile, read_header
 from peru_cli.checkpoints.lora.adapter import REST, find_adapters, is_adapter, is_lora_file
 from peru_cli.checkpoints.lora.expand import LoraCheckpoint
 from peru_cli.checkpoints.places import Place, locate
@@ -74,6 +75,15 @@ def open_compact(path: Place) -> Artifact:
     """Open an artifact of any kind, without its base. BadFile if it is damaged or of an unknown kind."""
     kind = artifact_kind(path)
     return open_pack(path) if kind in KINDS else Mixed(path) if kind == MIXED else SparseDelta(path)
+
+
+def open_bytes(data: bytes | memoryview) -> Artifact:
+    """An artifact whose bytes are at hand. BadFile if they are damaged, UsageError for a pack."""
+    file = BytesFile(data)
+    kind = read_header(file).metadata.get("peru.kind")
+    if kind in KINDS:
+        raise UsageError("a pack cannot be opened from memory", "write it to a file, and open that")
+    return Mixed(file) if kind == MIXED else SparseDelta(file)
 
 
 def on_base(artifact: Artifact, task: str | None, label: str, base: Checkpoint) -> FromArtifact:

@@ -23,7 +23,7 @@ from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.decode import kept_bits
 from peru_cli.finetunes.delta import DeltaOnBase
 from peru_cli.finetunes.fine_tune import Artifact, FromArtifact
-from peru_cli.finetunes.open import on_base, open_compact
+from peru_cli.finetunes.open import on_base, open_bytes, open_compact
 from peru_cli.live.applied import INTEGERS, Applied, as_saved, base_tensors, match, owners, verify_base
 from peru_cli.live.memory import TensorTable, empty_tensor, fill
 from peru_cli.live.owners import Claim
@@ -36,10 +36,15 @@ _PIECE = 1 << 22  # entries decoded at once
 _applied: weakref.WeakKeyDictionary[Any, Applied] = weakref.WeakKeyDictionary()
 
 
-def open_artifact(path: str | Path) -> Artifact:
+def open_artifact(path: str | Path | bytes | memoryview) -> Artifact:
     """Open an artifact that `peru prune` or `peru shuffle-pack` wrote: a path, or a name on the Hub.
 
-    Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read."""
+    The bytes of an artifact, as `peru_cli.diff` returns them, will do as well; packs come from files only.
+
+    Raises BadFile if it is damaged or of an unknown kind, OSError if it cannot be read.
+    """
+    if isinstance(path, bytes | memoryview):
+        return open_bytes(path)
     return open_compact(find_artifact(locate(str(path))))
 
 

@@ -15,6 +15,7 @@ from peru_cli.checkpoints.base_name import BaseName
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.renamed import record_rules
@@ -95,15 +96,18 @@ class PruneResult:
 class Job:
     """One artifact in the making."""
 
-    journal: Journal
+    journal: Journal | None = None
 
-    def __init__(self, number: int, base: Checkpoint, task: PruneTask, options: PruneOptions, sync: bool) -> None:
+    def __init__(
+        self, number: int, base: Checkpoint, task: PruneTask, options: PruneOptions, sync: bool, file: PartialFile | None = None
+    ) -> None:
+        """With `file`, it is written there, and not to the task's target."""
         self._number, self._base, self._task, self.options = number, base, task, options
         self._in_place = False
         pairs = task.vector.pairs.values()
         dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
         streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
-        self.writer = SparseDeltaWriter(task.target, streams, self._metadata(None), sync, resume=True)
+        self.writer = SparseDeltaWriter(task.target, streams, self._metadata(None), sync, resume=True, file=file)
         self.sink = Sink(self.writer, streams, octaves=options.values == "log2")
 
     def holds(self, journal: Journal) -> bool:
@@ -128,6 +132,8 @@ class Job:
     def _once(self, what: str, make: Callable[[], bytes | None], stored: TensorInfo | None = None) -> bytes | None:
         """A digest that an earlier run noted, or what `make` gives, noted. `stored` is what `make` appends, or an earlier run has."""
         key, container = self._key(what), self.writer.container
+        if self.journal is None:
+            return make()
         if key in self.journal.notes:
             digest, nbytes = self.journal.notes[key]
             known = bytes.fromhex(digest) if digest else None
@@ -190,7 +196,7 @@ class Job:
 
     def commit(self) -> None:
         """Put the sealed artifact in its place, unless an earlier run has."""
-        if not is_in_place(self._task.target, self.journal.notes):
+        if self.journal is None or not is_in_place(self._task.target, self.journal.notes):
             self.writer.container.commit()
 
     def _records(self, select: Select, results: dict[str, bytes]) -> tuple[list[TensorRecord], list[TensorInfo]]:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +212,23 @@ class PartialFile:
                     os.unlink(self.path)
                     _gone(self.path)
             self._close()
+
+
+class MemoryFile(PartialFile):
+    """The same for what is to stay in memory: nothing appears under any name. `data` is what was committed."""
+
+    def __init__(self) -> None:
+        self.target = self.path = Path("memory")
+        self.data = b""
+        self._file = open(os.memfd_create("peru"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
+        self.fd = self._file.fileno()
+
+    def commit(self) -> None:
+        inputs.check()
+        self.data = self.read_at(0, os.fstat(self.fd).st_size)
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
 
 
 class PartialDirectory:

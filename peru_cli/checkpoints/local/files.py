@@ -71,6 +71,27 @@ class RandomAccessFile:
         self._file.close()
 
 
+class BytesFile:
+    """A file's bytes in memory."""
+
+    path = Path("artifact in memory")
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data)
+        self.size = len(self._data)
+        self.header: Header | None = None
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset`; BadFile if the bytes end first."""
+        if offset + len(buffer) > self.size:
+            raise BadFile(f"{self.path}: it ends at byte {self.size}")
+        buffer[:] = self._data[offset : offset + len(buffer)]
+
+    def close(self) -> None:
+        """Let go of the bytes."""
+        self._data = memoryview(b"")
+
+
 def open_random(place: Place) -> RandomAccess:
     """Open a file to be read at any offset; a file on the Hub by ranges, if so the command says."""
     return RandomAccessFile(place) if isinstance(place, Path) or not place.streams else place.ranges()
