@@ -7,7 +7,7 @@ import pytest
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.kernels.products import added, product_into
-from peru_cli.methods.mixed.scales import run_of_product, scale_of
+from peru_cli.methods.mixed.scales import product, run_of_product, scale_of
 from peru_cli.streaming.arrays import CPU
 
 
@@ -48,3 +48,10 @@ def test_every_base_plus_differences_of_any_size_is_rounded_as_numpy_rounds_it(d
             single = (wide + differences).astype(np.float32)
         stays = (differences == 0) | ~np.isfinite(wide)
         assert (added(bits, differences, dtype) == np.where(stays, bits, CPU.narrow(single, BY_NAME[dtype]))).all()
+
+
+def test_factors_may_lie_in_memory_in_any_order() -> None:
+    noise = np.random.default_rng(3)
+    left, right = (np.asfortranarray(noise.integers(-3, 4, shape).astype(np.int16)) for shape in ((20, 5), (5, 9)))
+    scales = np.arange(5)
+    assert (product(left, right, scales) == (left * scale_of(scales)) @ right.astype(np.float64)).all()

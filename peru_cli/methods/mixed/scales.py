@@ -83,4 +83,4 @@ def _product_into(left: Integers, right: Integers, g: Integers, rows: Integers, 
     kind = np.float32 if total < 1 << _SINGLE_BITS else np.float64
     units = np.ldexp(np.asarray(MANTISSAS, np.float64)[g % 4], (g // 4 - least).astype(np.int32))
     at = np.ascontiguousarray(rows * panel.shape[1], np.int64)
-    product_into((left * units).astype(kind), right.astype(kind), 2.0 ** (least - 4), at, panel.reshape(-1))
+    product_into((left * units).astype(kind, "C"), right.astype(kind, "C"), 2.0 ** (least - 4), at, panel.reshape(-1))
