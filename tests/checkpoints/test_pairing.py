@@ -250,8 +250,9 @@ def test_tensors_that_are_not_floats(tmp_path: Path, peru: Peru) -> None:
     base["int.type"], fine["int.type"] = torch.arange(6), torch.arange(6, dtype=torch.int32)
     base["f8"] = fine["f8"] = numbers(30).to(torch.float8_e4m3fn)
     found = modes(round_trip(peru, tmp_path, base, fine))
-    for name in ("same.int", "f8", "position_ids"):
+    for name in ("same.int", "position_ids"):
         assert found[name] == Mode.COPY, name
+    assert found["f8"] == Mode.DELTA  # FP8 codes are compared byte by byte
     for name in ("new.int", "mask", "step", "last.int", "was.float", "was.int", "int.type"):
         assert found[name] == Mode.WHOLE, name
 

@@ -172,7 +172,7 @@ def test_a_pack_scores_like_its_unpacked_tasks(tmp_path: Path, peru: Peru, monke
     assert weights == run(peru, *(f"{task}={tmp_path / task}" for task in tasks), "-b", demo.BASE, *against)["weights"]
     assert 0 < weights["digits"]["total"]["error"] < 1 and weights["digits"]["heads_equal"]
     peru("eval", pack, "-b", demo.BASE, "-a", f"letters={demo.fine_tune('digits')}", code=2)
-    assert "no 'letters'" in peru.stderr  # type: ignore[attr-defined]
+    assert "not 'letters'" in peru.stderr  # type: ignore[attr-defined]
     peru("eval", pack, "-b", demo.BASE, "-d", f"letters={demo.images('digits')}", code=2)
     assert "no 'letters'" in peru.stderr  # type: ignore[attr-defined]
 
