@@ -252,8 +252,9 @@ def test_tensors_that_are_not_floats(tmp_path: Path, peru: Peru) -> None:
     found = modes(round_trip(peru, tmp_path, base, fine))
     for name in ("same.int", "position_ids"):
         assert found[name] == Mode.COPY, name
-    assert found["f8"] == Mode.DELTA  # FP8 codes are compared byte by byte
-    for name in ("new.int", "mask", "step", "last.int", "was.float", "was.int", "int.type"):
+    for name in ("f8", "last.int"):  # what may be codes of quantised weights is compared byte by byte
+        assert found[name] == Mode.DELTA, name
+    for name in ("new.int", "mask", "step", "was.float", "was.int", "int.type"):
         assert found[name] == Mode.WHOLE, name
 
 

@@ -174,7 +174,7 @@ def test_a_pack_scores_like_its_unpacked_tasks(tmp_path: Path, peru: Peru, monke
     peru("eval", pack, "-b", demo.BASE, "-a", f"letters={demo.fine_tune('digits')}", code=2)
     assert "not 'letters'" in peru.stderr  # type: ignore[attr-defined]
     peru("eval", pack, "-b", demo.BASE, "-d", f"letters={demo.images('digits')}", code=2)
-    assert "no 'letters'" in peru.stderr  # type: ignore[attr-defined]
+    assert "not 'letters'" in peru.stderr  # type: ignore[attr-defined]
 
 
 def test_several_tasks_one_merge_and_their_mean(tmp_path: Path, peru: Peru) -> None:
