@@ -98,8 +98,8 @@ def _loaded_names(model: Checkpoint) -> _Names | None:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     cls: Any = getattr(transformers, str(architectures[0]), None)
-    if cls is None or kind not in transformers.CONFIG_MAPPING:
-        return None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) or kind not in transformers.CONFIG_MAPPING:
+        return None  # a stranger's config may name anything that transformers has
     try:
         with torch.device("meta"):
             built = cls(transformers.CONFIG_MAPPING[kind].from_dict(dict(config)))

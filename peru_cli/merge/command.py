@@ -289,7 +289,6 @@ def merge(
     if not partial_path(target).exists():  # otherwise a killed run has already taken the space
         check_room(target, sum(info.nbytes for info in plan.written))
     extra = [
-        *(["--then", then] if then else []),
         *(["--per-task", per_task] if per_task else []),
         *(["--merge-heads"] if merge_heads else []),
     ]
@@ -306,6 +305,8 @@ def merge(
         extra += [word for text in seen for word in ("--data", text)]
     base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
     typed_values, typed_weights, own = shown(varied, values, parameters.weights, names)
+    if then is not None:
+        typed_values = typed_values | {"then": then}
     has_weights = "weight" in chosen.options
     recipe = out.Recipe(
         method, chosen.paper, names, typed_weights if has_weights else None, typed_values, base_name, tuple(extra), shard_bytes, own=own
@@ -353,7 +354,10 @@ def merge(
             all_models = [*(a.model for a in arguments), *([base] if base is not None else [])]
             with trusting(all_models, trust_remote_code):
                 looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
-            rule, recipe = looked.rule, replace(recipe, values=dict(looked.parameters.values), statistics=looked.keys)
+            rule, recipe = (
+                looked.rule,
+                replace(recipe, values=dict(looked.parameters.values) | ({"then": then} if then else {}), statistics=looked.keys),
+            )
         where = out.Where(target, run.sync, run.force, progress.step, console.note)
         if density is not None:
             results = out.write_compressed(plan, rule, recipe, where, density, how)

@@ -30,9 +30,10 @@ from peru_cli.prune.journal import PruneLog
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import DEFAULT_TILE
-from peru_cli.vectors.family import Family, StreamSettings, TaskVector, counted_bytes, find_thresholds
+from peru_cli.vectors.family import Family, StreamSettings, TaskVector
 from peru_cli.vectors.selection import Select
 from peru_cli.vectors.threshold_journal import ThresholdJournal
+from peru_cli.vectors.thresholds import counted_bytes, find_thresholds
 from peru_cli.version import __version__
 
 __all__ = ["PruneOptions", "PruneResult", "PruneTask", "all_quantized", "fetch_bytes", "plan_prune", "prune"]

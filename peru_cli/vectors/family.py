@@ -1,4 +1,4 @@
-"""Several fine-tunes aligned with one base, and the search for thresholds over their task vectors."""
+"""Several fine-tunes aligned with one base."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from peru_cli.checkpoints.bundle import MOST, bundle
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.delta import INFINITE_KEY, cast_bits
-from peru_cli.methods.magnitude import Counted, Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
-from peru_cli.streaming.aligned import TileBuffer, read_bits, read_runs
+from peru_cli.streaming.aligned import TileBuffer, read_runs
 from peru_cli.streaming.arrays import Array, Arrays, Differences
-from peru_cli.streaming.engine import Reads, run
+from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
-from peru_cli.vectors.threshold_journal import Found, ThresholdJournal
 
-SAMPLE_RUNS = 1024
-RANGED_RUN = 4  # runs this many times as long, and this many times fewer, if each run is a request
-SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
 KEPT_BYTES = 128 << 20  # bytes from the network kept for a second pass: all of a small model, or one tensor
-SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
-STRIP_RUNS = 32  # runs that one thread processes together: asking for a single run costs more than processing it
 
 
 @dataclass
@@ -197,213 +188,3 @@ def _pairs_of(task: TaskVector, slots: Sequence[TensorInfo], runs: Sequence[Sequ
         for slot, run in zip(slots, runs, strict=True)
         if run[0] in task.pairs
     }
-
-
-class _Group:
-    """Slots that share a threshold: all of them, or one."""
-
-    def __init__(self, family: Family, slots: range) -> None:
-        self.family, self.slots = family, slots
-        self.tensors = [family.slots[i] for i in slots]
-        self.entries = [tensor.entries for tensor in self.tensors]
-        self._sample = SAMPLE_RUN * (SAMPLE_RUNS if len(slots) > 1 else SLOT_RUNS)
-
-    def slot(self, tile: Tile | Strip) -> TensorInfo:
-        return self.family.slots[self.slots[tile.tensor]]
-
-    def sample(self) -> tuple[list[Strip], bool]:
-        """Short runs spread evenly over the group, or all of it if that is no more (the flag)."""
-        strips: list[Strip] = []
-        total = sum(self.entries)
-        everything = total <= self._sample
-        step = 1.0 if everything else total / self._sample
-        due = 0.0  # runs are cut from pieces of SAMPLE_RUN entries; every step-th piece is taken
-        tile = self.family.how.tile_entries
-        run = SAMPLE_RUN * (RANGED_RUN if self.family.ranged else 1)
-        size, together = (tile, 1) if everything else (run, min(STRIP_RUNS, tile // run))
-        for tensor, entries in enumerate(self.entries):
-            runs: list[tuple[int, int]] = []
-            for start in range(0, entries, size):
-                if due < 1.0:
-                    runs.append((start, min(start + size, entries)))
-                    due += step
-                due -= 1.0
-            strips += [Strip.of(len(strips) + i, tensor, runs[at : at + together]) for i, at in enumerate(range(0, len(runs), together))]
-        return strips, everything
-
-
-class _Sample:
-    """Collects keys of all tasks, in order."""
-
-    keeps = True  # the next pass counts the same entries
-
-    def __init__(self, group: _Group, wanted: Sequence[int]) -> None:
-        self._group, self._wanted = group, wanted
-        self.keys: dict[int, list[Keys]] = {number: [] for number in wanted}
-        self._tensors: dict[int, list[int]] = {number: [] for number in wanted}  # the tensor of each piece
-        self.changed = dict.fromkeys(wanted, 0)
-
-    def buffers(self) -> Buffers:
-        return self._group.family.buffers()
-
-    def apply(self, tile: Strip, buffers: Buffers) -> list[tuple[int, Keys, int]]:
-        family, slot = self._group.family, self._group.slot(tile)
-        base_bits = read_runs(family.base, slot, tile.runs, buffers.base)
-        found = []
-        for a in family.each(slot, tile, base_bits, buffers, self._wanted):
-            keys = family.differences(a, buffers).keys(a.base, a.fine, a.pair.fine.dtype.name).copy()
-            found.append((a.task, keys, int(np.count_nonzero(keys >= 0))))
-        return found
-
-    def reads(self) -> Reads:
-        return self._group.family.reads(self._group.tensors, self._wanted)
-
-    def commit(self, tile: Strip, result: list[tuple[int, Keys, int]]) -> None:
-        for number, keys, changed in result:
-            self.keys[number].append(keys)
-            self._tensors[number].append(tile.tensor)
-            self.changed[number] += changed
-
-    def window(self, number: int, k: int, within: tuple[int, int, int] | None = None) -> Window:
-        """A window that very likely contains the task's threshold. Each sampled key stands for its share of its tensor.
-
-        With `within` (lowest key, highest key, their number), only keys in that range count."""
-        sizes = np.array([len(keys) for keys in self.keys[number]])
-        tensors = np.array(self._tensors[number])
-        sampled = np.bincount(tensors, weights=sizes, minlength=len(self._group.entries))
-        weights = np.repeat((np.array(self._group.entries) / np.maximum(sampled, 1))[tensors], sizes)
-        keys = np.concatenate(self.keys[number])
-        if within is None:
-            return predict_window(keys, weights, k, self._group.family.tasks[number].infinite_key)
-        low, high, n = within
-        inside = (keys >= low) & (keys <= high)
-        if not inside.any():
-            return Window.over(low, high)
-        keys, weights = keys[inside], weights[inside]
-        return predict_window(keys, weights * (n / weights.sum()), k, high)
-
-    def finish(self, tile: Strip, committed: None, buffers: Buffers) -> None:
-        pass
-
-
-class _Count:
-    """Tallies the windows of several tasks over the slots from `first` on. `tallies` start with the journal's counts."""
-
-    def __init__(self, group: _Group, windows: dict[int, Window], log: ThresholdJournal | None) -> None:
-        self._group, self._log = group, log
-        self.tallies = {number: Tally(window) for number, window in windows.items()}
-        self.keeps = group.family.fits(group.tensors)
-        self.first = 0
-        if log is not None:
-            self.first = log.counted(self.tallies)
-
-    def plan(self) -> TilePlan:
-        """Tiles that the journal has not counted."""
-        entries = [0 if i < self.first else n for i, n in enumerate(self._group.entries)]
-        return TilePlan(entries, self._group.family.how.tile_entries)
-
-    def reads(self) -> Reads:
-        return self._group.family.reads(self._group.tensors, self.tallies)
-
-    def buffers(self) -> Buffers:
-        return self._group.family.buffers()
-
-    def apply(self, tile: Tile, buffers: Buffers) -> dict[int, Counted]:
-        family, slot = self._group.family, self._group.slot(tile)
-        _, base_bits = read_bits(family.base, slot, tile, buffers.base)
-        found = {}
-        for a in family.each(slot, tile, base_bits, buffers, list(self.tallies)):
-            found[a.task] = self.tallies[a.task].count(family.differences(a, buffers), a.base, a.fine, a.pair.fine.dtype.name)
-        return found
-
-    def commit(self, tile: Tile, result: dict[int, Counted]) -> None:
-        for number, counted in result.items():
-            self.tallies[number].add(counted)
-        if self._log is not None and tile.stop == self._group.entries[tile.tensor]:
-            self._log.count(self.tallies, tile.tensor)
-
-    def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
-        pass
-
-
-def _nothing(task: TaskVector) -> Threshold:
-    """The threshold that keeps no entry."""
-    return Threshold(task.infinite_key + 1, 0)
-
-
-def _sampled(group: _Group, wanted: Sequence[int]) -> tuple[_Sample, bool]:
-    """A sample of some tasks' keys, and whether it holds all of them."""
-    how = group.family.how
-    sample = _Sample(group, wanted)
-    strips, everything = group.sample()
-    run(sample, strips, how.threads, how.advance if everything else lambda entries: None)
-    return sample, everything
-
-
-def _predict(group: _Group, sample: _Sample, everything: bool, kept: dict[int, int]) -> tuple[dict[int, Found], dict[int, Window]]:
-    """Thresholds that the sample settles, and windows for the others."""
-    family = group.family
-    found: dict[int, Found] = {}
-    windows: dict[int, Window] = {}
-    for number, k in kept.items():
-        keys, task = sample.keys[number], family.tasks[number]
-        if not keys or (everything and not k):
-            found[number] = Found(_nothing(task), sample.changed[number])
-        elif everything:
-            found[number] = Found(exact_threshold(np.concatenate(keys), sample.changed[number], k), sample.changed[number])
-        else:
-            windows[number] = sample.window(number, k) if k else Window(task.infinite_key, 0, 1)
-    return found, windows
-
-
-def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: ThresholdJournal | None = None) -> dict[int, Found]:
-    """The threshold of each task over some slots that keeps exactly the requested number of entries.
-
-    Args:
-        kept: for each task (index), how many of its entries in these slots to keep.
-        log: results of an earlier run, which are reused, and where to record those of this run.
-
-    Reads a sample, then usually everything once. Exact for any data (methods/magnitude.py)."""
-    group = _Group(family, slots)
-    how = family.how
-    sample: _Sample | None = None
-    known = log.known() if log is not None else None
-    if known is None:
-        sample, everything = _sampled(group, list(kept))
-        known = (*_predict(group, sample, everything, kept), 0)
-    found, windows, counts = known
-    while True:
-        if log is not None:
-            log.begin(found, windows, counts)
-        if not windows:
-            return found
-        count = _Count(group, windows, log)
-        how.advance(sum(group.entries[: count.first]))
-        run(count, count.plan(), how.threads, how.advance)
-        for number in list(windows):
-            tally = count.tallies[number]
-            task = family.tasks[number]
-            decision = decide(tally, kept[number], task.infinite_key) if kept[number] else _nothing(task)
-            if isinstance(decision, Window):
-                missed = tally.missed(kept[number], task.infinite_key, sum(group.entries)) if not counts else None
-                if missed is not None and sample is None:
-                    sample, _ = _sampled(group, list(windows))
-                windows[number] = decision if missed is None or sample is None else sample.window(number, missed[0], missed[1:])
-            else:
-                found[number] = Found(decision, tally.changed)
-                del windows[number]
-        counts += 1  # predict again from the counts, once; then bisect
-
-
-def counted_bytes(family: Family, slots: range) -> int:
-    """Network bytes that the threshold search takes and the next pass requests again: everything but the sample."""
-    group = _Group(family, slots)
-    strips, _ = group.sample()
-    total = family.ranged_bytes(group.tensors)
-    for source, info_of in family.reads(group.tensors, range(len(family.tasks))):
-        for strip in strips if source.ranged else ():
-            info = info_of(strip.tensor)
-            total -= (
-                sum(info.dtype.nbytes(max(0, min(stop, info.entries) - start)) for start, stop in strip.runs) if info is not None else 0
-            )
-    return total

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from tests.merge.test_methods import Merged
 
@@ -99,6 +101,8 @@ def test_the_pass_is_recorded_and_what_it_cannot_follow_is_refused(tmp_path: Pat
     arguments = ["merge", *case.models, "-b", tmp_path / "base.safetensors", "-o", tmp_path / "folder", "-m", "ties"]
     peru(*arguments, "--then", "svc", "--no-sync")
     assert "--then svc" in (tmp_path / "folder" / "README.md").read_text()
+    with safe_open(tmp_path / "folder" / "model.safetensors", "np") as file:
+        assert json.loads(file.metadata()["peru.merge.options"])["then"] == "svc"
     for words, said in (
         (["--then", "svc", "-m", "iso-c"], "all singular values are equal"),
         (["--then", "scv"], "did you mean svc?"),

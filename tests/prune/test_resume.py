@@ -16,8 +16,8 @@ import torch
 
 from peru_cli import cli
 from peru_cli.checkpoints.local import journal
-from peru_cli.vectors import family as taskvectors
 from peru_cli.vectors import threshold_journal as countlog
+from peru_cli.vectors import thresholds
 from tests.conftest import run_peru, save
 from tests.support.damage import files, run_and_kill
 from tests.support.hub_server import Handler, HubServer, Request
@@ -46,7 +46,7 @@ def models(tmp_path: Path) -> Path:
 def noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise, work on local files is recorded once a second."""
     monkeypatch.setattr(countlog, "EVERY", 0.0)
-    monkeypatch.setattr(taskvectors, "SAMPLE_RUNS", 64)  # less than everything, so that something is left to count
+    monkeypatch.setattr(thresholds, "SAMPLE_RUNS", 64)  # less than everything, so that something is left to count
 
 
 VARIANTS = {
@@ -185,8 +185,8 @@ BASE, FINE = "meta/base", "org/fine"
 SMALL = """
 import sys
 from peru_cli.checkpoints.local import readahead
-from peru_cli.vectors import family as taskvectors
-taskvectors.KEPT_BYTES, taskvectors.SAMPLE_RUNS, readahead.PIECE, readahead.HELD = 0, 64, 1 << 18, 1 << 20
+from peru_cli.vectors import family as taskvectors, thresholds
+taskvectors.KEPT_BYTES, thresholds.SAMPLE_RUNS, readahead.PIECE, readahead.HELD = 0, 64, 1 << 18, 1 << 20
 from peru_cli import cli
 raise SystemExit(cli.run(sys.argv[1:]))
 """

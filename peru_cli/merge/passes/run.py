@@ -22,8 +22,9 @@ from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
 from peru_cli.streaming.tiles import Tile, TilePlan
-from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
+from peru_cli.vectors.family import Family, StreamSettings
 from peru_cli.vectors.threshold_journal import ThresholdJournal
+from peru_cli.vectors.thresholds import find_thresholds
 
 DEFAULT_TILE = 1 << 18  # entries; smaller tiles fit caches better, but threads then wait for each other at every operation
 

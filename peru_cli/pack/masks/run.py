@@ -25,7 +25,8 @@ from peru_cli.pack.seal import PackResult, PackSealer
 from peru_cli.shown import listed
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import TilePlan
-from peru_cli.vectors.family import Family, StreamSettings, find_thresholds
+from peru_cli.vectors.family import Family, StreamSettings
+from peru_cli.vectors.thresholds import find_thresholds
 
 
 @dataclass(frozen=True)

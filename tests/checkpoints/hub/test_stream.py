@@ -101,13 +101,13 @@ def test_the_same_artifact_and_nothing_on_disk(hub: HubServer, pair: tuple[Path,
 # In a process whose limits are changed first: what a model larger than memory meets.
 SMALL = """
 import sys
-from peru_cli.vectors import family as taskvectors
+from peru_cli.vectors import family as taskvectors, thresholds
 from peru_cli.methods.magnitude import Window
 taskvectors.KEPT_BYTES = int(sys.argv[1])
 if sys.argv[2] == "miss":
-    predict = taskvectors.predict_window
+    predict = thresholds.predict_window
     windows = [Window.over(0, 10)]
-    taskvectors.predict_window = lambda *arguments: windows.pop() if windows else predict(*arguments)
+    thresholds.predict_window = lambda *arguments: windows.pop() if windows else predict(*arguments)
 from peru_cli import cli
 raise SystemExit(cli.run(sys.argv[3:]))
 """
