@@ -33,8 +33,9 @@ def test_kept_directions_are_lengthened_for_dropped_ones() -> None:
     noise = np.random.default_rng(5)
     left, right = (np.linalg.qr(noise.standard_normal((n, 6)))[0] for n in (300, 200))
     values = np.array([80.0, 80.0, 80.0, 1.0, 1.0, 1.0])
-    squared = float(np.square(values).sum()) + 6000  # the spectrum holds a part of it
-    spectrum = Spectrum(left, values, right, squared)
+    squares = np.square(left * values).sum(1) + 20  # the spectrum holds a part of it
+    squared = float(squares.sum())
+    spectrum = Spectrum(left, values, right, squared, squares)
     wanted = (left[:, :3] * values[:3]) @ right[:, :3].T
     for longer, factor in ((False, 1.0), (True, (squared / 19200) ** REGAINED)):
         found = quantised(spectrum, 0.008, longer)
@@ -42,4 +43,4 @@ def test_kept_directions_are_lengthened_for_dropped_ones() -> None:
         made = product(found.left, found.right, found.scales)
         assert np.sum(made * wanted) / np.sum(wanted * wanted) == pytest.approx(factor, rel=0.01)
         missed = (left * values) @ right.T - made
-        assert found.squared_error == pytest.approx(float(np.square(missed).sum()) + 6000, rel=1e-9)
+        assert found.squared_errors == pytest.approx(np.square(missed).sum(1) + 20, rel=1e-9)

@@ -26,22 +26,24 @@ Integers = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Leading singular values and vectors of a matrix: float64 (k,), (rows, k), (columns, k); `squared` is of the whole matrix."""
+    """Leading singular values and vectors of a matrix: float64 (k,), (rows, k), (columns, k); squared norms of the whole matrix and of
+    each of its rows, (rows,)."""
 
     left: Floats
     values: Floats
     right: Floats
     squared: float
+    squares: Floats
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """left (rows, k) int16, right (k, columns) int16, scale indices (k,), and the squared error against the matrix."""
+    """left (rows, k) int16, right (k, columns) int16, scale indices (k,), and the squared error of each row of the matrix, (rows,)."""
 
     left: Integers
     right: Integers
     scales: Integers
-    squared_error: float
+    squared_errors: Floats
 
 
 def choose_scales(values: Floats, rows: int, columns: int, multiplier: float) -> tuple[Integers, Floats]:
@@ -112,12 +114,13 @@ def _refined(spectrum: Spectrum, keep: Integers, numbers: Integers, longer: bool
     return LowRank(left, factor, numbers, missed_by(spectrum, left, factor, numbers))
 
 
-def missed_by(spectrum: Spectrum, left: Integers, right: Integers, scales: Integers) -> float:
-    """What factors miss of a matrix, squared; integers (rows, k), (k, columns), scale numbers (k,)."""
+def missed_by(spectrum: Spectrum, left: Integers, right: Integers, scales: Integers) -> Floats:
+    """What factors miss of each row of a matrix, squared, (rows,); integers (rows, k), (k, columns), scale numbers (k,)."""
     steps = np.sqrt(scale_of(scales))
     a, b = _scaled(left, steps), _scaled(right.T, steps)
-    inside = float(((_inner(spectrum.left, a) * spectrum.values[:, None]) * _inner(spectrum.right, b)).sum())
-    return max(spectrum.squared - 2 * inside + _squared(a, b), 0.0)
+    wanted = spectrum.left @ (spectrum.values[:, None] * _inner(spectrum.right, b))
+    missed: Floats = spectrum.squares - 2 * (wanted * a).sum(1) + ((a @ _inner(b, b)) * a).sum(1)
+    return np.maximum(missed, 0.0)
 
 
 def _scaled(factor: Integers, steps: Floats) -> Floats:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.kernels.products import added
@@ -48,20 +48,40 @@ def ulp_counts(base: Bits, dtype: Dtype) -> dict[int, int]:
     return found
 
 
-def rounded_error(squared_error: float, ulps: dict[int, int]) -> float:
-    """The squared error after rounding, if errors are Gaussian and alike in all entries of a tensor.
+def rounded_error(squared_errors: Floats, columns: int, ulps: dict[int, int]) -> float:
+    """The squared error after rounding, if errors are Gaussian, alike in all entries of a row, and independent of the entries' sizes.
 
     A fine-tune's entries lie on the dtype's grid. An error below half a step is rounded away, any other becomes
-    whole steps: u^2 sum over k >= 0 of (2 k + 1) P(|error| > (k + 1/2) u)."""
+    whole steps: u^2 sum over k >= 0 of (2 k + 1) P(|error| > (k + 1/2) u).
+
+    Args:
+        squared_errors: before rounding, summed over each row, (rows,).
+        columns: entries of a row.
+        ulps: the number of entries of the tensor by the exponent of their ULP; empty if rounding does not matter."""
+    variances, rows = _by_size(np.asarray(squared_errors, np.float64) / columns)
     n = sum(ulps.values())
-    if not n or squared_error <= 0:
-        return squared_error
-    deviation = math.sqrt(squared_error / n)
-    return sum(count * _rounded(deviation, 2.0**exponent) for exponent, count in ulps.items())
+    if not n or not len(rows):
+        return float(squared_errors.sum())
+    ulp = np.exp2(np.array(list(ulps), np.float64))
+    share = np.array(list(ulps.values()), np.float64) / n
+    return float(columns * (rows[:, None] * share * _rounded(variances[:, None], ulp)).sum())
 
 
-def _rounded(deviation: float, ulp: float) -> float:
-    if ulp * _STEPS / 2 < deviation:
-        return deviation * deviation + ulp * ulp / 12
-    terms = ((2 * k + 1) * math.erfc((k + 0.5) * ulp / deviation / math.sqrt(2)) for k in range(3 * _STEPS))
-    return ulp * ulp * sum(terms)
+def _by_size(variances: Floats) -> tuple[Floats, Floats]:
+    """The means of positive numbers that are alike within a quarter of an octave, and how many there are of each."""
+    positive = variances[variances > 0]
+    bins, counts = np.unique(np.round(4 * np.log2(positive)).astype(np.int64), return_inverse=True)
+    sums = np.bincount(counts, positive, len(bins))
+    found: Floats = np.bincount(counts, minlength=len(bins)).astype(np.float64)
+    return sums / np.maximum(found, 1), found
+
+
+def _rounded(variance: Floats, ulp: Floats) -> Floats:
+    """The mean squared error of an entry after rounding; broadcast against each other."""
+    fine = variance + ulp * ulp / 12
+    steps = np.arange(3 * _STEPS)
+    with np.errstate(over="ignore"):
+        at = (steps + 0.5) * (ulp / np.sqrt(2 * variance))[..., None]
+    whole = ulp * ulp * ((2 * steps + 1) * torch.erfc(torch.from_numpy(at)).numpy()).sum(-1)
+    result: Floats = np.where(ulp * _STEPS / 2 < np.sqrt(variance), fine, whole)
+    return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,8 @@ class Spill:
 class Item:
     """One tensor of one task; `number` counts through all of them.
 
-    `held` is left, values, right and rows of a matrix, or the values of any other tensor."""
+    `held` is left, values, right, rows and squared norms of these rows of a matrix; of any other tensor the values, and the base's bits
+    in the fine-tune's dtype."""
 
     number: int
     task: int
@@ -122,7 +123,7 @@ class Decompose:
             self._count(item)
         columns = item.columns or item.pair.entries
         if not columns:
-            return (np.zeros(0),)
+            return np.zeros(0), np.zeros(0, np.uint16)
         matrix = TaskMatrix(
             self._tasks[item.task].fine, self._base, item.pair, item.pair.entries // columns, columns, 0, self._device
         )  # fmt: skip
@@ -130,7 +131,7 @@ class Decompose:
             return self._spectrum(matrix, item)
         values = np.concatenate([panel.double().cpu().numpy().reshape(-1) for _, panel in matrix.row_panels()])
         item.squared = float(np.square(values).sum())
-        return (values,)
+        return values, np.concatenate(list(self._base_bits(item)))
 
     def _spectrum(self, matrix: TaskMatrix, item: Item) -> tuple[Array, ...]:
         side = min(matrix.rows, matrix.columns)
@@ -140,12 +141,17 @@ class Decompose:
         wanted = min(wanted, len(found.values))
         vectors = found.vectors[:, :wanted]
         image = vectors.new_empty(matrix.rows if found.on_columns else matrix.columns, wanted)
+        squares = vectors.new_zeros(matrix.rows)
         if found.on_columns:
             for start, panel in matrix.row_panels():
-                image[start : start + len(panel)] = panel.double() @ vectors
+                wide = panel.double()
+                image[start : start + len(panel)] = wide @ vectors
+                squares[start : start + len(panel)] = wide.square().sum(1)
         else:
             for start, panel in matrix.column_panels():
-                image[start : start + panel.shape[1]] = panel.double().T @ vectors
+                wide = panel.double()
+                image[start : start + panel.shape[1]] = wide.T @ vectors
+                squares += wide.square().sum(1)
         # Singular vectors of the subspace's content: those of the range finder are not exactly the matrix's own.
         energies, rotation = (part.flip(-1) for part in solve(torch.linalg.eigh, image.T @ image))
         values = energies.clamp(min=0).sqrt()
@@ -153,24 +159,30 @@ class Decompose:
         values, rotation = values[:kept], rotation[:, :kept]
         other, vectors = (image @ rotation) / values, vectors @ rotation
         left, right = (other, vectors) if found.on_columns else (vectors, other)
-        left_, right_ = left.cpu().numpy(), right.cpu().numpy()
+        left_, right_, squares_ = left.cpu().numpy(), right.cpu().numpy(), squares.cpu().numpy()
         rows = np.flatnonzero(np.abs(left_).max(1) > 1e-12) if kept else np.zeros(0, np.int64)
         if len(rows) < _ENOUGH * len(left_):
-            left_ = left_[rows]
+            left_, squares_ = left_[rows], squares_[rows]
         else:
             rows = np.zeros(0, np.int64)
-        return left_.astype(np.float32), values.cpu().numpy(), right_.astype(np.float32), rows
+        return left_.astype(np.float32), values.cpu().numpy(), right_.astype(np.float32), rows, squares_
 
     def _count(self, item: Item) -> None:
-        dtype, base = item.pair.fine.dtype, item.pair.base
+        dtype = item.pair.fine.dtype
         if dtype.bits != 16:
             return
+        for bits in self._base_bits(item):
+            for exponent, count in ulp_counts(bits, dtype).items():
+                item.ulps[exponent] = item.ulps.get(exponent, 0) + count
+
+    def _base_bits(self, item: Item) -> Iterator[Array]:
+        """The base's entries as bits of the fine-tune's dtype, piece by piece."""
+        base = item.pair.base
         for start in range(0, item.pair.entries, _PIECE):
             n = min(_PIECE, item.pair.entries - start)
             room = bytearray(base.dtype.nbytes(n))
             self._base.read_into(base.name, base.dtype.nbytes(start), memoryview(room))
-            for exponent, count in ulp_counts(cast_bits(CPU, np.frombuffer(room, BITS[base.dtype.bits]), base.dtype, dtype), dtype).items():
-                item.ulps[exponent] = item.ulps.get(exponent, 0) + count
+            yield cast_bits(CPU, np.frombuffer(room, BITS[base.dtype.bits]), base.dtype, item.pair.fine.dtype)
 
     def commit(self, tile: Tile, result: tuple[Array, ...]) -> None:
         item = self._items[tile.tensor]
@@ -187,8 +199,8 @@ class Decompose:
 
 def spectrum_of(item: Item, spill: Spill) -> tuple[Spectrum, Array | None]:
     """A matrix's leading singular values and vectors, and the rows of the left ones, None for all."""
-    left, values, right, rows = (spill.get(held) for held in item.held)
-    spectrum = Spectrum(left.astype(np.float64), values, right.astype(np.float64), item.squared)
+    left, values, right, rows, squares = (spill.get(held) for held in item.held)
+    spectrum = Spectrum(left.astype(np.float64), values, right.astype(np.float64), item.squared, squares)
     return spectrum, rows if len(rows) else None
 
 

@@ -16,9 +16,10 @@ from peru_cli.methods.mixed import dense
 from peru_cli.methods.mixed.directions import choose_scales, missed_by, quantised
 from peru_cli.methods.mixed.rates import bits, entropy
 from peru_cli.methods.mixed.scales import scale_of
-from peru_cli.methods.mixed.sums import rounded_error
+from peru_cli.methods.mixed.sums import add_difference, rounded_error
 from peru_cli.methods.mixed.weights import VECTOR, regain, weight_of
 from peru_cli.prune.mixed.decompose import Item, Spill, spectrum_of
+from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
@@ -72,29 +73,39 @@ def represent(item: Item, spill: Spill, price: Price) -> tuple[Represented, floa
     """A tensor's parts at a price, and the squared error of the result, rounded to the fine-tune's dtype."""
     parts = Represented()
     if item.fixed is not None:
-        return item.fixed, rounded_error(_missed(item, spill, item.fixed), item.ulps)
+        return item.fixed, _missed(item, spill, item.fixed)
     if item.columns:
         spectrum, rows = spectrum_of(item, spill)
         found = quantised(spectrum, price.of(item), price.of_outputs)
         if found is None:
             return parts, item.squared
         parts.left, parts.right, parts.scales, parts.rows = found.left, found.right, found.scales, rows
-        return parts, rounded_error(found.squared_error, item.ulps)
-    values = spill.get(item.held[0])
-    plain = dense.quantised(values, price.of(item))
+        return parts, rounded_error(found.squared_errors, item.columns, item.ulps)
+    plain = dense.quantised(spill.get(item.held[0]), price.of(item))
     if plain is None:
         return parts, item.squared
     parts.dense, parts.dense_scale = plain.integers, plain.scale
-    return parts, rounded_error(plain.squared_error, item.ulps)
+    return parts, _missed_plain(item, spill, plain.integers, plain.scale)
 
 
 def _missed(item: Item, spill: Spill, parts: Represented) -> float:
     """The squared error of parts that were chosen before, as far as the held directions tell."""
     if item.columns and parts.left is not None and parts.right is not None and parts.scales is not None:
-        return missed_by(spectrum_of(item, spill)[0], parts.left, parts.right, parts.scales)
+        missed = missed_by(spectrum_of(item, spill)[0], parts.left, parts.right, parts.scales)
+        return rounded_error(missed, item.columns, item.ulps)
     if parts.dense is None:
         return item.squared
-    return float(np.square(spill.get(item.held[0]) - parts.dense * scale_of(np.array([parts.dense_scale]))).sum())
+    return _missed_plain(item, spill, parts.dense, parts.dense_scale)
+
+
+def _missed_plain(item: Item, spill: Spill, integers: Array, scale: int) -> float:
+    """The squared error of integers in place of a tensor's values, as rounded to its dtype."""
+    values, base = (spill.get(held) for held in item.held)
+    dtype, added = item.pair.fine.dtype, integers * scale_of(np.array([scale]))
+    if dtype.bits == 16:
+        result = CPU.widen(add_difference(base, dtype, added), dtype, np.empty(len(base)))
+        added = result - CPU.widen(base, dtype, np.empty(len(base)))
+    return float(np.square(values - added).sum())
 
 
 def size_of(frame: Frame, items: Iterable[Item], parts: Mapping[str, Represented]) -> int:
@@ -114,7 +125,7 @@ def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, 
             values = spill.get(item.held[0])
             plain = dense.quantised(values, price.of(item))
             total += entropy(plain.integers) if plain is not None else 0
-            error += rounded_error(plain.squared_error, item.ulps) if plain is not None else item.squared
+            error += _missed_plain(item, spill, plain.integers, plain.scale) if plain is not None else item.squared
             continue
         values = spill.get(item.held[1])
         rows, columns = item.held[0].shape[0], item.columns
@@ -128,7 +139,8 @@ def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, 
         missed = item.squared - kept
         if price.of_outputs:
             missed += kept * (regain(item.squared, kept) - 1) ** 2
-        error += rounded_error(max(missed, 0.0), item.ulps) if keep.any() else item.squared
+        alike = spill.get(item.held[4]) * max(missed, 0.0) / max(item.squared, 1e-300)  # a row misses its share
+        error += rounded_error(alike, columns, item.ulps) if keep.any() else item.squared
         if keep.all() and item.rank < item.most:
             short.append(number)
     return total / 8, error, short
