@@ -39,6 +39,19 @@ def squared_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], names:
     return sum(float((a[n].double() - b[n].double()).square().sum()) for n in names if a[n].is_floating_point())
 
 
+@pytest.mark.parametrize("limit", [6000, 8000, 12000])
+def test_the_bytes_are_used_up_where_one_direction_is_larger_than_what_is_left(peru: Peru, tmp_path: Path, limit: int) -> None:
+    noise = torch.Generator().manual_seed(0)
+    base = {"embed": torch.randn(20000, 16, generator=noise)} | {f"layer.{i}": torch.randn(64, 64, generator=noise) for i in range(6)}
+    fine = {name: tensor + 0.01 * torch.randn(tensor.shape, generator=noise) for name, tensor in base.items()}
+    fine["embed"] = base["embed"] + 0.01 * torch.outer(torch.randn(20000, generator=noise), torch.randn(16, generator=noise))
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(fine, tmp_path / "fine.safetensors")
+    out = tmp_path / "a.safetensors"
+    peru("prune", tmp_path / "fine.safetensors", "--base", tmp_path / "base.safetensors", "-o", out, "--max-bytes", limit)
+    assert 0.99 * limit < out.stat().st_size <= limit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_unpacked_model_has_the_printed_error(peru: Peru, tmp_path: Path, dtype: torch.dtype) -> None:
     base, fine = make_pair(tmp_path, dtype)

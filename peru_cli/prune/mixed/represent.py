@@ -32,16 +32,16 @@ class Price:
     """The squared error that one bit is worth. With `of_outputs` it is weighted by the kind of tensor, as outputs feel it;
     otherwise only vectors are.
 
-    If no multiplier comes close to the limit, as many tensors as fit get a lower one."""
+    If no multiplier comes close to the limit, some tensors get a lower one."""
 
     multiplier: float
     of_outputs: bool
     lower: float = 0.0
-    with_lower: int = 0  # number of tensors with it, the first ones
+    lowered: frozenset[int] = frozenset()  # the numbers of the tensors with it
 
     def of(self, item: Item) -> float:
         """The price for a tensor."""
-        multiplier = self.lower if item.number < self.with_lower else self.multiplier
+        multiplier = self.lower if item.number in self.lowered else self.multiplier
         if self.of_outputs:
             return multiplier / weight_of(item.name, item.columns > 0)
         return multiplier if item.columns else multiplier / VECTOR
