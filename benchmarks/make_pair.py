@@ -46,7 +46,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def generator(name: str, seed: int) -> torch.Generator:
-    """A generator of its own for each tensor, so that files of different depth share their layers."""
+    """One generator for each tensor, so that files of different depth share their layers."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 

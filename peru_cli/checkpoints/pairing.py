@@ -91,7 +91,7 @@ class Pairing:
 def find_prefix(fine: dict[str, TensorInfo], base: dict[str, TensorInfo]) -> Prefix:
     """The prefix under which most bytes of the fine-tune pair (equal names and shapes). The empty one wins ties."""
     if all((other := base.get(name)) is not None and other.shape == info.shape for name, info in fine.items()):
-        return Prefix()  # no other pairs more
+        return Prefix()  # no other prefix pairs more
     candidates: dict[Prefix, int] = defaultdict(int)
     for longer, shorter, added in ((fine, base, True), (base, fine, False)):
         for name, info in longer.items():
@@ -144,7 +144,7 @@ def pair_checkpoints(fine: Checkpoint, base: Checkpoint, per_task: str | None = 
 
 
 def pair_up(fine: Checkpoint, base: Checkpoint, own: re.Pattern[str] | None = None) -> Pairing:
-    """Pair the tensors of `fine` with those of `base`, however few do; those that `own` matches pair with nothing."""
+    """Pair the tensors of `fine` with those of `base`, even if few do. Tensors that `own` matches are not paired."""
     prefix = find_prefix(dict(fine.tensors), dict(base.tensors))
     pairing = Pairing(prefix)
     vocabularies = (_vocabulary(fine), _vocabulary(base))

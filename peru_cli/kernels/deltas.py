@@ -14,7 +14,7 @@ from peru_cli.kernels.scalars import CODES, DTYPES, Float, Key, magnitude, order
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
-CHUNK = 1 << 14  # entries whose squares are added up together: those of a digest (checkpoints/digests.py)
+CHUNK = 1 << 14  # entries whose squares are summed together: a digest's chunk (checkpoints/digests.py)
 _NOTHING = np.zeros(0)
 _BLOCK = 1024  # entries whose keys are computed together, which vectorises, before some are picked, which does not
 _EVERY = DTYPES | CODES
@@ -61,7 +61,7 @@ def _count(
 
 
 def _block_sum(floats: Any, first: int) -> Any:
-    """The sum of a block, by halving, in which order it is the same on every processor; the block is used up."""
+    """The sum of a block by halving, an order that is the same on every processor. Overwrites the block."""
     for i in range(512):
         floats[first + i] = Float(floats[first + i] + floats[first + 512 + i])
     for i in range(256):

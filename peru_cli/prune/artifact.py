@@ -26,7 +26,7 @@ from peru_cli.prune.journal import written_blocks
 from peru_cli.vectors.family import TaskVector
 from peru_cli.vectors.selection import Select, Sink
 
-SEALED = "sealed"  # in a journal: digests of finished artifacts by file name, before any is put in place
+SEALED = "sealed"  # in a journal: digests of finished artifacts by file name, before any of them is renamed into place
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class PruneOptions:
     values: str = "auto"  # or "exact", "bf16", "log2"
     per_task: str | None = None
     base_name: BaseName | None = None
-    allow_unpaired: bool = False  # store whatever has no partner whole, however much it is
+    allow_unpaired: bool = False  # store tensors without a partner whole, however large they are
     codes: bool = False  # store differences of codes byte by byte: both models' codes are kept as they are
     gates: tuple[Gate, ...] = ()  # that the finished artifacts must pass
     about: tuple[tuple[str, str], ...] = ()  # metadata that the artifacts carry besides
 
     def rounds(self, dtype: Dtype) -> bool:
-        """Whether kept entries of a dtype are rounded: `auto` is exact for 16 bits and when lossless, `bf16` for 16 bits."""
+        """Whether kept entries of a dtype are rounded. `auto` is exact for 16 bits and if lossless, `bf16` is exact for 16 bits."""
         if self.values == "log2":
             return True
         if dtype.bits == 16 or self.values == "exact":
@@ -54,13 +54,13 @@ class PruneOptions:
 
 @dataclass
 class PruneTask:
-    """One fine-tune to be compressed to `target`."""
+    """One fine-tune to compress into `target`."""
 
     vector: TaskVector
     target: Path
     density: Fraction | None
-    unpaired: str | None = None  # what to say of tensors without a partner
-    in_place: bool = False  # finished by an earlier run of this command, if its journal is of this command
+    unpaired: str | None = None  # a message about tensors without a partner
+    in_place: bool = False  # finished by an earlier run of this command, if its journal belongs to this command
 
     @property
     def entries(self) -> int:
@@ -70,7 +70,7 @@ class PruneTask:
 
 @dataclass
 class PruneResult:
-    """What became of a task."""
+    """The result for one task."""
 
     task: str
     path: Path
@@ -78,7 +78,7 @@ class PruneResult:
     changed: int
     kept: int
     file_bytes: int
-    delta_bytes: int  # file_bytes less tensors stored whole and side files: what bits a parameter count
+    delta_bytes: int  # file_bytes without tensors stored whole and side files: what bits a parameter count
     whole_bytes: int
     side_bytes: int
     fine_bytes: int
@@ -94,7 +94,7 @@ class PruneResult:
 
 
 class Job:
-    """One artifact in the making."""
+    """One unfinished artifact."""
 
     journal: Journal | None = None
 
@@ -130,7 +130,7 @@ class Job:
         return f"whole {self._number} {name}"
 
     def _once(self, what: str, make: Callable[[], bytes | None], stored: TensorInfo | None = None) -> bytes | None:
-        """A digest that an earlier run noted, or what `make` gives, noted. `stored` is what `make` appends, or an earlier run has."""
+        """A digest that an earlier run recorded, or else the result of `make`, recorded. `stored` counts the bytes that either appended."""
         key, container = self._key(what), self.writer.container
         if self.journal is None:
             return make()
@@ -145,7 +145,7 @@ class Job:
         return made
 
     def _metadata(self, measured: dict[str, str] | None) -> dict[str, str]:
-        """Metadata of the artifact; without measured values, the longest that it can become."""
+        """Metadata of the artifact. Without measured values, the longest that it can become."""
         task, options = self._task, self.options
         metadata = {
             "peru.task": task.vector.name,
@@ -165,7 +165,7 @@ class Job:
         return metadata | measured
 
     def seal(self, select: Select) -> tuple[PruneResult, str]:
-        """Last blocks, tensors stored whole, side files, index, header; also the digest in the header."""
+        """Write last blocks, tensors stored whole, side files, index and header. Also returns the digest in the header."""
         sink, task, fine = self.sink, self._task, self._task.vector.fine
         for block in self.writer.rest():
             self.writer.write(block)
@@ -195,12 +195,12 @@ class Job:
         return result, digest
 
     def commit(self) -> None:
-        """Put the sealed artifact in its place, unless an earlier run has."""
+        """Rename the sealed artifact into place, unless an earlier run has."""
         if self.journal is None or not is_in_place(self._task.target, self.journal.notes):
             self.writer.container.commit()
 
     def _records(self, select: Select, results: dict[str, bytes]) -> tuple[list[TensorRecord], list[TensorInfo]]:
-        """Index records in canonical order; streams what is stored whole into the artifact."""
+        """Index records in canonical order. Copies what is stored whole into the artifact."""
         vector = self._task.vector
         pairs = {pair.fine.name: pair for pair in vector.pairing.pairs}
         records, whole = [], []
@@ -226,7 +226,7 @@ class Job:
         return records, whole
 
     def _store(self, info: TensorInfo, first: int) -> bytes:
-        """Copy a tensor from entry `first` on into the artifact; its digest, as a tensor of those rows."""
+        """Copy a tensor from entry `first` on into the artifact. Returns its digest, as a tensor of those rows."""
         fine = self._task.vector.fine
         rows = first // max(info.entries // info.shape[0], 1) if first else 0
         shape = (info.shape[0] - rows, *info.shape[1:]) if first else info.shape
@@ -237,17 +237,17 @@ class Job:
         return digest
 
     def _shared(self, pair: Pair) -> bytes | None:
-        """The digest of a tensor that both have alike, None if they differ."""
+        """The digest of a tensor that is equal in both. None if they differ."""
         return self._once(f"{pair.fine.name} alike", lambda: shared_digest(self._task.vector.fine, self._base, pair))
 
 
 def shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | None:
-    """The digest of a tensor that both have alike, None if they differ; reads both once."""
+    """The digest of a tensor that is equal in both. None if they differ. Reads both once."""
     if pair.fine.dtype is not pair.base.dtype:
         return None
     digest = TensorDigest(pair.base.dtype, pair.base.shape)
     both = zip(base.pieces(pair.base.name), fine.pieces(pair.fine.name), strict=True)
-    for (_, a), (_, b) in both:  # an adapter's come out of what the base just gave
+    for (_, a), (_, b) in both:  # an adapter's bytes are computed from those just read from the base
         if a != b:
             return None
         digest.add(leaves(a, pair.base.dtype))
@@ -255,7 +255,7 @@ def shared_digest(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bytes | Non
 
 
 def side_files_of(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile, bytes]]:
-    """Side files of a fine-tune in the order of their names, and their contents; those that the base has alike are its own."""
+    """Side files of a fine-tune sorted by name, with their contents. Those equal to the base's are marked as the base's."""
     for name, path in sorted(fine.side_files.items()):
         content = path.read_bytes()
         other = base.side_files.get(name)
@@ -264,6 +264,6 @@ def side_files_of(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile
 
 
 def is_in_place(target: Path, notes: Mapping[str, Any]) -> bool:
-    """Whether a target is the artifact that a journal's notes say was finished."""
+    """Whether a target is the artifact that a journal records as finished."""
     digest = notes.get(SEALED, {}).get(target.name)
     return digest is not None and target.is_file() and seal_of(target) == digest

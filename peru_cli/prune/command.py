@@ -242,7 +242,7 @@ def _to_goal(
     base: Checkpoint, opened: list[Checkpoint], planned: list[PruneTask], goal: Goal, gates: Sequence[Gate], base_id: str | None,
     settings: tuple[str, int | None, int | None], output: tuple[Path, bool, bool], place: Destination | None, running: Running | None,
 ) -> None:  # fmt: skip
-    """Mixed artifacts that meet a goal. `output` is where, whether it is a folder, and whether to wait for the disk."""
+    """Write mixed artifacts that meet a goal. `output` is the path, whether it is a folder, and whether to sync it to disk."""
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import folder_of
     from peru_cli.finetunes.verify import verify_expanded

@@ -1,9 +1,8 @@
 """Outputs that appear whole or not at all.
 
-Everything is written to `.NAME.peru-partial` beside the target, synced, and renamed. An exception removes
-it; a kill leaves it behind under a name that nobody takes for the real thing, and the next run of the
-same command starts it afresh, or goes on where it has a journal (journal.py). A lock keeps two processes from writing the same target.
-"""
+Everything is written to `.NAME.peru-partial` beside the target, synced, and renamed. An exception removes it. A kill leaves it
+behind under a name that nobody mistakes for the output. The next run of the same command starts over, or continues if there is
+a journal (journal.py). A lock keeps two processes from writing the same target."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ try:
 except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what file systems say that have none (Lustre, some NFS)
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # errors of file systems without locks (Lustre, some NFS)
 
 
 class BeingWritten(PeruError):
@@ -35,8 +34,7 @@ class BeingWritten(PeruError):
 def check_target(target: Path, force: bool, new_folder: bool = False) -> None:
     """Refuse, before any work, a target that exists or cannot be written.
 
-    With `new_folder`, the folder that it goes into need not exist yet: it will be made.
-    """
+    With `new_folder`, its folder need not exist yet: it will be created."""
     if target.exists() and not force:
         raise UsageError(f"{target} exists already", "choose another -o, or --force to replace it")
     parent = target.absolute().parent
@@ -49,7 +47,7 @@ def check_target(target: Path, force: bool, new_folder: bool = False) -> None:
 
 
 def check_room(target: Path, nbytes: int, elsewhere: str = "write to another disk with -o") -> None:
-    """Refuse, before any work, a disk that cannot hold `nbytes` more bytes; `elsewhere` says how to use another."""
+    """Refuse, before any work, a disk that cannot hold `nbytes` more bytes. `elsewhere` says how to use another one."""
     free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.is_dir())).free
     if free < nbytes:
         raise PeruError(
@@ -59,16 +57,16 @@ def check_room(target: Path, nbytes: int, elsewhere: str = "write to another dis
 
 
 def partial_path(target: Path) -> Path:
-    """Where the unfinished output lies."""
+    """The path of the unfinished output."""
     return target.absolute().parent / f".{target.name}.peru-partial"
 
 
 def _open_locked(path: Path, target: Path) -> int:
-    """Open or make the file at `path`, which no other process may have; BeingWritten if one does.
+    """Open or create the file at `path` exclusively. BeingWritten if another process has it.
 
-    From now on an interrupted command says that it lies there, until it is gone.
-    Whoever had it may have renamed or removed it between our opening and our locking: then we hold the lock
-    of a file that is no longer at `path` (it may be the finished target), and open what is there now.
+    From now on an interrupted command reports this file, until it is gone.
+    Another process may have renamed or removed it between our opening and our locking. Then we hold the lock
+    of a file that is no longer at `path` (it may be the finished target), and open again.
     """
     console.unfinished.append(path)
     while True:
@@ -119,7 +117,7 @@ def _gone(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename last (where folders can be synced)."""
+    """Make a rename durable (if folders can be synced)."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -129,12 +127,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def may_go_on(exc: tuple[object, ...]) -> bool:
-    """Whether a context is left because of Ctrl-C, a request to end, or trouble that passes: what was done is of use to the next run."""
+    """Whether a context ends by Ctrl-C, a request to terminate, or a temporary problem: then the next run can use what was done."""
     return len(exc) > 1 and (isinstance(exc[1], KeyboardInterrupt) or (isinstance(exc[1], PeruError) and exc[1].passes))
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two paths in one step (Linux renameat2); False where that cannot be done."""
+    """Swap two paths in one step (Linux renameat2). False if that is not possible."""
     at_fdcwd, rename_exchange = -100, 2
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
@@ -147,7 +145,7 @@ class PartialFile:
     """A file that appears under its name when committed. A context manager: leaving it uncommitted removes it."""
 
     def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
-        """With `resume`, what an earlier run left is not emptied, and an interrupt (`may_go_on`) leaves it unless it is empty."""
+        """With `resume`, data of an earlier run is not emptied, and an interrupt (`may_go_on`) keeps it unless it is empty."""
         self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self.fd = _open_locked(self.path, target)
@@ -156,28 +154,28 @@ class PartialFile:
             self.empty()
 
     def empty(self) -> None:
-        """Forget what an earlier run left."""
-        if os.fstat(self.fd).st_size:  # a file once emptied, be it of nothing, is allocated by ext4 in close(): a third of unpack's time
+        """Drop data of an earlier run."""
+        if os.fstat(self.fd).st_size:  # ext4 allocates a file that was truncated, even from nothing, in close(): a third of unpack's time
             os.ftruncate(self.fd, 0)
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk."""
+        """Wait until all data is on disk."""
         os.fsync(self.fd)
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at a byte offset; safe from many threads."""
+        """Write all of `data` at a byte offset. Thread-safe."""
         view = memoryview(data)
         while len(view):
             try:
                 written = os.pwrite(self.fd, view, offset)
-            except OSError as error:  # names no file
+            except OSError as error:  # it names no file
                 raise OSError(error.errno, error.strerror, str(self.target)) from error
             if written == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
             view, offset = view[written:], offset + written
 
     def read_at(self, offset: int, nbytes: int) -> bytes:
-        """What was written at a byte offset; safe from many threads."""
+        """Read what was written at a byte offset. Thread-safe."""
         data = b""
         while len(data) < nbytes:
             if not (more := os.pread(self.fd, nbytes - len(data), offset + len(data))):
@@ -235,7 +233,7 @@ class PartialDirectory:
     """A folder that appears under its name when committed, all at once."""
 
     def __init__(self, target: Path, sync: bool, resume: bool = False) -> None:
-        """With `resume`, what an earlier run left stays, and an interrupt leaves it unless all of its files are empty."""
+        """With `resume`, data of an earlier run stays, and an interrupt keeps it unless all of its files are empty."""
         self.target, self._sync, self._resume = target, sync, resume
         self.path = partial_path(target)
         self._lock_fd: int | None = _open_locked(self.path.with_name(self.path.name + ".lock"), target)
@@ -249,7 +247,7 @@ class PartialDirectory:
             raise
 
     def commit(self) -> None:
-        """Sync every file and put the folder in place, if no input has changed; an existing one is replaced in one step."""
+        """Sync every file and rename the folder into place, if no input has changed. An existing folder is replaced in one step."""
         inputs.check()
         if self._sync:
             for path in sorted(self.path.rglob("*")):
@@ -264,7 +262,7 @@ class PartialDirectory:
             os.rename(self.path, self.target)
         elif _exchange(self.path, self.target):
             remove(self.path)
-        else:  # no atomic exchange here: the old state waits under a name of its own between two renames
+        else:  # no atomic exchange here: between two renames the old state has a temporary name
             aside = self.path.with_name(f".{self.target.name}.peru-replaced")
             os.rename(self.target, aside)
             os.rename(self.path, self.target)

@@ -1,4 +1,4 @@
-"""Open files that any thread can read at any offset, and the headers of safetensors files."""
+"""Open files that any thread can read at any offset, and read headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ _HAS_PREADV = hasattr(os, "preadv")
 
 
 class RandomAccess(Protocol):
-    """An open file that any thread reads at any offset."""
+    """An open file that any thread can read at any offset."""
 
     size: int
     header: Header | None
 
     @property
     def path(self) -> Place | RemoteFile:
-        """The file, as messages name it."""
+        """The file, for messages."""
         ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset`; BadFile if the file ends first."""
+        """Fill `buffer` from byte `offset`. BadFile if the file ends first."""
         ...
 
     def close(self) -> None:
-        """Release it."""
+        """Close the file."""
         ...
 
 
 class RandomAccessFile:
-    """A file read at any offset by any thread: `preadv` where there is one, else one locked handle."""
+    """A file read at any offset by any thread: with `preadv`, or else through one locked handle."""
 
     def __init__(self, path: Place) -> None:
         self.path = path
         self._file = os.fdopen(inputs.open_regular(on_disk(path)), "rb", buffering=0)
         self._lock = threading.Lock()
-        self.header: Header | None = None  # once it was read
+        self.header: Header | None = None  # set once it has been read
         self.size = os.fstat(self._file.fileno()).st_size
         if hasattr(os, "posix_fadvise"):
-            # From a cold disk this reads 1.6 times as fast as asking for each tile ahead of time.
+            # From a cold disk this is 1.6 times as fast as requesting each tile ahead of time.
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset`; BadFile if the file ends first."""
+        """Fill `buffer` from byte `offset`. BadFile if the file ends first."""
         done = 0
         while done < len(buffer):
             got = self._read_some(offset + done, buffer[done:])
@@ -93,12 +93,12 @@ class BytesFile:
 
 
 def open_random(place: Place) -> RandomAccess:
-    """Open a file to be read at any offset; a file on the Hub by ranges, if so the command says."""
+    """Open a file for reading at any offset. A file on the Hub is read by ranges if the command asks for it."""
     return RandomAccessFile(place) if isinstance(place, Path) or not place.streams else place.ranges()
 
 
 def read_header(file: RandomAccess) -> Header:
-    """Read and check the header of an open safetensors file, once in a command; BadFile names the file."""
+    """Read and check the header of an open safetensors file, once per command. BadFile names the file."""
     if file.header is None:
         watch = inputs.current()
         known = watch.headers if watch is not None and isinstance(file, RandomAccessFile) else {}
@@ -122,7 +122,7 @@ def _read_header(file: RandomAccess) -> Header:
 
 
 def refuse_impostor(file: RandomAccess) -> None:
-    """Raise BadFile if the first bytes of a file say that it is something else than the weights it is named for."""
+    """Raise BadFile if a file's first bytes show that it is not the kind of file that its name says."""
     head = bytearray(min(impostors.HEAD, file.size))
     if head:
         file.read_into(0, memoryview(head))
