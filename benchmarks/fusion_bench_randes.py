@@ -25,7 +25,7 @@ from fusion_bench_oracle import install
 from safetensors.torch import load_file, save_file
 
 from peru_cli import cli
-from peru_cli.methods import superpose
+from peru_cli.methods.compact import superpose
 
 SEED, SCALE, TASKS = 42, 0.7, ("a", "b", "c")
 TOLERANCE = 2e-7  # weights are below 1: some roundings to float32, and half a step of 2^-20 of the differences a task

@@ -13,7 +13,7 @@ from peru_cli.checkpoints.pairing import pair_checkpoints
 from peru_cli.checkpoints.resolve import check_task
 from peru_cli.errors import UsageError
 from peru_cli.live.memory import TensorTable
-from peru_cli.methods.magnitude import ALL_CHANGED
+from peru_cli.methods.compact.magnitude import ALL_CHANGED
 from peru_cli.prune.artifact import Job, PruneOptions, PruneTask
 from peru_cli.shown import listed
 from peru_cli.streaming.engine import run

@@ -11,7 +11,7 @@ from peru_cli.checkpoints.lora.expand import LoraCheckpoint
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.delta import DeltaOnBase
 from peru_cli.finetunes.fine_tune import FineTune, Witness
-from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.vectors.copy import refuse_overflow
 

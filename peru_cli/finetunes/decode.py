@@ -9,7 +9,7 @@ from peru_cli.artifacts.kept import KeptEntries
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import Array, Entries
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.methods.delta import Bits, add_rounded, add_ulps
+from peru_cli.methods.compact.delta import Bits, add_rounded, add_ulps
 
 
 def decode_bits(base: Bits, entries: Entries, values: int, dtype: Dtype) -> Bits:

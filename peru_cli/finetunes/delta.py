@@ -7,7 +7,7 @@ from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.decode import kept_bits
 from peru_cli.finetunes.fine_tune import OneTask, Witness
-from peru_cli.methods.delta import Bits
+from peru_cli.methods.compact.delta import Bits
 
 
 class DeltaOnBase(OneTask):

@@ -21,7 +21,7 @@ from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest,
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import AGAIN, Checkpoint
 from peru_cli.errors import BadFile, Mismatch
-from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
 
 Artifact: TypeAlias = SparseDelta | Mixed | Pack

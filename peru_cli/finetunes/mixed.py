@@ -8,7 +8,7 @@ from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.fine_tune import OneTask, Witness
-from peru_cli.methods.delta import Bits
+from peru_cli.methods.compact.delta import Bits
 from peru_cli.methods.mixed.sums import add_difference
 
 

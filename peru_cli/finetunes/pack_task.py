@@ -17,8 +17,8 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.finetunes.decode import kept_bits
 from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
-from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
-from peru_cli.methods.superpose import flip
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.compact.superpose import flip
 from peru_cli.streaming.arrays import BITS, CPU
 
 _ROWS = 64  # tensors whose signs are cached

@@ -23,7 +23,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
-from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
 
 _F64 = BY_NAME["F64"]

@@ -11,7 +11,7 @@ import numpy as np
 from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.inspect.run import BINS, Bound, binary_entropy, entropy_bits, symbols
-from peru_cli.methods.delta import round_difference
+from peru_cli.methods.compact.delta import round_difference
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Tile

@@ -63,7 +63,7 @@ def show_masks(path: Place, plot: Path | None) -> None:
 def _tasks(pack: MaskPack, entries: int) -> list[dict[str, Any]]:
     """Print the tasks, and return them for --json."""
     from peru_cli.artifacts.index import STORED
-    from peru_cli.methods.masking import entropy
+    from peru_cli.methods.compact.masking import entropy
 
     rows, found = [], []
     for task in pack.index.tasks:

@@ -13,7 +13,7 @@ def show_pack(path: Place, plot: Path | None) -> None:
     from peru_cli.artifacts.index import STORED
     from peru_cli.artifacts.packs.pack import Pack
     from peru_cli.artifacts.packs.superposed import UNKNOWN, PackMode
-    from peru_cli.methods.superpose import quality
+    from peru_cli.methods.compact.superpose import quality
     from peru_cli.pack.plan import describe_groups
     from peru_cli.reports.plots import plot_cosines
 

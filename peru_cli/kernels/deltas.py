@@ -1,4 +1,4 @@
-"""Differences of a tile from the base: their keys, how many are in a window, and which are kept (methods/delta.py, magnitude.py).
+"""Differences of a tile from the base: their keys, how many are in a window, and which are kept (methods/compact/delta.py, magnitude.py).
 
 The key of an entry is the pattern of |fine - base| in float32 (float64 if wide), an integer that sorts like the magnitude. All
 differences that are not finite tie as the largest, and entries with equal bits have -1. Both inputs are bits of one dtype, (n,)."""

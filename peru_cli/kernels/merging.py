@@ -192,7 +192,7 @@ def disjoint(
     strict: bool,
     out: Floats,
 ) -> Floats:
-    """TIES' election and disjoint merge (methods/ties.py), into `out`; (n,).
+    """TIES' election and disjoint merge (methods/entries/ties.py), into `out`; (n,).
 
     Args:
         values, flags, before: a task's vote is value * flag * both factors; one of each for every task.

@@ -68,7 +68,7 @@ def _order_8(bits: Any) -> Any:
 
 
 def _order_16(bits: Any) -> Any:
-    """Sign-magnitude pattern to an integer in total order (methods/delta.py)."""
+    """Sign-magnitude pattern to an integer in total order (methods/compact/delta.py)."""
     return np.uint16(bits ^ np.uint16(0x7FFF)) if bits >= np.uint16(0x8000) else np.uint16(bits)
 
 

@@ -32,7 +32,7 @@ from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
 from peru_cli.lora.passes import FactorPass, TargetPass
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
 from peru_cli.lora.remainder import write_delta
-from peru_cli.methods.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
+from peru_cli.methods.compact.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
 from peru_cli.prune.doubts import is_changed
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile

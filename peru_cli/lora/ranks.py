@@ -12,7 +12,7 @@ import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.errors import BadFile, UsageError
-from peru_cli.methods.budget import ranks_for_bytes
+from peru_cli.methods.compact.budget import ranks_for_bytes
 
 if TYPE_CHECKING:
     import torch

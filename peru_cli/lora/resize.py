@@ -34,7 +34,7 @@ from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.errors import UsageError
 from peru_cli.lora.passes import FactorPass, TargetPass
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
-from peru_cli.methods.lowrank import DenseSvd, ThinSvd, move_scale, squared_distance, thin_inner, thin_values
+from peru_cli.methods.compact.lowrank import DenseSvd, ThinSvd, move_scale, squared_distance, thin_inner, thin_values
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings

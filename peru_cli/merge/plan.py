@@ -24,7 +24,7 @@ from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.quantized.requantize import FLOAT, Requantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
-from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.then.table import Pass
 from peru_cli.shown import listed
 from peru_cli.streaming.arrays import BITS, CPU

@@ -1,6 +1,6 @@
 """The table of merge methods. The command, its options, `--list-methods`, the help and the docs are made from it.
 
-A new method is one file in this folder and one entry here. An option that no other method has is declared in its entry."""
+A new method is one file in a folder beside this file and one entry here. An option that no other method has is declared in its entry."""
 
 from __future__ import annotations
 
@@ -123,17 +123,17 @@ _WHOLE = {"scale": "lambda", "reduce": "normalize"}
 _ALL = (
     Method(
         "task-arithmetic", "base + scale x sum of weighted task vectors", "https://arxiv.org/abs/2212.04089",
-        "task_arithmetic:TaskArithmetic", {"weight": _WEIGHT, "scale": Option(0.3)},
+        "weighted.task_arithmetic:TaskArithmetic", {"weight": _WEIGHT, "scale": Option(0.3)},
         mergekit=Mergekit("task_arithmetic", {"weight": "weight"}, {"scale": "lambda"}),
     ),
     Method(
         "linear", "weighted average of the models (model soup, WiSE-FT)", "https://arxiv.org/abs/2203.05482",
-        "linear:Linear", {"weight": _WEIGHT, "normalize": Option(True)}, needs_base=False, tasks=(2, None),
+        "weighted.linear:Linear", {"weight": _WEIGHT, "normalize": Option(True)}, needs_base=False, tasks=(2, None),
         mergekit=Mergekit("linear", {"weight": "weight"}, {"normalize": "normalize"}),
     ),
     Method(
         "slerp", "spherical interpolation of two models", "https://doi.org/10.1145/325334.325242",
-        "slerp:Slerp", {"t": Option(0.5)}, needs_base=False, tasks=(2, 2), mergekit=Mergekit("slerp", {}, {"t": "t"}),
+        "angles.slerp:Slerp", {"t": Option(0.5)}, needs_base=False, tasks=(2, 2), mergekit=Mergekit("slerp", {}, {"t": "t"}),
     ),
     Method(
         "nuslerp", "weighted slerp of two models, on task vectors if there is a base", "https://doi.org/10.1145/325334.325242",
@@ -166,7 +166,7 @@ _ALL = (
         tasks=(2, None), mergekit=Mergekit("model_stock", {}, {"filter-wise": "filter_wise"}),
     ),
     Method(
-        "passthrough", "one model, its weights times a factor", "https://github.com/arcee-ai/mergekit", "entries.passthrough:Passthrough",
+        "passthrough", "one model, its weights times a factor", "https://github.com/arcee-ai/mergekit", "weighted.passthrough:Passthrough",
         {"scale": _SCALE}, needs_base=False, tasks=(1, 1), mergekit=Mergekit("passthrough", {"scale": "scale"}),
     ),
     Method(
@@ -178,7 +178,7 @@ _ALL = (
         {}, tasks=(1, 1), mergekit=Mergekit("arcee_fusion"),
     ),
     Method(
-        "ties", "trim, elect signs, merge what agrees", "https://arxiv.org/abs/2306.01708", "ties:Ties",
+        "ties", "trim, elect signs, merge what agrees", "https://arxiv.org/abs/2306.01708", "entries.ties:Ties",
         {
             "weight": _WEIGHT, "scale": _SCALE, "keep": _KEEP, "scope": _SCOPE, "reduce": Option("mean", _REDUCE),
             "variant": Option("authors", ("authors", "peft", "mergekit"), Flag(str, "authors|peft|mergekit", "Whose TIES.")),
@@ -187,12 +187,12 @@ _ALL = (
         mergekit=Mergekit("ties", _OWN, _WHOLE, {"variant": "mergekit", "scope": "tensor"}),
     ),
     Method(
-        "dare", "drop entries at random, rescale, add", "https://arxiv.org/abs/2311.03099", "dare:dare",
+        "dare", "drop entries at random, rescale, add", "https://arxiv.org/abs/2311.03099", "entries.dare:dare",
         {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10)), "seed": _SEED, "rescale": _RESCALE},
         mergekit=Mergekit("dare_linear", _OWN, {"scale": "lambda"}, {"rescale": "l1"}),
     ),
     Method(
-        "dare-ties", "drop entries at random, rescale, elect signs", "https://arxiv.org/abs/2311.03099", "dare:dare_ties",
+        "dare-ties", "drop entries at random, rescale, elect signs", "https://arxiv.org/abs/2311.03099", "entries.dare:dare_ties",
         {
             "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(1, 10)), "seed": _SEED, "reduce": Option("sum", _REDUCE),
             "rescale": _RESCALE,
@@ -218,13 +218,13 @@ _ALL = (
     ),
     Method(
         "breadcrumbs", "drop the largest and the smallest entries, add the rest", "https://arxiv.org/abs/2312.06795",
-        "breadcrumbs:Breadcrumbs",
+        "entries.breadcrumbs:Breadcrumbs",
         {"weight": _WEIGHT, "scale": Option(0.3), "keep": Option(Fraction(9, 10)), "gamma": Option(Fraction(1, 100)), "scope": _SCOPE},
         mergekit=Mergekit("breadcrumbs", _OWN | {"gamma": "gamma"}, {"scale": "lambda"}, {"scope": "tensor"}),
     ),
     Method(
         "breadcrumbs-ties", "drop the largest and the smallest entries, elect signs", "https://arxiv.org/abs/2312.06795",
-        "breadcrumbs:BreadcrumbsTies",
+        "entries.breadcrumbs:BreadcrumbsTies",
         {
             "weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(9, 10)), "gamma": Option(Fraction(1, 100)), "scope": _SCOPE,
             "reduce": Option("mean", _REDUCE),
@@ -280,7 +280,7 @@ _ALL = (
         {"weight": _WEIGHT, "scale": _SCALE, "keep": Option(Fraction(2, 5)), "plain": _PLAIN}, tasks=(2, None),
     ),
     Method(
-        "consensus", "keep what several tasks use (TALL-masks)", "https://arxiv.org/abs/2405.07813", "consensus:Consensus",
+        "consensus", "keep what several tasks use (TALL-masks)", "https://arxiv.org/abs/2405.07813", "entries.consensus:Consensus",
         {
             "weight": _WEIGHT, "scale": Option(0.3),
             "mask-lambda": Option(0.4, flag=Flag(float, "L", "Threshold of the masks, usually 0.2 to 0.6.", least=0)),
@@ -289,7 +289,8 @@ _ALL = (
         tasks=(2, None),
     ),
     Method(
-        "fisher", "average by how much each task's output depends on an entry", "https://arxiv.org/abs/2111.09832", "fisher:Fisher",
+        "fisher", "average by how much each task's output depends on an entry", "https://arxiv.org/abs/2111.09832",
+        "examples.fisher:Fisher",
         {
             "weight": _WEIGHT, "normalize": Option(False),
             "floor": Option(1e-6, flag=Flag(float, "F", "Smallest Fisher information of an entry.", least=0)),
@@ -299,26 +300,28 @@ _ALL = (
             ),
             "seed": _SEED, "max-samples": Option(256),
         },
-        needs_base=False, tasks=(2, None), statistics="fisher:FisherCollector", collected_by=("expectation", "seed"),
+        needs_base=False, tasks=(2, None), statistics="examples.fisher:FisherCollector", collected_by=("expectation", "seed"),
     ),
     Method(
-        "regmean", "linear layers closest to all models' outputs on their inputs", "https://arxiv.org/abs/2212.09849", "regmean:RegMean",
+        "regmean", "linear layers closest to all models' outputs on their inputs", "https://arxiv.org/abs/2212.09849",
+        "examples.regmean:RegMean",
         {
             "weight": _WEIGHT, "alpha": Option(0.9),
             "ridge": Option(1e-6),
             "max-samples": Option(1000),
         },
-        needs_base=False, tasks=(2, None), statistics="regmean:RegMeanCollector",
+        needs_base=False, tasks=(2, None), statistics="examples.regmean:RegMeanCollector",
     ),
     Method(
-        "adamerging", "task arithmetic with scales learned on unlabelled data", "https://arxiv.org/abs/2310.02575", "adamerging:AdaMerging",
+        "adamerging", "task arithmetic with scales learned on unlabelled data", "https://arxiv.org/abs/2310.02575",
+        "examples.adamerging:AdaMerging",
         {
             "scale": Option(0.3), "scope": Option("tensor", ("global", "tensor")),
             "steps": Option(500, flag=Flag(int, "N", "Steps of the optimiser.", least=0)),
             "learning-rate": Option(1e-3, flag=Flag(float, "R", "Learning rate of the optimiser.", least=0)),
             "seed": _SEED, "max-samples": Option(1000),
         },
-        statistics="adamerging:LambdaCollector", collected_by=("scale", "scope", "steps", "learning-rate", "seed"),
+        statistics="examples.adamerging:LambdaCollector", collected_by=("scale", "scope", "steps", "learning-rate", "seed"),
     ),
 )  # fmt: skip
 

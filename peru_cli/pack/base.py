@@ -21,7 +21,7 @@ from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.pack_task import float_kind, plus_vector, scaled
-from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.pack.plan import PackPlan
 from peru_cli.publish.card import PERU, as_text, front_matter, link
 from peru_cli.shown import listed

@@ -161,7 +161,7 @@ def shuffle_pack(
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
-    from peru_cli.methods.superpose import DECORRELATE
+    from peru_cli.methods.compact.superpose import DECORRELATE
     from peru_cli.pack import run as job
     from peru_cli.pack.base import MergeBase, check_plain
     from peru_cli.pack.masks.run import make_masks, plan_masks

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peru_cli.methods.superpose import Quality, best_scale, default_precision, predict, predicted_products, step_exponent
+from peru_cli.methods.compact.superpose import Quality, best_scale, default_precision, predict, predicted_products, step_exponent
 from peru_cli.pack.passes import Doubles, Gather
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.engine import run

@@ -14,7 +14,7 @@ from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.errors import BadFile
-from peru_cli.methods.superpose import LARGEST, flip
+from peru_cli.methods.compact.superpose import LARGEST, flip
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU

@@ -16,7 +16,7 @@ from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.fine_tune import check_base
 from peru_cli.finetunes.pack_task import base_of_pack
 from peru_cli.merge.plan import MergePlan, Options, check_same, plan_merge
-from peru_cli.methods.superpose import MOST_TASKS, Arrangement, Group, find_groups, free_shift
+from peru_cli.methods.compact.superpose import MOST_TASKS, Arrangement, Group, find_groups, free_shift
 from peru_cli.shown import listed
 from peru_cli.vectors.family import TaskVector
 

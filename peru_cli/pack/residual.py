@@ -1,6 +1,6 @@
 """`shuffle-pack --residual`: keep the largest errors of superposition for each task, as a sparse delta.
 
-This is Post-Pruning (methods/magnitude.py) with the retrieved task as the base. It keeps the largest entries of
+This is Post-Pruning (methods/compact/magnitude.py) with the retrieved task as the base. It keeps the largest entries of
 theta_t - theta_t^ by magnitude, exactly the requested number, ties in canonical order."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.finetunes.pack_task import TaskOfPack
-from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.pack.passes import PIECE
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.arrays import BITS, CPU

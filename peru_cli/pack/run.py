@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.errors import Mismatch
-from peru_cli.methods.superpose import Quality, choose
+from peru_cli.methods.compact.superpose import Quality, choose
 from peru_cli.pack.base import MergeBase, NewBase
 from peru_cli.pack.measure import Measured, measure, predict_errors, predicted_scale, settle_steps
 from peru_cli.pack.passes import Superpose

@@ -17,7 +17,7 @@ from peru_cli.checkpoints.digests import SHORT, checkpoint_digest
 from peru_cli.checkpoints.source import Checkpoint, pieces
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.fine_tune import refuse_base
-from peru_cli.methods.superpose import Quality, best_scale, quality
+from peru_cli.methods.compact.superpose import Quality, best_scale, quality
 from peru_cli.pack.base import NewBase
 from peru_cli.pack.measure import Measured
 from peru_cli.pack.passes import Doubles, Superpose

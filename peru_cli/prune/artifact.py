@@ -20,7 +20,7 @@ from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.renamed import record_rules
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.methods.magnitude import key_value
+from peru_cli.methods.compact.magnitude import key_value
 from peru_cli.prune.gates import Gate
 from peru_cli.prune.journal import written_blocks
 from peru_cli.vectors.family import TaskVector

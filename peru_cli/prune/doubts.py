@@ -10,7 +10,7 @@ import numpy as np
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.streaming.aligned import read_bytes, read_entries
 from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import TaskVector

@@ -15,7 +15,7 @@ from peru_cli.artifacts.sparse_delta import Entries, News
 from peru_cli.checkpoints.bundle import members
 from peru_cli.checkpoints.digests import KnownDigest
 from peru_cli.checkpoints.local.journal import Journal
-from peru_cli.methods.magnitude import Threshold
+from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import Family
 from peru_cli.vectors.selection import Select, Sink

@@ -23,7 +23,7 @@ from peru_cli.checkpoints.quantized.layout import is_quantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
-from peru_cli.methods.magnitude import ALL_CHANGED
+from peru_cli.methods.compact.magnitude import ALL_CHANGED
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place
 from peru_cli.prune.gates import check
 from peru_cli.prune.journal import PruneLog

@@ -69,7 +69,7 @@ class OnDevice:
 
 
 def _order(bits: Array) -> Array:
-    """Sign-magnitude patterns to integers in total order (methods/delta.py)."""
+    """Sign-magnitude patterns to integers in total order (methods/compact/delta.py)."""
     width = bits.element_size() * 8
     return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
 

@@ -11,7 +11,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
 from peru_cli.streaming.aligned import TileBuffer, read_raw
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import Reads, run

@@ -10,7 +10,7 @@ from peru_cli.checkpoints.bundle import MOST, bundle
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.methods.delta import INFINITE_KEY, cast_bits
+from peru_cli.methods.compact.delta import INFINITE_KEY, cast_bits
 from peru_cli.streaming.aligned import TileBuffer, read_runs
 from peru_cli.streaming.arrays import Array, Arrays, Differences
 from peru_cli.streaming.engine import Reads

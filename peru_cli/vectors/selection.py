@@ -13,8 +13,8 @@ from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledB
 from peru_cli.checkpoints.bundle import Bundle, members, pieces_of
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.methods.delta import add_rounded, round_difference
-from peru_cli.methods.magnitude import Threshold, key_value, take_equals
+from peru_cli.methods.compact.delta import add_rounded, round_difference
+from peru_cli.methods.compact.magnitude import Threshold, key_value, take_equals
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import Reads

@@ -12,8 +12,8 @@ import torch
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.methods.delta import cast_bits
-from peru_cli.methods.lowrank import Matrix
+from peru_cli.methods.compact.delta import cast_bits
+from peru_cli.methods.compact.lowrank import Matrix
 from peru_cli.streaming.aligned import read_entries
 from peru_cli.streaming.arrays import CPU, Host
 

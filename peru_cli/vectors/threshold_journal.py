@@ -11,7 +11,7 @@ import numpy as np
 
 from peru_cli.artifacts.codecs import PCO, Integers, decode, encode
 from peru_cli.checkpoints.local.journal import Journal
-from peru_cli.methods.magnitude import Tally, Threshold, Window
+from peru_cli.methods.compact.magnitude import Tally, Threshold, Window
 
 EVERY = 1.0  # seconds between two entries, if reading again costs nothing but time
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.methods.magnitude import Counted, Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
+from peru_cli.methods.compact.magnitude import Counted, Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
 from peru_cli.streaming.aligned import read_bits, read_runs
 from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
@@ -185,7 +185,7 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: Thr
         kept: for each task (index), how many of its entries in these slots to keep.
         log: results of an earlier run, which are reused, and where to record those of this run.
 
-    Reads a sample, then usually everything once. Exact for any data (methods/magnitude.py)."""
+    Reads a sample, then usually everything once. Exact for any data (methods/compact/magnitude.py)."""
     group = _Group(family, slots)
     how = family.how
     sample: _Sample | None = None

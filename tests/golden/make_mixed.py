@@ -21,7 +21,7 @@ from peru_cli.artifacts.sparse_delta import short_digest  # noqa: E402
 from peru_cli.checkpoints.digests import SHORT, checkpoint_digest, tensor_digest  # noqa: E402
 from peru_cli.checkpoints.dtypes import BY_NAME  # noqa: E402
 from peru_cli.checkpoints.header import TensorInfo  # noqa: E402
-from peru_cli.methods.delta import cast_bits  # noqa: E402
+from peru_cli.methods.compact.delta import cast_bits  # noqa: E402
 from peru_cli.methods.mixed.scales import scale_of  # noqa: E402
 from peru_cli.methods.mixed.sums import add_difference  # noqa: E402
 from peru_cli.streaming.arrays import CPU  # noqa: E402

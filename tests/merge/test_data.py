@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.merge.data import statistics as on_disk
-from peru_cli.methods import adamerging, fisher, regmean
+from peru_cli.methods.examples import adamerging, fisher, regmean
 from peru_cli.methods.statistics import TaskModel
 from tests.support import models
 from tests.support.damage import files

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from peru_cli.methods.budget import ranks_for_bytes
-from peru_cli.methods.lowrank import (
+from peru_cli.methods.compact.budget import ranks_for_bytes
+from peru_cli.methods.compact.lowrank import (
     DenseSvd,
     Matrix,
     ThinSvd,

@@ -15,7 +15,7 @@ import transformers as tr
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.kernels.random import words
-from peru_cli.methods import superpose as sp
+from peru_cli.methods.compact import superpose as sp
 
 TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**TINY, "vocab_size": 60, "max_position_embeddings": 20}

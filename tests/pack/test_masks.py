@@ -14,7 +14,7 @@ import torch
 from peru_cli.artifacts.packs.masks import MaskPack, decode_mask, encode_mask
 from peru_cli.artifacts.packs.superposed import PackMode
 from peru_cli.errors import BadFile
-from peru_cli.methods import masking
+from peru_cli.methods.compact import masking
 from tests.conftest import FLOATS, raw, run_peru, save
 from tests.pack.test_superpose import Packs, Table, family
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.kernels.deltas import CHUNK
-from peru_cli.methods.delta import (
+from peru_cli.methods.compact.delta import (
     INFINITE_KEY,
     NOT_ROUNDED,
     add_rounded,
@@ -24,7 +24,7 @@ from peru_cli.methods.delta import (
     round_difference,
     ulp_difference,
 )
-from peru_cli.methods.magnitude import (
+from peru_cli.methods.compact.magnitude import (
     ALL_CHANGED,
     MAX_BINS,
     Counted,

@@ -29,8 +29,8 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
-from peru_cli.methods.masking import METHODS
-from peru_cli.methods.superpose import Arrangement
+from peru_cli.methods.compact.masking import METHODS
+from peru_cli.methods.compact.superpose import Arrangement
 from peru_cli.streaming.engine import available_threads
 
 KIND = "masks"

@@ -32,7 +32,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.source import digest_of, pieces
 from peru_cli.errors import BadFile, UsageError
-from peru_cli.methods.superpose import Arrangement, Group
+from peru_cli.methods.compact.superpose import Arrangement, Group
 from peru_cli.shown import listed
 from peru_cli.streaming.engine import available_threads
 

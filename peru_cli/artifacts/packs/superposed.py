@@ -21,7 +21,7 @@ from peru_cli.checkpoints.header import MAX_ENTRIES, TensorInfo
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_name
 from peru_cli.errors import BadFile
-from peru_cli.methods.superpose import DECORRELATE, MOST_TASKS
+from peru_cli.methods.compact.superpose import DECORRELATE, MOST_TASKS
 
 KIND = "superposed"
 INDEX_VERSION, WITH_RESIDUALS = 1, 2  # versions of the index

@@ -15,7 +15,7 @@ from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.merge.plan import MergePlan, Slot
-from peru_cli.methods.delta import Bits, cast_bits
+from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.methods.matrices import Matrices
 from peru_cli.streaming.arrays import BITS, CPU, Host
 from peru_cli.streaming.memory import free_memory

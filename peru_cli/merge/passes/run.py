@@ -15,8 +15,8 @@ from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.passes.tiles import Decided, Elect, Merge, Products
 from peru_cli.merge.plan import MergePlan, in_bundles, in_dtype
-from peru_cli.methods.delta import cast_bits
-from peru_cli.methods.magnitude import ALL_CHANGED, Threshold
+from peru_cli.methods.compact.delta import cast_bits
+from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run

@@ -19,8 +19,8 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.plan import MergePlan, Slot
-from peru_cli.methods.delta import Bits, cast_bits, infinity, largest_magnitude
-from peru_cli.methods.magnitude import Threshold
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.methods.rules import Rule, RuleInput, Scratch
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU, Array

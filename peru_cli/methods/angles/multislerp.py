@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 
 from peru_cli.methods.angles.coefficients import ByAngles, Products
-from peru_cli.methods.linear import share_of_sum
 from peru_cli.methods.parameters import Parameters
+from peru_cli.methods.weighted.linear import share_of_sum
 
 _ZERO = 1e-8
 

@@ -9,7 +9,7 @@ import torch
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.kernels.products import added
-from peru_cli.methods.delta import Bits, add_ulps
+from peru_cli.methods.compact.delta import Bits, add_ulps
 from peru_cli.streaming.arrays import CPU
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]

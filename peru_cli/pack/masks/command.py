@@ -28,7 +28,7 @@ def read_options(
         change: the pack of --add-to or --remove-from.
 
     Raises UsageError for options that the method does not have."""
-    from peru_cli.methods.masking import METHODS, TALL
+    from peru_cli.methods.compact.masking import METHODS, TALL
     from peru_cli.pack.masks.run import MaskOptions
 
     if method not in ("superpose", *METHODS):
@@ -76,7 +76,7 @@ def _read_thresholds(texts: list[str]) -> dict[str, float]:
 
 def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
     """Print what --dry-run says, and return it."""
-    from peru_cli.methods.masking import GRID, TALL
+    from peru_cli.methods.compact.masking import GRID, TALL
 
     names = [vector.name for vector in plan.vectors]
     told: dict[str, Any] = {"output": str(out), "method": masks.method, "tasks": names, "entries": plan.entries}
@@ -93,7 +93,7 @@ def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
 
 def report(result: MaskResult, published: dict[str, Any]) -> None:
     """Print tasks with their masks, errors of retrieval, and bytes."""
-    from peru_cli.methods.masking import entropy
+    from peru_cli.methods.compact.masking import entropy
 
     pack = result.pack
     rows, packed = [], []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peru_cli.artifacts.packs.masks import Block, MaskWriter, mask_digest, mask_leaves
-from peru_cli.methods.masking import TALL, Flags, Overlap, magnitude_mask, tall_mask
+from peru_cli.methods.compact.masking import TALL, Flags, Overlap, magnitude_mask, tall_mask
 from peru_cli.pack.passes import PIECE, Added, Doubles, Gather, PackBuffers, Superpose
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.tiles import Tile

@@ -14,10 +14,10 @@ from peru_cli.artifacts.packs.masks import MaskWriter
 from peru_cli.checkpoints.digests import checkpoint_digest
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
-from peru_cli.methods import masking
-from peru_cli.methods.magnitude import key_value
-from peru_cli.methods.masking import GRID, MAGNITUDE, TALL, Overlap
-from peru_cli.methods.superpose import quality
+from peru_cli.methods.compact import masking
+from peru_cli.methods.compact.magnitude import key_value
+from peru_cli.methods.compact.masking import GRID, MAGNITUDE, TALL, Overlap
+from peru_cli.methods.compact.superpose import quality
 from peru_cli.pack.masks.passes import Cut, MaskGather, WriteMasks
 from peru_cli.pack.measure import Measured, settle_steps
 from peru_cli.pack.plan import PackOptions, PackPlan, plan_pack

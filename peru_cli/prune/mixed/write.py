@@ -13,7 +13,7 @@ from peru_cli.artifacts.mixed.writer import MixedWriter, Represented
 from peru_cli.artifacts.single import whole_shape
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.methods.delta import cast_bits
+from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.mixed.scales import run_of_product, scale_of
 from peru_cli.methods.mixed.sums import Floats, add_difference
 from peru_cli.prune.mixed.decompose import Item, Spill

@@ -102,7 +102,7 @@ def test_the_same_artifact_and_nothing_on_disk(hub: HubServer, pair: tuple[Path,
 SMALL = """
 import sys
 from peru_cli.vectors import family as taskvectors, thresholds
-from peru_cli.methods.magnitude import Window
+from peru_cli.methods.compact.magnitude import Window
 taskvectors.KEPT_BYTES = int(sys.argv[1])
 if sys.argv[2] == "miss":
     predict = thresholds.predict_window

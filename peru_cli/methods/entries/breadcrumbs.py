@@ -8,9 +8,9 @@ order. If keep + gamma exceeds 1, fewer of the largest are dropped, as in mergek
 
 from __future__ import annotations
 
+from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
-from peru_cli.methods.ties import elect_and_merge
 from peru_cli.streaming.arrays import Array
 
 

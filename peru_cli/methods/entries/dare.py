@@ -19,10 +19,10 @@ import numpy as np
 
 from peru_cli.kernels.random import below
 from peru_cli.methods.entries.sampled import Sampled
+from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
-from peru_cli.methods.ties import elect_and_merge
 from peru_cli.streaming.arrays import Array, Host
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from peru_cli.methods.linear import share_of_sum
 from peru_cli.methods.matrices import Matrices, MatrixRule
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import RuleInput, scaled, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
+from peru_cli.methods.weighted.linear import share_of_sum
 from peru_cli.streaming.arrays import Array
 
 ROWS, COLUMNS = "gram", "gram-in-out"  # by whether weights are stored (out, in) or (in, out)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.methods.superpose import ALONE_PRECISION
+from peru_cli.methods.compact.superpose import ALONE_PRECISION
 
 TALL, MAGNITUDE = "tall-masks", "magnitude-masks"
 METHODS = (TALL, MAGNITUDE)

@@ -1,0 +1,1 @@
+"""How fine-tunes are stored small: bit-exact differences, the largest entries, masks, superposition, low rank."""

@@ -1,0 +1,1 @@
+"""Methods that use statistics of examples, collected in forward or backward passes."""

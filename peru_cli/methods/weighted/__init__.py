@@ -1,0 +1,1 @@
+"""Weighted sums of whole models or task vectors."""
