@@ -3,8 +3,10 @@
     python benchmarks/budget/compare.py CACHE --out DIR [--data ../shared/data/text] [--tasks sst2 ...] [--examples 400]
         [--only NAME ...] [--check]
     python benchmarks/budget/compare.py --images --out DIR
+    python benchmarks/budget/compare.py CACHE --loras --out DIR
 
-CACHE is what benchmarks/papers/finetunes.py made (`--only full`); `--images` takes the demo's vision transformers. DIR keeps what
+CACHE is what benchmarks/papers/finetunes.py made (`--only full`; `--only lora --rank 64` for `--loras`, which compresses adapters and
+judges the models that they make of the base); `--images` takes the demo's vision transformers. DIR keeps what
 was found, a file a method, task and number of examples: a run that was cut off goes on, and tasks that are trained later are
 added. Prints one table and writes its rows to DIR/points.json, which picture.py draws. All methods see the same bfloat16
 checkpoints, no data (but the rows that say so: 1,000 texts of the training part, from --data), and the same count: bytes of
@@ -24,8 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from images import ImageJudge
-from judge import Judge, Judged, mean_kl, normalised
-from methods import BUDGETS, IMAGE_BUDGETS, OTHER, TUNED, Method, Shop, mixed
+from judge import Judge, Judged, LoraJudge, mean_kl, normalised
+from methods import BUDGETS, IMAGE_BUDGETS, LORA_BUDGETS, LORAS, OTHER, TUNED, Method, Shop, mixed
 
 from peru_cli import demo
 from peru_cli.inference.metrics import kl_divergence
@@ -63,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, metavar="CACHE", nargs="?")
     parser.add_argument("--images", action="store_true", help="the demo's image models in place of CACHE")
+    parser.add_argument("--loras", action="store_true", help="CACHE's adapters in place of its full fine-tunes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="TASK/train.jsonl.gz in it; without, rows with data are left out")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="by default all that CACHE/full has")
@@ -74,13 +77,18 @@ def main() -> None:
     if (arguments.cache is None) is not arguments.images:
         parser.error("give CACHE, or --images in its place")
     store = arguments.out / "outputs"
-    judge = ImageJudge(store, arguments.examples) if arguments.images else Judge(arguments.cache.resolve(), store, arguments.examples)
-    found = demo.tasks() if arguments.images else sorted(path.stem for path in (arguments.cache / "full").glob("*.done"))
+    if arguments.images:
+        judge, found = ImageJudge(store, arguments.examples), demo.tasks()
+    else:
+        kind = LoraJudge if arguments.loras else Judge
+        judge = kind(arguments.cache.resolve(), store, arguments.examples)
+        found = sorted(path.stem for path in (arguments.cache / ("lora" if arguments.loras else "full")).glob("*.done"))
     tasks = arguments.tasks or found
     if arguments.check:
         check(judge, tasks)
     ours = mixed(IMAGE_BUDGETS) if arguments.images else [*mixed(BUDGETS), *(TUNED if arguments.data is not None else [])]
-    chosen = [m for m in [*ours, *OTHER] if not arguments.only or any(part in m.name for part in arguments.only)]
+    every = [*mixed(LORA_BUDGETS), *LORAS] if arguments.loras else [*ours, *OTHER]
+    chosen = [m for m in every if not arguments.only or any(part in m.name for part in arguments.only)]
     points = []
     counts = [len(judge.reference(task)) for task in tasks]
     print(f"{len(tasks)} tasks ({', '.join(tasks)}), {sum(counts)} examples, {judge.parameters:,} parameters a task\n")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from peru_cli import cli
 from peru_cli.inference.metrics import Array, Estimate, Z, compare_right, kl_divergence, mean_normalised
 
 PREFIX = "bert."  # of a classifier's names, in front of the bare encoder's
@@ -72,6 +73,10 @@ class Judge:
         """The folder of a fine-tune."""
         return self.cache / "full-bf16" / task
 
+    def given(self, task: str) -> Path:
+        """What is compressed: the fine-tune's folder."""
+        return self.folder(task)
+
     def tensors(self, folder: Path) -> Tensors:
         """The encoder in a folder, in float32, under the bare encoder's names."""
         return load_tensors(folder, PREFIX)
@@ -118,6 +123,24 @@ class Judge:
             batches = [dict(self._tokenizer.pad([tokens[i] for i in cut], return_tensors="pt")) for cut in cuts(tokens, order)]
             self._texts[task] = Texts(order, batches, np.array([rows[i]["label"] for i in order]))
         return self._texts[task]
+
+
+class LoraJudge(Judge):
+    """The same of adapters: what is judged is the model that one makes of the base, in bfloat16."""
+
+    def folder(self, task: str) -> Path:
+        """The adapter's model, made when it is first asked for."""
+        folder = self.store / "models" / task
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            command = ["unpack", self.given(task), "--base", self.base_folder, "-o", folder, "--no-sync", "--quiet"]
+            if cli.run([str(part) for part in command]):
+                raise RuntimeError(f"{self.given(task)} cannot be unpacked")
+        return folder
+
+    def given(self, task: str) -> Path:
+        """What is compressed: the adapter's folder."""
+        return self.cache / "lora" / task
 
 
 def cuts(tokens: list[dict[str, Any]], order: list[int]) -> Iterator[list[int]]:

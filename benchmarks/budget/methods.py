@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import rivals
 from judge import Judge, Tensors
+from safetensors import safe_open
 
 from peru_cli import cli
 from peru_cli.console import console
@@ -22,7 +24,9 @@ from peru_cli.console import console
 MERGE_SCALE = 0.3  # of task arithmetic, the usual one for eight tasks
 WITH_DATA = ("0.02", "0.03", "0.04", "0.06", "0.1")
 TEXTS = 1000  # of a task, for --data
-BUDGETS = ("0.02", "0.03", "0.045", "0.06", "0.1", "0.3", "1.0", "1.5")
+BUDGETS = ("0.02", "0.03", "0.04", "0.045", "0.06", "0.1", "0.3", "1.0", "1.5")
+LORA_BUDGETS = ("0.01", "0.02", "0.03", "0.06", "0.1", "0.3")
+RANKS = (1, 2, 4, 8, 16, 32)  # of adapters that had 64
 IMAGE_BUDGETS = ("0.1", "0.2", "0.3", "0.5", "0.7", "1.0", "1.5")  # names and digests of a model of 0.5M parameters take 0.09
 
 
@@ -35,8 +39,8 @@ class Shop:
         self._trace: dict[float, dict[str, float]] = {}
 
     def model(self, task: str) -> Path:
-        """The folder of a fine-tune."""
-        return self.judge.folder(task)
+        """What commands read: the folder of a fine-tune, or of its adapter."""
+        return self.judge.given(task)
 
     def peru(self, *arguments: object) -> str:
         """Run a command in this process, which spares the imports, and give what it prints; loud if it fails."""
@@ -138,6 +142,43 @@ def fft(density: str) -> Make:
     return make
 
 
+def merged_first(bits: float, share: float) -> Make:
+    """`peru prune` of a task-arithmetic merge of all tasks, and of each task against what comes back of that.
+
+    `share` of the bits of a task pay for the merge."""
+
+    def make(shop: Shop, task: str) -> tuple[Tensors, float]:
+        tasks = len(shop.tasks)
+        merge = shop.shared("merge", "merge", "--method", "task-arithmetic", "--scale", MERGE_SCALE)
+        small = shop.folder / f"{tasks}-tasks-merge-{bits}-{share}"
+        report, back = small.with_suffix(".json"), small / "model"
+        if not back.exists():
+            small.mkdir(exist_ok=True)
+            artifact = small / "merge.safetensors"
+            given = ("--base", shop.base, "--quiet")
+            report.write_text(shop.peru("prune", merge, "-o", artifact, "--bits", bits * share * tasks, "--force", "--json", *given))
+            shop.peru("unpack", artifact, "-o", back, *given)
+        found = json.loads(report.read_text())
+        tensors, nbytes = shop.pruned(task, back, "--bits", bits * (1 - share))
+        return tensors, nbytes + float((found[0] if isinstance(found, list) else found)["delta_bytes"]) / tasks
+
+    return make
+
+
+def smaller_rank(rank: int) -> Make:
+    """`peru svd-lora` of an adapter; bytes of its factors."""
+
+    def make(shop: Shop, task: str) -> tuple[Tensors, float]:
+        with tempfile.TemporaryDirectory() as scratch:
+            adapter = Path(scratch) / "adapter"
+            shop.peru("svd-lora", shop.model(task), "-o", adapter, "--rank", rank, "--dtype", "bf16", "--no-sync", "--quiet")
+            with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+                entries = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys() if ".lora_" in name)  # noqa: SIM118
+            return shop.unpacked(adapter, shop.base), 2.0 * entries
+
+    return make
+
+
 def pack(name: str, *options: object) -> Make:
     """`peru shuffle-pack` of all tasks; its bytes shared out equally."""
 
@@ -167,6 +208,8 @@ OCTAVES = [
     Method(f"Post-Pruning {keep}, --values log2", "Post-Pruning, log2", prune("--keep", keep, "--values", "log2"))
     for keep in ("2%", "5%", "10%", "20%")
 ]
+FIRST = [Method(f"merge first, {share:.0%} of the bits, 0.06", "merge first", merged_first(0.06, share), True) for share in (0.1, 0.25)]
+LORAS = [Method(f"svd-lora --rank {rank}", "svd-lora", smaller_rank(rank)) for rank in RANKS]
 MERGED = [Method(f"PERU-FFT {keep}, merge not counted", "PERU-FFT", fft(keep), True) for keep in ("1%", "5%", "10%")]
 LOW_RANK = [Method(f"low-rank residual, rank {rank}", "low rank", rival(rivals.low_rank, rank=rank)) for rank in (1, 4, 16)]
 PACKS = [
@@ -189,4 +232,4 @@ OTHERS = [
     *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
     *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
 ]
-OTHER = [*ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *PACKS]
+OTHER = [*ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *FIRST, *PACKS]

@@ -41,7 +41,7 @@ SEED, THREADS, LENGTH, BATCH, POOL = 0, 2, 64, 32, 8
 DEV_EXAMPLES, HEAD_EXAMPLES, HEAD_DECAY = 500, 16, 1e-3
 STEPS = {"full": 400, "lora": 300, "multitask": 250, "regularised": 400}
 LEARNING_RATE = {"full": 5e-5, "lora": 5e-4, "multitask": 1e-4, "regularised": 5e-5}
-RANK, ALPHA = 16, 32
+RANK = 16  # of adapters; alpha is twice that
 # the regulariser's strength and its share of a batch (1/8, as in the tau-Jp paper)
 STRENGTH, REGULARISER_BATCH = 1e-1, BATCH // 8
 
@@ -62,9 +62,9 @@ class Task:
 class Cache:
     """The folder of results. A `.done` file beside each result marks it as complete, with its accuracy."""
 
-    def __init__(self, root: Path) -> None:
-        """Make or open the cache at `root`, with the base in it."""
-        self.root = root
+    def __init__(self, root: Path, rank: int = RANK) -> None:
+        """Make or open the cache at `root`, with the base in it; adapters get this rank."""
+        self.root, self.rank = root, rank
         self.base = root / "base"
         if not (root / "base.done").exists():
             shutil.copytree(encoder(), self.base, dirs_exist_ok=True)
@@ -243,7 +243,7 @@ def make_full(cache: Cache, task: Task, _: Sequence[Task]) -> None:
 def make_lora(cache: Cache, task: Task, _: Sequence[Task]) -> None:
     """Train a LoRA adapter on every linear layer of the encoder, including its pooler, and the head."""
     linear = ["query", "key", "value", "dense"]
-    config = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=linear, modules_to_save=["classifier"])
+    config = LoraConfig(task_type="SEQ_CLS", r=cache.rank, lora_alpha=2 * cache.rank, target_modules=linear, modules_to_save=["classifier"])
     model = get_peft_model(cache.classifier(task), config)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the tasks, as ../shared/data/text")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"folders in --data; by default {' '.join(TASKS)}")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of fine-tunes; by default all")
+    parser.add_argument("--rank", type=int, default=RANK, help=f"of adapters; by default {RANK}")
     arguments = parser.parse_args()
     if missing := [name for name in arguments.tasks if not (arguments.data / name / "train.jsonl.gz").is_file()]:
         parser.error(f"{arguments.data} has no train.jsonl.gz of {', '.join(missing)}")
@@ -328,7 +329,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    cache = Cache(arguments.out.resolve())
+    cache = Cache(arguments.out.resolve(), arguments.rank)
     tasks = [cache.task(arguments.data / name) for name in arguments.tasks]
     makers = {"full": make_full, "lora": make_lora, "regularised": make_regularised}
     for kind in arguments.only:
