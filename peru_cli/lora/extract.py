@@ -25,12 +25,12 @@ from peru_cli.checkpoints.lora.bound import BASE_TENSORS, bound_to
 from peru_cli.checkpoints.lora.config import new_config
 from peru_cli.checkpoints.lora.keys import OUTER
 from peru_cli.checkpoints.lora.module import LINEAR, PARAMETER
-from peru_cli.checkpoints.lora.writer import adapter_writer, beside
+from peru_cli.checkpoints.lora.writer import adapter_writer, as_bytes, beside, round_to
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.errors import UsageError
 from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
 from peru_cli.lora.passes import FactorPass, TargetPass
-from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
+from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, choose_ranks
 from peru_cli.lora.remainder import write_delta
 from peru_cli.methods.compact.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
 from peru_cli.prune.doubts import is_changed

@@ -8,7 +8,8 @@ import torch
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local.writer import CheckpointWriter
-from peru_cli.lora.ranks import ModuleReport, as_bytes, round_to
+from peru_cli.checkpoints.lora.writer import as_bytes, round_to
+from peru_cli.lora.ranks import ModuleReport
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
 

@@ -6,16 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.errors import BadFile, UsageError
+from peru_cli.errors import UsageError
 from peru_cli.methods.compact.budget import ranks_for_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -135,20 +132,3 @@ def _rank_for_energy(energies: Array, share: float) -> int:
     if not len(total) or not total[-1]:
         return 1
     return min(int(np.searchsorted(total, share * total[-1])) + 1, len(total))
-
-
-def round_to(tensor: torch.Tensor, dtype: Dtype, what: str) -> torch.Tensor:
-    """Round a float64 tensor to a dtype. BadFile if a value does not fit."""
-    import torch
-
-    rounded = tensor.to(getattr(torch, dtype.torch_name or ""))
-    if not bool(torch.isfinite(rounded).all()):
-        raise BadFile(f"{what} does not fit {dtype.name}", "use --dtype bf16 or fp32")
-    return rounded
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU."""
-    import torch
-
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

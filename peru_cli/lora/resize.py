@@ -22,18 +22,20 @@ from peru_cli.checkpoints.lora.keys import PEFT
 from peru_cli.checkpoints.lora.module import PARAMETER, LoraModule
 from peru_cli.checkpoints.lora.writer import (
     adapter_writer,
+    as_bytes,
     beside,
     bias_name,
     copied_tensors,
     factor_names,
     resized_metadata,
     resized_tensors,
+    round_to,
 )
 from peru_cli.checkpoints.places import on_disk, size_of
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.errors import UsageError
 from peru_cli.lora.passes import FactorPass, TargetPass
-from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, as_bytes, choose_ranks, round_to
+from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, choose_ranks
 from peru_cli.methods.compact.lowrank import DenseSvd, ThinSvd, move_scale, squared_distance, thin_inner, thin_values
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -18,13 +18,11 @@ from peru_cli.merge import recipe as recipes
 from peru_cli.merge.given import build_by_tensor, first_parameters, shown
 from peru_cli.merge.help import HelpByMethod
 from peru_cli.merge.show import list_methods_and_exit, say, summary
+from peru_cli.methods.lora.table import SPACES
 from peru_cli.methods.table import METHODS, effective_values, find_method
 from peru_cli.methods.then.table import PASSES, build_pass
 from peru_cli.publish.command import destination, publish
 from peru_cli.shown import listed
-
-if TYPE_CHECKING:
-    pass
 
 FP8 = "fp8"
 
@@ -32,7 +30,7 @@ FP8 = "fp8"
 @options.shared(
     panels={
         "Inputs": "base rename tokenizer pad_vocab_to config",
-        "Method": "method weight then list_methods per_task merge_heads strict",
+        "Method": "method weight then lora list_methods per_task merge_heads strict",
         "Data": "data stats search batch_size trust_remote_code",
         "Output": "output compress dtype max_shard_size base_id write_recipe",
     }
@@ -79,6 +77,10 @@ def merge(
         typer.Option(
             "--then", metavar="PASS", help=f"A pass over the merged matrices. {'; '.join(f'{n}: {p.title}' for n, p in PASSES.items())}."
         ),
+    ] = None,
+    lora: Annotated[
+        Optional[str],
+        typer.Option("--lora", metavar="|".join(SPACES), help="Merge LoRA adapters into one adapter, aligned by KnOTS or in Core Space."),
     ] = None,
     per_task: Annotated[
         Optional[str],
@@ -133,6 +135,8 @@ def merge(
 
     peru merge recipe.yml -o merged/ --dry-run
 
+    peru merge a=ADAPTER b=ADAPTER -o adapter/ --method ties --lora core-space
+
     peru merge a=MODEL b=MODEL --base BASE -o m/ --method fisher --data a=a.jsonl --data b=b.jsonl --stats stats/
 
     peru merge a=MODEL b=MODEL --base BASE -o m/ --method ties --search scale=0:1:0.05 --data a=a.jsonl --data b=b.jsonl
@@ -143,7 +147,7 @@ def merge(
     if len(models) == 1 and recipes.is_recipe(models[0]):
         settings.refuse_beside_a_recipe(
             given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress, rename=rename,
-            tokenizer=tokenizer, then=then,
+            tokenizer=tokenizer, then=then, lora=lora,
             **{"write-recipe": write_recipe, "pad-vocab-to": pad_vocab_to, "trust-remote-code": trust_remote_code or None},
         )  # fmt: skip
         from peru_cli.merge.recipe.plan import Wanted
@@ -166,6 +170,8 @@ def merge(
         raise UsageError("no --method is given", "name one of --list-methods, or a recipe: peru merge recipe.yml -o merged/")
     if strict:
         raise UsageError("--strict works with recipes only", "leave it out")
+    if method in SPACES:
+        raise UsageError(f"{method} aligns LoRAs for another method to merge", f"write --lora {method} --method ties, or another method")
     chosen = find_method(method)
     samples = given.get("max-samples")
     if search is not None and "max-samples" not in chosen.options:
@@ -176,7 +182,21 @@ def merge(
     values = effective_values(chosen, given)
     settings.check_varied(varied, chosen, search, given, values)
     if then is not None:
-        settings.check_then(then, base, search, write_recipe)
+        settings.check_then(then, base or lora, search, write_recipe)
+    if lora is not None:
+        from peru_cli.merge.adapters.command import merge_loras
+
+        place = destination(publishing, run.force, output)
+        made = merge_loras(
+            models, lora, chosen, (varied, values), {"base": base, "dtype": dtype, "then": then, "output": output}, run, data=data,
+            stats=stats, search=search, compress=compress, rename=rename, tokenizer=tokenizer, config=config,
+            **{
+                "per-task": per_task, "merge-heads": merge_heads, "pad-vocab-to": pad_vocab_to, "base-id": base_id,
+                "write-recipe": write_recipe, "trust-remote-code": trust_remote_code,
+            },
+        )  # fmt: skip
+        console.result(made if run.dry_run else made | publish(place, [Path(output)], "merge"))
+        return
     searched = settings.parse_search(search, chosen, given) if search is not None else None
     if searched is not None:
         values[searched.option] = searched.points[0]

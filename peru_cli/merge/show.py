@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Optional
 import typer
 
 from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.methods.lora.table import SPACES
 from peru_cli.methods.table import METHODS, Method
 from peru_cli.methods.then.table import PASSES
 
@@ -25,6 +26,8 @@ def list_methods_and_exit(value: bool) -> None:
     console.table(["method", "what it does", "options", "paper"], rows)
     for name, after in PASSES.items():
         console.note(f"--then {name}: {after.title} ({after.paper})")
+    for name, space in SPACES.items():
+        console.note(f"--lora {name}: {space.title} ({space.paper})")
     console.note("without data, tsv-m kept the most of eight fine-tunes' accuracy: docs/merging.md has the figures")
     console.result([{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper} for m in METHODS.values()])
     raise typer.Exit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
@@ -15,7 +15,11 @@ from peru_cli.checkpoints.lora.bound import BASE_TENSORS
 from peru_cli.checkpoints.lora.config import CONFIG, encode_config, sealed_config
 from peru_cli.checkpoints.lora.keys import DIFFUSERS, KOHYA, OUTER, PEFT
 from peru_cli.checkpoints.lora.module import EMBEDDING, LoraModule
+from peru_cli.errors import BadFile
 from peru_cli.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 def factor_names(module: LoraModule, layout: str) -> tuple[str, str]:
@@ -96,3 +100,20 @@ def adapter_writer(
 def beside(config: Mapping[str, Any], small_files: Mapping[str, bytes]) -> dict[str, bytes]:
     """What the seal of an adapter's weights covers besides them."""
     return dict(small_files) | {CONFIG: sealed_config(config)}
+
+
+def round_to(tensor: torch.Tensor, dtype: Dtype, what: str) -> torch.Tensor:
+    """Round a float64 tensor to a dtype. BadFile if a value does not fit."""
+    import torch
+
+    rounded = tensor.to(getattr(torch, dtype.torch_name or ""))
+    if not bool(torch.isfinite(rounded).all()):
+        raise BadFile(f"{what} does not fit {dtype.name}", "use --dtype bf16 or fp32")
+    return rounded
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

@@ -1,0 +1,1 @@
+"""Common coordinates for the updates of several LoRAs."""
