@@ -17,6 +17,7 @@ from peru_cli import shown
 from peru_cli.chain import command as chain
 from peru_cli.checkpoints.hub.session import interrupt
 from peru_cli.checkpoints.local import inputs
+from peru_cli.checkpoints.local.atomic import PATCH_MARKER
 from peru_cli.console import console
 from peru_cli.demo import command as demo
 from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, ReportLost, UsageError, from_os_error
@@ -157,6 +158,8 @@ def _left() -> str:
     left = [path for path in console.unfinished if path.exists()]
     if not left:
         return "nothing unfinished was left behind"
+    if half := [path for path in left if path.name == PATCH_MARKER]:
+        return f"{half[0].parent} is half patched\n  run the same command again to finish it; until then peru refuses to read it"
     return (
         f"the finished part is kept in {left[0].parent}, in hidden files that end in .peru-partial\n"
         "  run the same command again to continue, or add --force to start over and remove them"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache, wraps
@@ -76,6 +80,46 @@ def check_base_id(text: str | None) -> None:
     """UsageError for a base name that cannot be printed."""
     if text is not None and not text.isprintable():
         raise UsageError(f"--base-id {text!r} holds characters that cannot be printed", "write it as org/name@commit")
+
+
+@contextmanager
+def from_stdin(artifact: str) -> Iterator[str]:
+    """The file that an argument names; for `-`, a temporary one that holds what comes from stdin. UsageError on a terminal."""
+    if artifact != "-":
+        yield artifact
+        return
+    if sys.stdin.isatty():
+        raise UsageError("- reads an artifact from stdin, and stdin is a terminal", "pipe an artifact into it, or name a file")
+    with tempfile.TemporaryDirectory(prefix="peru-") as folder:
+        path = Path(folder) / "stdin.safetensors"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        if not path.stat().st_size:
+            raise UsageError("nothing came from stdin, where - expects an artifact", "see why the command before the pipe wrote nothing")
+        yield str(path)
+
+
+@contextmanager
+def to_stdout(output: str) -> Iterator[str]:
+    """The file to write for -o; for `-`, a temporary one that goes to stdout when it is finished. UsageError on a terminal."""
+    if output != "-":
+        yield output
+        return
+    if sys.stdout.isatty():
+        raise UsageError("-o - writes an artifact to stdout, and stdout is a terminal", "redirect it to a pipe or a file")
+    console.data_on_stderr = True
+    with tempfile.TemporaryDirectory(prefix="peru-") as folder:
+        path = Path(folder) / "stdout.safetensors"
+        yield str(path)
+        if path.exists():  # not after --dry-run
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+
+
+def written_to(path: Path) -> str:
+    """An output's path for reports: `-` if it goes to stdout."""
+    return "-" if console.data_on_stderr else str(path)
 
 
 def _quiet(value: bool) -> bool:
@@ -162,12 +206,15 @@ class Running:
 Function = Callable[..., None]
 
 
-def shared(lacks: Collection[str] = (), panels: Mapping[str, str] | None = None, **other: Any) -> Callable[[Function], Function]:
+def shared(
+    lacks: Collection[str] = (), panels: Mapping[str, str] | None = None, pipes: bool = False, **other: Any
+) -> Callable[[Function], Function]:
     """Give a command the shared options after its own. It gets them as `run: Running` and, if it has that parameter,
     `publishing: Publishing`.
 
     Each command runs in its own Hub session. `lacks` names shared options to omit, `other` redeclares some. `panels` groups
-    the command's own options in its help: it maps a title to the parameters' names, separated by spaces."""
+    the command's own options in its help: it maps a title to the parameters' names, separated by spaces. With `pipes`, `-o -`
+    writes the command's one output file to stdout (`to_stdout`)."""
     of_panel = {name: title for title, names in (panels or {}).items() for name in names.split()}
 
     def decorate(command: Function) -> Function:
@@ -181,8 +228,8 @@ def shared(lacks: Collection[str] = (), panels: Mapping[str, str] | None = None,
         @wraps(command)
         def with_groups(**given: Any) -> None:
             values = {group: kind(**{name: given.pop(name) for name in names[group]}) for group, kind in groups.items()}
-            with hub_session(values["run"].stream):
-                command(**given, **values)
+            with hub_session(values["run"].stream), to_stdout(given["output"]) if pipes else nullcontext() as file:
+                command(**given, **values) if file is None else command(**given | {"output": file}, **values)
 
         del with_groups.__wrapped__  # its annotations differ
         for name, title in of_panel.items():

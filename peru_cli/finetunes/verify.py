@@ -60,6 +60,10 @@ class Proven(Checkpoint):
         refuse_base(self._bad, self.source.artifact, self.source.base.label)
         self.source.settle(self._witness)
 
+    def result_digests(self) -> dict[str, bytes]:
+        """The digests of all tensors that were read to their end, 32 bytes each. Empty for a pack."""
+        return self._witness.digests("result")
+
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
         self.source.base.expect(self._of_base(ranges), keep)
 

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 
 @options.shared(
+    pipes=True,
     panels={
         "Inputs": "base rename per_task allow_unpaired",
         "How much to keep": "keep max_bytes bits min_quality lossless scope values",
         "Data": "data max_samples batch_size trust_remote_code",
         "Gates": "fail_above",
         "Output": "output base_id",
-    }
+    },
 )
 def prune(
     models: Annotated[
@@ -41,7 +42,10 @@ def prune(
     ],
     base: options.Base,
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="OUT", help="The artifact, a .safetensors file; for several fine-tunes a folder.")
+        str,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="The artifact, a .safetensors file, or - for stdout; for several fine-tunes a folder."
+        ),
     ],
     keep: Annotated[
         Optional[str],
@@ -126,6 +130,8 @@ def prune(
 
     peru prune MODEL --base BASE -o a.safetensors --lossless
 
+    peru prune step-1200/ --base step-1100/ -o - --lossless | ssh host peru unpack - --base /models/step-1100 --in-place
+
     --keep writes sparse deltas: Post-Pruning, or PERU-FFT if the base is a merge. --max-bytes, --bits and --min-quality choose rank and
     precision for each tensor, at one price for all. With --data, what is stored is then tuned on examples.
 
@@ -166,6 +172,8 @@ def prune(
     arguments = split_arguments(models)
     out = Path(output)
     several = len(arguments) > 1 or output.endswith("/") or out.is_dir()
+    if several and console.data_on_stderr:
+        raise UsageError("-o - writes one artifact, and several fine-tunes are given", "-o DIR/ writes one for each")
     if not several and out.suffix != ".safetensors":
         raise UsageError(f"-o {output} should end in .safetensors, or in / for a folder of artifacts")
     targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
@@ -278,7 +286,7 @@ def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
 def _planned(task: PruneTask, chosen: PruneOptions) -> dict[str, object]:
     return {
         "task": task.vector.name,
-        "output": str(task.target),
+        "output": options.written_to(task.target),
         "entries": task.entries,
         "keep": None if chosen.density is None else int(chosen.density * task.entries),
         "paired": len(task.vector.pairing.pairs),
@@ -293,7 +301,7 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
     rows = [
         [
             r.task,
-            str(r.path),
+            options.written_to(r.path),
             si_bytes(r.file_bytes),
             f"{r.fine_bytes / r.file_bytes:.1f}x",
             f"{r.bits_per_parameter:.4f}",
@@ -313,7 +321,7 @@ def _report(results: list[PruneResult], published: dict[str, object]) -> None:
         [
             {
                 "task": r.task,
-                "path": str(r.path),
+                "path": options.written_to(r.path),
                 "file_bytes": r.file_bytes,
                 "delta_bytes": r.delta_bytes,
                 "whole_bytes": r.whole_bytes,

@@ -24,6 +24,7 @@ try:
 except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
+PATCH_MARKER = ".peru-patch"  # in a folder with a checkpoint that is half patched (patch.py)
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # errors of file systems without locks (Lustre, some NFS)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from peru_cli.checkpoints.header import Header, TensorInfo
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.files import RandomAccess, RandomAccessFile, open_random, read_header
+from peru_cli.checkpoints.local.patch import refuse_half_patched
 from peru_cli.checkpoints.local.readahead import Echo, ReadAhead
 from peru_cli.checkpoints.local.sealed import Sealed, file_digest, is_sealed, read_digests, told_files
 from peru_cli.checkpoints.local.torch_files import TorchCheckpoint
@@ -36,6 +37,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self._seal_of: dict[str, Sealed] = {}
         tensors: Mapping[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
+        for path in files:
+            if isinstance(path, Path):
+                refuse_half_patched(path)
         try:
             self._files += _open_all(files)
             self._begins = [read_header(file).data_offset for file in self._files]
@@ -90,6 +94,14 @@ class SafetensorsCheckpoint(Checkpoint):
         """The file that contains a tensor, and the offset of the tensor's first byte."""
         number = self._file_of[name] if self._file_of else 0
         return self._files[number], self._begins[number] + self._infos[name].begin
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """The number of the file (in `files`) that contains a tensor, and the offset of its first byte there."""
+        return self._file_of[name] if self._file_of else 0, self._where(name)[1]
+
+    def header_bytes(self, number: int) -> int:
+        """Bytes before the data of a file, by its number."""
+        return self._begins[number]
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         file, begin = self._where(name)

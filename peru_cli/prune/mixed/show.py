@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peru_cli.console import console, si_bytes
+from peru_cli.options import written_to
 from peru_cli.prune.mixed.run import MixedResult
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def report(results: list[MixedResult], published: dict[str, Any]) -> None:
     rows = [
         [
             r.task,
-            str(r.path),
+            written_to(r.path),
             si_bytes(r.file_bytes),
             f"{r.fine_bytes / r.file_bytes:.1f}x",
             f"{r.bits_per_parameter:.4f}",
@@ -34,7 +35,7 @@ def report(results: list[MixedResult], published: dict[str, Any]) -> None:
 def _figures(r: MixedResult) -> dict[str, Any]:
     return {
         "task": r.task,
-        "path": str(r.path),
+        "path": written_to(r.path),
         "kind": "mixed",
         "file_bytes": r.file_bytes,
         "delta_bytes": r.delta_bytes,
