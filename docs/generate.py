@@ -7,13 +7,15 @@ tests/house/test_docs.py compares the result with what is checked in.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from typer.completion import get_completion_script
 
+from peru_cli.cli import run
 from peru_cli.methods.table import FLAGS, METHODS, Flag, flag_help, shown
 
 CHAIN = ("chain", "chain add", "chain get", "chain list", "chain verify", "chain prune", "chain squash")
@@ -23,10 +25,10 @@ COMPLETIONS = {"bash": "peru.bash", "zsh": "_peru", "fish": "peru.fish"}
 
 def help_text(*arguments: str) -> str:
     """What `peru ... --help` prints in a pipe of 100 columns."""
-    environment = {**os.environ, "_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "100", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "peru_cli", *arguments, "--help"]
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return "\n".join(line.rstrip() for line in printed.replace("python -m peru_cli", "peru").splitlines()).strip("\n")
+    os.environ.update({"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "100", "COLUMNS": "100"})  # before help is formatted
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run([*arguments, "--help"]) == 0
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()).strip("\n")
 
 
 def _names(name: str, flag: Flag) -> str:

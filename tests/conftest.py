@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.forkserver import ForkServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other took a third of the time
+torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would everything that tests start
 
 forks = ForkServer()
@@ -27,13 +29,17 @@ FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # data sets beside the developers' checkout, not part of the project
 
 
-def run_peru(*arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m peru_cli` in its own process; output as text. Forked, if possible, from a process that has imported everything."""
+def run_peru(
+    *arguments: object, stdin: bytes | None = None, env: dict[str, str] | None = None, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m peru_cli` in its own process; output as text. Forked, if possible, from a process that has imported everything.
+
+    `before` is Python code to execute first, in that process: it changes limits."""
     whole = {**os.environ, **(env or {})}
     if hasattr(os, "pidfd_open") and not any(name.startswith("PYTHON") for name in env or {}):
-        return forks.run([str(a) for a in arguments], stdin or b"", whole, timeout=300)
+        return forks.run([str(a) for a in arguments], stdin or b"", whole, timeout=300, code=before)
     return subprocess.run(
-        [sys.executable, "-m", "peru_cli", *map(str, arguments)],
+        [sys.executable, "-c", f"{before}\nfrom peru_cli.__main__ import main\nmain()", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -100,12 +100,14 @@ def _table(rows: list[Row], base_bytes: int) -> None:
     console.line(
         f"Sizes are for all {len(fine_tuned.accuracies)} tasks, heads and configs included, on top of the base's {si_bytes(base_bytes)}."
     )
+    console.line("bits/param leave out heads and configs, as in all commands.")
     result: dict[str, Any] = {
         "base_bytes": base_bytes,
         "rows": [
             {
                 "method": row.method,
                 "bytes": row.nbytes,
+                "delta_bytes": row.delta_bytes,
                 "bits_per_parameter": row.bits_per_parameter,
                 "accuracies": row.accuracies,
                 "mean": row.mean,

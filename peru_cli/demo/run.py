@@ -63,6 +63,7 @@ class Row:
 
     method: str
     nbytes: int
+    delta_bytes: int  # nbytes without heads and side files: what bits a parameter count
     parameters: int  # encoder parameters of all tasks together: the divisor of bits a parameter
     accuracies: dict[str, float]
 
@@ -73,8 +74,8 @@ class Row:
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits for each encoder parameter of each task, including heads and everything else."""
-        return 8 * self.nbytes / self.parameters
+        """Bits for each encoder parameter of each task."""
+        return 8 * self.delta_bytes / self.parameters
 
     def normalised(self, fine_tuned: Row) -> float:
         """Mean over tasks of accuracy / accuracy of the fine-tune."""
@@ -102,15 +103,15 @@ def _rows(command: Command, advance: Callable[[int], None]) -> Iterator[Row]:
         Path(task).symlink_to(folder)
     parameters = len(tasks) * sum(tensor.numel() for tensor in load_file("base/model.safetensors").values())
 
-    def row(method: str, nbytes: int, folders: dict[str, Path]) -> Row:
+    def row(method: str, files: set[Path], folders: dict[str, Path]) -> Row:
         found = {}
         for task, folder in folders.items():
             found[task] = accuracy(folder, images[task])
             advance(1)
-        return Row(method, nbytes, parameters, found)
+        return Row(method, sum(file.stat().st_size for file in files), sum(map(_delta_bytes, files)), parameters, found)
 
-    yield row("base, each task's head", 0, {task: _under_head(task, Path("untrained") / task) for task in tasks})
-    yield row("fine-tunes", sum((folder / "model.safetensors").stat().st_size for folder in tasks.values()), dict(tasks))
+    yield row("base, each task's head", set(), {task: _under_head(task, Path("untrained") / task) for task in tasks})
+    yield row("fine-tunes", {folder / "model.safetensors" for folder in tasks.values()}, dict(tasks))
     for way in WAYS:
         command([way.command, *tasks, *way.options.split()])
         folders = {}
@@ -121,7 +122,7 @@ def _rows(command: Command, advance: Callable[[int], None]) -> Iterator[Row]:
             command(["unpack", way.source.format(task), *more, "-o", str(folders[task])])
             if not (folders[task] / PROCESSOR).exists():  # the base has none that a merge could copy
                 shutil.copy(Path(task) / PROCESSOR, folders[task])
-        yield row(way.method, _size(way, list(tasks)), folders)
+        yield row(way.method, _files(way, list(tasks)), folders)
 
 
 def accuracy(model: Path, images: Path) -> float:
@@ -132,13 +133,21 @@ def accuracy(model: Path, images: Path) -> float:
     return float((class_logits(loaded.model, loaded.inputs, BATCH).argmax(-1) == labels).mean())
 
 
-def _size(way: Way, tasks: Sequence[str]) -> int:
-    """Bytes needed besides the base: artifacts, and a merged base that comes with them."""
+def _files(way: Way, tasks: Sequence[str]) -> set[Path]:
+    """Files needed besides the base: artifacts, and a merged base that comes with them."""
     places = {Path(way.source.format(task)) for task in tasks} | ({Path(way.base)} if way.base not in ("", "base") else set())
     files = {file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()}
     if way.base not in ("", "base"):  # the artifacts hold the heads too
         files = {file for file in files if "heads" not in file.parts}
-    return sum(file.stat().st_size for file in files)
+    return files
+
+
+def _delta_bytes(file: Path) -> int:
+    """Bytes of a file without heads and side files. Artifacts have them in roles of their own."""
+    if file.suffix != ".safetensors":
+        return 0
+    whole = (tensor.nbytes for name, tensor in load_file(file).items() if name in ("whole", "files") or "classifier." in name)
+    return file.stat().st_size - sum(whole)
 
 
 def _under_head(task: str, folder: Path) -> Path:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blake3 import blake3
 
+from peru_cli.artifacts.codecs import PCO
+from peru_cli.artifacts.index import EXACT, Block, Index, Mode, Stream, TensorRecord, decode_index, encode_index
+from peru_cli.checkpoints.dtypes import BY_NAME
+from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.errors import BadFile
 from tests.golden.make import CASES, Tensors, noise, write_model, write_safetensors
 from tests.support.format_reader import (
     BITS,
@@ -197,9 +203,6 @@ def test_padding_is_sealed(tmp_path: Path, peru) -> None:
 
 def test_index_limits() -> None:
     """Endless numbers, names that front coding inflates, blocks larger than their entries."""
-    from peru_cli.artifacts.index import decode_index
-    from peru_cli.errors import BadFile
-
     with pytest.raises(BadFile, match="number above"):
         decode_index(b"\x01" + b"\x80" * 1000 + b"\x01")
     varint = lambda n: bytes([n & 127 | 128, n >> 7 & 127 | 128, n >> 14])  # noqa: E731
@@ -214,6 +217,57 @@ def test_index_limits() -> None:
     index[sizes : sizes + 1] = varint(2 * 8 + 2**16 + 1)
     with pytest.raises(BadFile, match="number above"):
         decode_index(bytes(index))
+
+
+def two_blocks() -> Index:
+    """A stream of 7 kept entries in two blocks, of one tensor of 10 entries and one that grew from 3 rows of 2 to 4."""
+    bf16, digest = BY_NAME["BF16"], bytes(16)
+    tensors = [
+        TensorRecord(TensorInfo("a", bf16, (10,)), Mode.DELTA, b"", bf16, 0, digest, 5),
+        TensorRecord(TensorInfo("b", bf16, (4, 2)), Mode.DELTA, digest, bf16, 3, digest, 2),
+    ]
+    blocks = [Block(0, 0, 4, False, 9, 9, 0, digest), Block(0, 5, 3, True, 9, 9, 0, digest)]
+    return Index(tensors, [Stream(bf16, EXACT, PCO, PCO, 4, 7)], blocks, [])
+
+
+def test_an_index_is_read_up_to_its_limits_and_not_beyond() -> None:
+    """Each field at its limit is read back, and one more is refused."""
+
+    def at(change: Callable[[Index], object]) -> Index:
+        index = two_blocks()
+        change(index)
+        return index
+
+    def rows(index: Index, base: int, kept: int) -> None:
+        index.tensors[1].base_rows, index.tensors[1].kept = base, kept
+        index.streams[0].kept = 5 + kept
+        index.blocks[1].count = 1 + kept
+
+    def second(name: str, value: int) -> Callable[[Index], object]:
+        return lambda index: setattr(index.blocks[1], name, value)
+
+    limit = 8 * 3 + (1 << 16)
+    for good, bad, what in (
+        (second("origin", 4), second("origin", 3), "does not follow"),
+        (second("origin", 15), second("origin", 16), "beyond its end"),
+        (lambda i: None, lambda i: setattr(i.blocks[0], "origin", 1), "does not follow"),
+        (second("positions_bytes", limit), second("positions_bytes", limit + 1), "number above"),
+        (second("values_bytes", limit), second("values_bytes", limit + 1), "number above"),
+        (lambda i: rows(i, 3, 3), lambda i: rows(i, 4, 3), "grew from 4 rows"),
+        (lambda i: rows(i, 1, 2), lambda i: rows(i, 1, 3), "number above"),
+        (lambda i: rows(i, 0, 2), lambda i: setattr(i.tensors[1], "kept", 1), "its tensors 6"),
+    ):
+        assert decode_index(encode_index(at(good))) is not None
+        with pytest.raises(BadFile, match=what):
+            decode_index(encode_index(at(bad)))
+    assert decode_index(encode_index(two_blocks())) == two_blocks()
+
+
+def test_rows_that_the_base_lacks_count_as_stored_whole() -> None:
+    grown, plain = two_blocks().tensors[1], two_blocks().tensors[0]
+    assert (grown.base_shape, grown.base_entries, grown.whole_bytes) == ((3, 2), 6, 4)
+    assert (plain.base_shape, plain.base_entries, plain.whole_bytes) == ((10,), 10, 0)
+    assert TensorRecord(plain.info, Mode.WHOLE).whole_bytes == 20
 
 
 # -- the document and the code agree -------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 import transformers as tr
 from safetensors.torch import load_file, save_file
 
-from peru_cli import demo
+from peru_cli import cli, demo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import PeruError
 from peru_cli.evaluate.plan import Comparison
@@ -35,16 +35,23 @@ from tests.support import models
 Peru = Callable[..., str]
 
 
-@pytest.fixture
-def family(tmp_path: Path, peru: Peru) -> Path:
-    """base, fine, a.safetensors (a tenth of it), all.safetensors (lossless), test.jsonl with labels that `fine` often gets right."""
-    base, fine = models.pair(models.bert, tmp_path)
-    peru("prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "10%", "--no-sync")
-    peru("prune", fine, "-b", base, "-o", tmp_path / "all.safetensors", "--lossless", "--no-sync")
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of `family`."""
+    folder = tmp_path_factory.mktemp("family")
+    base, fine = models.pair(models.bert, folder)
+    for name, how in (("a", ["--keep", "10%"]), ("all", ["--lossless"])):
+        assert cli.run(["prune", str(fine), "-b", str(base), "-o", str(folder / f"{name}.safetensors"), *how, "--no-sync", "--quiet"]) == 0
     texts = models.sentences(150)
     rows = [{"text": t, "label": (int(k) if i % 7 else 0)} for i, (t, k) in enumerate(zip(texts, predictions(fine, texts), strict=True))]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def family(original: Path, tmp_path: Path) -> Path:
+    """base, fine, a.safetensors (a tenth of it), all.safetensors (lossless), test.jsonl with labels that `fine` often gets right."""
+    return Path(shutil.copytree(original, tmp_path, dirs_exist_ok=True))
 
 
 def predictions(folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:

@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 
 from peru_cli.inference.taujp import change_norms, features
 from tests.support import models
-from tests.support.data_family import TASKS, fine_tune, gpt2, one_thread, sentences, tokens, write_family, write_rows
-
-__all__ = ["one_thread"]
+from tests.support.data_family import TASKS, fine_tune, gpt2, sentences, tokens, write_family, write_rows
 
 
 @pytest.fixture(scope="module")

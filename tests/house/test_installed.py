@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -38,13 +41,21 @@ def only_required(folder: Path) -> Path:
     return folder
 
 
-def test_the_demo_needs_only_the_required_packages(tmp_path: Path) -> None:
+def test_the_demo_needs_only_the_required_packages_and_counts_like_inspect(tmp_path: Path, peru: Callable[..., str]) -> None:
     packages = only_required(tmp_path / "packages")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
     alone = [sys.executable, "-S"]  # without the environment's own packages
     hidden = subprocess.run([*alone, "-c", "import pytest"], env=environment, capture_output=True, text=True, timeout=60)
     assert "No module named 'pytest'" in hidden.stderr
-    done = subprocess.run([*alone, "-m", "peru_cli", "demo"], env=environment, capture_output=True, text=True, timeout=600)
+    command = [*alone, "-m", "peru_cli", "demo", "--json", "-o", str(tmp_path / "demo")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    (fine,) = (line.split() for line in done.stdout.splitlines() if line.startswith("fine-tunes "))
-    assert fine[1:3] == ["4.15", "MB"] and fine[-1] == "100.00"
+    rows = {row["method"]: row for row in json.loads(done.stdout)["rows"]}
+    fine = rows["fine-tunes"]
+    assert fine["bytes"] == 4_147_088 and fine["normalised"] == 1 and 16 < fine["bits_per_parameter"] < 16.1
+    for method, folder in (("Post-Pruning, 5%", "pruned"), ("mixed, 0.7 bits", "mixed")):
+        shown = [json.loads(peru("inspect", file, "--json")) for file in sorted((tmp_path / "demo" / folder).glob("*.safetensors"))]
+        assert len(shown) == 4 and sum(one["delta_bytes"] for one in shown) == rows[method]["delta_bytes"]
+        assert sum(one["bits_per_parameter"] for one in shown) / 4 == pytest.approx(rows[method]["bits_per_parameter"], rel=1e-6)
+    pack = json.loads(peru("inspect", tmp_path / "demo" / "pack.safetensors", "--json"))
+    assert pack["delta_bytes"] == rows["STA + Shuffle"]["delta_bytes"]

@@ -18,9 +18,7 @@ from peru_cli.methods.examples import adamerging, fisher, regmean
 from peru_cli.methods.statistics import TaskModel
 from tests.support import models
 from tests.support.damage import files
-from tests.support.data_family import TASKS, command, fine_tune, gpt2, merged, one_thread, sentences, tokens, write_family, write_rows
-
-__all__ = ["one_thread"]
+from tests.support.data_family import TASKS, command, fine_tune, gpt2, merged, sentences, tokens, write_family, write_rows
 
 
 @pytest.fixture(scope="module")

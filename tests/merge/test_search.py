@@ -11,9 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from peru_cli.merge import command as merge_command
-from tests.support.data_family import TASKS, command, fine_tune, one_thread, tokens, write_family, write_rows
-
-__all__ = ["one_thread"]
+from tests.support.data_family import TASKS, command, fine_tune, tokens, write_family, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 import torch
 import transformers as tr
 from safetensors.torch import load_file
@@ -14,15 +13,6 @@ from safetensors.torch import load_file
 from tests.support import models
 
 TASKS = ("a", "b")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """With models of 20,000 parameters, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gpt2() -> tr.GPT2ForSequenceClassification:

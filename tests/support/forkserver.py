@@ -30,15 +30,17 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, arguments: list[str], stdin: bytes, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-        """Run one command, like `subprocess.run` with captured text."""
+    def run(
+        self, arguments: list[str], stdin: bytes, env: dict[str, str], timeout: float, code: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one command, like `subprocess.run` with captured text. `code` is executed first, in the same process."""
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             given.write(stdin)
             given.seek(0)
             reader, writer = os.pipe()
             try:
                 fds = [given.fileno(), out.fileno(), err.fileno(), writer]
-                self._send(json.dumps([arguments, env, os.getcwd()]).encode(), fds)
+                self._send(json.dumps([arguments, env, os.getcwd(), code]).encode(), fds)
             finally:
                 os.close(writer)
             status = self._wait(reader, arguments, timeout)
@@ -135,7 +137,7 @@ def become(request: list[object], fds: list[int]) -> NoReturn:
     """Be `python -m peru_cli` in the child."""
     code: object = 1
     try:
-        arguments, env, folder = request
+        arguments, env, folder, before = request
         for number, fd in enumerate(fds[:3]):
             os.dup2(fd, number)
             os.close(fd)
@@ -153,6 +155,7 @@ def become(request: list[object], fds: list[int]) -> NoReturn:
             if name.startswith("huggingface_hub.") and module is not constants:
                 vars(module).update({key: value for key, value in vars(constants).items() if key.isupper() and key in vars(module)})
         sys.argv = ["peru", *arguments]  # type: ignore[misc]
+        exec(compile(before, "<before>", "exec"), {})  # type: ignore[call-overload]
         from peru_cli.__main__ import main
 
         main()

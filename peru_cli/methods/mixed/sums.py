@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.kernels.products import added
@@ -78,6 +77,8 @@ def _by_size(variances: Floats) -> tuple[Floats, Floats]:
 
 def _rounded(variance: Floats, ulp: Floats) -> Floats:
     """The mean squared error of an entry after rounding; broadcast against each other."""
+    import torch  # imported here: unpacking needs no torch
+
     fine = variance + ulp * ulp / 12
     steps = np.arange(3 * _STEPS)
     with np.errstate(over="ignore"):

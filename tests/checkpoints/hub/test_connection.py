@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import ssl
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,13 +135,10 @@ def test_a_chunked_body_without_a_length(hub: HubServer, tmp_path: Path, extra: 
         assert made(tmp_path) == local(pair, tmp_path)
 
 
-# In a process that asks for small pieces: all connections of a file are in use.
+# A process that asks for small pieces: all connections of a file are in use.
 MANY = """
-import sys
 from peru_cli.checkpoints.local import readahead
 readahead.PIECE = 1 << 16
-from peru_cli import cli
-raise SystemExit(cli.run(sys.argv[1:]))
 """
 
 
@@ -174,13 +168,7 @@ def test_an_address_that_expires_under_all_connections_at_once(hub: HubServer, t
         return True
 
     hub.fault(expire)
-    done = subprocess.run(
-        [sys.executable, "-c", MANY, *map(str, command(tmp_path, "stream"))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **hub.env(tmp_path / "hf")},
-    )
-    ok(done)
+    ok(run_peru(*command(tmp_path, "stream"), env=hub.env(tmp_path / "hf"), before=MANY))
     assert len(refused) >= 8 and (tmp_path / "hub.safetensors").read_bytes() == local(pair, tmp_path)
 
 

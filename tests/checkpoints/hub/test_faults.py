@@ -147,22 +147,19 @@ def test_ctrl_c_works_while_storage_does_not_answer(hub: HubServer, pair: tuple[
     assert not (tmp_path / "hub.safetensors").exists()
 
 
-# In a process whose file system has no locks.
+# A process whose file system has no locks.
 NO_LOCKS = """
-import errno, fcntl, os, sys
+import errno, fcntl, os
 def flock(fd, how):
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 fcntl.flock = flock
-from peru_cli import cli
-raise SystemExit(cli.run(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_file_systems_without_locks(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
     """Like Lustre mounted without flock: huggingface_hub downloads, with locks of another kind, and peru checks."""
-    words = [sys.executable, "-c", NO_LOCKS, *map(str, command(tmp_path, mode))]
-    ok(subprocess.run(words, capture_output=True, text=True, env={**os.environ, **hub.env(tmp_path / "hf")}))
+    ok(run_peru(*command(tmp_path, mode), env=hub.env(tmp_path / "hf"), before=NO_LOCKS))
     assert made(tmp_path) == local(pair, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if "incomplete" in path.name or "partial" in path.name]
 

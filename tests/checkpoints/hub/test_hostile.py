@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints.hub.test_faults import MODES
+from tests.conftest import run_peru
 from tests.support.hub_server import HubServer
 
 
@@ -47,15 +45,22 @@ HOSTILE = {
 }
 
 
+# A process that may allocate 250 MB more than it has.
+LITTLE_MEMORY = """
+import pathlib, re, resource
+status = pathlib.Path("/proc/self/status")
+used = int(re.search(r"VmData:\\s+(\\d+)", status.read_text())[1]) << 10 if status.exists() else 350 << 20
+resource.setrlimit(resource.RLIMIT_DATA, (used + (250 << 20),) * 2)
+"""
+
+
 @pytest.mark.parametrize("what", HOSTILE)
 @pytest.mark.parametrize("mode", MODES)
 def test_hostile_headers(hub: HubServer, tmp_path: Path, mode: str, what: str) -> None:
     """Refused with little memory; by ranges, only the header is requested."""
     hub.add("org/evil", {"model.safetensors": HOSTILE[what]})
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (600 << 20,) * 2); from peru_cli import cli; "
-    limited += "raise SystemExit(cli.run(sys.argv[1:]))"
     out = tmp_path / "a.safetensors"
-    given = [sys.executable, "-c", limited, "prune", "org/evil", "-b", "org/evil", "-o", str(out), "--lossless", *MODES[mode]]
-    failed = subprocess.run(given, env={**os.environ, **hub.env(tmp_path / "hf")}, capture_output=True, text=True, timeout=100)
+    given = ["prune", "org/evil", "-b", "org/evil", "-o", out, "--lossless", *MODES[mode]]
+    failed = run_peru(*given, env=hub.env(tmp_path / "hf"), before=LITTLE_MEMORY)
     assert failed.returncode == 1 and "org/evil@" in failed.stderr and "model.safetensors" in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr and "not enough memory" not in failed.stderr and not out.exists()

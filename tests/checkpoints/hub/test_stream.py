@@ -98,29 +98,20 @@ def test_the_same_artifact_and_nothing_on_disk(hub: HubServer, pair: tuple[Path,
     assert all(r.token is None for r in hub.requests if r.origin == "cdn")
 
 
-# In a process whose limits are changed first: what a model larger than memory meets.
+# A process whose limits are changed first: what a model larger than memory meets.
 SMALL = """
-import sys
 from peru_cli.vectors import family as taskvectors, thresholds
 from peru_cli.methods.compact.magnitude import Window
-taskvectors.KEPT_BYTES = int(sys.argv[1])
-if sys.argv[2] == "miss":
+taskvectors.KEPT_BYTES = {kept}
+if {miss}:
     predict = thresholds.predict_window
     windows = [Window.over(0, 10)]
     thresholds.predict_window = lambda *arguments: windows.pop() if windows else predict(*arguments)
-from peru_cli import cli
-raise SystemExit(cli.run(sys.argv[3:]))
 """
 
 
 def run_small(kept: int, window: str, *arguments: object, env: dict[str, str]) -> str:
-    import os
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL, str(kept), window, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **env}
-    )
+    done = run_peru(*arguments, env=env, before=SMALL.format(kept=kept, miss=window == "miss"))
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
