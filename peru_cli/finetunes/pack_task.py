@@ -79,7 +79,7 @@ class TaskOfPack(FromArtifact):
         self.heading = f"base {base.label}: {base.kind}; {self.task}:"
         self._records = {self.record.fine_name(record.info.name): record for record in pack.index.tensors}
         self._own = {tensor.info.name: tensor for tensor in self.record.tensors}
-        self._scale, self._arrangement, self._corrections = pack.scale, pack.arrangement, pack.corrections(self.record)
+        self._scale, self._arrangement, self._corrections = pack.factor(self.task), pack.arrangement, pack.corrections(self.record)
         self._places = {source: place for place, source in self._arrangement.sources(self.task, self.record.shift).items()}
         self._rows: BlockCache[Floats] = BlockCache(_ROWS)
 

@@ -75,7 +75,7 @@ def _tasks(pack: MaskPack, entries: int) -> list[dict[str, Any]]:
             [
                 task.name,
                 task.norm,
-                f"{threshold:.4g}",
+                f"{pack.scales.get(task.name, threshold):.4g}",
                 f"{100 * share:.2f}%",
                 task.error,
                 task.cosine,
@@ -91,6 +91,7 @@ def _tasks(pack: MaskPack, entries: int) -> list[dict[str, Any]]:
                 "task": task.name,
                 "norm": float(task.norm),
                 "threshold": threshold,
+                **({"scale": pack.scales[task.name]} if pack.scales else {}),
                 "kept": mask.kept,
                 "kept_share": share,
                 "mask_bytes": mask.nbytes,
@@ -103,6 +104,17 @@ def _tasks(pack: MaskPack, entries: int) -> list[dict[str, Any]]:
                 "digest": task.digest.hex(),
             }
         )
-    columns = [">norm", ">threshold", ">kept", ">error", ">cosine", ">bits/entry", ">entropy", ">mask", ">own tensors", ">side files"]
+    columns = [
+        ">norm",
+        ">scale" if pack.scales else ">threshold",
+        ">kept",
+        ">error",
+        ">cosine",
+        ">bits/entry",
+        ">entropy",
+        ">mask",
+        ">own tensors",
+        ">side files",
+    ]
     console.table(["task", *columns], rows)
     return found

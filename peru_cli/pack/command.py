@@ -35,7 +35,7 @@ def shuffle_pack(
     base: options.Base,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The pack, a .safetensors file.")],
     method: Annotated[
-        str, typer.Option("--method", "-m", metavar="METHOD", help="superpose, tall-masks or magnitude-masks.")
+        str, typer.Option("--method", "-m", metavar="METHOD", help="superpose, tall-masks, magnitude-masks or emr.")
     ] = "superpose",
     threshold: Annotated[
         Optional[list[str]],

@@ -172,11 +172,16 @@ class Superpose(_Walk):
             (np.subtract if removing else np.add)(sums, steps.astype(np.int32), out=sums)
         if self._new_base is not None and not record.is_target:
             self._new_base.merge(record, tile, base_raw, sums)
+        sums = self.together(rows[:-1], sums)
         rows[-1] = sums
         area = 4.0**record.exponent
         tables = [] if removing else [table * area for table in inner_products(rows)]
         self.sum_digests[record.info.name].add_at(tile.start, sum_leaves(sums))
         return Added(sums, tables, rounding * area)
+
+    def together(self, rows: Doubles, sums: Sums) -> Sums:
+        """What is stored: the sums of the rounded rows, unless a method puts something else in their place."""
+        return sums
 
     def _signs(self, number: int, record: PackedTensor) -> Any:
         """Signs of a target tensor, cached."""

@@ -77,8 +77,8 @@ class PackSealer:
         old = plan.old
         self._records = {task.name: task for task in (old.index.tasks if old is not None else [])}
 
-    def finish(self, target: Path, scale: float) -> PackResult:
-        """Write everything, and rename the pack into place."""
+    def finish(self, target: Path, scale: float, factors: Sequence[float] = ()) -> PackResult:
+        """Write everything, and rename the pack into place. `factors` are by task, on top of the scale."""
         plan, step = self._plan, self._step
         if self._new_base is None:
             self._digest_base()
@@ -89,7 +89,7 @@ class PackSealer:
             if plan.removing:
                 self._prove(number)
             else:
-                self._records[vector.name], report = self._record(number, scale)
+                self._records[vector.name], report = self._record(number, scale * (factors[number] if factors else 1.0))
                 reports.append(report)
         if plan.removing:
             for vector in plan.vectors:

@@ -136,6 +136,42 @@ def test_tall_masks_sums_and_tasks_match_plain_formulas(packs: Callable[..., Pac
             assert raw(back[name]) == raw(made.fine[task][name])
 
 
+def plain_emr(vectors: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+    """EMR-Merging's elect, mask and rescale as in the authors' program (and fusion_bench's `emr_merge`), over one flat vector."""
+    flag = np.where(sum(vectors.values()) > 0, 1, -1)
+    masks = {task: tau * flag > 0 for task, tau in vectors.items()}
+    unified = flag * np.max([np.abs(tau) * masks[task] for task, tau in vectors.items()], axis=0)
+    return unified, masks, {task: np.abs(tau).sum() / np.abs(unified * masks[task]).sum() for task, tau in vectors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_emr_equals_the_authors_formula_and_every_task_has_its_scale(packs: Callable[..., Packs], peru: Peru, dtype: str) -> None:
+    made = packs("abc", dtype, 0.3, size=30)
+    path = made.run("cab", "--method", "emr", "--precision", 8, "--tile-entries", 16384, "--json")
+    told = {task["task"]: task for task in json.loads(made.text)["packed"]}
+    vectors = task_vectors(made.fine, made.base)
+    unified, expected, scales = plain_emr(vectors)
+    masks, sums, steps = read_masks(path)
+    assert all(np.array_equal(masks[task], expected[task]) for task in "abc")
+    assert np.array_equal(sums, np.rint(unified / steps))
+    flat = np.concatenate([made.base[n].float().numpy().ravel() for n in sorted(made.base) if n != "ids"])
+    inspected = {task["task"]: task for task in json.loads(peru("inspect", path, "--json"))["tasks"]}
+    for task in "abc":
+        assert told[task]["scale"] == inspected[task]["scale"] == pytest.approx(scales[task], rel=1e-8)
+        back = made.unpack(path, task)
+        vector = np.where(expected[task], sums, 0).astype(np.float32) * (told[task]["scale"] * steps).astype(np.float32)
+        wanted = torch.from_numpy(flat + vector).to(FLOATS[dtype])
+        assert b"".join(raw(back[n]) for n in sorted(made.base) if n != "ids") == raw(wanted)
+        exact = np.linalg.norm(scales[task] * unified * masks[task] - vectors[task]) / np.linalg.norm(vectors[task])
+        assert told[task]["error"] == pytest.approx(exact, abs=0.003) and told[task]["predicted_error"] == pytest.approx(exact, abs=0.003)
+
+
+def test_emr_takes_neither_thresholds_nor_a_share(packs: Callable[..., Packs]) -> None:
+    made = packs("ab")
+    for options in (["--threshold", "0.4"], ["--keep", "10%"]):
+        made.run("ab", "--method", "emr", *options, code=2)
+
+
 def test_exact_ties_and_unchanged_entries(tmp_path: Path, peru: Peru) -> None:
     """Values with few bits: |tau_a| = 0.5 |tau_b| exactly, tau = 0, and tau_MT = 0 where tasks cancel."""
     base = {"w": torch.zeros(6)}

@@ -205,6 +205,11 @@ class PackReader:
             order[i], order[j] = order[j], order[i]
         return next(t for t in self.tensors if t["mode"] == tensor["mode"] and (t["group"], t["place"]) == (tensor["group"], order[block]))
 
+    def factor(self, task: dict[str, Any]) -> float:
+        """What a task's sums are multiplied by."""
+        own = self.metadata["peru.scales"].split(",")[self.tasks.index(task)] if "peru.scales" in self.metadata else 1
+        return float(self.metadata["peru.scale"]) * float(own)
+
     def retrieve(self, name: str, base: Tensors) -> Tensors:
         """A task's checkpoint; F32 and BF16, cast as far as the golden pack needs it."""
         task = next(t for t in self.tasks if t["name"] == name)
@@ -217,7 +222,7 @@ class PackReader:
                 result[fine] = (dtype, shape, self.correct(name, tensor, raw))
                 continue
             place = self.place(task, tensor)
-            vector = self.sums[place["name"]].astype(np.float32) * np.float32(float(self.metadata["peru.scale"]) * 2.0 ** place["exponent"])
+            vector = self.sums[place["name"]].astype(np.float32) * np.float32(self.factor(task) * 2.0 ** place["exponent"])
             if tensor["mode"] != SUM and self.metadata["peru.signs"] == "yes":
                 width = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
                 key = (self.metadata["peru.seed"], name, "signs", place["name"])

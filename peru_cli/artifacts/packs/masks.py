@@ -29,7 +29,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
-from peru_cli.methods.compact.masking import METHODS
+from peru_cli.methods.compact.masking import EMR, METHODS
 from peru_cli.methods.compact.superpose import Arrangement
 from peru_cli.streaming.engine import available_threads
 
@@ -39,14 +39,16 @@ INDEX_VERSION = 1
 _STREAM_SLACK = 1 << 16
 _CACHED_BLOCKS = 16
 _BOOL = BY_NAME["BOOL"]
+_DECIMAL = SPARSE_METADATA["peru.threshold"].removeprefix("inf|")
 _SUMS = ("peru.format", "peru.scale", "peru.precision", "peru.entries", "peru.sums", "peru.base", "peru.base.files")
 
 METADATA = {key: PACK_METADATA[key] for key in _SUMS} | {
     "peru.kind": KIND,
     "peru.method": "|".join(METHODS),
+    "peru.scales": f"({_DECIMAL})(,({_DECIMAL}))*",
     "peru.density": SPARSE_METADATA["peru.density"].removeprefix("lossless|"),
 }
-OPTIONAL = {"peru.density", "peru.base", "peru.base.files"}
+OPTIONAL = {"peru.scales", "peru.density", "peru.base", "peru.base.files"}
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -194,6 +196,7 @@ class MaskPack(Pack):
 
     def __init__(self, path: Place) -> None:
         self.masks: dict[str, MaskRecord] = {}
+        self.scales: dict[str, float] = {}  # EMR: by task
         self._mask_at: dict[str, list[int]] = {}
         self._mask_cache: BlockCache[Flags] = BlockCache(_CACHED_BLOCKS)
         self._loaded_masks: dict[str, list[Bytes]] = {}  # packed, eight entries to a byte
@@ -203,6 +206,13 @@ class MaskPack(Pack):
         check_metadata(self.metadata, METADATA, OPTIONAL)
         self.index, masks = decode_masks(self.container.index)
         self.masks = {task.name: mask for task, mask in zip(self.index.tasks, masks, strict=True)}
+        scales = [float(text) for text in self.metadata["peru.scales"].split(",")] if "peru.scales" in self.metadata else []
+        if len(scales) != (len(self.index.tasks) if self.metadata["peru.method"] == EMR else 0):
+            raise BadFile(f"its metadata has {len(scales)} scales for {len(self.index.tasks)} tasks")
+        self.scales = dict(zip([task.name for task in self.index.tasks], scales, strict=False))
+
+    def factor(self, task: str) -> float:
+        return self.scale * self.scales.get(task, 1.0)
 
     def _lay_out(self) -> int:
         at = 0

@@ -147,6 +147,10 @@ class Pack:
                 self._loaded = list(pool.map(lambda number: _narrow(self._decode(number)), range(len(self.index.blocks))))
         return self
 
+    def factor(self, task: str) -> float:
+        """What a task's sums are multiplied by."""
+        return self.scale
+
     def corrections(self, task: TaskRecord) -> Corrections | None:
         """What a task's residual corrects; None if there is none."""
         return self._corrections.get(task.name)

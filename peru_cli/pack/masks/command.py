@@ -1,4 +1,4 @@
-"""`peru shuffle-pack --method tall-masks|magnitude-masks`: its options, and what it reports."""
+"""`peru shuffle-pack --method tall-masks|magnitude-masks|emr`: its options, and what it reports."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def read_options(
         change: the pack of --add-to or --remove-from.
 
     Raises UsageError for options that the method does not have."""
-    from peru_cli.methods.compact.masking import METHODS, TALL
+    from peru_cli.methods.compact.masking import MAGNITUDE, METHODS, TALL
     from peru_cli.pack.masks.run import MaskOptions
 
     if method not in ("superpose", *METHODS):
-        raise UsageError(f"--method {method!r} is not superpose, {' or '.join(METHODS)}")
+        raise UsageError(f"--method {method!r} is not superpose, {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     if thresholds and method != TALL:
         raise UsageError(f"--threshold has no meaning with --method {method}", f"it belongs to --method {TALL}")
-    if keep is not None and (method == TALL or method not in METHODS):
+    if keep is not None and method != MAGNITUDE:
         raise UsageError(f"--keep has no meaning with --method {method}", "it belongs to --method magnitude-masks")
     if method not in METHODS:
         return None
@@ -76,7 +76,7 @@ def _read_thresholds(texts: list[str]) -> dict[str, float]:
 
 def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
     """Print what --dry-run says, and return it."""
-    from peru_cli.methods.compact.masking import GRID, TALL
+    from peru_cli.methods.compact.masking import EMR, GRID, TALL
 
     names = [vector.name for vector in plan.vectors]
     told: dict[str, Any] = {"output": str(out), "method": masks.method, "tasks": names, "entries": plan.entries}
@@ -86,6 +86,9 @@ def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
         given = {name: masks.thresholds.get(name, masks.thresholds.get("")) for name in names}
         console.table(["task", "threshold"], [[name, f"one of {grid}" if value is None else f"{value:g}"] for name, value in given.items()])
         return told | {"thresholds": given}
+    if masks.method == EMR:
+        console.line("each task keeps the entries that have the elected sign, times a scale of its own")
+        return told
     kept = int(masks.keep * plan.entries)
     console.line(f"each task keeps its {count(kept)} largest of {count(plan.entries)} entries, or all that changed")
     return told | {"kept": kept}
@@ -104,7 +107,7 @@ def report(result: MaskResult, published: dict[str, Any]) -> None:
             [
                 task.name,
                 f"{task.norm:.4g}",
-                f"{mask.threshold:.4g}" + (" (grid)" if mask.from_grid else ""),
+                f"{mask.threshold:.4g}" + (" (grid)" if mask.from_grid else "") if mask.scale is None else f"{mask.scale:.4g}",
                 f"{100 * share:.2f}%",
                 f"{task.predicted.error:.3f}",
                 f"{task.measured.error:.3f}",
@@ -131,16 +134,29 @@ def report(result: MaskResult, published: dict[str, Any]) -> None:
                 "error": task.measured.error,
                 "cosine": task.measured.cosine,
                 "rounding": task.rounding,
+                **({"scale": mask.scale} if mask.scale is not None else {}),
                 "whole_bytes": task.whole_bytes,
             }
         )
-    columns = [">norm", ">threshold", ">kept", ">predicted error", ">error", ">cosine", ">bits/entry", ">entropy", ">mask", ">own tensors"]
+    columns = [
+        ">norm",
+        ">scale" if result.masks[0].scale is not None else ">threshold",
+        ">kept",
+        ">predicted error",
+        ">error",
+        ">cosine",
+        ">bits/entry",
+        ">entropy",
+        ">mask",
+        ">own tensors",
+    ]
     console.table(["task", *columns], rows)
     console.line(
         f"{pack.path}: {plural(len(pack.all_tasks), 'task')}, {si_bytes(pack.file_bytes)},"
         f" {pack.bits_per_parameter:.3f} bits/param for all of them, precision {pack.precision}"
     )
-    console.line(f"scale {pack.scale:g}; least squares would be {pack.best_scale:.4g}")
+    if result.masks[0].scale is None:
+        console.line(f"scale {pack.scale:g}; least squares would be {pack.best_scale:.4g}")
     console.result(
         {
             "path": str(pack.path),

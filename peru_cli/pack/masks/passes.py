@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from peru_cli.artifacts.packs.masks import Block, MaskWriter, mask_digest, mask_leaves
-from peru_cli.methods.compact.masking import TALL, Flags, Overlap, magnitude_mask, tall_mask
+from peru_cli.artifacts.packs.pack import Sums
+from peru_cli.methods.compact.masking import EMR, TALL, Flags, Overlap, add_up, emr_mask, magnitude_mask, tall_mask, unify
 from peru_cli.pack.passes import PIECE, Added, Doubles, Gather, PackBuffers, Superpose
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.tiles import Tile
@@ -21,14 +22,6 @@ class Cut:
 
     threshold: float
     equals: int = 0
-
-
-def _add_up(rows: Doubles) -> Doubles:
-    """Sum over rows, one after the other, in order of the tasks' names; (n,)."""
-    total: Doubles = rows[0].copy()
-    for row in rows[1:]:
-        total += row
-    return total
 
 
 def _pieces(n: int) -> list[slice]:
@@ -50,31 +43,40 @@ class MaskGather:
         self._method, self._candidates, self._sums = method, candidates, plan.sums
         size = len(candidates), max(map(len, candidates)), 3
         self.overlaps = {tensor.info.name: np.zeros(size) for tensor in plan.sums}
+        self.lengths = np.zeros((len(candidates), 2))  # EMR: sum |tau_t| and sum |m_t u|
 
     def buffers(self) -> PackBuffers:
         return self.inner.buffers()
 
-    def apply(self, tile: Tile, room: PackBuffers) -> tuple[list[Doubles], Doubles]:
+    def apply(self, tile: Tile, room: PackBuffers) -> tuple[list[Doubles], Doubles, Doubles]:
         tables = self.inner.apply(tile, room)
+        lengths = np.zeros((len(tables), *self.lengths.shape))
         found = np.zeros((len(tables), *self.overlaps[self._sums[tile.tensor].info.name].shape))
         vectors = room.rows[:-1, : tile.stop - tile.start]
         for piece, part in enumerate(_pieces(tile.stop - tile.start)):
             rows = vectors[:, part]
-            total = _add_up(rows)
+            total = unify(rows) if self._method == EMR else add_up(rows)
             for task, cuts in enumerate(self._candidates):
+                if self._method == EMR:
+                    mask = emr_mask(rows[task], total)
+                    found[piece, task, 0] = _overlap(total, rows[task], mask)
+                    lengths[piece, task] = np.abs(rows[task]).sum(), np.abs(total * mask).sum()
+                    continue
                 own = np.abs(rows[task])
                 rest = np.abs(total - rows[task]) if self._method == TALL else own
                 for number, cut in enumerate(cuts):
                     mask = tall_mask(own, rest, cut.threshold) if self._method == TALL else magnitude_mask(own, cut.threshold, True)
                     found[piece, task, number] = _overlap(total, rows[task], mask)
-        return tables, found
+        return tables, found, lengths
 
-    def commit(self, tile: Tile, result: tuple[list[Doubles], Doubles]) -> None:
-        tables, found = result
+    def commit(self, tile: Tile, result: tuple[list[Doubles], Doubles, Doubles]) -> None:
+        tables, found, lengths = result
         self.inner.commit(tile, tables)
         overlaps = self.overlaps[self._sums[tile.tensor].info.name]
         for piece in found:
             overlaps += piece
+        for piece in lengths:
+            self.lengths += piece
 
     def finish(self, tile: Tile, committed: None, buffers: PackBuffers) -> None:
         pass
@@ -97,7 +99,12 @@ class Masked:
 
 
 class _Sums(Superpose):
-    """A plain sum from which every task gets what its mask keeps."""
+    """A plain sum, or EMR's vector, from which every task gets what its mask keeps."""
+
+    emr = False
+
+    def together(self, rows: Doubles, sums: Sums) -> Sums:
+        return np.rint(unify(rows)).astype(np.int32) if self.emr else sums
 
     def came_back(self, number: int) -> tuple[float, float]:
         return self.overlaps[number].square, self.overlaps[number].product
@@ -110,6 +117,7 @@ class WriteMasks:
 
     def __init__(self, plan: PackPlan, how: StreamSettings, writer: MaskWriter, method: str, cuts: Sequence[Cut]) -> None:
         self.inner = _Sums(plan, how, writer.pack, wide=True)
+        self.inner.emr = method == EMR
         self._writer, self._method, self._cuts, self._sums = writer, method, cuts, plan.sums
         self._quotas = [cut.equals for cut in cuts]  # equals that may still be kept
         self._found = np.zeros((len(cuts), 3))
@@ -126,9 +134,14 @@ class WriteMasks:
         result = Masked(added, np.empty((len(self._cuts), n), np.bool_), {}, np.empty((len(self._cuts), len(pieces), 3)), rows)
         if self._method == TALL:
             for part in pieces:
-                total = _add_up(rows[:-1, part])
+                total = add_up(rows[:-1, part])
                 for task, cut in enumerate(self._cuts):
                     result.masks[task, part] = tall_mask(np.abs(rows[task, part]), np.abs(total - rows[task, part]), cut.threshold)
+        elif self._method == EMR:
+            for part in pieces:
+                total = unify(rows[:-1, part])
+                for task in range(len(self._cuts)):
+                    result.masks[task, part] = emr_mask(rows[task, part], total)
         else:
             for task, cut in enumerate(self._cuts):
                 own, threshold = np.abs(rows[task]), float(np.ldexp(cut.threshold, -exponent))

@@ -1,4 +1,4 @@
-"""`peru shuffle-pack --method tall-masks|magnitude-masks`: the sum of all task vectors, and a mask for each task."""
+"""`peru shuffle-pack --method tall-masks|magnitude-masks|emr`: the sum of all task vectors, and a mask for each task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods.compact import masking
 from peru_cli.methods.compact.magnitude import key_value
-from peru_cli.methods.compact.masking import GRID, MAGNITUDE, TALL, Overlap
+from peru_cli.methods.compact.masking import EMR, GRID, MAGNITUDE, TALL, Overlap
 from peru_cli.methods.compact.superpose import quality
 from peru_cli.pack.masks.passes import Cut, MaskGather, WriteMasks
 from peru_cli.pack.measure import Measured, settle_steps
@@ -52,6 +52,7 @@ class TaskMask:
     from_grid: bool
     kept: int
     nbytes: int
+    scale: float | None = None  # EMR: the task's own
 
 
 @dataclass
@@ -107,13 +108,16 @@ def make_masks(
     measured = Measured(everything, np.zeros_like(everything), tables)
     bits = masking.default_precision(len(plan.vectors)) if precision is None else precision
     plan.metadata["peru.precision"] = str(settle_steps(plan, measured, bits))
+    factors = [masking.rescaler(own, kept) for own, kept in gather.lengths.tolist()] if masks.method == EMR else []
+    if factors:
+        plan.metadata["peru.scales"] = ",".join(map(repr, factors))
     cuts, predicted = [], []
     for task, own in enumerate(np.diag(everything).tolist()):
         exact = [_overlap(gather, task, number) for number in range(len(candidates[task]))]
         chosen = masking.choose_threshold(own, exact, scale)
         cuts.append(candidates[task][chosen])
         square = exact[chosen].square + _rounding(plan, gather, task, chosen)
-        predicted.append(quality(own, square, exact[chosen].product, scale))
+        predicted.append(quality(own, square, exact[chosen].product, scale * (factors[task] if factors else 1.0)))
     note("masking")
     largest = {**plan.metadata, "peru.sums": "0" * 64}
     writer = MaskWriter(target, largest, len(plan.vectors), sync)
@@ -126,9 +130,12 @@ def make_masks(
         for record, cut, overlap, digests in zip(writer.masks, cuts, overlaps, step.mask_digests, strict=True):
             record.threshold, record.kept = repr(cut.threshold), int(overlap.kept)
             record.digest = checkpoint_digest({name: digest.digest() for name, digest in digests.items()})
-        result = PackSealer(plan, step.inner, writer.pack, measured, predicted, {}, None, None, how).finish(target, scale)
+        result = PackSealer(plan, step.inner, writer.pack, measured, predicted, {}, None, None, how).finish(target, scale, factors)
     result.best_scale = masking.best_scale(overlaps)
-    return MaskResult(result, masks.method, _report(plan, candidates, cuts, writer))
+    reports = _report(plan, candidates, cuts, writer)
+    for report, factor in zip(reports, factors, strict=False):
+        report.scale = factor
+    return MaskResult(result, masks.method, reports)
 
 
 def _report(plan: PackPlan, candidates: Sequence[Sequence[Cut]], cuts: Sequence[Cut], writer: MaskWriter) -> list[TaskMask]:
@@ -140,6 +147,8 @@ def _report(plan: PackPlan, candidates: Sequence[Sequence[Cut]], cuts: Sequence[
 
 def _candidates(plan: PackPlan, masks: MaskOptions, how: StreamSettings) -> list[list[Cut]]:
     """The candidate cuts of each task's mask: the grid, the requested threshold, or the exact magnitude."""
+    if masks.method == EMR:
+        return [[Cut(0.0)] for _ in plan.vectors]
     if masks.method == TALL:
         given = [masks.thresholds.get(vector.name, masks.thresholds.get("")) for vector in plan.vectors]
         return [[Cut(threshold)] if threshold is not None else [Cut(threshold) for threshold in GRID] for threshold in given]
@@ -162,4 +171,5 @@ def _overlap(gather: MaskGather, task: int, number: int) -> Overlap:
 def _rounding(plan: PackPlan, gather: MaskGather, task: int, number: int) -> float:
     """What rounding all tasks to steps adds to the squared norm of what is kept."""
     kept = {name: float(table[task, number, 2]) for name, table in gather.overlaps.items()}
-    return len(plan.vectors) * sum(kept[tensor.info.name] * 4.0**tensor.exponent for tensor in plan.sums) / 12
+    added = 1 if "peru.scales" in plan.metadata else len(plan.vectors)  # EMR rounds once, not each task
+    return added * sum(kept[tensor.info.name] * 4.0**tensor.exponent for tensor in plan.sums) / 12
