@@ -1,6 +1,7 @@
 """A campaign of damage: alter every file of every output, kill and interrupt every command, fill disks; count the results.
 
-    python benchmarks/trust --record FILE [--mutations N] [--kills N] [--moments N] [--only mutations|kills|interrupts|disks]
+    python benchmarks/trust --record FILE [--mutations N] [--kills N] [--moments N]
+        [--only mutations|kills|interrupts|disks] [--match REGEX]
 
 The result of damage must be an error, or the bytes that the sound file gives; the result of a kill, the old state or the new one.
 FILE keeps the counts, so that an interrupted campaign continues. At the end one table is printed. The exit code is 1 if it contains
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -19,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import cases
 import mutate
 import outputs
 import running
@@ -88,7 +91,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=8, help="of each command that writes, at models of 200 MB")
     parser.add_argument("--moments", type=int, default=50, help="at which each command is interrupted")
     parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--match", default="", help="kill and interrupt only commands whose names match")
     given = parser.parse_args()
+    cases.MATCH = re.compile(given.match)
     outputs.environment()
     for part, work, size in zip(
         PARTS, (mutations, stops.kills, stops.interrupts, stops.disks), (given.mutations, given.kills, given.moments, 0), strict=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 import time
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blake3 import blake3
+from hub import Hub
 from outputs import Command, family, makers, peru
 from running import Run, apart
 from safetensors.torch import load_file
@@ -21,6 +24,7 @@ BIG = (50, 1000, 2000)  # layers, rows and columns: 200 MB in bfloat16
 SMALLER = (50, 200, 1000)  # 20 MB
 SMALL = (10, 200, 1000)  # 4 MB
 MIDDLING = (8, 300, 300)
+MATCH = re.compile("")  # names of the commands to run
 _OPTIONS: Command = ["--no-sync", "--threads", 1]
 RECIPE = "models:\n  - model: {0}\n    parameters: {{weight: 0.6}}\n  - model: {1}\n    parameters: {{weight: 0.4}}\nmerge_method: linear\n"
 
@@ -41,11 +45,15 @@ def digest(path: Path) -> str | None:
 
 
 class Case:
-    """A command that writes one output into its own folder, or none (then its target never exists)."""
+    """A command that writes one output into its own folder, or none (then its target never exists).
 
-    def __init__(self, name: str, command: Command, target: Path, inputs: Path) -> None:
-        self.name, self.command, self.target, self.inputs = name, command, target, inputs
+    `start` is a folder that the output begins as; the command changes a copy of it."""
+
+    def __init__(self, name: str, command: Command, target: Path, inputs: Path, start: Path | None = None) -> None:
+        self.name, self.command, self.target, self.inputs, self.begin = name, command, target, inputs, start
+        self.env: dict[str, str] = {}
         self.reference: str | None = None
+        self.initial: str | None = None
         self.before: str | None = None  # of the inputs
         self.seconds = 0.0
 
@@ -54,24 +62,38 @@ class Case:
         """The path of the output."""
         return self.target.parent
 
-    def start(self) -> Run:
-        """Start the command."""
-        return Run(self.command, self.place.with_name(self.place.name + "-said"))
+    def start(self, command: Command | None = None, said: str = "said") -> Run:
+        """Start the command, or another one."""
+        return Run(command or self.command, self.place.with_name(f"{self.place.name}-{said}"), self.env)
 
     def measure(self) -> None:
         """Run it once, undisturbed."""
-        self.before = digest(self.inputs)
+        self.clear()
+        self.before, self.initial = digest(self.inputs), self.found()
         began = time.monotonic()
         run = self.start()
         code = run.wait()
         assert code == 0, f"{self.name}: exit {code}: {run.said}"
-        self.seconds, self.reference = time.monotonic() - began, digest(self.target)
-        self.clear()
+        self.seconds, self.reference = time.monotonic() - began, self.found()
 
     def clear(self) -> None:
         """Restore the state before any run."""
+        self.empty()
+        self.prepare()
+
+    def empty(self) -> None:
+        """Remove everything."""
         shutil.rmtree(self.place)
         self.place.mkdir()
+
+    def prepare(self) -> None:
+        """Write what must exist before a run."""
+        if self.begin is not None:
+            shutil.copytree(self.begin, self.target)
+
+    def found(self) -> str | None:
+        """The digest of the output as it is now. None if there is nothing."""
+        return digest(self.target)
 
     def others(self) -> list[str]:
         """What is beside the output, and what is unfinished in it."""
@@ -81,20 +103,97 @@ class Case:
     def state(self) -> str:
         """The current state: nothing, the whole output, or something that must not exist."""
         strangers = [name for name in self.others() if not (name.startswith(".") and ".peru-" in name)]
-        found = digest(self.target)
+        found = self.found()
         if strangers:
             return f"LEFT {strangers}"
-        return "complete" if found == self.reference else "as before" if found is None else "OTHER BYTES"
+        return "complete" if found == self.reference else "as before" if found == self.initial else self.between()
+
+    def between(self) -> str:
+        """The state of what is neither old nor new."""
+        return "OTHER BYTES"
 
     def finishes(self) -> str:
         """Run it again: whether it gives the undisturbed result, and leaves nothing else."""
-        code = self.start().wait()
-        same = code == 0 and digest(self.target) == self.reference and not self.others()
+        code = self.start(self.again()).wait()
+        same = code == 0 and self.found() == self.reference and not self.others()
         return "then finished, same bytes" if same else f"LATER EXIT {code}, {self.state().upper()}, {self.others()}"
+
+    def again(self) -> Command:
+        """The command that finishes what was stopped."""
+        return self.command
 
     def inputs_changed(self) -> bool:
         """Whether any of its inputs has changed."""
         return digest(self.inputs) != self.before
+
+
+class ChainCase(Case):
+    """A command that changes several links of a chain, one after another: in between, each step that must stay is there, unchanged."""
+
+    def __init__(self, name: str, command: Command, target: Path, inputs: Path, start: Path, kept: set[int]) -> None:
+        super().__init__(name, command, target, inputs, start)
+        self._kept = kept
+
+    def between(self) -> str:
+        """Partly done, if `peru chain` finds no step lost or changed."""
+        assert self.begin is not None
+        now, old = self._steps(self.target), self._steps(self.begin)
+        sound = self.start(["chain", "verify", self.target], "checked").wait() == 0
+        return "partly done, no step lost" if sound and now.items() <= old.items() and now.keys() >= self._kept else "STEPS LOST"
+
+    def _steps(self, chain: Path) -> dict[int, str]:
+        run = self.start(["chain", "list", chain, "--json", "--quiet"], "checked")
+        assert run.wait() == 0, run.said
+        return {link["step"]: link["result"] for link in json.loads(run.said)}
+
+
+class HubCase(Case):
+    """A command that publishes, with or without an output of its own: one commit that holds all of it, or none."""
+
+    def __init__(self, name: str, command: Command, target: Path, inputs: Path, hub: Hub) -> None:
+        super().__init__(name, command, target, inputs)
+        self._hub, self.env = hub, hub.environment
+
+    def prepare(self) -> None:
+        """Forget every repo."""
+        self._hub.clear()
+
+    def found(self) -> str:
+        """Digests of the local output and of the published files."""
+        return f"{digest(self.target)} {self._hub.found()}"
+
+    def between(self) -> str:
+        """Only the local output may be there alone."""
+        written = str(self.reference).split()[0]
+        return "complete, not yet published" if self.found() == f"{written} None" else "OTHER BYTES"
+
+    def again(self) -> Command:
+        """Publish what is complete, as the message says."""
+        return ["push", self.target, Hub.REPO] if self.command[0] == "prune" and self.target.exists() else self.command
+
+
+class DemoCase(Case):
+    """`peru demo -o`: it runs many commands, whose outputs appear one by one."""
+
+    _all: dict[str, str | None]
+
+    def between(self) -> str:
+        """Files that the whole output has, too, and nothing else."""
+        return "some of its outputs, each whole" if self._files().items() <= self._all.items() else "OTHER BYTES"
+
+    def measure(self) -> None:
+        """Run it once, undisturbed."""
+        super().measure()
+        self._all = self._files()
+
+    def _files(self) -> dict[str, str | None]:
+        names = {path.relative_to(self.target): digest(path) for path in visible(self.target)} if self.target.exists() else {}
+        return {str(name): found for name, found in names.items() if name.parts[0] != "untrained"}  # these no command writes
+
+    def again(self) -> Command:
+        """It does not continue: begin anew."""
+        self.clear()
+        return self.command
 
 
 def _whole(folder: Path, tasks: list[str]) -> dict[str, tuple[str, Command]]:
@@ -176,7 +275,11 @@ def _with_data(folder: Path) -> Iterator[tuple[str, str | None, Command]]:
 def cases(size: tuple[int, int, int], wanted: Callable[[str], bool] = lambda name: True, reading: bool = False) -> Iterator[Iterator[Case]]:
     """Every wanted writing command on a family of models of this size, in memory; with `reading`, commands that only read, too."""
     with tempfile.TemporaryDirectory(prefix="peru-trust-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        yield _made(Path(name), size, wanted, reading)
+        hub = Hub(Path(name) / "home")
+        try:
+            yield _made(Path(name), size, lambda command: bool(MATCH.search(command)) and wanted(command), reading, hub)
+        finally:
+            hub.stop()
 
 
 def _warm(folder: Path) -> None:
@@ -189,25 +292,31 @@ def _warm(folder: Path) -> None:
         code, said = peru(*command)
         assert code == 0, said
     assert peru("unpack", made / "adapter", "-b", inputs / "base.safetensors", *_OPTIONS, "-o", folder / "x")[0] == 0
+    import huggingface_hub.hf_api  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
+    from peru_cli.chain import verify  # noqa: F401
     from peru_cli.evaluate import run  # noqa: F401
     from peru_cli.export import patches  # noqa: F401
     from peru_cli.inspect import run as inspect_run  # noqa: F401
     from peru_cli.merge import recipe  # noqa: F401
+    from peru_cli.publish import run as publish_run  # noqa: F401
 
 
-def _made(folder: Path, size: tuple[int, int, int], wanted: Callable[[str], bool], reading: bool) -> Iterator[Case]:
+def _made(folder: Path, size: tuple[int, int, int], wanted: Callable[[str], bool], reading: bool, hub: Hub) -> Iterator[Case]:
     inputs, made = folder / "inputs", folder / "made"
     inputs.mkdir()
     made.mkdir()
     tasks = family(inputs, *size)
     _warm(folder / "warm")
 
-    def case(name: str, target: str | None, command: Command, given: Path = inputs) -> Case:
+    def target_of(name: str, target: str) -> Path:
         place = folder / f"case-{name.replace(' ', '-')}"
         place.mkdir()
-        path = place / (target or "nothing")
+        return place / target
+
+    def case(name: str, target: str | None, command: Command, given: Path = inputs) -> Case:
+        path = target_of(name, target or "nothing")
         return Case(name, [*command, "-o", path] if target else command, path, given)
 
     def prepare(name: str) -> None:
@@ -229,10 +338,67 @@ def _made(folder: Path, size: tuple[int, int, int], wanted: Callable[[str], bool
             yield case(name, target, command)
     if reading:
         for name, (needs, command) in _reading(inputs, tasks, made).items():
-            prepare(needs)
-            yield case(name, None, command)
+            if wanted(name):
+                prepare(needs)
+                yield case(name, None, command)
         data = folder / "data"
         data.mkdir()
         for name, output, command in _with_data(data):
-            yield case(name, output, command, data)
-        yield case("demo", None, ["demo"])
+            if wanted(name):
+                yield case(name, output, command, data)
+    yield from _chains(inputs, made, tasks, target_of, wanted)
+    yield from _published(inputs, made, prepare, tasks, target_of, wanted, hub)
+    if wanted("demo"):
+        path = target_of("demo", "x")
+        yield DemoCase("demo", ["demo", "-o", path], path, inputs)
+
+
+def _chains(
+    inputs: Path, made: Path, tasks: list[str], target_of: Callable[[str, str], Path], wanted: Callable[[str], bool]
+) -> Iterator[Case]:
+    """Commands that write chains, and what is in chains."""
+    run = made / "run"
+    models = [inputs / "base.safetensors", *(task.partition("=")[2] for task in tasks), inputs / "c.safetensors"]
+
+    def chain() -> Path:
+        for step, model in enumerate(models, 1):
+            if not (run / f"step-{step}.safetensors").exists():
+                added = Run(["chain", "add", run, model, "--step", step, *_OPTIONS], made / "said")
+                assert added.wait() == 0, added.said
+        return run
+
+    if wanted(name := "chain add whole"):
+        path = target_of(name, "run")
+        yield Case(name, ["chain", "add", path, models[1], "--step", 1, *_OPTIONS], path, inputs)
+    if wanted(name := "chain add"):
+        path = target_of(name, "run")
+        yield Case(name, ["chain", "add", path, models[1], "--step", 5, *_OPTIONS], path, inputs, chain())
+    for name, output, command in (
+        ("chain get", "x", ["chain", "get", chain, 3]),
+        ("chain squash to a file", "x.safetensors", ["chain", "squash", chain, 1, 4]),
+    ):
+        if wanted(name):
+            path = target_of(name, output)
+            yield Case(name, [*(part() if part is chain else part for part in command), "-o", path, *_OPTIONS], path, run)
+    for name, arguments, kept in (
+        ("chain squash", [1, 3], {1, 3, 4}),
+        ("chain prune", ["--keep-every", 2], {2, 4}),
+    ):
+        if wanted(name):
+            path = target_of(name, "run")
+            yield ChainCase(name, [*name.split(), path, *arguments, *_OPTIONS], path, inputs, chain(), kept)
+
+
+def _published(
+    inputs: Path, made: Path, prepare: Callable[[str], None], tasks: list[str], target_of: Callable[[str, str], Path],
+    wanted: Callable[[str], bool], hub: Hub,
+) -> Iterator[Case]:  # fmt: skip
+    """Commands that publish."""
+    if wanted(name := "push"):
+        prepare("sparse.safetensors")
+        path = target_of(name, "nothing")
+        yield HubCase(name, ["push", made / "sparse.safetensors", Hub.REPO], path, inputs, hub)
+    if wanted(name := "prune --push"):
+        path = target_of(name, "x.safetensors")
+        command: Command = ["prune", tasks[0], "--keep", "10%", "-b", inputs / "base.safetensors", *_OPTIONS, "--push", Hub.REPO]
+        yield HubCase(name, [*command, "-o", path], path, inputs, hub)

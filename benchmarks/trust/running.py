@@ -14,6 +14,7 @@ from typing import NoReturn
 from outputs import Command
 
 from peru_cli import cli
+from tests.support.forkserver import reload_constants
 
 _SLOW = 600  # seconds that a command may take
 
@@ -37,23 +38,26 @@ def apart(work: Callable[[], None]) -> None:
 class Run:
     """A command in a forked process, ready to start once this is created."""
 
-    def __init__(self, command: Command, errors: Path, folder: Path | None = None) -> None:
+    def __init__(self, command: Command, errors: Path, env: dict[str, str] | None = None) -> None:
         ready, told = os.pipe()
         self._errors = errors
         self.pid = os.fork()
         if self.pid == 0:
             os.close(ready)
-            self._become([str(part) for part in command], told, folder)
+            self._become([str(part) for part in command], told, env)
         os.close(told)
         select.select([ready], [], [], _SLOW)
         os.close(ready)
 
-    def _become(self, command: list[str], told: int, folder: Path | None) -> NoReturn:
+    def _become(self, command: list[str], told: int, env: dict[str, str] | None) -> NoReturn:
         code = 99
         try:
             fd = os.open(self._errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(fd, 1)
             os.dup2(fd, 2)
+            if env:
+                os.environ.update(env)
+                reload_constants()
             signal.signal(signal.SIGINT, cli._terminate)  # as `cli.run` does first of all
             os.close(told)
             code = cli.run(command)

@@ -133,6 +133,19 @@ def serve(channel: socket.socket) -> None:
                 selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, fds[3]))
 
 
+def reload_constants() -> None:
+    """Let huggingface_hub, which reads the environment at import, read it again."""
+    import importlib
+
+    from huggingface_hub import constants, hf_api
+
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
+    for name, module in list(sys.modules.items()):  # modules that imported a constant by name have the old one
+        if name.startswith("huggingface_hub.") and module is not constants:
+            vars(module).update({key: value for key, value in vars(constants).items() if key.isupper() and key in vars(module)})
+
+
 def become(request: list[object], fds: list[int]) -> NoReturn:
     """Be `python -m peru_cli` in the child."""
     code: object = 1
@@ -145,15 +158,7 @@ def become(request: list[object], fds: list[int]) -> NoReturn:
         os.environ.clear()
         os.environ.update(env)  # type: ignore[call-overload]
         os.chdir(folder)  # type: ignore[arg-type]
-        import importlib
-
-        from huggingface_hub import constants, hf_api
-
-        importlib.reload(constants)
-        hf_api.api.endpoint = constants.ENDPOINT
-        for name, module in list(sys.modules.items()):  # modules that imported a constant by name have the old one
-            if name.startswith("huggingface_hub.") and module is not constants:
-                vars(module).update({key: value for key, value in vars(constants).items() if key.isupper() and key in vars(module)})
+        reload_constants()
         sys.argv = ["peru", *arguments]  # type: ignore[misc]
         exec(compile(before, "<before>", "exec"), {})  # type: ignore[call-overload]
         from peru_cli.__main__ import main
