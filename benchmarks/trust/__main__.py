@@ -1,7 +1,7 @@
-"""A campaign of damage: alter every file of every output, kill and interrupt every command, fill disks; count the results.
+"""A campaign of damage: alter every file of every output, kill, interrupt and race every command, fill disks; count the results.
 
-    python benchmarks/trust --record FILE [--mutations N] [--kills N] [--moments N]
-        [--only mutations|kills|interrupts|disks] [--match REGEX]
+    python benchmarks/trust --record FILE [--mutations N] [--kills N] [--moments N] [--rivals N]
+        [--only mutations|kills|interrupts|rivals|disks] [--match REGEX]
 
 The result of damage must be an error, or the bytes that the sound file gives; the result of a kill, the old state or the new one.
 FILE keeps the counts, so that an interrupted campaign continues. At the end one table is printed. The exit code is 1 if it contains
@@ -27,7 +27,7 @@ import outputs
 import running
 import stops
 
-PARTS = ("mutations", "kills", "interrupts", "disks")
+PARTS = ("mutations", "kills", "interrupts", "rivals", "disks")
 
 
 class Record:
@@ -90,13 +90,17 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=100_000, help="of all files together")
     parser.add_argument("--kills", type=int, default=8, help="of each command that writes, at models of 200 MB")
     parser.add_argument("--moments", type=int, default=50, help="at which each command is interrupted")
+    parser.add_argument("--rivals", type=int, default=4, help="moments at which each command is started a second time")
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--match", default="", help="kill and interrupt only commands whose names match")
     given = parser.parse_args()
     cases.MATCH = re.compile(given.match)
     outputs.environment()
     for part, work, size in zip(
-        PARTS, (mutations, stops.kills, stops.interrupts, stops.disks), (given.mutations, given.kills, given.moments, 0), strict=True
+        PARTS,
+        (mutations, stops.kills, stops.interrupts, stops.rivals, stops.disks),
+        (given.mutations, given.kills, given.moments, given.rivals, 0),
+        strict=True,
     ):
         if given.only is None or part in given.only:
             running.apart(lambda work=work, size=size: work(Record(given.record), size))  # type: ignore[misc]

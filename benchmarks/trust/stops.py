@@ -108,6 +108,50 @@ def _interrupted(case: Case, run: Run, code: int | None) -> str:
     return {"complete": "130, complete", "as before": "130, to go on with" if left else "130, as before"}.get(state, state)
 
 
+def rivals(record: Any, each: int) -> None:
+    """Start every command twice, the second time while the first is at work: one output, whole, and nothing else."""
+    with cases(MIDDLING) as found:
+        for case in found:
+            key = f"rivals: {case.name}: 0"
+            if key in record.counts or case.name == "demo":  # it needs an empty folder
+                continue
+            case.measure()
+            counts = Counter[str]()
+            for number in range(each):
+                case.clear()
+                first = case.start()
+                code = first.wait(case.seconds * number / each)
+                second = case.start(said="rival")
+                codes = (first.wait() if code is None else code, second.wait())
+                counts[_raced(case, codes, (first.said, second.said))] += 1
+            if case.inputs_changed():
+                counts["INPUTS CHANGED"] += 1
+            record.add(key, dict(counts))
+            case.empty()
+
+
+def _raced(case: Case, codes: tuple[int | None, int | None], said: tuple[str, str]) -> str:
+    """The result of two commands with one output."""
+    if case.state() != "complete" or case.others() or 0 not in codes:
+        return f"EXIT {codes}, {case.state().upper()}, {case.others()}, {said[0][-150:].upper()}, {said[1][-150:].upper()}"
+    if codes == (0, 0):
+        return "both done, one output"
+    lost = said[0 if codes[0] else 1]
+    refused = (
+        "is being written by another peru",
+        "exists already",
+        "already: ",
+        "changed by somebody else",
+        "disappeared while",
+        "was changed",
+    )
+    return (
+        "one done, one refused"
+        if any(words in lost for words in refused) and "Traceback" not in lost
+        else f"EXIT {codes}, {lost[-250:].upper()}"
+    )
+
+
 def disks(record: Any, _: int) -> None:
     """Run every command on a disk that fills up at a tenth, a half or nine tenths of its output; the check for space is off."""
     from peru_cli.checkpoints.local import atomic

@@ -74,8 +74,7 @@ def add(
             console.note(f"step {number} would be stored {form(on)}")
             console.result({"step": number, "on": on})
             return
-        folder.mkdir(exist_ok=True)
-        with only_writer(folder):
+        with only_writer(folder, make=True):
             chain = read_chain(folder)
             _warn(chain)
             if write.is_there(chain, number, source):

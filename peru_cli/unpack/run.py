@@ -125,16 +125,16 @@ def unpack_to(source: FineTune, writer: CheckpointWriter, how: StreamSettings, n
     """Copy a fine-tune into a writer and commit it. Before writing to a pipe, which cannot be undone, everything is verified first.
 
     Raises Mismatch for another base (naming the first tensors that differ), BadFile if the artifact was altered."""
-    if isinstance(source, AdapterOnBase):
-        verify_expanded([source.model], how, note)
-    if writer.ordered and isinstance(source, FromArtifact):
-        note("verifying before anything is written")
-        verify(source, how)
-    elif writer.ordered and (watch := inputs.current()) is not None and watch.has_digests:
-        note("verifying before anything is written")
-        _read_all(source)
-        inputs.check()
     with writer:
+        if isinstance(source, AdapterOnBase):
+            verify_expanded([source.model], how, note)
+        if writer.ordered and isinstance(source, FromArtifact):
+            note("verifying before anything is written")
+            verify(source, how)
+        elif writer.ordered and (watch := inputs.current()) is not None and watch.has_digests:
+            note("verifying before anything is written")
+            _read_all(source)
+            inputs.check()
         note("unpacking")
         if isinstance(source, FromArtifact):
             proven = Proven(source)

@@ -92,8 +92,25 @@ def _open_locked(path: Path, target: Path) -> int:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder of files that belong together; BeingWritten if another process holds it. Where there are no locks, nothing is held."""
+def only_writer(folder: Path, make: bool = False) -> Iterator[None]:
+    """Hold a folder of files that belong together; BeingWritten if another process holds it. Where there are no locks, nothing is held.
+
+    With `make`, a missing folder is made. It goes again if the command fails and leaves nothing in it."""
+    made = make and not folder.exists()
+    if made:
+        folder.mkdir(exist_ok=True)
+    with _held(folder):
+        try:
+            yield
+        except BaseException:
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
