@@ -102,7 +102,7 @@ class Console:
         path, told, self.summary, self._summary = self.summary, self._summary, None, []
         if path is not None:
             with path.open("a", encoding="utf-8") as file:
-                file.write(f"### {_markdown(shown.masked(command))}\n\n" + "\n".join(told) + "\n")
+                file.write(f"### {_markdown(shown.printable(shown.masked(command)))}\n\n" + "\n".join(told) + "\n")
 
     def _width(self) -> int | None:
         """Columns of the terminal. None in a pipe, which takes any width."""

@@ -120,7 +120,8 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
         tasks, name_one = packed.get(file), len(found.artifacts) > 1
         for task in [PurePosixPath(file).stem] if tasks is None else tasks:
             which = f" --task {shlex.quote(task)}" if tasks is not None or name_one else ""
-            body.append(f"peru unpack {artifact_of(repo, file, name_one and tasks is not None)}{which}{base} -o {shlex.quote(task)}/")
+            named = shlex.quote(artifact_of(repo, file, name_one and tasks is not None))
+            body.append(f"peru unpack {named}{which}{base} -o {shlex.quote(task)}/")
     body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
     for rules in dict.fromkeys(tuple(decode_rules(meta)) for meta in metadata.values() if RENAME in meta):
         said = " ".join(f"--rename {shlex.quote(rule)}" for rule in rules)
@@ -206,7 +207,7 @@ def _adapters_card(found: Contents, repo: str) -> list[str]:
     body += ["```sh", "pip install peru-cli"]
     for folder in found.adapters:
         name = f"hf://models/{repo}/{folder}" if folder != "." else repo
-        body.append(f"peru unpack {name} --base {bases.get(folder, 'BASE')} -o restored/")
+        body.append(f"peru unpack {shlex.quote(name)} --base {shlex.quote(bases.get(folder, 'BASE'))} -o restored/")
     return [*body, "```"]
 
 
