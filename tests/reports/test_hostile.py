@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from peru_cli.publish.card import card, contents
 from tests.support import data_family
 
-HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' onmouseover=x <svg/onload=1></style></svg>]]>--><!--`|[a](javascript:x)"
+HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' onmouseover=x <svg/onload=1></style>]]>--><!--`|[a](javascript:x)"
 ALLOWED = ("#", "http://www.w3.org/", "http://creativecommons.org/ns#", "http://purl.org/dc/", "https://matplotlib.org/")
 
 
