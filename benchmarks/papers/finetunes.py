@@ -32,7 +32,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from minilm import encoder, read
 
 TASKS = ("sst2", "clinc_domains", "hate_davidson", "agnews", "banking77", "tweet_offensive", "snips", "atis")

@@ -1,6 +1,6 @@
 """The demo family: a small vision transformer and four fine-tunes of it, with their test images.
 
-data/ATTRIBUTION.md says where the images come from; benchmarks/demo_family.py made everything.
+data/ATTRIBUTION.md says where the images come from; benchmarks/models/demo_family.py made everything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Do two checkouts write the same bytes? Runs every writing command with both on the demo family, and rebuilds the golden artifacts.
 
-    python benchmarks/same_bytes.py OLD_CHECKOUT [--work DIR] [--only REGEX]
+    python benchmarks/trust/same_bytes.py OLD_CHECKOUT [--work DIR] [--only REGEX]
 
 Both trees read this checkout's demo family. All files are compared byte for byte, and so are exit codes. Merges, heads and
 adapters carry digests in their metadata since version 1 of sealed files (docs/format.md): where one side has none, tensors and
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FAMILY = ROOT / "peru_cli" / "demo" / "data"
 TASKS = ("digits", "fashion_mnist", "notmnist")
 DIGESTS = ("peru.sealed", "peru.digests", "peru.files")

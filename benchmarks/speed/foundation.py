@@ -1,8 +1,8 @@
 """Measure prune and unpack: time, memory and size, as ratios taken in one run.
 
-    python benchmarks/make_pair.py /tmp/pair11 --layers 22
-    python benchmarks/make_pair.py /tmp/pair03 --layers 4
-    python benchmarks/foundation.py --large /tmp/pair11 --small /tmp/pair03 [--minilm CACHE] [--runs 3]
+    python benchmarks/models/make_pair.py /tmp/pair11 --layers 22
+    python benchmarks/models/make_pair.py /tmp/pair03 --layers 4
+    python benchmarks/speed/foundation.py --large /tmp/pair11 --small /tmp/pair03 [--minilm CACHE] [--runs 3]
 
 Every command is a process of its own; times are medians of wall seconds, memory the largest resident set.
 The files are read once beforehand, so that the page cache is warm.

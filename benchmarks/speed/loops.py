@@ -1,6 +1,6 @@
 """Time the compiled loops (peru_cli/kernels) beside NumPy passes that do the same: processor nanoseconds an entry, one thread.
 
-    python benchmarks/loops.py
+    python benchmarks/speed/loops.py
 
 A tile of 2^18 bf16 entries, about half of which changed; three task vectors. The least of ten runs each.
 """

@@ -1,6 +1,6 @@
 """Compare Fisher merging and RegMean with fusion_bench on the demo's fine-tunes. Prints the largest difference of each.
 
-    python benchmarks/fusion_bench_oracle.py [--venv /tmp/peru-fusion-bench]
+    python benchmarks/oracles/fusion_bench_merges.py [--venv /tmp/peru-fusion-bench]
 
 Installs fusion-bench 0.2.33 (a program to compare with; peru contains no code of it) into its own virtual environment. Both
 merge from the statistics that peru has collected, fusion_bench in float64. Exits with 1 if a difference exceeds float32 rounding.

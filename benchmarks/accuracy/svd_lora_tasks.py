@@ -1,7 +1,7 @@
 """Accuracy of real adapters at lower ranks: PERU-LoRA, the naive way of the paper's table 6, and full fine-tunes as adapters.
 
     python benchmarks/papers/finetunes.py --out CACHE --data ../shared/data/text --only full lora --tasks sst2 clinc_domains
-    python benchmarks/svd_lora_tasks.py CACHE [--tasks sst2 clinc_domains] [--ranks 4 8 16]
+    python benchmarks/accuracy/svd_lora_tasks.py CACHE [--tasks sst2 clinc_domains] [--ranks 4 8 16]
 
 CACHE holds base/, lora/TASK/ (PEFT adapters of MiniLM-L6, rank 16), full/TASK/ and data/TASK.test.jsonl. Everything is
 resized or extracted with `peru svd-lora`, loaded by PEFT and classified with its own head. The naive way approximates A and B

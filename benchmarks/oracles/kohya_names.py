@@ -1,6 +1,6 @@
 """Adapters with kohya's names: diffusers' result against `peru unpack`. Prints the largest difference of each.
 
-    /opt/oracles/real/bin/python benchmarks/kohya_oracle.py
+    /opt/oracles/real/bin/python benchmarks/oracles/kohya_names.py
 
 Needs diffusers 0.42 and peft beside peru, in a separate virtual environment. diffusers' own conversion reads names, factors and
 alphas from an sd-scripts file for a small U-Net; peft applies them to the model and merges. peru reads the same file. Ranks,
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from diffusers import UNet2DConditionModel

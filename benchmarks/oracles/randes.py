@@ -1,6 +1,6 @@
 """Compare packs with fusion_bench's port of RanDeS on a tiny GPT-2 and a tiny CLIP. Prints the largest difference of each variant.
 
-    python benchmarks/fusion_bench_randes.py [--venv /tmp/peru-fusion-bench]
+    python benchmarks/oracles/randes.py [--venv /tmp/peru-fusion-bench]
 
 fusion-bench 0.2.33 runs in its own virtual environment (a program to compare with; peru contains no code of it). Its signs and
 orders come from NumPy's and Python's generators. They are passed to `peru shuffle-pack` and `peru unpack` in place of ours, and the
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as tr
-from fusion_bench_oracle import install
+from fusion_bench_merges import install
 from safetensors.torch import load_file, save_file
 
 from peru_cli import cli

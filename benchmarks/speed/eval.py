@@ -1,7 +1,7 @@
 """What `peru eval` adds to the forward passes: a pack's tasks, each compared with its fine-tune, in one process.
 
     python benchmarks/papers/finetunes.py --out CACHE --data ../shared/data/text --only full
-    python benchmarks/eval.py CACHE [--tasks sst2 clinc_domains] [--examples 1000] [--runs 3]
+    python benchmarks/speed/eval.py CACHE [--tasks sst2 clinc_domains] [--examples 1000] [--runs 3]
 
 CACHE holds base/, full/TASK/ and data/TASK.test.jsonl. The tasks are packed with `peru shuffle-pack`. The forward passes are
 timed inside `evaluate`, so both figures come from the same moments of the machine. "all" starts before headers are read and data

@@ -1,6 +1,6 @@
 """The tests of the Hub with huggingface_hub 1.x, which transformers and peru allow beside 2.x.
 
-    python benchmarks/hub_1x.py [--version "1.*"] [TEST...]
+    python benchmarks/oracles/hub_1x.py [--version "1.*"] [TEST...]
 
 Installs that version into a separate folder, which takes precedence over the environment's packages. The environment is unchanged.
 Needs a package index."""
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = [str(ROOT / "tests" / name) for name in ("checkpoints/hub", "publish", "prune/test_resume.py")]
 
 

@@ -1,6 +1,6 @@
 """Packs of the demo family: mean normalised accuracy of every variant at several scales, with bytes; nothing is chosen.
 
-    python benchmarks/packing_demo.py [--scales 0.5 0.7 1] [--examples 500]
+    python benchmarks/accuracy/packing_demo.py [--scales 0.5 0.7 1] [--examples 500]
 
 Four fine-tunes of the shipped vision transformer (bfloat16, 510,192 parameters), with their heads kept for each task. Made with
 `peru shuffle-pack` and judged with `peru eval` on the shipped test images. A scale changes no sum, only the stored scale. The last

@@ -1,6 +1,6 @@
 """Make the demo family that ships inside peru: one small ViT base and four fine-tunes of it.
 
-    python benchmarks/demo_family.py --data ../shared/data --out peru_cli/demo/data
+    python benchmarks/models/demo_family.py --data ../shared/data --out peru_cli/demo/data
 
 The base learns the three image sets through a throw-away head, and never sees `digits`. For each task
 a head is fitted on the frozen base; then the head is frozen and the encoder fine-tuned by SGD with momentum.
@@ -40,7 +40,7 @@ PREPROCESSOR |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": 
 ATTRIBUTION = """\
 # Where the demo's images come from
 
-`base/` and `fine-tunes/` were trained by `benchmarks/demo_family.py` on parts of the train splits of the four
+`base/` and `fine-tunes/` were trained by `benchmarks/models/demo_family.py` on parts of the train splits of the four
 sets below, and on nothing else; `images/` holds up to 1000 images of each test split, which no training saw.
 
 | set | what | source | licence as stated there | changes |

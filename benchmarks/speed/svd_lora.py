@@ -1,6 +1,6 @@
 """Measure `peru svd-lora`: an adapter of a 7B model against the dense SVD, extraction against mergekit-extract-lora.
 
-    python benchmarks/svd_lora.py [--scratch /tmp/peru-svd-lora] [--layers 32] [--venv /tmp/peru-mergekit] [--runs 3]
+    python benchmarks/speed/svd_lora.py [--scratch /tmp/peru-svd-lora] [--layers 32] [--venv /tmp/peru-mergekit] [--runs 3]
 
 The adapter is synthetic: Llama-2-7B's shapes, r = 128 on all seven linear layers of each block, bfloat16, 640 MB, written
 tensor by tensor. The dense SVD (torch, float32, all threads) is timed on one module of each shape and multiplied by how
@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,15 +26,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "oracles"))
 from make_pair import base_tensor, fine_tensor, shapes
-from merge import measure, median
-from mergekit_oracle import install
+from measured import measure as cost_of
+from mergekit_environment import install
 from safetensors.torch import load_file, safe_open, save_file
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import FileWriter
 
+MAKE_PAIR = Path(__file__).resolve().parents[1] / "models" / "make_pair.py"
 HIDDEN, INTERMEDIATE, RANK, KEPT, EXTRACTED = 4096, 11008, 128, 16, 32
 BLOCKS = 4  # of the 22 that the 1.1B pair has, for extraction
 MODULES = {
@@ -47,6 +52,23 @@ LLAMA = {
     "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
+
+
+def measure(command: list[str], clear: Path) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of a command that must succeed. Its earlier output is removed first."""
+    if clear.is_dir():
+        shutil.rmtree(clear)
+    clear.unlink(missing_ok=True)
+    cost = cost_of(command)
+    if cost.code:
+        raise SystemExit(f"{' '.join(command)}: exit {cost.code}")
+    return cost.wall, cost.peak_mb << 20
+
+
+def median(command: list[str], clear: Path, runs: int) -> tuple[float, int]:
+    """Median seconds and largest memory of several runs."""
+    results = [measure(command, clear) for _ in range(runs)]
+    return statistics.median(seconds for seconds, _ in results), max(memory for _, memory in results)
 
 
 def key(layer: int, module: str, factor: str) -> str:
@@ -188,7 +210,10 @@ def flatness(scratch: Path, runs: int) -> None:
     for layers in (1, 4):
         folder = scratch / f"pair{layers}"
         if not (folder / "fine1.safetensors").is_file():
-            subprocess.run([sys.executable, Path(__file__).with_name("make_pair.py"), folder, "--layers", str(layers)], check=True)
+            subprocess.run(
+                [sys.executable, MAKE_PAIR, folder, "--layers", str(layers)],
+                check=True,
+            )
         files = folder / "fine1.safetensors", folder / "base.safetensors"
         warm(*files)
         out = scratch / "flat"

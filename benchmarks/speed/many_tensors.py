@@ -1,6 +1,6 @@
 """What commands cost on a checkpoint of many small tensors: 10^5 of 64 entries are 13 MB.
 
-    python benchmarks/many_tensors.py WORK [--tensors 100000] [--svd-lora]
+    python benchmarks/speed/many_tensors.py WORK [--tensors 100000] [--svd-lora]
 
 Writes three such checkpoints into the folder WORK and prints a table: seconds, seconds of processor time, peak memory.
 A tenth of the tensors should take a tenth of the time: `--tensors 10000` shows what does not grow with their number.

@@ -1,6 +1,6 @@
 """Write a Llama-shaped bf16 base and fine-tunes of it, for timings: real shapes, synthetic numbers.
 
-    python benchmarks/make_pair.py OUT [--layers 22] [--fine-tunes 1] [--spectrum]
+    python benchmarks/models/make_pair.py OUT [--layers 22] [--fine-tunes 1] [--spectrum]
 
 22 layers are 1.1B parameters (2.2 GB a file, TinyLlama's shape), 4 layers 0.3B. Weights are normal with a
 row-wise scale, updates Laplace-distributed with a scale that differs by tensor, as AdamW leaves them; about

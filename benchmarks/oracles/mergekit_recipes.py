@@ -1,6 +1,6 @@
 """Forty recipes of different shapes, run by mergekit and by `peru merge`. Prints the largest difference of each.
 
-    python benchmarks/recipes_oracle.py [--venv /tmp/peru-mergekit] [--only NAME]
+    python benchmarks/oracles/mergekit_recipes.py [--venv /tmp/peru-mergekit] [--only NAME]
 
 Installs mergekit 0.1.5 (LGPL: a program to compare with; peru contains no code of it) into its own virtual environment
 and runs all recipes there in one process, on tiny random Llama models with tokenizers. Both read the same files. `dtype` is

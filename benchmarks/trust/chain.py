@@ -1,6 +1,6 @@
 """A chain of small checkpoints against a plain model of it: random operations, damage, and kills at random moments.
 
-    python benchmarks/chain.py [--operations 10000] [--seed 0]
+    python benchmarks/trust/chain.py [--operations 10000] [--seed 0]
 
 After each operation the chain must list just the steps that the model has; a killed one may have happened, or not. Steps are read
 back at random and compared in every bit, all of them at the end. Prints counts; a step that is lost or wrong ends it with an error.
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.support.chain_model import QUICK, Modelled, call  # noqa: E402

@@ -1,6 +1,6 @@
 """Size and peak memory of packs by the number of tasks, on synthetic fine-tunes with independent task vectors.
 
-    python benchmarks/packing_sizes.py SCRATCH [--tasks 2 8 20]
+    python benchmarks/speed/packing_sizes.py SCRATCH [--tasks 2 8 20]
 
 7.3M float32 parameters in the shapes of a small encoder, with normal differences. Prints bits a parameter, the increase over the
 previous number of tasks, the increase in a sum's entropy by sqrt(T), retrieval errors, and each process's peak memory."""

@@ -1,6 +1,6 @@
 """`peru prune --stream` from a loopback Hub against curl fetching the same ranges: time, peak memory, files written.
 
-    python benchmarks/hub.py [--gigabytes 1]
+    python benchmarks/speed/hub.py [--gigabytes 1]
 
 The server is tests/support/hub_server.py in its own process. curl fetches the ranges that peru requested, in the same order, with
 the same concurrency, and discards them. Both run in turn, three times, and so does the same prune from files. The ratio of medians
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from peru_cli.checkpoints.dtypes import BY_NAME  # noqa: E402

@@ -1,14 +1,14 @@
 """How close commands come to their floor, and how far peers are: all ratios in one run.
 
-    python benchmarks/make_pair.py /tmp/family --layers 3 --fine-tunes 3
-    python benchmarks/floor.py /tmp/family [--mergekit /tmp/venv/bin/mergekit-pytorch] [--runs 3]
+    python benchmarks/models/make_pair.py /tmp/family --layers 3 --fine-tunes 3
+    python benchmarks/speed/floor.py /tmp/family [--mergekit /tmp/venv/bin/mergekit-pytorch] [--runs 3]
 
 The floor of a command reads its inputs once and writes as many bytes as come out, with as many threads as CPUs and no arithmetic.
 Every command is a process of its own, start-up included; figures are the least of all runs, memory is the largest resident set. The
 files are read once beforehand, so that the page cache is warm, and nothing is synced, as mergekit does not. Processor seconds count
 both threads; on a machine that does other work they say more than seconds.
 
-The script that prune is compared with loads both models, subtracts, and finds the threshold with kthvalue (benchmarks/foundation.py).
+The script that prune is compared with loads both models, subtracts, and finds the threshold with kthvalue (benchmarks/speed/foundation.py).
 mergekit (0.1.5, in a virtual environment of its own, with torch 2.13.0) runs once for each method that it has.
 """
 

@@ -1,7 +1,7 @@
 """Packs of real fine-tunes: accuracy of every variant at its best scale, bytes, and time of retrieval.
 
     python benchmarks/papers/finetunes.py --out CACHE --data ../shared/data/text --only full --tasks sst2 clinc_domains hate_davidson
-    python benchmarks/packing.py CACHE --tasks sst2 clinc_domains hate_davidson [--examples 500]
+    python benchmarks/accuracy/packing.py CACHE --tasks sst2 clinc_domains hate_davidson [--examples 500]
 
 CACHE holds base/, full/TASK/ and data/TASK.{dev,test}.jsonl. Each variant is packed once with `peru shuffle-pack` (TALL-masks with
 thresholds by reconstruction error at scale 1); the scale, which changes no sum, is chosen on dev and reported on test. Tasks are
