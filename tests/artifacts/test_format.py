@@ -201,7 +201,7 @@ def test_padding_is_sealed(tmp_path: Path, peru) -> None:
     assert "altered" in peru.stderr
 
 
-def test_index_limits() -> None:
+def test_an_index_beyond_its_limits_is_refused() -> None:
     """Endless numbers, names that front coding inflates, blocks larger than their entries."""
     with pytest.raises(BadFile, match="number above"):
         decode_index(b"\x01" + b"\x80" * 1000 + b"\x01")

@@ -262,7 +262,7 @@ def test_a_chain_on_the_hub_is_read(chain: tuple[Path, dict[int, State]], tmp_pa
         assert done.returncode == 0 and "on step 50" in done.stdout, done.stderr
 
 
-def test_invalid_arguments(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused_by_name(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
     run, _ = chain
     for arguments, said in (
         (["add", run, tmp_path / "step-60" / "model.safetensors"], "add --step N"),

@@ -169,7 +169,7 @@ def test_invalid_densities_are_refused(tmp_path: Path, peru, pair, keep: str, sa
     refused(peru, tmp_path, 2, "prune", fine, "-b", base, "-o", tmp_path / "a.safetensors", "--keep", keep, says=says)
 
 
-def test_wrong_options(tmp_path: Path, peru, pair) -> None:
+def test_wrong_options_are_refused_and_write_nothing(tmp_path: Path, peru, pair) -> None:
     base, fine = pair
     to = ["prune", fine, "-b", base, "-o", tmp_path / "a.safetensors"]
     keep = [*to, "--keep", "5%"]
@@ -348,7 +348,7 @@ class Boom:
         return open, (str(self.path), "w")
 
 
-def test_pickles(tmp_path: Path, peru, pair) -> None:
+def test_pickled_code_does_not_run_and_plain_tensors_are_read(tmp_path: Path, peru, pair) -> None:
     """Code is refused and does not run; plain tensors give the same artifact as safetensors."""
     base, fine = pair
     folder = tmp_path / "old"

@@ -60,7 +60,7 @@ def two(tmp_path: Path) -> tuple[Path, Path, list[str]]:
     return fine, other, models.sentences(60)
 
 
-def test_independent_labels(tmp_path: Path, peru: Peru, two: tuple[Path, Path, list[str]]) -> None:
+def test_independent_labels_are_scored_one_by_one(tmp_path: Path, peru: Peru, two: tuple[Path, Path, list[str]]) -> None:
     """Each label has its own probability: F1 as in scikit-learn, KL of Bernoulli variables in float64."""
     ours, theirs, texts = two
     for folder in (ours, theirs):
@@ -108,7 +108,7 @@ def regression(tmp_path: Path) -> tuple[Path, Path]:
     return fine, other
 
 
-def test_regressions(tmp_path: Path, peru: Peru) -> None:
+def test_regressions_are_scored_by_correlation_and_squared_error(tmp_path: Path, peru: Peru) -> None:
     """Correlations and the mean squared error as in SciPy; ties get their mean rank."""
     ours, theirs = regression(tmp_path)
     texts = models.sentences(50)

@@ -53,7 +53,7 @@ class Case:
 
 
 @pytest.mark.parametrize(("options", "axis"), [([], None), (["--no-flatten"], 1), (["--no-flatten", "--row-wise"], 0)])
-def test_nuslerp(tmp_path: Path, peru, options: list[str], axis: int | None) -> None:
+def test_nuslerp_equals_its_formula(tmp_path: Path, peru, options: list[str], axis: int | None) -> None:
     case = Case(tmp_path, peru, 2)
     case.check(case.on_base(lambda tau: formula.nuslerp(tau, WEIGHTS[:2], axis)), "-m", "nuslerp", *options, *case.weights())
     case.check(lambda n: formula.nuslerp(case.models(n), WEIGHTS[:2], axis), "-m", "nuslerp", *options, *case.weights(), base=False)
@@ -65,7 +65,7 @@ def test_nuslerp_refuses_rows_of_flattened_tensors(tmp_path: Path, peru) -> None
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_multislerp(tmp_path: Path, peru, normalize: bool) -> None:
+def test_multislerp_equals_its_formula(tmp_path: Path, peru, normalize: bool) -> None:
     case = Case(tmp_path, peru)
     options = ["-m", "multislerp", *([] if normalize else ["--no-normalize"]), *case.weights()]
     case.check(case.on_base(lambda tau: formula.multislerp(tau, WEIGHTS, normalize)), *options)
@@ -84,14 +84,14 @@ def test_karcher_of_two_is_slerp_in_the_middle_and_zeros_have_no_direction() -> 
     assert karcher_factors([[0.0, 0.0], [0.0, 4.0]], 10, 1e-5) == [0.0, 1.0]
 
 
-def test_model_stock(tmp_path: Path, peru) -> None:
+def test_model_stock_equals_its_formula(tmp_path: Path, peru) -> None:
     case = Case(tmp_path, peru)
     matrices = [n for n in SHAPES if n != "one"]
     case.check(case.on_base(formula.model_stock), "-m", "model-stock", names=matrices)
     case.check(case.on_base(formula.model_stock_rows), "-m", "model-stock", "--filter-wise", names=matrices)
 
 
-def test_methods_of_one_model(tmp_path: Path, peru) -> None:
+def test_methods_of_one_model_equal_their_formulas(tmp_path: Path, peru) -> None:
     case = Case(tmp_path, peru, 1)
     case.check(lambda n: -0.7 * case.models(n)[0], "-m", "passthrough", "--scale", "-0.7", base=False)
     case.check(case.on_base(lambda tau: formula.nearswap(tau[0], 0.05)), "-m", "nearswap", "--t", "0.05")
@@ -99,12 +99,12 @@ def test_methods_of_one_model(tmp_path: Path, peru) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.125, 0.375, 1.0])
-def test_sce(tmp_path: Path, peru, keep: float) -> None:
+def test_sce_equals_its_formula(tmp_path: Path, peru, keep: float) -> None:
     case = Case(tmp_path, peru)
     case.check(case.on_base(lambda tau: formula.sce(tau, keep)), "-m", "sce", "--keep", keep, names=[n for n in SHAPES if n != "one"])
 
 
-def test_ram(tmp_path: Path, peru) -> None:
+def test_ram_equals_its_formula(tmp_path: Path, peru) -> None:
     case = Case(tmp_path, peru)
     case.check(case.on_base(lambda tau: formula.ram(tau, 0.08)), "-m", "ram", "--epsilon", "0.08")
     options = ["--epsilon", "0.15", "--amplify", "0.3", "--alpha", "0.9"]
@@ -112,13 +112,13 @@ def test_ram(tmp_path: Path, peru) -> None:
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
-def test_breadcrumbs_ties(tmp_path: Path, peru, reduce: str) -> None:
+def test_breadcrumbs_ties_equals_its_formula(tmp_path: Path, peru, reduce: str) -> None:
     case = Case(tmp_path, peru)
     options = ["-m", "breadcrumbs-ties", "--keep", "0.75", "--gamma", "0.125", "--scope", "tensor", "--reduce", reduce, *case.weights()]
     case.check(case.on_base(lambda tau: formula.breadcrumbs_ties(tau, WEIGHTS, 0.75, 0.125, reduce == "mean")), *options)
 
 
-def test_pcb(tmp_path: Path, peru) -> None:
+def test_pcb_equals_its_formula(tmp_path: Path, peru) -> None:
     case = Case(tmp_path, peru)
     case.check(case.on_base(lambda tau: formula.pcb(tau, 0.3)), "-m", "pcb", "--keep", "0.3", names=[n for n in SHAPES if n != "one"])
 

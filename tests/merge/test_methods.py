@@ -123,7 +123,7 @@ def test_trimming_equals_peft_magnitude_pruning(tmp_path: Path, peru) -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 5])
-def test_sums_and_averages(tmp_path: Path, peru, tasks: int) -> None:
+def test_sums_and_averages_equal_their_formulas(tmp_path: Path, peru, tasks: int) -> None:
     case = Merged(tmp_path, peru, *family(tasks, ties=False))
     weights = torch.tensor(NEGATIVE[:tasks])
     got = case.vector("-m", "task-arithmetic", "--scale", "0.3", *case.weights(tasks))
@@ -158,7 +158,7 @@ def test_breadcrumbs_drop_both_ends(tmp_path: Path, peru, scope: str) -> None:
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
-def test_slerp(tmp_path: Path, peru, t: float) -> None:
+def test_slerp_equals_its_formula(tmp_path: Path, peru, t: float) -> None:
     base, fine = family(2, ties=False)
     noise = torch.Generator().manual_seed(5)
     fine[1] = {n: torch.randn(x.shape, generator=noise) if x.is_floating_point() else x for n, x in fine[1].items()}
@@ -275,7 +275,7 @@ def test_the_cards_command_makes_the_same_merge(tmp_path: Path, peru, monkeypatc
     assert Path("merged/model.safetensors").read_bytes() == Path("first/model.safetensors").read_bytes()
 
 
-def test_list_methods(peru) -> None:
+def test_list_methods_names_each_method_and_paper(peru) -> None:
     from peru_cli.methods.table import METHODS
 
     printed = peru("merge", "--list-methods")

@@ -51,7 +51,7 @@ def test_another_model_of_the_same_shapes_is(tmp_path: Path, peru, more: tuple[s
     assert (tmp_path / "a.safetensors").exists() == (not more)
 
 
-def test_equal_models_are(tmp_path: Path, peru) -> None:
+def test_equal_models_are_warned_about(tmp_path: Path, peru) -> None:
     assert "base and fine-tune are equal in all shared tensors" in said(tmp_path, peru, weights(0), weights(0))
 
 

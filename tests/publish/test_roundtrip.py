@@ -66,7 +66,7 @@ def hub(tmp_path: Path, peru: Peru) -> Iterator[Hub]:
 @pytest.mark.parametrize(
     "options", [["--lossless"], ["--keep", "10%"], ["--keep", "10%", "--values", "log2"], ["--max-bytes", "4kB"]], ids=" ".join
 )
-def test_one_artifact(hub: Hub, options: list[str]) -> None:
+def test_a_pushed_artifact_comes_back_by_its_cards_command(hub: Hub, options: list[str]) -> None:
     out = hub.folder / "x.safetensors"
     hub.here("prune", hub.names[0], "-b", hub.base, "-o", out, *options)
     found = hub.follow(hub.push(out, "me/x"), "a|x")
@@ -75,19 +75,19 @@ def test_one_artifact(hub: Hub, options: list[str]) -> None:
         assert found == {name: raw(tensor) for name, tensor in hub.fine["a"].items()}
 
 
-def test_several_sparse_deltas(hub: Hub) -> None:
+def test_each_of_several_pushed_artifacts_comes_back(hub: Hub) -> None:
     hub.here("prune", *hub.names, "-b", hub.base, "-o", f"{hub.folder}/deltas/", "--keep", "5%")
     card = hub.push(hub.folder / "deltas", "me/deltas")
     assert hub.follow(card, "b") == hub.unpacked(hub.folder / "deltas" / "b.safetensors", "-b", hub.base)
 
 
-def test_an_adapter(hub: Hub) -> None:
+def test_a_pushed_adapter_comes_back(hub: Hub) -> None:
     hub.here("svd-lora", hub.at["a"], "-b", hub.base, "-o", hub.folder / "lora", "--rank", 2)
     card = hub.push(hub.folder / "lora", "me/lora")
     assert hub.follow(card, "a") == hub.unpacked(hub.folder / "lora", "-b", hub.base)
 
 
-def test_a_merge_with_heads(hub: Hub) -> None:
+def test_a_pushed_merge_comes_back_under_each_head(hub: Hub) -> None:
     merged = hub.folder / "m"
     hub.here("merge", *hub.names, "-b", hub.base, "-o", merged, "-m", "task-arithmetic")
     hub.push(merged, "me/m")
@@ -104,7 +104,7 @@ def test_a_merge_with_deltas_of_it(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--residual", "5%"], ["--method", "tall-masks"]], ids=["pack", "residual", "masks"])
-def test_a_pack(hub: Hub, options: list[str]) -> None:
+def test_each_task_of_a_pushed_pack_comes_back(hub: Hub, options: list[str]) -> None:
     out = hub.folder / "pack.safetensors"
     hub.here("shuffle-pack", *hub.names, "-b", hub.base, "-o", out, *options)
     card = hub.push(out, "me/pack")

@@ -20,7 +20,7 @@ def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32")], ids="-".join)
 @pytest.mark.parametrize("options", [["--keep", "10%"], ["--keep", "5%", "--scope", "tensor"], ["--lossless"]], ids=" ".join)
-def test_prune_and_unpack(
+def test_prune_and_unpack_write_the_same_bytes_on_torch_as_on_numpy(
     tmp_path: Path, peru: Callable[..., str], monkeypatch: pytest.MonkeyPatch, options: list[str], dtypes: tuple[str, str]
 ) -> None:
     tensors = random_pair(dtypes[0], base_dtype=dtypes[1])
@@ -36,7 +36,9 @@ def test_prune_and_unpack(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.statistics is None and m.tasks[1] != 1])
-def test_merge(tmp_path: Path, peru: Callable[..., str], monkeypatch: pytest.MonkeyPatch, method: str, dtype: str) -> None:
+def test_merge_writes_the_same_bytes_on_torch_as_on_numpy(
+    tmp_path: Path, peru: Callable[..., str], monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+) -> None:
     base, first = random_pair(dtype)
     second = random_pair(dtype, seed=1)[1]
     for name, tensors in (("base", base), ("a", first), ("b", {n: second[n] for n in first})):

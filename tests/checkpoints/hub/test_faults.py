@@ -217,7 +217,7 @@ def test_gated_missing_and_moved(hub: HubServer, pair: tuple[Path, Path], tmp_pa
     assert failed.returncode == 1 and "not a plain file name" in failed.stderr
 
 
-def test_stream_offline(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_offline_ranges_are_refused_and_cached_files_are_read(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Ranges are unavailable; files in the cache are read there."""
     env = hub.env(tmp_path / "hf")
     cold = run_peru(*command(tmp_path, "stream"), env={**env, "HF_HUB_OFFLINE": "1"})

@@ -56,7 +56,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (used + (250 << 20),) * 2)
 
 @pytest.mark.parametrize("what", HOSTILE)
 @pytest.mark.parametrize("mode", MODES)
-def test_hostile_headers(hub: HubServer, tmp_path: Path, mode: str, what: str) -> None:
+def test_hostile_headers_are_refused_with_little_memory(hub: HubServer, tmp_path: Path, mode: str, what: str) -> None:
     """Refused with little memory; by ranges, only the header is requested."""
     hub.add("org/evil", {"model.safetensors": HOSTILE[what]})
     out = tmp_path / "a.safetensors"

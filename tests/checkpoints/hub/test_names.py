@@ -57,7 +57,7 @@ def numbers(said: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
-def test_eval(hub: HubServer, family: Path, name: str) -> None:
+def test_eval_finds_the_same_on_the_hub_as_in_files(hub: HubServer, family: Path, name: str) -> None:
     """On weights, outputs and tasks."""
     remote, local = ARTIFACTS[name]
     local = f"a={family / local.removeprefix('a=')}" if "=" in local else family / local

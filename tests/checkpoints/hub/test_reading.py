@@ -107,7 +107,7 @@ def test_the_cache_of_other_tools_is_read_offline(hub: HubServer, pair: tuple[Pa
     ("name", "kind"),
     [("hf://models/org/fine@v2/model.safetensors", "safetensors file"), ("hf://org/fine@v2", "directory"), ("org/fine@v2", "directory")],
 )
-def test_names(hub: HubServer, pair: tuple[Path, Path], home: Path, name: str, kind: str) -> None:
+def test_every_form_of_a_name_finds_its_commit(hub: HubServer, pair: tuple[Path, Path], home: Path, name: str, kind: str) -> None:
     shown = json.loads(ok(run_peru("inspect", name, "--json", env=hub.env(home))))
     assert kind in shown["kind"] and hub.repos["org/fine"].refs["v2"][:12] in shown["kind"]
 

@@ -279,7 +279,7 @@ def test_an_artifact_is_unpacked_onto_a_streamed_base(hub: HubServer, pair: tupl
     assert not [path for path in (tmp_path / "hf").rglob("*") if path.is_file()]
 
 
-def test_merge_streams(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_merge_by_ranges_writes_the_same_bytes(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     out = [tmp_path / "local", tmp_path / "hub"]
     ok(
         run_peru(

@@ -120,7 +120,7 @@ def test_scales_of_every_layout(tmp_path: Path, layout: str, name: str) -> None:
         assert raw(got) == raw((codes.float() * of_entries(scale)).to(got.dtype))
 
 
-def test_stacked_experts(tmp_path: Path) -> None:
+def test_stacked_experts_are_read_one_by_one(tmp_path: Path) -> None:
     experts = [quantise(normal(130, 260)) for _ in range(3)]
     codes, scales = (torch.stack([pair[i] for pair in experts]) for i in (0, 1))
     tensors = {"experts.up_proj": codes, "experts.up_proj_scale_inv": scales}

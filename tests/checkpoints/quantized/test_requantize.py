@@ -102,7 +102,7 @@ def test_scales_match_compressed_tensors(tmp_path: Path, peru, shape: tuple[int,
     assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"] == COMPRESSED
 
 
-def test_stacked_experts(tmp_path: Path, peru) -> None:
+def test_stacked_experts_are_quantised_one_by_one(tmp_path: Path, peru) -> None:
     like = {"e.up_proj": torch.zeros(3, 130, 260, dtype=torch.float8_e4m3fn)}
     floats, got = merged(peru, tmp_path, models(tmp_path, like, torch.full((3, 1, 1), 0.01), "_scale_inv", BLOCKS))
     for number in range(3):

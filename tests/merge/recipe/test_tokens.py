@@ -59,7 +59,7 @@ def test_different_tokens_of_one_id_are_never_averaged_silently(pair: dict[str, 
 @pytest.mark.parametrize(
     ("asked", "holds"), [("auto", "template of a"), ("chatml", "<|im_start|>"), ("'{{ messages[0] }}'", "{{ messages[0] }}")]
 )
-def test_chat_templates(asked: str, holds: str, pair: dict[str, dict[str, torch.Tensor]], peru) -> None:
+def test_the_chat_template_that_is_asked_for_is_written(asked: str, holds: str, pair: dict[str, dict[str, torch.Tensor]], peru) -> None:
     merged(peru, f"tokenizer_source: union\nchat_template: {asked}\n")
     assert holds in Path("out/chat_template.jinja").read_text()
     assert "chat_template" not in json.loads(Path("out/tokenizer_config.json").read_text())
