@@ -17,7 +17,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.errors import BadFile
 from tests.golden.make import CASES, Tensors, noise, write_model, write_safetensors
-from tests.support.format_reader import (
+from tests.support.readers.format_reader import (
     BITS,
     DELTA,
     DOCUMENT,

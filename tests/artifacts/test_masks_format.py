@@ -34,8 +34,8 @@ from tests.golden.make_masks import as_read, base, write_family
 from tests.live.test_pack import CONFIG, bits
 from tests.pack.test_superpose import Packs, family
 from tests.support.damage import damaged
-from tests.support.format_reader import read_safetensors
-from tests.support.pack_reader import MaskReader
+from tests.support.readers.format_reader import read_safetensors
+from tests.support.readers.pack_reader import MaskReader
 
 Peru = Callable[..., str]
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "masks.md").read_text("utf-8")

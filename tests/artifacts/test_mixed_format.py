@@ -16,8 +16,8 @@ from peru_cli.errors import BadFile, PeruError
 from peru_cli.methods.mixed.scales import MANTISSAS, is_exact, scale_of
 from tests.golden.make_mixed import HERE, write
 from tests.support.damage import damaged
-from tests.support.format_reader import read_safetensors
-from tests.support.mixed_reader import read_mixed
+from tests.support.readers.format_reader import read_safetensors
+from tests.support.readers.mixed_reader import read_mixed
 
 Peru = Callable[..., str]
 ARTIFACT, BASE = HERE / "artifact.safetensors", HERE / "base.safetensors"

@@ -31,8 +31,8 @@ from tests.conftest import save
 from tests.golden.make_pack import HERE as GOLDEN
 from tests.golden.make_pack import PACKS, as_read, base, expected, write_family
 from tests.support.damage import damaged
-from tests.support.format_reader import read_safetensors
-from tests.support.pack_reader import PackReader
+from tests.support.readers.format_reader import read_safetensors
+from tests.support.readers.pack_reader import PackReader
 
 Peru = Callable[..., str]
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "packs.md").read_text("utf-8")

@@ -1,6 +1,6 @@
 """Makes the golden masks beside this file: `python tests/golden/make_masks.py`.
 
-The family is that of make_pack.py, with a third task. Expected results come from tests/support/pack_reader.py, which shares
+The family is that of make_pack.py, with a third task. Expected results come from tests/support/readers/pack_reader.py, which shares
 no code with peru; only the artifact comes from `peru shuffle-pack`. Run it again only if the format is given up."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402
 
 from tests.golden.make import BITS, write_model, write_safetensors  # noqa: E402
 from tests.golden.make_pack import FILES, as_read, base, fine_tune  # noqa: E402
-from tests.support.pack_reader import MaskReader  # noqa: E402
+from tests.support.readers.pack_reader import MaskReader  # noqa: E402
 
 OPTIONS = ["--method", "tall-masks", "--threshold", "a=0.25", "--scale", "0.75", "--base-id", "example/base@0123abc"]
 

@@ -1,7 +1,7 @@
 """Makes the golden mixed artifact beside this file: `python tests/golden/make_mixed.py`.
 
 Its integers are made up, so that every part and every combination occurs, and its writer computes nothing that a machine
-could round differently. The expected result comes from tests/support/mixed_reader.py, which shares no code with peru.
+could round differently. The expected result comes from tests/support/readers/mixed_reader.py, which shares no code with peru.
 Run it again only if the format is given up."""
 
 from __future__ import annotations

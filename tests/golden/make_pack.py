@@ -1,6 +1,6 @@
 """Makes the golden pack beside this file: `python tests/golden/make_pack.py`.
 
-Inputs come from integer arithmetic, expected results from tests/support/pack_reader.py, which shares no code with peru. Only the
+Inputs come from integer arithmetic, expected results from tests/support/readers/pack_reader.py, which shares no code with peru. Only the
 pack comes from `peru shuffle-pack`. Run it again only if the format is given up."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parents[2]))
 import numpy as np  # noqa: E402
 
 from tests.golden.make import BITS, Tensors, from_bf16, steps, to_bf16, weights, write_model, write_safetensors  # noqa: E402
-from tests.support.pack_reader import PackReader  # noqa: E402
+from tests.support.readers.pack_reader import PackReader  # noqa: E402
 
 OPTIONS = ["--seed", "3", "--scale", "0.5", "--base-id", "example/base@0123abc"]
 PACKS: dict[str, list[str]] = {"pack": [], "residual": ["--residual", "10%"]}  # the second one has an index of version 2

@@ -16,8 +16,8 @@ from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.packs.superposed import PackMode
 from tests.conftest import FLOATS, raw, save
 from tests.pack.test_superpose import DEPTH, Packs, family
-from tests.support.format_reader import read_safetensors
-from tests.support.pack_reader import PackReader
+from tests.support.readers.format_reader import read_safetensors
+from tests.support.readers.pack_reader import PackReader
 
 Peru = Callable[..., str]
 Table = dict[str, torch.Tensor]

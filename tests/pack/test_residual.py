@@ -18,8 +18,8 @@ from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.inference.eval_model import Base, open_eval_model
 from tests.conftest import raw
 from tests.pack.test_superpose import Packs, family
-from tests.support.format_reader import read_safetensors
-from tests.support.pack_reader import PackReader
+from tests.support.readers.format_reader import read_safetensors
+from tests.support.readers.pack_reader import PackReader
 
 Peru = Callable[..., str]
 Table = dict[str, torch.Tensor]

@@ -17,8 +17,8 @@ from peru_cli.artifacts.packs.superposed import PackMode
 from tests.conftest import FLOATS, raw
 from tests.methods.test_superpose import plain_moves, plain_signs
 from tests.pack.test_superpose import DEPTH, Packs, family, plain_place
-from tests.support.format_reader import read_safetensors
-from tests.support.pack_reader import PackReader
+from tests.support.readers.format_reader import read_safetensors
+from tests.support.readers.pack_reader import PackReader
 
 Peru = Callable[..., str]
 

@@ -12,7 +12,7 @@ import numpy as np
 from blake3 import blake3
 from pcodec import wrapped
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 DOCUMENT = (GOLDEN.parents[1] / "docs" / "format.md").read_text("utf-8")
 Array = np.ndarray[Any, np.dtype[Any]]
 

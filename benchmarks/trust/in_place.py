@@ -1,6 +1,6 @@
 """`peru unpack --in-place` killed at random moments: the checkpoint is the old one, the new one, or half patched and said to be.
 
-    python benchmarks/in_place.py [--kills 100] [--entries 20000000] [--seed 0]
+    python benchmarks/trust/in_place.py [--kills 100] [--entries 20000000] [--seed 0]
 
 Each round starts from the base, kills the command, and kills what finishes it now and then, too. After each kill peru is asked to read
 the checkpoint; then the same command must finish it, bit for bit. Prints counts, and what the command costs next to copying.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.support.chain_model import call  # noqa: E402

@@ -10,7 +10,7 @@ import numpy as np
 from blake3 import blake3
 from pcodec import wrapped
 
-from tests.support.format_reader import (
+from tests.support.readers.format_reader import (
     BITS,
     DTYPES,
     FLOAT,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.support import format_reader as common
+from tests.support.readers import format_reader as common
 
 M = (16, 19, 23, 27)
 Array = np.ndarray[Any, Any]

@@ -1,0 +1,1 @@
+"""Readers of the formats, written from their documents alone."""
