@@ -11,7 +11,7 @@ from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 
-_TO = ("sglang", "prime-rl", "trl")
+_TO = ("sglang", "prime-rl", "trl", "shira")
 
 
 @options.shared(
@@ -23,7 +23,7 @@ def export(
     *,
     base: options.Base,
     task: Annotated[Optional[str], typer.Option("--task", metavar="TASK", help="Which task of a pack or folder.")] = None,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The update's folder; for SGLang weight_v000001 and so on.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="A new folder; for SGLang weight_v000001 and so on.")],
     to: Annotated[str, typer.Option("--to", metavar="|".join(_TO), help="The engine or trainer that reads it.")],
     step: Annotated[
         Optional[int], typer.Option("--step", metavar="N", help="Number of this update. Default for SGLang: what the folder's name says.")
@@ -33,13 +33,16 @@ def export(
     ] = None,
     run: options.Running,
 ) -> None:
-    """Write a fine-tune's changes as the weight update that a serving engine reads: new values, tensor by tensor.
+    """Write a fine-tune's changes in the format of a serving engine, a trainer or PEFT.
 
     peru export a.safetensors --base BASE --to sglang -o weight_v000001
 
     peru export step-20.safetensors --base step-10/ --to prime-rl --step 20 --base-step 10 -o update/
 
-    Artifacts are verified while they are read. Nothing appears in OUT if base or artifact are wrong.
+    peru export a.safetensors --base BASE --to shira -o shira/
+
+    --to shira writes a PEFT adapter of sparse differences; the others write new values, tensor by tensor. Artifacts are verified.
+    Nothing appears in OUT if base or artifact are wrong.
     """
     if to not in _TO:
         raise UsageError(f"--to {to!r} is not one of {', '.join(_TO)}")
@@ -54,6 +57,9 @@ def export(
     from peru_cli.vectors.settings import streaming
 
     target = Path(output)
+    if to == "shira":
+        _shira(model, base, task, target, step is not None or base_step is not None, run)
+        return
     number = parse_step(to, target, step, base_step)
     check_target(target, run.force or run.dry_run)
     _need_zstandard(to)
@@ -79,6 +85,41 @@ def export(
             "changed": written.changed, "entries": changes.entries, "changed_tensors": written.tensors,
         }
     )  # fmt: skip
+
+
+def _shira(model: str, base: str, task: str | None, target: Path, numbered: bool, run: options.Running) -> None:
+    from peru_cli.checkpoints.local.atomic import PartialDirectory, check_room, check_target
+    from peru_cli.checkpoints.resolve import open_model
+    from peru_cli.export.changes import Changes
+    from peru_cli.export.shira import config_of, plan_shira, write_shira
+    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.finetunes.verify import verify_expanded
+    from peru_cli.vectors.settings import streaming
+
+    if numbered:
+        raise UsageError("--step and --base-step number weight updates, and an adapter has no number", "leave them out")
+    check_target(target, run.force or run.dry_run)
+    with open_model(base) as below, open_fine_tune(model, below, task) as fine, console.progress(0, "export") as progress:
+        with streaming("cpu", None, None, progress.advance) as how:
+            verify_expanded([fine], how, progress.step)
+        changes = Changes(fine, below, proven=False)
+        plan = plan_shira(changes, progress.advance)
+        for warning in plan.extraction.warnings:
+            console.warn(warning)
+        console.note(f"{fine.label}: {fine.kind}; {plural(len(plan.sparse), 'linear layer')} sparse with r = {plan.rank}, "
+                     f"{plural(len(plan.rest.modules), 'module')} whole, {si_bytes(plan.nbytes)}")  # fmt: skip
+        result = {"output": str(target), "to": "shira", "entries": changes.entries, "changed": sum(plan.counts.values()), **config_of(plan)}
+        if run.dry_run:
+            console.result(result)
+            return
+        check_room(target, plan.nbytes)
+        with PartialDirectory(target, run.sync) as folder:
+            inexact = write_shira(plan, changes, folder.path, run.sync, progress.advance)
+            folder.commit()
+    if inexact:
+        console.warn(f"{count(inexact)} entries come back off by a rounding of float32: no float32 difference gives them exactly")
+    console.note(f"wrote {target}")
+    console.result(result | {"inexact": inexact})
 
 
 def _need_zstandard(to: str) -> None:
