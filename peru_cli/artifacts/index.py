@@ -131,23 +131,24 @@ class Index:
     blocks: list[Block]  # in file order
     files: list[SideFile]
 
-    def stream_of(self, dtype: Dtype) -> int:
-        """Index of the stream that holds entries of a dtype."""
-        return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
-
 
 def encode_index(index: Index) -> bytes:
     """Serialise an index. Tensors must be in canonical order."""
     sink = Sink()
     sink.byte(INDEX_VERSION)
-    sink.number(len(index.tensors))
-    previous = b""
-    for record in index.tensors:
-        previous = sink.name(record.info.name, previous)
-        _encode_record(sink, record)
+    encode_tensors(sink, index.tensors, _encode_record)
     encode_streams(sink, index.streams, index.blocks)
     encode_files(sink, index.files)
     return bytes(sink.data)
+
+
+def encode_tensors(sink: Sink, tensors: Sequence[R], encode: Callable[[Sink, R], None]) -> None:
+    """Write the tensors of an index, each under its name."""
+    sink.number(len(tensors))
+    previous = b""
+    for record in tensors:
+        previous = sink.name(record.info.name, previous)
+        encode(sink, record)
 
 
 def encode_files(sink: Sink, files: Sequence[SideFile]) -> None:

@@ -102,7 +102,12 @@ def tensor_digest(info: TensorInfo, data: bytes | memoryview) -> bytes:
 
 def checkpoint_digest(digests: Mapping[str, bytes]) -> bytes:
     """The digest of a whole checkpoint from its tensors' 32-byte digests; 32 bytes."""
-    total = blake3(b"peru checkpoint 1\0")
+    return digest_of_all(b"peru checkpoint 1\0", digests)
+
+
+def digest_of_all(purpose: bytes, digests: Mapping[str, bytes]) -> bytes:
+    """One digest of several by name; 32 bytes. `purpose` keeps digests of different things apart."""
+    total = blake3(purpose)
     for name in sorted(digests):
         encoded = name.encode("utf-8")
         total.update(len(encoded).to_bytes(4, "little") + encoded + digests[name])

@@ -111,6 +111,12 @@ def test_ram_equals_its_formula(tmp_path: Path, peru) -> None:
     case.check(case.on_base(lambda tau: formula.ram(tau, 0.15, 0.3, 0.9)), "-m", "ramplus-tl", *options)
 
 
+def test_della_at_density_1_drops_nothing(tmp_path: Path, peru) -> None:
+    case = Case(tmp_path, peru)
+    total = case.on_base(lambda tau: sum(weight * vector for weight, vector in zip(WEIGHTS, tau, strict=True)))
+    case.check(total, "-m", "della-linear", "--keep", "1", "--epsilon", "0.15", *case.weights())
+
+
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_breadcrumbs_ties_equals_its_formula(tmp_path: Path, peru, reduce: str) -> None:
     case = Case(tmp_path, peru)

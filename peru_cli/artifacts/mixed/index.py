@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.codecs import PCO, RAW
-from peru_cli.artifacts.index import SideFile, TensorRecord, decode_files, decode_record, encode_files, encode_record
+from peru_cli.artifacts.index import SideFile, TensorRecord, decode_files, decode_record, encode_files, encode_record, encode_tensors
 from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.header import MAX_ENTRIES
 from peru_cli.errors import BadFile
@@ -93,11 +93,7 @@ def encode_mixed(index: MixedIndex) -> bytes:
     """Serialise an index. Tensors must be in canonical order, streams ascending."""
     sink = Sink()
     sink.byte(INDEX_VERSION)
-    sink.number(len(index.tensors))
-    previous = b""
-    for record in index.tensors:
-        previous = sink.name(record.info.name, previous)
-        _encode_record(sink, record)
+    encode_tensors(sink, index.tensors, _encode_record)
     sink.number(len(index.streams))
     for stream in index.streams:
         sink.byte(stream.number)

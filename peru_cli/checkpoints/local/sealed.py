@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, leaves
+from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, digest_of_all, leaves
 from peru_cli.checkpoints.header import Header, TensorInfo
 from peru_cli.errors import BadFile
 
@@ -204,11 +204,7 @@ def complete(collected: Collected, read: Any) -> None:
 
 def model_digest(digests: Mapping[str, bytes]) -> str:
     """The content of all files of a model together, whatever the sharding; hexadecimal."""
-    total = blake3(b"peru model 1\0")
-    for name in sorted(digests):
-        encoded = name.encode("utf-8")
-        total.update(len(encoded).to_bytes(4, "little") + encoded + digests[name])
-    return total.hexdigest()
+    return digest_of_all(b"peru model 1\0", digests).hex()
 
 
 def file_digest(content: bytes) -> str:

@@ -63,13 +63,8 @@ def order(bits: Bits) -> Bits:
     return ordered
 
 
-def ulp_difference(base: Bits, fine: Bits) -> Bits:
-    """How many ULPs `fine` is above `base`, modulo 2^width; bits (n,) and (n,) -> (n,)."""
-    return order(fine) - order(base)
-
-
 def add_ulps(base: Bits, ulps: Bits) -> Bits:
-    """Inverse of `ulp_difference`: the fine-tune's bits; (n,) and (n,) -> (n,)."""
+    """The bits that are so many ULPs above `base`, modulo 2^width; bits (n,) and (n,) -> (n,)."""
     return order(order(base) + ulps)
 
 
