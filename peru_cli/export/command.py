@@ -10,8 +10,9 @@ import typer
 from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.shown import listed
 
-_TO = ("sglang", "prime-rl", "trl", "shira")
+_TO = ("sglang", "prime-rl", "trl", "shira", "gguf")
 
 
 @options.shared(
@@ -21,7 +22,7 @@ _TO = ("sglang", "prime-rl", "trl", "shira")
 def export(
     model: Annotated[str, typer.Argument(metavar="X", help="An artifact, a pack, a LoRA adapter or a fine-tuned checkpoint.")],
     *,
-    base: options.Base,
+    base: options.OptionalBase = None,
     task: Annotated[Optional[str], typer.Option("--task", metavar="TASK", help="Which task of a pack or folder.")] = None,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="A new folder; for SGLang weight_v000001 and so on.")],
     to: Annotated[str, typer.Option("--to", metavar="|".join(_TO), help="The engine or trainer that reads it.")],
@@ -41,8 +42,10 @@ def export(
 
     peru export a.safetensors --base BASE --to shira -o shira/
 
-    --to shira writes a PEFT adapter of sparse differences; the others write new values, tensor by tensor. Artifacts are verified.
-    Nothing appears in OUT if base or artifact are wrong.
+    peru export adapter/ --to gguf -o adapter.gguf
+
+    --to shira writes a PEFT adapter of sparse differences, --to gguf a LoRA adapter for llama.cpp;
+    the others write new values, tensor by tensor. Artifacts are verified. Nothing appears in OUT if base or artifact are wrong.
     """
     if to not in _TO:
         raise UsageError(f"--to {to!r} is not one of {', '.join(_TO)}")
@@ -57,8 +60,15 @@ def export(
     from peru_cli.vectors.settings import streaming
 
     target = Path(output)
+    if to in ("shira", "gguf") and (step is not None or base_step is not None):
+        raise UsageError("--step and --base-step number weight updates, and an adapter has no number", "leave them out")
+    if to == "gguf":
+        _gguf(model, base, task, target, run)
+        return
+    if base is None:
+        raise UsageError(f"--to {to} compares with the base", "add --base BASE")
     if to == "shira":
-        _shira(model, base, task, target, step is not None or base_step is not None, run)
+        _shira(model, base, task, target, run)
         return
     number = parse_step(to, target, step, base_step)
     check_target(target, run.force or run.dry_run)
@@ -87,7 +97,7 @@ def export(
     )  # fmt: skip
 
 
-def _shira(model: str, base: str, task: str | None, target: Path, numbered: bool, run: options.Running) -> None:
+def _shira(model: str, base: str, task: str | None, target: Path, run: options.Running) -> None:
     from peru_cli.checkpoints.local.atomic import PartialDirectory, check_room, check_target
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.export.changes import Changes
@@ -96,8 +106,6 @@ def _shira(model: str, base: str, task: str | None, target: Path, numbered: bool
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.vectors.settings import streaming
 
-    if numbered:
-        raise UsageError("--step and --base-step number weight updates, and an adapter has no number", "leave them out")
     check_target(target, run.force or run.dry_run)
     with open_model(base) as below, open_fine_tune(model, below, task) as fine, console.progress(0, "export") as progress:
         with streaming("cpu", None, None, progress.advance) as how:
@@ -120,6 +128,34 @@ def _shira(model: str, base: str, task: str | None, target: Path, numbered: bool
         console.warn(f"{count(inexact)} entries come back off by a rounding of float32: no float32 difference gives them exactly")
     console.note(f"wrote {target}")
     console.result(result | {"inexact": inexact})
+
+
+def _gguf(model: str, base: str | None, task: str | None, target: Path, run: options.Running) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--to gguf needs the package gguf, which is not installed", "pip install 'peru-cli[gguf]'") from error
+    from peru_cli.checkpoints.local.atomic import check_target
+    from peru_cli.export.gguf_adapter import open_adapter, plan_gguf, write_gguf
+
+    if task is not None:
+        raise UsageError("--task names a task of a pack, and --to gguf takes one adapter", "leave it out")
+    if target.suffix != ".gguf":
+        raise UsageError(f"-o {target} should end in .gguf")
+    check_target(target, run.force or run.dry_run)
+    adapter, config = open_adapter(model, base)
+    with adapter:
+        plan = plan_gguf(adapter, config)
+        console.note(f"{adapter.label}: {adapter.kind}; for {plan.architecture}, alpha {plan.alpha:g}, {si_bytes(plan.nbytes)} in float32")
+        if plan.left_out:
+            console.warn(f"left out, because llama.cpp has the base's own: {listed(plan.left_out)}. Wrong if the vocabulary was resized")
+        result = {"output": str(target), "to": "gguf", "architecture": plan.architecture, "alpha": plan.alpha, "modules": len(plan.names)}
+        if run.dry_run:
+            console.result(result | {"tensor_bytes": plan.nbytes})
+            return
+        nbytes = write_gguf(plan, target, run.sync)
+    console.note(f"wrote {target}: {si_bytes(nbytes)}")
+    console.result(result | {"tensor_bytes": plan.nbytes, "bytes": nbytes})
 
 
 def _need_zstandard(to: str) -> None:
