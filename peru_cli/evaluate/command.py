@@ -211,16 +211,19 @@ def _read(files: dict[str, str], texts: list[str], most: Optional[int]) -> dict[
 
 def _weights(pairs: dict[str, tuple[str, str]], base: str, device: str, threads: Optional[int]) -> dict[str, WeightsReport]:
     """Closeness of weights, by task. All comparisons are planned before anything is read."""
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.evaluate.weights import Weights
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.vectors.settings import streaming
 
     opened = open_model(base)
-    planned = {
-        task: Weights(open_fine_tune(ours, opened, task), open_fine_tune(theirs, opened, task), opened)
-        for task, (ours, theirs) in pairs.items()
-    }
+    planned = {}
+    for task, pair in pairs.items():
+        together, said = bring_together([open_fine_tune(model, opened, task) for model in pair], opened)
+        for line in dict.fromkeys(said):
+            console.note(line)
+        planned[task] = Weights(together[0], together[1], opened)
     total = sum(plan.entries for plan in planned.values())
     with console.progress(total, "weights") as progress, streaming(device, threads, None, progress.advance) as how:
         return {task: plan.measure(how) for task, plan in planned.items()}

@@ -102,6 +102,7 @@ def negate(
 def _vectors(
     models: Mapping[str, str], base: Optional[str], examples: Mapping[str, Examples], device: str, batch_size: Optional[int]
 ) -> Vectors:
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.evaluate.interference import Vectors
     from peru_cli.finetunes.open import open_fine_tune
@@ -111,5 +112,7 @@ def _vectors(
     if base is None:
         raise UsageError("task vectors need a base", "add --base BASE")
     opened = open_model(base)
-    tasks = [(task, open_fine_tune(model, opened, task)) for task, model in models.items()]
-    return Vectors(opened, tasks, Running(dict(examples), pick_device(device), batch_size or 32))
+    together, said = bring_together([open_fine_tune(model, opened, task) for task, model in models.items()], opened)
+    for line in said:
+        console.note(line)
+    return Vectors(opened, list(zip(models, together, strict=True)), Running(dict(examples), pick_device(device), batch_size or 32))

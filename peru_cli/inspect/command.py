@@ -57,6 +57,7 @@ def inspect(
     from peru_cli.artifacts.packs.masks import KINDS
     from peru_cli.checkpoints.hub.session import current_session
     from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.places import locate
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.inspect.masks import show_masks
@@ -95,7 +96,10 @@ def inspect(
             _checkpoint(checkpoint)
     else:
         with open_model(model) as fine, open_model(base) as opened:
-            _pair(fine, opened, per_task, plot, run.device, run.threads, every)
+            together, said = bring_together([fine], opened)
+            for line in said:
+                console.note(line)
+            _pair(together[0], opened, per_task, plot, run.device, run.threads, every)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -183,6 +183,7 @@ def _open_adapters(model: str, name: str, where: Path, base: Optional[Checkpoint
 
 
 def _open_full(model: str, name: str, base: Optional[Checkpoint], per_task: Optional[str]) -> Extraction:
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.resolve import open_model
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.lora.extract_plan import plan_extraction
@@ -191,7 +192,10 @@ def _open_full(model: str, name: str, base: Optional[Checkpoint], per_task: Opti
         opened = open_model(model)
         opened.close()
         raise UsageError(f"{model} is not a LoRA adapter but a {opened.kind}", "for an adapter from a full fine-tune, add --base BASE")
-    return plan_extraction(name, open_fine_tune(model, base), base, per_task)
+    together, said = bring_together([open_fine_tune(model, base)], base)
+    for line in said:
+        console.note(line)
+    return plan_extraction(name, together[0], base, per_task)
 
 
 def _check_output(target: Path, output: str, jobs: list[Resize]) -> None:

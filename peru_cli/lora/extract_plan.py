@@ -24,8 +24,8 @@ from peru_cli.checkpoints.architectures import (
 )
 from peru_cli.checkpoints.checks.unpaired import judge
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.loaded_names import names_in_memory
 from peru_cli.checkpoints.lora.module import CONVOLUTION, LINEAR, PARAMETER
+from peru_cli.checkpoints.names.loaded_names import names_in_memory
 from peru_cli.checkpoints.pairing import Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
@@ -123,7 +123,7 @@ def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str
     plan = Extraction(name, fine, base, pairing)
     _say_what_stays(plan)
     plan.warnings += [said] if said is not None else []
-    plan.renamed, problem = names_in_memory(plan.config) if for_peft else ({}, None)
+    plan.renamed, problem = names_in_memory(plan.config, len(base.tensors)) if for_peft else ({}, None)
     if problem is not None:
         plan.warnings.append(f"{fine.label}: {problem}; modules keep the names of the checkpoint")
     found = (_weight(plan.in_memory(pair.fine.name), pair, plan.config) for pair in pairing.pairs)

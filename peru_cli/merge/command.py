@@ -217,8 +217,8 @@ def merge(
         raise UsageError("--compress cannot be combined with --dtype fp8", "leave --dtype out: artifacts need a base of floats")
 
     from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.checkpoints.translated import translate
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.merge import output as out
@@ -269,16 +269,8 @@ def merge(
     tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
     opened = [model for _, model in tasks]
     fp8 = settings.layout_of(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
-    if rename:
-        from peru_cli.checkpoints.renamed import rename as under_other_names
-
-        renamed, said = under_other_names(opened, rename)
-        tasks = list(zip(names, renamed, strict=True))
-        for line in said:
-            console.note(line)
-    reference = opened_base if opened_base is not None else tasks[0][1]
-    translated, said = translate([model for _, model in tasks], reference)
-    tasks = list(zip(names, translated, strict=True))
+    together, said = bring_together(opened, opened_base, rename or ())
+    tasks = list(zip(names, together, strict=True))
     for line in said:
         console.note(line)
     if fp8 is not None and opened_base is None and tasks[0][1] is not opened[0]:

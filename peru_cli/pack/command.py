@@ -154,10 +154,9 @@ def shuffle_pack(
     from peru_cli.artifacts.packs.pack import Pack
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import check_room, check_target
-    from peru_cli.checkpoints.renamed import record_rules
-    from peru_cli.checkpoints.renamed import rename as under_other_names
+    from peru_cli.checkpoints.names.renamed import record_rules
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.checkpoints.translated import translate
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
@@ -192,9 +191,7 @@ def shuffle_pack(
     old = Pack(change) if change is not None else None
     opened_base = open_model(base)
     opened = [open_fine_tune(model, opened_base) for _, model in arguments]
-    models_on_base, said = under_other_names([as_unpacked(model) for model in opened], rename or [])
-    models_on_base, more = translate(models_on_base, opened_base)
-    said += more
+    models_on_base, said = bring_together([as_unpacked(model) for model in opened], opened_base, rename or ())
     tasks = [(name, model) for (name, _), model in zip(arguments, models_on_base, strict=True)]
     if masks is not None:
         plan = plan_masks(opened_base, tasks, chosen, masks)

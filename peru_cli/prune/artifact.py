@@ -17,8 +17,8 @@ from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.journal import Journal
+from peru_cli.checkpoints.names.renamed import record_rules
 from peru_cli.checkpoints.pairing import Pair
-from peru_cli.checkpoints.renamed import record_rules
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.compact.magnitude import key_value
 from peru_cli.prune.gates import Gate

@@ -160,8 +160,8 @@ def prune(
 
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import folder_of
+    from peru_cli.checkpoints.names.translated import bring_together
     from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.checkpoints.translated import translate
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.finetunes.verify import verify_expanded
@@ -181,13 +181,7 @@ def prune(
     opened_base = open_model(base, stored)
     opened = [open_fine_tune(a.model, opened_base, a.task, stored) for a in arguments]
     fines = [as_unpacked(model) for model in opened]
-    if rename:
-        from peru_cli.checkpoints.renamed import rename as under_other_names
-
-        fines, said = under_other_names(fines, rename)
-        for line in said:
-            console.note(line)
-    fines, said = translate(fines, opened_base)
+    fines, said = bring_together(fines, opened_base, rename or ())
     for line in said:
         console.note(line)
     tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]

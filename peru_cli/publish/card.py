@@ -14,7 +14,7 @@ from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
-from peru_cli.checkpoints.renamed import RENAME, decode_rules
+from peru_cli.checkpoints.names.renamed import RENAME, decode_rules
 from peru_cli.console import count, si_bytes
 from peru_cli.shown import markdown, printable
 from peru_cli.version import __version__

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peru_cli.checkpoints.loaded_names import SAME_NAMES, ask_transformers
+from peru_cli.checkpoints.names.loaded_names import SAME_NAMES, ask_transformers
 from tests.conftest import raw, save
 from tests.lora.test_resize import IDS, INPUTS, SMALL, bert, gpt2, gpt_oss, llama, vit
 
@@ -76,9 +76,7 @@ def test_peft_and_transformers_load_extracted_adapters(tmp_path: Path, peru, kin
     # loaded by peft: the same, except what only the delta beside the adapter has
     in_delta = set()
     if said["delta_tensors"]:
-        renamed, _ = ask_transformers(
-            type(fine).__name__, fine.config.model_type, json.loads((tmp_path / "fine" / "config.json").read_text())
-        )
+        renamed, _ = ask_transformers(json.loads((tmp_path / "fine" / "config.json").read_text()), 1000)
         in_delta = {renamed.get(name, name) for name in said["delta_tensors"]}
     if kind == "gpt2":  # tied to the output matrix, which peft would leave unchanged
         assert said["delta_tensors"] == ["transformer.wte.weight"]
@@ -325,7 +323,7 @@ def test_models_listed_with_the_same_names(kind: str) -> None:
     config = transformers.CONFIG_MAPPING[kind]().to_dict()
     for table in tables:
         if kind in table:
-            assert ask_transformers(table[kind], kind, config) == ({}, None)
+            assert ask_transformers(config | {"architectures": [table[kind]]}, 10_000) == ({}, None)
 
 
 def test_nan_in_the_base_names_the_base(tmp_path: Path, peru) -> None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from peru_cli.checkpoints.architectures import experts_are_in_out, is_conv1d, is_output, orientation_is_known, tied_embedding
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.checkpoints.loaded_names import names_in_memory
 from peru_cli.checkpoints.lora.adapter import Adapter
 from peru_cli.checkpoints.lora.foreign import Foreign
 from peru_cli.checkpoints.lora.keys import KOHYA, PEFT
 from peru_cli.checkpoints.lora.module import CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, LoraModule
 from peru_cli.checkpoints.lora.products import Product
+from peru_cli.checkpoints.names.loaded_names import names_in_memory
 from peru_cli.checkpoints.pairing import Prefix, find_prefix
 from peru_cli.checkpoints.source import Checkpoint
 
@@ -96,7 +96,7 @@ class Fitting:
 
     def _know_names_in_memory(self) -> None:
         """PEFT uses the names that modules have in memory, after transformers has loaded them."""
-        renamed, _ = names_in_memory(self._base.config())
+        renamed, _ = names_in_memory(self._base.config(), len(self._base.tensors))
         self._known = {renamed.get(name, name): name for name in self._base.tensors} if renamed else self._known
         self.prefix = self._find_prefix()
 

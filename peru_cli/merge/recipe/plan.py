@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from peru_cli.checkpoints.names.translated import bring_together
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
@@ -37,7 +38,7 @@ class Stage:
     parameters: list[Parameters]  # of each slot
     opened: dict[ModelName, Checkpoint] = field(default_factory=dict)
     models: Sequence[Checkpoint] = ()  # as they were opened
-    said: list[str] = field(default_factory=list)  # messages about its vocabulary
+    said: list[str] = field(default_factory=list)  # messages about its names and vocabulary
 
 
 class Forthcoming(Checkpoint):
@@ -138,6 +139,17 @@ def open_all(recipe: Recipe, stages: Mapping[str, Checkpoint], complaints: Compl
     return opened
 
 
+def _under_one_names(recipe: Recipe, opened: Mapping[ModelName, Checkpoint]) -> tuple[dict[ModelName, Checkpoint], list[str]]:
+    """All models under the names of the base, or of the first model, by transformers' tables; and messages about it."""
+    found = dict(opened)
+    first = found.get(recipe.base) if recipe.base is not None else next(iter(found.values()), None)
+    full = [name for name, model in found.items() if not isinstance(model, Forthcoming) and model is not first]
+    if first is None or isinstance(first, Forthcoming):
+        return found, []
+    together, said = bring_together([found[name] for name in full], first)
+    return found | dict(zip(full, together, strict=True)), said
+
+
 def _lines(recipe: Recipe) -> dict[ModelName, int]:
     """Every model once, the base first, with the line that names it."""
     found: dict[ModelName, int] = {}
@@ -169,6 +181,7 @@ def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Want
     method = ours(recipe.method)
     assert method is not None
     given = opened
+    opened, renamed = _under_one_names(recipe, opened)
     opened, said = align_tokens(recipe, opened, complaints)
     layout = lay_out(recipe, opened, complaints)
     complaints.settle()
@@ -191,7 +204,7 @@ def plan_stage(recipe: Recipe, opened: dict[ModelName, Checkpoint], wanted: Want
     complaints.settle()
     settled = [each for each in parameters if each is not None]
     _side_files(plan, layout, tokens)
-    return Stage(recipe, method, layout, plan, build(method, settled), settled, opened, tuple(given.values()), said)
+    return Stage(recipe, method, layout, plan, build(method, settled), settled, opened, tuple(given.values()), renamed + said)
 
 
 def _side_files(plan: MergePlan, layout: Layout, tokens: Mapping[str, bytes]) -> None:

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from peru_cli.checkpoints.header import TensorInfo, check_tensor_name
+from peru_cli.checkpoints.names.converted import Converted
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, Mismatch, UsageError
 
 RENAME = "peru.rename"  # in an artifact's metadata: the rules of --rename, as JSON
+CONVERTED = "peru.converted"  # the base's tensors that were put together from others by transformers' tables, as JSON
 Rule = tuple[re.Pattern[str], str]
 
 
@@ -45,7 +47,7 @@ class Renamed(Checkpoint):
 
     def __init__(self, model: Checkpoint, rules: Sequence[Rule]) -> None:
         self.model = model
-        self.rules: list[str] = [*(model.rules if isinstance(model, Renamed) else []), *(f"{p.pattern}={new}" for p, new in rules)]
+        self.rules = [f"{p.pattern}={new}" for p, new in rules]
         self._old: dict[str, str] = {}
         for name in sorted(model.tensors):
             new = name
@@ -82,9 +84,18 @@ class Renamed(Checkpoint):
 
 
 def record_rules(models: Iterable[Checkpoint], before: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Metadata for what is made of models: their rules, after those that `before` records. Empty if there are none."""
-    rules = decode_rules(before or {}) + [rule for model in models if isinstance(model, Renamed) for rule in model.rules]
-    return {RENAME: json.dumps(list(dict.fromkeys(rules)), ensure_ascii=False)} if rules else {}
+    """Metadata for what is made of models: their rules, after those that `before` records, and the converted tensors."""
+    rules = decode_rules(before or {})
+    converted: set[str] = set()
+    for model in models:
+        own: list[str] = []
+        while isinstance(model, (Renamed, Converted)):
+            own = [*(model.rules if isinstance(model, Renamed) else []), *own]
+            converted |= model.converted if isinstance(model, Converted) else set()
+            model = model.model
+        rules += own
+    found = {RENAME: json.dumps(list(dict.fromkeys(rules)), ensure_ascii=False)} if rules else {}
+    return found | ({CONVERTED: json.dumps(sorted(converted), ensure_ascii=False)} if converted else {})
 
 
 def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Checkpoint], list[str]]:
@@ -109,6 +120,6 @@ def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Che
 
 def is_full(model: Checkpoint) -> bool:
     """Whether a model is a checkpoint of its own: adapters and artifacts use their base's names."""
-    while isinstance(model, Renamed):
+    while isinstance(model, (Renamed, Converted)):
         model = model.model
     return not model.expanded or isinstance(model, Dequantized)
