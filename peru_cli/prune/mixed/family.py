@@ -11,7 +11,7 @@ from peru_cli.artifacts.index import STORED, Mode
 from peru_cli.artifacts.mixed.index import MixedRecord
 from peru_cli.artifacts.mixed.writer import KIND
 from peru_cli.checkpoints.base_name import BaseName
-from peru_cli.checkpoints.renamed import record_rules
+from peru_cli.checkpoints.names.renamed import record_rules
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.prune.artifact import PruneTask, shared_digest, side_files_of
 from peru_cli.prune.mixed.decompose import Spill, decompose, items_of
