@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,16 @@ class Console:
         if not self.json:
             self._out(shown.printable(text))
 
+    def remark(self, text: str) -> None:
+        """A sentence about a table. Between words, it is wrapped to the terminal."""
+        self._tell(f"{_markdown(shown.printable(text))}\n")
+        if not self.json:
+            self._wrapped(shown.printable(text))
+
+    def _wrapped(self, text: str) -> None:
+        for line in textwrap.wrap(text, self._width() or sys.maxsize, break_long_words=False, break_on_hyphens=False):
+            self._out(line)
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print a table in plain columns; long names are cut. On a narrow terminal, columns are left out and words are wrapped.
 
@@ -91,7 +102,7 @@ class Console:
                 self._out(f"\x1b[1m{text}\x1b[0m" if number == 0 and _is_coloured(self._stream()) else text)
         if len(kept) < len(columns):
             left = ", ".join(name for i, name in enumerate(names) if i not in kept)
-            self._out(f"(too narrow for: {left}; use a wider terminal or a pipe to see all columns)")
+            self._wrapped(f"(too narrow for: {left}; use a wider terminal or a pipe to see all columns)")
 
     def _tell(self, text: str) -> None:
         if self.summary is not None:

@@ -96,11 +96,11 @@ def _table(rows: list[Row], base_bytes: int) -> None:
         for row in rows
     ]
     console.table(["method", ">size", ">bits/param", ">accuracy %", ">of fine-tunes %"], cells)
-    console.line("* no smaller row is more accurate")
-    console.line(
+    console.remark("* no smaller row is more accurate")
+    console.remark(
         f"Sizes are for all {len(fine_tuned.accuracies)} tasks, heads and configs included, on top of the base's {si_bytes(base_bytes)}."
     )
-    console.line("bits/param leave out heads and configs, as in all commands.")
+    console.remark("bits/param leave out heads and configs, as in all commands.")
     result: dict[str, Any] = {
         "base_bytes": base_bytes,
         "rows": [

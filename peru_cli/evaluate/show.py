@@ -153,7 +153,7 @@ def show(scores: Sequence[Score], weights: dict[str, WeightsReport], every: bool
     if (mean := mean_of(scores)) is not None:
         console.line(f"mean normalised accuracy {cell('normalised', mean)} %")
     for note in notes(scores, False):
-        console.line(note)
+        console.remark(note)
     for score in scores:
         for warning in score.warnings:
             console.warn(f"{score.task}: {warning}" if score.task else warning)

@@ -20,6 +20,7 @@ from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import AGAIN, Checkpoint
+from peru_cli.console import plural
 from peru_cli.errors import BadFile, Mismatch
 from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
@@ -181,7 +182,7 @@ def refuse_base(problems: list[str], artifact: Artifact, label: str, gave_up: bo
     hint = f"it was made from {wanted}" if wanted else f"the {_noun(artifact)} does not record its base (--base-id does)"
     if isinstance(artifact, Pack) and artifact.has_own_base:
         hint = f"its base is the one that --merge-base wrote{f', {wanted}' if wanted else ''}"
-    number = f"{'at least ' if gave_up else ''}{len(problems)} tensor(s) differ"
+    number = f"it differs in {'at least ' if gave_up else ''}{plural(len(problems), 'tensor')}"
     raise Mismatch(f"{label} is not the base that {artifact.path} was made from: {number}\n  " + "\n  ".join(problems[:_SHOWN]), hint)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from peru_cli.console import console
+from peru_cli.console import console, plural
 from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.inference.data import Examples
 from peru_cli.inference.remote_code import auto_map, code_for, register_models
@@ -157,7 +157,7 @@ def require_shapes(config: Any, kind: str, shapes: Shapes, label: str) -> None:
     wrong = [f"{name}: {list(shape)}, the config says {list(expected[name])}" for name, shape in named.items()
              if name in expected and shape != expected[name]]  # fmt: skip
     if wrong:
-        raise Mismatch(f"{label}: {len(wrong)} tensor(s) do not match its config\n  " + "\n  ".join(wrong[:5]))
+        raise Mismatch(f"{label} does not match its config in {plural(len(wrong), 'tensor')}\n  " + "\n  ".join(wrong[:5]))
     head = [name for name in expected if not name.startswith(prefix) and not name.endswith(_OFTEN_ABSENT)]
     if kind in (TEXT, IMAGE) and head and not any(name in named for name in head):
         raise _missing(head, kind, config, label)

@@ -13,6 +13,7 @@ from torch import Tensor
 from peru_cli.checkpoints.digests import tensor_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import find_prefix
+from peru_cli.console import plural
 from peru_cli.errors import Mismatch
 from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, Origin, is_base
 from peru_cli.live.memory import TensorTable, infos
@@ -109,7 +110,7 @@ class Applied:
 def not_restored(tensors: int) -> Mismatch:
     """The error for tensors that are no longer where they were."""
     return Mismatch(
-        f"the base was not restored: the model has since replaced or reshaped tensors of {tensors} change(s)",
+        f"the base was not restored: the model has since replaced or reshaped tensors of {plural(tensors, 'change')}",
         "load the base again; restore the artifact before you replace the model's weights",
     )
 
@@ -193,7 +194,7 @@ def match(table: Mapping[str, Tensor], origins: Mapping[str, Origin], artifact: 
             names[fine] = name
     if problems:
         raise Mismatch(
-            f"{artifact.path} does not fit this model: {len(problems)} tensor(s)\n  " + "\n  ".join(problems[:5]),
+            f"{artifact.path} does not fit this model: {plural(len(problems), 'tensor')}\n  " + "\n  ".join(problems[:5]),
             'load the base as its files have it (dtype="auto"); where loading renames or fuses tensors, unpack instead',
         )
     return names
@@ -214,7 +215,9 @@ def verify_base(base: TensorTable, origins: Mapping[str, Origin], names: Mapping
             if not is_base(origin, tensor_digest(info, base.view(info.name, 0, info.nbytes) or base.read(info.name))):
                 wrong.append(names[fine])
     if wrong:
-        raise Mismatch(f"the model is not the base of {artifact.path}: {len(wrong)} tensor(s) differ: {', '.join(wrong[:3])}")
+        raise Mismatch(
+            f"the model is not the base of {artifact.path}: it differs in {plural(len(wrong), 'tensor')}: {', '.join(wrong[:3])}"
+        )
 
 
 def owners(table: Mapping[str, Tensor], names: Mapping[str, str], source: FromArtifact) -> dict[str, str]:

@@ -28,6 +28,7 @@ from peru_cli.checkpoints.lora.module import CONVOLUTION, LINEAR, PARAMETER
 from peru_cli.checkpoints.names.loaded_names import names_in_memory
 from peru_cli.checkpoints.pairing import Pair, Pairing, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import plural
 from peru_cli.errors import Mismatch, UsageError
 
 
@@ -143,7 +144,9 @@ def _say_what_stays(plan: Extraction) -> None:
         )
     reshaped = {other.name for _, other in plan.pairing.reshaped}
     if left := [info.name for info in plan.pairing.base_only if info.name not in reshaped]:
-        plan.warnings.append(f"{plan.fine.label} lacks {len(left)} tensor(s) of the base, which stay the base's: {', '.join(left[:3])}")
+        plan.warnings.append(
+            f"{plan.fine.label} lacks {plural(len(left), 'tensor')} of the base, kept as in the base: {', '.join(left[:3])}"
+        )
 
 
 def _weight(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:

@@ -23,6 +23,7 @@ from peru_cli.checkpoints.pairing import MIN_VOCABULARY_ROWS, Pair, Pairing, pai
 from peru_cli.checkpoints.places import same_as
 from peru_cli.checkpoints.quantized.requantize import FLOAT, Requantized
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import plural
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.then.table import Pass
@@ -228,7 +229,7 @@ class _Planner:
             else:
                 self._tensor(plan.reference.tensors[name], found)
         for kinds, names in self._dtypes.items():
-            self.problems.append(f"{kinds} in {len(names)} tensor(s), such as {names[0]}: add --dtype to merge them")
+            self.problems.append(f"{kinds} in {plural(len(names), 'tensor')}, such as {names[0]}: add --dtype to merge them")
         if plan.base is None and self._own is None and not self._options.merge_heads and (reason := self._doubtful_heads()):
             self.problems.append(f"{reason}: use --per-task REGEX to keep each task's head, or --merge-heads to average them")
         if (reason := self._reordered_heads()) is not None:

@@ -12,6 +12,7 @@ from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import plural
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.fine_tune import check_base
 from peru_cli.finetunes.pack_task import base_of_pack
@@ -149,7 +150,7 @@ def plan_change(pack: Pack, base: Checkpoint, tasks: Sequence[tuple[str, Checkpo
                 problems.append(f"{info.name}: {info.dtype.name} in {name}, {wanted.name} in the pack")
     if problems:
         shown = "\n  ".join(problems[:_SHOWN])
-        raise Mismatch(f"these models do not fit {pack.path}: {len(problems)} tensor(s)\n  {shown}", "make a pack of their own")
+        raise Mismatch(f"these models do not fit {pack.path}: {plural(len(problems), 'tensor')}\n  {shown}", "make a pack of their own")
     shifts: dict[str, int] = {}
     for name, _ in tasks:
         taken = [task.shift for task in pack.index.tasks] + list(shifts.values())

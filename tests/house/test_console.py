@@ -36,11 +36,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch, width: int, **env: str) -> list[str]:
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
 def test_a_table_fits_the_terminal_and_keeps_its_first_column_and_whole_numbers(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     lines = drawn(monkeypatch, width)
-    table = [line for line in lines if not line.startswith("(")]
-    assert max(map(len, table)) <= width
+    assert max(map(len, lines)) <= width
+    end = next((i for i, line in enumerate(lines) if line.startswith("(")), len(lines))
+    table = lines[:end]
     words = " ".join(table).split()
     assert "sst2" in words and "4.15" in words
-    left = "".join(line for line in lines if line.startswith("("))
+    left = " ".join(lines[end:])
     for number, name in (("4,147,088", "kept"), ("0.532", "bits/param"), ("1.2", "stored whole")):
         assert (number in words) != (name in left)  # either shown whole or listed as left out
     assert "".join(line[6:].split("  ")[0].strip() for line in table[1:]).startswith("a/very/long/folder/name")  # wrapped, not cut
@@ -48,7 +49,17 @@ def test_a_table_fits_the_terminal_and_keeps_its_first_column_and_whole_numbers(
 
 def test_optional_columns_go_before_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = drawn(monkeypatch, 60)
-    assert lines[-1] == "(too narrow for: kept, stored whole; use a wider terminal or a pipe to see all columns)"
+    assert lines[-2:] == ["(too narrow for: kept, stored whole; use a wider terminal or", "a pipe to see all columns)"]
+
+
+def test_a_remark_is_wrapped_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "KL in nats, from the predictions of --against to those of the model"
+    Console().remark(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    Console().remark(text)
+    assert screen.getvalue().splitlines() == ["KL in nats, from the predictions of", "--against to those of the model"]
 
 
 def test_a_pipe_gets_all_columns_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:

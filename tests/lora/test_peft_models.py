@@ -173,7 +173,7 @@ def test_an_adapter_cannot_remove_what_the_fine_tune_lacks(tmp_path: Path, peru)
     save_file({n: t + 0.1 * torch.randn(t.shape) for n, t in table.items() if "layers.1.mlp.up" not in n}, fine / "model.safetensors")
     at = ["-b", tmp_path / "base", "--rank", 2, "--no-sync", "--rest", "delta"]
     peru("svd-lora", fine, *at, "-o", tmp_path / "out")
-    assert "lacks 1 tensor(s) of the base, which stay the base's: model.layers.1.mlp.up_proj.weight" in peru.stderr
+    assert "lacks 1 tensor of the base, kept as in the base: model.layers.1.mlp.up_proj.weight" in peru.stderr
     save_file(table | {"lm_head.weight": table["model.embed_tokens.weight"].clone()}, tmp_path / "base" / "model.safetensors")
     peru("svd-lora", fine, *at, "-o", tmp_path / "out2", code=2)
     assert "lm_head.weight" in peru.stderr and "ties it to its embedding" in peru.stderr

@@ -260,7 +260,7 @@ def test_other_shapes_vocabularies_and_dtypes_are_reported_together(tmp_path: Pa
     said = problem(tmp_path, peru, "-m", "ties", code=1)
     assert "vocabularies differ: embed.weight has b 5,002 rows" in said
     assert "1.weight: [90, 31] in b, [90, 30]" in said and "2.weight: in a, not in b" in said
-    assert "dtypes differ: a F32, b BF16 in 1 tensor(s), such as 3.weight" in said
+    assert "dtypes differ: a F32, b BF16 in 1 tensor, such as 3.weight" in said
     # completely different models
     save({f"{i}.weight": torch.ones(7, 7) for i in range(9)}, tmp_path / "b.safetensors")
     assert "share only" in problem(tmp_path, peru, "-m", "ties", code=1)

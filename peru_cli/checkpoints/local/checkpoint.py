@@ -18,6 +18,7 @@ from peru_cli.checkpoints.local.torch_files import TorchCheckpoint
 from peru_cli.checkpoints.places import Place, children
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import plural
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.shown import listed
 
@@ -145,12 +146,12 @@ class SafetensorsCheckpoint(Checkpoint):
         absent = [n for n, shard in weight_map.items() if self._file_name(n) != shard]
         if absent:
             raise BadFile(
-                f"{index}: lists {len(absent)} tensor(s) that its shards lack: {', '.join(absent[:3])}",
+                f"{index}: lists {plural(len(absent), 'tensor')} that its shards lack: {', '.join(absent[:3])}",
                 "the checkpoint is incomplete: fetch or save it again",
             )
         extra = [name for name in self.tensors if name not in weight_map]
         if extra:
-            self.warnings.append(f"{index.name} does not list {len(extra)} tensor(s) of its shards, left out: {', '.join(extra[:3])}")
+            self.warnings.append(f"{plural(len(extra), 'tensor')} that {index.name} does not list, left out: {', '.join(extra[:3])}")
             self.tensors = {name: info for name, info in self.tensors.items() if name in weight_map}
 
     def _file_name(self, name: str) -> str | None:
@@ -243,7 +244,7 @@ def _open_sharded(label: str, index: Place) -> Checkpoint:
         checkpoint: Checkpoint = TorchCheckpoint(label, f"PyTorch checkpoint in {len(files)} shards", files, side_files)
         absent = sorted(set(weight_map) - set(checkpoint.tensors))
         if absent:
-            raise BadFile(f"{index}: lists {len(absent)} tensor(s) that its shards lack: {', '.join(absent[:3])}")
+            raise BadFile(f"{index}: lists {plural(len(absent), 'tensor')} that its shards lack: {', '.join(absent[:3])}")
         return checkpoint
     sharded = SafetensorsCheckpoint(label, f"checkpoint in {len(files)} shards", files, side_files)
     try:

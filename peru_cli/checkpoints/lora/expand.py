@@ -29,6 +29,7 @@ from peru_cli.checkpoints.lora.tied import is_untied, vocabulary, with_settings
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.sidefiles import find_side_files
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import plural
 from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.shown import listed
 
@@ -81,7 +82,8 @@ class LoraCheckpoint(Checkpoint):
         self._around = Around(adapter.config, base.config(), fitting.fellows(self.tensors) if adapter.foreign else {})
         if fitting.problems:
             raise Mismatch(
-                f"the adapter {label} does not fit {base.label}: {len(fitting.problems)} module(s)\n  " + "\n  ".join(fitting.problems[:5]),
+                f"the adapter {label} does not fit {base.label}: {plural(len(fitting.problems), 'module')}\n  "
+                + "\n  ".join(fitting.problems[:5]),
                 "is this the base that the adapter was trained on?",
             )
         self._follow_embedding()

@@ -19,6 +19,7 @@ import numpy as np
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.quantized.layout import Layout, Scaled
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.console import plural
 from peru_cli.kernels.codes import decode
 
 _HELD = 4  # tensors whose scales are cached: each is read in many tiles
@@ -76,7 +77,9 @@ class Dequantized(Checkpoint):
         self.warnings = list(stored.warnings)
         plain = [name for name, weight in layout.weights.items() if weight.scale is None]
         if plain:
-            self.warnings.append(f"{stored.label}: {len(plain)} {layout.kind} tensor(s) have no scale and are read as they are: {plain[0]}")
+            self.warnings.append(
+                f"{stored.label}: no scale for {plural(len(plain), f'{layout.kind} tensor')}, read as they are: {plain[0]}"
+            )
         self.tensors = {
             name: layout.weights[name].info if name in layout.weights else info
             for name, info in stored.tensors.items()
