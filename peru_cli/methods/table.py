@@ -174,6 +174,10 @@ _ALL = (
         "entries.nearswap:NearSwap", {"t": Option(0.0001)}, tasks=(1, 1), mergekit=Mergekit("nearswap", {}, {"t": "t"}),
     ),
     Method(
+        "train-difference", "add what the second model learned, less where the first has learned it", "https://github.com/hako-mikan/sd-webui-supermerger",
+        "entries.train_difference:TrainDifference", {"scale": _SCALE}, tasks=(2, 2),
+    ),
+    Method(
         "arcee-fusion", "take only the most important changes", "https://github.com/arcee-ai/mergekit", "entries.arcee_fusion:ArceeFusion",
         {}, tasks=(1, 1), mergekit=Mergekit("arcee_fusion"),
     ),
