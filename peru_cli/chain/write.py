@@ -21,6 +21,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.verify import verify_expanded
 from peru_cli.prune.run import PruneOptions, PruneTask, prune
+from peru_cli.shown import listed
 from peru_cli.vectors.family import StreamSettings, TaskVector
 
 Note = Callable[[str], None]
@@ -46,12 +47,20 @@ def place_of(chain: Chain, step: int, every: int, full: bool) -> int | None:
 
 
 def is_there(chain: Chain, step: int, source: Checkpoint) -> bool:
-    """Whether a step already exists with the same tensors. UsageError if it exists with others."""
+    """Whether a step already exists with the same tensors and side files. UsageError if it exists with others."""
     if step not in chain.links or chain.cause(step) is not None:
         return False
     found = checkpoint_digest({name: source.digest(name) for name in source.tensors}).hex()
     if found != chain.links[step].result:
         raise UsageError(f"{chain.place} has another checkpoint as step {step}", "give this one its own number: --step N")
+    with open_step(chain, step) as stored:
+        there, _ = stored.contents()
+    here = {name: path.read_bytes() for name, path in source.side_files.items()}
+    if other := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+        raise UsageError(
+            f"{chain.place} has step {step} with the same weights, but other side files: {listed(other)}",
+            "give this one its own number: --step N",
+        )
     return True
 
 

@@ -135,6 +135,17 @@ def test_a_missing_link_is_named_with_the_lost_and_the_remaining_steps(
     assert same(got(peru, run, 30, tmp_path / "z"), states[30])
 
 
+def test_a_step_whose_side_files_alone_changed_is_kept(chain: tuple[Path, dict[int, State]], peru: Peru, tmp_path: Path) -> None:
+    run, states = chain
+    (tmp_path / "step-60" / "config.json").write_text('{"hidden_size": 48, "new": 1}')
+    peru("chain", "add", run, tmp_path / "step-60", "--no-sync", code=2)
+    assert "same weights, but other side files: config.json" in peru.stderr  # type: ignore[attr-defined]
+    peru("chain", "add", run, tmp_path / "step-60", "--step", 70, "--no-sync")
+    for step, config in ((60, '{"hidden_size": 48}'), (70, '{"hidden_size": 48, "new": 1}')):
+        assert same(got(peru, run, step, tmp_path / f"out-{step}"), states[60])
+        assert (tmp_path / f"out-{step}" / "config.json").read_text() == config
+
+
 @pytest.mark.parametrize("where", [0.3, 0.7, 0.999])
 @pytest.mark.parametrize("step", [40, 50])
 def test_a_damaged_link_is_named_with_the_lost_and_the_remaining_steps(
