@@ -34,9 +34,7 @@ def show_mixed(path: Place, plot: Path | None, every: bool) -> None:
         console.line(f"base:     {meta.get('peru.base', 'not recorded (prune --base-id records it)')}")
         console.line(f"goal:     {meta['peru.goal']}")
         if "peru.data" in meta:
-            _, examples, held, before, after = meta["peru.data"].split(" ")
-            said = f"{after} from the fine-tune's outputs where {before} was without data, on {held} held out"
-            console.line(f"data:     tuned on {examples} examples; {said}")
+            console.line(f"data:     {_data(meta['peru.data'].split(' ')[1:])}")
         console.line(f"kept:     {100 * quality:.4g}% of the task vector's energy, relative error {missed:.4f}")
         console.line(
             f"bits:     {8 * delta_bytes / max(entries, 1):.4f} per parameter ({count(entries)}), heads and side files not counted"
@@ -136,3 +134,13 @@ def _figures(record: MixedRecord, bits: float) -> dict[str, Any]:
         "rows": record.kept_rows,
         "bits": bits,
     }
+
+
+def _data(fields: list[str]) -> str:
+    """What was measured on examples, in words."""
+    if len(fields) == 3:
+        examples, counted, agreed = fields
+        share = f"{100 * int(agreed) / int(counted):.2f}%"
+        return f"{int(agreed):,} of {int(counted):,} answers are the fine-tune's, {share}, on the {examples} examples that chose the bytes"
+    examples, held, before, after = fields
+    return f"tuned on {examples} examples; {after} from the fine-tune's outputs where {before} was without data, on {held} held out"

@@ -61,7 +61,11 @@ def prune(
     ] = None,
     min_quality: Annotated[
         Optional[str],
-        typer.Option("--min-quality", metavar="SHARE", help="Fewest bytes that keep this share of the task vector's energy: 90%."),
+        typer.Option(
+            "--min-quality",
+            metavar="SHARE",
+            help="Fewest bytes that keep this share of the task vector's energy: 90%. With --data: of the fine-tune's answers.",
+        ),
     ] = None,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Keep every changed entry: unpack returns the fine-tune bit for bit.")
@@ -83,7 +87,8 @@ def prune(
             "--data",
             "-d",
             metavar="[TASK=]FILE",
-            help="With --max-bytes or --bits: examples on which outputs come nearer to the fine-tune's. No labels needed. Repeatable.",
+            help="Examples on which outputs come nearer to the fine-tune's (--max-bytes, --bits), or answers are counted (--min-quality). "
+            "No labels needed. Repeatable.",
         ),
     ] = None,
     max_samples: Annotated[
@@ -128,16 +133,18 @@ def prune(
 
     peru prune MODEL --base BASE -o a.safetensors --max-bytes 3MB --data texts.jsonl
 
+    peru prune MODEL --base BASE -o a.safetensors --min-quality 99% --data texts.jsonl
+
     peru prune MODEL --base BASE -o a.safetensors --lossless
 
     peru prune step-1200/ --base step-1100/ -o - --lossless | ssh host peru unpack - --base /models/step-1100 --in-place
 
     --keep writes sparse deltas: Post-Pruning, or PERU-FFT if the base is a merge. --max-bytes, --bits and --min-quality choose rank and
-    precision for each tensor, at one price for all. With --data, what is stored is then tuned on examples.
+    precision for each tensor, at one price for all. With --data, what --max-bytes and --bits store is then tuned on examples.
 
     If prune --keep was killed, type the same command again to continue it; --force starts afresh.
     """
-    goal = parse_goal(max_bytes, bits, min_quality)
+    goal = parse_goal(max_bytes, bits, min_quality, bool(data))
     if (keep is not None) + lossless + (goal is not None) != 1:
         raise UsageError(
             "say how much to keep: --keep DENSITY, --max-bytes SIZE, --bits NUMBER, --min-quality SHARE or --lossless",
@@ -149,9 +156,8 @@ def prune(
         raise UsageError(f"--scope {scope!r} is neither global nor tensor")
     if values not in ("auto", "exact", "bf16", "log2"):
         raise UsageError(f"--values {values!r} is not auto, exact, bf16 or log2")
-    if data and (goal is None or goal.kind == "quality"):
-        hint = "leave --data out: --min-quality is the energy of weights" if goal is not None else "for example --max-bytes 3MB --data FILE"
-        raise UsageError("--data goes with --max-bytes or --bits", hint)
+    if data and goal is None:
+        raise UsageError("--data goes with --max-bytes, --bits or --min-quality", "for example --max-bytes 3MB --data FILE")
     if not data and (max_samples is not None or batch_size is not None or trust_remote_code):
         raise UsageError("--max-samples, --batch-size and --trust-remote-code go with --data", "add --data FILE, or leave them out")
     density = options.parse_density(keep) if keep is not None else None

@@ -159,7 +159,8 @@ def _artifact_row(file: str, container: Container) -> str:
     if meta["peru.kind"] == MIXED:
         energy, error = float(meta["peru.energy"]), float(meta["peru.error"])
         kept = f"{100 * (1 - error / energy if energy else 1):.3g}% of the task vector's energy"
-        density = "mixed, tuned on examples" if "peru.data" in meta else "mixed"
+        how = ", bytes chosen on examples" if meta["peru.goal"].startswith("agreement") else ", tuned on examples"
+        density = f"mixed{how if 'peru.data' in meta else ''}"
     else:
         entries_kept = int(meta["peru.kept"])
         kept = f"{count(entries_kept)} of {count(entries)}"

@@ -36,10 +36,10 @@ _DECIMAL = SPARSE_METADATA["peru.largest_error"]
 _SAME = ("peru.format", "peru.task", "peru.prefix", "peru.entries", "peru.result", "peru.base", "peru.base.files")
 METADATA = {key: SPARSE_METADATA[key] for key in _SAME} | {
     "peru.kind": KIND,
-    "peru.goal": r"(bytes [1-9][0-9]{0,18}|(bits|quality) (0|[1-9][0-9]*)(\.[0-9]+)?(e[+-][0-9]+)?)",
+    "peru.goal": r"(bytes [1-9][0-9]{0,18}|(bits|quality|agreement) (0|[1-9][0-9]*)(\.[0-9]+)?(e[+-][0-9]+)?)",
     "peru.energy": _DECIMAL,
     "peru.error": _DECIMAL,
-    "peru.data": r"[0-9a-f]{64} [1-9][0-9]* [1-9][0-9]* (DECIMAL) (DECIMAL)".replace("DECIMAL", _DECIMAL),
+    "peru.data": r"[0-9a-f]{64} [1-9][0-9]* [1-9][0-9]* (0|[1-9][0-9]*|(DECIMAL) (DECIMAL))".replace("DECIMAL", _DECIMAL),
 }
 OPTIONAL = {"peru.base", "peru.base.files", "peru.data"}
 Integers = np.ndarray[Any, np.dtype[Any]]

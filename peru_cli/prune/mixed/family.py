@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from peru_cli.artifacts.container import header_room
 from peru_cli.artifacts.index import STORED, Mode
@@ -21,7 +21,18 @@ from peru_cli.vectors.family import StreamSettings
 
 if TYPE_CHECKING:
     from peru_cli.inference.task_models import Running
-    from peru_cli.prune.mixed.with_data import Gain
+
+
+class Measured(Protocol):
+    """What was measured on a task's examples."""
+
+    def encode(self) -> str:
+        """As the artifact records it."""
+        ...
+
+    def figures(self) -> dict[str, object]:
+        """For --json."""
+        ...
 
 
 class Family:
@@ -33,7 +44,7 @@ class Family:
     ) -> None:  # fmt: skip
         self.base, self.tasks, self.goal, self.spill, self.how, self.base_name = base, tasks, goal, spill, how, base_name
         self.running = running
-        self.gains: dict[str, Gain] = {}
+        self.gains: dict[str, Measured] = {}
         self.items = items_of([task.vector for task in tasks])
         self.frames = [self._frame(task) for task in tasks]
 
@@ -93,7 +104,7 @@ class Family:
 
     def limit(self) -> int | None:
         """Bytes that the goal allows for all artifacts together."""
-        if self.goal.kind == "quality":
+        if self.goal.kind in ("quality", "agreement"):
             return None
         return int(self.goal.value) if self.goal.kind == "bytes" else int(self.goal.value * self.entries / 8) + self.rest_bytes
 

@@ -11,7 +11,8 @@ from peru_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Goal:
-    """`kind` is bytes (of all artifacts together), bits (a parameter) or quality (the kept share of the squared norm)."""
+    """`kind` is bytes (of all artifacts together), bits (a parameter), quality (the kept share of the squared norm) or agreement (the
+    share of examples with the fine-tune's answer)."""
 
     kind: str
     value: float
@@ -23,11 +24,16 @@ class Goal:
     def __str__(self) -> str:
         if self.kind == "bytes":
             return f"at most {int(self.value):,} bytes"
-        return f"{self.value:g} bits/param" if self.kind == "bits" else f"{100 * self.value:g}% of the energy"
+        if self.kind == "bits":
+            return f"{self.value:g} bits/param"
+        return f"{100 * self.value:g}% of the {'energy' if self.kind == 'quality' else 'answers of each fine-tune on its examples'}"
 
 
-def parse_goal(max_bytes: str | None, bits: str | None, min_quality: str | None) -> Goal | None:
-    """The goal that the options name. None if there is none. UsageError for an impossible value, or for two goals."""
+def parse_goal(max_bytes: str | None, bits: str | None, min_quality: str | None, with_data: bool) -> Goal | None:
+    """The goal that the options name; --min-quality means answers `with_data`, else energy. None if there is none.
+
+    UsageError for an impossible value, or for two goals.
+    """
     if sum(option is not None for option in (max_bytes, bits, min_quality)) > 1:
         raise UsageError("--max-bytes, --bits and --min-quality exclude each other", "give one of them")
     if max_bytes is not None:
@@ -41,7 +47,7 @@ def parse_goal(max_bytes: str | None, bits: str | None, min_quality: str | None)
     value = _number(text.removesuffix("%"), "--min-quality", 100 if percent else 1, "as 99% or 0.99") / (100 if percent else 1)
     if value >= 1:
         raise UsageError("--min-quality 100% means that nothing is lost", "use --lossless instead")
-    return Goal("quality", value)
+    return Goal("agreement" if with_data else "quality", value)
 
 
 def _number(text: str, option: str, most: float, how: str) -> float:

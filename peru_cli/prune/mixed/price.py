@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from peru_cli.errors import UsageError
+from peru_cli.prune.mixed.decompose import Item
 from peru_cli.prune.mixed.family import Family
 from peru_cli.prune.mixed.represent import Price, estimate
 from peru_cli.prune.mixed.search import Found, approach
@@ -53,6 +54,14 @@ def estimated(family: Family, by_bytes: bool, target: float) -> float:
             family.items[number].rank = min(2 * family.items[number].rank, family.items[number].most)
         family.decompose(list(short))
         start = found.at
+
+
+def supply(family: Family, items: Sequence[Item], price: Price) -> None:
+    """Decompose further, until no tensor wants more directions at a price than are held."""
+    while short := [items[number] for number in estimate(items, family.spill, price)[2]]:
+        for item in short:
+            item.rank = min(2 * item.rank, item.most)
+        family.decompose([item.number for item in short])
 
 
 def search_bytes(family: Family, limit: int, least: int, say: Callable[[str], None]) -> Price:

@@ -117,6 +117,33 @@ def size_of(frame: Frame, items: Iterable[Item], parts: Mapping[str, Represented
     return frame.header_bytes + frame.whole_bytes + frame.side_bytes + counter.nbytes(records, frame.files)
 
 
+class _Choose:
+    """The pass that keeps parts. Each tile is one tensor."""
+
+    def __init__(self, items: Sequence[Item], spill: Spill, price: Price) -> None:
+        self._items, self._spill, self._price = items, spill, price
+        self.parts: dict[str, Represented] = {}
+
+    def buffers(self) -> None:
+        return None
+
+    def apply(self, tile: Tile, buffers: None) -> Represented:
+        return represent(self._items[tile.tensor], self._spill, self._price)[0]
+
+    def commit(self, tile: Tile, result: Represented) -> None:
+        self.parts[self._items[tile.tensor].name] = result
+
+    def finish(self, tile: Tile, committed: None, buffers: None) -> None:
+        pass
+
+
+def choose(items: Sequence[Item], spill: Spill, price: Price, how: StreamSettings) -> dict[str, Represented]:
+    """The parts of a task's tensors at a price, by the fine-tune's names."""
+    chosen = _Choose(items, spill, price)
+    run(chosen, [Tile(i, i, 0, item.pair.entries) for i, item in enumerate(items)], how.threads)
+    return chosen.parts
+
+
 def estimate(items: Sequence[Item], spill: Spill, price: Price) -> tuple[float, float, list[int]]:
     """Estimated bytes and squared error at a price, without rounding anything, and which items want more directions than are held."""
     total, error, short = 0.0, 0.0, []

@@ -22,10 +22,10 @@ from peru_cli.errors import UsageError
 from peru_cli.prune.artifact import PruneTask, side_files_of
 from peru_cli.prune.gates import Gate, check
 from peru_cli.prune.mixed.decompose import Spill
-from peru_cli.prune.mixed.family import Family
+from peru_cli.prune.mixed.family import Family, Measured
 from peru_cli.prune.mixed.goal import Goal
 from peru_cli.prune.mixed.price import estimated, first_ranks, search_bytes, search_quality
-from peru_cli.prune.mixed.represent import Price, estimate, represent, size_of, try_out
+from peru_cli.prune.mixed.represent import Price, choose, estimate, size_of, try_out
 from peru_cli.prune.mixed.write import Final, store_rest
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
@@ -33,7 +33,8 @@ from peru_cli.vectors.family import StreamSettings
 
 if TYPE_CHECKING:
     from peru_cli.inference.task_models import Running
-    from peru_cli.prune.mixed.with_data import Gain
+
+_FIRST_BITS = 0.05  # a parameter, where the search for agreement starts
 
 
 @dataclass
@@ -50,7 +51,7 @@ class MixedResult:
     energy: float
     error: float
     predicted_error: float
-    gain: Gain | None = None
+    gain: Measured | None = None
     whole: list[TensorInfo] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
 
@@ -106,6 +107,8 @@ def prune_mixed(
             note("searching")
             if limit is not None:
                 price = _tuned(family, limit, least, note, say) if running is not None else search_bytes(family, limit, least, say)
+            elif goal.kind == "agreement":
+                price = _agreeing(family, note, say)
             else:
                 price = search_quality(family, target or 0.0)
             note("writing")
@@ -115,6 +118,18 @@ def prune_mixed(
             assert target is not None
             target *= 0.99
         raise AssertionError("the measured quality stays below the predicted one")
+
+
+def _agreeing(family: Family, note: Callable[[str], None], say: Callable[[str], None]) -> Price:
+    """Every task's items are fixed at the fewest bytes that keep the goal's share of its answers; the price is the first that was tried."""
+    from peru_cli.prune.mixed.with_quality import keep_answers
+
+    start = estimated(family, True, _FIRST_BITS * family.entries / 8)
+    for number, task in enumerate(family.tasks):
+        found = keep_answers(family, number, family.goal.value, start, note)
+        say(str(found))
+        family.gains[task.vector.name] = found
+    return family.price(start)
 
 
 @dataclass
@@ -156,13 +171,20 @@ def _tuned(family: Family, limit: int, least: int, note: Callable[[str], None], 
     price = search_bytes(family, limit, least, say)
     start = search_bytes(family, least + int(START * (limit - least)), least, lambda text: None)
     by_task = [[item for item in family.items if item.task == number] for number in range(len(family.tasks))]
-    found = [{item.name: represent(item, family.spill, price)[0] for item in items} for items in by_task]
+    found = [choose(items, family.spill, price, family.how) for items in by_task]
     sizes = [size_of(frame, items, parts) for frame, items, parts in zip(family.frames, by_task, found, strict=True)]
     for number, task in enumerate(family.tasks):
         note(f"tuning {task.vector.name}")
         allowed = limit * sizes[number] // sum(sizes)
         gain = tune_task(
-            family.base, task, by_task[number], family.frames[number], family.spill, found[number], start, family.running, allowed
+            family.base,
+            task,
+            by_task[number],
+            family.frames[number],
+            found[number],
+            choose(by_task[number], family.spill, start, family.how),
+            family.running,
+            allowed,
         )
         say(str(gain))
         if gain.kept:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peru_cli.console import console, si_bytes
 from peru_cli.options import written_to
 from peru_cli.prune.mixed.run import MixedResult
-
-if TYPE_CHECKING:
-    from peru_cli.prune.mixed.with_data import Gain
 
 
 def report(results: list[MixedResult], published: dict[str, Any]) -> None:
@@ -51,10 +48,4 @@ def _figures(r: MixedResult) -> dict[str, Any]:
         "quality": r.quality,
         "ranks": r.ranks,
         "whole": [info.name for info in r.whole],
-    } | ({} if r.gain is None else {"data": _gain(r.gain)})
-
-
-def _gain(gain: Gain) -> dict[str, Any]:
-    after = {"value": gain.after.value, "low": gain.after.low, "high": gain.after.high}
-    counts = {"examples": gain.examples, "digest": gain.digest, "held_out": gain.held, "unit": gain.unit}
-    return counts | {"metric": gain.metric, "before": gain.before.value, "after": after}
+    } | ({} if r.gain is None else {"data": r.gain.figures()})

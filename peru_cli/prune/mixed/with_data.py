@@ -17,8 +17,8 @@ from peru_cli.inference.metrics import Estimate, bootstrap_mean
 from peru_cli.inference.models import IMAGE, TEXT, VALUE, problem_of
 from peru_cli.inference.task_models import Running, digest_inputs, load_fine_tune, read_floats
 from peru_cli.prune.artifact import PruneTask
-from peru_cli.prune.mixed.decompose import Item, Spill
-from peru_cli.prune.mixed.represent import Frame, Price, represent, size_of
+from peru_cli.prune.mixed.decompose import Item
+from peru_cli.prune.mixed.represent import Frame, size_of
 from peru_cli.prune.mixed.tune import Student, descend, measure, split
 from peru_cli.prune.mixed.write import difference
 
@@ -45,6 +45,12 @@ class Gain:
         """As the artifact records it: digest, examples, held-out ones (or their tokens), mean before and after."""
         return f"{self.digest} {self.examples} {self.held} {self.before.value!r} {self.after.value!r}"
 
+    def figures(self) -> dict[str, object]:
+        """For --json."""
+        after = {"value": self.after.value, "low": self.after.low, "high": self.after.high}
+        counts = {"examples": self.examples, "digest": self.digest, "held_out": self.held, "unit": self.unit}
+        return counts | {"metric": self.metric, "before": self.before.value, "after": after}
+
     def __str__(self) -> str:
         after = f"{self.after.value:.4g} ({self.after.low:.4g} to {self.after.high:.4g})"
         held = f"{self.held:,} {self.unit} held out"
@@ -53,7 +59,7 @@ class Gain:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The same sums for any `--threads`."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,14 +70,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def tune_task(
-    base: Checkpoint, task: PruneTask, items: Sequence[Item], frame: Frame, spill: Spill, free: Mapping[str, Represented], start: Price,
-    running: Running, allowed: int,
+    base: Checkpoint, task: PruneTask, items: Sequence[Item], frame: Frame, free: Mapping[str, Represented],
+    found: Mapping[str, Represented], running: Running, allowed: int,
 ) -> Gain:  # fmt: skip
     """Move a task's integers, and fix its items to them if they are better on held-out examples than what no data would give.
 
     Args:
         free: the parts without data, by the fine-tune's names; as large as is allowed.
-        start: the price at which the integers that move are found: below, as they get larger.
+        found: the parts whose integers move, smaller, as they get larger.
         allowed: bytes of the artifact.
 
     Raises:
@@ -80,7 +86,6 @@ def tune_task(
     examples: Examples = running.examples[task.vector.name]
     loaded, own = load_fine_tune(task.vector.fine, base, examples, running.device)
     by_name = {item.name: item for item in items}
-    found = {item.name: represent(item, spill, start)[0] for item in items}
 
     def student_of(parts: Mapping[str, Represented]) -> Student:
         def weights(name: str, changed: bool) -> torch.Tensor | None:
@@ -91,7 +96,7 @@ def tune_task(
 
     size = running.batch_size or BATCH_SIZES[loaded.kind]
     chosen = split(loaded.inputs.lengths, size)
-    with _one_thread():
+    with one_thread():
         student = student_of(free)
         before = measure(student, chosen.held, size)
         student.close()
@@ -112,7 +117,7 @@ def tune_task(
     )  # fmt: skip
 
 
-def _share(sized: Callable[[dict[str, Represented]], int], student: Student, found: dict[str, Represented], allowed: int) -> float:
+def _share(sized: Callable[[dict[str, Represented]], int], student: Student, found: Mapping[str, Represented], allowed: int) -> float:
     """How far of their way integers may go within the bytes allowed; 0 if they do not fit where they started."""
     fits, exceeds = 0.0, _FURTHEST
     if sized(student.harvest(found, exceeds)) <= allowed:

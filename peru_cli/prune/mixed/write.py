@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from peru_cli.artifacts.index import Mode
 from peru_cli.artifacts.mixed.index import MixedRecord
@@ -34,6 +35,20 @@ def difference(parts: Represented, start: int, stop: int) -> Floats | None:
         return low
     plain: Floats = parts.dense[start:stop] * scale_of(np.array([parts.dense_scale]))
     return plain if low is None else low + plain
+
+
+def result_of(base: Checkpoint, fine: Checkpoint, item: Item, parts: Represented) -> torch.Tensor:
+    """A tensor as unpacking gives it, float32; entries that the base lacks are the fine-tune's own."""
+    pair, dtype = item.pair, item.pair.fine.dtype
+    raw = bytearray(dtype.nbytes(pair.fine.entries))
+    fine.read_into(pair.fine.name, 0, memoryview(raw))
+    bits = np.frombuffer(raw, BITS[dtype.bits])
+    if pair.entries:
+        room = bytearray(pair.base.dtype.nbytes(pair.entries))
+        base.read_into(pair.base.name, 0, memoryview(room))
+        cast = cast_bits(CPU, np.frombuffer(room, BITS[pair.base.dtype.bits]), pair.base.dtype, dtype)
+        bits[: pair.entries] = add_difference(cast, dtype, difference(parts, 0, pair.entries))
+    return torch.from_numpy(CPU.widen(bits, dtype, np.empty(len(bits)))).float().view(pair.fine.shape)
 
 
 @dataclass
