@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from peru_cli.artifacts.index import Mode, Stream, TensorRecord, decode_index
+from peru_cli.artifacts.index import STORED, Mode, Stream, TensorRecord, decode_index
 from peru_cli.artifacts.kept import KeptEntries
 from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata
+from peru_cli.checkpoints.digests import CHUNK
 from peru_cli.errors import BadFile
+
+_PIECE = 16 * CHUNK  # entries decoded at once
 
 
 class SparseDelta(SingleArtifact[TensorRecord]):
@@ -30,6 +33,16 @@ class SparseDelta(SingleArtifact[TensorRecord]):
     def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
         """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
         return self._kept.entries(record, start, stop)
+
+    def verify(self) -> None:
+        """Read all of it and compare it with its digests: everything that needs no base. BadFile if it was altered."""
+        for record in self.index.tensors:
+            self.verify_whole(record)
+            for start in range(0, record.base_entries if record.kept else 0, _PIECE):
+                self.entries(record, start, min(start + _PIECE, record.base_entries))
+        for file in self.index.files:
+            if file.origin == STORED:
+                self.side_file(file)
 
     def values_of(self, number: int) -> Iterator[Array]:
         """Decoded values of a stream, block by block. Entries stored apart appear as markers."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from peru_cli.artifacts.container import seal_of
 from peru_cli.artifacts.index import EXACT, FROM_BASE, ROUNDED, STORED, Mode, SideFile, Stream, TensorRecord
+from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import SparseDeltaWriter, short_digest
 from peru_cli.checkpoints.base_name import BaseName
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
@@ -20,6 +21,7 @@ from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.names.renamed import record_rules
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile
 from peru_cli.methods.compact.magnitude import key_value
 from peru_cli.prune.gates import Gate
 from peru_cli.prune.journal import written_blocks
@@ -196,7 +198,7 @@ class Job:
 
     def commit(self) -> None:
         """Rename the sealed artifact into place, unless an earlier run has."""
-        if self.journal is None or not is_in_place(self._task.target, self.journal.notes):
+        if not (self._in_place and self.journal is not None and self.journal.notes):
             self.writer.container.commit()
 
     def _records(self, select: Select, results: dict[str, bytes]) -> tuple[list[TensorRecord], list[TensorInfo]]:
@@ -264,6 +266,13 @@ def side_files_of(fine: Checkpoint, base: Checkpoint) -> Iterator[tuple[SideFile
 
 
 def is_in_place(target: Path, notes: Mapping[str, Any]) -> bool:
-    """Whether a target is the artifact that a journal records as finished."""
+    """Whether a target is the artifact that a journal records as finished, and nothing in it has changed since."""
     digest = notes.get(SEALED, {}).get(target.name)
-    return digest is not None and target.is_file() and seal_of(target) == digest
+    if digest is None or not target.is_file() or seal_of(target) != digest:
+        return False
+    try:
+        with SparseDelta(target) as delta:
+            delta.verify()
+    except BadFile:
+        return False
+    return True

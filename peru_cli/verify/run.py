@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peru_cli.artifacts.container import artifact_kind, seal_of
-from peru_cli.artifacts.index import STORED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.digests import CHUNK
@@ -105,13 +104,7 @@ def _artifact(path: Place) -> str:
                         pack.mask(name, packed, start, stop)
         return f"header, index, blocks and {len(pack.tasks)} tasks' own tensors are unchanged; {seal}"
     with SparseDelta(path) as delta:
-        for record in delta.index.tensors:
-            delta.verify_whole(record)
-            for start in range(0, record.base_entries if record.kept else 0, _PIECE):
-                delta.entries(record, start, min(start + _PIECE, record.base_entries))
-        for file in delta.index.files:
-            if file.origin == STORED:
-                delta.side_file(file)
+        delta.verify()
     return f"header, index and blocks are unchanged; `peru unpack` also checks base and result; {seal}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from peru_cli import cli
+from peru_cli.checkpoints.local import atomic
 from peru_cli.checkpoints.local import checkpoint as local
 from tests.conftest import random_pair, save
 
@@ -101,3 +102,23 @@ def test_a_folder_that_is_renamed_away_is_named_and_nothing_is_left(models: Path
             assert (code == 2 and "no such" in said) or (code == 0 and (left[0] > 0 or begun)), (victim, after, code, said)
         assert code == 0 or list(out.rglob("*")) == [], (victim, after)
     assert named
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in READS_ONLY])
+def test_a_second_writer_is_refused_and_disturbs_nothing(models: Path, tmp_path: Path, peru, name: str) -> None:
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(models, inputs)
+    out.mkdir()
+    words = typed(name, inputs, out)
+    changes_chain = name in ("chain add", "chain add on", "chain prune")
+    target = Path(words[2] if changes_chain else words[words.index("-o") + 1])
+    with (
+        atomic.only_writer(target, make=True) if changes_chain
+        else atomic.PartialFile(target, sync=False) if target.suffix == ".safetensors"
+        else atomic.PartialDirectory(target, sync=False)
+    ):  # fmt: skip
+        before = sorted(out.rglob("*"))
+        peru(*words, code=1)
+        assert "is being written by another peru" in peru.stderr
+        assert sorted(out.rglob("*")) == before
+    peru(*words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from peru_cli.checkpoints.local import journal
@@ -153,4 +155,24 @@ def test_what_was_altered_after_the_kill_is_written_again(models: Path, peru, wh
     data[place] ^= 0x80
     at.write_bytes(data)
     peru(*arguments(models, out, *compress))
+    assert files(out) == files(models / "whole")
+
+
+def test_what_an_older_version_left_is_written_anew_with_a_word(models: Path, peru) -> None:
+    """Its journal says in other lines which tensors are done: [key], then ["done", tensor, note] without digests."""
+    out = models / "out"
+    peru(*arguments(models, models / "whole"))
+    killed(models, 40, out)
+    path = journal_of(out)
+    seal, old = b"", b""
+    for line in path.read_text().splitlines():
+        value = json.loads(line.rpartition("\t")[0])
+        value = value[:1] if len(value[0]) == 64 else [*value[:2], value[2]["note"]] if value[0] == "done" else value
+        text = json.dumps(value).encode()
+        seal = blake3(seal + text).hexdigest(8).encode()
+        old += text + b"\t" + seal + b"\n"
+    assert b'"done"' in old
+    path.write_bytes(old)
+    peru(*arguments(models, out))
+    assert "another version of peru left unfinished files" in peru.stderr and "starting over" in peru.stderr
     assert files(out) == files(models / "whole")

@@ -130,6 +130,32 @@ def test_some_artifacts_in_place(models: Path, peru, monkeypatch) -> None:
     assert done.stat().st_ino in (before, done.stat().st_ino)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_finished_artifact_that_was_damaged_is_not_taken_for_finished(models: Path, peru, share: float) -> None:
+    """One of two is in place, the journal still there; then a byte of it changes: exit code 0 without a look at it was a defect."""
+    peru(*arguments(models, models / "whole", "--keep", "15%"))
+    child = os.fork()
+    if child == 0:
+        replace = os.replace
+
+        def counted(a, b):
+            if str(b).endswith("/b.safetensors"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(a, b)
+
+        os.replace = counted
+        os._exit(cli.run(arguments(models, models / "out", "--keep", "15%", "--quiet")))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    done = models / "out" / "a.safetensors"
+    data = bytearray(done.read_bytes())
+    data[int(len(data) * share)] ^= 0x55
+    done.write_bytes(data)
+    peru(*arguments(models, models / "out", "--keep", "15%"), code=2)
+    assert f"{done} exists already" in peru.stderr and "--force" in peru.stderr
+    peru(*arguments(models, models / "out", "--keep", "15%", "--force"))
+    assert files(models / "out") == files(models / "whole")
+
+
 CHANGES = ["same", "torn", "keep", "scope", "values", "base-id", "force", "fine", "base", "truncated", "version", "boot"]
 
 

@@ -1,10 +1,11 @@
 """The journal of an unfinished output, from which a killed run continues.
 
-A text file beside the unfinished data. The first line is the key (a digest of everything that determines the result), every
-further line one JSON value. `["done", TENSOR, NOTE]`: all bytes of a tensor are written. `["note", WHAT, VALUE]`: a result of a
-pass. Each line ends in a tab and 16 digits of BLAKE3 of the previous line's digits and its own value: lines count up to the
-first one that is torn or altered. Written data survives the process, but not the machine: `["boot", ID]` says which boot wrote
-the following lines, `["synced"]` that everything before it is on disk. After another boot only that counts."""
+A text file beside the unfinished data. The first line is the key (a digest of everything that determines the result) and the
+number of this format, every further line one JSON value. `["done", TENSOR, NOTE]`: all bytes of a tensor are written. `["note",
+WHAT, VALUE]`: a result of a pass. Each line ends in a tab and 16 digits of BLAKE3 of the previous line's digits and its own
+value: lines count up to the first one that is torn or altered. Written data survives the process, but not the machine:
+`["boot", ID]` says which boot wrote the following lines, `["synced"]` that everything before it is on disk. After another boot
+only that counts."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.checkpoints.local.sealed import DIGESTS, blanked
 from peru_cli.console import console
 
+FORMAT = 2  # raise it when lines get another meaning: then what an older peru left is not read
 _SYNC_SECONDS = 5.0  # the most work repeated after a power failure
 
 
@@ -55,7 +57,7 @@ class Journal:
         console.unfinished.append(path)
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if afresh else 0), 0o666)
-            self._append(*([[key]] if afresh else []), ["boot", _boot()])
+            self._append(*([[key, FORMAT]] if afresh else []), ["boot", _boot()])
         except BaseException:
             if afresh:
                 path.unlink(missing_ok=True)
@@ -63,7 +65,9 @@ class Journal:
 
     def _read(self, key: str) -> bool:
         lines = _lines(self._path)
-        if not lines or lines[0].value != [key]:
+        if not lines or lines[0].value != [key, FORMAT]:
+            if lines and lines[0].value[1:] != [FORMAT]:
+                console.note(f"another version of peru left unfinished files in {self._path.absolute().parent}: starting over")
             return False
         synced, boot = 0, None
         for number, line in enumerate(lines):
@@ -131,7 +135,7 @@ class Journal:
 def notes_at(path: Path, key: str | None = None) -> dict[str, Any]:
     """The notes of an existing journal, of this key or of any. Only a hint while another process writes it."""
     values = [line.value for line in _lines(path)]
-    if not values or (key is not None and values[0] != [key]):
+    if not values or values[0][1:] != [FORMAT] or (key is not None and values[0] != [key, FORMAT]):
         return {}
     return {value[1]: value[2] for value in values if value[0] == "note"}
 

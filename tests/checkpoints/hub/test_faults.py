@@ -217,6 +217,33 @@ def test_gated_missing_and_moved(hub: HubServer, pair: tuple[Path, Path], tmp_pa
     assert failed.returncode == 1 and "not a plain file name" in failed.stderr
 
 
+@pytest.mark.parametrize("what", ["inspect", "prune", "stream", "unpack"])
+def test_no_error_shows_the_token_even_if_the_server_repeats_it(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, what: str) -> None:
+    """In the answer's body, its headers and the address of a redirect; with --debug, so tracebacks too."""
+    token = "hf_" + "Zq7" * 11
+
+    def repeat(handler: Handler, request: Request) -> bool:
+        if request.origin == "hub" and "/api/" not in request.path:
+            said = f"token {request.token} refused"
+            handler.answer(
+                403, said.encode(), X_Error_Message=said, Location=f"http://u:{request.token}@127.0.0.1:9/?X-Signature=Deadbeef1234"
+            )
+            return True
+        return False
+
+    hub.token = token
+    hub.fault(repeat)
+    given = {
+        "inspect": ("inspect", FINE, "--json"), "prune": command(tmp_path, "cache"), "stream": command(tmp_path, "stream"),
+        "unpack": ("unpack", FINE, "-b", BASE, "-o", tmp_path / "r"),
+    }[what]  # fmt: skip
+    failed = run_peru("--debug", *given, env=hub.env(tmp_path / "hf", HF_TOKEN=token))
+    said = failed.stdout + failed.stderr
+    assert failed.returncode in (1, 2) and "Traceback" in said
+    assert token not in said and token[3:20] not in said and "Deadbeef1234" not in said
+    assert any(request.token == token for request in hub.requests)
+
+
 def test_offline_ranges_are_refused_and_cached_files_are_read(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Ranges are unavailable; files in the cache are read there."""
     env = hub.env(tmp_path / "hf")
