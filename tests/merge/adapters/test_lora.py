@@ -175,6 +175,28 @@ def test_kohya_files_become_one_file_at_the_right_scale(space: str, tmp_path: Pa
         torch.testing.assert_close(up.flatten(1).double() @ down.flatten(1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_each_expert_is_merged_by_itself(tmp_path: Path, peru) -> None:
+    experts, rows, columns, name = 3, 6, 5, f"{OUTER}model.layers.0.mlp.experts"
+
+    def product_of(table: dict[str, torch.Tensor], r: int) -> torch.Tensor:
+        """As peft's ParamWrapper has it: A stacks experts outermost, B innermost."""
+        a, b = table[f"{name}.lora_A.weight"].double(), table[f"{name}.lora_B.weight"].double()
+        return torch.einsum("ore,erc->eoc", b.view(rows, r, experts), a.view(experts, r, columns))
+
+    made, expected = [], torch.zeros(experts, rows, columns, dtype=torch.float64)
+    for seed, r in enumerate((2, 1)):
+        noise = torch.Generator().manual_seed(seed)
+        table = {"lora_A.weight": torch.randn(experts * r, columns, generator=noise)}
+        table |= {"lora_B.weight": torch.randn(rows, experts * r, generator=noise)}
+        named = {f"{name.removeprefix(OUTER)}.{key}": value for key, value in table.items()}
+        more = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "lora_alpha": r}
+        made.append(save_adapter(tmp_path / f"in{seed}", named, r, **more))
+        expected += product_of({OUTER + key: value for key, value in named.items()}, r) / 2
+    peru("merge", *made, "-o", tmp_path / "out", "-m", "linear", "--lora", "core-space")
+    got = product_of(load_file(tmp_path / "out" / "adapter_model.safetensors"), 3)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_threads_and_tiles_change_no_byte(tmp_path: Path, peru) -> None:
     adapters = three(tmp_path)
     seen = set()
