@@ -8,14 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.forkserver import ForkServer
+from tests.support.forkserver import ForkServer, Running
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other took a third of the time
@@ -39,13 +39,25 @@ def run_peru(
     if hasattr(os, "pidfd_open") and not any(name.startswith("PYTHON") for name in env or {}):
         return forks.run([str(a) for a in arguments], stdin or b"", whole, timeout=300, code=before)
     return subprocess.run(
-        [sys.executable, "-c", f"{before}\nfrom peru_cli.__main__ import main\nmain()", *map(str, arguments)],
+        _command(arguments, before),
         capture_output=True,
         text=True,
         timeout=300,
         input=stdin.decode() if stdin is not None else None,
         env=whole,
     )
+
+
+def start_peru(*arguments: object, env: dict[str, str] | None = None, before: str = "") -> Running | subprocess.Popen[str]:
+    """Start a command that the test will kill, forked like those of `run_peru`."""
+    whole = {**os.environ, **(env or {})}
+    if hasattr(os, "pidfd_open"):
+        return forks.start([str(a) for a in arguments], b"", whole, before)
+    return subprocess.Popen(_command(arguments, before), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=whole)
+
+
+def _command(arguments: Sequence[object], before: str) -> list[str]:
+    return [sys.executable, "-c", f"{before}\nfrom peru_cli.__main__ import main\nmain()", *map(str, arguments)]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,9 @@ from peru_cli import cli
 from peru_cli.checkpoints.local import journal
 from peru_cli.vectors import threshold_journal as countlog
 from peru_cli.vectors import thresholds
-from tests.conftest import run_peru, save
+from tests.conftest import run_peru, save, start_peru
 from tests.support.damage import files, run_and_kill
+from tests.support.forkserver import Running
 from tests.support.hub_server import Handler, HubServer, Request
 
 LAYERS = 12
@@ -209,12 +209,9 @@ BASE, FINE = "meta/base", "org/fine"
 
 # Less is kept in memory, as for a model larger than it: pass 1 reads everything, and pass 2 again.
 SMALL = """
-import sys
 from peru_cli.checkpoints.local import readahead
 from peru_cli.vectors import family as taskvectors, thresholds
 taskvectors.KEPT_BYTES, thresholds.SAMPLE_RUNS, readahead.PIECE, readahead.HELD = 0, 64, 1 << 18, 1 << 20
-from peru_cli import cli
-raise SystemExit(cli.run(sys.argv[1:]))
 """
 
 
@@ -240,11 +237,9 @@ def hub(models: Path) -> Iterator[HubServer]:
         yield server
 
 
-def start(hub: HubServer, models: Path, *options: object) -> subprocess.Popen[str]:
+def start(hub: HubServer, models: Path, *options: object) -> Running | subprocess.Popen[str]:
     command = ["prune", f"a={FINE}", "-b", BASE, "-o", models / "hub.safetensors", "--base-id", "x/y", "--keep", "15%", *options]
-    env = {**os.environ, **hub.env(models / "hf")}
-    given = [sys.executable, "-c", SMALL, *map(str, command), "--no-sync", "--tile-entries", "16384"]
-    return subprocess.Popen(given, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start_peru(*command, "--no-sync", "--tile-entries", 16384, env=hub.env(models / "hf"), before=SMALL)
 
 
 def asked(hub: HubServer) -> dict[str, list[tuple[int, int]]]:
@@ -296,7 +291,7 @@ def test_a_killed_stream_requests_nothing_finished(hub: HubServer, models: Path,
         now = notes.read_text() if notes.exists() else ""
         if now != before:
             before, still = now, time.monotonic()
-    first.send_signal(signal.SIGKILL)
+    first.kill()
     first.wait()
     text = [json.loads(line.partition("\t")[0]) for line in before.split("\n")[1:-1]]
     hub.faults.clear()

@@ -18,9 +18,58 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class Running:
+    """A forked command, like `subprocess.Popen` with captured text. It ends without waiting for its threads."""
+
+    def __init__(self, arguments: list[str], pipe: int, streams: list[IO[bytes]]) -> None:
+        self._arguments, self._pipe, self._streams = arguments, pipe, streams
+        self.returncode: int | None = None
+        self._pid = self._next(300)  # the server may have to start first
+
+    def _next(self, timeout: float | None) -> int:
+        """The server's next number: the child's id, then its status in the form of `waitpid`."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._pipe, selectors.EVENT_READ)
+            if not selector.select(timeout):
+                raise subprocess.TimeoutExpired(self._arguments, timeout or 0)
+        answer = os.read(self._pipe, 8)
+        if not answer:
+            raise RuntimeError("the fork server ended")
+        number: int = struct.unpack("ii", answer)[1]
+        return number
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once the command has ended."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(self._next(timeout))
+            os.close(self._pipe)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """The exit code, None while the command runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        """Kill the command."""
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Stdout and stderr, once the command has ended."""
+        self.wait(timeout)
+        texts = []
+        for stream in self._streams[1:]:
+            stream.seek(0)
+            texts.append(stream.read().decode("utf-8", "replace"))
+        return texts[0], texts[1]
 
 
 class ForkServer:
@@ -34,20 +83,26 @@ class ForkServer:
         self, arguments: list[str], stdin: bytes, env: dict[str, str], timeout: float, code: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run one command, like `subprocess.run` with captured text. `code` is executed first, in the same process."""
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            given.write(stdin)
-            given.seek(0)
-            reader, writer = os.pipe()
-            try:
-                fds = [given.fileno(), out.fileno(), err.fileno(), writer]
-                self._send(json.dumps([arguments, env, os.getcwd(), code]).encode(), fds)
-            finally:
-                os.close(writer)
-            status = self._wait(reader, arguments, timeout)
-            out.seek(0)
-            err.seek(0)
-            texts = [stream.read().decode("utf-8", "replace") for stream in (out, err)]
-        return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), *texts)
+        running = self.start(arguments, stdin, env, code)
+        try:
+            texts = running.communicate(timeout)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            raise
+        return subprocess.CompletedProcess(arguments, running.wait(), *texts)
+
+    def start(self, arguments: list[str], stdin: bytes, env: dict[str, str], code: str = "") -> Running:
+        """Start one command."""
+        streams: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - the command's output is read later
+        streams[0].write(stdin)
+        streams[0].seek(0)
+        reader, writer = os.pipe()
+        try:
+            fds = [*(stream.fileno() for stream in streams), writer]
+            self._send(json.dumps([arguments, env, os.getcwd(), code]).encode(), fds)
+        finally:
+            os.close(writer)
+        return Running(arguments, reader, streams)
 
     def _send(self, message: bytes, fds: list[int]) -> None:
         if self._socket is None:
@@ -56,25 +111,6 @@ class ForkServer:
             self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
             theirs.close()
         self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
-
-    @staticmethod
-    def _wait(reader: int, arguments: list[str], timeout: float) -> int:
-        """The child's exit status, in the form of `waitpid`. Kills a child that takes too long."""
-        with open(reader, "rb", buffering=0) as pipe, selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            pid = None
-            while True:
-                if not selector.select(timeout):
-                    if pid is not None:
-                        os.kill(pid, signal.SIGKILL)
-                    raise subprocess.TimeoutExpired(arguments, timeout)
-                answer = pipe.read(8)
-                if not answer:
-                    raise RuntimeError("the fork server ended")
-                kind, value = struct.unpack("ii", answer)
-                if kind == 1:
-                    return value
-                pid = value
 
     def close(self) -> None:
         """Stop the server."""

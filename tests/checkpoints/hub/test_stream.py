@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.checkpoints.hub.test_reading import model, ok
-from tests.conftest import FLOATS, run_peru
+from tests.conftest import FLOATS, run_peru, start_peru
 from tests.support.hub_server import Handler, HubServer, Request
 
 BASE, FINE = "meta/base", "org/fine"
@@ -312,10 +312,6 @@ def test_inspect_fetches_headers_only(hub: HubServer, pair: tuple[Path, Path], t
 
 
 def test_a_killed_merge_continues_without_requesting_finished_tensors(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    import os
-    import signal
-    import subprocess
-    import sys
 
     options = ("--method", "task-arithmetic", "--scale", "0.3", "--base-id", "x/y", "--config", "base")
     ok(run_peru("merge", f"a={pair[1]}", "-b", pair[0], "-o", tmp_path / "local", *options))
@@ -333,14 +329,14 @@ def test_a_killed_merge_continues_without_requesting_finished_tensors(hub: HubSe
 
     last = _begin(pair[1] / "model.safetensors", "norm")
     hub.fault(stick)
-    process = subprocess.Popen([sys.executable, "-m", "peru_cli", *map(str, arguments)], env={**os.environ, **env})
+    process = start_peru(*arguments, env=env)
     assert stuck.wait(60)
     journal = tmp_path / ".out.peru-partial" / ".peru-journal"
     for _ in range(300):
         if journal.exists() and journal.read_bytes().count(b"done") >= 3:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert journal.exists()
     hub.faults.clear()
