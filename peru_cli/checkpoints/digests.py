@@ -23,8 +23,11 @@ SHORT = 16  # bytes of a tensor's digest that an artifact's index stores
 
 def leaves(data: memoryview, dtype: Dtype) -> bytes:
     """Digests of the chunks in `data`, which begins at a chunk boundary; 32 bytes for each chunk."""
-    size = dtype.nbytes(CHUNK)
-    return b"".join(blake3(data[i : i + size]).digest() for i in range(0, len(data), size))
+    size, hasher, found = dtype.nbytes(CHUNK), blake3(), list[bytes]()
+    for i in range(0, len(data), size):
+        hasher.reset()  # a tenth faster than a new one
+        found.append(hasher.update(data[i : i + size]).digest())
+    return b"".join(found)
 
 
 _lock = threading.Lock()  # for all tensors together: it is held for microseconds

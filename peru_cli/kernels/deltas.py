@@ -124,6 +124,28 @@ def _select(
     return found  # type: ignore[no-any-return]
 
 
+@kernels("*b *b i8 *u1 *u8 *i4 *b *b", _EVERY)
+def _changed(base: Any, fine: Any, n: int, flags: Any, flag_words: Any, positions: Any, ulps: Any, bits: Any) -> int:
+    found: Any = 0
+    for start in range(0, n, _BLOCK):
+        size = min(_BLOCK, n - start)
+        for i in range(size):
+            flags[i] = np.uint8(base[start + i] != fine[start + i])
+        for i in range(size, _BLOCK):
+            flags[i] = np.uint8(0)
+        first = found
+        for word in range(_BLOCK // _WORD):
+            if flag_words[word] != np.uint64(0):
+                for i in range(_WORD * word, _WORD * word + _WORD):
+                    positions[found] = start + i
+                    found += np.int64(flags[i])
+        for j in range(first, found):
+            at = positions[j]
+            bits[j] = fine[at]
+            ulps[j] = order(fine[at]) - order(base[at])
+    return found  # type: ignore[no-any-return]
+
+
 @kernels("*i8 *k i8 i8 i8", {"i4": {"k": "i4"}, "i8": {"k": "i8"}})
 def _add_bins(bins: Any, keys: Any, n: int, low: int, shift: int) -> None:
     for i in range(n):
@@ -156,6 +178,7 @@ class Room:
         self._keys, self._found = np.empty(entries, key), np.empty(entries + _WORD, key)
         self._positions = np.empty(entries + _WORD, np.int32)
         self._squares = np.empty(2 * _BLOCK, kind)
+        self._rooms: tuple[Ints, Ints] | None = None
 
     def keys(self, base: Ints, fine: Ints, dtype: str) -> Ints:
         """The key of every entry; (n,), valid until the next call of this."""
@@ -170,6 +193,18 @@ class Room:
         loop = _count[f"{dtype} {self._kind}"]
         found = loop(base, fine, len(base), low, high, self._block, flags, flags.view(np.uint64), self._found, counts)
         return int(counts[0]), int(counts[1]), self._found[:found].copy()
+
+    def changed(self, base: Ints, fine: Ints, dtype: str) -> tuple[Ints, Ints, Ints]:
+        """All entries whose bits differ: positions (int64, ascending), ULP differences and bits; all (k,).
+
+        What `select` finds with a least key of 0, without a key of any entry."""
+        if self._rooms is None or self._rooms[0].dtype != fine.dtype:
+            self._rooms = np.empty(len(self._positions), fine.dtype), np.empty(len(self._positions), fine.dtype)
+        ulps, bits = self._rooms
+        found = _changed[f"{dtype} {self._kind}"](
+            base, fine, len(base), self._flags, self._flags.view(np.uint64), self._positions, ulps, bits
+        )  # fmt: skip
+        return self._positions[:found].astype(np.int64), ulps[:found].copy(), bits[:found].copy()
 
     def select(self, base: Ints, fine: Ints, dtype: str, least: int, sums: Doubles | None = None) -> tuple[Ints, Ints, Ints, Ints]:
         """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.

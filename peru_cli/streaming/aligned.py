@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,14 +61,29 @@ def _fill(source: Checkpoint, info: TensorInfo, start: int, buffer: memoryview) 
         source.read_into(info.name, info.dtype.nbytes(start), buffer)
 
 
-def read_bits(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer) -> tuple[memoryview, Array]:
-    """Read a floating tensor's part of a tile: its bytes, and its entries as integers on the device, (n,)."""
+def _lent(source: Checkpoint, info: TensorInfo, start: int, n: int) -> memoryview | None:
+    """Entries of a tensor in the source's own memory, if they are there."""
+    return source.view(info.name, info.dtype.nbytes(start), info.dtype.nbytes(n)) if n and not isinstance(info, Bundle) else None
+
+
+def read_bits(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffer, lend: bool = False) -> tuple[memoryview, Array]:
+    """Read a floating tensor's part of a tile: its bytes, and its entries as integers on the device, (n,).
+
+    With `lend`, for a pass on the CPU that changes neither, both may be the source's own memory."""
+    if lend and (lent := _lent(source, info, tile.start, clip(tile, info.entries))) is not None:
+        return lent, np.frombuffer(lent, BITS[info.dtype.bits])
     view = read_raw(source, info, tile, buffer)
     return view, buffer.bits(len(view), info.dtype.bits)
 
 
-def read_runs(source: Checkpoint, info: TensorInfo, runs: Iterable[tuple[int, int]], buffer: TileBuffer) -> Array:
-    """Read entries `start` to `stop` of each run, as far as the tensor has them, one after another; integers on the device, (n,)."""
+def read_runs(source: Checkpoint, info: TensorInfo, runs: Sequence[tuple[int, int]], buffer: TileBuffer, lend: bool = False) -> Array:
+    """Read entries `start` to `stop` of each run, as far as the tensor has them, one after another; integers on the device, (n,).
+
+    `lend` as for `read_bits`, if there is only one run."""
+    if lend and len(runs) == 1:
+        (start, stop) = runs[0]
+        if (lent := _lent(source, info, start, max(0, min(stop, info.entries) - start))) is not None:
+            return np.frombuffer(lent, BITS[info.dtype.bits])
     filled = 0
     for start, stop in runs:
         if nbytes := info.dtype.nbytes(max(0, min(stop, info.entries) - start)):

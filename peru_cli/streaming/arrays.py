@@ -35,6 +35,10 @@ class Differences(Protocol):
         """The number of keys above `high`, the number of entries that differ, and the keys from `low` to `high`, (k,)."""
         ...
 
+    def changed(self, base: Array, fine: Array, dtype: str) -> tuple[Host, Host, Host]:
+        """All entries whose bits differ: positions (int64), ULP differences and bits, all (k,)."""
+        ...
+
     def select(self, base: Array, fine: Array, dtype: str, least: int, sums: Host | None = None) -> tuple[Host, Host, Host, Host]:
         """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
 

@@ -54,6 +54,10 @@ class OnDevice:
         within = keys[(keys >= low) & (keys <= high)]
         return self._xp.count(keys > high), self._xp.count(keys >= 0), self._xp.download(within)
 
+    def changed(self, base: Array, fine: Array, dtype: str) -> tuple[Host, Host, Host]:
+        where, _, ulps, bits = self.select(base, fine, dtype, 0)
+        return where, ulps, bits
+
     def select(self, base: Array, fine: Array, dtype: str, least: int, sums: Host | None = None) -> tuple[Host, Host, Host, Host]:
         keys, download = self._keys(base, fine, dtype), self._xp.download
         positions = self._xp.where(keys >= least)

@@ -117,18 +117,22 @@ class Family:
         """One thread's buffers."""
         return Buffers(self.how, self.tasks)
 
-    def each(self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int]) -> Iterator[Aligned]:
-        """Read the tile of each wanted task in turn. Each result is valid until the next one."""
+    def each(
+        self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int], lend: bool = False
+    ) -> Iterator[Aligned]:  # fmt: skip
+        """Read the tile of each wanted task in turn. Each result is valid until the next one. `lend` as for `read_bits`."""
         for number in wanted:
             if slot.name in self.pairs[number]:
-                aligned = self.align(number, slot.name, tile, base_bits, buffers.fine)
+                aligned = self.align(number, slot.name, tile, base_bits, buffers.fine, lend)
                 if len(aligned.fine) or len(aligned.grown):
                     yield aligned
 
-    def align(self, number: int, slot: str, tile: Tile | Strip, base_bits: Array | None, buffer: TileBuffer) -> Aligned:
+    def align(
+        self, number: int, slot: str, tile: Tile | Strip, base_bits: Array | None, buffer: TileBuffer, lend: bool = False
+    ) -> Aligned:  # fmt: skip
         """Read a task's part of a tile of a base tensor, given the base's bits there; valid until the buffer's next use."""
         pair = self.pairs[number][slot]
-        fine = read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffer)
+        fine = read_runs(self.tasks[number].fine, pair.fine, tile.runs, buffer, lend)
         if base_bits is None:
             return Aligned(number, pair, fine[:0], fine, fine[:0])
         n = len(base_bits)

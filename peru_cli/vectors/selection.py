@@ -70,6 +70,7 @@ class Candidates:
     exact: Array | None = None  # exact differences, if values are rounded
     errors: Array | None = None  # of rounding
     infinite: Array | None = None  # which differences are not finite
+    is_fine: bool = False  # whether `result` is the fine-tune itself, so that nothing is to be put in
 
     def keep(self, stays: Array) -> None:
         """Drop all candidates except those at these indices."""
@@ -96,6 +97,7 @@ class Select:
     def __init__(self, family: Family, sinks: list[Sink]) -> None:
         self._family, self._sinks = family, sinks
         self.watcher: Watcher | None = None
+        self._lossless = False  # on the CPU: then a pass changes no tile, and tensors in memory are not copied
         self.base_digests = {info.name: TensorDigest(info.dtype, info.shape) for slot in family.slots for info in members(slot)}
         for pairs, sink in zip(family.pairs, sinks, strict=True):
             lengths = [0] * len(sink.streams)
@@ -109,6 +111,9 @@ class Select:
                         sink.result[info.name] = TensorDigest(info.dtype, info.shape)
 
     def buffers(self) -> Buffers:
+        exact = all(stream.values == EXACT for sink in self._sinks for stream in sink.streams)
+        all_kept = all(threshold.keeps_all for sink in self._sinks for threshold in sink.thresholds)
+        self._lossless = exact and all_kept and self._family.how.xp is CPU
         return self._family.buffers()
 
     def reads(self) -> Reads:
@@ -116,11 +121,11 @@ class Select:
 
     def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
         slot = self._family.slots[tile.tensor]
-        raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base)
+        raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base, self._lossless)
         for info, start, piece in pieces_of(slot, tile.start, raw) if len(raw) else ():
             self.base_digests[info.name].add_at(start, leaves(piece, info.dtype))
         wanted = range(len(self._family.tasks))
-        return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted)]
+        return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted, self._lossless)]
 
     def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> Candidates:
         sink, dtype, xp = self._sinks[aligned.task], aligned.pair.fine.dtype, self._family.how.xp
@@ -131,21 +136,25 @@ class Select:
         room = self._family.differences(aligned, buffers)
         # Once no equals may be taken any more, that never changes: the entries need no check.
         exhausted = not threshold.keeps_all and not sink.quotas[_threshold_number(sink, tile)]
-        measured = None if threshold.keeps_all else sums
-        where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted, measured)
+        if threshold.keeps_all:
+            where, ulps, fine = room.changed(aligned.base, aligned.fine, dtype.name)
+        else:
+            where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted, sums)
         energy, missed = sums[:, 0], sums[:, 1]
         if dtype.bits == 8:
             ulps = ulps.astype(np.int16)  # as the codec takes them
         if not threshold.keeps_all:
             equal = None if exhausted else found == threshold.key
             infinite = found == task.infinite_key
-        result = xp.download(aligned.base)
+        exact = sink.streams[sink.stream_number(dtype)].values == EXACT
+        whole = threshold.keeps_all and exact  # then the result is the fine-tune, and the base's tile need not be ours to change
+        result = xp.download(aligned.fine if whole else aligned.base)
         if len(aligned.grown):
             result = np.concatenate((result, xp.download(aligned.grown)))
-        elif len(self._sinks) > 1:  # a single task may overwrite the buffer: nobody else reads the base's tile
+        elif len(self._sinks) > 1:  # a single task may use the buffers until its tile is finished: nobody else reads them
             result = result.copy()
-        candidates = Candidates(aligned, result, where, equal, ulps, fine, energy, missed, infinite=infinite)
-        if sink.streams[sink.stream_number(dtype)].values != EXACT:
+        candidates = Candidates(aligned, result, where, equal, ulps, fine, energy, missed, infinite=infinite, is_fine=whole)
+        if not exact:
             candidates.exact, base = candidates.values, result[where]
             least = key_value(threshold.key, task.wide) if sink.octaves else None
             candidates.values, apart = round_difference(base, fine, dtype, least)
@@ -204,7 +213,8 @@ class Select:
     def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
         for c, blocks in committed:
             sink, pair = self._sinks[c.aligned.task], c.aligned.pair
-            CPU.put(c.result, c.positions, c.bits)
+            if not c.is_fine:
+                CPU.put(c.result, c.positions, c.bits)
             raw = c.result.data.cast("B")
             for info, start, piece in pieces_of(pair.fine, tile.start, raw):
                 sink.result[info.name].add_at(start, leaves(piece, info.dtype))
