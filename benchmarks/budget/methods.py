@@ -151,7 +151,7 @@ def merged_first(bits: float, share: float) -> Make:
         tasks = len(shop.tasks)
         merge = shop.shared("merge", "merge", "--method", "task-arithmetic", "--scale", MERGE_SCALE)
         small = shop.folder / f"{tasks}-tasks-merge-{bits}-{share}"
-        report, back = small.with_suffix(".json"), small / "model"
+        report, back = small / "report.json", small / "model"
         if not back.exists():
             small.mkdir(exist_ok=True)
             artifact = small / "merge.safetensors"

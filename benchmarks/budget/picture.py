@@ -20,7 +20,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 500, 64, 24, 74, 52
 LETTER, LINE = 7.3, 16.0  # of a label, pixels
 BITS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 OURS = ("peru, mixed", "peru, with data")
-OLDER = ("Post-Pruning", "PERU-FFT", "low rank", "STA + Shuffle", "STA + Shuffle + 10%", "TALL-masks")
+OLDER = ("Post-Pruning", "PERU-FFT", "low rank", "STA + Shuffle", "STA + Shuffle + 10%", "TALL-masks", "Post-Pruning, log2", "merge first")
 STYLE = """
 text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #24292f }
 .title { font-size: 16px; font-weight: 600 } .note, .tick { fill: #57606a; font-size: 12px }

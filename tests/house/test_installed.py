@@ -52,7 +52,7 @@ def test_the_demo_needs_only_the_required_packages_and_counts_like_inspect(tmp_p
     assert done.returncode == 0, done.stderr
     rows = {row["method"]: row for row in json.loads(done.stdout)["rows"]}
     fine = rows["fine-tunes"]
-    assert fine["bytes"] == 4_147_088 and fine["normalised"] == 1 and 16 < fine["bits_per_parameter"] < 16.1
+    assert fine["bytes"] == 4_147_088 and fine["normalised"] == 1 and 16 < fine["bits_per_parameter"] < 16.3  # headers count
     for method, folder in (("Post-Pruning, 5%", "pruned"), ("mixed, 0.7 bits", "mixed")):
         shown = [json.loads(peru("inspect", file, "--json")) for file in sorted((tmp_path / "demo" / folder).glob("*.safetensors"))]
         assert len(shown) == 4 and sum(one["delta_bytes"] for one in shown) == rows[method]["delta_bytes"]
