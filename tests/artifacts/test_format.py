@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from peru_cli.artifacts.codecs import PCO
-from peru_cli.artifacts.index import EXACT, Block, Index, Mode, Stream, TensorRecord, decode_index, encode_index
+from peru_cli.artifacts.index import EXACT, FROM_BASE, Block, Index, Mode, SideFile, Stream, TensorRecord, decode_index, encode_index
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.errors import BadFile
@@ -243,6 +243,9 @@ def test_an_index_is_read_up_to_its_limits_and_not_beyond() -> None:
         index.streams[0].kept = 5 + kept
         index.blocks[1].count = 1 + kept
 
+    def files(index: Index, *names: str) -> None:
+        index.files = [SideFile(name, FROM_BASE, 5, bytes(16)) for name in names]
+
     def second(name: str, value: int) -> Callable[[Index], object]:
         return lambda index: setattr(index.blocks[1], name, value)
 
@@ -256,6 +259,8 @@ def test_an_index_is_read_up_to_its_limits_and_not_beyond() -> None:
         (lambda i: rows(i, 3, 3), lambda i: rows(i, 4, 3), "grew from 4 rows"),
         (lambda i: rows(i, 1, 2), lambda i: rows(i, 1, 3), "number above"),
         (lambda i: rows(i, 0, 2), lambda i: setattr(i.tensors[1], "kept", 1), "its tensors 6"),
+        (lambda i: files(i, "config.json", "vocab.json"), lambda i: files(i, "vocab.json", "config.json"), "not in order"),
+        (lambda i: files(i, "config.json"), lambda i: files(i, "config.json", "config.json"), "not in order"),
     ):
         assert decode_index(encode_index(at(good))) is not None
         with pytest.raises(BadFile, match=what):
