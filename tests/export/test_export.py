@@ -123,7 +123,8 @@ def test_tensors_that_engines_cannot_patch_are_refused(family: tuple[Path, Path]
         (["--to", "sglang", "-o", "weight_v000000"], "steps count from 1"),
         (["--to", "trl", "-o", "u"], "add --step N"),
         (["--to", "trl", "-o", "u", "--step", "3", "--base-step", "3"], "cannot follow"),
-        (["--to", "gguf", "-o", "u", "--step", "3"], "sglang, prime-rl, trl"),
+        (["--to", "onnx", "-o", "u", "--step", "3"], "sglang, prime-rl, trl, shira, gguf"),
+        (["--to", "gguf", "-o", "u.gguf", "--step", "3"], "an adapter has no number"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(arguments: list[str], says: str, peru: Peru) -> None:
