@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 PERU = [sys.executable, "-m", "peru_cli"]
+# A process counts its parent's memory at the moment of its start as its own peak. So the parent is a small one.
+_SMALL = """
+import os, sys, time
+log, *words = sys.argv[1:]
+files = [(os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), (os.POSIX_SPAWN_DUP2, 1, 2)]
+started = time.time()
+child = os.posix_spawn(words[0], words, os.environ, file_actions=files)
+_, status, used = os.wait4(child, 0)
+print(time.time() - started, used.ru_utime + used.ru_stime, used.ru_maxrss, os.waitstatus_to_exitcode(status))
+"""
 
 
 @dataclass
@@ -24,17 +34,9 @@ class Cost:
 
 def measure(command: Sequence[object], log: Path = Path(os.devnull)) -> Cost:
     """Run a program in a process of its own; what it says goes to `log`."""
-    started = time.time()
-    child = os.fork()
-    if not child:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        words = list(map(str, command))
-        os.execv(words[0], words)
-    _, status, used = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return Cost(time.time() - started, used.ru_utime + used.ru_stime, used.ru_maxrss // 1024, code)
+    given = subprocess.run([sys.executable, "-S", "-c", _SMALL, *map(str, [log, *command])], stdout=subprocess.PIPE, text=True, check=True)
+    wall, cpu, peak, code = given.stdout.split()
+    return Cost(float(wall), float(cpu), int(peak) // 1024, int(code))
 
 
 def table(commands: Mapping[str, Sequence[object]]) -> None:

@@ -82,6 +82,44 @@ def test_every_method_is_merged_as_peft_does_it(tmp_path: Path, peru, base: Path
     assert kind in peru("inspect", tmp_path / "adapter")
 
 
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "LOHA": {"r": 3, "alpha": 6},
+    "LOHA with Tucker cores": {"r": 3, "alpha": 6, "use_effective_conv2d": True},
+    "LOKR": {"r": 2, "alpha": 6, "decompose_both": True},
+    "LOKR with Tucker cores": {"r": 2, "alpha": 6, "use_effective_conv2d": True},
+    "OFT": {"oft_block_size": 4, "r": 0},
+    "BOFT": {"boft_block_size": 4},
+}
+
+
+@pytest.mark.parametrize("method", sorted(CONVOLUTIONS))
+def test_convolutions_are_merged_as_peft_does_it(tmp_path: Path, peru, method: str) -> None:
+    torch.manual_seed(0)
+    settings = tr.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = tr.ResNetForImageClassification(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "base")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method.split()[0])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(copy.deepcopy(model), kind(target_modules=r".*stages.*convolution", **CONVOLUTIONS[method]))
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.1)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        wanted = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    peru("unpack", tmp_path / "adapter", "-b", tmp_path / "base", "-o", tmp_path / "full", "--no-sync")
+    got, before = load_file(tmp_path / "full" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    changed = [name for name in got if got[name].dim() == 4 and not torch.equal(got[name], before[name])]
+    assert len(changed) == sum("stages" in name for name in got if got[name].dim() == 4)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
+
+
 def test_the_other_commands_take_them(tmp_path: Path, peru, base: Path) -> None:
     """merge, svd-lora (with the base, as a full fine-tune) and eval; also given the file instead of its folder."""
     wanted = adapt(base, tmp_path / "loha", "LOHA")

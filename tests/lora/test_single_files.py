@@ -108,6 +108,27 @@ def test_kohyas_alpha_of_any_dtype(tmp_path: Path, peru, base: Path, dtype: torc
     assert load_file(tmp_path / "small.safetensors")[f"{FLAT}.alpha"].tolist() in (1, [1])
 
 
+def test_kohyas_alpha_and_rank_differ_by_module(tmp_path: Path, peru, base: Path) -> None:
+    """A linear layer of rank 4 with alpha 2, and a convolution of rank 2 with alpha 8, in one file; for LoHa and LoKr, too."""
+    origin, (down, up) = load_file(base), pair()
+    core, wide = torch.randn(2, 6, 3, 3), torch.randn(8, 2, 1, 1)
+    table = {f"{FLAT}.lora_down.weight": down, f"{FLAT}.lora_up.weight": up, f"{FLAT}.alpha": torch.tensor(2.0)}
+    conv = {"lora_unet_conv.lora_down.weight": core, "lora_unet_conv.lora_up.weight": wide, "lora_unet_conv.alpha": torch.tensor(8.0)}
+    by_lora = origin["conv.weight"] + 4 * torch.einsum("or,rihw->oihw", wide[:, :, 0, 0], core)
+    halves = [torch.randn(8, 2), torch.randn(2, 54), torch.randn(8, 2), torch.randn(2, 54)]
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    hada = {f"lora_unet_conv.{name}": half for name, half in zip(names, halves, strict=True)} | {"lora_unet_conv.alpha": torch.tensor(8.0)}
+    by_hada = origin["conv.weight"] + 4 * ((halves[0] @ halves[1]) * (halves[2] @ halves[3])).view(8, 6, 3, 3)
+    one, a, b = torch.randn(4, 3), torch.randn(2, 2), torch.randn(2, 2 * 9)
+    lokr = {"lora_unet_conv.lokr_w1": one, "lora_unet_conv.lokr_w2_a": a, "lora_unet_conv.lokr_w2_b": b}
+    by_lokr = origin["conv.weight"] + 4 * torch.kron(one[..., None, None], (a @ b).view(2, 2, 3, 3))
+    for other, wanted in ((conv, by_lora), (hada, by_hada), (lokr | {"lora_unet_conv.alpha": torch.tensor(8.0)}, by_lokr)):
+        save_file(table | other, tmp_path / "in.safetensors")
+        got = fold(peru, base, tmp_path / "in.safetensors")
+        torch.testing.assert_close(got[f"{NAME}.weight"], origin[f"{NAME}.weight"] + 0.5 * up @ down, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got["conv.weight"], wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_an_alpha_of_several_entries(tmp_path: Path, peru, base: Path) -> None:
     down, up = pair()
     table = {f"{FLAT}.lora_down.weight": down, f"{FLAT}.lora_up.weight": up, f"{FLAT}.alpha": torch.ones(2)}
