@@ -69,7 +69,7 @@ def unpack(
     peru unpack merged/ --task a -o a/
     """
     wanted = options.parse_dtype(dtype) if dtype is not None else None
-    shard_bytes = options.parse_size(max_shard_size or "5GB", "--max-shard-size")
+    shard_bytes = options.parse_size("5GB" if max_shard_size is None else max_shard_size, "--max-shard-size")
     if in_place:
         given = {"-o": output, "--dtype": dtype, "--max-shard-size": max_shard_size, "--push": publishing.push, "--force": run.force}
         if wrong := [option for option, value in given.items() if value]:
