@@ -24,6 +24,7 @@ BIG = (50, 1000, 2000)  # layers, rows and columns: 200 MB in bfloat16
 SMALLER = (50, 200, 1000)  # 20 MB
 SMALL = (10, 200, 1000)  # 4 MB
 MIDDLING = (8, 300, 300)
+PARTLY = "some of its outputs, each whole"  # of a command with several outputs
 MATCH = re.compile("")  # names of the commands to run
 _OPTIONS: Command = ["--no-sync", "--threads", 1]
 RECIPE = "models:\n  - model: {0}\n    parameters: {{weight: 0.6}}\n  - model: {1}\n    parameters: {{weight: 0.4}}\nmerge_method: linear\n"
@@ -179,7 +180,7 @@ class DemoCase(Case):
 
     def between(self) -> str:
         """Files that the whole output has, too, and nothing else."""
-        return "some of its outputs, each whole" if self._files().items() <= self._all.items() else "OTHER BYTES"
+        return PARTLY if self._files().items() <= self._all.items() else "OTHER BYTES"
 
     def measure(self) -> None:
         """Run it once, undisturbed."""

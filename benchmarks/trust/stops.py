@@ -10,7 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
-from cases import BIG, MIDDLING, SMALL, SMALLER, Case, cases, visible
+from cases import BIG, MIDDLING, PARTLY, SMALL, SMALLER, Case, cases, visible
 from running import Run
 
 _PACKS = {  # these read all models several times
@@ -201,7 +201,7 @@ def _filled(case: Case) -> str:
     code, state = run.wait(), case.state()
     if code != 1:
         return f"EXIT {code}, {state.upper()}" if (code, state) != (0, "complete") else "room enough"
-    if state not in _GOES_ON or case.others():
+    if state not in (*_GOES_ON, PARTLY) or case.others():
         return f"{state.upper()}, LEFT {case.others()}"
     if "the disk is full" not in run.said or "Traceback" in run.said:
         return run.said[-200:].upper()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from peru_cli import demo
 from peru_cli.inference.eval_model import open_eval_model
@@ -156,5 +156,6 @@ def _under_head(task: str, folder: Path) -> Path:
     for name in ("config.json", PROCESSOR):
         shutil.copy(Path(task) / name, folder)
     encoder = {demo.PREFIX + name: tensor for name, tensor in load_file("base/model.safetensors").items()}
-    save_file(load_file(f"{task}/model.safetensors") | encoder, folder / "model.safetensors", metadata={"format": "pt"})
+    # written by Python, so that a full disk is an OSError
+    (folder / "model.safetensors").write_bytes(save(load_file(f"{task}/model.safetensors") | encoder, {"format": "pt"}))
     return folder
