@@ -12,13 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blake3 import blake3
+from commands import OPTIONS, again, loras, reading_only, whole, with_data
 from hub import Hub
 from outputs import Command, family, makers, peru
-from running import Run, apart
-from safetensors.torch import load_file
-
-from tests.conftest import save
-from tests.support import data_family
+from running import Run
 
 BIG = (50, 1000, 2000)  # layers, rows and columns: 200 MB in bfloat16
 SMALLER = (50, 200, 1000)  # 20 MB
@@ -26,8 +23,6 @@ SMALL = (10, 200, 1000)  # 4 MB
 MIDDLING = (8, 300, 300)
 PARTLY = "some of its outputs, each whole"  # of a command with several outputs
 MATCH = re.compile("")  # names of the commands to run
-_OPTIONS: Command = ["--no-sync", "--threads", 1]
-RECIPE = "models:\n  - model: {0}\n    parameters: {{weight: 0.6}}\n  - model: {1}\n    parameters: {{weight: 0.4}}\nmerge_method: linear\n"
 
 
 def visible(path: Path) -> list[Path]:
@@ -197,81 +192,6 @@ class DemoCase(Case):
         return self.command
 
 
-def _whole(folder: Path, tasks: list[str]) -> dict[str, tuple[str, Command]]:
-    """Commands that write from models alone: by name, the output's name and the command."""
-    base: Command = ["-b", folder / "base.safetensors"]
-    made = makers(folder, tasks, Path())
-    found = {f"{command[0]} {name}": (name, command[:-2]) for name, command in made.items()}
-    recipe, plain = folder / "recipe.yml", _without_head(folder, tasks[0])
-    recipe.write_text(RECIPE.format(*(task.partition("=")[2] for task in tasks)))
-    return found | {
-        "prune of two": ("deltas", ["prune", *tasks, "--keep", "5%", *base, *_OPTIONS]),
-        "prune low-rank": ("x.safetensors", ["prune", tasks[0], "--bits", "0.3", *base, *_OPTIONS]),
-        "shuffle-pack magnitude-masks": ("x.safetensors", ["shuffle-pack", *tasks, "--method", "magnitude-masks", *base, *_OPTIONS]),
-        "merge linear": ("x.safetensors", ["merge", f"c={plain}", f"base={base[1]}", "-m", "linear", *_OPTIONS]),
-        "merge in shards": ("x", ["merge", *tasks, "-m", "dare", "--keep", "50%", "--max-shard-size", "30MB", *base, *_OPTIONS]),
-        "merge tsv-m": ("x", ["merge", *tasks, "-m", "tsv-m", *base, *_OPTIONS]),
-        "merge recipe": ("x", ["merge", recipe, "--per-task", "classifier", *_OPTIONS]),
-        "svd-lora with a delta": ("x", ["svd-lora", tasks[0], "--rank", "2", "--rest", "delta", *base, *_OPTIONS]),
-    }
-
-
-def _without_head(folder: Path, task: str) -> Path:
-    """A fine-tune with only the base's tensors."""
-    tensors = load_file(Path(task.partition("=")[2]) / "model.safetensors")
-    return save({name: tensor for name, tensor in tensors.items() if "classifier" not in name}, folder / "c.safetensors")
-
-
-def _again(folder: Path, task: str, made: Path) -> dict[str, tuple[str, str, Command]]:
-    """Commands that read others' outputs: by name, the required output, the output's name and the command."""
-    base: Command = ["-b", folder / "base.safetensors"]
-    pack, sparse, sync = made / "pack.safetensors", made / "sparse.safetensors", ["--no-sync"]
-    unpack = {
-        name: ["unpack", made / name, *base, *_OPTIONS] for name in ("sparse.safetensors", "lossless.safetensors", "mixed.safetensors")
-    }
-    return {
-        "unpack sparse to a file": (sparse.name, "x.safetensors", unpack[sparse.name]),
-        "unpack lossless to a folder": ("lossless.safetensors", "x", unpack["lossless.safetensors"]),
-        "unpack mixed": ("mixed.safetensors", "x", unpack["mixed.safetensors"]),
-        "unpack a pack": (pack.name, "x", ["unpack", pack, "--task", "a", *base, *_OPTIONS]),
-        "unpack masks": ("masks.safetensors", "x", ["unpack", made / "masks.safetensors", "--task", "a", *base, *_OPTIONS]),
-        "unpack an adapter": ("adapter", "x", ["unpack", made / "adapter", *base, *_OPTIONS]),
-        "unpack a head": ("merged", "x", ["unpack", made / "merged", "--task", "a", *_OPTIONS]),
-        "shuffle-pack --add-to": (
-            "one.safetensors",
-            "x.safetensors",
-            ["shuffle-pack", task, "--add-to", made / "one.safetensors", *base, *_OPTIONS],
-        ),
-        "svd-lora smaller": ("adapter", "x", ["svd-lora", made / "adapter", "--rank", "1", *_OPTIONS]),
-        "export to sglang": ("plain.safetensors", "weight_v000001", ["export", made / "plain.safetensors", "--to", "sglang", *base, *sync]),
-        "export to prime-rl": (
-            "plain.safetensors",
-            "x",
-            ["export", made / "plain.safetensors", "--to", "prime-rl", "--step", "1", *base, *sync],
-        ),
-    }
-
-
-def _reading(folder: Path, tasks: list[str], made: Path) -> dict[str, tuple[str, Command]]:
-    """Commands that write nothing: by name, the required output and the command."""
-    base: Command = ["-b", folder / "base.safetensors"]
-    sparse = made / "sparse.safetensors"
-    return {
-        "inspect": (sparse.name, ["inspect", tasks[0].partition("=")[2], *base]),
-        "verify": (sparse.name, ["verify", sparse]),
-        "eval of weights": (sparse.name, ["eval", sparse, *base, "--against", tasks[0].partition("=")[2]]),
-    }
-
-
-def _with_data(folder: Path) -> Iterator[tuple[str, str | None, Command]]:
-    """Commands that run models on examples: their names, their outputs' names and the commands."""
-    apart(lambda: data_family.write_family(folder, count=4))  # its threads would be missed by the forks of this process
-    data = [word for task in data_family.TASKS for word in ("--data", f"{task}={folder / task}.jsonl")]
-    yield "merge regmean", "x", data_family.command(folder, "regmean", *_OPTIONS)
-    yield "merge --search", "x", [*data_family.command(folder, "ties", *_OPTIONS, data=False), *data, "--search", "scale=0.5:1:0.5"]
-    yield "eval on data", None, ["eval", folder / "a", "--data", folder / "a.jsonl"]
-
-
 @contextmanager
 def cases(size: tuple[int, int, int], wanted: Callable[[str], bool] = lambda name: True, reading: bool = False) -> Iterator[Iterator[Case]]:
     """Every wanted writing command on a family of models of this size, in memory; with `reading`, commands that only read, too."""
@@ -292,7 +212,7 @@ def _warm(folder: Path) -> None:
     for command in makers(inputs, family(inputs), made).values():
         code, said = peru(*command)
         assert code == 0, said
-    assert peru("unpack", made / "adapter", "-b", inputs / "base.safetensors", *_OPTIONS, "-o", folder / "x")[0] == 0
+    assert peru("unpack", made / "adapter", "-b", inputs / "base.safetensors", *OPTIONS, "-o", folder / "x")[0] == 0
     import huggingface_hub.hf_api  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
@@ -321,30 +241,33 @@ def _made(folder: Path, size: tuple[int, int, int], wanted: Callable[[str], bool
         return Case(name, [*command, "-o", path] if target else command, path, given)
 
     def prepare(name: str) -> None:
-        base: Command = ["-b", inputs / "base.safetensors", *_OPTIONS]
+        base: Command = ["-b", inputs / "base.safetensors", *OPTIONS]
         commands = makers(inputs, tasks, made) | {
             "one.safetensors": ["shuffle-pack", tasks[1], *base, "-o", made / "one.safetensors"],
             "plain.safetensors": ["prune", inputs / "c.safetensors", "--keep", "10%", *base, "-o", made / "plain.safetensors"],
+            "layers.safetensors": ["prune", inputs / "w.safetensors", "--keep", "5%", *base, "-o", made / "layers.safetensors"],
         }
-        if not (made / name).exists():
+        if name == "loras":
+            loras(made, size)
+        elif not (made / name).exists():
             run = Run(commands[name], folder / "said")
             assert run.wait() == 0, run.said
 
-    for name, (target, command) in _whole(inputs, tasks).items():
+    for name, (target, command) in whole(inputs, tasks).items():
         if wanted(name):
             yield case(name, target, command)
-    for name, (needs, target, command) in _again(inputs, tasks[0], made).items():
+    for name, (needs, target, command) in again(inputs, tasks[0], made).items():
         if wanted(name):
             prepare(needs)
             yield case(name, target, command)
     if reading:
-        for name, (needs, command) in _reading(inputs, tasks, made).items():
+        for name, (needs, command) in reading_only(inputs, tasks, made).items():
             if wanted(name):
                 prepare(needs)
                 yield case(name, None, command)
         data = folder / "data"
         data.mkdir()
-        for name, output, command in _with_data(data):
+        for name, output, command in with_data(data):
             if wanted(name):
                 yield case(name, output, command, data)
     yield from _chains(inputs, made, tasks, target_of, wanted)
@@ -364,30 +287,30 @@ def _chains(
     def chain() -> Path:
         for step, model in enumerate(models, 1):
             if not (run / f"step-{step}.safetensors").exists():
-                added = Run(["chain", "add", run, model, "--step", step, *_OPTIONS], made / "said")
+                added = Run(["chain", "add", run, model, "--step", step, *OPTIONS], made / "said")
                 assert added.wait() == 0, added.said
         return run
 
     if wanted(name := "chain add whole"):
         path = target_of(name, "run")
-        yield Case(name, ["chain", "add", path, models[1], "--step", 1, *_OPTIONS], path, inputs)
+        yield Case(name, ["chain", "add", path, models[1], "--step", 1, *OPTIONS], path, inputs)
     if wanted(name := "chain add"):
         path = target_of(name, "run")
-        yield Case(name, ["chain", "add", path, models[1], "--step", 5, *_OPTIONS], path, inputs, chain())
+        yield Case(name, ["chain", "add", path, models[1], "--step", 5, *OPTIONS], path, inputs, chain())
     for name, output, command in (
         ("chain get", "x", ["chain", "get", chain, 3]),
         ("chain squash to a file", "x.safetensors", ["chain", "squash", chain, 1, 4]),
     ):
         if wanted(name):
             path = target_of(name, output)
-            yield Case(name, [*(part() if part is chain else part for part in command), "-o", path, *_OPTIONS], path, run)
+            yield Case(name, [*(part() if part is chain else part for part in command), "-o", path, *OPTIONS], path, run)
     for name, arguments, kept in (
         ("chain squash", [1, 3], {1, 3, 4}),
         ("chain prune", ["--keep-every", 2], {2, 4}),
     ):
         if wanted(name):
             path = target_of(name, "run")
-            yield ChainCase(name, [*name.split(), path, *arguments, *_OPTIONS], path, inputs, chain(), kept)
+            yield ChainCase(name, [*name.split(), path, *arguments, *OPTIONS], path, inputs, chain(), kept)
 
 
 def _published(
@@ -401,5 +324,5 @@ def _published(
         yield HubCase(name, ["push", made / "sparse.safetensors", Hub.REPO], path, inputs, hub)
     if wanted(name := "prune --push"):
         path = target_of(name, "x.safetensors")
-        command: Command = ["prune", tasks[0], "--keep", "10%", "-b", inputs / "base.safetensors", *_OPTIONS, "--push", Hub.REPO]
+        command: Command = ["prune", tasks[0], "--keep", "10%", "-b", inputs / "base.safetensors", *OPTIONS, "--push", Hub.REPO]
         yield HubCase(name, [*command, "-o", path], path, inputs, hub)

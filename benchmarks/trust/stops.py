@@ -14,8 +14,8 @@ from cases import BIG, MIDDLING, PARTLY, SMALL, SMALLER, Case, cases, visible
 from running import Run
 
 _PACKS = {  # these read all models several times
-    "shuffle-pack pack.safetensors", "shuffle-pack masks.safetensors", "shuffle-pack magnitude-masks", "shuffle-pack --add-to",
-    "unpack a pack", "unpack masks", "chain squash", "chain squash to a file", "chain prune",
+    "shuffle-pack pack.safetensors", "shuffle-pack masks.safetensors", "shuffle-pack magnitude-masks", "shuffle-pack emr",
+    "shuffle-pack --add-to", "unpack a pack", "unpack masks", "chain squash", "chain squash to a file", "chain prune",
 }  # fmt: skip
 _SINGULAR = {  # these compute singular values
     "prune mixed.safetensors", "prune low-rank", "merge tsv-m", "svd-lora adapter", "svd-lora with a delta", "svd-lora smaller",

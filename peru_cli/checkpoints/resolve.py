@@ -101,7 +101,7 @@ def open_recorded_base(model: str, dtypes: Mapping[str, Dtype]) -> Checkpoint:
 
 def as_recorded(base: Checkpoint, dtypes: Mapping[str, Dtype]) -> Checkpoint:
     """The base of an artifact, given one opened as floats: the tensors of its files if these have the recorded dtypes."""
-    return base.stored if isinstance(base, Dequantized) and _has(base.stored, dtypes) else base
+    return base.below if isinstance(base, Dequantized) and _has(base.below, dtypes) else base
 
 
 def _has(checkpoint: Checkpoint, dtypes: Mapping[str, Dtype]) -> bool:

@@ -158,3 +158,24 @@ class Checkpoint(ABC):
         except (OSError, ValueError, RecursionError):
             return {}
         return parsed if isinstance(parsed, dict) else {}
+
+
+class Over(Checkpoint):
+    """A checkpoint whose bytes come from another one, `below`, with other names, forms or values. It is that one in everything else."""
+
+    def __init__(self, below: Checkpoint, what: str) -> None:
+        """`what` says in words what is different."""
+        self.below = below
+        self.label, self.kind = below.label, f"{below.kind}{what}"
+        self.metadata, self.warnings, self.side_files = below.metadata, below.warnings, below.side_files
+        self.expanded, self.ranged, self.files = below.expanded, below.ranged, below.files
+        self.part, self.public_name = below.part, below.public_name
+
+    def echo(self) -> None:
+        self.below.echo()
+
+    def forget(self) -> None:
+        self.below.forget()
+
+    def close(self) -> None:
+        self.below.close()

@@ -118,7 +118,9 @@ def plan_gguf(adapter: Adapter, config: Mapping[str, Any]) -> Plan:
         raise Mismatch(f"a GGUF adapter holds pairs of LoRA factors, and {adapter.label} has more: {what}", _CONVERTER)
     architecture = _ARCHITECTURES[kind]
     number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(number, int(config.get("num_hidden_layers", 0)))
+    # As many layers as the adapter names: the config's number is a stranger's, and the table has names for each.
+    named = [int(part) for module in adapter.modules for part in module.name.split(".") if part.isdecimal() and len(part) < 5]
+    table = gguf.get_tensor_name_map(number, max(named, default=0) + 1)
     names = {module.name: table.get_name(f"{module.name}.weight", try_suffixes=(".weight",)) for module in adapter.modules}
     bad = [m.name for m in adapter.modules if names[m.name] is None or m.kind not in (LINEAR, EMBEDDING) or len(m.down.shape) != 2]
     if kind.startswith("gemma") or config.get("tie_word_embeddings"):
@@ -128,7 +130,8 @@ def plan_gguf(adapter: Adapter, config: Mapping[str, Any]) -> Plan:
     for key in {name.rpartition(".")[2] for name in names} & set(_HEADS) if kind in _REORDERED else ():
         rows = {module.up.shape[0] for module in adapter.modules if module.name.endswith(f".{key}")}
         if any(n % (2 * _heads(config, _HEADS[key])) for n in rows):
-            raise Mismatch(f"{key} has {rows} rows, which do not divide into the {_heads(config, _HEADS[key])} heads of config.json")
+            sizes, heads = " or ".join(map(str, sorted(rows))), _heads(config, _HEADS[key])
+            raise Mismatch(f"{key} has {sizes} rows, which do not divide into the {heads} heads of config.json")
     alphas = {module.scale * module.rank for module in adapter.modules}
     alpha = alphas.pop() if len(alphas) == 1 else float(max(module.rank for module in adapter.modules))
     found = {name: name_there for name, name_there in names.items() if name_there is not None}
@@ -138,6 +141,7 @@ def plan_gguf(adapter: Adapter, config: Mapping[str, Any]) -> Plan:
 def write_gguf(plan: Plan, target: Path, sync: bool) -> int:
     """Write the adapter, module by module. Returns the file's bytes."""
     import gguf
+    import numpy as np
 
     check_room(target, plan.nbytes)
     with PartialFile(target, sync) as file:
@@ -148,8 +152,6 @@ def write_gguf(plan: Plan, target: Path, sync: bool) -> int:
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, plan.alpha)
             writer.add_file_type(_F32)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            import numpy as np
-
             for module in plan.adapter.modules:
                 for end, shape in zip(("lora_a", "lora_b"), plan.shapes(module), strict=True):
                     writer.add_tensor_info(f"{plan.names[module.name]}.{end}", shape, np.dtype(np.float32), 4 * shape[0] * shape[1])

@@ -38,7 +38,7 @@ def open_fine_tune(model: str, base: Checkpoint | None, task: str | None = None,
     A folder or repo that holds one artifact stands for it; if it holds several, `task` selects one. FP8 weights of a full
     checkpoint are read as floats, unless `stored` asks for the tensors in its files."""
     opened = _open(model, base, task, stored)
-    below = opened.stored if isinstance(opened, Dequantized) else opened
+    below = opened.below if isinstance(opened, Dequantized) else opened
     if below.expanded and base is not None:
         base.echo()
     return opened

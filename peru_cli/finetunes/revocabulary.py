@@ -21,7 +21,7 @@ from peru_cli.checkpoints.checks.vocabulary import Tokens, added_tokens, read_to
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
-from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.source import Checkpoint, Over
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
@@ -130,7 +130,7 @@ def _with_added(donor: Checkpoint, files: Mapping[str, bytes], added: list[dict[
     return {name: (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode() for name, table in changed.items()}
 
 
-class Revocabulary(Checkpoint):
+class Revocabulary(Over):
     """A model whose row tables follow another vocabulary. All other tensors are unchanged."""
 
     def __init__(self, own: _Model, models: Sequence[_Model], has_base: bool, target: Target, donor: _Model) -> None:
@@ -138,8 +138,7 @@ class Revocabulary(Checkpoint):
         self._own, self._models, self._target = own, models, target
         self._base = models[0] if has_base else None
         self._donor = donor
-        self.label, self.kind, self.metadata, self.warnings = model.label, model.kind, model.metadata, model.warnings
-        self.files, self.ranged, self.public_name, self.expanded = model.files, model.ranged, model.public_name, model.expanded
+        super().__init__(model, "")
         self.part = f"{model.part or ''} in {target.rows} rows of {donor.name}"
         self.tensors = {
             name: TensorInfo(name, info.dtype, (target.rows, *info.shape[1:])) if name in own.tables else info
@@ -248,15 +247,6 @@ class Revocabulary(Checkpoint):
     def expect(self, ranges: Iterator[tuple[str, int, int]], keep: bool = False) -> None:  # type: ignore[override]
         """Only tensors that are read unchanged can be announced: rows come from elsewhere."""
         self._own.model.expect((r for r in ranges if r[0] not in self._own.tables), keep)
-
-    def echo(self) -> None:
-        self._own.model.echo()
-
-    def forget(self) -> None:
-        self._own.model.forget()
-
-    def close(self) -> None:
-        self._own.model.close()
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

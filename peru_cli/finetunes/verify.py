@@ -88,7 +88,7 @@ def verify(source: FromArtifact, how: StreamSettings) -> None:
 def verify_expanded(models: Sequence[Checkpoint], how: StreamSettings, note: Callable[[str], None] = lambda text: None) -> None:
     """Check the artifacts among these fine-tunes, and those beside adapters, by their digests: see `verify`."""
     for model in models:
-        found = model.delta if isinstance(model, AdapterWithRest) else model.stored if isinstance(model, Dequantized) else model
+        found = model.delta if isinstance(model, AdapterWithRest) else model.below if isinstance(model, Dequantized) else model
         if isinstance(found, FromArtifact):
             note(f"verifying {model.label}")
             verify(found, how)

@@ -76,6 +76,25 @@ def _block_sum(floats: Any, first: int) -> Any:
     return total
 
 
+def _take(
+    base: Any, fine: Any, start: int, size: int, flags: Any, flag_words: Any, positions: Any, ulps: Any, bits: Any, found: Any
+) -> Any:  # fmt: skip
+    """Append the flagged entries of a block to those `found` before. Returns how many there are now."""
+    for i in range(size, _BLOCK):
+        flags[i] = np.uint8(0)
+    first = found
+    for word in range(_BLOCK // _WORD):
+        if flag_words[word] != np.uint64(0):
+            for i in range(_WORD * word, _WORD * word + _WORD):
+                positions[found] = start + i
+                found += np.int64(flags[i])
+    for j in range(first, found):
+        at = positions[j]
+        bits[j] = fine[at]
+        ulps[j] = order(fine[at]) - order(base[at])
+    return found
+
+
 @kernels("*b *b i8 k k *k *u1 *u8 *f *i4 *k *b *b i8 *f8", _EVERY)
 def _select(
     base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, squares: Any,
@@ -90,19 +109,10 @@ def _select(
             key = Key(-1) if a == b else key
             keys[i] = key
             flags[i] = np.uint8(key >= least)
-        for i in range(size, _BLOCK):
-            flags[i] = np.uint8(0)
         first = found
-        for word in range(_BLOCK // _WORD):
-            if flag_words[word] != np.uint64(0):
-                for i in range(_WORD * word, _WORD * word + _WORD):
-                    positions[found] = start + i
-                    found += np.int64(flags[i])
+        found = _take(base, fine, start, size, flags, flag_words, positions, ulps, bits, found)
         for j in range(first, found):
-            at = positions[j]
-            found_keys[j] = keys[at - start]
-            bits[j] = fine[at]
-            ulps[j] = order(fine[at]) - order(base[at])
+            found_keys[j] = keys[positions[j] - start]
         if measured:
             for i in range(_BLOCK):
                 key = keys[i] if (i < size) & (keys[i] >= Key(0)) & (keys[i] < infinite) else Key(0)
@@ -131,18 +141,7 @@ def _changed(base: Any, fine: Any, n: int, flags: Any, flag_words: Any, position
         size = min(_BLOCK, n - start)
         for i in range(size):
             flags[i] = np.uint8(base[start + i] != fine[start + i])
-        for i in range(size, _BLOCK):
-            flags[i] = np.uint8(0)
-        first = found
-        for word in range(_BLOCK // _WORD):
-            if flag_words[word] != np.uint64(0):
-                for i in range(_WORD * word, _WORD * word + _WORD):
-                    positions[found] = start + i
-                    found += np.int64(flags[i])
-        for j in range(first, found):
-            at = positions[j]
-            bits[j] = fine[at]
-            ulps[j] = order(fine[at]) - order(base[at])
+        found = _take(base, fine, start, size, flags, flag_words, positions, ulps, bits, found)
     return found  # type: ignore[no-any-return]
 
 

@@ -6,15 +6,19 @@ import io
 import json
 import os
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from peru_cli.checkpoints.local import patch
+from peru_cli.checkpoints.local.atomic import partial_path
 from tests.export.test_export import State, same_bits, states
 from tests.support.chain_model import call
 
@@ -195,6 +199,82 @@ def test_altered_journals_and_files_are_found(made: tuple[Path, State, Path, Pat
     file.write_bytes(content)
     peru("unpack", artifact, "--base", base, "--in-place")
     assert is_done(base, fine)
+
+
+def forged(journal: bytes, change: Callable[[dict[str, Any]], None], records: bytes | None = None) -> bytes:
+    """A journal that says something else, with its digest computed anew."""
+    length = struct.unpack("<Q", journal[-40:-32])[0]
+    told, body = json.loads(journal[-40 - length : -40]), journal[: -40 - length]
+    if records is not None:
+        body = body[:16] + records + body[16:]
+        told["records"] += len(records)
+    change(told)
+    text = json.dumps(told).encode()
+    whole = body + text + struct.pack("<Q", len(text))
+    return whole + blake3(whole).digest()
+
+
+def _of(key: str, number: int, place: int, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda told: told[key][number].__setitem__(place, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "records"),
+    [
+        (_of("side", 0, 0, "../outside.json"), None),
+        (_of("side", 0, 0, "code.py"), None),
+        (_of("side", 0, 1, -1), None),
+        (_of("side", 0, 1, 1 << 60), None),
+        (_of("files", 0, 0, "../outside.safetensors"), None),
+        (_of("files", 0, 0, "config.json"), None),
+        (_of("tensors", 0, 1, "F13"), None),
+        (_of("tensors", 0, 2, [1 << 40, 1 << 40]), None),
+        (_of("tensors", 0, 3, 9), None),
+        (_of("tensors", 0, 4, -5), None),
+        (lambda told: told.pop("tensors"), None),
+        (lambda told: told.__setitem__("records", "all"), None),
+        (lambda told: None, struct.pack("<IQIB", 999, 0, 1, 0) + b"\0\0"),
+        (lambda told: None, struct.pack("<IQIB", 0, 0, 1 << 31, 1)),
+        (lambda told: None, struct.pack("<IQIB", 0, 0, 1, 7) + b"\0\0"),
+    ],
+)
+def test_a_strangers_journal_reaches_nothing_but_the_checkpoint(
+    made: tuple[Path, State, Path, Path], peru: Peru, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], records: bytes | None
+) -> None:
+    base, _, artifact, _ = made
+    monkeypatch.setattr(patch, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    peru("unpack", artifact, "--base", base, "--in-place", code=130)
+    monkeypatch.undo()
+    (base.parent / "outside.safetensors").write_bytes(next(base.glob("*.safetensors")).read_bytes())
+    (base / MARKER).write_bytes(forged((base / MARKER).read_bytes(), change, records))
+    before = {path: path.read_bytes() for path in base.parent.rglob("*") if path.is_file()}
+    peru("unpack", artifact, "--base", base, "--in-place", code=1)
+    assert "was altered" in peru.stderr and "a defect" not in peru.stderr  # type: ignore[attr-defined]
+    assert {path: path.read_bytes() for path in base.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_link_in_a_half_patched_folder_is_not_followed(
+    made: tuple[Path, State, Path, Path], peru: Peru, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, artifact, _ = made
+    monkeypatch.setattr(patch, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    peru("unpack", artifact, "--base", base, "--in-place", code=130)
+    monkeypatch.undo()
+    file = min(base.glob("*.safetensors"))
+    elsewhere = file.rename(base.parent / "elsewhere.safetensors")
+    file.symlink_to(elsewhere)
+    content = elsewhere.read_bytes()
+    peru("unpack", artifact, "--base", base, "--in-place", code=1)
+    assert "half patched" in peru.stderr and elsewhere.read_bytes() == content  # type: ignore[attr-defined]
+
+
+def test_a_link_in_the_place_of_the_unfinished_journal_is_not_written_through(made: tuple[Path, State, Path, Path], peru: Peru) -> None:
+    base, _, artifact, _ = made
+    outside = base.parent / "outside"
+    outside.write_bytes(b"mine")
+    partial_path(base / MARKER).symlink_to(outside)
+    peru("unpack", artifact, "--base", base, "--in-place", code=1)
+    assert outside.read_bytes() == b"mine" and not (base / MARKER).exists()
 
 
 def test_what_cannot_be_patched_is_refused_with_the_way_out(

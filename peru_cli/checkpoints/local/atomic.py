@@ -71,7 +71,7 @@ def _open_locked(path: Path, target: Path) -> int:
     """
     console.unfinished.append(path)
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if fcntl is None:
                 return fd

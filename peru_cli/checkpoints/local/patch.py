@@ -33,6 +33,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PATCH_MARKER, PartialFile, partial_path, sync_folder
+from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_name
 from peru_cli.console import console
 from peru_cli.errors import BadFile, PeruError
 from peru_cli.shown import listed
@@ -54,6 +55,11 @@ class Placed:
     info: TensorInfo
     file: int
     begin: int
+
+
+def is_weight_file_name(name: str) -> bool:
+    """Whether this is the plain name of a safetensors file."""
+    return name == Path(name).name and name.endswith(".safetensors") and not name.startswith(".")
 
 
 def unit_bytes(dtype: Dtype) -> int:
@@ -138,18 +144,42 @@ class PatchJournal:
         self._file.__exit__(*exc)
 
 
-def _told(file: BinaryIO, path: Path) -> dict[str, Any]:
-    """What a journal says of itself. BadFile if its end is damaged."""
+@dataclass(frozen=True)
+class _Told:
+    """What a journal says of itself: of each file its name, size, and the bytes and digest of its header; of each tensor its place and
+    digest; of each side file its name and size."""
+
+    files: list[tuple[str, int, int, str]]
+    tensors: list[tuple[Placed, str]]
+    side: list[tuple[str, int]]
+    records: int  # where they end
+    artifact: str
+
+
+def _told(file: BinaryIO, path: Path) -> _Told:
+    """What a journal says of itself. BadFile if it is damaged.
+
+    A stranger may have put it there, with a digest of its own. It names plain files beside it, and places inside of them."""
     try:
-        file.seek(-_TAIL.size, os.SEEK_END)
+        end = file.seek(-_TAIL.size, os.SEEK_END)
         length, _ = _TAIL.unpack(file.read(_TAIL.size))
-        file.seek(-_TAIL.size - length, os.SEEK_END)
+        begin = file.seek(end - length)
         told = json.loads(file.read(length))
-    except (OSError, ValueError, OverflowError, struct.error) as error:
+        files = [(str(name), int(size), int(header), str(digest)) for name, size, header, digest in told["files"]]
+        sizes = [size if 0 <= header <= size and is_weight_file_name(name) else -1 for name, size, header, _ in files]
+        tensors, side = [], [(str(name), int(size)) for name, size in told["side"]]
+        for name, dtype, shape, number, at, digest in told["tensors"]:
+            info = TensorInfo(str(name), BY_NAME[dtype], tuple(map(int, shape)))
+            tensors.append((Placed(info, range(len(files))[number], int(at)), str(digest)))
+        inside = all(0 <= placed.begin <= sizes[placed.file] - placed.info.nbytes for placed, _ in tensors)
+        shaped = all(n >= 0 for placed, _ in tensors for n in placed.info.shape)
+        small = all(is_side_file_name(name) and 0 <= size <= MAX_SIDE_FILE_BYTES for name, size in side)
+        records = int(told["records"])
+        if not (inside and shaped and small and min(sizes) >= 0 and len(_MAGIC) <= records == begin - sum(size for _, size in side)):
+            raise _damaged(path)
+        return _Told(files, tensors, side, records, str(told["artifact"]))
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, AttributeError, struct.error) as error:
         raise _damaged(path) from error
-    if not isinstance(told, dict):
-        raise _damaged(path)
-    return told
 
 
 def _damaged(path: Path) -> BadFile:
@@ -166,10 +196,10 @@ def refuse_half_patched(file: Path) -> None:
         return
     try:
         with marker.open("rb") as journal:
-            patched = {name for name, *_ in _told(journal, marker)["files"]}
+            patched = {name for name, *_ in _told(journal, marker).files}
     except FileNotFoundError:  # finished just now
         return
-    except (BadFile, KeyError, TypeError, ValueError):
+    except BadFile:
         patched = {file.name}
     if file.name in patched:
         raise BadFile(f"{file} is half patched: `peru unpack --in-place` was interrupted, or is still at work", AGAIN)
@@ -199,9 +229,9 @@ def finish(folder: Path, sync: bool, advance: Callable[[int], None] = lambda ent
         with marker.open("rb") as journal, ExitStack() as stack:
             told = _told(journal, marker)
             _verify(journal, marker)
-            paths = [folder / name for name, *_ in told["files"]]
-            fds = [_open(folder / name, size, begin, header, stack) for name, size, begin, header in told["files"]]
-            wrong = _patch(journal, told, fds, advance)
+            paths = [folder / name for name, *_ in told.files]
+            fds = [_open(folder / name, size, begin, header, stack) for name, size, begin, header in told.files]
+            wrong = _patch(journal, marker, told, fds, advance)
             if sync:
                 for fd in fds:
                     os.fsync(fd)
@@ -210,8 +240,8 @@ def finish(folder: Path, sync: bool, advance: Callable[[int], None] = lambda ent
                     f"{folder} was changed by another program while it was patched: {listed(wrong)} differ from what the artifact gives",
                     f"put the checkpoint's files there again, remove {PATCH_MARKER}, and run the command again",
                 )
-            journal.seek(told["records"])
-            for name, size in told["side"]:
+            journal.seek(told.records)
+            for name, size in told.side:
                 _replace(folder / name, journal.read(size), sync)
         marker.unlink()
         if sync:
@@ -219,7 +249,7 @@ def finish(folder: Path, sync: bool, advance: Callable[[int], None] = lambda ent
     except OSError as error:
         what = f"{error.filename or folder}: {error.strerror or error}"
         raise PeruError(f"{what}: {folder} is half patched", f"when that is mended, {AGAIN}") from error
-    return Finished(told["artifact"], paths, [name for name, _ in told["side"]])
+    return Finished(told.artifact, paths, [name for name, _ in told.side])
 
 
 def _verify(journal: BinaryIO, path: Path) -> None:
@@ -234,11 +264,12 @@ def _verify(journal: BinaryIO, path: Path) -> None:
 
 
 def _open(path: Path, size: int, begin: int, header: str, stack: ExitStack) -> int:
-    """Open a file to be patched. BadFile if it is not the one that the journal was written for."""
+    """Open a file to be patched. BadFile if it is not the one that the journal was written for, OSError if it is a symbolic link."""
     inputs.forget(path)
-    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0))
     stack.callback(os.close, fd)
-    if os.fstat(fd).st_size != size or _file_header(fd, begin) != header:
+    found = os.fstat(fd)
+    if found.st_size != size or found.st_nlink > 1 or _file_header(fd, begin) != header:
         raise BadFile(
             f"{path} is not the file that `peru unpack --in-place` began to patch",
             f"if it was put there on purpose, remove {path.parent / PATCH_MARKER} and run the command again",
@@ -246,25 +277,25 @@ def _open(path: Path, size: int, begin: int, header: str, stack: ExitStack) -> i
     return fd
 
 
-def _patch(journal: BinaryIO, told: Mapping[str, Any], fds: Sequence[int], advance: Callable[[int], None]) -> list[str]:
+def _patch(journal: BinaryIO, path: Path, told: _Told, fds: Sequence[int], advance: Callable[[int], None]) -> list[str]:
     """Write all records; the tensors whose digests are not the expected ones."""
-    records, wrong = _records(journal, told), list[str]()
+    records, wrong = _records(journal, path, told), list[str]()
     at = next(records, None)
-    for number, (name, dtype_name, shape, file, begin, digest) in enumerate(told["tensors"]):
-        info = TensorInfo(name, BY_NAME[dtype_name], tuple(shape))
+    for number, (placed, digest) in enumerate(told.tensors):
+        info, fd, begin = placed.info, fds[placed.file], placed.begin
         tree, unit = TensorDigest(info.dtype, info.shape), unit_bytes(info.dtype)
         for start in range(0, info.nbytes, _PIECE * unit):
-            room = bytearray(os.pread(fds[file], min(_PIECE * unit, info.nbytes - start), begin + start))
+            room = bytearray(os.pread(fd, min(_PIECE * unit, info.nbytes - start), begin + start))
             units, first, changed = np.frombuffer(room, f"<u{unit}"), start // unit, False
             while at is not None and at[0] == number and at[1] < first + len(units):
                 _, where, positions, values = at
                 units[positions + (where - first) if positions is not None else slice(where - first, where - first + len(values))] = values
                 changed, at = True, next(records, None)
             if changed:
-                _write(fds[file], room, begin + start)
+                _write(fd, room, begin + start)
             tree.add(leaves(memoryview(room), info.dtype))
         if tree.digest().hex() != digest:
-            wrong.append(name)
+            wrong.append(info.name)
         advance(info.entries)
     return wrong
 
@@ -272,20 +303,36 @@ def _patch(journal: BinaryIO, told: Mapping[str, Any], fds: Sequence[int], advan
 _Record = tuple[int, int, Any, Any]  # tensor, first unit, positions from there (None if dense), values
 
 
-def _records(journal: BinaryIO, told: Mapping[str, Any]) -> Iterator[_Record]:
+def _records(journal: BinaryIO, path: Path, told: _Told) -> Iterator[_Record]:
+    """The records, in order. BadFile for one that no journal has."""
     journal.seek(len(_MAGIC))
-    while journal.tell() < told["records"]:
-        number, first, count, kind = _RECORD.unpack(journal.read(_RECORD.size))
-        unit = unit_bytes(BY_NAME[told["tensors"][number][1]])
-        positions = np.frombuffer(journal.read(2 * count), "<u2").astype(np.int64) if kind == _SPARSE else None
-        yield number, first, positions, np.frombuffer(journal.read(unit * count), f"<u{unit}")
+    last = (0, 0)
+    while journal.tell() < told.records:
+        number, first, count, kind = _RECORD.unpack(_exactly(journal, _RECORD.size, path, told))
+        if number >= len(told.tensors) or (number, first) < last or kind not in (_DENSE, _SPARSE) or not 0 < count <= _BLOCK:
+            raise _damaged(path)
+        info = told.tensors[number][0].info
+        unit = unit_bytes(info.dtype)
+        positions = np.frombuffer(_exactly(journal, 2 * count, path, told), "<u2").astype(np.int64) if kind == _SPARSE else None
+        final = first + (count - 1 if positions is None else int(positions.max()))
+        if final * unit >= info.nbytes or final // _BLOCK != first // _BLOCK:
+            raise _damaged(path)
+        yield number, first, positions, np.frombuffer(_exactly(journal, unit * count, path, told), f"<u{unit}")
+        last = number, first
+
+
+def _exactly(journal: BinaryIO, nbytes: int, path: Path, told: _Told) -> bytes:
+    if journal.tell() + nbytes > told.records:
+        raise _damaged(path)
+    return journal.read(nbytes)
 
 
 def _replace(path: Path, content: bytes, sync: bool) -> None:
     """Replace a small file in one step."""
     inputs.forget(path)
     unfinished = partial_path(path)
-    with unfinished.open("wb") as file:
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("xb") as file:  # never through a link that lies there
         file.write(content)
         file.flush()
         if sync:

@@ -8,21 +8,18 @@ import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.names.layout import Bits, Layout
-from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.source import Checkpoint, Over
 
 _KINDS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
-class Converted(Checkpoint):
+class Converted(Over):
     """A model in which layouts take the place of the tensors that they are made of. Only entries move; no value changes."""
 
     def __init__(self, model: Checkpoint, layouts: Mapping[str, Layout]) -> None:
         """`layouts` by new name. All sources of a layout have one dtype of whole bytes."""
-        self.model, self._layouts, self.converted = model, dict(layouts), set(layouts)
-        self.label, self.metadata, self.warnings, self.side_files = model.label, model.metadata, model.warnings, model.side_files
-        self.expanded, self.ranged, self.files = model.expanded, model.ranged, model.files
-        self.part, self.public_name = model.part, model.public_name
-        self.kind = f"{model.kind}, {len(layouts)} tensors converted"
+        super().__init__(model, f", {len(layouts)} tensors converted")
+        self._layouts, self.converted = dict(layouts), set(layouts)
         used = {piece.source for layout in layouts.values() for piece in layout.pieces}
         self.tensors = {name: info for name, info in model.tensors.items() if name not in used}
         for name, layout in layouts.items():
@@ -31,26 +28,17 @@ class Converted(Checkpoint):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         layout = self._layouts.get(name)
         if layout is None:
-            self.model.read_into(name, offset, buffer)
+            self.below.read_into(name, offset, buffer)
             return
         nbytes = self.tensors[name].dtype.bits // 8
         kind = _KINDS[nbytes * 8]
 
         def read(source: str, first: int, entries: int) -> Bits:
             run = bytearray(entries * nbytes)
-            self.model.read_into(source, first * nbytes, memoryview(run))
+            self.below.read_into(source, first * nbytes, memoryview(run))
             return np.frombuffer(run, kind)
 
         layout.read(offset // nbytes, np.frombuffer(buffer, kind), read)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
-        self.model.expect((part for part in ranges if part[0] not in self._layouts), keep)
-
-    def echo(self) -> None:
-        self.model.echo()
-
-    def forget(self) -> None:
-        self.model.forget()
-
-    def close(self) -> None:
-        self.model.close()
+        self.below.expect((part for part in ranges if part[0] not in self._layouts), keep)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from peru_cli.checkpoints.header import TensorInfo, check_tensor_name
 from peru_cli.checkpoints.names.converted import Converted
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
-from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.source import Checkpoint, Over
 from peru_cli.errors import BadFile, Mismatch, UsageError
 
 RENAME = "peru.rename"  # in an artifact's metadata: the rules of --rename, as JSON
@@ -42,11 +42,10 @@ def decode_rules(metadata: Mapping[str, str]) -> list[str]:
     return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
 
-class Renamed(Checkpoint):
+class Renamed(Over):
     """The same tensors with each name changed by the rules, in order. Mismatch if two names become equal."""
 
     def __init__(self, model: Checkpoint, rules: Sequence[Rule]) -> None:
-        self.model = model
         self.rules = [f"{p.pattern}={new}" for p, new in rules]
         self._old: dict[str, str] = {}
         for name in sorted(model.tensors):
@@ -61,26 +60,15 @@ class Renamed(Checkpoint):
                 raise UsageError(f"--rename would give {name!r} an invalid name: {error.message}") from error
             self._old[new] = name
         self.renamed = [(old, new) for new, old in self._old.items() if new != old]
-        self.label, self.metadata, self.warnings, self.side_files = model.label, model.metadata, model.warnings, model.side_files
-        self.kind, self.expanded, self.ranged = f"{model.kind}, {len(self.renamed)} tensors renamed", model.expanded, model.ranged
-        self.files, self.part, self.public_name = model.files, model.part, model.public_name
+        super().__init__(model, f", {len(self.renamed)} tensors renamed")
         infos = ((new, model.tensors[old]) for new, old in self._old.items())
         self.tensors = {new: TensorInfo(new, info.dtype, info.shape, info.begin) for new, info in infos}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        self.model.read_into(self._old[name], offset, buffer)
+        self.below.read_into(self._old[name], offset, buffer)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
-        self.model.expect(((self._old[name], offset, nbytes) for name, offset, nbytes in ranges), keep)
-
-    def echo(self) -> None:
-        self.model.echo()
-
-    def forget(self) -> None:
-        self.model.forget()
-
-    def close(self) -> None:
-        self.model.close()
+        self.below.expect(((self._old[name], offset, nbytes) for name, offset, nbytes in ranges), keep)
 
 
 def record_rules(models: Iterable[Checkpoint], before: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -92,7 +80,7 @@ def record_rules(models: Iterable[Checkpoint], before: Mapping[str, str] | None 
         while isinstance(model, (Renamed, Converted)):
             own = [*(model.rules if isinstance(model, Renamed) else []), *own]
             converted |= model.converted if isinstance(model, Converted) else set()
-            model = model.model
+            model = model.below
         rules += own
     found = {RENAME: json.dumps(list(dict.fromkeys(rules)), ensure_ascii=False)} if rules else {}
     return found | ({CONVERTED: json.dumps(sorted(converted), ensure_ascii=False)} if converted else {})
@@ -121,5 +109,5 @@ def rename(models: Sequence[Checkpoint], texts: Sequence[str]) -> tuple[list[Che
 def is_full(model: Checkpoint) -> bool:
     """Whether a model is a checkpoint of its own: adapters and artifacts use their base's names."""
     while isinstance(model, (Renamed, Converted)):
-        model = model.model
+        model = model.below
     return not model.expanded or isinstance(model, Dequantized)

@@ -18,7 +18,7 @@ import numpy as np
 
 from peru_cli.checkpoints.places import Place
 from peru_cli.checkpoints.quantized.layout import Layout, Scaled
-from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.checkpoints.source import Checkpoint, Over
 from peru_cli.console import plural
 from peru_cli.kernels.codes import decode
 
@@ -64,17 +64,13 @@ def read_scales(raw: bytes, dtype: str) -> Floats:
     return np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
-class Dequantized(Checkpoint):
+class Dequantized(Over):
     """Codes and scales of another checkpoint as floats, without companions; config.json without its `quantization_config`."""
 
-    expanded = True  # the maker of the model did not choose the float type
-
     def __init__(self, stored: Checkpoint, layout: Layout) -> None:
-        self.stored, self.layout = stored, layout
-        self.label, self.metadata, self.files, self.ranged = stored.label, stored.metadata, stored.files, stored.ranged
-        self.kind = f"{stored.kind}, {len(layout.weights)} {layout.kind} tensors dequantised"
-        self.public_name, self.part = stored.public_name, "dequantised"
-        self.warnings = list(stored.warnings)
+        super().__init__(stored, f", {len(layout.weights)} {layout.kind} tensors dequantised")
+        self.layout, self.part, self.warnings = layout, "dequantised", list(stored.warnings)
+        self.expanded = True  # the maker of the model did not choose the float type
         plain = [name for name, weight in layout.weights.items() if weight.scale is None]
         if plain:
             self.warnings.append(
@@ -91,8 +87,8 @@ class Dequantized(Checkpoint):
 
     def _side_files(self) -> dict[str, Place]:
         """The stored side files. A config.json with quantisation settings is rewritten into a temporary folder of this object."""
-        files = dict(self.stored.side_files)
-        config = self.stored.config()
+        files = dict(self.below.side_files)
+        config = self.below.config()
         if _without_quantization(config):
             folder = TemporaryDirectory(prefix="peru-config-")
             weakref.finalize(self, folder.cleanup)
@@ -104,12 +100,12 @@ class Dequantized(Checkpoint):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         weight = self.layout.weights.get(name)
         if weight is None:
-            self.stored.read_into(name, offset, buffer)
+            self.below.read_into(name, offset, buffer)
             return
         width = weight.info.dtype.bits // 8
         start, n = offset // width, len(buffer) // width
         codes = np.empty(n, np.uint8)
-        self.stored.read_into(name, start, codes.data)
+        self.below.read_into(name, start, codes.data)
         scales = np.ones(1, np.float32) if weight.scale is None else self._scales(weight)
         one = (1, max(weight.codes.entries, 1))
         matrix, block = (weight.matrix, weight.block) if scales.size > 1 else (one, one)
@@ -128,14 +124,14 @@ class Dequantized(Checkpoint):
             if (found := self._cache.get(weight.info.name)) is not None:
                 self._cache.move_to_end(weight.info.name)
                 return found
-            found = read_scales(self.stored.read(weight.scale.name), weight.scale.dtype.name)
+            found = read_scales(self.below.read(weight.scale.name), weight.scale.dtype.name)
             self._cache[weight.info.name] = found
             if len(self._cache) > _HELD:
                 self._cache.popitem(last=False)
             return found
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
-        self.stored.expect(self._stored_ranges(ranges), keep)
+        self.below.expect(self._stored_ranges(ranges), keep)
 
     def _stored_ranges(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
         announced = set()
@@ -149,15 +145,6 @@ class Dequantized(Checkpoint):
                 yield weight.scale.name, 0, weight.scale.nbytes
             width = weight.info.dtype.bits // 8
             yield name, offset // width, nbytes // width
-
-    def echo(self) -> None:
-        self.stored.echo()
-
-    def forget(self) -> None:
-        self.stored.forget()
-
-    def close(self) -> None:
-        self.stored.close()
 
 
 def _without_quantization(config: dict[str, Any]) -> bool:

@@ -54,10 +54,10 @@ class Requantized:
                 f"--dtype fp8: the weights of {model.label} are {other.dtype.name}, not FP8 ({other.name})",
                 "write bf16 instead: --dtype bf16",
             )
-        said = quantization(model.stored.config())
+        said = quantization(model.below.config())
         self.powers = said.get("scale_fmt") == "ue8m0"
         scales = {weight.scale.name for weight in self.weights.values() if weight.scale is not None}
-        self.kept = [model.stored.tensors[name] for name in sorted(model.layout.companions - scales)]  # scales of activations, markers
+        self.kept = [model.below.tensors[name] for name in sorted(model.layout.companions - scales)]  # scales of activations, markers
 
     def stored(self, outputs: Iterable[TensorInfo]) -> list[TensorInfo]:
         """The tensors to write for tensors of floats. UsageError for one whose shape differs from its codes'."""
@@ -84,7 +84,7 @@ class Requantized:
     def config(self, content: bytes) -> bytes:
         """config.json with the layout's `quantization_config`, in the place where the layout's config has it."""
         config = json.loads(content)
-        _put(config, self.model.stored.config())
+        _put(config, self.model.below.config())
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -105,7 +105,7 @@ class RequantizingWriter(CheckpointWriter):
         self._tensors: dict[str, _Tensor] = {}
         self._lock = threading.Lock()
         for info in layout.kept:
-            writer.copy(info.name, layout.model.stored, info.name)
+            writer.copy(info.name, layout.model.below, info.name)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         weight = self._layout.weights.get(name)
@@ -141,7 +141,7 @@ class RequantizingWriter(CheckpointWriter):
 
     def copy(self, name: str, source: Checkpoint, source_name: str) -> None:
         """Tensors that the layout stores in FP8 are copied as stored."""
-        weight, stored = self._layout.weights.get(name), self._layout.model.stored
+        weight, stored = self._layout.weights.get(name), self._layout.model.below
         if weight is None:
             self._writer.copy(name, source, source_name)
             return

@@ -1,4 +1,5 @@
-"""The table of coordinates for LoRAs. A new one is a function in spaces.py and a line here."""
+"""The table of coordinates for LoRAs, which the command line reads without torch. A new one is a function and its shape in spaces.py,
+and a line here."""
 
 from __future__ import annotations
 
