@@ -7,45 +7,56 @@ import os
 import signal
 import sys
 from difflib import get_close_matches
+from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from peru_cli import shown
-from peru_cli.chain import command as chain
+from peru_cli import options, shown
 from peru_cli.checkpoints.hub.session import interrupt
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PATCH_MARKER
 from peru_cli.console import console
-from peru_cli.demo import command as demo
 from peru_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, PeruError, ReportLost, UsageError, from_os_error
-from peru_cli.evaluate import command as eval
-from peru_cli.export import command as export
-from peru_cli.inspect import command as inspect
-from peru_cli.lora import command as svd_lora
-from peru_cli.merge import command as merge
-from peru_cli.pack import command as shuffle_pack
-from peru_cli.prune import command as prune
-from peru_cli.publish import command as push
-from peru_cli.unpack import command as unpack
-from peru_cli.verify import command as verify
 from peru_cli.version import __version__
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 a quality gate was missed, 130 interrupted."
 
-app = typer.Typer(
-    name="peru",
-    help="Store many fine-tunes of one base model for little more than the price of the base, and rebuild each of them.",
-    epilog=EPILOG,
-    no_args_is_help=True,
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
-for command in (prune, unpack, merge, shuffle_pack, svd_lora, push, export, chain, inspect, verify, eval, demo):
-    command.register(app)
+# The commands as the help lists them, and the room of each.
+ROOMS = {
+    "prune": "prune",
+    "unpack": "unpack",
+    "merge": "merge",
+    "shuffle-pack": "pack",
+    "svd-lora": "lora",
+    "push": "publish",
+    "export": "export",
+    "chain": "chain",
+    "inspect": "inspect",
+    "verify": "verify",
+    "eval": "evaluate",
+    "demo": "demo",
+}
+
+
+def build_app(command: str | None = None) -> typer.Typer:
+    """The command line, with all commands, or with one: building them all takes longer than a small model."""
+    app = typer.Typer(
+        name="peru",
+        cls=options.Group,
+        help="Store many fine-tunes of one base model for little more than the price of the base, and rebuild each of them.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(main)
+    for room in ROOMS.values() if command is None else [ROOMS[command]]:
+        import_module(f"peru_cli.{room}.command").register(app)
+    return app
 
 
 def _version(value: bool) -> None:
@@ -57,7 +68,6 @@ def _version(value: bool) -> None:
 _debug = False
 
 
-@app.callback()
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
@@ -114,6 +124,8 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         if not given or {"-h", "--help"} & set(given):
             _load_help()
+        typed = next((word for word in given if word != "--debug"), None)
+        app = build_app(typed if typed in ROOMS else None)
         code = app(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer turns it into an exit code without a message

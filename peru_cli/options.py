@@ -9,14 +9,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, Optional, get_args, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
 from peru_cli.checkpoints.hub.session import hub_session
@@ -143,8 +144,9 @@ Rename = Annotated[
     Optional[list[str]],
     typer.Option("--rename", metavar="REGEX=NEW", help="Rename tensors of the fine-tunes to match the base. Repeatable."),
 ]
-Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON value instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No notes and no progress bar.")]
+_PANEL = "Running"
+Json = Annotated[bool, typer.Option("--json", callback=_json, rich_help_panel=_PANEL, help="Print one JSON value instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, rich_help_panel=_PANEL, help="No notes and no progress bar.")]
 Summary = Annotated[
     Optional[Path],
     typer.Option("--summary", metavar="FILE.md", callback=_summary, help="Append the tables to FILE.md as Markdown, for CI."),
@@ -233,7 +235,7 @@ def shared(
 
         del with_groups.__wrapped__  # its annotations differ
         for name, title in of_panel.items():
-            in_panel(own[name], title)
+            own[name] = in_panel(own[name], title)
         named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()]
         parameters = [*named, *added, *rest]
         with_groups.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -246,17 +248,56 @@ def shared(
 class Command(TyperCommand):
     """A command whose --help is listed with the options of how to run."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters and the option that prints the help."""
+        return converted_quickly(super().get_params(ctx))
+
     def get_help_option(self, ctx: Any) -> Any:
         """The option that prints the help."""
         option = super().get_help_option(ctx)
         if option is not None:
-            option.rich_help_panel = Running.__name__
+            option.rich_help_panel = _PANEL
         return option
 
 
-def in_panel(parameter: inspect.Parameter, title: str) -> None:
-    """Move an option into a group of the help."""
-    get_args(parameter.annotation)[1].rich_help_panel = title
+class Group(TyperGroup):
+    """The command line, whose own options are read as those of its commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters and the option that prints the help."""
+        return converted_quickly(super().get_params(ctx))
+
+
+def converted_quickly(parameters: list[Any]) -> list[Any]:
+    """Parameters whose values go through pydantic only if they must be converted: loading it takes longer than a small model."""
+    for parameter in parameters:
+        vars(parameter).setdefault("get_runtime_param", partial(_Conversion, parameter.get_runtime_param))
+    return parameters
+
+
+class _Conversion(NamedTuple):
+    """How a parameter's value becomes one of its type; `of_typer` does the same for all values."""
+
+    of_typer: Callable[[], Any]
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The value in its type. Strings that are to be strings, defaults, and what was not given stay as they are."""
+        kind, many = param.type_descriptor.annotation, param.multiple or param.nargs != 1
+        if value is None:
+            return () if many else None
+        if not many and (value is param.default or (kind is str and isinstance(value, str))):
+            return value
+        if kind == list[str] and isinstance(value, list | tuple):
+            return list(value)
+        return self.of_typer().coerce(value, param=param, ctx=ctx)
+
+
+def in_panel(parameter: inspect.Parameter, title: str) -> inspect.Parameter:
+    """The option in a group of the help. Commands that share it can have it in other groups."""
+    kind, declared, *_ = get_args(parameter.annotation)
+    moved = copy(declared)
+    moved.rich_help_panel = title
+    return parameter.replace(annotation=Annotated[kind, moved])
 
 
 @cache
@@ -267,5 +308,4 @@ def _hints(kind: type) -> dict[str, Any]:
 def _parameter(kind: type, name: str, other: dict[str, Any]) -> inspect.Parameter:
     annotation = other.get(name, _hints(kind)[name])
     parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(kind, name), annotation=annotation)
-    in_panel(parameter, kind.__name__)
-    return parameter
+    return in_panel(parameter, kind.__name__)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peru_cli.checkpoints.architectures import is_output, is_tied
 from peru_cli.checkpoints.base_name import hub_repo
@@ -30,10 +31,11 @@ from peru_cli.merge.passes.run import merge
 from peru_cli.merge.plan import MergePlan
 from peru_cli.methods.parameters import Value
 from peru_cli.methods.rules import Rule
-from peru_cli.prune import run as pruning
-from peru_cli.publish.card import PERU, as_text, front_matter, link
 from peru_cli.vectors.family import StreamSettings
 from peru_cli.version import __version__
+
+if TYPE_CHECKING:
+    from peru_cli.prune.run import PruneResult
 
 _KEY = ".peru-merge-key"
 RECIPE_FILE = "mergekit_config.yml"
@@ -94,6 +96,8 @@ class Recipe:
 
     def card(self, plan: MergePlan, side_files: list[str]) -> str:
         """The model card."""
+        from peru_cli.publish.card import PERU, as_text, front_matter, link
+
         models = [vector.fine.public_name for vector in plan.vectors]
         sources = [name for name in (self.base_name, *models) if name is not None]
         head = front_matter(sources, "merge", "transformers" if "config.json" in side_files else None, ["merge", "peru"])
@@ -224,10 +228,10 @@ def write_heads(plan: MergePlan, folder: Path, sync: bool, merge_digest: str) ->
             writer.commit()
 
 
-def write_compressed(
-    plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, keep: Fraction, how: StreamSettings
-) -> list[pruning.PruneResult]:
+def write_compressed(plan: MergePlan, rule: Rule, recipe: Recipe, where: Where, keep: Fraction, how: StreamSettings) -> list[PruneResult]:
     """PERU-FFT: write `merged/` and one artifact for each task against it. Everything appears at once."""
+    from peru_cli.prune import run as pruning
+
     key = resume_key(plan, recipe)
     with PartialDirectory(where.target, where.sync, resume=True) as folder:
         marker, merged = folder.path / _KEY, folder.path / "merged"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def destination(wanted: options.Publishing, force: bool, output: str) -> Optional[Destination]:
     """Where --push publishes, after asking the Hub whether it would accept. None without --push. Call it before any tensor is read."""
+    if wanted == options.Publishing():
+        return None
     from peru_cli.publish import run as job
 
     place = job.destination(wanted.push, wanted.private, wanted.revision, wanted.commit_message, force, output)

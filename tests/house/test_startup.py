@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import peru_cli
-from peru_cli.cli import app
+from peru_cli.cli import build_app
 from peru_cli.methods.table import METHODS
 
+APP = build_app()
 HEAVY = {"torch", "numpy", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib", "pcodec", "yaml", "markdown_it"}
-COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+COMMANDS = sorted(command.name or command.callback.__name__ for command in APP.registered_commands if command.callback)
 PINNED = {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "120", "COLUMNS": "120"}
 # Runs the command line as `peru` does, then says on stderr which modules were loaded.
 PROBE = """
@@ -95,7 +96,7 @@ def test_every_declared_option_is_in_the_help(name: str, peru: Callable[..., str
     """Every option must be in the help: nothing cut off at 120 columns, and every method's options in that method's help."""
     import typer.main
 
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = typer.main.get_command(APP).commands[name]  # type: ignore[attr-defined]
     declared = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
     found = options_of(peru(name, "--help"))
     if name == "merge":
@@ -112,14 +113,17 @@ def test_the_help_of_a_method_has_its_options_and_no_others(method: str, peru: C
 
 
 def test_pruning_on_a_cpu_needs_no_torch(tmp_path: Path) -> None:
-    """Importing torch takes longer than pruning a small model."""
+    """Importing torch takes longer than pruning a small model, and pydantic as long."""
     from peru_cli import demo
 
     arguments = [str(demo.fine_tune("digits")), "--base", str(demo.BASE), "--device", "cpu"]
     for command in (["prune", *arguments, "-o", str(tmp_path / "a.safetensors"), "--keep", "10%"], ["inspect", arguments[0]]):
-        assert not probe(*command)[1] & {"torch", "transformers", "peft", "huggingface_hub", "matplotlib"}
+        assert not probe(*command)[1] & {"torch", "transformers", "peft", "huggingface_hub", "matplotlib", "pydantic", "yaml"}
     _, loaded = probe("unpack", str(tmp_path / "a.safetensors"), "--base", str(demo.BASE), "-o", str(tmp_path / "r"))
-    assert "torch" not in loaded
+    assert not loaded & {"torch", "pydantic"}
+    others = [f"{name}={demo.fine_tune(name)}" for name in ("digits", "notmnist")]
+    merge = ["merge", *others, *arguments[1:3], "-m", "linear", "-o", str(tmp_path / "merged")]
+    assert not probe(*merge)[1] & {"torch", "pydantic", "yaml", "transformers"}
     for kind in ("tiny/artifact", "mixed/artifact", "pack/pack", "masks/masks"):
         _, loaded = probe("inspect", str(Path(__file__).parents[1] / "golden" / f"{kind}.safetensors"))
         assert not loaded & {"torch", "transformers", "peft", "huggingface_hub", "safetensors", "matplotlib"}

@@ -9,8 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.errors import UsageError
 from peru_cli.merge.given import ALL, Given
@@ -38,6 +36,8 @@ def recipe_text(typed: Typed) -> tuple[str, list[str]]:
     """The recipe, and notes on options that mergekit lacks or treats differently.
 
     Raises UsageError for a method that mergekit lacks."""
+    import yaml
+
     method, mapped = typed.method, typed.method.mergekit
     if mapped is None:
         raise UsageError(f"mergekit has no method like {method.name}", "leave --write-recipe out")
