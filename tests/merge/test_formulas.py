@@ -143,7 +143,7 @@ def test_methods_on_singular_values(tmp_path: Path, peru) -> None:
     case = Case(tmp_path, peru)
     for method, options, merge in (
         ("tsv-m", [], formula.tsv_m), ("iso-c", [], formula.iso_c),
-        ("iso-cts", ["--common", "0.6"], lambda tau: formula.iso_cts(tau, 0.6)), ("star", [], lambda tau: formula.star(tau, 0.4)),
+        ("iso-cts", ["--common", "0.55"], lambda tau: formula.iso_cts(tau, 0.55)), ("star", [], lambda tau: formula.star(tau, 0.4)),
     ):  # fmt: skip
         case.check(case.on_base(weighted(merge)), "-m", method, *options, *case.weights())
         plain = ["-m", method, *options, "--plain", "weight", *case.weights()]

@@ -160,7 +160,7 @@ def iso_c(tau: list[Array]) -> Array:
 
 def iso_cts(tau: list[Array], common: float) -> Array:
     u, s, v = np.linalg.svd(rows(sum(tau)), full_matrices=False)
-    own = (len(s) - int(len(s) * common)) // len(tau)
+    own = min(round((len(s) - int(len(s) * common)) / len(tau)), len(s) // len(tau))
     k = len(s) - own * len(tau)
     left, values, right = [u[:, :k]], [s[:k]], [v[:k]]
     for x in tau:

@@ -5,7 +5,8 @@
              them; polar of both sides, all values their mean
 
 Source: Marczak et al., No Task Left Behind (2025), https://arxiv.org/abs/2502.04959, equations 6 to 8 and algorithms 1 and 2; the paper
-keeps 80% common directions. Tensors that are not matrices are averaged."""
+keeps 80% common directions. Tensors that are not matrices are averaged, and `--scale` leaves them as they are; the authors' program scales
+them, too."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class IsoCts(IsoC):
 
     def merge_matrix(self, matrices: Matrices) -> torch.Tensor:
         r, tasks = min(matrices.rows, matrices.columns), matrices.tasks
-        own = (r - int(r * self.parameters.share("common"))) // tasks  # directions of each task
+        # Directions of each task, rounded as the authors' program rounds them.
+        own = min(round((r - int(r * self.parameters.share("common"))) / tasks), r // tasks)
         left, values, right = top_directions(self._sum(matrices), r - own * tasks)
         parts = []
         for task in range(tasks if own else 0):
