@@ -9,6 +9,7 @@ from peru_cli.artifacts.mixed.reader import Mixed
 from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
+from peru_cli.artifacts.packs.routed import KIND as ROUTED
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.checks.usable import usable
 from peru_cli.checkpoints.dtypes import Dtype
@@ -65,15 +66,22 @@ def _open(model: str, base: Checkpoint | None, task: str | None, stored: bool) -
             try:
                 made = open_artifact(path, model, lambda artifact: as_recorded(base, recorded_dtypes(artifact)), task or None)
             except UsageError as error:
-                raise UsageError(error.message, f"write TASK={model}") from error
+                raise UsageError(error.message, f"write TASK={model}" if error.hint == "--task NAME" else error.hint) from error
             return made if stored or made.base is base else usable(made)
         return usable(opened, stored)
     return open_model(model, stored)
 
 
 def open_compact(path: Place) -> Artifact:
-    """Open an artifact of any kind, without its base. BadFile if it is damaged or of an unknown kind."""
+    """Open an artifact of one or several fine-tunes, without its base. BadFile if it is damaged or of an unknown kind.
+
+    UsageError for routed experts, which are no fine-tune's weights."""
     kind = artifact_kind(path)
+    if kind == ROUTED:
+        raise UsageError(
+            f"{path} holds routed experts: every input chooses its own, so there is no single checkpoint in it",
+            "`peru_cli.apply` installs it in a model",
+        )
     return open_pack(path) if kind in KINDS else Mixed(path) if kind == MIXED else SparseDelta(path)
 
 
@@ -81,7 +89,7 @@ def open_bytes(data: bytes | memoryview) -> Artifact:
     """An artifact whose bytes are at hand. BadFile if they are damaged, UsageError for a pack."""
     file = BytesFile(data)
     kind = read_header(file).metadata.get("peru.kind")
-    if kind in KINDS:
+    if kind in (*KINDS, ROUTED):
         raise UsageError("a pack cannot be opened from memory", "write it to a file, and open that")
     return Mixed(file) if kind == MIXED else SparseDelta(file)
 

@@ -55,6 +55,7 @@ def inspect(
     from peru_cli.artifacts.mixed.writer import KIND as MIXED
     from peru_cli.artifacts.packs.masks import KIND as MASKS
     from peru_cli.artifacts.packs.masks import KINDS
+    from peru_cli.artifacts.packs.routed import KIND as ROUTED
     from peru_cli.checkpoints.hub.session import current_session
     from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
     from peru_cli.checkpoints.names.translated import bring_together
@@ -64,6 +65,7 @@ def inspect(
     from peru_cli.inspect.mixed import show_mixed
     from peru_cli.inspect.pack import show_pack
     from peru_cli.inspect.ranks import show_adapter
+    from peru_cli.inspect.routed import show_routed
     from peru_cli.reports.plots import check_plot
 
     session = current_session()
@@ -87,6 +89,8 @@ def inspect(
             show_masks(place, plot)
         elif kind == MIXED:
             show_mixed(place, plot, every)
+        elif kind == ROUTED:
+            show_routed(place, plot, every)
         elif kind in KINDS:
             show_pack(place, plot)
         else:

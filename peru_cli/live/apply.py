@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peru_cli.artifacts.container import find_artifact
+from peru_cli.artifacts.container import artifact_kind, find_artifact
 from peru_cli.artifacts.packs.pack import Pack
+from peru_cli.artifacts.packs.routed import KIND as ROUTED
+from peru_cli.artifacts.packs.routed import Routed
 from peru_cli.checkpoints.places import locate
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.decode import kept_bits
@@ -45,7 +47,8 @@ def open_artifact(path: str | Path | bytes | memoryview) -> Artifact:
     """
     if isinstance(path, bytes | memoryview):
         return open_bytes(path)
-    return open_compact(find_artifact(locate(str(path))))
+    place = find_artifact(locate(str(path)))
+    return Routed(place) if artifact_kind(place) == ROUTED else open_compact(place)
 
 
 def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *, task: str | None = None, verify: bool = True) -> Applied:
@@ -55,10 +58,10 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
         model: a torch module or a state dict with the base's weights, in the base's dtype and on any device.
             Applies to a module do not nest: a module that carries an artifact is restored first. From one task of a pack
             to another the base is neither restored nor verified again. Applies to a state dict nest if `verify` is off;
-            restore the last one first. Weights belong to the thread that applied something to them until it restores
-            them: any other thread gets an error.
+            restore the last one first. Routed experts need a module. Weights belong to the thread that applied something
+            to them until it restores them: any other thread gets an error.
         artifact: from `open_artifact`.
-        task: which task of a pack; optional if there is only one.
+        task: which task of a pack; optional if there is only one. Routed experts choose by themselves.
         verify: check first that every tensor is the base's, by digest. Switch off only for speed.
 
     Returns:
@@ -70,15 +73,15 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
             an earlier artifact has been restored.
         BadFile: the artifact is damaged. What was changed is put back.
         UsageError: the pack has no such task, or another thread has applied something to these weights."""
+    if isinstance(artifact, Routed):
+        return _apply_routed(model, artifact, task, verify)
     if isinstance(artifact, Pack):
         return _apply_pack(model, artifact, artifact.task(task).name, verify)
     if task is not None:
         raise UsageError(f"{artifact.path} is not a pack: it holds one fine-tune", "leave task out")
     is_module = isinstance(model, torch.nn.Module)
-    if isinstance(model, torch.nn.Module) and (earlier := _applied.get(model)) is not None:
-        Claim(as_saved(model).values(), str(artifact.path)).release()  # fails if they are another thread's
-        _applied.pop(model, None)
-        earlier.restore()
+    if isinstance(model, torch.nn.Module):
+        _restore_earlier(model, artifact)
     table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
     claim = Claim(table.values(), str(artifact.path))
     try:
@@ -88,6 +91,35 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
         raise
     if is_module:
         _applied[model] = applied
+    return applied
+
+
+def _restore_earlier(model: nn.Module, artifact: Artifact) -> None:
+    """Restore what a module carries. UsageError if its weights are another thread's."""
+    if (earlier := _applied.get(model)) is not None:
+        Claim(as_saved(model).values(), str(artifact.path)).release()
+        _applied.pop(model, None)
+        earlier.restore()
+
+
+def _apply_routed(model: nn.Module | MutableMapping[str, Tensor], routed: Routed, task: str | None, verify: bool) -> Applied:
+    from peru_cli.live.routed import apply_routed
+
+    if task is not None:
+        raise UsageError(f"{routed.path} chooses a task for every input", "leave task out")
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(
+            f"{routed.path} holds routed experts: they are installed in a module, not in a state dict", "pass the model itself"
+        )
+    _restore_earlier(model, routed)
+    table = as_saved(model)
+    claim = Claim(table.values(), str(routed.path))
+    try:
+        applied = apply_routed(model, table, routed, claim, verify)
+    except BaseException:
+        claim.release()
+        raise
+    _applied[model] = applied
     return applied
 
 

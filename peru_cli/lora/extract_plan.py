@@ -127,7 +127,7 @@ def plan_extraction(name: str, fine: Checkpoint, base: Checkpoint, per_task: str
     plan.renamed, problem = names_in_memory(plan.config, len(base.tensors)) if for_peft else ({}, None)
     if problem is not None:
         plan.warnings.append(f"{fine.label}: {problem}; modules keep the names of the checkpoint")
-    found = (_weight(plan.in_memory(pair.fine.name), pair, plan.config) for pair in pairing.pairs)
+    found = (weight_of(plan.in_memory(pair.fine.name), pair, plan.config) for pair in pairing.pairs)
     plan.weights = [weight for weight in found if weight is not None and weight.largest_rank]
     if not plan.weights:
         raise UsageError(f"{fine.label} and {base.label} share no weight matrix that an adapter could hold")
@@ -149,8 +149,8 @@ def _say_what_stays(plan: Extraction) -> None:
         )
 
 
-def _weight(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:
-    """How a pair's difference becomes factors. None if it does not."""
+def weight_of(name: str, pair: Pair, config: Mapping[str, Any]) -> Weight | None:
+    """How a pair's difference becomes factors, under the name in memory. None if it does not."""
     shape = pair.fine.shape
     if pair.grown or not pair.is_delta or len(shape) < 2 or not pair.entries:
         return None

@@ -6,11 +6,13 @@ from collections import Counter
 from copy import copy
 from typing import Any
 
+from peru_cli.errors import UsageError
 from peru_cli.methods.table import FLAGS, METHODS, Method, find_method, shown
 from peru_cli.options import Command
 
 _TYPED = "peru.typed"
 _ALWAYS, _OF_DATA = ("help", "models", "base", "output"), ("data", "stats")
+ROUTED = ("smile",)  # methods of `peru shuffle-pack` that people look for here
 _COMMON = 10  # an option is shown without a method if this many methods have it
 
 
@@ -18,8 +20,13 @@ class HelpByMethod(Command):
     """A command with an option for every flag of every method. Its help shows those that matter."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep what was typed: --help runs before other options are read."""
+        """Keep what was typed: --help runs before other options are read. UsageError for methods that are another command's."""
         ctx.meta[_TYPED] = list(args)
+        if _value(args, "--method", "-m") in ROUTED:
+            raise UsageError(
+                f"--method {_value(args, '--method', '-m')} keeps the tasks apart and routes inputs among them: that is no merge",
+                "write `peru shuffle-pack` in place of `peru merge`, with the same options and -o OUT.safetensors",
+            )
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -13,6 +13,7 @@ from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.pack.masks import command as packmasks
+from peru_cli.pack.routed import command as packrouted
 from peru_cli.publish.command import destination, publish
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     lacks=["device"],
     panels={
         "Inputs": "base add_to remove_from rename per_task",
-        "Method": "method seed decorrelate signs skip scale precision target exclude whole_weights residual max_error threshold keep",
+        "Method": "method seed decorrelate signs skip scale precision target exclude whole_weights residual max_error threshold keep "
+        "rank gate_rank top_k",
         "Output": "output merge_base dtype base_id",
     },
 )
@@ -35,7 +37,7 @@ def shuffle_pack(
     base: options.Base,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The pack, a .safetensors file.")],
     method: Annotated[
-        str, typer.Option("--method", "-m", metavar="METHOD", help="superpose, tall-masks, magnitude-masks or emr.")
+        str, typer.Option("--method", "-m", metavar="METHOD", help="superpose, tall-masks, magnitude-masks, emr or smile.")
     ] = "superpose",
     threshold: Annotated[
         Optional[list[str]],
@@ -44,6 +46,13 @@ def shuffle_pack(
     keep: Annotated[
         Optional[str],
         typer.Option("--keep", "-k", metavar="SHARE", help="magnitude-masks: share of a task's entries to keep. Default: 10%."),
+    ] = None,
+    rank: Annotated[Optional[int], typer.Option("--rank", min=1, metavar="R", help="smile: rank of the experts. Default: 16.")] = None,
+    gate_rank: Annotated[
+        Optional[int], typer.Option("--gate-rank", min=1, metavar="R", help="smile: directions by which the router chooses. Default: 4.")
+    ] = None,
+    top_k: Annotated[
+        Optional[int], typer.Option("--top-k", min=1, metavar="N", help="smile: how many tasks' experts answer together. Default: 1.")
     ] = None,
     seed: Annotated[
         Optional[int], typer.Option("--seed", min=0, metavar="N", help="Seed of the permutations and signs. Default: 0.")
@@ -78,7 +87,7 @@ def shuffle_pack(
         Optional[str], typer.Option("--target", metavar="REGEX", help="Superpose tensors whose names match. Default: layers that repeat.")
     ] = None,
     exclude: Annotated[
-        Optional[str], typer.Option("--exclude", metavar="REGEX", help="Do not superpose tensors whose names match.")
+        Optional[str], typer.Option("--exclude", metavar="REGEX", help="Do not superpose, or route, tensors whose names match.")
     ] = None,
     max_error: Annotated[
         Optional[float],
@@ -126,6 +135,8 @@ def shuffle_pack(
 
     peru shuffle-pack a=MODEL b=MODEL --base BASE -o masks.safetensors --method tall-masks --threshold a=0.3
 
+    peru shuffle-pack a=MODEL b=MODEL --base BASE -o smile.safetensors --method smile --rank 16 --gate-rank 4
+
     The default is STA + Shuffle. TA + Shuffle: --no-signs; STA: --decorrelate none; task arithmetic: both.
     """
     given = {
@@ -136,7 +147,13 @@ def shuffle_pack(
     change = add_to or remove_from
     of_packs = ("seed", "decorrelate", "signs", "skip", "target", "exclude", "merge-base", "residual", "whole-weights")
     apart = {f"--{name}": given[f"--{name}"] for name in of_packs}
-    masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change)
+    matching = _pattern(target, "--target"), _pattern(exclude, "--exclude")
+    floats = options.parse_dtype(dtype) if dtype is not None else None
+    foreign: dict[str, object] = {name: value for name, value in apart.items() if name not in ("--target", "--exclude")}
+    foreign |= {"--scale": scale, "--precision": precision, "--max-error": max_error, "--threshold": threshold, "--keep": keep}
+    ranks = {"--rank": rank, "--gate-rank": gate_rank, "--top-k": top_k}
+    routed = packrouted.read_options(method, ranks, foreign, change, matching, per_task, floats)
+    masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change) if routed is None else None
     if add_to is not None and remove_from is not None:
         raise UsageError("--add-to and --remove-from exclude each other", "run one after the other")
     if change is not None and (fixed := [name for name, value in given.items() if value is not None]):
@@ -172,8 +189,7 @@ def shuffle_pack(
         raise UsageError(f"--decorrelate {decorrelate!r} is not {', '.join(DECORRELATE[:-1])} or {DECORRELATE[-1]}")
     chosen = PackOptions(
         seed or 0, decorrelate or "shuffle", signs is not False, skip or 1, factor, precision,
-        _pattern(target, "--target"), _pattern(exclude, "--exclude"), per_task,
-        options.parse_dtype(dtype) if dtype is not None else None, whole_weights,
+        *matching, per_task, floats, whole_weights,
     )  # fmt: skip
     out = Path(output)
     if out.suffix != ".safetensors" or output.endswith("/"):
@@ -193,6 +209,12 @@ def shuffle_pack(
     opened = [open_fine_tune(model, opened_base) for _, model in arguments]
     models_on_base, said = bring_together([as_unpacked(model) for model in opened], opened_base, rename or ())
     tasks = [(name, model) for (name, _), model in zip(arguments, models_on_base, strict=True)]
+    if routed is not None:
+        for line in said:
+            console.note(line)
+        if (wrote := packrouted.write(routed, opened_base, tasks, opened, out, base_id, run)) is not None:
+            packrouted.report(wrote, publish(place, [out], "shuffle-pack"))
+        return
     if masks is not None:
         plan = plan_masks(opened_base, tasks, chosen, masks)
     else:

@@ -174,7 +174,7 @@ class PackSealer:
         together = len(plan.vectors) + (len(plan.old.tasks) if plan.old is not None else 0)
         record = TaskRecord(
             vector.name, vector.pairing.prefix, plan.shifts[vector.name], self._fine_digest(number, own), together,
-            _decimal(norm, 6), _decimal(found.error), _decimal(found.cosine), _decimal(rounding),
+            decimal(norm, 6), decimal(found.error), decimal(found.cosine), decimal(rounding),
         )  # fmt: skip
         record.tensors = [TaskTensor(info, own[info.name][:SHORT]) for info in sorted(plan.heads[vector.name], key=lambda t: t.name)]
         record.files = [self._side_file(name, vector.fine) for name in sorted(vector.fine.side_files)]
@@ -185,14 +185,9 @@ class PackSealer:
         return record, PackedTask(vector.name, norm, self._predicted[number], found, rounding, record.whole_bytes)
 
     def _side_file(self, name: str, fine: Checkpoint) -> SideFile:
-        content = fine.side_files[name].read_bytes()
         place = self._plan.base.side_files.get(name)
         other = self._new_base.files.get(name) if self._new_base is not None else place.read_bytes() if place is not None else None
-        digest = short_digest(content)
-        if other == content:
-            return SideFile(name, FROM_BASE, len(content), digest)
-        self._contents[digest] = content
-        return SideFile(name, STORED, len(content), digest)
+        return side_file(name, fine.side_files[name].read_bytes(), other, self._contents)
 
     @staticmethod
     def _order_cosines(tasks: Sequence[TaskRecord]) -> None:
@@ -220,7 +215,16 @@ class PackSealer:
                     self._contents[file.digest] = plan.old.side_file(file)
 
 
-def _decimal(value: float, digits: int = 4) -> str:
+def side_file(name: str, content: bytes, of_base: bytes | None, contents: dict[bytes, bytes]) -> SideFile:
+    """The record of a task's side file. What the base does not have goes into `contents`, by digest."""
+    digest = short_digest(content)
+    if of_base == content:
+        return SideFile(name, FROM_BASE, len(content), digest)
+    contents[digest] = content
+    return SideFile(name, STORED, len(content), digest)
+
+
+def decimal(value: float, digits: int = 4) -> str:
     """A number with this many significant digits, in the format's decimal form."""
     return repr(float(f"{value:.{digits}g}"))
 

@@ -13,6 +13,8 @@ from peru_cli.artifacts.container import Container, is_artifact
 from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
+from peru_cli.artifacts.packs.routed import KIND as ROUTED
+from peru_cli.artifacts.packs.routed import Routed
 from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
 from peru_cli.checkpoints.names.renamed import RENAME, decode_rules
 from peru_cli.console import count, si_bytes
@@ -95,7 +97,10 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
         container = Container(path)
         try:
             metadata[file] = container.metadata
-            if container.metadata["peru.kind"] in KINDS:
+            if container.metadata["peru.kind"] == ROUTED:
+                with Routed(path) as routed:
+                    rows.append(_routed_row(file, routed))
+            elif container.metadata["peru.kind"] in KINDS:
                 with open_pack(path) as pack:
                     packed[file] = list(pack.tasks)
                     rows.append(_pack_row(file, pack))
@@ -118,6 +123,9 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
             "" if name is not None and hub_repo(name.name) else f" --base hf://models/{repo}/{MERGED}" if found.merged else " --base BASE"
         )
         tasks, name_one = packed.get(file), len(found.artifacts) > 1
+        if metadata[file]["peru.kind"] == ROUTED:  # it has no single checkpoint
+            body.append(f"peru inspect {shlex.quote(artifact_of(repo, file, name_one))}")
+            continue
         for task in [PurePosixPath(file).stem] if tasks is None else tasks:
             which = f" --task {shlex.quote(task)}" if tasks is not None or name_one else ""
             named = shlex.quote(artifact_of(repo, file, name_one and tasks is not None))
@@ -180,6 +188,15 @@ def _pack_row(file: str, pack: Pack) -> str:
         f"| `{markdown(file)}` | {markdown(', '.join(pack.tasks))} | {container.file_bytes:,}"
         f" | {count(pack.index.entries)} for all tasks |"
         f" | {bits:.3f} | {container.sizes['whole']:,} bytes |"
+    )
+
+
+def _routed_row(file: str, routed: Routed) -> str:
+    container = routed.container
+    return (
+        f"| `{markdown(file)}` | {markdown(', '.join(routed.tasks))} | {container.file_bytes:,}"
+        f" | experts of rank {routed.rank} for {count(len(routed.layers))} layers, among which inputs choose |"
+        f" | | {container.sizes['whole']:,} bytes |"
     )
 
 

@@ -32,7 +32,7 @@ def read_options(
     from peru_cli.pack.masks.run import MaskOptions
 
     if method not in ("superpose", *METHODS):
-        raise UsageError(f"--method {method!r} is not superpose, {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+        raise UsageError(f"--method {method!r} is not superpose, {', '.join(METHODS)} or smile")
     if thresholds and method != TALL:
         raise UsageError(f"--threshold has no meaning with --method {method}", f"it belongs to --method {TALL}")
     if keep is not None and method != MAGNITUDE:

@@ -1,0 +1,66 @@
+"""Makes the golden routed experts beside this file: `python tests/golden/make_routed.py`.
+
+Two tasks over a base with a linear layer, a Conv1D (stored as in, out), a layer that one task leaves alone, and heads. The last bits of
+factors depend on the machine's linear algebra, so tests read this file; they do not make it again."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent / "routed"
+sys.path.insert(0, str(HERE.parents[2]))
+
+import numpy as np  # noqa: E402
+
+from tests.golden.make import Tensors, steps, to_bf16, weights, write_model  # noqa: E402
+
+SHAPES = {
+    "embed.weight": (9, 6),
+    "mlp.weight": (7, 6),
+    "mlp.bias": (7,),
+    "c_proj.weight": (7, 5),
+    "out.weight": (6, 5),
+    "norm.weight": (6,),
+}
+OPTIONS = ["--method", "smile", "--rank", "3", "--gate-rank", "2", "--base-id", "example/base@0123abc"]
+CONFIG = {"config.json": '{"model_type": "gpt2"}\n'}
+
+
+def base() -> Tensors:
+    """F32, and BF16 for `out`."""
+    tensors: Tensors = {"ids": ("I64", np.arange(5, dtype=np.int64))}
+    for seed, (name, shape) in enumerate(SHAPES.items(), 20):
+        array = weights(shape, seed, bits=14)
+        tensors[name] = ("BF16", to_bf16(array)) if name == "out.weight" else ("F32", array)
+    return tensors
+
+
+def fine_tune(number: int) -> Tensors:
+    """Behind a prefix, with a head. The second task leaves `c_proj` as it is."""
+    tensors: Tensors = {"enc.ids": ("I64", np.arange(5, dtype=np.int64)), "head": ("F32", weights((3 + number, 6), 90 + number))}
+    for seed, (name, shape) in enumerate(SHAPES.items(), 100 * number + 300):
+        array = weights(shape, 20 + list(SHAPES).index(name), bits=14)
+        moved = array if number and name == "c_proj.weight" else array + steps(shape, seed)
+        tensors["enc." + name] = ("BF16", to_bf16(moved)) if name == "out.weight" else ("F32", moved)
+    return tensors
+
+
+def write_family(folder: Path) -> list[str]:
+    """Base and fine-tunes; the command line that packs them."""
+    write_model(folder / "base", base(), CONFIG)
+    for number, task in enumerate("ab"):
+        write_model(folder / task, fine_tune(number), CONFIG | {"vocab.txt": "a\nb\n"})
+    return ["shuffle-pack", f"b={folder}/b", f"a={folder}/a", "-b", f"{folder}/base", *OPTIONS]
+
+
+if __name__ == "__main__":
+    if HERE.exists():
+        shutil.rmtree(HERE)
+    HERE.mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = write_family(Path(scratch))
+        subprocess.run([sys.executable, "-m", "peru_cli", *command, "-o", HERE / "routed.safetensors"], check=True)
