@@ -29,11 +29,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from minilm import encoder, read
+
+from peru_cli.training import TauJp
 
 TASKS = ("sst2", "clinc_domains", "hate_davidson", "agnews", "banking77", "tweet_offensive", "snips", "atis")
 KINDS = ("full", "lora", "multitask", "regularised")
@@ -275,19 +277,6 @@ def make_multitask(cache: Cache, tasks: Sequence[Task]) -> None:
     cache.mark("multitask", {task.name: cache.accuracies(reloaded[task.name], task) for task in tasks} | {"training": seconds})
 
 
-def tau_jp(encoder: nn.Module, origin: Batch, tau: Batch, inputs: Batch) -> Tensor:
-    """Mean over the inputs of ||J(x) tau||_2, J the Jacobian at `origin` of the features before the head (tau-Jp paper).
-
-    `tau` may carry gradients; `encoder` is a BertModel with eager attention, for fused attention has no forward mode.
-    """
-
-    def features(parameters: Batch) -> Tensor:
-        return torch.func.functional_call(encoder, parameters, (), inputs).pooler_output
-
-    _, change = torch.func.jvp(features, (origin,), (tau,))
-    return change.norm(dim=-1).mean()
-
-
 def make_regularised(cache: Cache, task: Task, tasks: Sequence[Task]) -> None:
     """Fine-tune all parameters with the tau-Jp regulariser: cyclic, each step on the unlabelled inputs of one other task.
 
@@ -296,17 +285,11 @@ def make_regularised(cache: Cache, task: Task, tasks: Sequence[Task]) -> None:
     if not others:
         raise SystemExit(f"regularised: {task.name} alone has no other task to be kept apart from; name more with --tasks")
     model = cache.classifier(task)
-    frozen = AutoModel.from_pretrained(cache.base, attn_implementation="eager").eval().requires_grad_(False)
-    origin = dict(frozen.named_parameters())
+    tau_jp = TauJp(model, model)
     model.train()
-
-    def regulariser(inputs: Batch) -> Tensor:
-        tau = {name: p - origin[name] for name, p in model.bert.named_parameters()}
-        return STRENGTH * tau_jp(frozen, origin, tau, inputs)
-
     unlabelled = (next(stream)[0] for stream in cycle([cache.batches(t, REGULARISER_BATCH) for t in others]))
     streams = zip(cache.batches(task), unlabelled, strict=True)
-    losses = ([partial(cross_entropy, model, batch), partial(regulariser, inputs)] for batch, inputs in streams)
+    losses = ([partial(cross_entropy, model, batch), lambda inputs=inputs: STRENGTH * tau_jp.penalty(inputs)] for batch, inputs in streams)
     seconds = train(list(model.parameters()), losses, "regularised")
     folder = cache.write(f"regularised/{task.name}", partial(cache.save, model))
     model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -23,6 +23,7 @@ ROOMS = [
     "finetunes",
     "live",
     "inference",
+    "training",
     "reports",
     "options",
     "publish",
