@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -12,8 +13,9 @@ from peru_cli.console import console
 from peru_cli.errors import EXIT_GATE, UsageError
 
 if TYPE_CHECKING:
-    from peru_cli.evaluate.plan import Comparison
+    from peru_cli.evaluate.plan import Comparison, Gate
     from peru_cli.evaluate.run import Score
+    from peru_cli.evaluate.show import Row
     from peru_cli.evaluate.weights import WeightsReport
     from peru_cli.inference.data import Examples
 
@@ -70,7 +72,7 @@ def evaluate_command(
             "--fail-below",
             metavar="METRIC=VALUE",
             help="Exit with 3 if any task is below: accuracy, f1, f1_micro, f1_macro, matthews, pearson, spearman, normalised, difference, "
-            "agreement, cosine, sign. Write shares as 95%. Repeatable.",
+            "agreement, cosine, sign, routed. Write shares as 95%. Repeatable.",
         ),
     ] = None,
     fail_above: Annotated[
@@ -112,6 +114,8 @@ def evaluate_command(
 
     peru eval lm.safetensors --base BASE --against MODEL --text wiki.txt
 
+    peru eval smile.safetensors --base BASE --data a=a.jsonl --data b=b.jsonl
+
     peru eval a=MODEL_A b=MODEL_B --base BASE --tau-jp --data a=a.jsonl --data b=b.jsonl
 
     peru eval a=MODEL_A --base BASE --negate --data target=a.jsonl --data control=b.jsonl --against control=MODEL_B
@@ -140,6 +144,17 @@ def evaluate_command(
     if trust_remote_code and not files:
         raise UsageError("--trust-remote-code is for models that run on --data or --text", "leave it out: no model is run")
     everyone = [*named.values(), *others.values(), *([base] if base is not None else [])]
+    if len(named) == 1 and _is_routed(*named.values()):
+        refused = {"--against": against, "--text": text, "--tau-jp": tau_jp, "--negate": negate, "--plot": plot, "--report": report}
+        if wrong := [option for option, value in refused.items() if value]:
+            raise UsageError(f"{', '.join(wrong)}: no meaning with routed experts", "leave it out: they take --data, gates and --csv")
+        if base is None or not files:
+            raise UsageError("routed experts run on their base, on the data of their tasks", "add --base BASE --data TASK=FILE")
+        with trusting(everyone, trust_remote_code):
+            _evaluate_routed(
+                next(iter(named.values())), base, _read(files, [], max_samples), gates, csv, (dtype, run.device, run.threads, batch_size)
+            )
+        return
     if tau_jp or negate:
         if tau_jp and negate:
             raise UsageError("--tau-jp and --negate exclude each other", "use one of them")
@@ -174,22 +189,76 @@ def evaluate_command(
         scores = _run(comparisons, base, dtype, run.device, run.threads, batch_size, context) if files else []
     inputs.check()
     evalshow.show(scores, weights, every)
-    rows = evalshow.numbers(scores, weights)
-    missed = evalshow.missed(gates, rows)
-    console.result(evalshow.as_json(scores, weights, missed))
-    if csv is not None:
-        evalshow.write_csv(csv, rows)
+    missed = _tell(scores, weights, gates, csv)
     if plot is not None or report is not None:
         from peru_cli.evaluate import draw as evaldraw
 
         for path, said in evaldraw.draw(plot, report, scores, weights, [gate.option for gate in gates], missed):
             console.note(f"{said} {path}")
+    _judge(gates, evalshow.numbers(scores, weights), missed)
+
+
+def _tell(scores: Sequence[Score], weights: dict[str, WeightsReport], gates: list[Gate], csv: Optional[Path], **more: object) -> list[str]:
+    """Write what --json and --csv ask for. Returns a line for each gate that was missed."""
+    from peru_cli.evaluate import show as evalshow
+
+    rows = evalshow.numbers(scores, weights)
+    missed = evalshow.missed(gates, rows)
+    console.result(evalshow.as_json(scores, weights, missed) | more)
+    if csv is not None:
+        evalshow.write_csv(csv, rows)
+    return missed
+
+
+def _judge(gates: list[Gate], rows: Sequence[Row], missed: list[str]) -> None:
+    """Say which gates were passed and missed. Exits with 3 if any was missed."""
+    from peru_cli.evaluate import show as evalshow
+
     for line in evalshow.passed(gates, rows):
         console.note(line)
     for line in missed:
         console.error(line)
     if missed:
         raise typer.Exit(EXIT_GATE)
+
+
+def _is_routed(model: str) -> bool:
+    """Whether an argument names routed experts."""
+    from peru_cli.artifacts.container import artifact_kind
+    from peru_cli.artifacts.packs.routed import KIND
+    from peru_cli.checkpoints.places import locate
+    from peru_cli.finetunes.open import artifact_for
+
+    return artifact_kind(artifact_for(locate(model), "")) == KIND
+
+
+def _evaluate_routed(
+    model: str, base: str, examples: dict[str, Examples], gates: list[Gate], csv: Optional[Path],
+    how: tuple[str, str, Optional[int], Optional[int]],
+) -> None:  # fmt: skip
+    """Run routed experts and print what was found; `how` has the dtype, device, threads and batch size."""
+    import torch
+
+    from peru_cli.checkpoints.local import inputs
+    from peru_cli.checkpoints.places import locate
+    from peru_cli.evaluate import show as evalshow
+    from peru_cli.evaluate.routed import METRICS, evaluate_routed
+    from peru_cli.finetunes.open import artifact_for
+    from peru_cli.inference.models import pick_device
+    from peru_cli.inference.prepare import Settings
+
+    if unmeasured := [gate.option for gate in gates if gate.metric not in METRICS]:
+        raise UsageError(f"{unmeasured[0]} will not be measured for routed experts", "gates can be on accuracy and routed")
+    dtype, device, threads, batch_size = how
+    settings = Settings(getattr(torch, COMPUTE[dtype]), pick_device(device), threads=threads)
+    with console.progress(sum(map(len, examples.values())), "eval", "examples") as progress:
+        place = artifact_for(locate(model), "")
+        scores = evaluate_routed(model, place, base, examples, settings, batch_size, progress.advance, progress.step)
+    inputs.check()
+    evalshow.show(scores, {})
+    evalshow.show_shares({score.task: score.shares for score in scores})
+    missed = _tell(scores, {}, gates, csv, routing={score.task: score.shares for score in scores})
+    _judge(gates, evalshow.numbers(scores, {}), missed)
 
 
 def _check_output(path: Optional[Path], option: str, force: bool) -> None:

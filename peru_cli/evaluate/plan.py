@@ -12,14 +12,16 @@ from peru_cli.shown import listed
 
 HIGHER = (
     "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "pearson", "spearman", "normalised", "difference", "agreement", "cosine", "sign",
+    "routed",
 )  # fmt: skip
 LOWER = ("kl", "kl99", "perplexity", "error", "mse", "distance")
 # Metrics shown in per cent, and their maximum.
-SHARES = {"accuracy": 1.0, "f1": 1.0, "f1_micro": 1.0, "f1_macro": 1.0, "agreement": 1.0, "sign": 1.0, "normalised": 2.0, "difference": 1.0}
+SHARES = dict.fromkeys(("accuracy", "f1", "f1_micro", "f1_macro", "agreement", "sign", "difference", "routed"), 1.0) | {"normalised": 2.0}
 _CLASSES, _LABELS, _VALUES = ("accuracy", "f1", "matthews"), ("accuracy", "f1_micro", "f1_macro"), ("pearson", "spearman", "mse")
 _NEEDS = dict.fromkeys((*_CLASSES, *_LABELS, *_VALUES), "labels of that kind") | {
     **dict.fromkeys(("normalised", "difference"), "labels and --against"),
     **dict.fromkeys(("error", "cosine", "sign"), "--against and --base"),
+    "routed": "an artifact of routed experts",
     "perplexity": "--text, or data with targets",
 }
 

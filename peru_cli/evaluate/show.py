@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str, float, float, float]  # task, metric, value, bounds of the interval (NaN if there is none)
 Table = tuple[str, list[str], list[list[str]]]  # title, columns for console.table, rows
-_SHARES = ("accuracy", "against_accuracy", "normalised", "agreement", "f1", "f1_micro", "f1_macro")
+_SHARES = ("accuracy", "routed", "given", "against_accuracy", "normalised", "agreement", "f1", "f1_micro", "f1_macro")
 _TITLES = {
-    "accuracy": "accuracy %", "against_accuracy": "against", "difference": "difference", "normalised": "normalised %", "f1": "F1 %",
+    "accuracy": "accuracy %", "routed": "routed right %", "given": "with its own head %",
+    "against_accuracy": "against", "difference": "difference", "normalised": "normalised %", "f1": "F1 %",
     "f1_micro": "micro F1 %", "f1_macro": "macro F1 %", "pearson": "Pearson", "against_pearson": "against", "spearman": "Spearman",
     "against_spearman": "against", "mse": "MSE", "against_mse": "against", "distance": "distance", "matthews": "Matthews",
     "agreement": "agreement %", "kl": "KL", "kl99": "KL 99%", "perplexity": "perplexity", "against_perplexity": "against",
 }  # fmt: skip
-_INTERVALS = ("accuracy", "difference", "normalised", "perplexity", "agreement", "f1_micro", "f1_macro", "pearson", "spearman", "mse")
+_INTERVALS = (
+    "accuracy", "routed", "given", "difference", "normalised", "perplexity", "agreement", "f1_micro", "f1_macro", "pearson", "spearman",
+    "mse",
+)  # fmt: skip
 
 
 def numbers(scores: Sequence[Score], weights: dict[str, WeightsReport]) -> list[Row]:
@@ -157,6 +161,13 @@ def show(scores: Sequence[Score], weights: dict[str, WeightsReport], every: bool
     for score in scores:
         for warning in score.warnings:
             console.warn(f"{score.task}: {warning}" if score.task else warning)
+
+
+def show_shares(shares: dict[str, dict[str, float]]) -> None:
+    """Print which task answered, in per cent of each data set's inputs."""
+    tasks = list(next(iter(shares.values())))
+    rows = [[data, *(f"{100 * found[task]:.1f}" for task in tasks)] for data, found in shares.items()]
+    console.table(["routed to, % of inputs", *(f">{task}" for task in tasks)], rows)
 
 
 def notes(scores: Sequence[Score], weights: bool) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class Applied:
         model = self._model() if self._model is not None else None
         return {id(tensor) for tensor in model.state_dict(keep_vars=True).values()} if model is not None else None
 
-    def __enter__(self) -> Applied:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -124,7 +124,7 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
         )
         tasks, name_one = packed.get(file), len(found.artifacts) > 1
         if metadata[file]["peru.kind"] == ROUTED:  # it has no single checkpoint
-            body.append(f"peru inspect {shlex.quote(artifact_of(repo, file, name_one))}")
+            body.append(f"peru eval {shlex.quote(artifact_of(repo, file, name_one))}{base} --data TASK=FILE")
             continue
         for task in [PurePosixPath(file).stem] if tasks is None else tasks:
             which = f" --task {shlex.quote(task)}" if tasks is not None or name_one else ""

@@ -79,6 +79,15 @@ def test_the_page_on_engines_runs_as_written(family: Path, monkeypatch: pytest.M
     assert (family / "weight_v000001" / "model.safetensors.index.json").exists() and (family / "patch" / "patch.safetensors").exists()
 
 
+def test_the_page_on_routing_runs_as_written(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(family)
+    for line in "\n".join(blocks("docs/routing.md", "sh")).splitlines():
+        execute(line)
+    (example,) = blocks("docs/routing.md", "python")
+    done = subprocess.run([sys.executable, "-c", example], cwd=family, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("tensor(") == 2, done.stderr
+
+
 def test_the_page_on_chains_runs_as_written(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(family)
     for line in "\n".join(blocks("docs/chain.md", "sh")).splitlines():

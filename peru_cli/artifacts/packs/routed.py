@@ -11,6 +11,7 @@ from typing import Self
 
 from peru_cli.artifacts.bytestream import Cursor, Sink
 from peru_cli.artifacts.container import FORMAT, ContainerWriter
+from peru_cli.artifacts.index import STORED
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.packs.superposed import METADATA as PACK_METADATA
 from peru_cli.artifacts.packs.superposed import OPTIONAL, PackIndex, PackMode, TaskRecord, check_metadata, decode_index, encode_index
@@ -206,6 +207,15 @@ class Routed(Pack):
     def own_bytes(self, task: TaskRecord) -> int:
         """Bytes of the file that only this task needs: its own tensors and its experts."""
         return task.whole_bytes + self.expert_bytes(task)
+
+    def files_of(self, task: TaskRecord, of_base: Mapping[str, Place]) -> dict[str, bytes]:
+        """A task's side files: those stored here, and those of the base that are still the same. BadFile if one was altered."""
+        found = {file.name: self.side_file(file) for file in task.files if file.origin == STORED}
+        for file in task.files:
+            if file.origin != STORED and file.name in of_base:
+                content = of_base[file.name].read_bytes()
+                found |= {file.name: content} if short_digest(content) == file.digest else {}
+        return found
 
     def read_expert(self, layer: int, task: int) -> bytearray:
         """An expert's numbers in the artifact's dtype: right (rank, in), left transposed (rank, out), bias (out) if there is one.
