@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class FilledBlock:
     stream: int
     origin: int
     entries: Entries
+    first: int = 0  # the stream position that `entries` count from
 
 
 @dataclass
@@ -146,6 +147,30 @@ class _Filler:
         return origin
 
 
+def compact(filled: FilledBlock) -> FilledBlock:
+    """A block to send: its positions count from its origin, in 32 bits if they fit. `encode_block` takes both."""
+    entries, positions = filled.entries, filled.entries.positions - filled.origin
+    small = positions.astype(np.uint32) if positions[-1] < 1 << 32 else positions
+    return replace(filled, first=filled.origin, entries=replace(entries, positions=small))
+
+
+def encode_block(stream: Stream, filled: FilledBlock) -> tuple[Block, bytes]:
+    """Encode a block of a stream: its line in the index, and its bytes."""
+    entries = filled.entries
+    positions = entries.positions.astype(np.int64, copy=False)
+    gaps = np.diff(positions, prepend=filled.origin - filled.first - 1) - 1
+    wide = bool(gaps.max() >= 1 << 32)
+    gaps_data = encode(gaps.astype(np.uint64 if wide else np.uint32), stream.positions_codec)
+    values = encode(np.ascontiguousarray(entries.values), stream.values_codec)
+    apart = entries.apart.astype(entries.apart.dtype.newbyteorder("<"), copy=False).tobytes()
+    data = gaps_data + values + apart
+    count = len(entries.positions)
+    return (
+        Block(filled.stream, filled.origin, count, wide, len(gaps_data), len(values), len(entries.apart), short_digest(data)),
+        data,
+    )
+
+
 class BlockWriter:
     """Encodes the streams of one fine-tune: `add` in canonical order, then `write` each returned block from any thread."""
 
@@ -176,9 +201,12 @@ class BlockWriter:
 
     def write(self, filled: FilledBlock) -> None:
         """Encode a block and write it when its turn comes."""
-        block, data = self._encode(filled)
+        self.put(filled.ticket, *encode_block(self._streams[filled.stream], filled))
+
+    def put(self, ticket: int, block: Block, data: bytes) -> None:
+        """Write an encoded block when its turn comes."""
         with self._lock:
-            self._encoded[filled.ticket] = (block, data)
+            self._encoded[ticket] = (block, data)
             while (ready := self._encoded.pop(len(self._blocks), None)) is not None:
                 self._blocks.append(ready[0])
                 self._append(ready[1])
@@ -193,20 +221,6 @@ class BlockWriter:
         self._tickets = len(self._blocks)
         for filler, each in zip(self._fillers, news, strict=True):
             filler.go_on(each)
-
-    def _encode(self, filled: FilledBlock) -> tuple[Block, bytes]:
-        stream, entries = self._streams[filled.stream], filled.entries
-        gaps = np.diff(entries.positions, prepend=filled.origin - 1) - 1
-        wide = bool(gaps.max() >= 1 << 32)
-        positions = encode(gaps.astype(np.uint64 if wide else np.uint32), stream.positions_codec)
-        values = encode(np.ascontiguousarray(entries.values), stream.values_codec)
-        apart = entries.apart.astype(entries.apart.dtype.newbyteorder("<"), copy=False).tobytes()
-        data = positions + values + apart
-        count = len(entries.positions)
-        return (
-            Block(filled.stream, filled.origin, count, wide, len(positions), len(values), len(entries.apart), short_digest(data)),
-            data,
-        )
 
     def written(self) -> tuple[list[Stream], list[Block]]:
         """Call when all blocks are written: the streams that have entries, and their blocks."""

@@ -23,9 +23,16 @@ class Dtype:
         """Whether entries are bytes whose differences `prune --lossless` stores: codes of quantised weights and their scales."""
         return self.name in _CODES
 
+    def __reduce__(self) -> tuple[object, ...]:  # another process's copy is its own dtype: `is` compares them
+        return _named, (self.name,)
+
     def nbytes(self, entries: int) -> int:
         """Bytes that `entries` consecutive entries take (sub-byte types are packed)."""
         return (entries * self.bits + 7) // 8
+
+
+def _named(name: str) -> Dtype:
+    return BY_NAME[name]
 
 
 _ALL = (

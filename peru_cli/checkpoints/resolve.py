@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from peru_cli.checkpoints.checks.usable import usable
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.hub.names import parse_hub_name
 from peru_cli.checkpoints.local.checkpoint import open_directory, open_file
+from peru_cli.checkpoints.local.inputs import read_small
 from peru_cli.checkpoints.lora.config import refuse_model_beside
 from peru_cli.checkpoints.places import Place, is_on_hub, locate, why_not_here
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
@@ -45,6 +46,29 @@ def split_argument(text: str) -> Argument:
     if not model:
         raise UsageError(f"{text!r} names no model after the '='")
     return Argument(check_task(task), model)
+
+
+def read_lists(texts: Sequence[str]) -> list[str]:
+    """Arguments, with those from FILE in place of each `@FILE`: one a line, but for empty lines and those that begin with `#`.
+
+    UsageError for a list that is missing, empty or no text."""
+    found: list[str] = []
+    for text in texts:
+        if not text.startswith("@") or Path(text).exists():
+            found.append(text)
+            continue
+        path = Path(text[1:])
+        if not path.is_file():
+            raise UsageError(f"{text}: there is no list {path}", "@FILE names a text file with one [TASK=]MODEL a line")
+        try:
+            lines = [line.strip() for line in read_small(path).decode("utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{text}: not a text file in UTF-8", "@FILE names a text file with one [TASK=]MODEL a line") from error
+        named = [line for line in lines if line and not line.startswith("#")]
+        if not named:
+            raise UsageError(f"{text}: the list names no model", "write one [TASK=]MODEL a line")
+        found += named
+    return found
 
 
 def split_arguments(texts: list[str]) -> list[Argument]:

@@ -27,8 +27,9 @@ from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.candidates import Candidates
 from peru_cli.vectors.family import Buffers, Family, StreamSettings, TaskVector
-from peru_cli.vectors.selection import Candidates, Select, Sink
+from peru_cli.vectors.selection import Select, Sink
 from peru_cli.vectors.thresholds import find_thresholds
 
 

@@ -45,6 +45,11 @@ class PruneOptions:
     gates: tuple[Gate, ...] = ()  # that the finished artifacts must pass
     about: tuple[tuple[str, str], ...] = ()  # metadata that the artifacts carry besides
 
+    @property
+    def bundled(self) -> bool:
+        """Whether small tensors may share a tile: unless each tensor has its own threshold."""
+        return self.density is None or self.scope != "tensor"
+
     def rounds(self, dtype: Dtype) -> bool:
         """Whether kept entries of a dtype are rounded. `auto` is exact for 16 bits and if lossless, `bf16` is exact for 16 bits."""
         if self.values == "log2":

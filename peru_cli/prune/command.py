@@ -34,11 +34,16 @@ if TYPE_CHECKING:
         "Data": "data max_samples batch_size trust_remote_code",
         "Gates": "fail_above",
         "Output": "output base_id",
+        "Cluster": "executor ray_address",
     },
 )
 def prune(
     models: Annotated[
-        list[str], typer.Argument(metavar="[TASK=]MODEL", help="Fine-tunes: folders, .safetensors or .bin files, LoRA adapters, artifacts.")
+        list[str],
+        typer.Argument(
+            metavar="[TASK=]MODEL",
+            help="Fine-tunes: folders, .safetensors or .bin files, LoRA adapters, artifacts; @FILE: a text file with one a line.",
+        ),
     ],
     base: options.Base,
     output: Annotated[
@@ -117,6 +122,17 @@ def prune(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="Public name of the base to record, e.g. org/name@commit.")
     ] = None,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="local|ray", help="Where to compute: on this machine, or on a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        Optional[str],
+        typer.Option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="With --executor ray: HOST:PORT of the cluster, or local to start one here. Default: auto, the one of this machine.",
+        ),
+    ] = None,
     *,
     publishing: options.Publishing,
     run: options.Running,
@@ -142,6 +158,8 @@ def prune(
     --keep writes sparse deltas: Post-Pruning, or PERU-FFT if the base is a merge. --max-bytes, --bits and --min-quality choose rank and
     precision for each tensor, at one price for all. With --data, what --max-bytes and --bits store is then tuned on examples.
 
+    peru prune @models.txt --base BASE -o deltas/ --keep 5% --executor ray
+
     If prune --keep was killed, type the same command again to continue it; --force starts afresh.
     """
     goal = parse_goal(max_bytes, bits, min_quality, bool(data))
@@ -160,22 +178,30 @@ def prune(
         raise UsageError("--data goes with --max-bytes, --bits or --min-quality", "for example --max-bytes 3MB --data FILE")
     if not data and (max_samples is not None or batch_size is not None or trust_remote_code):
         raise UsageError("--max-samples, --batch-size and --trust-remote-code go with --data", "add --data FILE, or leave them out")
+    if executor not in ("local", "ray"):
+        raise UsageError(f"--executor {executor!r} is neither local nor ray")
+    if ray_address is not None and executor != "ray":
+        raise UsageError("--ray-address goes with --executor ray", "add --executor ray, or leave it out")
+    if executor == "ray" and goal is not None:
+        raise UsageError("--executor ray goes with --keep or --lossless", "leave it out: --max-bytes, --bits and --min-quality run here")
+    if executor == "ray" and run.device.startswith("cuda"):
+        raise UsageError("--executor ray computes on processors, not on GPUs", "leave --device out")
     density = options.parse_density(keep) if keep is not None else None
     options.check_base_id(base_id)
     gates = parse_gates(fail_above or [])
 
     from peru_cli.checkpoints.base_name import name_base
+    from peru_cli.checkpoints.hub.session import stream_hub
     from peru_cli.checkpoints.local.atomic import folder_of
-    from peru_cli.checkpoints.names.translated import bring_together
-    from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.finetunes.adapter import as_unpacked
-    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.checkpoints.resolve import default_task, read_lists, split_arguments
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.prune import run as job
     from peru_cli.prune.doubts import find_doubts
+    from peru_cli.prune.sources import Sources, on_cluster, tile_for
+    from peru_cli.streaming.tiles import DEFAULT_TILE
     from peru_cli.vectors.settings import streaming
 
-    arguments = split_arguments(models)
+    arguments = split_arguments(read_lists(models))
     out = Path(output)
     several = len(arguments) > 1 or output.endswith("/") or out.is_dir()
     if several and console.data_on_stderr:
@@ -183,12 +209,13 @@ def prune(
     if not several and out.suffix != ".safetensors":
         raise UsageError(f"-o {output} should end in .safetensors, or in / for a folder of artifacts")
     targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
+    if executor == "ray":
+        stream_hub()
     stored = lossless and job.all_quantized([base, *(a.model for a in arguments)])
-    opened_base = open_model(base, stored)
-    opened = [open_fine_tune(a.model, opened_base, a.task, stored) for a in arguments]
-    fines = [as_unpacked(model) for model in opened]
-    fines, said = bring_together(fines, opened_base, rename or ())
-    for line in said:
+    sources = Sources(base, tuple(arguments), tuple(rename or ()), stored)
+    opened = sources.open()
+    opened_base, fines = opened.base, opened.fines
+    for line in opened.said:
         console.note(line)
     tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]
     chosen = job.PruneOptions(density, scope, values, per_task, allow_unpaired=allow_unpaired, codes=stored, gates=gates)
@@ -213,7 +240,7 @@ def prune(
                 console.result([_planned(task, chosen) | {"goal": goal.encode()} for task in planned])
                 return
             settings = run.device, run.threads, run.tile_entries
-            _to_goal(opened_base, opened, planned, goal, gates, base_id, settings, (out, several, run.sync), place, running)
+            _to_goal(opened_base, opened.given, planned, goal, gates, base_id, settings, (out, several, run.sync), place, running)
         return
     fetched = job.fetch_bytes(opened_base, planned, chosen)
     if fetched:
@@ -223,15 +250,18 @@ def prune(
     if run.dry_run:
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
+    cluster = (ray_address or "auto") if executor == "ray" else None
+    tile = run.tile_entries or (tile_for(len(planned)) if cluster else DEFAULT_TILE)
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
     passes = 1 if density is None else 2
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
     with (
         folder_of(out, several),
         console.progress(total, "prune") as progress,
-        streaming(run.device, run.threads, run.tile_entries, progress.advance) as how,
+        on_cluster(cluster, sources, opened_base, planned, chosen, tile) as elsewhere,
+        streaming("cpu" if cluster else run.device, run.threads, tile, progress.advance, elsewhere) as how,
     ):
-        verify_expanded(opened, how, progress.step)
+        verify_expanded(opened.given, how, progress.step)
         results = job.prune(opened_base, planned, chosen, how, run.sync, progress.step, console.note, fresh=run.force)
     _report(results, publish(place, targets, "prune"))
 

@@ -17,7 +17,7 @@ from peru_cli.checkpoints.checks.unpaired import judge
 from peru_cli.checkpoints.local.atomic import check_room, check_target, may_go_on, partial_path
 from peru_cli.checkpoints.local.journal import Journal, notes_at
 from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
-from peru_cli.checkpoints.pairing import pair_checkpoints
+from peru_cli.checkpoints.pairing import Pairing, pair_checkpoints
 from peru_cli.checkpoints.places import locate, size_of
 from peru_cli.checkpoints.quantized.layout import is_quantized
 from peru_cli.checkpoints.resolve import open_model
@@ -48,10 +48,7 @@ def plan_prune(
     planned = []
     left = notes_at(_journal_path(tasks[0][2])) if tasks else {}
     for name, fine, target in tasks:
-        pairing = pair_checkpoints(fine, base, options.per_task)
-        if options.codes:
-            coded = [pair.fine.dtype.is_code and pair.fine.dtype is pair.base.dtype for pair in pairing.pairs]
-            pairing.pairs = [replace(pair, coded=is_code) for pair, is_code in zip(pairing.pairs, coded, strict=True)]
+        pairing = pair_with(fine, base, options)
         task = PruneTask(TaskVector(name, fine, pairing), target, options.density)
         chosen = re.compile(options.per_task) if options.per_task is not None else None
         task.unpaired = judge(fine, base, pairing, chosen, options.allow_unpaired)
@@ -66,6 +63,15 @@ def plan_prune(
         check_room(target, sum(info.nbytes for info in pairing.whole))
         planned.append(task)
     return planned
+
+
+def pair_with(fine: Checkpoint, base: Checkpoint, options: PruneOptions) -> Pairing:
+    """Pair a fine-tune's tensors with the base's."""
+    pairing = pair_checkpoints(fine, base, options.per_task)
+    if options.codes:
+        coded = [pair.fine.dtype.is_code and pair.fine.dtype is pair.base.dtype for pair in pairing.pairs]
+        pairing.pairs = [replace(pair, coded=is_code) for pair, is_code in zip(pairing.pairs, coded, strict=True)]
+    return pairing
 
 
 def all_quantized(models: Sequence[str]) -> bool:
@@ -93,8 +99,7 @@ def prune(
     """Write the artifacts. All of them appear, or none. Continues where a killed run stopped, unless `fresh`.
 
     GateMissed if the result does not pass `options.gates`."""
-    per_slot = options.density is not None and options.scope == "tensor"
-    family = Family(base, [task.vector for task in tasks], how, bundled=not per_slot)
+    family = Family(base, [task.vector for task in tasks], how, options.bundled)
     path, key = _journal_path(tasks[0].target), _key(base, tasks, options, len(family.slots))
     for task in tasks:
         if task.in_place and SEALED not in notes_at(path, key):
@@ -133,7 +138,7 @@ def _passes(
     """Find thresholds, then select, encode and write, except for what the journal has."""
     how, slots = family.how, len(family.slots)
     log = PruneLog(journal, family, select, [job.sink for job in jobs])
-    per_slot = options.density is not None and options.scope == "tensor"
+    per_slot = not options.bundled
     first = log.restore(per_slot)
     if journal.notes:
         say(f"continuing after {first} of {slots} tensors of an earlier run" if first else "continuing where an earlier run stopped")
@@ -144,7 +149,7 @@ def _passes(
         how.advance(2 * sum(family.entries[:first]))
         for slot in range(first, slots):
             _set_thresholds(family, jobs, range(slot, slot + 1))
-            run(select, family.tiles(slot), how.threads, how.advance)
+            run(select, family.tiles(slot), how.threads, how.advance, how.elsewhere)
             family.forget()
         return
     if not first:
@@ -152,7 +157,7 @@ def _passes(
         _set_thresholds(family, jobs, range(slots), ThresholdJournal(journal, "threshold", family.ranged))
     note("selecting and encoding")
     how.advance(sum(family.entries[:first]))
-    run(select, family.plan(first), how.threads, how.advance)
+    run(select, family.plan(first), how.threads, how.advance, how.elsewhere)
     family.forget()
 
 

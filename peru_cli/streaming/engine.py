@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -60,16 +60,60 @@ class Announcing(Protocol):
 
 def announce(step: object, tiles: Sequence[Tile | Strip]) -> None:
     """Tell the sources of a pass what it will read. `keeps` of a pass says whether the data will be needed again."""
-    if not isinstance(step, Announcing):
-        return
-    for source, info_of in step.reads():
+    if isinstance(step, Announcing):
+        expect(step.reads(), tiles, getattr(step, "keeps", False))
+
+
+def expect(reads: Reads, tiles: Sequence[Tile | Strip], keep: bool = False) -> None:
+    """Tell sources what will be read of them. `keep` says that it will be needed again."""
+    for source, info_of in reads:
         if source.ranged:
             ranges = ((info, *run) for tile in tiles if (info := info_of(tile.tensor)) is not None for run in tile.runs)
             parts = (part for info, start, stop in ranges if start < info.entries for part in cut(info, start, min(stop, info.entries)))
             source.expect(
                 ((info.name, info.dtype.nbytes(start), info.dtype.nbytes(stop - start)) for info, start, stop in parts),
-                getattr(step, "keeps", False),
+                keep,
             )
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """A pass whose tiles other machines can compute: they follow orders, and what they reply is taken here in canonical order.
+
+    Then `apply`, `commit` and `finish` are not called."""
+
+    @property
+    def inputs(self) -> int:
+        """Models that each tile is read from."""
+        ...
+
+    def order(self, tiles: Any) -> Order:
+        """What to do with some tiles, as far as it is known now."""
+        ...
+
+    def take(self, tile: Any, reply: Any) -> list[Callable[[], Any]]:
+        """Commit a tile. Called in canonical order. Returns calls that others may make."""
+        ...
+
+    def done(self, tile: Any, made: Sequence[Any]) -> None:
+        """The calls' results are here. Called in canonical order."""
+        ...
+
+
+class Order(Protocol):
+    """What a worker does with tiles. Can be pickled."""
+
+    def compute(self, station: Any, tiles: Any) -> Sequence[Any]:
+        """A reply for each tile."""
+        ...
+
+
+class Elsewhere(Protocol):
+    """Other machines."""
+
+    def run(self, step: Spread, tiles: Sequence[Any], advance: Callable[[int], None]) -> None:
+        """Run a pass over all tiles."""
+        ...
 
 
 class Aborted(Exception):
@@ -112,11 +156,21 @@ def available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def run(step: Pass[T, B, R, S], tiles: Sequence[T], threads: int, advance: Callable[[int], None] = lambda entries: None) -> None:
-    """Run `step` over all tiles. Re-raises the first error of any thread after all threads have stopped.
+def run(
+    step: Pass[T, B, R, S],
+    tiles: Sequence[T],
+    threads: int,
+    advance: Callable[[int], None] = lambda entries: None,
+    elsewhere: Elsewhere | None = None,
+) -> None:
+    """Run `step` over all tiles, `elsewhere` if there is such a place. Re-raises the first error of any thread after all have stopped.
 
     Each thread calls `advance` with the number of entries of every tile that it finishes.
     torch's own threads are switched off meanwhile, if torch is loaded: threads over tiles are faster than threads within tiles."""
+    if elsewhere is not None and isinstance(step, Spread):
+        elsewhere.run(step, tiles, advance)
+        inputs.unchanged()
+        return
     torch = sys.modules.get("torch")
     inner = torch.get_num_threads() if torch is not None else 1
     announce(step, tiles)

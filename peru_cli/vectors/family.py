@@ -13,7 +13,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.compact.delta import INFINITE_KEY, cast_bits
 from peru_cli.streaming.aligned import TileBuffer, read_runs
 from peru_cli.streaming.arrays import Array, Arrays, Differences
-from peru_cli.streaming.engine import Reads
+from peru_cli.streaming.engine import Elsewhere, Reads
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
 
 KEPT_BYTES = 128 << 20  # bytes from the network kept for a second pass: all of a small model, or one tensor
@@ -47,6 +47,7 @@ class StreamSettings:
     threads: int
     tile_entries: int
     advance: Callable[[int], None] = lambda entries: None
+    elsewhere: Elsewhere | None = None  # computes the tiles of passes that can be spread over machines
 
 
 class Buffers:
@@ -56,6 +57,14 @@ class Buffers:
         widths = [d.bits // 8 for t in tasks for p in t.pairs.values() for d in (p.fine.dtype, p.base.dtype)]
         self.base, self.fine = (TileBuffer(how.xp, how.tile_entries, max(widths, default=1)) for _ in range(2))
         self.differences = {wide: how.xp.differences(how.tile_entries, wide) for wide in {task.wide for task in tasks}}
+
+
+@dataclass(frozen=True)
+class Station:
+    """Where tiles are computed one after another: a family, and one thread's buffers."""
+
+    family: Family
+    buffers: Buffers
 
 
 @dataclass

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
-from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, Stream
-from peru_cli.artifacts.sparse_delta import Array, BlockWriter, Entries, FilledBlock
-from peru_cli.checkpoints.bundle import Bundle, members, pieces_of
-from peru_cli.checkpoints.digests import TensorDigest, leaves
+from peru_cli.artifacts.index import EXACT, Stream
+from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock, compact, encode_block
+from peru_cli.checkpoints.bundle import Bundle, members
+from peru_cli.checkpoints.digests import TensorDigest
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.methods.compact.delta import add_rounded, round_difference
-from peru_cli.methods.compact.magnitude import Threshold, key_value, take_equals
+from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.arrays import CPU
-from peru_cli.streaming.engine import Reads
-from peru_cli.streaming.tiles import CHUNK, Tile
-from peru_cli.vectors.family import Aligned, Buffers, Family
+from peru_cli.streaming.engine import Reads, expect
+from peru_cli.streaming.tiles import Tile
+from peru_cli.vectors.candidates import Candidates, Chosen, Leaves, Rule, find_candidates, leaves_of
+from peru_cli.vectors.family import Buffers, Family, Station
 
 
 @dataclass
@@ -50,33 +52,19 @@ class Sink:
         self.thresholds.append(threshold)
         self.quotas.append(threshold.equals or 0)
 
+    def rule(self, tile: Tile) -> Rule:
+        """What apply needs to know of a tile's threshold."""
+        number = self.threshold_number(tile)
+        exact = frozenset(stream.dtype.name for stream in self.streams if stream.values == EXACT)
+        return Rule(self.thresholds[number], self.quotas[number], exact, self.octaves)
+
+    def threshold_number(self, tile: Tile) -> int:
+        """The index of a tile's threshold."""
+        return tile.tensor if len(self.thresholds) > 1 else 0
+
     def stream_number(self, dtype: Dtype) -> int:
         """The index of a dtype's stream."""
         return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
-
-
-@dataclass
-class Candidates:
-    """Entries of a tile that one task may keep. All arrays are (candidates,) unless said otherwise, on the CPU."""
-
-    aligned: Aligned
-    result: Array  # the tile as the artifact will rebuild it, once `bits` are put in; (tile,)
-    positions: Array  # within the tile, ascending
-    equal: Array | None  # which ones equal the threshold
-    values: Array
-    bits: Array  # the result's bits there
-    energy: Array  # squared norm of the task vector, by CHUNK of the tile; (chunks,)
-    missed: Array  # the same for what is lost if all candidates are kept
-    exact: Array | None = None  # exact differences, if values are rounded
-    errors: Array | None = None  # of rounding
-    infinite: Array | None = None  # which differences are not finite
-    is_fine: bool = False  # whether `result` is the fine-tune itself, so that nothing is to be put in
-
-    def keep(self, stays: Array) -> None:
-        """Drop all candidates except those at these indices."""
-        for name in ("positions", "values", "bits", "exact", "errors", "infinite"):
-            if (array := getattr(self, name)) is not None:
-                setattr(self, name, array[stays])
 
 
 class Watcher(Protocol):
@@ -97,6 +85,8 @@ class Select:
     def __init__(self, family: Family, sinks: list[Sink]) -> None:
         self._family, self._sinks = family, sinks
         self.watcher: Watcher | None = None
+        self._room: Buffers | None = None  # for tiles that are computed again
+        self._filled: dict[int, list[tuple[Sink, int]]] = {}  # by tile: tickets of blocks that workers encode
         self._lossless = False  # on the CPU: then a pass changes no tile, and tensors in memory are not copied
         self.base_digests = {info.name: TensorDigest(info.dtype, info.shape) for slot in family.slots for info in members(slot)}
         for pairs, sink in zip(family.pairs, sinks, strict=True):
@@ -122,112 +112,125 @@ class Select:
     def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
         slot = self._family.slots[tile.tensor]
         raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base, self._lossless)
-        for info, start, piece in pieces_of(slot, tile.start, raw) if len(raw) else ():
-            self.base_digests[info.name].add_at(start, leaves(piece, info.dtype))
-        wanted = range(len(self._family.tasks))
-        return [self._candidates(a, tile, buffers) for a in self._family.each(slot, tile, base_bits, buffers, wanted, self._lossless)]
-
-    def _candidates(self, aligned: Aligned, tile: Tile, buffers: Buffers) -> Candidates:
-        sink, dtype, xp = self._sinks[aligned.task], aligned.pair.fine.dtype, self._family.how.xp
-        task = self._family.tasks[aligned.task]
-        threshold = sink.thresholds[_threshold_number(sink, tile)]
-        infinite = equal = None
-        sums = np.zeros((-(-len(aligned.base) // CHUNK), 2))
-        room = self._family.differences(aligned, buffers)
-        # Once no equals may be taken any more, that never changes: the entries need no check.
-        exhausted = not threshold.keeps_all and not sink.quotas[_threshold_number(sink, tile)]
-        if threshold.keeps_all:
-            where, ulps, fine = room.changed(aligned.base, aligned.fine, dtype.name)
-        else:
-            where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted, sums)
-        energy, missed = sums[:, 0], sums[:, 1]
-        if dtype.bits == 8:
-            ulps = ulps.astype(np.int16)  # as the codec takes them
-        if not threshold.keeps_all:
-            equal = None if exhausted else found == threshold.key
-            infinite = found == task.infinite_key
-        exact = sink.streams[sink.stream_number(dtype)].values == EXACT
-        whole = threshold.keeps_all and exact  # then the result is the fine-tune, and the base's tile need not be ours to change
-        result = xp.download(aligned.fine if whole else aligned.base)
-        if len(aligned.grown):
-            result = np.concatenate((result, xp.download(aligned.grown)))
-        elif len(self._sinks) > 1:  # a single task may use the buffers until its tile is finished: nobody else reads them
-            result = result.copy()
-        candidates = Candidates(aligned, result, where, equal, ulps, fine, energy, missed, infinite=infinite, is_fine=whole)
-        if not exact:
-            candidates.exact, base = candidates.values, result[where]
-            least = key_value(threshold.key, task.wide) if sink.octaves else None
-            candidates.values, apart = round_difference(base, fine, dtype, least)
-            candidates.bits, _ = add_rounded(base, candidates.values, dtype)
-            candidates.bits[apart] = fine[apart]
-            back, given, before = (CPU.widen(bits, dtype, np.empty(len(bits))) for bits in (candidates.bits, fine, base))
-            with np.errstate(invalid="ignore", over="ignore"):
-                candidates.errors = np.abs(back - given)
-                candidates.errors[apart] = 0.0
-                candidates.missed = missed + _by_chunk(where, np.square(candidates.errors), len(missed))
-                if threshold.keeps_all:
-                    squares = np.square(given - before)
-                    candidates.energy = _by_chunk(where, np.where(np.isfinite(squares), squares, 0.0), len(missed))
-        return candidates
+        for name, start, found in leaves_of(slot, tile.start, raw) if len(raw) else ():
+            self.base_digests[name].add_at(start, found)
+        aligned = self._family.each(slot, tile, base_bits, buffers, range(len(self._sinks)), self._lossless)
+        return [find_candidates(self._family, a, self._sinks[a.task].rule(tile), buffers) for a in aligned]
 
     def commit(self, tile: Tile, result: list[Candidates]) -> list[tuple[Candidates, list[FilledBlock]]]:
-        committed = [(c, self._commit_one(tile, c)) for c in result]
+        committed = [(c, self._take(tile, self._choose(tile, c))) for c in result]
         if self.watcher is not None:
             self.watcher.reached(tile)
         return committed
 
-    def _commit_one(self, tile: Tile, c: Candidates) -> list[FilledBlock]:
-        sink, pair, task = self._sinks[c.aligned.task], c.aligned.pair, self._family.tasks[c.aligned.task]
-        if c.equal is not None:
-            number = _threshold_number(sink, tile)
-            equals = int(np.count_nonzero(c.equal))
-            quota = sink.quotas[number]
-            sink.quotas[number] -= min(equals, quota)
-            if equals > quota:
-                stays = take_equals(c.equal, quota)
-                key = sink.thresholds[number].key
-                gone = np.full(len(c.positions), np.square(key_value(key, task.wide)) if key < task.infinite_key else 0.0)
-                gone -= np.square(c.errors) if c.errors is not None else 0.0
-                gone[stays] = 0.0
-                c.missed = c.missed + _by_chunk(c.positions, gone, len(c.missed))
-                c.keep(stays)
-        for energy, missed in zip(c.energy.tolist(), c.missed.tolist(), strict=True):
+    def _choose(self, tile: Tile, c: Candidates) -> Chosen:
+        """Settle which equals stay, now that all earlier tiles are committed."""
+        rule = self._sinks[c.aligned.task].rule(tile)
+        return c.choose(rule.threshold, rule.quota, self._family.tasks[c.aligned.task])
+
+    def _take(self, tile: Tile, chosen: Chosen) -> list[FilledBlock]:
+        sink, pair = self._sinks[chosen.task], self._family.pairs[chosen.task][self._family.slots[tile.tensor].name]
+        sink.quotas[sink.threshold_number(tile)] -= chosen.equals
+        for energy, missed in zip(chosen.energy.tolist(), chosen.missed.tolist(), strict=True):
             sink.energy += energy
             sink.missed += missed
-        if not len(c.positions):
+        if not len(chosen.positions):
             return []
-        if c.infinite is not None:
-            sink.not_finite += int(np.count_nonzero(c.infinite))
-        if c.errors is not None:
-            sink.largest_error = max(sink.largest_error, float(c.errors.max()))
+        sink.not_finite += chosen.not_finite
+        sink.largest_error = max(sink.largest_error, chosen.largest_error)
         if isinstance(pair.fine, Bundle):
-            upto = np.searchsorted(c.positions, pair.fine.ends).tolist()
+            upto = np.searchsorted(chosen.positions, pair.fine.ends).tolist()
             for info, before, after in zip(pair.fine.members, [0, *upto], upto, strict=False):
                 sink.kept[info.name] = after - before
         else:
-            sink.kept[pair.fine.name] += len(c.positions)
-        apart = c.values[:0] if c.exact is None else c.exact[c.values == NOT_ROUNDED]
-        entries = Entries(c.positions + (sink.offsets[pair.base.name] + tile.start), c.values, apart)
+            sink.kept[pair.fine.name] += len(chosen.positions)
+        entries = Entries(chosen.positions + (sink.offsets[pair.base.name] + tile.start), chosen.values, chosen.apart)
         return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
 
     def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
         for c, blocks in committed:
-            sink, pair = self._sinks[c.aligned.task], c.aligned.pair
-            if not c.is_fine:
-                CPU.put(c.result, c.positions, c.bits)
-            raw = c.result.data.cast("B")
-            for info, start, piece in pieces_of(pair.fine, tile.start, raw):
-                sink.result[info.name].add_at(start, leaves(piece, info.dtype))
+            sink = self._sinks[c.aligned.task]
+            for name, start, found in c.rebuilt(tile.start):
+                sink.result[name].add_at(start, found)
             for block in blocks:
                 sink.writer.write(block)
         if self.watcher is not None:
             self.watcher.finished(tile)
 
+    # -- on other machines (streaming/cluster.py) -----------------------------------------------------------
 
-def _threshold_number(sink: Sink, tile: Tile) -> int:
-    return tile.tensor if len(sink.thresholds) > 1 else 0
+    @property
+    def inputs(self) -> int:
+        """Models that each tile is read from."""
+        return 1 + len(self._sinks)
+
+    def order(self, tiles: Sequence[Tile]) -> Selecting:
+        """What a worker needs to know of these tiles, which share their threshold."""
+        return Selecting([sink.rule(tiles[0]) for sink in self._sinks])
+
+    def take(self, tile: Tile, reply: Selected) -> list[Callable[[], Any]]:
+        """Commit a worker's tile. Returns the blocks to encode, as calls."""
+        for name, start, found in reply.base:
+            self.base_digests[name].add_at(start, found)
+        filled: list[tuple[Sink, FilledBlock]] = []
+        for chosen, digests in reply.tasks:
+            sink = self._sinks[chosen.task]
+            if chosen.equals > sink.quotas[sink.threshold_number(tile)]:
+                # Tiles that were in work at the same time have taken equals that this one counted on.
+                chosen, digests = self._again(tile, chosen.task)
+            for name, start, found in digests:
+                sink.result[name].add_at(start, found)
+            filled += [(sink, block) for block in self._take(tile, chosen)]
+        self._filled[tile.number] = [(sink, block.ticket) for sink, block in filled]
+        if self.watcher is not None:
+            self.watcher.reached(tile)
+        return [partial(encode_block, sink.streams[block.stream], compact(block)) for sink, block in filled]
+
+    def _again(self, tile: Tile, task: int) -> tuple[Chosen, Leaves]:
+        """One task's part of a tile, computed here: at most once for each tile in work when a threshold's quota is used up."""
+        self._room = self._room or self.buffers()
+        [found] = Selecting([sink.rule(tile) for sink in self._sinks]).tile(Station(self._family, self._room), tile, [task]).tasks
+        return found
+
+    def done(self, tile: Tile, made: Sequence[Any]) -> None:
+        """Write a tile's encoded blocks."""
+        for (sink, ticket), (block, data) in zip(self._filled.pop(tile.number), made, strict=True):
+            sink.writer.put(ticket, block, data)
+        if self.watcher is not None:
+            self.watcher.finished(tile)
 
 
-def _by_chunk(positions: Array, values: Array, chunks: int) -> Array:
-    """Sums of values by the CHUNK that contains them; float64 (chunks,)."""
-    return np.bincount(positions // CHUNK, values, chunks)
+@dataclass
+class Selected:
+    """A worker's reply for one tile: the base's digests; for each task what it keeps, and digests of what is rebuilt from that."""
+
+    base: Leaves
+    tasks: list[tuple[Chosen, Leaves]]
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """A worker's order: select by these rules, one for each task."""
+
+    rules: list[Rule]
+
+    def compute(self, station: Station, tiles: Sequence[Tile]) -> list[Selected]:
+        """Replies for some tiles."""
+        family = station.family
+        expect(family.reads(family.slots, range(len(family.tasks))), tiles)
+        return [self.tile(station, tile, range(len(family.tasks))) for tile in tiles]
+
+    def tile(self, station: Station, tile: Tile, wanted: Sequence[int]) -> Selected:
+        """The reply for one tile and some of the tasks."""
+        family, buffers = station.family, station.buffers
+        slot = family.slots[tile.tensor]
+        raw, base_bits = read_bits(family.base, slot, tile, buffers.base)
+        reply = Selected(list(leaves_of(slot, tile.start, raw)) if len(raw) else [], [])
+        for aligned in family.each(slot, tile, base_bits, buffers, wanted):
+            rule = self.rules[aligned.task]
+            candidates = find_candidates(family, aligned, rule, buffers)
+            chosen = candidates.choose(rule.threshold, rule.quota, family.tasks[aligned.task])
+            digests = list(candidates.rebuilt(tile.start))
+            chosen.positions = chosen.positions.astype(np.int32 if tile.stop - tile.start <= 1 << 31 else np.int64)  # half to send
+            reply.tasks.append((chosen, digests))
+        return reply

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from peru_cli.streaming.devices import pick_arrays
-from peru_cli.streaming.engine import available_threads
+from peru_cli.streaming.engine import Elsewhere, available_threads
 from peru_cli.streaming.tiles import DEFAULT_TILE, TilePlan
 from peru_cli.vectors.family import StreamSettings
 
@@ -21,9 +21,15 @@ def _share_one_heap() -> None:
 
 
 @contextmanager
-def streaming(device: str, threads: int | None, tile_entries: int | None, advance: Callable[[int], None]) -> Iterator[StreamSettings]:
+def streaming(
+    device: str,
+    threads: int | None,
+    tile_entries: int | None,
+    advance: Callable[[int], None],
+    elsewhere: Elsewhere | None = None,
+) -> Iterator[StreamSettings]:
     """Check the settings and bundle them."""
     tile = DEFAULT_TILE if tile_entries is None else tile_entries
     TilePlan([], tile)  # rejects an invalid size
     _share_one_heap()
-    yield StreamSettings(pick_arrays(device), threads or available_threads(), tile, advance)
+    yield StreamSettings(pick_arrays(device), threads or available_threads(), tile, advance, elsewhere)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.methods.compact.magnitude import Counted, Keys, Tally, Threshold, Window, decide, exact_threshold, predict_window
+from peru_cli.methods.compact.magnitude import (
+    Bins,
+    Counted,
+    Keys,
+    Tally,
+    Threshold,
+    Window,
+    count_keys,
+    decide,
+    exact_threshold,
+    predict_window,
+)
 from peru_cli.streaming.aligned import read_bits, read_runs
-from peru_cli.streaming.engine import Reads, run
+from peru_cli.streaming.engine import Reads, expect, run
 from peru_cli.streaming.tiles import Strip, Tile, TilePlan
-from peru_cli.vectors.family import Buffers, Family, TaskVector
+from peru_cli.vectors.family import Buffers, Family, Station, TaskVector
 from peru_cli.vectors.threshold_journal import Found, ThresholdJournal
 
 SAMPLE_RUNS = 1024
@@ -112,7 +125,7 @@ class _Count:
     """Tallies the windows of several tasks over the slots from `first` on. `tallies` start with the journal's counts."""
 
     def __init__(self, group: _Group, windows: dict[int, Window], log: ThresholdJournal | None) -> None:
-        self._group, self._log = group, log
+        self._group, self._windows, self._log = group, windows, log
         self.tallies = {number: Tally(window) for number, window in windows.items()}
         self.keeps = group.family.fits(group.tensors)
         self.first = 0
@@ -131,21 +144,75 @@ class _Count:
         return self._group.family.buffers()
 
     def apply(self, tile: Tile, buffers: Buffers) -> dict[int, Counted]:
-        family, slot = self._group.family, self._group.slot(tile)
-        _, base_bits = read_bits(family.base, slot, tile, buffers.base)
-        found = {}
-        for a in family.each(slot, tile, base_bits, buffers, list(self.tallies)):
-            found[a.task] = self.tallies[a.task].count(family.differences(a, buffers), a.base, a.fine, a.pair.fine.dtype.name)
-        return found
+        return _counted(Station(self._group.family, buffers), self._group.slot(tile), tile, self._windows)
 
     def commit(self, tile: Tile, result: dict[int, Counted]) -> None:
         for number, counted in result.items():
             self.tallies[number].add(counted)
+        self._note(tile)
+
+    def _note(self, tile: Tile) -> None:
         if self._log is not None and tile.stop == self._group.entries[tile.tensor]:
             self._log.count(self.tallies, tile.tensor)
 
     def finish(self, tile: Tile, committed: None, buffers: Buffers) -> None:
         pass
+
+    # -- on other machines (streaming/cluster.py) -----------------------------------------------------------
+
+    @property
+    def inputs(self) -> int:
+        """Models that each tile is read from."""
+        return 1 + len(self._windows)
+
+    def order(self, tiles: Sequence[Tile]) -> _Counting:
+        """What a worker needs to know of these tiles."""
+        return _Counting(self._group.slots, self._windows)
+
+    def take(self, tile: Tile, reply: _Counts) -> list[Callable[[], Any]]:
+        """Add a worker's counts. Nothing is left to do."""
+        for number, (above, changed, bins, times) in reply.items():
+            self.tallies[number].restore(above, changed, bins, times)
+        self._note(tile)
+        return []
+
+    def done(self, tile: Tile, made: Sequence[Any]) -> None:
+        """Nothing."""
+
+
+_Counts = dict[int, tuple[int, int, Bins, Bins]]  # by task: as Tally.restore takes them
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """A worker's order: count these windows, by task, over slots of the family."""
+
+    slots: range
+    windows: dict[int, Window]
+
+    def compute(self, station: Station, tiles: Sequence[Tile]) -> list[_Counts]:
+        """Counts for some tiles."""
+        slots = [station.family.slots[i] for i in self.slots]
+        expect(station.family.reads(slots, self.windows), tiles)
+        return [self._packed(_counted(station, slots[tile.tensor], tile, self.windows)) for tile in tiles]
+
+    def _packed(self, found: dict[int, Counted]) -> _Counts:
+        packed = {}
+        for number, counted in found.items():
+            window = self.windows[number]
+            bins, times = np.unique((counted.within.astype(np.int64) - window.low) >> window.shift, return_counts=True)
+            packed[number] = counted.above, counted.changed, bins, times
+        return packed
+
+
+def _counted(station: Station, slot: TensorInfo, tile: Tile, windows: dict[int, Window]) -> dict[int, Counted]:
+    """What a tile adds to the tally of each window's task."""
+    family, buffers = station.family, station.buffers
+    _, base_bits = read_bits(family.base, slot, tile, buffers.base)
+    found = {}
+    for a in family.each(slot, tile, base_bits, buffers, list(windows)):
+        found[a.task] = count_keys(family.differences(a, buffers), a.base, a.fine, a.pair.fine.dtype.name, windows[a.task])
+    return found
 
 
 def _nothing(task: TaskVector) -> Threshold:
@@ -201,7 +268,7 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: Thr
             return found
         count = _Count(group, windows, log)
         how.advance(sum(group.entries[: count.first]))
-        run(count, count.plan(), how.threads, how.advance)
+        run(count, count.plan(), how.threads, how.advance, how.elsewhere)
         for number in list(windows):
             tally = count.tallies[number]
             task = family.tasks[number]

@@ -43,6 +43,11 @@ def current_session() -> Session:
     return _sessions[-1]
 
 
+def stream_hub() -> None:
+    """Read what is opened from now on by ranges: who computes on other machines has no use for a copy here."""
+    current_session().stream = True
+
+
 def interrupt() -> None:
     """Interrupt all sessions. For signal handlers: takes no lock."""
     for session in list(_sessions):

@@ -78,6 +78,12 @@ class Counted:
     within: Keys
 
 
+def count_keys(room: Differences, base: Array, fine: Array, dtype: str, window: Window) -> Counted:
+    """Count the keys of a run of entries, for `Tally.add`; bits (n,) and (n,)."""
+    above, changed, within = room.count(base, fine, dtype, window.low, window.high)
+    return Counted(above, changed, within)
+
+
 class Tally:
     """Statistics of one window that add up: keys above it, keys in each bin, changed entries.
 
@@ -90,11 +96,6 @@ class Tally:
         self.bins = np.zeros(window.bins, dtype=np.int64)  # number of keys in each
         self._told: tuple[int, int, Bins] | None = None  # above, changed and bins at the last call of `news`
         self._lock = threading.Lock()
-
-    def count(self, room: Differences, base: Array, fine: Array, dtype: str) -> Counted:
-        """Count a tile's keys, for `add`; bits (n,) and (n,)."""
-        above, changed, within = room.count(base, fine, dtype, self.window.low, self.window.high)
-        return Counted(above, changed, within)
 
     def add(self, counted: Counted) -> None:
         """Add counts."""

@@ -1,0 +1,278 @@
+"""`peru prune --executor ray` on a real cluster of two nodes on loopback: the same bytes, kills in the middle, and what it costs.
+
+    python benchmarks/speed/cluster.py FOLDER --base BASE FINE [FINE ...] [--only bytes kills times]
+
+Needs peru-cli[ray]. Every node is a raylet of its own with one processor and one thread. FOLDER takes the outputs. Processes are ended by
+their ids: other clusters on this machine are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RAY = Path(sys.executable).with_name("ray")
+PORT = 6401
+TICKS = os.sysconf("SC_CLK_TCK")
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+CLUSTER = ["--executor", "ray", "--ray-address", f"127.0.0.1:{PORT}"]
+
+
+@dataclass
+class Process:
+    """A line of /proc: parent, title, and seconds of the processor."""
+
+    parent: int
+    title: str
+    seconds: float
+
+
+def processes() -> dict[int, Process]:
+    """All processes by id."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                stat = (path / "stat").read_text().rpartition(")")[2].split()
+                title = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except OSError:
+                continue
+            found[int(path.name)] = Process(int(stat[1]), title, (int(stat[11]) + int(stat[12])) / TICKS)
+    return found
+
+
+def below(root: int) -> dict[int, Process]:
+    """A process and all that it started, by id."""
+    every, wanted = processes(), {root}
+    while more := {number for number, p in every.items() if p.parent in wanted} - wanted:
+        wanted |= more
+    return {number: every[number] for number in wanted if number in every}
+
+
+class Node:
+    """One node of the cluster."""
+
+    def __init__(self, processors: int, head: bool = False) -> None:
+        where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if head else [f"--address=127.0.0.1:{PORT}"]
+        command = [RAY, "start", *where, f"--num-cpus={processors}", "--object-store-memory=1000000000", "--block"]
+        self.process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        """All of it at once, as if its power failed."""
+        for number in below(self.process.pid):
+            with_signal(number, signal.SIGKILL)
+        self.process.wait()
+
+
+def with_signal(number: int, signum: int) -> None:
+    """Send a signal to a process that may be gone."""
+    try:
+        os.kill(number, signum)
+    except ProcessLookupError:
+        return
+
+
+def wait_for(processors: int) -> None:
+    """Wait until the cluster offers so many processors."""
+    code = f"import ray; ray.init('127.0.0.1:{PORT}', logging_level=50); print(int(ray.cluster_resources().get('CPU', 0)))"
+    for _ in range(30):
+        done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
+        if done.stdout.split()[-1:] == [str(processors)]:
+            return
+        time.sleep(1)
+    raise SystemExit(f"no cluster with {processors} processors: {done.stdout}{done.stderr[-500:]}")
+
+
+@contextmanager
+def nodes(*processors: int) -> Iterator[list[Node]]:
+    """A cluster; the first node is its head."""
+    started: list[Node] = []
+    try:
+        for number, each in enumerate(processors):
+            started.append(Node(each, head=not number))
+            wait_for(sum(processors[: number + 1]))
+        yield started
+    finally:
+        for node in reversed(started):
+            node.kill()
+
+
+def prune(models: Sequence[str], base: str, out: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a prune."""
+    command = [sys.executable, "-m", "peru_cli", "prune", *models, "-b", base, "-o", f"{out}/", "--base-id", "x/y", "--no-sync", "-q"]
+    return subprocess.Popen([*command, *options], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, hidden ones, too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@dataclass
+class Checked:
+    """Runs commands into new folders and compares what they write."""
+
+    folder: Path
+    base: str
+    known: dict[tuple[str, ...], dict[str, bytes]] = field(default_factory=dict)
+
+    def here(self, models: Sequence[str], options: Sequence[str]) -> dict[str, bytes]:
+        """What one machine writes."""
+        key = (*models, *options)
+        if key not in self.known:
+            out = self.folder / f"here{len(self.known)}"
+            process = prune(models, self.base, out, *options, "--threads", "1")
+            _, err = process.communicate()
+            assert process.returncode == 0, err
+            self.known[key] = contents(out)
+        return self.known[key]
+
+    def say(self, name: str, models: Sequence[str], options: Sequence[str], out: Path, process: subprocess.Popen[str]) -> None:
+        """Wait for a prune on the cluster and say whether it wrote the same."""
+        _, err = process.communicate()
+        same = process.returncode == 0 and contents(out) == self.here(models, options)
+        print(f"{name:<52} {'same bytes' if same else f'FAILED with {process.returncode}: {err[-300:]}'}", flush=True)
+
+
+def check_bytes(checked: Checked, models: Sequence[str]) -> None:
+    """Every way to choose entries, and several tasks."""
+    for name, given, options in [
+        ("--keep 10%", models[:1], ["--keep", "10%"]),
+        ("--keep 10% --scope tensor", models[:1], ["--keep", "10%", "--scope", "tensor"]),
+        ("--lossless", models[:1], ["--lossless"]),
+        (f"--keep 10%, {len(models)} fine-tunes", models, ["--keep", "10%"]),
+    ]:
+        out = checked.folder / f"there-{name}"
+        checked.say(name, given, options, out, prune(given, checked.base, out, *options, *CLUSTER))
+
+
+def in_the_middle(process: subprocess.Popen[str], out: Path, bytes_written: int) -> None:
+    """Wait until a prune has written some of its kept entries."""
+    while process.poll() is None:
+        if sum(path.stat().st_size for path in out.glob(".*.peru-partial")) >= bytes_written:
+            return
+        time.sleep(0.02)
+
+
+def check_kills(checked: Checked, models: Sequence[str], two: list[Node]) -> None:
+    """Workers and a node killed in the middle; Ctrl-C, and the same command again."""
+    options = ["--keep", "10%"]
+    total = sum(map(len, checked.here(models, options).values()))
+    out = checked.folder / "workers"
+    process, killed = prune(models, checked.base, out, *options, *CLUSTER), 0
+    for share in (0.1, 0.3, 0.5, 0.7):
+        in_the_middle(process, out, int(share * total))
+        workers = [n for node in two for n, p in below(node.process.pid).items() if p.title.startswith("ray::_compute")]
+        for number in workers[:1]:
+            with_signal(number, signal.SIGKILL)
+            killed += 1
+    checked.say(f"{killed} workers killed", models, options, out, process)
+
+    out = checked.folder / "node"
+    process = prune(models, checked.base, out, *options, *CLUSTER)
+    in_the_middle(process, out, int(0.4 * total))
+    alive = process.poll() is None
+    two[1].kill()
+    checked.say("a node killed" if alive else "TOO LATE to kill a node", models, options, out, process)
+    two[1] = Node(1)
+    wait_for(2)
+
+    out = checked.folder / "interrupted"
+    process = prune(models, checked.base, out, *options, *CLUSTER)
+    in_the_middle(process, out, int(0.4 * total))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    print(f"{'Ctrl-C':<52} exit code {process.returncode}: {err.splitlines()[0] if err else ''}", flush=True)
+    checked.say("the same command again", models, options, out, prune(models, checked.base, out, *options, *CLUSTER))
+
+
+class Meter(threading.Thread):
+    """Adds up the processor time of a cluster's processes while a command runs."""
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        super().__init__(daemon=True)
+        self._roots, self._stop = roots, threading.Event()
+        self._before = self._now()
+        self.seen: dict[int, tuple[str, float]] = {}
+
+    def _now(self) -> dict[int, Process]:
+        return {number: p for root in self._roots for number, p in below(root).items()}
+
+    def run(self) -> None:
+        """Look every tenth of a second: a process that has ended tells nothing."""
+        while not self._stop.wait(0.1):
+            for number, p in self._now().items():
+                before = self._before[number].seconds if number in self._before else 0.0
+                kind = "workers" if p.title.startswith("ray::") else "Ray itself"
+                was = self.seen.get(number, ("", 0.0))[0]
+                self.seen[number] = ("workers" if was == "workers" else kind, p.seconds - before)
+
+    def stop(self) -> dict[str, float]:
+        """Seconds of the workers and of Ray's own processes."""
+        self._stop.set()
+        self.join()
+        return {kind: sum(s for k, s in self.seen.values() if k == kind) for kind in ("workers", "Ray itself")}
+
+
+def measure(checked: Checked, models: Sequence[str], processors: Sequence[int], rounds: int) -> None:
+    """Seconds on a cluster, the best of some rounds, and the processor time of that round."""
+    best: tuple[float, float, dict[str, float], float] | None = None
+    with nodes(*processors) as started:
+        for number in range(rounds):
+            out = checked.folder / f"timed{sum(processors)}-{number}"
+            meter = Meter([node.process.pid for node in started])
+            meter.start()
+            before, begun = os.times(), time.monotonic()
+            process = prune(models, checked.base, out, "--keep", "10%", *CLUSTER)
+            _, err = process.communicate()
+            seconds, after = time.monotonic() - begun, os.times()
+            used = meter.stop()
+            assert process.returncode == 0, err
+            driver = after.children_user + after.children_system - before.children_user - before.children_system
+            assert contents(out) == checked.here(models, ["--keep", "10%"])
+            if best is None or seconds < best[0]:
+                best = seconds, driver, used, os.getloadavg()[0]
+    assert best is not None
+    seconds, driver, used, load = best
+    print(
+        f"{sum(processors)} workers, {len(models)} fine-tunes: {seconds:.1f} s; processor: workers {used['workers']:.1f} s, "
+        f"peru itself {driver:.1f} s, Ray's own {used['Ray itself']:.1f} s; load {load:.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("fine", nargs="+")
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--only", nargs="+", default=["bytes", "kills", "times"])
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
+    given.folder.mkdir(parents=True, exist_ok=True)
+    checked = Checked(given.folder, given.base)
+    if {"bytes", "kills"} & set(given.only):
+        with nodes(1, 1) as two:
+            if "bytes" in given.only:
+                check_bytes(checked, given.fine)
+            if "kills" in given.only:
+                check_kills(checked, given.fine, two)
+    if "times" in given.only:
+        for processors in ((0, 1), (0, 1, 1)):
+            for models in (given.fine[:1], given.fine):
+                measure(checked, models, processors, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
