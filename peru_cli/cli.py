@@ -6,13 +6,16 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from peru_cli import options, shown
 from peru_cli.checkpoints.hub.session import interrupt
@@ -57,6 +60,13 @@ def build_app(command: str | None = None) -> typer.Typer:
     for room in ROOMS.values() if command is None else [ROOMS[command]]:
         import_module(f"peru_cli.{room}.command").register(app)
     return app
+
+
+@cache
+def _built(command: str | None) -> Callable[..., Any]:
+    """What typer calls, once in a process: tests and notebooks run many commands, and building one takes as long as a small model."""
+    built: Callable[..., Any] = get_command(build_app(command))
+    return built
 
 
 def _version(value: bool) -> None:
@@ -125,8 +135,8 @@ def _run(arguments: list[str] | None, watch: inputs.Watch) -> int:
         if not given or {"-h", "--help"} & set(given):
             _load_help()
         typed = next((word for word in given if word != "--debug"), None)
-        app = build_app(typed if typed in ROOMS else None)
-        code = app(arguments, prog_name="peru", standalone_mode=False)
+        only = typed if typed in ROOMS and typed != "demo" else None  # the demo runs the others
+        code = _built(only)(arguments, prog_name="peru", standalone_mode=False)
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer turns it into an exit code without a message
         return int(code) if isinstance(code, int) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -22,11 +23,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads t
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would everything that tests start
 
+gc.set_threshold(50_000)  # torch and transformers make a million permanent objects: scanning them often takes a tenth of the time
 forks = ForkServer()
 atexit.register(forks.close)
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # data sets beside the developers' checkout, not part of the project
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: garbage is looked for among what tests make."""
+    gc.freeze()
 
 
 def run_peru(

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile
-from peru_cli.errors import PeruError
-from tests.conftest import run_peru, save
+from tests.conftest import run_peru, save, start_peru
+from tests.support.forkserver import Running
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and locks are POSIX")
 
 KILLS = 9
 SLOW = ["--threads", 1, "--tile-entries", 16384]
-# Children are forked from a process that has imported everything, so that a kill hits work and not imports.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "peru_cli.cli", "peru_cli.prune.run", "peru_cli.unpack.run", "test_interruption"])
-
-
-def _child(arguments: list[str], stderr: str) -> None:
-    from peru_cli import cli
-
-    fd = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    sys.exit(cli.run(arguments))
+Child = Running | subprocess.Popen[str]
 
 
 class Pair:
@@ -45,7 +31,7 @@ class Pair:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         noise = torch.Generator().manual_seed(0)
-        base = {f"layers.{i}.weight": torch.randn(600_000, generator=noise).bfloat16() for i in range(8)}
+        base = {f"layers.{i}.weight": torch.randn(400_000, generator=noise).bfloat16() for i in range(8)}
         fine = {n: t + (torch.randn(t.shape, generator=noise) * 0.01).bfloat16() for n, t in base.items()}
         (folder / "fine").mkdir()
         self.base, self.fine = save(base, folder / "base.safetensors"), save(fine, folder / "fine" / "model.safetensors").parent
@@ -59,18 +45,9 @@ class Pair:
             return ["prune", f"t={self.fine}", "-b", self.base, "-o", target, "--keep", "30%", *SLOW]
         return ["unpack", self.artifact, "-b", self.base, "-o", target, *SLOW]
 
-    def start(self, *arguments: object) -> BaseProcess:
-        child = CONTEXT.Process(target=_child, args=([str(a) for a in arguments], str(self.folder / "stderr")))
-        child.start()
-        return child
-
-    def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
-
     def run(self, *arguments: object) -> None:
-        child = self.start(*arguments)
-        child.join()
-        assert child.exitcode == 0, self.stderr()
+        done = run_peru(*arguments)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +72,17 @@ def bytes_on_disk(path: Path) -> int:
     return total
 
 
-def kill_at(child: BaseProcess, partial: Path, written: float) -> bool:
-    """Wait until this much is written, then kill. Returns whether the process was still running."""
-    while child.is_alive() and bytes_on_disk(partial) < written:
+def wait_for(child: Child, partial: Path, written: float) -> None:
+    """Wait until this much is written, or the process has ended."""
+    while child.poll() is None and bytes_on_disk(partial) < written:
         time.sleep(0.0005)
+
+
+def kill_at(child: Child, partial: Path, written: float) -> bool:
+    """Wait until this much is written, then kill. Returns whether the process was still running."""
+    wait_for(child, partial, written)
     child.kill()
-    child.join()
-    return child.exitcode == -signal.SIGKILL
+    return child.wait() == -signal.SIGKILL
 
 
 # -- kills --------------------------------------------------------------------------------------------
@@ -118,7 +99,7 @@ def test_a_killed_file_is_absent_old_or_complete(tmp_path: Path, pair: Pair, ver
         target.unlink(missing_ok=True)
         if old:
             target.write_bytes(b"old")
-        killed += kill_at(pair.start(*command), partial, len(want) * i / KILLS)
+        killed += kill_at(start_peru(*command), partial, len(want) * i / KILLS)
         assert set(others(tmp_path, target)) <= {partial.name, f"{partial.name}-journal"}
         if target.exists():
             assert target.read_bytes() == want or (old and target.read_bytes() == b"old")
@@ -130,7 +111,7 @@ def test_a_killed_file_is_absent_old_or_complete(tmp_path: Path, pair: Pair, ver
 
 def test_a_killed_folder_is_the_old_one_or_the_new_one(tmp_path: Path, pair: Pair) -> None:
     target, partial = tmp_path / "out", tmp_path / ".out.peru-partial"
-    command = [*pair.command("unpack", target), "--force", "--max-shard-size", "3MB"]
+    command = [*pair.command("unpack", target), "--force", "--max-shard-size", "2MB"]
     pair.run(*command)
     new = tree(target)
     assert len(new) == 6 and "model.safetensors.index.json" in new and new["config.json"] == b'{"new": true}'
@@ -141,7 +122,7 @@ def test_a_killed_folder_is_the_old_one_or_the_new_one(tmp_path: Path, pair: Pai
         target.mkdir()
         for name, content in old.items():
             (target / name).write_bytes(content)
-        killed += kill_at(pair.start(*command), partial, sum(map(len, new.values())) * i / KILLS)
+        killed += kill_at(start_peru(*command), partial, sum(map(len, new.values())) * i / KILLS)
         assert tree(target) in (old, new)
         seen.add(tree(target) == new)
         assert set(others(tmp_path, target)) <= {partial.name, f"{partial.name}.lock"}
@@ -151,63 +132,46 @@ def test_a_killed_folder_is_the_old_one_or_the_new_one(tmp_path: Path, pair: Pai
     assert killed >= 3 and False in seen
 
 
-def _rival(kind: str, target: str, letter: int, until: float) -> None:
-    while time.time() < until:
-        with contextlib.suppress(PeruError):
-            if kind == "file":
-                with PartialFile(Path(target), sync=False) as file:
-                    for part in range(4):
-                        file.write_at(part * 1000, bytes([letter]) * 1000)
-                    file.commit()
-            else:
-                with PartialDirectory(Path(target), sync=False) as folder:
-                    for part in range(4):
-                        (folder.path / str(part)).write_bytes(bytes([letter]))
-                    folder.commit()
+def rival(kind: str, target: Path, letter: int, seconds: float) -> Child:
+    """A process that writes a target as often as it can."""
+    write = f"from tests.support.rivals import write_until\nwrite_until({kind!r}, {str(target)!r}, {letter}, {time.time() + seconds})"
+    return start_peru("--version", before=write)
 
 
 def test_rivals_never_touch_what_one_of_them_has_finished(tmp_path: Path, pair: Pair) -> None:
     """Six processes write one target as fast as they can: it is always whole, and all from one writer."""
     target = tmp_path / "out"
-    rivals = [CONTEXT.Process(target=_rival, args=("file", str(target), letter, time.time() + 3)) for letter in range(6)]
-    for rival in rivals:
-        rival.start()
+    rivals = [rival("file", target, letter, 3) for letter in range(6)]
     reads = set()
-    while any(rival.is_alive() for rival in rivals):
+    while any(one.poll() is None for one in rivals):
         if target.exists():
             content = target.read_bytes()
             assert len(content) == 4000 and len(set(content)) == 1
             reads.add(content[0])
-    assert all(rival.exitcode == 0 for rival in rivals) and len(reads) > 1
+    assert all(one.wait() == 0 for one in rivals) and len(reads) > 1
     assert others(tmp_path, target) == []
 
 
 def test_rivals_leave_a_whole_folder(tmp_path: Path, pair: Pair) -> None:
     target = tmp_path / "out"
-    rivals = [CONTEXT.Process(target=_rival, args=("folder", str(target), letter, time.time() + 2)) for letter in range(4)]
-    for rival in rivals:
-        rival.start()
-    for rival in rivals:
-        rival.join()
-    assert all(rival.exitcode == 0 for rival in rivals)
+    rivals = [rival("folder", target, letter, 2) for letter in range(4)]
+    assert all(one.wait() == 0 for one in rivals)
     content = tree(target)
     assert sorted(content) == ["0", "1", "2", "3"] and len(set(content.values())) == 1
     assert others(tmp_path, target) == []
 
 
-def stopped_while_writing(pair: Pair, verb: str, target: Path) -> BaseProcess:
+def stopped_while_writing(pair: Pair, verb: str, target: Path) -> Child:
     """A process stopped in the middle of its work; on a busy machine it may take several attempts to catch one."""
     for _ in range(20):
-        child = pair.start(*pair.command(verb, target), "--force")
-        partial = target.with_name(f".{target.name}.peru-partial")
-        while child.is_alive() and bytes_on_disk(partial) < 100_000:  # by then it has its lock
-            time.sleep(0.0005)
+        child = start_peru(*pair.command(verb, target), "--force")
+        wait_for(child, target.with_name(f".{target.name}.peru-partial"), 100_000)  # by then it has its lock
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid or 0, signal.SIGSTOP)
+            os.kill(child.pid, signal.SIGSTOP)
         if not target.exists():
             return child
         child.kill()
-        child.join()
+        child.wait()
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     raise AssertionError("no process was caught at work")
 
@@ -218,9 +182,9 @@ def test_a_second_writer_of_the_same_target_is_refused(tmp_path: Path, pair: Pai
     first = stopped_while_writing(pair, verb, target)
     peru(*pair.command(verb, target), code=1)
     assert f"{target} is being written by another peru" in peru.stderr
-    os.kill(first.pid or 0, signal.SIGCONT)
-    first.join()
-    assert first.exitcode == 0, pair.stderr()
+    os.kill(first.pid, signal.SIGCONT)
+    _, stderr = first.communicate()
+    assert first.returncode == 0, stderr
     made = target / "model.safetensors" if target.is_dir() else target
     assert made.read_bytes() == (pair.artifact if verb == "prune" else pair.result).read_bytes()
     assert others(tmp_path, target) == []
@@ -235,22 +199,21 @@ def test_a_second_writer_of_the_same_target_is_refused(tmp_path: Path, pair: Pai
 def test_an_interrupted_command_cleans_up(tmp_path: Path, pair: Pair, verb: str, name: str, sent: signal.Signals, threads: int) -> None:
     target = tmp_path / name
     for _ in range(20):  # on a busy machine one may finish before it is caught
-        child = pair.start(*pair.command(verb, target), "--threads", threads, "--force")
-        while child.is_alive() and bytes_on_disk(tmp_path / f".{name}.peru-partial") < 100_000:
-            time.sleep(0.0005)
+        child = start_peru(*pair.command(verb, target), "--threads", threads, "--force")
+        wait_for(child, tmp_path / f".{name}.peru-partial", 100_000)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid or 0, sent)
-        child.join()
+            os.kill(child.pid, sent)
+        _, stderr = child.communicate()
         if not target.exists():
             break
         shutil.rmtree(target) if target.is_dir() else target.unlink()
-    assert child.exitcode == 130, pair.stderr()
-    assert "interrupted" in pair.stderr() and "Traceback" not in pair.stderr()
+    assert child.returncode == 130, stderr
+    assert "interrupted" in stderr and "Traceback" not in stderr
     kept = {f".{name}.peru-partial", f".{name}.peru-partial-journal"} if verb == "prune" else set()  # for the same command to continue with
     left = set(others(tmp_path, target))
     assert left <= kept and not target.exists()
     promised = f"the finished part is kept in {tmp_path}" if left else "nothing unfinished was left behind"
-    assert promised in pair.stderr() and ("run the same command again" in pair.stderr()) == bool(left)
+    assert promised in stderr and ("run the same command again" in stderr) == bool(left)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see when the import begins")
@@ -276,7 +239,7 @@ def test_a_full_disk_is_reported_and_left_clean(small_disk: Path, pair: Pair, pe
     assert f"{small_disk / 'a.safetensors'}: " in peru.stderr and "the disk is full" in peru.stderr
     for name in ("r.safetensors", "r"):  # sizes are known here: refused before anything is read
         peru(*pair.command("unpack", small_disk / name), code=1)
-        assert "the disk has" in peru.stderr and "needs 9,6" in peru.stderr
+        assert "the disk has" in peru.stderr and "needs 6,4" in peru.stderr
     assert list(small_disk.iterdir()) == [] and shutil.disk_usage(small_disk).used == used
     (small_disk / "a.safetensors").write_bytes(b"old")
     peru(*pair.command("prune", small_disk / "a.safetensors"), "--force", code=1)

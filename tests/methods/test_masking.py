@@ -7,7 +7,20 @@ import math
 import numpy as np
 import pytest
 
-from peru_cli.methods.compact.masking import GRID, Overlap, best_scale, choose_threshold, entropy, magnitude_mask, missed, tall_mask
+from peru_cli.methods.compact.masking import (
+    GRID,
+    Overlap,
+    add_up,
+    best_scale,
+    choose_threshold,
+    emr_mask,
+    entropy,
+    magnitude_mask,
+    missed,
+    rescaler,
+    tall_mask,
+    unify,
+)
 
 
 def family(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,3 +68,36 @@ def test_equals_and_zeros_are_outside_of_masks() -> None:
 def test_entropy_is_that_of_one_entry() -> None:
     assert entropy(250, 1000) == pytest.approx(-0.25 * math.log2(0.25) - 0.75 * math.log2(0.75), rel=1e-12)
     assert entropy(1, 2) == 1.0 and entropy(0, 7) == entropy(7, 7) == 0.0
+
+
+def test_the_sum_is_taken_in_order_and_leaves_its_rows_alone() -> None:
+    rows = np.array([[1.0, 1e16], [2.0, 1.0], [4.0, -1e16]])
+    before = rows.copy()
+    assert add_up(rows).tolist() == [7.0, 0.0]  # 1e16 + 1 is 1e16
+    assert np.array_equal(rows, before)
+
+
+def test_emr_on_entries_that_can_be_checked_by_hand() -> None:
+    rows = np.array([[3.0, -1.0, 2.0, 0.0, 1.0, 0.25], [1.0, -4.0, -5.0, 0.0, -1.0, 0.25], [-2.0, 2.0, 4.0, 0.0, 0.0, 0.0]])
+    assert rows.sum(axis=0).tolist() == [2.0, -3.0, 1.0, 0.0, 0.0, 0.5]  # a sum of 0 elects -
+    unified = unify(rows)
+    assert unified.tolist() == [3.0, -4.0, 4.0, 0.0, -1.0, 0.25]
+    masks = [emr_mask(row, unified).tolist() for row in rows]
+    assert masks == [
+        [True, True, True, False, False, True],
+        [True, True, False, False, True, True],
+        [False, False, True, False, False, False],
+    ]
+
+
+def test_emr_masks_need_the_same_sign_on_both_sides() -> None:
+    vector, unified = np.array([1.0, -1.0, 0.5, -0.5, 0.5, -0.5]), np.array([0.0, 0.0, 0.5, -0.5, -0.5, 0.5])
+    assert emr_mask(vector, unified).tolist() == [False, False, True, True, False, False]
+
+
+def test_emr_rescales_to_the_tasks_own_sum_with_nine_digits() -> None:
+    assert rescaler(7.25, 11.25) == 0.644444444 and rescaler(5.0, 2.0) == 2.5 and rescaler(5.0, 0.0) == 1.0
+
+
+def test_thresholds_are_those_that_the_authors_try() -> None:
+    assert GRID == (0.2, 0.3, 0.4, 0.5, 0.6)

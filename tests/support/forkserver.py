@@ -7,6 +7,7 @@ import order) need a real one: `run_peru` sees to that."""
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import selectors
@@ -29,7 +30,7 @@ class Running:
     def __init__(self, arguments: list[str], pipe: int, streams: list[IO[bytes]]) -> None:
         self._arguments, self._pipe, self._streams = arguments, pipe, streams
         self.returncode: int | None = None
-        self._pid = self._next(300)  # the server may have to start first
+        self.pid = self._next(300)  # the server may have to start first
 
     def _next(self, timeout: float | None) -> int:
         """The server's next number: the child's id, then its status in the form of `waitpid`."""
@@ -60,7 +61,7 @@ class Running:
     def kill(self) -> None:
         """Kill the command."""
         if self.poll() is None:
-            os.kill(self._pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Stdout and stderr, once the command has ended."""
@@ -142,6 +143,7 @@ def serve(channel: socket.socket) -> None:
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[-1] not in ("__main__", "gpu", "__init__"):
             importlib.import_module(".".join(parts))
+    gc.freeze()  # children would copy each page that the garbage collector marks
     with selectors.DefaultSelector() as selector:
         selector.register(channel, selectors.EVENT_READ)
         while True:

@@ -29,14 +29,15 @@ def post_prune(
     kind = torch.float64 if wide else torch.float32
     masks = {n: np.zeros(fine[n].numel(), dtype=bool) for n in names}
     for group in [names] if scope == "global" else [[n] for n in names]:
-        candidates = []
+        found = []
         for order, name in enumerate(group):
             cast = base[name].to(fine[name].dtype)
             keys = (fine[name].to(kind) - cast.to(kind)).abs().view(-1).numpy().astype(np.float64)
             keys[~np.isfinite(keys)] = np.inf
             changed = np.flatnonzero(bits(cast) != bits(fine[name]))
-            candidates += [(-keys[i], order, int(i)) for i in changed]
+            found.append((keys[changed], np.full(len(changed), order), changed))
+        key, order, place = (np.concatenate(column) for column in zip(*found, strict=True)) if found else (np.empty(0, int),) * 3
         k = int(density * sum(fine[n].numel() for n in group))
-        for _, order, i in sorted(candidates)[:k]:
-            masks[group[order]][i] = True
+        for i in np.lexsort((place, order, -key))[:k]:
+            masks[group[order[i]]][place[i]] = True
     return masks
