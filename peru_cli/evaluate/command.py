@@ -13,6 +13,7 @@ from peru_cli.console import console
 from peru_cli.errors import EXIT_GATE, UsageError
 
 if TYPE_CHECKING:
+    from peru_cli.checkpoints.places import Place
     from peru_cli.evaluate.plan import Comparison, Gate
     from peru_cli.evaluate.run import Score
     from peru_cli.evaluate.show import Row
@@ -133,7 +134,7 @@ def evaluate_command(
     from peru_cli.checkpoints.resolve import default_task, split_arguments
     from peru_cli.evaluate import show as evalshow
     from peru_cli.evaluate.plan import check_comparisons, check_gates, parse_gate, weight_pairs
-    from peru_cli.finetunes.open import only_task
+    from peru_cli.finetunes.open import find_routed, only_task
     from peru_cli.inference.reading import split_data
     from peru_cli.inference.remote_code import trusting
 
@@ -144,7 +145,7 @@ def evaluate_command(
     if trust_remote_code and not files:
         raise UsageError("--trust-remote-code is for models that run on --data or --text", "leave it out: no model is run")
     everyone = [*named.values(), *others.values(), *([base] if base is not None else [])]
-    if len(named) == 1 and _is_routed(*named.values()):
+    if len(named) == 1 and (place := find_routed(next(iter(named.values())))) is not None:
         refused = {"--against": against, "--text": text, "--tau-jp": tau_jp, "--negate": negate, "--plot": plot, "--report": report}
         if wrong := [option for option, value in refused.items() if value]:
             raise UsageError(f"{', '.join(wrong)}: no meaning with routed experts", "leave it out: they take --data, gates and --csv")
@@ -152,7 +153,13 @@ def evaluate_command(
             raise UsageError("routed experts run on their base, on the data of their tasks", "add --base BASE --data TASK=FILE")
         with trusting(everyone, trust_remote_code):
             _evaluate_routed(
-                next(iter(named.values())), base, _read(files, [], max_samples), gates, csv, (dtype, run.device, run.threads, batch_size)
+                next(iter(named.values())),
+                place,
+                base,
+                _read(files, [], max_samples),
+                gates,
+                csv,
+                (dtype, run.device, run.threads, batch_size),
             )
         return
     if tau_jp or negate:
@@ -222,28 +229,16 @@ def _judge(gates: list[Gate], rows: Sequence[Row], missed: list[str]) -> None:
         raise typer.Exit(EXIT_GATE)
 
 
-def _is_routed(model: str) -> bool:
-    """Whether an argument names routed experts."""
-    from peru_cli.artifacts.container import artifact_kind
-    from peru_cli.artifacts.packs.routed import KIND
-    from peru_cli.checkpoints.places import locate
-    from peru_cli.finetunes.open import artifact_for
-
-    return artifact_kind(artifact_for(locate(model), "")) == KIND
-
-
 def _evaluate_routed(
-    model: str, base: str, examples: dict[str, Examples], gates: list[Gate], csv: Optional[Path],
+    model: str, place: Place, base: str, examples: dict[str, Examples], gates: list[Gate], csv: Optional[Path],
     how: tuple[str, str, Optional[int], Optional[int]],
 ) -> None:  # fmt: skip
     """Run routed experts and print what was found; `how` has the dtype, device, threads and batch size."""
     import torch
 
     from peru_cli.checkpoints.local import inputs
-    from peru_cli.checkpoints.places import locate
     from peru_cli.evaluate import show as evalshow
     from peru_cli.evaluate.routed import METRICS, evaluate_routed
-    from peru_cli.finetunes.open import artifact_for
     from peru_cli.inference.models import pick_device
     from peru_cli.inference.prepare import Settings
 
@@ -252,7 +247,6 @@ def _evaluate_routed(
     dtype, device, threads, batch_size = how
     settings = Settings(getattr(torch, COMPUTE[dtype]), pick_device(device), threads=threads)
     with console.progress(sum(map(len, examples.values())), "eval", "examples") as progress:
-        place = artifact_for(locate(model), "")
         scores = evaluate_routed(model, place, base, examples, settings, batch_size, progress.advance, progress.step)
     inputs.check()
     evalshow.show(scores, {})

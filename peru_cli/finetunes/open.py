@@ -134,6 +134,15 @@ def artifact_for(place: Place, task: str | None) -> Place:
         return find_artifact(place, task)
 
 
+def find_routed(model: str) -> Place | None:
+    """The file of routed experts that an argument names. None for anything else."""
+    try:
+        place = find_artifact(locate(model))
+    except UsageError:  # a folder of several artifacts
+        return None
+    return place if artifact_kind(place) == ROUTED else None
+
+
 def only_task(model: str) -> str | None:
     """The task of a pack that holds only one. None for everything else."""
     path = locate(model)
