@@ -17,11 +17,12 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.finetunes.decode import kept_bits
 from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
+from peru_cli.kernels.packs import retrieved
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
-from peru_cli.methods.compact.superpose import flip
 from peru_cli.streaming.arrays import BITS, CPU
 
 _ROWS = 64  # tensors whose signs are cached
+_LEAST = 1024  # entries of a row of signs, at least: one loop goes over each
 Floats = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -125,20 +126,14 @@ class TaskOfPack(FromArtifact):
             raw = self.room(nbytes)
             self.base.read_into(record.info.name, begin, raw)
         base = np.frombuffer(raw, BITS[record.base_dtype.bits])
-        kind = np.dtype(float_kind(record.info.dtype))
-        # The vector is computed in the result's memory, if that is wide enough.
-        room = out.view(kind) if kind.itemsize == out.itemsize else np.frombuffer(self.room(len(out) * kind.itemsize, use="vector"), kind)
-        vector = self._vector(record, start, room, witness)
-        bits = plus_vector(np.zeros_like(base) if record.mode == PackMode.WEIGHTS else base, record.base_dtype, record.info.dtype, vector)
-        if bits is None:
+        below = np.zeros_like(base) if record.mode == PackMode.WEIGHTS else base
+        if not self._retrieve(record, start, cast_bits(CPU, below, record.base_dtype, record.info.dtype), out, witness):
             message = f"{self.pack.path}: {record.info.name!r} of {self.record.name} does not fit {record.info.dtype.name}"
             raise BadFile(message, "use a smaller --scale")
-        if kind.itemsize != out.itemsize:
-            np.copyto(out, bits)
         return raw
 
-    def _vector(self, record: PackedTensor, start: int, out: Floats, witness: Witness | None) -> Floats:
-        """scale * tau^ from entry `start` on, from the sums at its place; float32 or float64 (n,), in `out`."""
+    def _retrieve(self, record: PackedTensor, start: int, base: Bits, out: Bits, witness: Witness | None) -> bool:
+        """base + scale * tau^ from entry `start` on, from the sums at its place, into `out`. False if an entry is not finite."""
         place = self.pack.records[self._places.get(record.info.name, record.info.name)]
         sums = self.pack.sums(place, start, start + len(out))
         mask = self.pack.mask(self.record.name, place, start, start + len(out))
@@ -146,17 +141,21 @@ class TaskOfPack(FromArtifact):
             witness.saw("sums", place.info.name, start, sum_leaves(sums))
             if mask is not None:
                 witness.saw("mask", place.info.name, start, mask_leaves(mask))
-        if mask is not None:
-            sums = sums * mask
-        factor = self._scale * 2.0**place.exponent
-        if place.is_target and self._arrangement.signs:
-            # Signs and factor in one: (c m) S equals c (m S) to the bit, and saves one pass over the entries.
-            key = place.info.name, out.dtype.str
-            row = self._rows.get(key, lambda: out.dtype.type(factor) * self._arrangement.row(self.record.name, place.info))
-            np.copyto(out, sums, casting="unsafe")
-            flipped: Floats = flip(out, row, start)
-            return flipped
-        return scaled(sums, factor, out)
+        row = self._row(place, record.info.dtype)
+        return retrieved(base, sums, mask, row, start % len(row), record.info.dtype.name, out)
+
+    def _row(self, place: PackedTensor, dtype: Dtype) -> Floats:
+        """Signs and factor of a tensor's columns in one: (c m) S equals c (m S) to the bit. Short rows are repeated."""
+        kind = np.dtype(float_kind(dtype)).type
+        factor: Any = kind(self._scale * 2.0**place.exponent)
+        if not (place.is_target and self._arrangement.signs):
+            return np.full(_LEAST, factor)
+
+        def signed() -> Floats:
+            row = factor * self._arrangement.row(self.record.name, place.info)
+            return np.tile(row, -(-_LEAST // len(row)))
+
+        return self._rows.get((place.info.name, kind), signed)
 
     def _correct(self, name: str, start: int, bits: Bits, witness: Witness | None) -> None:
         """Put the residual's entries into the retrieved bits from entry `start` on, in place."""

@@ -18,7 +18,7 @@ from peru_cli.errors import BadFile
 from peru_cli.streaming.engine import available_threads
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_PIECE = 1 << 16  # entries computed at once: they fit a core's cache
+_PIECE = 1 << 18  # entries computed at once: each call costs as much as 2^14 entries
 _BATCH = 1 << 18  # entries that one thread takes at once: asking for more work costs more than a small tensor
 
 

@@ -92,7 +92,7 @@ class Pack:
         """Locate all parts; `read` returns bytes of the blocks. Returns the bytes of all blocks, and of all tasks' own tensors."""
         index, self._read = self.index, read
         self._cache: BlockCache[Sums] = BlockCache(_CACHED_BLOCKS)
-        self._loaded: list[Sums] = []
+        self._loaded: Sums | None = None
         self.records = {record.info.name: record for record in index.tensors}
         self.tasks = {task.name: task for task in index.tasks}
         self.scale = float(self.metadata.get("peru.scale", "1.0"))
@@ -141,10 +141,23 @@ class Pack:
         return self.load_sums()
 
     def load_sums(self) -> Self:
-        """Hold all sums decoded in memory: 2 bytes each (4 for large ones)."""
-        if not self._loaded:
+        """Hold all sums decoded in memory: 2 bytes each, or 4 if one is large."""
+        if self._loaded is None:
+            size, sums = self.index.block_entries, np.empty(self.index.entries, np.int16)
+
+            def put(number: int) -> bool:
+                block = self._decode(number)
+                fits = block.min() >= -(1 << 15) and block.max() < 1 << 15
+                if fits or sums.itemsize == 4:
+                    sums[number * size : (number + 1) * size] = block
+                return bool(fits)
+
             with ThreadPoolExecutor(available_threads()) as pool:
-                self._loaded = list(pool.map(lambda number: _narrow(self._decode(number)), range(len(self.index.blocks))))
+                large = [number for number, fits in enumerate(pool.map(put, range(len(self.index.blocks)))) if not fits]
+                if large:
+                    sums = sums.astype(np.int32)
+                    list(pool.map(put, large))
+            self._loaded = sums
         return self
 
     def factor(self, task: str) -> float:
@@ -186,10 +199,12 @@ class Pack:
     def sums(self, record: PackedTensor, start: int, stop: int) -> Sums:
         """Sums of a tensor from entry `start` to `stop`; integers (n,), int32 unless loaded, read-only."""
         low = self._first[record.info.name] + start
+        if self._loaded is not None:
+            return self._loaded[low : low + stop - start]
         high, size = low + stop - start, self.index.block_entries
         parts = []
         for number in range(low // size, -(-high // size)):
-            block = self._loaded[number] if self._loaded else self._cache.get(number, partial(self._decode, number))
+            block = self._cache.get(number, partial(self._decode, number))
             parts.append(block[max(low - number * size, 0) : high - number * size])
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
 
@@ -246,9 +261,3 @@ class Pack:
 
 def _read_from(read: Callable[[int, int], bytes], begin: int, offset: int, nbytes: int) -> bytes:
     return read(begin + offset, nbytes)
-
-
-def _narrow(sums: Sums) -> Sums:
-    """The same values in 16 bits, if they fit."""
-    fits = not len(sums) or (sums.min() >= -(1 << 15) and sums.max() < 1 << 15)
-    return sums.astype(np.int16) if fits else sums
