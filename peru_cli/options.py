@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from fractions import Fraction
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -212,7 +212,7 @@ def shared(
     lacks: Collection[str] = (), panels: Mapping[str, str] | None = None, pipes: bool = False, **other: Any
 ) -> Callable[[Function], Function]:
     """Give a command the shared options after its own. It gets them as `run: Running` and, if it has that parameter,
-    `publishing: Publishing`.
+    `publishing: Publishing`. Any other parameter that is a dataclass of options becomes a group of its own, too.
 
     Each command runs in its own Hub session. `lacks` names shared options to omit, `other` redeclares some. `panels` groups
     the command's own options in its help: it maps a title to the parameters' names, separated by spaces. With `pipes`, `-o -`
@@ -223,7 +223,7 @@ def shared(
         signature = inspect.signature(command, eval_str=True)
         own = dict(signature.parameters)
         rest = [own.pop(name) for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-        groups = {name: own.pop(name).annotation for name in ("publishing", "run") if name in own}
+        groups = {name: own.pop(name).annotation for name, parameter in list(own.items()) if is_dataclass(parameter.annotation)}
         names = {group: [field.name for field in fields(kind) if field.name not in lacks] for group, kind in groups.items()}
         added = [_parameter(kind, name, other) for group, kind in groups.items() for name in names[group]]
 

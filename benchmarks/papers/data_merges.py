@@ -18,9 +18,12 @@ from peru_cli.console import console
 from peru_cli.inference.models import pick_device
 from peru_cli.inference.reading import read_examples
 from peru_cli.inference.task_models import Running
-from peru_cli.merge.data.collect import look
-from peru_cli.merge.data.search import Trial
+from peru_cli.merge.data.collect import Builder
+from peru_cli.merge.data.statistics import Progress
 from peru_cli.merge.plan import Options, plan_merge
+from peru_cli.merge.search.asked import NORMALISED
+from peru_cli.merge.search.memory import merged_weights
+from peru_cli.merge.search.objective import Judge
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.table import effective_values, find_method
 from peru_cli.vectors.settings import streaming
@@ -64,24 +67,29 @@ def main() -> None:
     print("| method | chosen |", " | ".join(names), "| mean | normalised | seconds |")
     print("| --- | --- |" + " ---: |" * (len(names) + 3))
     with tempfile.TemporaryDirectory() as folder, console.progress(0, "") as bar, streaming("auto", None, None, bar.advance) as how:
-        trial = None
+        judge = None
         for name, given, searched, points in cases:
             method, start = find_method(name), time.perf_counter()
             values = effective_values(method, given)
             weights = (1.0,) * len(names)
             plan = plan_merge(base, fine, method.build(Parameters(names, weights, values)).on_vectors, Options())
-            found = look(
-                plan, method, Parameters(names, weights, values), parts["dev"], Path(folder), (searched, points) if searched else None,
-                how, lambda text: None, bar,
-            )  # fmt: skip
+            builder = Builder(plan, method, parts["dev"], Path(folder), Progress(lambda text: None, bar.expect, bar.advance))
+            tried = []
+            if searched:
+                dev = Judge(plan, parts["dev"], NORMALISED)
+                for value in points:
+                    rule = builder.build(Parameters(names, weights, values | {searched: value}))
+                    tried.append(dev.measure(merged_weights(plan, rule, how, dev.device)).total)
+                values = values | {searched: points[tried.index(max(tried))]}
+            rule = builder.build(Parameters(names, weights, values))
             seconds = time.perf_counter() - start
-            trial = trial or Trial(plan, parts["test"])  # plans differ in nothing that it looks at
-            point = trial.try_merge(0, found.rule, how)
-            chosen = f"{searched} {found.parameters.values[searched]:g}" if searched else ""
-            cells = [f"{100 * a:.2f}" for a in (*point.accuracies.values(), sum(point.accuracies.values()) / len(names), point.normalised)]
+            judge = judge or Judge(plan, parts["test"], NORMALISED)  # plans differ in nothing that it looks at
+            score = judge.measure(merged_weights(plan, rule, how, judge.device))
+            chosen = f"{searched} {values[searched]:g}" if searched else ""
+            cells = [f"{100 * a:.2f}" for a in (*score.figures.values(), sum(score.figures.values()) / len(names), score.total)]
             print(f"| {name} {_shown(given)} | {chosen} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
-        assert trial is not None
-        cells = [f"{100 * a:.2f}" for a in (*trial.fine.values(), sum(trial.fine.values()) / len(names), 1.0)]
+        assert judge is not None
+        cells = [f"{100 * a:.2f}" for a in (*judge.fine.values(), sum(judge.fine.values()) / len(names), 1.0)]
         print(f"| fine-tunes | | {' | '.join(cells)} | |")
 
 

@@ -168,7 +168,7 @@ def evaluate_command(
         if gates or csv is not None or dtype != "fp32":
             raise UsageError("--tau-jp and --negate cannot be combined with gates, --csv or --dtype", "use --json; they compute in float32")
         from peru_cli.evaluate import interference_command as interference
-        from peru_cli.merge.options import parse_range
+        from peru_cli.merge.search.space import parse_range
 
         read = _read(files, text or [], max_samples)
         with trusting(everyone, trust_remote_code):

@@ -16,17 +16,17 @@ from peru_cli.evaluate.plan import Comparison
 from peru_cli.inference import metrics
 from peru_cli.inference.data import Array, Examples, class_doubts, label_order
 from peru_cli.inference.eval_model import Base, open_eval_model
-from peru_cli.inference.inputs import BATCH_SIZES, IGNORED, class_logits, counted_logits, counted_tokens
+from peru_cli.inference.inputs import BATCH_SIZES, class_logits
 from peru_cli.inference.metrics import Compared, Estimate
 from peru_cli.inference.models import IMAGE, LABELS, TEXT, VALUE, problem_of
 from peru_cli.inference.prepare import Loaded, Prepared, Settings, prepare
+from peru_cli.inference.tokens import TokenSums, token_logits
 from peru_cli.streaming.engine import available_threads
 
 Advance = Callable[[int], None]
 _SMALL = 4_000_000  # parameters; for smaller models one thread is faster than several that wait for each other
 _MOST_NATS = math.log(sys.float_info.max)  # its exponential is still finite
 _ENOUGH = 30  # examples needed before an accuracy near chance means anything
-_SLICE = 1 << 24  # logits processed together
 
 
 @dataclass
@@ -227,47 +227,14 @@ def _require_finite(logits: Array, label: str) -> None:
         raise Mismatch(f"{label}: some outputs are NaN or infinite", "try --dtype fp32; if that does not help, the weights are broken")
 
 
-def _token_logits(loaded: Loaded, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (n, vocabulary) and actual next tokens (n,), for the n tokens of a batch that count."""
-    labels = counted_tokens(batch, loaded.kind)
-    return counted_logits(loaded.model, batch, loaded.kind)[0], labels[labels != IGNORED]
-
-
-class _TokenSums:
-    """For each token: negative log-likelihood of both models, KL divergence, whether their top choices agree."""
-
-    def __init__(self) -> None:
-        self.columns: dict[str, list[Array]] = {"ours": [], "theirs": [], "kl": [], "same": []}
-
-    def add(self, came: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None) -> None:
-        """Add some tokens, in float64: a KL near zero is a difference of nearly equal numbers."""
-        step = max(1, _SLICE // ours.shape[1])
-        for start in range(0, len(came), step):
-            part, tokens = slice(start, start + step), came[start : start + step].unsqueeze(1)
-            mine = torch.log_softmax(ours[part].double(), dim=-1)
-            self._put("ours", -mine.gather(1, tokens))
-            if theirs is not None:
-                logs = torch.log_softmax(theirs[part].double(), dim=-1)
-                self._put("theirs", -logs.gather(1, tokens))
-                self._put("kl", (logs.exp() * (logs - mine)).sum(-1))
-                self._put("same", logs.argmax(-1) == mine.argmax(-1))
-
-    def _put(self, name: str, values: torch.Tensor) -> None:
-        self.columns[name].append(values.flatten().cpu().numpy())
-
-    def all(self, name: str) -> Array:
-        """One column."""
-        return np.concatenate(self.columns[name])
-
-
 def _score_tokens(score: Score, ours: Loaded, theirs: Loaded | None, examples: Examples, batch_size: int, advance: Advance) -> None:
     """Both models run on each batch together: probabilities of a whole vocabulary for every token would not fit in memory."""
     device = next(ours.model.parameters()).device
-    sums = _TokenSums()
+    sums = TokenSums()
     with torch.inference_mode():
         for numbers, batch in ours.inputs.batches(batch_size, device):
-            mine, came = _token_logits(ours, batch)
-            reference = _token_logits(theirs, batch)[0] if theirs is not None else None
+            mine, came = token_logits(ours, batch)
+            reference = token_logits(theirs, batch)[0] if theirs is not None else None
             if reference is not None and reference.shape != mine.shape:
                 raise Mismatch(f"{ours.label} has a vocabulary of {mine.shape[1]} tokens, the other of {reference.shape[1]}")
             sums.add(came, mine, reference)

@@ -30,15 +30,17 @@ class Running:
     batch_size: int
 
 
-def read_data(texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str, most: int | None = None) -> Running:
-    """Read the examples of every task, the first `most` of each. UsageError if a task has none, or a name is not a task's."""
+def read_data(
+    texts: list[str], tasks: tuple[str, ...], device: str, batch_size: int, why: str, most: int | None = None, every: bool = True
+) -> Running:
+    """Read the examples of tasks, the first `most` of each. UsageError if a name is not a task's, or with `every` a task has none."""
     files = split_data(texts)
     if list(files) == [""] and len(tasks) == 1:
         files = {tasks[0]: files[""]}
     strangers, lacking = [task for task in files if task not in tasks], [task for task in tasks if task not in files]
     if strangers:
         raise UsageError(f"--data {strangers[0]}=...: no model is called {strangers[0]!r}", f"the tasks are {listed(tasks)}")
-    if lacking:
+    if lacking and every:
         raise UsageError(f"{why} needs examples of every task", " ".join(f"--data {task}=FILE" for task in lacking))
     return Running({task: read_examples(file, most) for task, file in files.items()}, pick_device(device), batch_size)
 

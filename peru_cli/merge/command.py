@@ -15,14 +15,16 @@ from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.merge import options as settings
 from peru_cli.merge import recipe as recipes
-from peru_cli.merge.given import build_by_tensor, first_parameters, shown
+from peru_cli.merge.given import Given, build_by_tensor, first_parameters, shown
 from peru_cli.merge.help import HelpByMethod
+from peru_cli.merge.search.asked import Examples, Searching
+from peru_cli.merge.search.space import parse_ranges
+from peru_cli.merge.search.typed import at, check_tasks, first_point, typed_dimensions, with_ranges
 from peru_cli.merge.show import list_methods_and_exit, say, summary
 from peru_cli.methods.lora.table import SPACES
 from peru_cli.methods.table import METHODS, effective_values, find_method
 from peru_cli.methods.then.table import PASSES, build_pass
 from peru_cli.publish.command import destination, publish
-from peru_cli.shown import listed
 
 FP8 = "fp8"
 
@@ -31,7 +33,7 @@ FP8 = "fp8"
     panels={
         "Inputs": "base rename tokenizer pad_vocab_to config",
         "Method": "method weight then lora list_methods per_task merge_heads strict",
-        "Data": "data stats search batch_size trust_remote_code",
+        "Data": "data stats batch_size trust_remote_code",
         "Output": "output compress dtype max_shard_size base_id write_recipe",
     }
 )
@@ -59,10 +61,6 @@ def merge(
     ] = None,
     stats: Annotated[
         Optional[str], typer.Option("--stats", metavar="DIR", help="Cache for the statistics that methods collect from data.")
-    ] = None,
-    search: Annotated[
-        Optional[str],
-        typer.Option("--search", metavar="OPTION=FROM:TO:STEP", help="Find the best value of a numeric option on --data."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Examples per forward pass.")] = 16,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -119,6 +117,7 @@ def merge(
         bool,
         typer.Option("--list-methods", callback=list_methods_and_exit, is_eager=True, help="List all methods with their options."),
     ] = False,
+    searching: Searching,
     publishing: options.Publishing,
     run: options.Running,
     **typed: Any,
@@ -144,12 +143,16 @@ def merge(
     If a merge was killed, type the same command again to continue it; --force starts afresh.
     """
     given, varied = settings.given_values(typed)
+    searching.check(bool(data))
+    ranges = parse_ranges(searching.search, searching.trials is not None) if searching.search is not None else []
     if len(models) == 1 and recipes.is_recipe(models[0]):
+        of_search: dict[str, object] = {"data": data, "write-recipe": write_recipe, "trust-remote-code": trust_remote_code or None}
         settings.refuse_beside_a_recipe(
-            given, method=method, base=base, weight=weight, data=data, stats=stats, search=search, compress=compress, rename=rename,
-            tokenizer=tokenizer, then=then, lora=lora,
-            **{"write-recipe": write_recipe, "pad-vocab-to": pad_vocab_to, "trust-remote-code": trust_remote_code or None},
+            given, bool(ranges), of_search, method=method, base=base, weight=weight, stats=stats, compress=compress, rename=rename,
+            tokenizer=tokenizer, then=then, lora=lora, **{"pad-vocab-to": pad_vocab_to},
         )  # fmt: skip
+        if ranges and not data and searching.metric_command is None:
+            raise UsageError("--search needs examples", "add --data MODEL=FILE, or --metric-command CMD")
         from peru_cli.merge.recipe.plan import Wanted
         from peru_cli.merge.recipe.run import Asked, merge_recipe
 
@@ -161,7 +164,8 @@ def merge(
         place = destination(publishing, run.force, output)
         asked = Asked(
             output, options.parse_dtype(dtype) if dtype is not None else None, Wanted(per_task, merge_heads, config),
-            options.parse_size(max_shard_size, "--max-shard-size"), strict, run,
+            options.parse_size(max_shard_size, "--max-shard-size"), strict, run, searching, ranges,
+            Examples(data or [], batch_size, given.get("max-samples"), int(given.get("seed", 0)), trust_remote_code), write_recipe,
         )  # fmt: skip
         merged = merge_recipe(models[0], asked)
         console.result(merged if run.dry_run else merged | publish(place, [Path(output)], "merge"))
@@ -173,23 +177,24 @@ def merge(
     if method in SPACES:
         raise UsageError(f"{method} aligns LoRAs for another method to merge", f"write --lora {method} --method ties, or another method")
     chosen = find_method(method)
-    samples = given.get("max-samples")
-    if search is not None and "max-samples" not in chosen.options:
-        given.pop("max-samples", None)  # the search reads data, the method does not
+    samples, seed = given.get("max-samples"), int(given.get("seed", 0))
+    for name in ("max-samples", "seed") if ranges else ():
+        if name not in chosen.options:
+            given.pop(name, None)  # they are for the search
     if weight and "weight" not in chosen.options:
         effective_values(chosen, {"weight": 1.0})
     varied.add("weight", weight or [])
     values = effective_values(chosen, given)
-    settings.check_varied(varied, chosen, search, given, values)
+    settings.check_varied(varied, chosen, given, values)
     if then is not None:
-        settings.check_then(then, base or lora, search, write_recipe)
+        settings.check_then(then, base or lora, searching.search, write_recipe)
     if lora is not None:
         from peru_cli.merge.adapters.command import merge_loras
 
         place = destination(publishing, run.force, output)
         made = merge_loras(
             models, lora, chosen, (varied, values), {"base": base, "dtype": dtype, "then": then, "output": output}, run, data=data,
-            stats=stats, search=search, compress=compress, rename=rename, tokenizer=tokenizer, config=config,
+            stats=stats, search=searching.search, compress=compress, rename=rename, tokenizer=tokenizer, config=config,
             **{
                 "per-task": per_task, "merge-heads": merge_heads, "pad-vocab-to": pad_vocab_to, "base-id": base_id,
                 "write-recipe": write_recipe, "trust-remote-code": trust_remote_code,
@@ -197,12 +202,11 @@ def merge(
         )  # fmt: skip
         console.result(made if run.dry_run else made | publish(place, [Path(output)], "merge"))
         return
-    searched = settings.parse_search(search, chosen, given) if search is not None else None
-    if searched is not None:
-        values[searched.option] = searched.points[0]
-    if data and chosen.statistics is None and searched is None:
+    dimensions = typed_dimensions(ranges, chosen, given, varied)
+    measures = bool(ranges) and searching.metric_command is None
+    if data and chosen.statistics is None and not measures:
         raise UsageError(f"{method} uses no data", "leave --data out, or search an option on it: --search OPTION=FROM:TO:STEP")
-    if not data and (chosen.statistics is not None or searched is not None):
+    if not data and (chosen.statistics is not None or measures):
         what = f"{method}" if chosen.statistics is not None else "--search"
         raise UsageError(f"{what} needs examples of every task", "add --data TASK=FILE for each task")
     if trust_remote_code and not data:
@@ -229,6 +233,7 @@ def merge(
     from peru_cli.merge.plan import Options, check_same, plan_merge
     from peru_cli.merge.recipe.write import Typed, check_path, recipe_text, write_text
     from peru_cli.methods.parameters import Parameters
+    from peru_cli.methods.rules import Rule
     from peru_cli.vectors.settings import streaming
 
     arguments = split_arguments(models)
@@ -236,21 +241,19 @@ def merge(
     least, most = chosen.tasks
     if len(names) < least or (most is not None and len(names) > most):
         raise UsageError(f"{method} takes {least if most == least else f'at least {least}'} models, not {len(names)}")
-    if config is not None and config not in (names if base is None else (*names, "base")):
-        raise UsageError(f"--config {config}: no model is called {config!r}", f"name one of {listed(names)}{' or base' if base else ''}")
-    if tokenizer is not None and tokenizer not in ("union", *(names if base is None else (*names, "base"))):
-        raise UsageError(f"--tokenizer {tokenizer}: no model has this name", f"write union{', base' if base else ''} or {listed(names)}")
-    if tokenizer is None and pad_vocab_to is not None:
-        raise UsageError("--pad-vocab-to needs --tokenizer", "add --tokenizer union")
+    settings.check_names(names, base is not None, config, tokenizer, pad_vocab_to)
     if tokenizer is not None and (density is not None or data):
         other = "--compress" if density is not None else "--data"
         raise UsageError(f"--tokenizer cannot be combined with {other}", "merge first, then continue with the merged model")
     varied.check_tasks(names)
+    check_tasks(dimensions, names)
     parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=base is not None))
+    before = varied, parameters
+    varied, parameters = at(dimensions, first_point(dimensions), *before)
     rule = chosen.build(parameters)
     if then is not None and rule.isotropic:
         raise UsageError(f"--then {then} has nothing to hold on to after {method}: all singular values are equal", "use another method")
-    for warning in () if varied.by_tensor else idle([parameters]):
+    for warning in () if varied.by_tensor or dimensions else idle([parameters]):
         console.warn(warning)
     target = Path(output)
     as_file = target.suffix == ".safetensors"
@@ -260,8 +263,6 @@ def merge(
         raise UsageError("with --compress, the name 'merged' is reserved for the merged model", "give the task another name")
     check_target(target, run.force or run.dry_run)
     if write_recipe is not None:
-        if searched is not None:
-            raise UsageError("--search and --write-recipe exclude each other", "search first, then write the recipe with the value found")
         check_path(Path(write_recipe), run.force)
     place = destination(publishing, run.force, output)
 
@@ -300,58 +301,48 @@ def merge(
         raise UsageError("a single file cannot hold per-task tensors", "write a folder with -o OUT/: they go to OUT/heads/TASK.safetensors")
     if not partial_path(target).exists():  # otherwise a killed run has already taken the space
         check_room(target, sum(info.nbytes for info in plan.written))
-    extra = [
-        *(["--per-task", per_task] if per_task else []),
-        *(["--merge-heads"] if merge_heads else []),
-    ]
-    extra += [
-        *(word for text in rename or () for word in ("--rename", text)),
-        *(["--tokenizer", tokenizer] if tokenizer else []),
-        *(["--pad-vocab-to", str(pad_vocab_to)] if pad_vocab_to else []),
-        *(["--config", config] if config else []),
-        *(["--dtype", dtype] if dtype else []),
-        *(["--compress", out.show(density)] if density else []),
-    ]
+    extra = settings.words(
+        per_task=per_task, merge_heads=merge_heads, rename=rename, tokenizer=tokenizer, pad_vocab_to=pad_vocab_to, config=config,
+        dtype=dtype, compress=out.show(density) if density else None,
+    )  # fmt: skip
     seen = [f"{text.partition('=')[0]}={Path(text).name}" for text in data or ()]
     if chosen.statistics is not None:
         extra += [word for text in seen for word in ("--data", text)]
     base_name = (base_id or opened_base.public_name or default_task(base)) if base is not None and opened_base is not None else None
-    typed_values, typed_weights, own = shown(varied, values, parameters.weights, names)
-    if then is not None:
-        typed_values = typed_values | {"then": then}
-    has_weights = "weight" in chosen.options
-    recipe = out.Recipe(
-        method, chosen.paper, names, typed_weights if has_weights else None, typed_values, base_name, tuple(extra), shard_bytes, own=own
-    )
-    if searched is not None:
-        first = f", the first {samples} examples of each" if samples is not None else ""
-        recipe = replace(recipe, searched=f"{searched.option}, the best of {searched.text} on {', '.join(seen)}{first}")
-    say(plan, replace(recipe, values=values | {searched.option: searched.text}) if searched else recipe, chosen, opened_base, tasks)
+
+    def record(varied: Given, parameters: Parameters) -> out.Recipe:
+        words, weights, own = shown(varied, parameters.values, parameters.weights, names)
+        words = words | ({"then": then} if then is not None else {})
+        weighted = weights if "weight" in chosen.options else None
+        return out.Recipe(chosen.name, chosen.paper, names, weighted, words, base_name, tuple(extra), shard_bytes, own=own)
+
+    recipe = record(varied, parameters)
+    say(plan, with_ranges(recipe, dimensions), chosen, opened_base, tasks)
     zeros = idle(rule.at(number).parameters for number in range(len(plan.slots))) if varied.by_tensor else []
     for warning in [*zeros, *cautions(plan, rule), *check_same(plan)]:
         console.warn(warning)
     running = None
     if data:
-        from peru_cli.inference.remote_code import trusting
         from peru_cli.inference.task_models import read_data
-        from peru_cli.merge.data import collect as mergedata
 
         limit = int(samples) if samples is not None else None
         running = read_data(data, names, run.device, batch_size, method if chosen.statistics else "--search", limit)
-    if write_recipe is not None:
-        written = Typed(
-            chosen, base, [(n, a.model) for n, a in zip(names, arguments, strict=True)], values, varied, [s.info.name for s in plan.slots],
-            plan.slots[0].info.dtype,
-        )  # fmt: skip
-        text, otherwise = recipe_text(written)
+
+    def recipe_of(varied: Given, parameters: Parameters) -> None:
+        """Write what is typed as a recipe."""
+        models = [(name, argument.model) for name, argument in zip(names, arguments, strict=True)]
+        every = [slot.info.name for slot in plan.slots]
+        text, otherwise = recipe_text(Typed(chosen, base, models, parameters.values, varied, every, plan.slots[0].info.dtype))
         for line in otherwise:
             console.warn(f"{write_recipe}: {line}")
-        write_text(Path(write_recipe), text)
+        write_text(Path(write_recipe or ""), text)
+
+    if write_recipe is not None and (run.dry_run or not dimensions):
+        recipe_of(varied, parameters)
     if run.dry_run:
         console.result(summary(plan, recipe, target))
         return
-    results = []
-    looked = None
+    results, searched = [], None
     total = 3 * plan.entries if rule.trims else plan.entries
     tiles = run.tile_entries or DEFAULT_TILE
     collects = chosen.statistics is not None and stats is None
@@ -361,33 +352,50 @@ def merge(
         streaming(run.device, run.threads, tiles, progress.advance) as how,
     ):
         verify_expanded(opened, how, progress.step)
-        if running is not None:
-            wanted_values = (searched.option, searched.points) if searched is not None else None
+        if running is not None or dimensions:
+            from peru_cli.inference.remote_code import trusting
+            from peru_cli.merge.data.collect import Builder
+            from peru_cli.merge.data.statistics import Progress
+            from peru_cli.merge.search.command import search_options
+
             all_models = [*(a.model for a in arguments), *([base] if base is not None else [])]
             with trusting(all_models, trust_remote_code):
-                looked = mergedata.look(plan, chosen, parameters, running, Path(folder), wanted_values, how, console.note, progress)
-            rule, recipe = (
-                looked.rule,
-                replace(recipe, values=dict(looked.parameters.values) | ({"then": then} if then else {}), statistics=looked.keys),
-            )
+                builder = Builder(plan, chosen, running, Path(folder), Progress(console.note, progress.expect, progress.advance))
+
+                def build(varied: Given, parameters: Parameters) -> Rule:
+                    if varied.by_tensor:
+                        return build_by_tensor(chosen, varied, parameters, [slot.info.name for slot in plan.slots])
+                    return builder.build(parameters)
+
+                if dimensions:
+                    first = f", the first {samples} examples of each" if samples is not None else ""
+                    used = (running, f"{', '.join(seen)}{first}") if running is not None and measures else None
+                    searched = search_options(
+                        searching, dimensions, seed, plan, before, build, record, used, how, target.absolute().parent, progress
+                    )
+                    varied, parameters = at(dimensions, searched.point, *before)
+                rule, recipe = build(varied, parameters), replace(record(varied, parameters), statistics=builder.keys(parameters))
+            if searched is not None:
+                recipe = replace(recipe, searched=searched.words(), chosen_by=searched.chosen_by())
+                if write_recipe is not None:
+                    recipe_of(varied, parameters)
         where = out.Where(target, run.sync, run.force, progress.step, console.note)
         if density is not None:
             results = out.write_compressed(plan, rule, recipe, where, density, how)
         else:
             (out.write_file if as_file else out.write_directory)(plan, rule, recipe, where, how)
-    if looked is not None and looked.points:
-        from peru_cli.merge.data.curve import print_curve
+    if searched is not None:
+        from peru_cli.merge.search.show import as_json, show_search
 
-        print_curve(looked, names)
+        show_search(searched)
     console.line(f"{target}: {plural(len(plan.written), 'tensor')}, {si_bytes(sum(info.nbytes for info in plan.written))}")
     for result in results:
         bits = f"{count(result.kept)} entries, {result.bits_per_parameter:.3f} bits/param"
         console.line(f"{result.path}: {si_bytes(result.file_bytes)}, {bits}")
     artifacts = [{"task": r.task, "path": str(r.path), "file_bytes": r.file_bytes, "kept": r.kept} for r in results]
     report = summary(plan, recipe, target) | ({"artifacts": artifacts} if results else {})
-    if looked is not None and looked.points:
-        curve = [{"value": out.show(p.value), "accuracy": p.accuracies, "normalised": p.normalised} for p in looked.points]
-        report["search"] = {"option": looked.searched, "fine_tunes": looked.fine, "points": curve}
+    if searched is not None:
+        report["search"] = as_json(searched)
     console.result(report | publish(place, [target], "merge"))
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -18,14 +16,12 @@ from peru_cli.errors import UsageError
 from peru_cli.merge.given import BY_TASK, BY_TENSOR, Given, default_of
 from peru_cli.methods.table import FLAGS, Flag, Method, flag_help
 from peru_cli.methods.then.table import find_pass
+from peru_cli.shown import listed
 
 if TYPE_CHECKING:
     from peru_cli.checkpoints.quantized.requantize import Requantized
     from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.methods.parameters import Value
-
-_MOST_POINTS = 1000
-_NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)(%?)", re.IGNORECASE)
 
 
 def with_method_options(command: Callable[..., None], after: str) -> Callable[..., None]:
@@ -81,58 +77,10 @@ def given_values(typed: Mapping[str, Any]) -> tuple[dict[str, Value], Given]:
     return found, varied
 
 
-@dataclass(frozen=True)
-class Searched:
-    """An option whose best value is searched: the values to try, and how they were typed."""
-
-    option: str
-    points: tuple[Value, ...]
-    text: str
-
-
-def parse_search(text: str, method: Method, given: Mapping[str, Value]) -> Searched:
-    """Parse `scale=0:1:0.05` into values of an option of the method. UsageError otherwise, with what could be typed."""
-    name, _, bounds = text.partition("=")
-    numeric = [option for option in method.options if option in FLAGS and FLAGS[option].kind in (float, int, Fraction)]
-    if name not in numeric:
-        raise UsageError(f"--search: {method.name} has no numeric option --{name}", f"it has {', '.join(numeric)}")
-    if name in given:
-        raise UsageError(f"--{name} is both given and searched", "leave one of the two out")
-    return Searched(name, tuple(_point(name, number, text) for number in parse_range(bounds, f"--search {name}")), bounds)
-
-
-def parse_range(text: str, option: str) -> list[Fraction]:
-    """Parse `0:1:0.05` into numbers from FROM to TO. UsageError otherwise."""
-    numbers = [_NUMBER.fullmatch(part.strip()) for part in text.split(":")]
-    if len(numbers) != 3 or not all(numbers):
-        raise UsageError(f"{option} {text!r} is not FROM:TO:STEP in numbers", "write three numbers, as 0:1:0.05")
-    start, stop, step = (Fraction(match.group(1)) / (100 if match.group(2) else 1) for match in numbers if match is not None)
-    if step <= 0 or stop < start:
-        raise UsageError(f"{option} {text} has no values", "FROM must be at most TO, and STEP above 0")
-    steps = (stop - start) // step + 1
-    if steps > _MOST_POINTS:
-        raise UsageError(f"{option} {text} has {steps:,} values", "make the STEP larger")
-    return [start + i * step for i in range(steps)]
-
-
-def _point(name: str, number: Fraction, text: str) -> Value:
-    flag = FLAGS[name]
-    if flag.least is not None and number < flag.least:
-        raise UsageError(f"--search {text}: --{name} must be at least {flag.least}")
-    if flag.kind is Fraction:
-        if not 0 < number <= 1:
-            raise UsageError(f"--search {text}: --{name} must be above 0 and at most 100%")
-        return number
-    if flag.kind is int:
-        if number.denominator != 1:
-            raise UsageError(f"--search {text}: --{name} must be a whole number")
-        return int(number)
-    return float(number)
-
-
-def refuse_beside_a_recipe(given: dict[str, Value], **others: object) -> None:
-    """UsageError for options that repeat what a recipe says."""
-    both = [f"--{name}" for name, value in (given | others).items() if value is not None]
+def refuse_beside_a_recipe(given: dict[str, Value], searching: bool, of_search: dict[str, object], **others: object) -> None:
+    """UsageError for options that repeat what a recipe says, or that only a search has a use for."""
+    typed = {name: value for name, value in given.items() if not (searching and name in ("seed", "max-samples"))}
+    both = [f"--{name}" for name, value in (typed | others | ({} if searching else of_search)).items() if value is not None]
     if both:
         raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
 
@@ -148,12 +96,11 @@ def check_then(then: str, base: Optional[str], search: Optional[str], write_reci
         raise UsageError("--then and --write-recipe exclude each other: mergekit has no such pass", "leave one of the two out")
 
 
-def check_varied(varied: Given, method: Method, search: Optional[str], given: dict[str, Value], values: dict[str, Value]) -> None:
+def check_varied(varied: Given, method: Method, given: dict[str, Value], values: dict[str, Value]) -> None:
     """UsageError for values by tensor if one value is needed. A share that differs by tensor is taken in each tensor."""
     several = [f"--{name}" for name in varied.by_tensor]
-    if several and (method.statistics is not None or search is not None):
-        what = "--search" if search is not None else method.name
-        raise UsageError(f"{what} takes one value for all tensors, but {', '.join(several)} has several", "write one number")
+    if several and method.statistics is not None:
+        raise UsageError(f"{method.name} takes one value for all tensors, but {', '.join(several)} has several", "write one number")
     if set(varied.by_tensor) & {"keep", "gamma"} and values.get("scope") == "global":
         if "scope" in given:
             raise UsageError("with --scope global, the density cannot differ between tensors", "leave --scope out, or use --scope tensor")
@@ -172,3 +119,26 @@ def layout_of(model: Checkpoint) -> Requantized:
             f"--dtype fp8 writes the layout of the base, but {model.label} is not quantised", "name an FP8 model as --base, or write bf16"
         )
     return Requantized(model)
+
+
+def check_names(names: Sequence[str], has_base: bool, config: Optional[str], tokenizer: Optional[str], pad_vocab_to: Optional[int]) -> None:
+    """UsageError for a config or a tokenizer of no model."""
+    known = (*names, "base") if has_base else names
+    if config is not None and config not in known:
+        raise UsageError(
+            f"--config {config}: no model is called {config!r}", f"name one of {listed(names)}{' or base' if has_base else ''}"
+        )
+    if tokenizer is not None and tokenizer not in ("union", *known):
+        raise UsageError(f"--tokenizer {tokenizer}: no model has this name", f"write union or {listed(known)}")
+    if tokenizer is None and pad_vocab_to is not None:
+        raise UsageError("--pad-vocab-to needs --tokenizer", "add --tokenizer union")
+
+
+def words(**typed: object) -> list[str]:
+    """Options as words of a command line, without those that were not typed."""
+    found: list[str] = []
+    for name, value in typed.items():
+        option = f"--{name.replace('_', '-')}"
+        for each in value if isinstance(value, list) else [value] if value else []:
+            found += [option] if each is True else [option, str(each)]
+    return found

@@ -56,7 +56,8 @@ class Recipe:
     extra: tuple[str, ...] = ()  # further options of the command line, as words
     max_shard_bytes: int = 5 * 10**9
     statistics: tuple[str, ...] = ()  # keys of the statistics that methods with data collected, by task
-    searched: str = ""  # the searched option, its candidate values, and the data
+    searched: str = ""  # what was searched on what
+    chosen_by: str = "accuracy"  # what is best in a search
     own: tuple[tuple[str, str, str], ...] = ()  # options of single tasks: option, task, value
     document: str = ""  # the text of the recipe file, if one was merged
 
@@ -113,7 +114,7 @@ class Recipe:
         named = [f"- {task}: {link(name)}" for task, name in zip(self.tasks, models, strict=True) if name is not None]
         options = [f"| {name} | {value} |" for name, value in self.words().items()]
         written = ["````yaml", *self.document.rstrip().splitlines(), "````", ""] if self.document else []
-        chosen = [f"Chosen by accuracy: {self.searched}.", ""] if self.searched else []
+        chosen = [f"Chosen by {self.chosen_by}: {self.searched}.", ""] if self.searched else []
         body = [
             "# Merged model", "",
             f"Merged by {PERU} with the method [{self.method}]({self.paper}) from {', '.join(self.tasks)}.", *held, "",

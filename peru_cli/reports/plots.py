@@ -267,3 +267,20 @@ def plot_cosines(path: Path, names: Sequence[str], pairs: Sequence[tuple[str, st
                 for j in range(len(names)):
                     if table[i][j] == table[i][j]:
                         axis.text(j, i, f"{table[i][j]:.3f}", ha="center", va="center", fontsize=6)
+
+
+def plot_search(path: Path, scores: Sequence[float | None], values: Mapping[str, Sequence[float]], best: int, label: str) -> None:
+    """Scores of trials in order, and over each searched value (the first five). Trials given up have None, and are crosses below."""
+    chosen = dict(list(values.items())[:5])
+    known = [score for score in scores if score is not None]
+    below = min(known) - 0.05 * ((max(known) - min(known)) or 1)
+    with _figure(path, 3.4 * (1 + len(chosen)), 3.6, 1 + len(chosen)) as axes:
+        for axis, (name, places) in zip(axes, {"trial": range(1, len(scores) + 1), **chosen}.items(), strict=True):
+            given_up = [place for place, score in zip(places, scores, strict=True) if score is None]
+            finished = [(place, score) for place, score in zip(places, scores, strict=True) if score is not None]
+            axis.scatter([place for place, _ in finished], [score for _, score in finished], color="#3b6ea5", s=14)
+            axis.scatter(given_up, [below] * len(given_up), color="#888888", marker="x", s=14)
+            axis.scatter([list(places)[best]], [scores[best]], color="#b5533c", zorder=3)
+            axis.set_xlabel(_name(name))
+            axis.grid(alpha=0.25)
+        axes[0].set_ylabel(_name(label))

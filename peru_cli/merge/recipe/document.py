@@ -50,10 +50,11 @@ class Complaints:
 
 @dataclass
 class Document:
-    """One document of the file: plain values, and the line of each by its path of keys and indices."""
+    """One document of the file: plain values, and by its path of keys and indices the line of each, and the characters of scalars."""
 
     data: Any
     lines: Mapping[Path, int]
+    spans: Mapping[Path, tuple[int, int]]
 
     def line(self, path: Iterable[str | int]) -> int:
         """The line of a value, or of the nearest enclosing one."""
@@ -73,19 +74,20 @@ def read_documents(text: str, label: str) -> list[Document]:
     """All documents of a file, without empty ones. Of a model card, the first YAML block with a merge_method.
 
     Raises BadFile for invalid YAML, with its line: equal keys, tags, aliases that expand without end."""
-    offset = 0
+    offset = before = 0
     if label.endswith(".md"):
         blocks = [match for match in BLOCK.finditer(text) if "merge_method" in match.group(2)]
         if not blocks:
             raise BadFile(f"{label}: no YAML block of this card has a merge_method", "name a recipe, such as mergekit_config.yml")
-        offset = text.count("\n", 0, blocks[0].start(2))
+        before = blocks[0].start(2)
+        offset = text.count("\n", 0, before)
         text = blocks[0].group(2)
     try:
         loader = yaml.SafeLoader(text)
         documents = []
         while loader.check_node():
             node = loader.get_node()
-            documents.append(_Reader(loader, offset).read(node))
+            documents.append(_Reader(loader, offset, before).read(node))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1 + offset}: " if mark is not None else ""
@@ -102,11 +104,14 @@ def read_documents(text: str, label: str) -> list[Document]:
 class _Reader:
     """Turns a document's nodes into plain values."""
 
-    def __init__(self, loader: yaml.SafeLoader, offset: int) -> None:
-        self._loader, self._offset, self._lines = loader, offset, dict[Path, int]()
+    def __init__(self, loader: yaml.SafeLoader, offset: int, before: int) -> None:
+        """`offset` and `before` are the lines and characters of the file before the loader's text."""
+        self._loader, self._offset, self._before = loader, offset, before
+        self._lines: dict[Path, int] = {}
+        self._spans: dict[Path, tuple[int, int]] = {}
 
     def read(self, node: yaml.Node) -> Document:
-        return Document(self._plain(node, ()), self._lines)
+        return Document(self._plain(node, ()), self._lines, self._spans)
 
     def _plain(self, node: yaml.Node, path: Path) -> Any:
         self._lines[path] = node.start_mark.line + 1 + self._offset
@@ -118,6 +123,7 @@ class _Reader:
             return [self._plain(child, (*path, number)) for number, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._table(node, path)
+        self._spans[path] = (node.start_mark.index + self._before, node.end_mark.index + self._before)
         if node.tag == "tag:yaml.org,2002:timestamp":  # a model's name may look like a date
             return node.value
         return self._loader.construct_object(node)

@@ -60,6 +60,7 @@ class Layout:
     places: dict[str, tuple[int, int]]  # module and slice, by output name
     absent: frozenset[tuple[str, str]] = frozenset()  # (task, tensor) whose slice has fewer sources
     config: dict[str, Any] = field(default_factory=dict)  # changes of config.json
+    stacked: bool = False  # layers under new numbers, or of several models
 
     def origin(self, name: str) -> Origin:
         """The origin of an output tensor."""
@@ -178,7 +179,7 @@ class _Stacker:
         every = set(self._places)
         absent = frozenset((name, tensor) for (name, _), taken in zip(tasks, self._taken, strict=True) for tensor in every - set(taken)
                            if self._lacks(tensor, taken))  # fmt: skip
-        return Layout(base, list(tasks), self._donor, self._spots, self._places, absent, self._changed)
+        return Layout(base, list(tasks), self._donor, self._spots, self._places, absent, self._changed, stacked=True)
 
     def _lacks(self, tensor: str, taken: Mapping[str, tuple[Checkpoint, str]]) -> bool:
         """Whether the slice of a tensor has no source at this position."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.hub.session import current_session
@@ -23,12 +24,19 @@ from peru_cli.merge.cautions import cautions, idle
 from peru_cli.merge.passes.run import DEFAULT_TILE, check_trims
 from peru_cli.merge.plan import check_same
 from peru_cli.merge.recipe.document import BLOCK, MAX_BYTES, Complaints, read_documents
-from peru_cli.merge.recipe.parts import Recipe
+from peru_cli.merge.recipe.parts import ModelName, Recipe
 from peru_cli.merge.recipe.plan import Forthcoming, Stage, Wanted, open_all, plan_stage, read_all
 from peru_cli.merge.recipe.show import effective, print_plan, say
+from peru_cli.merge.recipe.write import check_path, write_text
+from peru_cli.merge.search.asked import Examples, Searching
+from peru_cli.merge.search.leaves import Leaves
+from peru_cli.merge.search.space import Point, Range
 from peru_cli.options import Running, dtype_word
 from peru_cli.streaming.engine import available_threads
 from peru_cli.vectors.settings import streaming
+
+if TYPE_CHECKING:
+    from peru_cli.merge.search.run import Found
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,10 @@ class Asked:
     max_shard_bytes: int
     strict: bool
     run: Running
+    searching: Searching = field(default_factory=Searching)
+    ranges: Sequence[Range] = ()
+    examples: Examples | None = None  # for the search
+    write_recipe: str | None = None
 
     @property
     def extra(self) -> tuple[str, ...]:
@@ -69,8 +81,11 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
         raise BadFile(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     complaints = Complaints(name, asked.strict)
     recipes = read_all(read_documents(text, name), complaints)
+    leaves = Leaves(text, name, recipes[-1], asked.ranges) if asked.ranges else None
     target = Path(asked.output)
     atomic.check_target(target, asked.run.force or asked.run.dry_run)
+    if asked.write_recipe is not None:
+        check_path(Path(asked.write_recipe), asked.run.force)
     with _headers_first(recipes):
         stages = _plan_all(recipes, asked, complaints, {})
     for warning in complaints.warnings:
@@ -84,14 +99,25 @@ def merge_recipe(name: str, asked: Asked) -> dict[str, object]:
     if asked.run.dry_run:
         shown = [print_plan(stage, threads, asked.run.tile_entries or DEFAULT_TILE) for stage in stages]
         return {"output": str(target), "documents": shown, "warnings": complaints.warnings}
-    _Run(name, _recorded(text, name, recipes), recipes, asked, target, said).run()
-    last = stages[-1]
+    running = _Run(name, text, recipes, asked, target, said)
+    running.merge_earlier()
+    report: dict[str, object] = {}
+    if leaves is not None:
+        found = running.search(leaves)
+        if asked.write_recipe is not None:
+            write_text(Path(asked.write_recipe), leaves.text(found.point))
+    last = running.finish()
+    if leaves is not None:
+        from peru_cli.merge.search.show import as_json, show_search
+
+        show_search(found)
+        report["search"] = as_json(found)
     console.line(f"{target}: {plural(len(last.plan.outputs), 'tensor')}, {si_bytes(sum(i.nbytes for i in last.plan.outputs))}")
     return {
         "output": str(target), "method": last.method.name, "tasks": [task for task, _ in last.layout.tasks],
         "merged": len(last.plan.slots), "entries": last.plan.entries, "documents": len(stages),
         "bytes": sum(info.nbytes for info in last.plan.outputs), "warnings": complaints.warnings,
-    }  # fmt: skip
+    } | report  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -132,9 +158,13 @@ def _plan_all(recipes: list[Recipe], asked: Asked, complaints: Complaints, merge
 
 
 def _plan(recipe: Recipe, asked: Asked, complaints: Complaints, models: dict[str, Checkpoint]) -> Stage:
+    return _planned(recipe, open_all(recipe, models, complaints), asked, complaints)
+
+
+def _planned(recipe: Recipe, opened: dict[ModelName, Checkpoint], asked: Asked, complaints: Complaints) -> Stage:
     if asked.dtype is not None:
         recipe = replace(recipe, out_dtype=asked.dtype)
-    stage = plan_stage(recipe, open_all(recipe, models, complaints), asked.wanted, complaints)
+    stage = plan_stage(recipe, opened, asked.wanted, complaints)
     complaints.settle()
     return stage
 
@@ -162,27 +192,68 @@ def _recorded(text: str, name: str, recipes: list[Recipe]) -> str:
 class _Run:
     """Merges the documents. Earlier ones go into a hidden folder beside the output, which is removed at the end."""
 
-    def __init__(self, name: str, document: str, recipes: list[Recipe], asked: Asked, target: Path, said: set[str]) -> None:
+    def __init__(self, name: str, text: str, recipes: list[Recipe], asked: Asked, target: Path, said: set[str]) -> None:
         self._said = said  # warnings so far
-        self._name, self._document, self._recipes, self._asked, self._target = name, document, recipes, asked, target
+        self._name, self._text, self._recipes, self._asked, self._target = name, text, recipes, asked, target
+        self._found: Found | None = None
         self._folder = target.absolute().parent / f".{target.name}.peru-documents"
         self._merged: dict[str, Checkpoint] = {}
 
-    def run(self) -> None:
-        """See `merge_recipe`."""
+    def merge_earlier(self) -> None:
+        """Merge the documents that others use."""
         if self._asked.run.force and self._folder.exists():
             atomic.remove(self._folder)
-        for recipe in self._recipes:
+        for recipe in self._recipes[:-1]:
             stage = _plan(recipe, self._asked, Complaints(self._name), self._merged)
-            if recipe is self._recipes[-1]:
-                self._write(stage, self._target, self._asked.run.sync, self._asked.run.force)
-            else:
-                assert recipe.name is not None
-                self._merged[recipe.name] = self._earlier(recipe.name, stage)
+            assert recipe.name is not None
+            self._merged[recipe.name] = self._earlier(recipe.name, stage)
+
+    def search(self, leaves: Leaves) -> Found:
+        """Search numbers of the result, which then is the recipe with the best ones."""
+        from peru_cli.merge.search.recipe import search_recipe
+
+        asked = self._asked
+        assert asked.examples is not None
+        first = _plan(leaves.recipes(leaves.start)[-1], asked, Complaints(self._name), self._merged)
+        opened = dict(zip(first.opened, first.models, strict=True))
+
+        def plan_at(point: Point) -> Stage:
+            return _planned(leaves.recipes(point)[-1], opened, asked, Complaints(self._name))
+
+        def write(point: Point, folder: Path) -> None:
+            self._text = leaves.text(point)
+            self._write(plan_at(point), folder, False, False)
+
+        lowest = plan_at(leaves.lowest)
+        check_trims(lowest.plan, lowest.rule)
+        self._text = leaves.text(leaves.start)
+        identity = out.resume_key(first.plan, self._record(first))
+        with streaming(asked.run.device, asked.run.threads, asked.run.tile_entries or DEFAULT_TILE, lambda entries: None) as how:
+            verify_expanded(list(first.models), how, lambda text: None)
+            self._found = search_recipe(
+                asked.searching,
+                leaves,
+                asked.examples,
+                first,
+                asked.run.device,
+                plan_at,
+                write,
+                identity,
+                how,
+                self._target.absolute().parent,
+            )
+        self._text, self._recipes = leaves.text(self._found.point), leaves.recipes(self._found.point)
+        return self._found
+
+    def finish(self) -> Stage:
+        """Merge the result, and remove what only it needed."""
+        stage = _plan(self._recipes[-1], self._asked, Complaints(self._name), self._merged)
+        self._write(stage, self._target, self._asked.run.sync, self._asked.run.force)
         for model in self._merged.values():
             model.close()
         if self._folder.exists():
             atomic.remove(self._folder)
+        return stage
 
     def _earlier(self, name: str, stage: Stage) -> Checkpoint:
         """A document that later ones use: merged, or reused from a killed run."""
@@ -210,7 +281,9 @@ class _Run:
         tasks = tuple(name for name, _ in stage.layout.tasks)
         return out.Recipe(
             stage.method.name, stage.method.paper, tasks, weights, dict(values), base_name, self._asked.extra,
-            self._asked.max_shard_bytes, document=self._document,
+            self._asked.max_shard_bytes, document=_recorded(self._text, self._name, self._recipes),
+            searched=self._found.words() if self._found is not None else "",
+            chosen_by=self._found.chosen_by() if self._found is not None else "",
         )  # fmt: skip
 
     def _write(self, stage: Stage, target: Path, sync: bool, force: bool) -> None:

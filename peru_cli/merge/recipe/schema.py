@@ -86,13 +86,14 @@ def read_recipe(document: Document, complaints: Complaints) -> Recipe | None:
             text = _MESSAGES.get(found["type"], found["msg"].lower())
             if found["type"] == "too_short":
                 text = "is empty"
-            complaints.error(document.line(path), f"{_spelt(path)} {text}{_example(path)}")
+            complaints.error(document.line(path), f"{spelt_path(path)} {text}{_example(path)}")
         return None
     recipe = _Check(document, complaints).recipe(parsed)
     return recipe if len(complaints.errors) == errors else None
 
 
-def _spelt(path: Path) -> str:
+def spelt_path(path: Path) -> str:
+    """The way to a value: `models[1].parameters.weight`, list items counted from 1."""
     text = ""
     for key in path:
         text += f"[{key + 1}]" if isinstance(key, int) else f".{key}" if text else key
@@ -120,7 +121,7 @@ class _Check:
     def _strangers(self, part: _Part, path: Path) -> None:
         known = [*type(part).model_fields]
         for key in part.model_extra or {}:
-            self._warn((*path, key), f"{_spelt((*path, key))} has no effect; mergekit ignores it, too{did_you_mean(key, known)}")
+            self._warn((*path, key), f"{spelt_path((*path, key))} has no effect; mergekit ignores it, too{did_you_mean(key, known)}")
 
     def recipe(self, parsed: _Recipe) -> Recipe | None:
         self._strangers(parsed, ())
@@ -165,18 +166,18 @@ class _Check:
 
     def _module(self, name: str | None, parsed: _Module, path: Path) -> Module:
         if (parsed.models is None) == (parsed.slices is None):
-            self._error(path, f"{_spelt(path)} needs exactly one of models and slices")
+            self._error(path, f"{spelt_path(path)} needs exactly one of models and slices")
         slices = []
         if parsed.models is not None:
             where = (*path, "models")
             if not parsed.models:
-                self._error(where, f"{_spelt(where)} is empty")
+                self._error(where, f"{spelt_path(where)} is empty")
             sources = [self._source(source, (*where, number), True) for number, source in enumerate(parsed.models)]
             slices.append(Slice(tuple(s for s in sources if s is not None), None, {}, self._document.line(where)))
         for number, part in enumerate(parsed.slices or ()):
             slices.append(self._slice(part, (*path, "slices", number)))
         if parsed.slices is not None and not parsed.slices:
-            self._error((*path, "slices"), f"{_spelt((*path, 'slices'))} is empty")
+            self._error((*path, "slices"), f"{spelt_path((*path, 'slices'))} is empty")
         settings = self._settings(parsed.parameters, (*path, "parameters"), False)
         return Module(name, tuple(slices), parsed.models is not None, settings, self._document.line(path))
 
@@ -215,7 +216,7 @@ class _Check:
         if isinstance(value, dict):
             return self._model_table(value, path)
         if not isinstance(value, str) or not value.strip():
-            self._error(path, f"{_spelt(path)} names no model" + ("" if not isinstance(value, (int, float)) else ": put it in quotes"))
+            self._error(path, f"{spelt_path(path)} names no model" + ("" if not isinstance(value, (int, float)) else ": put it in quotes"))
             return None
         model, plus, lora = value.strip().partition("+")
         if plus and not (model and lora):
@@ -231,7 +232,7 @@ class _Check:
                 revision = value.get("revision")
                 value = value.get("path") if revision is None else f"{value.get('path')}@{revision}"
             if value is not None and not isinstance(value, str):
-                self._error((*path, key), f"{_spelt((*path, key))} names no model")
+                self._error((*path, key), f"{spelt_path((*path, key))} names no model")
             names.append(value if isinstance(value, str) else None)
         for key in table:
             if key == "override_architecture":
@@ -239,7 +240,7 @@ class _Check:
             elif key not in ("model", "lora"):
                 self._warn((*path, key), f"{key} has no effect; mergekit ignores it, too")
         if names[0] is None:
-            self._error(path, f"{_spelt(path)} names no model")
+            self._error(path, f"{spelt_path(path)} names no model")
             return None
         return ModelName(names[0], names[1])
 
@@ -344,7 +345,7 @@ class _Check:
                 return value
             self._error(path, f"{key} {value!r} is not {' or '.join(parameter.choices)}")
             return None
-        number = _number(value)
+        number = exact(value)
         if number is None or (parameter.kind == "whole" and number.denominator != 1):
             self._error(path, text)
             return None
@@ -358,7 +359,7 @@ class _Check:
         return int(number) if parameter.kind == "whole" else float(number)
 
 
-def _number(value: Any) -> Fraction | None:
+def exact(value: Any) -> Fraction | None:
     """A number exactly as written: 0.1 is a tenth. Text that is a number counts too (YAML reads 1e-3 as text)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None

@@ -231,12 +231,11 @@ def test_values_by_tensor_on_the_command_line(
         (("-k", "z=20%"), "no model is called 'z'"),
         (("-k", "a=mlp:200%"), "is more than 100%"),
         (("-k", "mlp:20%", "--scope", "global"), "cannot differ between tensors"),
-        (("-w", "a=mlp:1", "--search", "scale=0:1:1"), "takes one value for all tensors"),
+        (("-m", "fisher", "-w", "a=mlp:1", "-d", "a=x.jsonl", "-d", "b=x.jsonl"), "fisher takes one value for all tensors"),
     ],
 )
 def test_invalid_values_by_tensor_are_refused(option: tuple[str, ...], says: str, tmp_path: Path, peru) -> None:
-    data = ("-d", "a=x.jsonl", "-d", "b=x.jsonl") if "--search" in option else ()
-    peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "ties", *option, *data, code=2)
+    peru("merge", "a=./a", "b=./b", "-b", "base", "-o", tmp_path / "o", "-m", "ties", *option, code=2)
     assert says in peru.stderr, peru.stderr
 
 
