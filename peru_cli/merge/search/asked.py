@@ -41,7 +41,7 @@ class Searching:
     ] = None
     trials: Annotated[
         Optional[int],
-        typer.Option("--trials", min=1, metavar="N", help="Try N points, chosen by TPE. Needs peru-cli[search]. Default: every step."),
+        typer.Option("--trials", min=1, metavar="N", help="Try N points, chosen by TPE (needs optuna). Default: every step."),
     ] = None
     objective: Annotated[
         Optional[str], typer.Option("--objective", metavar="|".join(OBJECTIVES), help=f"What is best. Default: {NORMALISED}.")
