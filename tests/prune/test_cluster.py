@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peru_cli.checkpoints.local import sealed
 from peru_cli.errors import BadFile
 from peru_cli.prune import sources
 from peru_cli.streaming import cluster
@@ -108,6 +109,27 @@ def test_an_error_of_a_worker_is_told_as_here(models: Path, peru, ray: FakeRay, 
     monkeypatch.setattr(thresholds._Counting, "compute", fails)
     peru(*arguments(models, models / "out.safetensors", "--keep", "15%", *RAY), code=1)
     assert peru.stderr.endswith("error: layers.3: the file ends too early\n  fetch it again\n")
+
+
+def test_a_base_with_digests(models: Path, peru, ray: FakeRay, monkeypatch) -> None:
+    """A merge tells its tensors' digests. Workers read all of it, so it is not read again here; and what was altered is refused."""
+    tensors = {"layers.0.weight": torch.randn(900, 512), "layers.1.weight": torch.randn(300, 512)}
+    save(tensors, models / "x.safetensors")
+    save({name: tensor + 0.01 for name, tensor in tensors.items()}, models / "y.safetensors")
+    peru("merge", models / "x.safetensors", models / "y.safetensors", "-o", models / "merged", "--method", "linear")
+    given = ("prune", models / "x.safetensors", "-b", models / "merged", "--keep", "15%", "--tile-entries", 16384, "--threads", 1)
+    peru(*given, "-o", models / "here.safetensors")
+    read: list[int] = []
+    complete = sealed.complete
+    monkeypatch.setattr(sealed, "complete", lambda *args: read.append(1) or complete(*args))
+    peru(*given, "-o", models / "there.safetensors", *RAY)
+    assert (models / "there.safetensors").read_bytes() == (models / "here.safetensors").read_bytes() and not read
+    file = models / "merged" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    peru(*given, "-o", models / "altered.safetensors", *RAY, code=1)
+    assert "was altered after it was written" in peru.stderr and not (models / "altered.safetensors").exists()
 
 
 def test_an_error_that_cannot_be_sent_names_the_node(models: Path, peru, ray: FakeRay, monkeypatch) -> None:

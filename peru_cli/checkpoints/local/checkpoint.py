@@ -85,6 +85,11 @@ class SafetensorsCheckpoint(Checkpoint):
     def told_digest(self, name: str) -> bytes | None:
         return self._seal_of[name].digests[name] if name in self._seal_of else None
 
+    def agree(self, found: Mapping[str, bytes]) -> None:
+        for name, digest in found.items():
+            if name in self._seal_of:
+                self._seal_of[name].agree(name, digest)
+
     def verify(self) -> None:
         """Check all tensors that carry digests, reading what has not been read. BadFile names the first that was altered."""
         for name in self.tensors:
