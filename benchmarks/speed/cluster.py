@@ -200,7 +200,7 @@ class Meter(threading.Thread):
 
     def __init__(self, roots: Sequence[int]) -> None:
         super().__init__(daemon=True)
-        self._roots, self._stop = roots, threading.Event()
+        self._roots, self._ended = roots, threading.Event()
         self._before = self._now()
         self.seen: dict[int, tuple[str, float]] = {}
 
@@ -209,7 +209,7 @@ class Meter(threading.Thread):
 
     def run(self) -> None:
         """Look every tenth of a second: a process that has ended tells nothing."""
-        while not self._stop.wait(0.1):
+        while not self._ended.wait(0.1):
             for number, p in self._now().items():
                 before = self._before[number].seconds if number in self._before else 0.0
                 kind = "workers" if p.title.startswith("ray::") else "Ray itself"
@@ -218,17 +218,17 @@ class Meter(threading.Thread):
 
     def stop(self) -> dict[str, float]:
         """Seconds of the workers and of Ray's own processes."""
-        self._stop.set()
+        self._ended.set()
         self.join()
         return {kind: sum(s for k, s in self.seen.values() if k == kind) for kind in ("workers", "Ray itself")}
 
 
-def measure(checked: Checked, models: Sequence[str], processors: Sequence[int], rounds: int) -> None:
+def measure(checked: Checked, models: Sequence[str], processors: Sequence[int], rounds: int) -> float:
     """Seconds on a cluster, the best of some rounds, and the processor time of that round."""
     best: tuple[float, float, dict[str, float], float] | None = None
     with nodes(*processors) as started:
         for number in range(rounds):
-            out = checked.folder / f"timed{sum(processors)}-{number}"
+            out = checked.folder / f"timed{sum(processors)}-{len(models)}-{number}"
             meter = Meter([node.process.pid for node in started])
             meter.start()
             before, begun = os.times(), time.monotonic()
@@ -248,6 +248,16 @@ def measure(checked: Checked, models: Sequence[str], processors: Sequence[int], 
         f"peru itself {driver:.1f} s, Ray's own {used['Ray itself']:.1f} s; load {load:.1f}",
         flush=True,
     )
+    return seconds
+
+
+def check_times(checked: Checked, models: Sequence[str], rounds: int) -> None:
+    """One worker and two; what more fine-tunes cost is the work without the start of programs."""
+    found = {}
+    for processors in ((0, 1), (0, 1, 1)):
+        found[sum(processors)] = [measure(checked, given, processors, rounds) for given in (models[:1], models)]
+    one, two = (many - single for single, many in found.values())
+    print(f"{len(models) - 1} fine-tunes more: {one:.1f} s with one worker, {two:.1f} s with two, {one / two:.2f} times as fast")
 
 
 def main() -> None:
@@ -269,9 +279,7 @@ def main() -> None:
             if "kills" in given.only:
                 check_kills(checked, given.fine, two)
     if "times" in given.only:
-        for processors in ((0, 1), (0, 1, 1)):
-            for models in (given.fine[:1], given.fine):
-                measure(checked, models, processors, given.rounds)
+        check_times(checked, given.fine, given.rounds)
 
 
 if __name__ == "__main__":
