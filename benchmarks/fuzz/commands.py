@@ -16,7 +16,6 @@ import families
 import quantised
 import right
 import torch
-import typer
 from right import Wrong
 from safetensors.torch import load_file
 
@@ -25,8 +24,6 @@ from peru_cli.console import console
 
 Tensors = dict[str, torch.Tensor]
 FIXED = ["--no-sync", "--threads", 1, "--force"]
-_built = typer.main.get_command(cli.app)  # typer builds the whole app anew at each call, which takes longer than most commands here
-cli.app = lambda arguments, **how: _built.main(arguments, prog_name="peru", standalone_mode=False)  # type: ignore[assignment]
 
 
 def peru(*arguments: object) -> tuple[int, str, str]:

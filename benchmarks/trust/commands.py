@@ -30,6 +30,7 @@ def whole(folder: Path, tasks: list[str]) -> dict[str, tuple[str, Command]]:
         "prune low-rank": ("x.safetensors", ["prune", tasks[0], "--bits", "0.3", *base, *OPTIONS]),
         "shuffle-pack magnitude-masks": ("x.safetensors", ["shuffle-pack", *tasks, "--method", "magnitude-masks", *base, *OPTIONS]),
         "shuffle-pack emr": ("x.safetensors", ["shuffle-pack", *tasks, "--method", "emr", *base, *OPTIONS]),
+        "shuffle-pack smile": ("x.safetensors", ["shuffle-pack", *tasks, "--method", "smile", *base, *OPTIONS]),
         "merge linear": ("x.safetensors", ["merge", f"c={plain}", f"base={base[1]}", "-m", "linear", *OPTIONS]),
         "merge in shards": ("x", ["merge", *tasks, "-m", "dare", "--keep", "50%", "--max-shard-size", "30MB", *base, *OPTIONS]),
         "merge tsv-m": ("x", ["merge", *tasks, "-m", "tsv-m", *base, *OPTIONS]),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import typer
 
 from peru_cli import cli
 from peru_cli.console import console
@@ -22,7 +21,6 @@ from tests.support import data_family
 from tests.support.damage import files, run_and_kill
 
 Command = list[object]
-_BUILT = typer.main.get_command(cli.app)  # building it takes longer than a small command
 threshold_journal.EVERY = 0.0  # so that journals of small runs contain something
 
 
@@ -50,7 +48,6 @@ def peru(*arguments: object) -> tuple[int, str]:
     """Run a command in this process: its exit code, and its messages."""
     console.quiet = console.json = console.data_on_stderr = False
     said = io.StringIO()
-    cli.app = _BUILT  # type: ignore[assignment]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), limited(30):
         code = cli.run([str(argument) for argument in arguments])
     return code, said.getvalue()

@@ -19,7 +19,7 @@ _PACKS = {  # these read all models several times
 }  # fmt: skip
 _SINGULAR = {  # these compute singular values
     "prune mixed.safetensors", "prune low-rank", "merge tsv-m", "svd-lora adapter", "svd-lora with a delta", "svd-lora smaller",
-    "unpack mixed", "unpack an adapter",
+    "shuffle-pack smile", "unpack mixed", "unpack an adapter",
 }  # fmt: skip
 _GOES_ON = ("as before", "partly done, no step lost")  # the same command may be killed again
 _LONG = {"demo": 10, "prune mixed.safetensors": 2, "prune low-rank": 2}  # seconds even when small: a tenth or half of the moments

@@ -7,12 +7,9 @@ import io
 import json
 import random
 import shutil
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import torch
-import typer.main
 from safetensors.torch import load_file, save_file
 
 from peru_cli import cli
@@ -22,15 +19,11 @@ from peru_cli.console import console
 State = dict[str, torch.Tensor]
 
 
-_get_command = cache(typer.main.get_command)  # typer makes the whole command line anew each time: two thirds of a small command
-
-
 def call(*arguments: object) -> tuple[int, str, str]:
     """A command in this process: exit code, stdout, stderr."""
     console.quiet = console.json = console.data_on_stderr = False
     out, err = io.StringIO(), io.StringIO()
-    once = mock.patch.object(typer.main, "get_command", _get_command)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), once:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.run([str(a) for a in arguments])
     return code, out.getvalue(), err.getvalue()
 
