@@ -24,7 +24,7 @@ from minilm import encoder
 
 from peru_cli.training import OtherTasks, TauJp, linearize
 
-KINDS = ("plain", "cyclic", "strict", "linear", "linear-cyclic", "linear-strict")
+KINDS = ("plain", "cyclic", "strict", "linear", "linear-cyclic")
 
 
 def step_cost(kind: str, others: int, batch: int, length: int, rounds: int) -> dict[str, float]:

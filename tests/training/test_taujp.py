@@ -175,6 +175,17 @@ def test_torch_attention_of_other_modules_works() -> None:
     assert penalty > 0 and model.weight.grad.abs().sum() > 0
 
 
+def test_a_kernel_without_forward_mode_is_named() -> None:
+    model = torch.nn.Linear(8, 8)
+
+    def fused(module: Any, parameters: Any, inputs: Any) -> torch.Tensor:
+        q = functional_call(module, dict(parameters), (inputs["x"],))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].mean((1, 2))
+
+    with pytest.raises(Mismatch, match=r"no forward mode.*_scaled_dot_product_flash"):
+        TauJp(model, model, fused).penalty({"x": torch.randn(3, 2, 4, 8)})
+
+
 def test_of_a_linearised_model_it_is_how_far_the_features_moved() -> None:
     model = bert().eval()
     with pytest.warns(UserWarning, match="eager"):
