@@ -22,14 +22,18 @@ def list_methods_and_exit(value: bool) -> None:
     """`--list-methods`."""
     if not value:
         return
-    rows = [[m.name, m.title, " ".join(f"--{o}" for o in m.options), m.paper] for m in METHODS.values()]
+    rows = [[f"{m.name} *" if m.take else m.name, m.title, " ".join(f"--{o}" for o in m.options), m.paper] for m in METHODS.values()]
     console.table(["method", "what it does", "options", "paper"], rows)
     for name, after in PASSES.items():
         console.note(f"--then {name}: {after.title} ({after.paper})")
     for name, space in SPACES.items():
         console.note(f"--lora {name}: {space.title} ({space.paper})")
-    console.note("without data, tsv-m kept the most of eight fine-tunes' accuracy: docs/merging.md has the figures")
-    console.result([{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper} for m in METHODS.values()])
+    for method in METHODS.values():
+        if method.take:
+            console.note(f"* take {method.name} {method.take} (docs/merging.md has the figures)")
+    console.result(
+        [{"method": m.name, "title": m.title, "options": list(m.options), "paper": m.paper, "take": m.take} for m in METHODS.values()]
+    )
     raise typer.Exit()
 
 

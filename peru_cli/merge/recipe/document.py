@@ -91,7 +91,10 @@ def read_documents(text: str, label: str) -> list[Document]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1 + offset}: " if mark is not None else ""
-        raise BadFile(f"{label}: {where}not valid YAML: {error.problem or error.context}") from error
+        hint = "an alias such as *name repeats what &name marks before it" if isinstance(error, yaml.composer.ComposerError) else None
+        if isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError):
+            hint = "look at the brackets, colons and indentation there"
+        raise BadFile(f"{label}: {where}not valid YAML: {error.problem or error.context}", hint) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()
         raise BadFile(f"{label}: not valid YAML: {reason[0] if reason else type(error).__name__}") from error
@@ -116,9 +119,11 @@ class _Reader:
     def _plain(self, node: yaml.Node, path: Path) -> Any:
         self._lines[path] = node.start_mark.line + 1 + self._offset
         if len(self._lines) > _MOST_NODES or len(path) > _MOST_LEVELS:
-            raise yaml.MarkedYAMLError(problem="too many values or levels (aliases that expand without end?)", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="too many values or levels (aliases that expand without end?): write them out", problem_mark=node.start_mark
+            )
         if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
-            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not supported", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not supported: write a plain value", problem_mark=node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(child, (*path, number)) for number, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
@@ -132,11 +137,13 @@ class _Reader:
         own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for number, (key, _) in enumerate(node.value):
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is not a string", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key that is not a string: put it in quotes", problem_mark=key.start_mark)
             if key.tag != "tag:yaml.org,2002:merge" and key.value in own[: own.index(key.value)] + own[own.index(key.value) + 1 :]:
                 again = max(i for i, (k, _) in enumerate(node.value) if k.value == key.value)
                 if again == number:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} appears twice: keep one of them", problem_mark=key.start_mark
+                    )
         self._loader.flatten_mapping(node)
         table: dict[str, Any] = {}
         for key, value in node.value:

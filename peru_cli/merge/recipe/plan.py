@@ -85,7 +85,7 @@ def _in_order(recipes: Sequence[Recipe], complaints: Complaints) -> list[Recipe]
     named: dict[str, Recipe] = {}
     for recipe in recipes:
         if recipe.name is not None and recipe.name in named:
-            complaints.error(recipe.method_line, f"two documents are called {recipe.name!r}")
+            complaints.error(recipe.method_line, f"two documents are called {recipe.name!r}: rename one")
         if recipe.name is not None:
             named[recipe.name] = recipe
     used = {name.model for recipe in recipes for name in recipe.models()} & set(named)
@@ -93,14 +93,19 @@ def _in_order(recipes: Sequence[Recipe], complaints: Complaints) -> list[Recipe]
     if len(results) != 1:
         lines = ", ".join(str(recipe.method_line) for recipe in results) or "none"
         complaints.error(
-            None, f"exactly one document, the result, must have no name; {len(results)} have none (merge_method in line {lines})"
+            None,
+            f"exactly one document, the result, must have no name; {len(results)} have none (merge_method in line {lines}): "
+            "name all but one, or remove them",
         )
     complaints.settle()
     order: list[Recipe] = []
 
     def follow(recipe: Recipe, way: tuple[str, ...]) -> None:
         if recipe.name is not None and recipe.name in way:
-            complaints.error(recipe.method_line, f"documents depend on each other in a circle: {' -> '.join([*way, recipe.name])}")
+            complaints.error(
+                recipe.method_line,
+                f"documents depend on each other in a circle, {' -> '.join([*way, recipe.name])}: name a model in one of them",
+            )
             return
         for model in recipe.models():
             if model.model in named:

@@ -67,14 +67,16 @@ def _check_slice(recipe: Recipe, module: Module, part: Slice, complaints: Compla
     found = inputs_of(recipe, module, part)
     base = base_of(recipe, part)
     if known.base in ("needed", "possible") and base is not None and found.base is None:
-        complaints.error(part.line, f"the base {base} is not among the sources, whose layers differ: list it with its own layer_range")
+        complaints.error(
+            part.line, f"the base model {base} is not among the sources, whose layers differ: list it with its own layer_range"
+        )
     least, most = known.inputs
     if len(found.merged) < least or (most is not None and len(found.merged) > most):
         wanted = f"{least}" if most == least else f"at least {least}"
         besides = " besides the base" if known.base in ("needed", "possible") and base is not None else ""
-        complaints.error(
-            part.line, f"{known.name} takes {wanted} model{'s' * (not wanted.endswith('1'))}{besides}, not {len(found.merged)}"
-        )
+        models = "model" if wanted.endswith("1") else "models"
+        what = "more" if len(found.merged) < least else "fewer"
+        complaints.error(part.line, f"{known.name} takes {wanted} {models}{besides}, not {len(found.merged)}: list {what}")
     for name, parameter in known.parameters.items():
         if parameter.default is not None:
             continue
@@ -82,6 +84,7 @@ def _check_slice(recipe: Recipe, module: Module, part: Slice, complaints: Compla
             if not any(name in level for level in _levels(recipe, module, part, source if parameter.own else None)):
                 of = f" of {source.model}" if parameter.own else ""
                 hint = ": mergekit treats the base as one more input here, so list it with a weight" if source.line == part.line else ""
+                hint = hint or f": add {'' if parameter.own else 'top-level '}parameters: {{{name}: {'1' if name == 'weight' else '0.5'}}}"
                 complaints.error(source.line if parameter.own else recipe.method_line, f"{known.name} needs a {name}{of}{hint}")
 
 

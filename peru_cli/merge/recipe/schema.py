@@ -100,8 +100,23 @@ def spelt_path(path: Path) -> str:
     return text or "the recipe"
 
 
+_EXAMPLES = {
+    "layer_range": "write two numbers, as [0, 32]",
+    "merge_method": "name one, as merge_method: ties",
+    "model": "name it, as model: org/name",
+    "models": "list the models, each as - model: org/name",
+    "slices": "list the slices, each with its sources",
+    "sources": "list the sources, each as - {model: org/name, layer_range: [0, 32]}",
+    "modules": "name modules, each with its slices, or write models",
+    "parameters": "write it as parameters: {weight: 0.5}",
+    "tokenizer": "write it as tokenizer: {source: union}",
+}
+
+
 def _example(path: Path) -> str:
-    return ": write two numbers, as [0, 32]" if "layer_range" in path else ""
+    """What to write in place of a value of the wrong type: an example for the nearest key that has one."""
+    known = [key for key in path if key in _EXAMPLES]
+    return f": {_EXAMPLES[str(known[-1])]}" if known else ""
 
 
 class _Check:
@@ -134,12 +149,15 @@ class _Check:
         given = [key for key in ("models", "slices", "modules") if getattr(parsed, key) is not None]
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
-            self._error((given[1],) if given else (), f"a recipe needs exactly one of models, slices and modules; this one has {said}")
+            self._error(
+                (given[1],) if given else (),
+                f"a recipe needs exactly one of models, slices and modules; this one has {said}{': keep one' if given else ': add models'}",
+            )
             return None
         modules = []
         if parsed.modules is not None:
             if not parsed.modules:
-                self._error(("modules",), "modules is empty")
+                self._error(("modules",), f"modules is empty{_example(('modules',))}")
             for name, inner in parsed.modules.items():
                 self._strangers(inner, ("modules", name))
                 modules.append(self._module(name, inner, ("modules", name)))
@@ -171,13 +189,13 @@ class _Check:
         if parsed.models is not None:
             where = (*path, "models")
             if not parsed.models:
-                self._error(where, f"{spelt_path(where)} is empty")
+                self._error(where, f"{spelt_path(where)} is empty{_example(where)}")
             sources = [self._source(source, (*where, number), True) for number, source in enumerate(parsed.models)]
             slices.append(Slice(tuple(s for s in sources if s is not None), None, {}, self._document.line(where)))
         for number, part in enumerate(parsed.slices or ()):
             slices.append(self._slice(part, (*path, "slices", number)))
         if parsed.slices is not None and not parsed.slices:
-            self._error((*path, "slices"), f"{spelt_path((*path, 'slices'))} is empty")
+            self._error((*path, "slices"), f"{spelt_path((*path, 'slices'))} is empty{_example(('slices',))}")
         settings = self._settings(parsed.parameters, (*path, "parameters"), False)
         return Module(name, tuple(slices), parsed.models is not None, settings, self._document.line(path))
 
@@ -188,7 +206,9 @@ class _Check:
         lengths = {source.layers[1] - source.layers[0] for source in found if source.layers is not None}
         if len(lengths) > 1:
             ranges = listed(str(list(source.layers)) for source in found if source.layers is not None)
-            self._error((*path, "sources"), f"the sources of a slice have different numbers of layers: {ranges}")
+            self._error(
+                (*path, "sources"), f"the sources of a slice have different numbers of layers, {ranges}: write ranges of one length"
+            )
         base = self._model(part.base_model, (*path, "base_model")) if part.base_model is not None else None
         return Slice(found, base, self._settings(part.parameters, (*path, "parameters"), False), self._document.line(path))
 
@@ -256,7 +276,9 @@ class _Check:
         self._strangers(table, ("tokenizer",))
         source = "union" if table.source is None else self._tokenizer_source(table.source, ("tokenizer", "source"))
         if table.pad_to_multiple_of is not None and table.pad_to_multiple_of < 1:
-            self._error(("tokenizer", "pad_to_multiple_of"), f"pad_to_multiple_of {table.pad_to_multiple_of} is below 1")
+            self._error(
+                ("tokenizer", "pad_to_multiple_of"), f"pad_to_multiple_of {table.pad_to_multiple_of} is below 1: write the multiple, as 64"
+            )
         return Tokenizer(source, self._document.line(("tokenizer",)), table.pad_to_multiple_of, table.tokens or {})
 
     def _tokenizer_source(self, value: Any, path: Path) -> str:
@@ -288,12 +310,12 @@ class _Check:
 
     def _flag_only(self, value: Any, path: Path) -> None:
         if not isinstance(value, (bool, int)):
-            self._error(path, f"{path[-1]} {value!r} is neither true nor false")
+            self._error(path, f"{path[-1]} {value!r} is neither true nor false: write one of the two, without quotes")
 
     def _setting(self, value: Any, path: Path, key: str, parameter: Parameter) -> Setting | None:
         """A scalar, a gradient, a table with a filter, or a list of such tables."""
         if value is None:
-            self._error(path, f"{key} has no value")
+            self._error(path, f"{key} has no value: {_wanted(parameter)}")
             return None
         tables = (
             value if isinstance(value, list) and any(isinstance(v, dict) for v in value) else [value] if isinstance(value, dict) else None
@@ -311,10 +333,15 @@ class _Check:
                 self._warn((*where, stranger), f"{stranger} has no effect here{did_you_mean(stranger, ('filter', 'value'))}")
             word = table.get("filter")
             if word is not None and not isinstance(word, str):
-                self._error((*where, "filter"), f"the filter {word!r} of {key} is not a string")
+                self._error((*where, "filter"), f"the filter {word!r} of {key} is not a string: put it in quotes")
                 continue
             if table.get("value") is None:
-                self._error(where, f"{key} has a filter without a value" if word is not None else f"{key} has no value")
+                text = (
+                    f"{key} has a filter without a value: write {{filter: {word}, value: 0.5}}"
+                    if word is not None
+                    else f"{key} has no value: {_wanted(parameter)}"
+                )
+                self._error(where, text)
                 continue
             if clauses and clauses[-1].filter in (None, "*"):
                 self._warn(where, f"{key}: this value is never used, because the one before applies to all tensors")
@@ -326,7 +353,7 @@ class _Check:
     def _clause(self, value: Any, word: str | None, path: Path, key: str, parameter: Parameter) -> Clause | None:
         gradient = isinstance(value, list)
         if gradient and not value:
-            self._error(path, f"the gradient of {key} is empty")
+            self._error(path, f"the gradient of {key} is empty: write its numbers, as [0, 0.5, 1]")
             return None
         values = [self._scalar(v, path, key, parameter) for v in (value if gradient else [value])]
         if any(v is None for v in values):
@@ -334,7 +361,7 @@ class _Check:
         return Clause(tuple(v for v in values if v is not None), gradient, word, None, self._document.line(path))
 
     def _scalar(self, value: Any, path: Path, key: str, parameter: Parameter) -> Value | None:
-        text = f"{key} {value!r} is {KINDS[parameter.kind]}"
+        text = f"{key} {value!r} is {KINDS[parameter.kind]}: {_wanted(parameter)}"
         if parameter.kind == "flag":
             if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
                 return bool(value)
@@ -351,12 +378,19 @@ class _Check:
             return None
         if parameter.kind == "share":
             if number < 0:
-                self._error(path, f"{key} {value!r} is below 0: a density is a share of the entries")
+                self._error(path, f"{key} {value!r} is below 0: a density is a share of the entries, from 0 to 1")
                 return None
             if number > 1:
                 self._warn(path, f"{key} {value!r} is above 1 and counts as 1, as in mergekit")
             return min(number, Fraction(1))
         return int(number) if parameter.kind == "whole" else float(number)
+
+
+def _wanted(parameter: Parameter) -> str:
+    """What to write for a parameter."""
+    if parameter.kind in ("flag", "word"):
+        return "write " + (" or ".join(parameter.choices) or "true or false, without quotes")
+    return "write a whole number, as 10" if parameter.kind == "whole" else "write a number, as 0.5"
 
 
 def exact(value: Any) -> Fraction | None:

@@ -15,6 +15,7 @@ from peru_cli.errors import UsageError
 from peru_cli.finetunes.revocabulary import common_vocabulary
 from peru_cli.merge.recipe.document import Complaints
 from peru_cli.merge.recipe.parts import ModelName, Recipe
+from peru_cli.shown import listed
 
 _FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges|chat_template)\.json"
@@ -70,12 +71,14 @@ def align_tokens(
     if wanted.tokens:
         complaints.error(wanted.line, "tokenizer.tokens chooses the rows of single tokens, which peru cannot do yet")
     if wanted.source == "base" and recipe.base is None:
-        complaints.error(wanted.line, "the tokenizer should be the base's, but there is no base_model")
+        complaints.error(wanted.line, "the tokenizer should be the base's, but there is no base_model: add one, or write union")
         return dict(opened), []
     source = str(recipe.base) if wanted.source == "base" else wanted.source
     named = {str(name): model for name, model in opened.items()}
     if source != "union" and source not in named:
-        complaints.error(wanted.line, f"the tokenizer source {source!r} is not a model of this recipe")
+        base = ", base" if recipe.base is not None else ""
+        text = f"the tokenizer source {source!r} is not a model of this recipe: write union{base} or one of {listed(named)}"
+        complaints.error(wanted.line, text)
         return dict(opened), []
     known = [found for model in opened.values() if (found := vocabulary(model)) is not None]
     sizes = [rows for model in opened.values() if isinstance(rows := model.config().get("vocab_size"), int)]
