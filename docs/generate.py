@@ -19,7 +19,7 @@ from peru_cli.cli import run
 from peru_cli.methods.table import FLAGS, METHODS, Flag, flag_help, shown
 
 CHAIN = ("chain", "chain add", "chain get", "chain list", "chain verify", "chain prune", "chain squash")
-COMMANDS = ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "export", *CHAIN, "inspect", "verify", "eval", "demo")
+COMMANDS = ("merge", "prune", "shuffle-pack", "svd-lora", "unpack", "push", "export", *CHAIN, "inspect", "verify", "eval", "route", "demo")
 COMPLETIONS = {"bash": "peru.bash", "zsh": "_peru", "fish": "peru.fish"}
 
 

@@ -40,6 +40,7 @@ ROOMS = {
     "inspect": "inspect",
     "verify": "verify",
     "eval": "evaluate",
+    "route": "route",
     "demo": "demo",
 }
 

@@ -80,7 +80,7 @@ def open_compact(path: Place) -> Artifact:
     if kind == ROUTED:
         raise UsageError(
             f"{path} holds routed experts: every input chooses its own, so there is no single checkpoint in it",
-            "`peru eval` runs it, `peru_cli.apply` installs it in a model",
+            "`peru eval` and `peru route` run it, `peru_cli.apply` installs it in a model",
         )
     return open_pack(path) if kind in KINDS else Mixed(path) if kind == MIXED else SparseDelta(path)
 

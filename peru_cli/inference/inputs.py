@@ -61,11 +61,7 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
         Mismatch: images have another size than the model takes, and the processor would not resize them."""
     if kind == IMAGE:
         return _encode_images(examples, files, config, label)
-    if not any(_VOCABULARY.fullmatch(name) for name in files):  # transformers would make up an empty one
-        raise BadFile(f"{label}: no tokenizer beside the model or its base", "put tokenizer.json beside the model or its base")
-    tokenizer = _tokenizer(files, label)
-    longest = _longest(tokenizer, config)
-    _check_vocabulary(tokenizer, config, label)
+    tokenizer, longest = _tokenizer_of(files, config, label)
     if kind == TEXT:
         coded = tokenizer(examples.texts, examples.pairs, truncation=longest is not None, max_length=longest)
         return _encode_classified(examples, coded, tokenizer, config, label)
@@ -79,6 +75,27 @@ def encode(examples: Examples, files: Files, config: Any, kind: str, label: str,
 
         return Inputs(_lengths(coded["input_ids"]), make)
     return _encode_causal(examples, tokenizer, min(context or 1024, longest or _LONGEST))
+
+
+def encode_each(examples: Examples, files: Files, config: Any, label: str) -> Inputs:
+    """Texts or images as inputs of a model without its head, each text on its own, whatever the model is made for.
+
+    Raises BadFile and Mismatch as `encode` does."""
+    if examples.images is not None:
+        return encode(examples, files, config, IMAGE, label)
+    tokenizer, longest = _tokenizer_of(files, config, label)
+    coded = tokenizer(examples.texts, examples.pairs, truncation=longest is not None, max_length=longest)
+    pad = _pad_id(tokenizer, config) or 0
+    return Inputs(_lengths(coded["input_ids"]), lambda numbers: _padded(coded, numbers, pad, tokenizer))
+
+
+def _tokenizer_of(files: Files, config: Any, label: str) -> tuple[Any, int | None]:
+    """A model's tokenizer, and its longest input in tokens. BadFile if there is none, Mismatch if it is another model's."""
+    if not any(_VOCABULARY.fullmatch(name) for name in files):  # transformers would make up an empty one
+        raise BadFile(f"{label}: no tokenizer beside the model or its base", "put tokenizer.json beside the model or its base")
+    tokenizer = _tokenizer(files, label)
+    _check_vocabulary(tokenizer, config, label)
+    return tokenizer, _longest(tokenizer, config)
 
 
 def _tokenizer(files: Files, label: str) -> Any:

@@ -21,6 +21,7 @@ from peru_cli.inference.remote_code import auto_map, code_for, register_models
 from peru_cli.shown import listed
 
 TEXT, IMAGE, CAUSAL, SEQ2SEQ = "text classification", "image classification", "causal language model", "seq2seq language model"
+ITSELF = "model"  # whatever class its config names
 CLASSES, LABELS, VALUE = "classes", "independent labels", "a value"  # the purpose of a classifier's head
 _AUTO = {
     TEXT: transformers.AutoModelForSequenceClassification,
@@ -191,8 +192,11 @@ def _expected(config: Any, kind: str, label: str) -> tuple[dict[str, torch.Size]
 
 
 def _model_class(config: Any, kind: str, label: str) -> Any:
-    auto: Any = _AUTO[kind]
     try:
+        if kind == ITSELF:
+            named = (config.architectures or [""])[0]
+            return getattr(transformers, named, None) or transformers.AutoModel._model_mapping[type(config)]
+        auto: Any = _AUTO[kind]
         return auto._model_mapping[type(config)]
     except KeyError as error:
         raise Mismatch(f"{label} is a {config.model_type}, and transformers has no such model for {kind}") from error
@@ -221,7 +225,11 @@ def build_model(
     # A tied head has no tensor of its own. A head that the config does not tie would be random, and different in every run.
     weights = dict(model.named_parameters(remove_duplicate=False))
     read = {weight.data_ptr() for name, weight in weights.items() if name not in info["missing_keys"]}
-    if missing := sorted(name for name in info["missing_keys"] if name in weights and weights[name].data_ptr() not in read):
+    missing = sorted(name for name in info["missing_keys"] if name in weights and weights[name].data_ptr() not in read)
+    if kind == ITSELF:  # a base may have been saved without its pooler or head, on which nothing inside depends
+        parts = {name.removeprefix(f"{cls.base_model_prefix}.").partition(".")[0] for name in named}
+        missing = [name for name in missing if name.removeprefix(f"{cls.base_model_prefix}.").partition(".")[0] in parts]
+    if missing:
         raise _missing(missing, kind, config, label)
     return model.eval().requires_grad_(False).to(device)
 

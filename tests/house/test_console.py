@@ -78,7 +78,7 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "arguments,says",
     [
-        (["prnue"], "no such command 'prnue'. Did you mean 'prune'?"),
+        (["prnue"], "no such command 'prnue'. Did you mean 'prune', 'route'?"),
         (["prune", "x", "--bse", "y"], "did you mean --base?"),
         (["prune"], "missing argument '[TASK=]MODEL'"),
         (["merge", "-m"], "option '-m' requires an argument"),

@@ -34,6 +34,7 @@ ROOMS = [
     "export",
     "pack",
     "evaluate",
+    "route",
     "inspect",
     "verify",
     "chain",

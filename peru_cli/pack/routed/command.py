@@ -65,7 +65,7 @@ def write(
     check_room(out, sum(info.nbytes for heads in plan.heads.values() for info in heads) + len(tasks) * plan.expert_bytes())
     for warning in [w for model in (base, *(m for _, m in tasks)) for w in model.warnings] + plan.warnings:
         console.warn(warning)
-    _say(plan)
+    say(plan)
     if run.dry_run:
         console.result(_planned(plan, out))
         return None
@@ -78,7 +78,8 @@ def write(
         return make_routed(plan, out, how, run.sync, progress.step)
 
 
-def _say(plan: RoutedPlan) -> None:
+def say(plan: RoutedPlan) -> None:
+    """Note what is routed, what belongs to one task, and what stays as in the base."""
     console.note(f"base {plan.base.label}: {plan.base.kind}, {plural(len(plan.base.tensors), 'tensor')}, {si_bytes(plan.base.nbytes)}")
     for vector in plan.vectors:
         console.note(f"{vector.name}: {vector.fine.label}, {vector.fine.kind} ({vector.pairing.prefix})")

@@ -1,0 +1,1 @@
+"""`peru route`: which fine-tune should answer an input."""
