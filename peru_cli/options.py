@@ -159,7 +159,7 @@ TrustRemoteCode = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads. Default: all available.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", min=1, metavar="N", help="CPU threads. Default: all available.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait until the output is on the disk. Faster, for scratch files.")]
 Push = Annotated[Optional[str], typer.Option("--push", metavar="ORG/NAME", help="Publish the output on the Hub, in one commit.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repo private.")]
@@ -232,6 +232,8 @@ def shared(
             values = {group: kind(**{name: given.pop(name) for name in names[group]}) for group, kind in groups.items()}
             with hub_session(values["run"].stream), to_stdout(given["output"]) if pipes else nullcontext() as file:
                 command(**given, **values) if file is None else command(**given | {"output": file}, **values)
+            if values["run"].dry_run and given.get("write_recipe") is None:
+                console.note("--dry-run: nothing was written")
 
         del with_groups.__wrapped__  # its annotations differ
         for name, title in of_panel.items():
@@ -250,7 +252,7 @@ class Command(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its parameters and the option that prints the help."""
-        return converted_quickly(super().get_params(ctx))
+        return without_types(converted_quickly(super().get_params(ctx)))
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option that prints the help."""
@@ -265,13 +267,21 @@ class Group(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its parameters and the option that prints the help."""
-        return converted_quickly(super().get_params(ctx))
+        return without_types(converted_quickly(super().get_params(ctx)))
 
 
 def converted_quickly(parameters: list[Any]) -> list[Any]:
     """Parameters whose values go through pydantic only if they must be converted: loading it takes longer than a small model."""
     for parameter in parameters:
         vars(parameter).setdefault("get_runtime_param", partial(_Conversion, parameter.get_runtime_param))
+    return parameters
+
+
+def without_types(parameters: list[Any]) -> list[Any]:
+    """Parameters whose help shows no type where none is typed: `--json <bool>` reads as if it took a value."""
+    for parameter in parameters:
+        if parameter.param_type_name == "argument" or parameter.is_flag:
+            vars(parameter).setdefault("display_type_rich", lambda ctx: None)
     return parameters
 
 

@@ -25,7 +25,10 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="The chain: a folder of 
 Step = Annotated[str, typer.Argument(metavar="STEP", help="The step's number, or `last`.")]
 
 app = typer.Typer(
-    name="chain", no_args_is_help=True, help="Keep the checkpoints of a training run: one whole, then what changed, bit for bit."
+    name="chain",
+    cls=options.Group,
+    no_args_is_help=True,
+    help="Keep the checkpoints of a training run: one whole, then what changed, bit for bit.",
 )
 
 

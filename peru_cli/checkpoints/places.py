@@ -101,4 +101,5 @@ def why_not_here(text: str) -> tuple[str, str | None]:
             f"{text}: no such file or folder",
             f"{parts[0]} is here, so this was not looked up on the Hub; hf://models/{text} would be",
         )
-    return f"{text}: no such file or folder", None
+    name_alone = len(parts) == 1 and Path(text).suffix not in (".safetensors", ".bin") and parse_hub_name(f"org/{text}") is not None
+    return f"{text}: no such file or folder", f"a model on the Hub is named with its owner: ORG/{text}" if name_alone else None

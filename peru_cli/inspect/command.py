@@ -81,7 +81,7 @@ def inspect(
         if not artifact and not adapter and base is None:
             raise UsageError("--plot needs an artifact, an adapter, or a fine-tune with its --base")
     if adapter:
-        show_adapter(model, base, plot, run.device, run.threads)
+        show_adapter(model, base, plot, run.device, run.threads, every)
     elif artifact:
         if base is not None:
             raise UsageError(f"{model} is an artifact; --base goes with a checkpoint", "unpack it to compare it with its base")
@@ -165,7 +165,7 @@ def _artifact(path: Place, plot: Path | None, every: bool) -> None:
                 _shape(members[0].info.shape),
                 describe_record(members[0]),
                 count(kept := sum(r.kept for r in members)),
-                f"{100 * kept / max(sum(r.base_entries for r in members), 1):.2f}%",
+                f"{100 * kept / sum(r.base_entries for r in members):.2f}%" if members[0].mode == Mode.DELTA else "",
             ]
             for name, members in kinds
         ]
@@ -192,6 +192,7 @@ def _parts(report: ArtifactReport) -> None:
     rows += [[part, count(report.parts[part]), "", "", ""] for part in ("whole tensors", "side files")]
     console.line()
     console.table(["part", ">bytes", ">bits/param", ">entropy bound", ">ratio"], rows)
+    console.remark("entropy bound: the least for entries coded one by one, in bits/param; a ratio below 1 is better than that")
 
 
 def _artifact_json(report: ArtifactReport) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def _pair(
     console.line()
     foreseen = _foreseen(vector, base, device, threads) if plot is not None else []
     _plans(comparison, foreseen, fine.nbytes)
-    ranks = show_ranks(fine, base, per_task, device, threads)
+    ranks = show_ranks(fine, base, per_task, device, threads, every)
     inputs.check()
     console.result(
         {

@@ -152,6 +152,8 @@ class _Values:
         self.lossy: dict[Dtype, Array] = {}
         self.lossless: dict[Dtype, Array] = {}
         self.raw: dict[Dtype, int] = {}
+        self.places = np.zeros((len(family.slots), self._levels), np.int64)  # changed entries of each tensor by level
+        self.changed = np.zeros(len(family.slots), np.int64)
         for pair in family.tasks[0].pairs.values():
             self.lossy.setdefault(pair.fine.dtype, np.zeros((self._levels, BINS), np.int64))
             self.lossless.setdefault(pair.fine.dtype, np.zeros(BINS, np.int64))
@@ -177,10 +179,13 @@ class _Values:
             coded = exact[large] if dtype.bits == 16 else round_difference(base, fine, dtype)[0].view(np.uint16)
             level = np.searchsorted(self._thresholds, keys, side="right")
             lossy = np.bincount(level * BINS + coded, minlength=self._levels * BINS).reshape(self._levels, BINS)
+            at_level = np.bincount(level, minlength=self._levels)
             with self._lock:  # integers: the order in which threads add does not matter
                 self.lossy[dtype] += lossy
                 self.lossless[dtype] += lossless
                 self.raw[dtype] += raw
+                self.places[tile.tensor] += at_level
+                self.changed[tile.tensor] += len(positions)
 
     def commit(self, tile: Tile, result: None) -> None:
         pass
@@ -199,7 +204,7 @@ def compare(vector: TaskVector, family: Family, how: StreamSettings) -> Comparis
     edges = [_edge(at_least, min(int(m * total), changed)) for m in DENSITIES]
     values = _Values(family, sorted(edge << measure._shift for edge in edges))
     run(values, family.plan(), how.threads, how.advance)
-    sizes = {dtype: sum(p.entries for p in vector.pairs.values() if p.fine.dtype is dtype) for dtype in values.lossy}
+    sizes = np.array([slot.entries for slot in family.slots])
     whole = sum(info.nbytes for info in vector.pairing.whole)
     fixed = _FIXED_BYTES + _TENSOR_BYTES * len(vector.fine.tensors)
     energy = _bin_energy(measure.keys, measure._shift)
@@ -207,19 +212,16 @@ def compare(vector: TaskVector, family: Family, how: StreamSettings) -> Comparis
     for m, edge in zip(DENSITIES, edges, strict=True):
         level = len(DENSITIES) - DENSITIES.index(m)  # entries of this level or above reach the threshold
         kept = min(int(m * total), changed)
-        bound = Bound()
-        for dtype, histogram in values.lossy.items():
-            reached = histogram[level:].sum(axis=0)
-            share = reached.sum() / max(int(at_least[edge]), 1)
-            _add(bound, sizes[dtype], kept * float(share), entropy_bits(reached) / max(int(reached.sum()), 1))
+        share = kept / max(int(at_least[edge]), 1)  # of the entries that reach the threshold's bin
+        bound = Bound(_positions(values.places[:, level:].sum(axis=1) * share, sizes))
+        for histogram in values.lossy.values():
+            bound.values += share * entropy_bits(histogram[level:].sum(axis=0))
         kept_energy = energy[edge:].sum() - (at_least[edge] - kept) * energy[edge] / max(measure.keys[edge], 1)
         error = math.sqrt(max(1.0 - kept_energy / energy.sum(), 0.0)) if energy.sum() else 0.0
         plans.append(_plan(m, kept, bound, fixed, whole, total, error))
-    bound = Bound()
+    bound = Bound(_positions(values.changed, sizes))
     for dtype, histogram in values.lossless.items():
-        found = int(histogram.sum())
-        bits = (entropy_bits(histogram) + values.raw[dtype]) / max(found, 1)
-        _add(bound, sizes[dtype], found, bits)
+        bound.values += entropy_bits(histogram) + values.raw[dtype]
     plans.append(_plan(None, changed, bound, fixed, whole, total, 0.0))
     not_finite = sum(change.not_finite for change in changes)
     norm = math.sqrt(sum(change.squared_delta for change in changes))
@@ -240,10 +242,9 @@ def _bin_energy(histogram: Array, shift: int) -> Array:
     return np.where(np.isfinite(squared) & (histogram > 0), squared, 0.0) * histogram
 
 
-def _add(bound: Bound, entries: int, kept: float, bits_per_value: float) -> None:
-    if entries:
-        bound.positions += entries * binary_entropy(min(kept / entries, 1.0))
-        bound.values += kept * bits_per_value
+def _positions(kept: Array, entries: Array) -> float:
+    """Bits of the positions: the codec adapts to each tensor's share of kept entries; (tensors,), (tensors,)."""
+    return sum(int(n) * binary_entropy(min(float(k) / int(n), 1.0)) for k, n in zip(kept, entries, strict=True) if n)
 
 
 def _plan(density: float | None, kept: int, bound: Bound, fixed: int, whole: int, entries: int, error: float) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from peru_cli.lora.spectra import RankPlan, Spectrum
 
 
-def show_adapter(model: str, base: str | None, plot: Path | None, device: str, threads: int | None) -> None:
+def show_adapter(model: str, base: str | None, plot: Path | None, device: str, threads: int | None, every: bool) -> None:
     """Print ranks, scales, spectra and the error by rank of an adapter."""
     from peru_cli.checkpoints.lora.adapter import REST, Adapter
     from peru_cli.checkpoints.places import locate, size_of
@@ -55,7 +56,7 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
         ranks = [rank for rank in RANKS if rank < most]
         plans = rank_plans(spectra, [*ranks, most])
         console.line()
-        _spectra(spectra, ranks, with_scale=True)
+        _spectra(spectra, ranks, with_scale=True, every=every)
         console.line()
         _plans(plans, size - sum(module.nbytes for module in adapter.modules), size)
         console.result(
@@ -77,7 +78,7 @@ def show_adapter(model: str, base: str | None, plot: Path | None, device: str, t
             console.note(f"drew {plot}")
 
 
-def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device: str, threads: int | None) -> dict[str, Any]:
+def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device: str, threads: int | None, every: bool) -> dict[str, Any]:
     """Print effective ranks of a fine-tune's task vectors, and cost and error of ranks 4 to 64. Returns what --json adds."""
     from peru_cli.lora.extract_plan import plan_extraction
     from peru_cli.lora.spectra import RANKS, rank_plans, task_spectra
@@ -92,7 +93,7 @@ def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device:
         spectra = task_spectra(plan, how)
     plans = rank_plans(spectra)
     console.line()
-    _spectra(spectra, RANKS, with_scale=False)
+    _spectra(spectra, RANKS, with_scale=False, every=every)
     console.line()
     console.table(
         ["peru svd-lora", ">bytes of factors", ">relative error"], [[f"--rank {p.rank}", count(p.bytes), f"{p.error:.3f}"] for p in plans]
@@ -104,14 +105,18 @@ def show_ranks(fine: Checkpoint, base: Checkpoint, per_task: str | None, device:
     return {"ranks": [spectrum.json() for spectrum in spectra], "rank_plans": [vars(plan) for plan in plans]}
 
 
-def _spectra(spectra: Sequence[Spectrum], ranks: Sequence[int], with_scale: bool) -> None:
+def _spectra(spectra: Sequence[Spectrum], ranks: Sequence[int], with_scale: bool, every: bool) -> None:
+    from peru_cli.reports.fold import fold
+
     rows = []
-    for s in spectra:
-        row = [s.name, "x".join(map(str, [*([s.blocks] if s.blocks > 1 else []), s.rows, s.columns]))]
+    for name, members in fold(spectra, lambda s: s.name, lambda s: s.name if every else (s.blocks, s.rows, s.columns, s.rank, s.scale)):
+        s, squared = members[0], sum(s.squared for s in members)
+        row = [name, str(len(members)), "x".join(map(str, [*([s.blocks] if s.blocks > 1 else []), s.rows, s.columns]))]
         row += [str(s.rank), f"{s.scale:.4g}"] if with_scale else []
-        row += [f"{s.norm:.4g}", f"{s.effective_rank:.1f}"]
-        rows.append([*row, *("" if s.rank is not None and rank >= s.rank else f"{s.error(rank):.3f}" for rank in ranks)])
-    names = ["module", ">shape", *([">rank", ">scale"] if with_scale else []), "?>norm", "?>effective rank"]
+        row += [f"{math.sqrt(squared):.4g}", f"{sum(s.effective_rank for s in members) / len(members):.1f}"]
+        errors = {rank: math.sqrt(sum(s.dropped(rank) for s in members) / squared) if squared else 0.0 for rank in ranks}
+        rows.append([*row, *("" if s.rank is not None and rank >= s.rank else f"{error:.3f}" for rank, error in errors.items())])
+    names = ["module", "?>count", ">shape", *([">rank", ">scale"] if with_scale else []), "?>norm", "?>effective rank"]
     console.table([*names, *(f">error at {rank}" for rank in ranks)], rows)
 
 

@@ -14,6 +14,7 @@ from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.pack.masks import command as packmasks
 from peru_cli.pack.routed import command as packrouted
+from peru_cli.pack.show import say_size
 from peru_cli.publish.command import destination, publish
 
 if TYPE_CHECKING:
@@ -335,14 +336,11 @@ def _report(result: PackResult, merge_base: Optional[str], published: dict[str, 
             row += [f"{packed.residual_error:.3f}", si_bytes(packed.residual_bytes)]
     if rows:
         console.table(columns, rows)
-    console.line(
-        f"{result.path}: {plural(len(result.all_tasks), 'task')}, {si_bytes(result.file_bytes)},"
-        f" {result.bits_per_parameter:.3f} bits/param for all of them, precision {result.precision}"
-    )
+    say_size(result)
     if merge_base is not None:
         console.line(f"{merge_base}: the new base, with the plain sums; unpack needs it as --base")
     if result.best_scale is not None:
-        console.line(f"scale {result.scale:g}; least squares would be {result.best_scale:.4g}")
+        console.line(f"scale {result.scale:g}")
     console.result(
         {
             "path": str(result.path),

@@ -248,6 +248,7 @@ def prune(
         why = "; up to half as much again if the sampled threshold misses; --scope tensor fetches less" if again else ""
         console.note(f"fetching {si_bytes(fetched)} from the Hub in ranges{why}")
     if run.dry_run:
+        console.note("sizes depend on the weights: `peru inspect MODEL --base BASE` reads them and predicts")
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
     cluster = (ray_address or "auto") if executor == "ray" else None
@@ -310,7 +311,8 @@ def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
     for info, other in pairing.reshaped[:3]:
         console.note(f"    {info.name} has shape {list(info.shape)}, {list(other.shape)} in the base")
     if chosen.density is not None:
-        console.note(f"  keeping {count(int(chosen.density * task.entries))} entries ({float(chosen.density):.4g}), scope {chosen.scope}")
+        share = f"{100 * float(chosen.density):.4g}%"
+        console.note(f"  keeping {count(int(chosen.density * task.entries))} entries ({share}), scope {chosen.scope}")
 
 
 def _planned(task: PruneTask, chosen: PruneOptions) -> dict[str, object]:

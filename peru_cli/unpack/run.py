@@ -15,7 +15,7 @@ from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import check_target
 from peru_cli.checkpoints.local.writer import CheckpointWriter, DirectoryWriter, FileWriter, PipeWriter
 from peru_cli.checkpoints.lora.adapter import find_adapters, is_lora_file
-from peru_cli.checkpoints.places import Place, locate, why_not_here
+from peru_cli.checkpoints.places import Place, children, locate, why_not_here
 from peru_cli.checkpoints.resolve import open_model, open_recorded_base
 from peru_cli.checkpoints.sidefiles import config_with_dtype
 from peru_cli.checkpoints.source import Checkpoint
@@ -75,8 +75,12 @@ def choose(named: str, task: str | None) -> Place:
     if adapters and "" not in adapters:
         raise UsageError(f"{named} holds several adapters: {listed(map(str, adapters.values()))}", "name one of them")
     if not place.is_file() and not adapters:
-        special = Path(named).exists() and not Path(named).is_dir()
+        if place.is_dir():
+            whole = children(place, "*.safetensors") or children(place, "*.bin")
+            said = "a checkpoint, which needs no unpacking" if whole else "a folder without an artifact or adapter"
+            raise UsageError(f"{named}: {said}", "unpack takes what `peru prune`, `shuffle-pack` or `svd-lora` wrote")
         message, hint = why_not_here(named)
+        special = Path(named).exists()
         raise UsageError(message if special else f"{named}: no such artifact or adapter", hint)
     return place
 

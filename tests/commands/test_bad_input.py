@@ -194,6 +194,7 @@ def test_wrong_options_are_refused_and_write_nothing(tmp_path: Path, peru, pair)
         (["prune", "x=", "-b", base, "-o", tmp_path / "a.safetensors", "--keep", "5%"], "names no model"),
         (["prune", f"Sst={fine}", f"sST={base}", "-b", base, "-o", tmp_path / "all", "--keep", "5%"], "'sST'"),
         (["prune", fine, f"FINE={base}", "-b", base, "-o", tmp_path / "all", "--keep", "5%"], "'FINE'"),
+        (["prune", fine, "-b", "bert-base-uncased", "-o", tmp_path / "a.safetensors", "--keep", "5%"], "owner: ORG/bert-base-uncased"),
         (["frobnicate"], "frobnicate"),
     ]
     for arguments, says in cases:
@@ -205,6 +206,15 @@ def test_wrong_options_are_refused_and_write_nothing(tmp_path: Path, peru, pair)
         (["--max-shard-size", "big"], "'big'"), (["--max-shard-size", "0"], "zero bytes"),
     ):  # fmt: skip
         refused(peru, tmp_path, 2, *unpack, *more, says=says)
+
+
+def test_unpack_calls_a_checkpoint_one(tmp_path: Path, peru, pair) -> None:
+    base, fine = pair
+    (tmp_path / "model").mkdir()
+    to = ["-b", base, "-o", tmp_path / "r.safetensors"]
+    refused(peru, tmp_path, 2, "unpack", tmp_path / "model", *to, says="a folder without an artifact or adapter")
+    fine.rename(tmp_path / "model" / "model.safetensors")
+    refused(peru, tmp_path, 2, "unpack", tmp_path / "model", *to, says=("model: a checkpoint, which needs no unpacking", "`peru prune`"))
 
 
 def test_targets_that_exist_or_cannot_be_written(tmp_path: Path, peru, pair) -> None:
@@ -237,6 +247,7 @@ def test_a_folder_of_artifacts_is_created_only_if_something_goes_into_it(tmp_pat
     refused(peru, tmp_path, 2, *to, "--keep", "0.0000001%", says="keeps nothing")
     before = set(tmp_path.rglob("*"))
     peru(*to, "--keep", "5%", "--dry-run")
+    assert "nothing was written" in peru.stderr and "peru inspect" in peru.stderr
     nothing_new(tmp_path, before)
     peru("prune", f"one={fine}", "-b", base, "-o", f"{out}/", "--keep", "5%", "--no-sync")
     assert [path.name for path in out.iterdir()] == ["one.safetensors"]

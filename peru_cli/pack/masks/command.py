@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from peru_cli import options
-from peru_cli.console import console, count, plural, si_bytes
+from peru_cli.console import console, count, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.pack.show import say_size
 
 if TYPE_CHECKING:
     from peru_cli.pack.masks.run import MaskOptions, MaskResult
@@ -151,12 +152,9 @@ def report(result: MaskResult, published: dict[str, Any]) -> None:
         ">own tensors",
     ]
     console.table(["task", *columns], rows)
-    console.line(
-        f"{pack.path}: {plural(len(pack.all_tasks), 'task')}, {si_bytes(pack.file_bytes)},"
-        f" {pack.bits_per_parameter:.3f} bits/param for all of them, precision {pack.precision}"
-    )
+    say_size(pack)
     if result.masks[0].scale is None:
-        console.line(f"scale {pack.scale:g}; least squares would be {pack.best_scale:.4g}")
+        console.line(f"scale {pack.scale:g}")
     console.result(
         {
             "path": str(pack.path),
