@@ -199,6 +199,10 @@ class Running:
     summary: Summary = None
     quiet: Quiet = False
 
+    def __post_init__(self) -> None:
+        if self.tile_entries is not None and self.tile_entries < 1:  # commands take 0 for what was not given
+            raise UsageError(f"--tile-entries {self.tile_entries} is not a multiple of 16384", "leave it out: results do not depend on it")
+
     @property
     def sync(self) -> bool:
         """Whether to wait for the disk."""

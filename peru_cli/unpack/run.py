@@ -77,7 +77,7 @@ def choose(named: str, task: str | None) -> Place:
     if not place.is_file() and not adapters:
         if place.is_dir():
             whole = children(place, "*.safetensors") or children(place, "*.bin")
-            said = "a checkpoint, which needs no unpacking" if whole else "a folder without an artifact or adapter"
+            said = "a checkpoint, which needs no unpacking" if whole else "no artifact or adapter in this folder"
             raise UsageError(f"{named}: {said}", "unpack takes what `peru prune`, `shuffle-pack` or `svd-lora` wrote")
         message, hint = why_not_here(named)
         special = Path(named).exists()

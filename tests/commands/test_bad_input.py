@@ -212,7 +212,7 @@ def test_unpack_calls_a_checkpoint_one(tmp_path: Path, peru, pair) -> None:
     base, fine = pair
     (tmp_path / "model").mkdir()
     to = ["-b", base, "-o", tmp_path / "r.safetensors"]
-    refused(peru, tmp_path, 2, "unpack", tmp_path / "model", *to, says="a folder without an artifact or adapter")
+    refused(peru, tmp_path, 2, "unpack", tmp_path / "model", *to, says="no artifact or adapter in this folder")
     fine.rename(tmp_path / "model" / "model.safetensors")
     refused(peru, tmp_path, 2, "unpack", tmp_path / "model", *to, says=("model: a checkpoint, which needs no unpacking", "`peru prune`"))
 
@@ -346,7 +346,7 @@ def test_inputs_that_are_not_models(tmp_path: Path, peru, pair) -> None:
     unpack = ["-b", base, "-o", tmp_path / "r"]
     refused(peru, tmp_path, 1, "unpack", fine, *unpack, says=(str(fine), "not a peru artifact"))
     refused(peru, tmp_path, 2, "unpack", tmp_path / "nowhere", *unpack, says=("nowhere", "no such artifact"))
-    refused(peru, tmp_path, 2, "unpack", tmp_path / "empty", *unpack, says="no such artifact")
+    refused(peru, tmp_path, 2, "unpack", tmp_path / "empty", *unpack, says="empty: no artifact or adapter")
 
 
 class Boom:
