@@ -84,7 +84,8 @@ class Console:
         """Print a table in plain columns; long names are cut. On a narrow terminal, columns are left out and words are wrapped.
 
         A column's name may begin with marks: `?` makes it optional (the last one is dropped first), `>` aligns it right."""
-        self._tell(_markdown_table(columns, rows, title))
+        if self.summary is not None:
+            self._tell(_markdown_table(columns, rows, title))
         if self.json:
             return
         if title:
@@ -94,12 +95,15 @@ class Console:
         names = [column.lstrip("?>") for column in columns]
         widths = [max(len(cell) for cell in cells) for cells in zip(names, *rows, strict=True)]
         kept, widths = _fit(columns, widths, self._width())
+        lines = []
         for number, row in enumerate([names, *rows]):
             cells = [_wrap(row[i], widths[i], ">" in columns[i]) for i in kept]
             for line in range(max(map(len, cells))):
                 parts = [cell[line] if line < len(cell) else " " * widths[i] for i, cell in zip(kept, cells, strict=True)]
                 text = "  ".join(parts).rstrip()
-                self._out(f"\x1b[1m{text}\x1b[0m" if number == 0 and _is_coloured(self._stream()) else text)
+                lines.append(f"\x1b[1m{text}\x1b[0m" if number == 0 and _is_coloured(self._stream()) else text)
+        known = shown.secrets()  # once: looking for them costs more than a row
+        self._print("\n".join(shown.masked(line, known) for line in lines))
         if len(kept) < len(columns):
             left = ", ".join(name for i, name in enumerate(names) if i not in kept)
             self._wrapped(f"(too narrow for: {left}; use a wider terminal or a pipe to see all columns)")
@@ -123,13 +127,16 @@ class Console:
         return sys.stderr if self.data_on_stderr else sys.stdout
 
     def _out(self, text: str) -> None:
+        self._print(shown.masked(text))
+
+    def _print(self, text: str) -> None:
         stream = self._stream()
         if stream is sys.stderr:
             with suppress(OSError):
-                print(shown.masked(text), file=stream, flush=True)
+                print(text, file=stream, flush=True)
             return
         try:
-            print(shown.masked(text), file=stream, flush=True)
+            print(text, file=stream, flush=True)
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html as _html
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from urllib.parse import unquote
 
 LONGEST_NAME = 200  # characters of one name in a message
@@ -59,7 +59,7 @@ def printable_json(text: str) -> str:
     return _CONTROL_IN_JSON.sub(spelt, text)
 
 
-def _secrets() -> list[str]:
+def secrets() -> list[str]:
     """Passwords and tokens in the environment, also in quoted form, longest first."""
     found = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
     for name, value in os.environ.items():
@@ -70,10 +70,12 @@ def _secrets() -> list[str]:
     return sorted((secret for secret in found if len(secret) >= 4), key=len, reverse=True)
 
 
-def masked(text: str) -> str:
-    """Text without passwords in addresses, tokens and signatures: `http://***@proxy:3128`."""
+def masked(text: str, known: Sequence[str] | None = None) -> str:
+    """Text without passwords in addresses, tokens and signatures: `http://***@proxy:3128`.
+
+    `known` is what `secrets` returns, for those who mask many lines."""
     text = _USER.sub("***@", text)
-    for secret in _secrets():
+    for secret in secrets() if known is None else known:
         text = text.replace(secret, "***")
     text = _BEARER.sub("Bearer ***", _SIGNED.sub(r"\1***", text))
     return _TOKEN.sub("hf_***", text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,12 @@ class _Weights:
         self.entries = [weight.pair.entries for weight in weights]
         self._alone = threading.Lock()
 
-    def matrices(self, weight: Weight) -> list[TaskMatrix]:
+    def matrices(self, weight: Weight) -> Iterator[TaskMatrix]:
         """One matrix for each block."""
         rows, columns = weight.stored_shape
         starts = range(0, weight.blocks * rows * columns, rows * columns)
         plan = self.plan
-        return [TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.device) for start in starts]
+        return (TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.device) for start in starts)
 
     def leading(self, matrix: TaskMatrix, rank: int, name: str) -> Subspace:
         """At least `rank` singular values and their vectors, by the cheapest route that is accurate enough."""

@@ -33,6 +33,7 @@ class TaskMatrix(Matrix):
     columns: int
     start: int
     device: torch.device
+    _whole: torch.Tensor | None = None  # the only panel of a small matrix: it is read several times
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,6 +41,9 @@ class TaskMatrix(Matrix):
         return torch.float64 if "F64" in (self.pair.fine.dtype.name, self.pair.base.dtype.name) else torch.float32
 
     def row_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
+        if 0 < self.rows * self.columns <= _PANEL:
+            yield 0, self._only_panel()
+            return
         height = max(1, _PANEL // self.columns)
         room = torch.empty(min(height, self.rows) * self.columns, dtype=self.dtype)
         for first in range(0, self.rows, height):
@@ -47,7 +51,17 @@ class TaskMatrix(Matrix):
             self._fill(first * self.columns, room[:n].numpy())
             yield first, room[:n].view(-1, self.columns).to(self.device)
 
+    def _only_panel(self) -> torch.Tensor:
+        if self._whole is None:
+            panel = torch.empty(self.rows, self.columns, dtype=self.dtype)
+            self._fill(0, panel.view(-1).numpy())
+            self._whole = panel.to(self.device)
+        return self._whole
+
     def column_panels(self) -> Iterator[tuple[int, torch.Tensor]]:
+        if 0 < self.rows * self.columns <= _PANEL:
+            yield 0, self._only_panel()
+            return
         width = max(1, min(self.columns, _COLUMN_PANEL // self.rows))
         for first in range(0, self.columns, width):
             panel = torch.empty(self.rows, min(width, self.columns - first), dtype=self.dtype)
