@@ -47,6 +47,11 @@ def test_sums_are_exact_below_two_to_the_53_units(left: list[int], right: list[i
     assert is_exact(np.array(left, np.int64), np.array(right, np.int64), np.array(g, np.int64)) is exact
 
 
+def test_an_odd_sum_above_two_to_the_24_is_not_rounded_to_float32() -> None:
+    made = product(np.array([[31]], np.int16), np.array([[28485]], np.int16), np.array([1]))
+    assert made.tolist() == [[31 * 28485 * 19 / 16]] and 1 << 24 < 31 * 28485 * 19 < 1 << 25
+
+
 @pytest.mark.parametrize("largest", [3, 2047])  # the sums of small integers are exact in float32, too
 def test_products_and_their_runs_are_exact_sums(largest: int) -> None:
     noise = np.random.default_rng(largest)
