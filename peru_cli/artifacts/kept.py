@@ -70,8 +70,8 @@ class KeptEntries:
         found = [self._clip(self._decoded(number, i), reader.stream, low, high) for i in range(first, last)]
         if len(found) == 1:
             return reader.stream, found[0]
-        joined = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
-        return reader.stream, Entries(*joined)
+        positions, values, apart = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
+        return reader.stream, Entries(positions, values, apart)
 
     @staticmethod
     def _clip(entries: Entries, stream: Stream, low: int, high: int) -> Entries:

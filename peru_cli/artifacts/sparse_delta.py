@@ -64,11 +64,19 @@ def short_digest(data: bytes | memoryview) -> bytes:
 
 @dataclass
 class Entries:
-    """Kept entries in ascending order: stream positions (k,), values (k,), exact differences of those stored apart."""
+    """Kept entries in ascending order: positions (k,), values (k,), exact differences of those stored apart.
+
+    Positions count from `shift` in the stream; `stream_positions` from its beginning."""
 
     positions: Array
     values: Array
     apart: Array
+    shift: int = 0
+
+    @property
+    def stream_positions(self) -> Array:
+        """int64 (k,)."""
+        return np.add(self.positions, self.shift, dtype=np.int64) if self.shift else self.positions.astype(np.int64, copy=False)
 
 
 @dataclass
@@ -78,8 +86,7 @@ class FilledBlock:
     ticket: int
     stream: int
     origin: int
-    entries: Entries
-    first: int = 0  # the stream position that `entries` count from
+    parts: list[Entries]
 
 
 @dataclass
@@ -104,7 +111,7 @@ class _Filler:
         self._origin = 0
         self._news = News(all=False)
 
-    def add(self, entries: Entries) -> list[Entries]:
+    def add(self, entries: Entries) -> list[list[Entries]]:
         self._waiting.append(entries)
         self._news.entries.append(entries)
         self._size += len(entries.positions)
@@ -113,21 +120,32 @@ class _Filler:
             return []
         return self._cut(self.stream.block_entries)
 
-    def rest(self) -> list[Entries]:
+    def rest(self) -> list[list[Entries]]:
         return self._cut(self._size) if self._size else []
 
-    def _cut(self, size: int) -> list[Entries]:
-        positions = np.concatenate([e.positions for e in self._waiting])
-        values = np.concatenate([e.values for e in self._waiting])
-        apart = np.concatenate([e.apart for e in self._waiting])
-        full = []
-        while len(positions) >= size > 0:
-            marked = self.count_apart(values[:size])
-            full.append(Entries(positions[:size], values[:size], apart[:marked]))
-            positions, values, apart = positions[size:], values[size:], apart[marked:]
-        self._waiting, self._size = [Entries(positions.copy(), values.copy(), apart.copy())], len(positions)
+    def _cut(self, size: int) -> list[list[Entries]]:
+        full: list[list[Entries]] = []
+        block: list[Entries] = []
+        room = size
+        for entries in self._waiting:
+            at = 0
+            while len(entries.positions) - at >= room:
+                block.append(self._part(entries, at, at + room))
+                full.append(block)
+                at, block, room = at + room, [], size
+            if at < len(entries.positions):
+                block.append(self._part(entries, at, len(entries.positions)))
+                room -= len(entries.positions) - at
+        self._waiting, self._size = (
+            [replace(e, positions=e.positions.copy(), values=e.values.copy(), apart=e.apart.copy()) for e in block],
+            size - room,
+        )
         self._news = News(all=True, entries=list(self._waiting))
         return full
+
+    def _part(self, entries: Entries, start: int, stop: int) -> Entries:
+        before, mine = (self.count_apart(entries.values[a:b]) for a, b in ((0, start), (start, stop)))
+        return Entries(entries.positions[start:stop], entries.values[start:stop], entries.apart[before : before + mine], entries.shift)
 
     def news(self) -> News:
         news, self._news = self._news, News(all=False)
@@ -142,33 +160,24 @@ class _Filler:
     def count_apart(self, values: Array) -> int:
         return 0 if self.stream.values == EXACT else int(np.count_nonzero(values == NOT_ROUNDED))
 
-    def take_origin(self, entries: Entries) -> int:
-        origin, self._origin = self._origin, int(entries.positions[-1]) + 1
+    def take_origin(self, last: Entries) -> int:
+        origin, self._origin = self._origin, int(last.positions[-1]) + last.shift + 1
         return origin
-
-
-def compact(filled: FilledBlock) -> FilledBlock:
-    """A block to send: its positions count from its origin, in 32 bits if they fit. `encode_block` takes both."""
-    entries, positions = filled.entries, filled.entries.positions - filled.origin
-    small = positions.astype(np.uint32) if positions[-1] < 1 << 32 else positions
-    return replace(filled, first=filled.origin, entries=replace(entries, positions=small))
 
 
 def encode_block(stream: Stream, filled: FilledBlock) -> tuple[Block, bytes]:
     """Encode a block of a stream: its line in the index, and its bytes."""
-    entries = filled.entries
-    positions = entries.positions.astype(np.int64, copy=False)
-    gaps = np.diff(positions, prepend=filled.origin - filled.first - 1) - 1
+    gaps = np.diff(_joined([part.stream_positions for part in filled.parts]), prepend=filled.origin - 1) - 1
     wide = bool(gaps.max() >= 1 << 32)
-    gaps_data = encode(gaps.astype(np.uint64 if wide else np.uint32), stream.positions_codec)
-    values = encode(np.ascontiguousarray(entries.values), stream.values_codec)
-    apart = entries.apart.astype(entries.apart.dtype.newbyteorder("<"), copy=False).tobytes()
-    data = gaps_data + values + apart
-    count = len(entries.positions)
-    return (
-        Block(filled.stream, filled.origin, count, wide, len(gaps_data), len(values), len(entries.apart), short_digest(data)),
-        data,
-    )
+    positions = encode(gaps.astype(np.uint64 if wide else np.uint32), stream.positions_codec)
+    values = encode(np.ascontiguousarray(_joined([part.values for part in filled.parts])), stream.values_codec)
+    apart = _joined([part.apart for part in filled.parts])
+    data = positions + values + apart.astype(apart.dtype.newbyteorder("<"), copy=False).tobytes()
+    return Block(filled.stream, filled.origin, len(gaps), wide, len(positions), len(values), len(apart), short_digest(data)), data
+
+
+def _joined(parts: list[Array]) -> Array:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 class BlockWriter:
@@ -192,10 +201,10 @@ class BlockWriter:
         """The last, shorter block of each stream."""
         return [block for filler in self._fillers for block in self._tickets_for(filler, filler.rest())]
 
-    def _tickets_for(self, filler: _Filler, full: list[Entries]) -> list[FilledBlock]:
+    def _tickets_for(self, filler: _Filler, full: list[list[Entries]]) -> list[FilledBlock]:
         blocks = []
-        for entries in full:
-            blocks.append(FilledBlock(self._tickets, filler.number, filler.take_origin(entries), entries))
+        for parts in full:
+            blocks.append(FilledBlock(self._tickets, filler.number, filler.take_origin(parts[-1]), parts))
             self._tickets += 1
         return blocks
 

@@ -152,7 +152,7 @@ def _encode(news: News) -> Any:
     if not count:
         return [*found, 0]
     positions, values, apart = (
-        np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in news.entries), strict=True)
+        np.concatenate(parts) for parts in zip(*((e.stream_positions, e.values, e.apart) for e in news.entries), strict=True)
     )
     gaps = np.diff(positions, prepend=0).astype(np.uint64)
     data = encode(gaps, PCO), encode(np.ascontiguousarray(values), PCO), apart.astype(apart.dtype.newbyteorder("<")).tobytes()

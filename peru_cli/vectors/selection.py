@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from peru_cli.artifacts.index import EXACT, Stream
-from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock, compact, encode_block
+from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock, encode_block
 from peru_cli.checkpoints.bundle import Bundle, members
 from peru_cli.checkpoints.digests import TensorDigest
 from peru_cli.checkpoints.dtypes import Dtype
@@ -144,7 +144,7 @@ class Select:
                 sink.kept[info.name] = after - before
         else:
             sink.kept[pair.fine.name] += len(chosen.positions)
-        entries = Entries(chosen.positions + (sink.offsets[pair.base.name] + tile.start), chosen.values, chosen.apart)
+        entries = Entries(chosen.positions, chosen.values, chosen.apart, sink.offsets[pair.base.name] + tile.start)
         return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
 
     def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
@@ -184,7 +184,7 @@ class Select:
         self._filled[tile.number] = [(sink, block.ticket) for sink, block in filled]
         if self.watcher is not None:
             self.watcher.reached(tile)
-        return [partial(encode_block, sink.streams[block.stream], compact(block)) for sink, block in filled]
+        return [partial(encode_block, sink.streams[block.stream], block) for sink, block in filled]
 
     def _again(self, tile: Tile, task: int) -> tuple[Chosen, Leaves]:
         """One task's part of a tile, computed here: at most once for each tile in work when a threshold's quota is used up."""
