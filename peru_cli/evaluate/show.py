@@ -156,7 +156,7 @@ def show(scores: Sequence[Score], weights: dict[str, WeightsReport], every: bool
             console.line(f"{task}: {plural(report.total.not_finite, 'difference')} not finite and not counted")
     if (mean := mean_of(scores)) is not None:
         console.line(f"mean normalised accuracy {cell('normalised', mean)} %")
-    for note in notes(scores, False):
+    for note in notes(scores, bool(weights)):
         console.remark(note)
     for score in scores:
         for warning in score.warnings:
@@ -183,6 +183,7 @@ def notes(scores: Sequence[Score], weights: bool) -> list[str]:
         said.append(f"bytes include what tasks share; in all {si_bytes(bytes_in_all(scores))}")
     if weights:
         said.append("weights relative to the base: error 0 is equal, 1 is as far off as the base itself")
+        said.append("same sign %: of the entries that the fine-tune changed, the share that moves the same way")
     return said
 
 

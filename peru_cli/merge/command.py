@@ -340,6 +340,7 @@ def merge(
     if write_recipe is not None and (run.dry_run or not dimensions):
         recipe_of(varied, parameters)
     if run.dry_run:
+        console.note(f"the weights would take {si_bytes(sum(info.nbytes for info in plan.written))}")
         console.result(summary(plan, recipe, target))
         return
     results, searched = [], None

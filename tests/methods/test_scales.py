@@ -40,6 +40,7 @@ def test_the_number_of_a_scale_is_that_of_the_nearest_one_by_ratio() -> None:
         ([1, 1], [1, 1], [0, 4 * 48], True),  # 16 + 16 * 2^48
         ([1, 1], [1, 1], [0, 4 * 49], False),
         ([1, 0], [1, 0], [0, 4 * 53], True),  # nothing of the large scale is used
+        ([1, 0], [1, 0], [-4 * 27, 4 * 27], False),
         ([1, 0], [1, 0], [0, 4 * 54], False),  # too far apart to be looked at
     ],
 )
