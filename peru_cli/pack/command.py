@@ -12,6 +12,7 @@ import typer
 from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.methods.compact.masks.table import MASKS
 from peru_cli.pack.masks import command as packmasks
 from peru_cli.pack.routed import command as packrouted
 from peru_cli.pack.show import say_size
@@ -37,9 +38,7 @@ def shuffle_pack(
     ],
     base: options.Base,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The pack, a .safetensors file.")],
-    method: Annotated[
-        str, typer.Option("--method", "-m", metavar="METHOD", help="superpose, tall-masks, magnitude-masks, emr or smile.")
-    ] = "superpose",
+    method: Annotated[str, typer.Option("--method", "-m", metavar="METHOD", help=f"superpose, {', '.join(MASKS)} or smile.")] = "superpose",
     threshold: Annotated[
         Optional[list[str]],
         typer.Option("--threshold", metavar="[TASK=]L", help="tall-masks: threshold of a task. Default: the best of .2, .3, .4, .5, .6."),

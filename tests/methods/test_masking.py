@@ -7,20 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from peru_cli.methods.compact.masking import (
-    GRID,
-    Overlap,
-    add_up,
-    best_scale,
-    choose_threshold,
-    emr_mask,
-    entropy,
-    magnitude_mask,
-    missed,
-    rescaler,
-    tall_mask,
-    unify,
-)
+from peru_cli.methods.compact.masking import Overlap, add_up, best_scale, choose_threshold, entropy, missed, rescaler
+from peru_cli.methods.compact.masks.emr import emr_mask, unify
+from peru_cli.methods.compact.masks.magnitude import magnitude_mask
+from peru_cli.methods.compact.masks.table import MASKS, build_masks
+from peru_cli.methods.compact.masks.tall import GRID, tall_mask
 
 
 def family(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,3 +92,17 @@ def test_emr_rescales_to_the_tasks_own_sum_with_nine_digits() -> None:
 
 def test_thresholds_are_those_that_the_authors_try() -> None:
     assert GRID == (0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_method_of_the_table_masks_nothing_that_a_task_leaves_alone_in_any_unit(name: str) -> None:
+    method = build_masks(name)
+    tasks, _ = family(5)
+    tasks[:, ::7] = 0
+    for factor in (1.0, 2.0**-9):
+        shared = method.shared(tasks * factor) if method.compares else None
+        level = 0.1 * factor if method.ranked else method.thresholds(None)[0]
+        for own in tasks * factor:
+            mask = method.mask(method.parts(own, shared), level, True)
+            assert not mask[own == 0].any() and 0 < mask.sum() < len(mask)
+            assert np.array_equal(mask, method.mask(method.parts(own, shared), level, True))

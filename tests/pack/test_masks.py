@@ -15,6 +15,9 @@ from peru_cli.artifacts.packs.masks import MaskPack, decode_mask, encode_mask
 from peru_cli.artifacts.packs.superposed import PackMode
 from peru_cli.errors import BadFile
 from peru_cli.methods.compact import masking
+from peru_cli.methods.compact.masks.magnitude import magnitude_mask
+from peru_cli.methods.compact.masks.table import MASKS
+from peru_cli.methods.compact.masks.tall import tall_mask
 from tests.conftest import FLOATS, raw, run_peru, save
 from tests.pack.test_superpose import Packs, Table, family
 
@@ -67,11 +70,11 @@ def read_masks(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarra
 def test_ties_and_zeros_are_in_no_mask() -> None:
     own = np.array([0.0, 0.5, 0.5, 0.5000001, 1.0, 0.0])
     rest = np.array([0.0, 1.0, 1.0, 1.0, 0.0, 3.0])
-    assert masking.tall_mask(own, rest, 0.5).tolist() == [False, False, False, True, True, False]
-    assert masking.tall_mask(own, rest, 0.0).tolist() == [False, True, True, True, True, False]
-    assert masking.magnitude_mask(own, 0.5, True).tolist() == [False, True, True, True, True, False]
-    assert masking.magnitude_mask(own, 0.5, False).tolist() == [False, False, False, True, True, False]
-    assert masking.magnitude_mask(own, 0.0, True).tolist() == [False, True, True, True, True, False]
+    assert tall_mask(own, rest, 0.5).tolist() == [False, False, False, True, True, False]
+    assert tall_mask(own, rest, 0.0).tolist() == [False, True, True, True, True, False]
+    assert magnitude_mask(own, 0.5, True).tolist() == [False, True, True, True, True, False]
+    assert magnitude_mask(own, 0.5, False).tolist() == [False, False, False, True, True, False]
+    assert magnitude_mask(own, 0.0, True).tolist() == [False, True, True, True, True, False]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.3, 0.5, 0.76, 0.99, 1.0])
@@ -265,7 +268,7 @@ def test_a_single_task_is_retrieved_to_half_a_step(packs: Callable[..., Packs]) 
     assert "precision 10" in made.text
 
 
-@pytest.mark.parametrize("method", masking.METHODS)
+@pytest.mark.parametrize("method", list(MASKS))
 def test_neither_order_threads_tiles_nor_hash_seed_change_a_byte(packs: Callable[..., Packs], method: str) -> None:
     made = packs("abc", "bf16", size=60)
     expected = made.run("abc", "--method", method).read_bytes()

@@ -29,7 +29,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
-from peru_cli.methods.compact.masking import EMR, METHODS
+from peru_cli.methods.compact.masks.table import MASKS
 from peru_cli.methods.compact.superpose import Arrangement
 from peru_cli.streaming.engine import available_threads
 
@@ -44,7 +44,7 @@ _SUMS = ("peru.format", "peru.scale", "peru.precision", "peru.entries", "peru.su
 
 METADATA = {key: PACK_METADATA[key] for key in _SUMS} | {
     "peru.kind": KIND,
-    "peru.method": "|".join(METHODS),
+    "peru.method": "|".join(MASKS),
     "peru.scales": f"({_DECIMAL})(,({_DECIMAL}))*",
     "peru.density": SPARSE_METADATA["peru.density"].removeprefix("lossless|"),
 }
@@ -196,7 +196,7 @@ class MaskPack(Pack):
 
     def __init__(self, path: Place) -> None:
         self.masks: dict[str, MaskRecord] = {}
-        self.scales: dict[str, float] = {}  # EMR: by task
+        self.scales: dict[str, float] = {}  # of tasks with a scale of their own
         self._mask_at: dict[str, list[int]] = {}
         self._mask_cache: BlockCache[Flags] = BlockCache(_CACHED_BLOCKS)
         self._loaded_masks: dict[str, list[Bytes]] = {}  # packed, eight entries to a byte
@@ -207,7 +207,7 @@ class MaskPack(Pack):
         self.index, masks = decode_masks(self.container.index)
         self.masks = {task.name: mask for task, mask in zip(self.index.tasks, masks, strict=True)}
         scales = [float(text) for text in self.metadata["peru.scales"].split(",")] if "peru.scales" in self.metadata else []
-        if len(scales) != (len(self.index.tasks) if self.metadata["peru.method"] == EMR else 0):
+        if len(scales) != (len(self.index.tasks) if MASKS[self.metadata["peru.method"]].scaled else 0):
             raise BadFile(f"its metadata has {len(scales)} scales for {len(self.index.tasks)} tasks")
         self.scales = dict(zip([task.name for task in self.index.tasks], scales, strict=False))
 

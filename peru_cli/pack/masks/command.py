@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from peru_cli import options
 from peru_cli.console import console, count, si_bytes
 from peru_cli.errors import UsageError
+from peru_cli.methods.compact.masks.table import MASKS, with_option
 from peru_cli.pack.show import say_size
 
 if TYPE_CHECKING:
@@ -29,16 +30,14 @@ def read_options(
         change: the pack of --add-to or --remove-from.
 
     Raises UsageError for options that the method does not have."""
-    from peru_cli.methods.compact.masking import MAGNITUDE, METHODS, TALL
     from peru_cli.pack.masks.run import MaskOptions
 
-    if method not in ("superpose", *METHODS):
-        raise UsageError(f"--method {method!r} is not superpose, {', '.join(METHODS)} or smile")
-    if thresholds and method != TALL:
-        raise UsageError(f"--threshold has no meaning with --method {method}", f"it belongs to --method {TALL}")
-    if keep is not None and method != MAGNITUDE:
-        raise UsageError(f"--keep has no meaning with --method {method}", "it belongs to --method magnitude-masks")
-    if method not in METHODS:
+    if method not in ("superpose", *MASKS):
+        raise UsageError(f"--method {method!r} is not superpose, {', '.join(MASKS)} or smile")
+    for option, typed in (("threshold", bool(thresholds)), ("keep", keep is not None)):
+        if typed and (method not in MASKS or MASKS[method].option != option):
+            raise UsageError(f"--{option} has no meaning with --method {method}", f"it belongs to --method {with_option(option)}")
+    if method not in MASKS:
         return None
     if change is not None:
         said = f"--add-to and --remove-from change packs, not masks ({change})"
@@ -77,18 +76,19 @@ def _read_thresholds(texts: list[str]) -> dict[str, float]:
 
 def planned(plan: PackPlan, masks: MaskOptions, out: Path) -> dict[str, Any]:
     """Print what --dry-run says, and return it."""
-    from peru_cli.methods.compact.masking import EMR, GRID, TALL
+    from peru_cli.methods.compact.masks.table import build_masks
 
     names = [vector.name for vector in plan.vectors]
     told: dict[str, Any] = {"output": str(out), "method": masks.method, "tasks": names, "entries": plan.entries}
     told["heads"] = {task: [info.name for info in heads] for task, heads in plan.heads.items()}
-    if masks.method == TALL:
-        grid = ", ".join(map(str, GRID))
+    listed = MASKS[masks.method]
+    if listed.option == "threshold":
+        grid = ", ".join(map(str, build_masks(masks.method).thresholds(None)))
         given = {name: masks.thresholds.get(name, masks.thresholds.get("")) for name in names}
         console.table(["task", "threshold"], [[name, f"one of {grid}" if value is None else f"{value:g}"] for name, value in given.items()])
         return told | {"thresholds": given}
-    if masks.method == EMR:
-        console.line("each task keeps the entries that have the elected sign, times a scale of its own")
+    if listed.option is None:
+        console.line(listed.title)
         return told
     kept = int(masks.keep * plan.entries)
     console.line(f"each task keeps its {count(kept)} largest of {count(plan.entries)} entries, or all that changed")

@@ -9,7 +9,8 @@ import numpy as np
 
 from peru_cli.artifacts.packs.masks import Block, MaskWriter, mask_digest, mask_leaves
 from peru_cli.artifacts.packs.pack import Sums
-from peru_cli.methods.compact.masking import EMR, TALL, Flags, Overlap, add_up, emr_mask, magnitude_mask, tall_mask, unify
+from peru_cli.methods.compact.masking import Flags, Overlap
+from peru_cli.methods.compact.masks.table import MaskMethod
 from peru_cli.pack.passes import PIECE, Added, Doubles, Gather, PackBuffers, Superpose
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.tiles import Tile
@@ -38,12 +39,14 @@ def _overlap(total: Doubles, vector: Doubles, mask: Flags) -> tuple[float, float
 class MaskGather:
     """Inner products as in Gather. For each task, candidate cut and tensor also what its mask would keep."""
 
-    def __init__(self, plan: PackPlan, how: StreamSettings, method: str, candidates: Sequence[Sequence[Cut]]) -> None:
+    def __init__(
+        self, plan: PackPlan, how: StreamSettings, method: MaskMethod, candidates: Sequence[Sequence[Cut]], scaled: bool = False
+    ) -> None:
         self.inner = Gather(plan, how, wide=True)
-        self._method, self._candidates, self._sums = method, candidates, plan.sums
+        self._method, self._candidates, self._sums, self._scaled = method, candidates, plan.sums, scaled
         size = len(candidates), max(map(len, candidates)), 3
         self.overlaps = {tensor.info.name: np.zeros(size) for tensor in plan.sums}
-        self.lengths = np.zeros((len(candidates), 2))  # EMR: sum |tau_t| and sum |m_t u|
+        self.lengths = np.zeros((len(candidates), 2))  # if `scaled`: sum |tau_t| and sum |m_t u|
 
     def buffers(self) -> PackBuffers:
         return self.inner.buffers()
@@ -55,18 +58,14 @@ class MaskGather:
         vectors = room.rows[:-1, : tile.stop - tile.start]
         for piece, part in enumerate(_pieces(tile.stop - tile.start)):
             rows = vectors[:, part]
-            total = unify(rows) if self._method == EMR else add_up(rows)
+            total = self._method.shared(rows)
             for task, cuts in enumerate(self._candidates):
-                if self._method == EMR:
-                    mask = emr_mask(rows[task], total)
-                    found[piece, task, 0] = _overlap(total, rows[task], mask)
-                    lengths[piece, task] = np.abs(rows[task]).sum(), np.abs(total * mask).sum()
-                    continue
-                own = np.abs(rows[task])
-                rest = np.abs(total - rows[task]) if self._method == TALL else own
+                parts = self._method.parts(rows[task], total)
                 for number, cut in enumerate(cuts):
-                    mask = tall_mask(own, rest, cut.threshold) if self._method == TALL else magnitude_mask(own, cut.threshold, True)
+                    mask = self._method.mask(parts, cut.threshold, True)
                     found[piece, task, number] = _overlap(total, rows[task], mask)
+                if self._scaled:
+                    lengths[piece, task] = np.abs(rows[task]).sum(), np.abs(total * mask).sum()
         return tables, found, lengths
 
     def commit(self, tile: Tile, result: tuple[list[Doubles], Doubles, Doubles]) -> None:
@@ -99,12 +98,13 @@ class Masked:
 
 
 class _Sums(Superpose):
-    """A plain sum, or EMR's vector, from which every task gets what its mask keeps."""
+    """A plain sum, or the method's own vector, from which every task gets what its mask keeps."""
 
-    emr = False
+    method: MaskMethod
 
     def together(self, rows: Doubles, sums: Sums) -> Sums:
-        return np.rint(unify(rows)).astype(np.int32) if self.emr else sums
+        stored = self.method.stored(rows)
+        return sums if stored is None else np.rint(stored).astype(np.int32)
 
     def came_back(self, number: int) -> tuple[float, float]:
         return self.overlaps[number].square, self.overlaps[number].product
@@ -115,9 +115,9 @@ class _Sums(Superpose):
 class WriteMasks:
     """Round and add the task vectors, mask the sums, digest and write both."""
 
-    def __init__(self, plan: PackPlan, how: StreamSettings, writer: MaskWriter, method: str, cuts: Sequence[Cut]) -> None:
+    def __init__(self, plan: PackPlan, how: StreamSettings, writer: MaskWriter, method: MaskMethod, cuts: Sequence[Cut]) -> None:
         self.inner = _Sums(plan, how, writer.pack, wide=True)
-        self.inner.emr = method == EMR
+        self.inner.method = method
         self._writer, self._method, self._cuts, self._sums = writer, method, cuts, plan.sums
         self._quotas = [cut.equals for cut in cuts]  # equals that may still be kept
         self._found = np.zeros((len(cuts), 3))
@@ -132,24 +132,17 @@ class WriteMasks:
         rows = room.rows[:, :n]  # task vectors in steps, not rounded; the last row has the sums
         pieces = _pieces(n)
         result = Masked(added, np.empty((len(self._cuts), n), np.bool_), {}, np.empty((len(self._cuts), len(pieces), 3)), rows)
-        if self._method == TALL:
-            for part in pieces:
-                total = add_up(rows[:-1, part])
-                for task, cut in enumerate(self._cuts):
-                    result.masks[task, part] = tall_mask(np.abs(rows[task, part]), np.abs(total - rows[task, part]), cut.threshold)
-        elif self._method == EMR:
-            for part in pieces:
-                total = unify(rows[:-1, part])
-                for task in range(len(self._cuts)):
-                    result.masks[task, part] = emr_mask(rows[task, part], total)
-        else:
-            for task, cut in enumerate(self._cuts):
-                own, threshold = np.abs(rows[task]), float(np.ldexp(cut.threshold, -exponent))
-                # Once no equals may be kept any more, that never changes: the entries need no check.
-                some = self._quotas[task] > 0
-                result.masks[task] = magnitude_mask(own, threshold, some)
-                if some:
-                    result.equals[task] = own == threshold
+        # Once no equals may be kept any more, that never changes: the entries need no check.
+        some = [quota > 0 for quota in self._quotas]
+        ranked = self._method.ranked
+        levels = [float(np.ldexp(cut.threshold, -exponent)) if ranked else cut.threshold for cut in self._cuts]
+        for part in pieces:
+            shared = self._method.shared(rows[:-1, part]) if self._method.compares else None
+            for task, level in enumerate(levels):
+                result.masks[task, part] = self._method.mask(self._method.parts(rows[task, part], shared), level, some[task])
+        for task, level in enumerate(levels):
+            if ranked and some[task]:
+                result.equals[task] = np.abs(rows[task]) == level
         for task in range(len(self._cuts)):
             result.measure(task)
         return result

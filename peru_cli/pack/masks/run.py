@@ -16,7 +16,8 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.methods.compact import masking
 from peru_cli.methods.compact.magnitude import key_value
-from peru_cli.methods.compact.masking import EMR, GRID, MAGNITUDE, TALL, Overlap
+from peru_cli.methods.compact.masking import Overlap
+from peru_cli.methods.compact.masks.table import MASKS, MaskMethod, build_masks
 from peru_cli.methods.compact.superpose import quality
 from peru_cli.pack.masks.passes import Cut, MaskGather, WriteMasks
 from peru_cli.pack.measure import Measured, settle_steps
@@ -33,14 +34,14 @@ from peru_cli.vectors.thresholds import find_thresholds
 class MaskOptions:
     """How masks are made. `thresholds` are by task, with "" for all others. A task without one gets the best of the grid."""
 
-    method: str = TALL
+    method: str = "tall-masks"
     thresholds: Mapping[str, float] = field(default_factory=dict)
     keep: Fraction = Fraction(1, 10)  # for magnitude masks
 
     @property
     def passes(self) -> int:
         """How often everything is read if the sample predicts the magnitudes well."""
-        return 3 if self.method == MAGNITUDE else 2
+        return 3 if build_masks(self.method).ranked else 2
 
 
 @dataclass
@@ -52,7 +53,7 @@ class TaskMask:
     from_grid: bool
     kept: int
     nbytes: int
-    scale: float | None = None  # EMR: the task's own
+    scale: float | None = None  # the task's own, if it has one
 
 
 @dataclass
@@ -73,7 +74,7 @@ def plan_masks(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], option
     for name in masks.thresholds:
         if name and name not in names:
             raise UsageError(f"--threshold {name}=...: no model is called {name!r}", f"the tasks are {listed(names)}")
-    if masks.method == MAGNITUDE:
+    if build_masks(masks.method).ranked:
         plan.metadata["peru.density"] = str(masks.keep)
         if not int(masks.keep * plan.entries):
             raise UsageError(f"--keep {float(masks.keep):g} of {plan.entries:,} entries keeps nothing", "keep more")
@@ -97,18 +98,19 @@ def make_masks(
     Raises BadFile for values that cannot be summed."""
     scale = float(plan.metadata["peru.scale"])
     tiles = TilePlan([t.info.entries for t in plan.sums], how.tile_entries)
-    if masks.method == MAGNITUDE:
+    method, scaled = build_masks(masks.method), MASKS[masks.method].scaled
+    if method.ranked:
         note("finding thresholds")
-    candidates = _candidates(plan, masks, how)
+    candidates = _candidates(plan, masks, method, how)
     note("measuring")
-    gather = MaskGather(plan, how, masks.method, candidates)
+    gather = MaskGather(plan, how, method, candidates, scaled)
     run(gather, tiles, how.threads, how.advance)
     tables = gather.inner.tables
     everything = sum(tables.values(), np.zeros((len(plan.vectors),) * 2))
     measured = Measured(everything, np.zeros_like(everything), tables)
     bits = masking.default_precision(len(plan.vectors)) if precision is None else precision
     plan.metadata["peru.precision"] = str(settle_steps(plan, measured, bits))
-    factors = [masking.rescaler(own, kept) for own, kept in gather.lengths.tolist()] if masks.method == EMR else []
+    factors = [masking.rescaler(own, kept) for own, kept in gather.lengths.tolist()] if scaled else []
     if factors:
         plan.metadata["peru.scales"] = ",".join(map(repr, factors))
     cuts, predicted = [], []
@@ -122,7 +124,7 @@ def make_masks(
     largest = {**plan.metadata, "peru.sums": "0" * 64}
     writer = MaskWriter(target, largest, len(plan.vectors), sync)
     with writer.pack:
-        step = WriteMasks(plan, how, writer, masks.method, cuts)
+        step = WriteMasks(plan, how, writer, method, cuts)
         run(step, tiles, how.threads, how.advance)
         for block in writer.rest():
             writer.write(block)
@@ -145,13 +147,11 @@ def _report(plan: PackPlan, candidates: Sequence[Sequence[Cut]], cuts: Sequence[
     ]
 
 
-def _candidates(plan: PackPlan, masks: MaskOptions, how: StreamSettings) -> list[list[Cut]]:
-    """The candidate cuts of each task's mask: the grid, the requested threshold, or the exact magnitude."""
-    if masks.method == EMR:
-        return [[Cut(0.0)] for _ in plan.vectors]
-    if masks.method == TALL:
+def _candidates(plan: PackPlan, masks: MaskOptions, method: MaskMethod, how: StreamSettings) -> list[list[Cut]]:
+    """The candidate cuts of each task's mask: the method's thresholds, or the exact magnitude of those that rank."""
+    if not method.ranked:
         given = [masks.thresholds.get(vector.name, masks.thresholds.get("")) for vector in plan.vectors]
-        return [[Cut(threshold)] if threshold is not None else [Cut(threshold) for threshold in GRID] for threshold in given]
+        return [[Cut(threshold) for threshold in method.thresholds(typed)] for typed in given]
     family = Family(plan.base, plan.vectors, how)
     kept = int(masks.keep * plan.entries)
     found = find_thresholds(family, range(len(family.slots)), dict.fromkeys(range(len(plan.vectors)), kept))
@@ -171,5 +171,5 @@ def _overlap(gather: MaskGather, task: int, number: int) -> Overlap:
 def _rounding(plan: PackPlan, gather: MaskGather, task: int, number: int) -> float:
     """What rounding all tasks to steps adds to the squared norm of what is kept."""
     kept = {name: float(table[task, number, 2]) for name, table in gather.overlaps.items()}
-    added = 1 if "peru.scales" in plan.metadata else len(plan.vectors)  # EMR rounds once, not each task
+    added = 1 if "peru.scales" in plan.metadata else len(plan.vectors)  # a vector of the method's own is rounded once, not each task
     return added * sum(kept[tensor.info.name] * 4.0**tensor.exponent for tensor in plan.sums) / 12

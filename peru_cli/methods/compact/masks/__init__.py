@@ -1,0 +1,1 @@
+"""Which entries of a vector that all tasks share a task uses: one file a method, and their table."""
