@@ -117,20 +117,24 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
         "| file | task | bytes | kept entries | density | bits a parameter | stored whole |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    body += [*rows, "", f"Together {_bytes(found.nbytes)}.", "", "## Unpack", "", "```sh", "pip install peru-cli"]
+    unpacked = kinds != [ROUTED]
+    heading = "## Unpack" if unpacked else "## Run"
+    body += [*rows, "", f"Together {_bytes(found.nbytes)}.", "", heading, "", "```sh", "pip install peru-cli"]
     for file, name in zip(found.artifacts, names, strict=True):
         base = (
             "" if name is not None and hub_repo(name.name) else f" --base hf://models/{repo}/{MERGED}" if found.merged else " --base BASE"
         )
         tasks, name_one = packed.get(file), len(found.artifacts) > 1
         if metadata[file]["peru.kind"] == ROUTED:  # it has no single checkpoint
-            body.append(f"peru eval {shlex.quote(artifact_of(repo, file, name_one))}{base} --data TASK=FILE")
+            on = base or f" --base {shlex.quote(name.name if name is not None else 'BASE')}"
+            body.append(f"peru eval {shlex.quote(artifact_of(repo, file, name_one))}{on} --data TASK=FILE")
             continue
         for task in [PurePosixPath(file).stem] if tasks is None else tasks:
             which = f" --task {shlex.quote(task)}" if tasks is not None or name_one else ""
             named = shlex.quote(artifact_of(repo, file, name_one and tasks is not None))
             body.append(f"peru unpack {named}{which}{base} -o {shlex.quote(task)}/")
-    body += ["```", "", "peru checks the base before it unpacks, and the result afterwards."]
+    checked = "unpacks, and the result afterwards." if unpacked else "adds the experts."
+    body += ["```", "", f"peru checks the base before it {checked}"]
     for rules in dict.fromkeys(tuple(decode_rules(meta)) for meta in metadata.values() if RENAME in meta):
         said = " ".join(f"--rename {shlex.quote(rule)}" for rule in rules)
         body.append(f"Tensors come back under the base's names: the fine-tunes' own were changed by `{markdown(said)}`.")
