@@ -165,7 +165,7 @@ def _artifact(path: Place, plot: Path | None, every: bool) -> None:
                 _shape(members[0].info.shape),
                 describe_record(members[0]),
                 count(kept := sum(r.kept for r in members)),
-                f"{100 * kept / sum(r.base_entries for r in members):.2f}%" if members[0].mode == Mode.DELTA else "",
+                f"{100 * kept / max(sum(r.base_entries for r in members), 1):.2f}%" if members[0].mode == Mode.DELTA else "",
             ]
             for name, members in kinds
         ]

@@ -34,8 +34,8 @@ def test_inspect_folds_layers_and_shows_each_with_all(tmp_path: Path, peru) -> N
     base, fine = random_pair("bf16")
     pair = (save(fine, tmp_path / "fine.safetensors"), "--base", save(base, tmp_path / "base.safetensors"))
     short, long = peru("inspect", *pair), peru("inspect", *pair, "--all")
-    (row,) = (line.split() for line in short.splitlines() if line.startswith("layers.{0..1}.mlp.weight"))
-    assert row[1] == "2" and "layers.0.mlp.weight" in long and "{" not in long
+    row, ranks = (line.split() for line in short.splitlines() if line.startswith("layers.{0..1}.mlp.weight"))
+    assert row[1] == ranks[1] == "2" and "layers.0.mlp.weight" in long and "{" not in long
     changes = [
         t for t in json.loads(peru("inspect", *pair, "--json"))["changes"] if t["name"] in ("layers.0.mlp.weight", "layers.1.mlp.weight")
     ]
