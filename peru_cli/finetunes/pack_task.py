@@ -18,7 +18,7 @@ from peru_cli.errors import BadFile
 from peru_cli.finetunes.decode import kept_bits
 from peru_cli.finetunes.fine_tune import FromArtifact, Origin, Witness
 from peru_cli.kernels.packs import retrieved
-from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.streaming.arrays import BITS, CPU
 
 _ROWS = 64  # tensors whose signs are cached
@@ -43,7 +43,7 @@ def plus_vector(base: Bits, base_dtype: Dtype, dtype: Dtype, vector: Floats) -> 
     cast = cast_bits(CPU, base, base_dtype, dtype)
     np.add(CPU.widen(cast, dtype, np.empty(len(base), vector.dtype.str[1:])), vector, out=vector)
     bits: Bits = CPU.narrow(vector, dtype)
-    return None if largest_magnitude(CPU, bits, dtype) >= infinity(dtype) else bits
+    return None if CPU.largest_magnitude(bits) >= infinity(dtype) else bits
 
 
 def base_of_pack(pack: Pack) -> list[Origin]:

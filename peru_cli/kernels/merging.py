@@ -150,6 +150,19 @@ def _widen(bits: Any, n: int, out: Any) -> None:
         out[i] = widen(bits[i])
 
 
+Signed: Any = np.int16  # replaced in each variant
+_WIDTHS = {f"i{size}": {"s": f"i{size}", "Signed": np.dtype(f"i{size}").type} for size in (1, 2, 4, 8)}
+
+
+@kernels("*s i8 s", _WIDTHS)
+def _largest_magnitude(bits: Any, n: int, mask: Any) -> int:
+    largest = Signed(0)
+    for i in range(n):
+        pattern = Signed(bits[i] & mask)
+        largest = pattern if pattern > largest else largest
+    return largest  # type: ignore[no-any-return]
+
+
 def accumulate(
     total: Floats, bits: Floats, dtype: str, base: Floats | None, flags: Flags | None, factors: tuple[float, float], first: bool
 ) -> None:
@@ -230,3 +243,9 @@ def widened(bits: Any, dtype: str, out: Floats) -> Floats:
     """BF16 or F16 bits as float32, exactly; (n,)."""
     _widen[dtype](np.ascontiguousarray(bits), len(bits), out)
     return out
+
+
+def largest_magnitude(bits: Any) -> int:
+    """The largest pattern of bits (signed integers) without the sign; -1 if there are no entries; (n,)."""
+    variant = bits.dtype.str[1:]
+    return _largest_magnitude[variant](np.ascontiguousarray(bits), len(bits), np.iinfo(bits.dtype).max) if len(bits) else -1

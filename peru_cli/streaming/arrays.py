@@ -101,8 +101,8 @@ class Arrays(Protocol):
         """The number of true bools."""
         ...
 
-    def largest(self, array: Array) -> Any:
-        """The largest entry of a non-empty array; NaN if there is one."""
+    def largest_magnitude(self, bits: Array) -> int:
+        """The largest pattern of bits (signed integers) without the sign; -1 if there are no entries."""
         ...
 
     def where(self, flags: Array) -> Array:
@@ -209,9 +209,6 @@ class Cpu:
     def count(self, flags: Array) -> int:
         return int(np.count_nonzero(flags))
 
-    def largest(self, array: Array) -> Any:
-        return array.max()
-
     def where(self, flags: Array) -> Array:
         # If at most a tenth of the flags are set, NumPy jumps from one to the next, which processors predict badly. Above that
         # its loop has no
@@ -236,6 +233,7 @@ class Cpu:
 
     accumulate, trim, disjoint = staticmethod(merging.accumulate), staticmethod(merging.trim), staticmethod(merging.disjoint)
     elected, onto_base = staticmethod(merging.elected), staticmethod(merging.onto_base)
+    largest_magnitude = staticmethod(merging.largest_magnitude)
 
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         if dtype.name in ("F32", "F64"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -130,8 +129,8 @@ class Gpu:
     def count(self, flags: Array) -> int:
         return int(torch.count_nonzero(flags))
 
-    def largest(self, array: Array) -> Any:
-        return array.max().item()
+    def largest_magnitude(self, bits: Array) -> int:
+        return int((bits & torch.iinfo(bits.dtype).max).max()) if len(bits) else -1
 
     def where(self, flags: Array) -> Array:
         return torch.nonzero(flags).view(-1)

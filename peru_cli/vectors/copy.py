@@ -11,7 +11,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.streaming.aligned import TileBuffer, read_raw
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import Reads, run
@@ -70,7 +70,7 @@ def refuse_overflow(label: str, info: TensorInfo, bits: Bits, source: Dtype, cas
 
 def _overflows(bits: Bits, source: Dtype, cast: Bits, target: Dtype) -> bool:
     """Whether a finite value became infinite."""
-    if largest_magnitude(CPU, cast, target) < infinity(target):
+    if CPU.largest_magnitude(cast) < infinity(target):
         return False
     infinite = (cast & ((1 << (target.bits - 1)) - 1)) == infinity(target)
     return bool((infinite & ((bits & ((1 << (source.bits - 1)) - 1)) < infinity(source))).any())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peru_cli.kernels.merging import accumulate, disjoint, elected, narrowed, onto_base, trim
+from peru_cli.kernels.merging import accumulate, disjoint, elected, largest_magnitude, narrowed, onto_base, trim
 
 N = 2051  # two blocks and a remainder
 BEFORE = [(1.0, 0.5), (2.0, 1.0), (1.0, -0.3)]
@@ -81,3 +81,13 @@ def test_rounding_to_16_bits_is_torchs() -> None:
         got = narrowed(numbers, dtype)
         assert np.array_equal(got[plain], want[plain])
         assert torch.isnan(torch.from_numpy(got).view(target)[torch.from_numpy(~plain)]).all()
+
+
+@pytest.mark.parametrize("kind", ["i1", "i2", "i4", "i8"])
+def test_the_largest_pattern_is_found_without_signs(kind: str) -> None:
+    info, rng = np.iinfo(kind), np.random.default_rng(0)
+    assert largest_magnitude(np.zeros(0, kind)) == -1
+    for n in (1, 7, 10_000):
+        bits = rng.integers(info.min, info.max, n, kind, endpoint=True)
+        bits[0] = info.min  # a negative zero
+        assert largest_magnitude(bits) == int((bits & info.max).max())

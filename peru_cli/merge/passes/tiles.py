@@ -19,7 +19,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.plan import MergePlan, Slot
-from peru_cli.methods.compact.delta import Bits, cast_bits, infinity, largest_magnitude
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.methods.rules import Rule, RuleInput, Scratch
 from peru_cli.streaming.aligned import TileBuffer, read_bits
@@ -304,7 +304,7 @@ class Merge(_Walk):
         after = self._after if self._after is not None and self._after.takes(slot) else None
         if after is None:
             bits = self._xp.download(self._xp.narrow(merged, slot.info.dtype))
-            if largest_magnitude(CPU, bits, slot.info.dtype) >= infinity(slot.info.dtype):
+            if CPU.largest_magnitude(bits) >= infinity(slot.info.dtype):
                 self._settle(tile, slot, bits, room)
             for info, start, piece in pieces_of(slot.info, tile.start, bits.data.cast("B")):
                 self._writer.write(info.name, info.dtype.nbytes(start), piece)

@@ -27,11 +27,6 @@ def infinity(dtype: Dtype) -> int:
     return ((1 << (dtype.bits - 1 - mantissa)) - 1) << mantissa
 
 
-def largest_magnitude(xp: Arrays, bits: Array, dtype: Dtype) -> int:
-    """The largest pattern without its sign: `infinity` or more if an entry is not finite, -1 if there are no entries."""
-    return int(xp.largest(bits & ((1 << (dtype.bits - 1)) - 1))) if len(bits) else -1
-
-
 def cast_bits(xp: Arrays, bits: Array, source: Dtype, target: Dtype) -> Array:
     """Convert floats between dtypes, identically on every device; (n,) -> (n,).
 
@@ -41,7 +36,7 @@ def cast_bits(xp: Arrays, bits: Array, source: Dtype, target: Dtype) -> Array:
         return bits
     kind = "f8" if "F64" in (source.name, target.name) else "f4"
     result = xp.narrow(xp.widen(bits, source, xp.empty(len(bits), kind)), target)
-    if largest_magnitude(xp, bits, source) > infinity(source):
+    if xp.largest_magnitude(bits) > infinity(source):
         at = xp.where(xp.greater(bits & ((1 << (source.bits - 1)) - 1), infinity(source)))
         xp.put(result, at, _cast_nan(xp.download(xp.take(bits, at)).astype(np.int64), source, target))
     return result
