@@ -2,9 +2,8 @@
 
     python benchmarks/accuracy/routing.py FOLDER [--examples 100]
 
-FOLDER has base/, one fine-tune in each folder of full/, and data/TASK.test.jsonl. One process, one thread. Latency is the wall time of one
-input at a time (batch 1), the median over 40 inputs: the routed model, and one fine-tune alone. A shared machine disturbs it; their
-ratio is worth more than either."""
+FOLDER has base/, one fine-tune in each folder of full/, and data/TASK.test.jsonl. One process, one thread. Latency is the processor time of
+one input at a time (batch 1), the median over 40 inputs: the routed model, and one fine-tune alone."""
 
 from __future__ import annotations
 
@@ -32,13 +31,13 @@ CHOICES = [(16, 4), (16, 16), (64, 16)]  # rank, directions of the router
 
 
 def latency(model: object, inputs: list[dict[str, torch.Tensor]]) -> float:
-    """Median milliseconds of one input."""
+    """Median milliseconds of processor time for one input."""
     times = []
     with torch.inference_mode():
         for one in inputs:
-            begin = time.perf_counter()
+            begin = time.process_time()
             model(**one)  # type: ignore[operator]
-            times.append(1000 * (time.perf_counter() - begin))
+            times.append(1000 * (time.process_time() - begin))
     return statistics.median(times)
 
 

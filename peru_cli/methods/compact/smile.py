@@ -115,10 +115,10 @@ def correction(inputs: torch.Tensor, experts: Sequence[Expert], shares: torch.Te
     weights, chosen = shares.topk(top, dim=1)
     weights = (weights / weights.sum(dim=1, keepdim=True)).to(inputs.dtype)
     added = inputs.new_zeros(len(inputs), out)
-    for number, expert in enumerate(experts):
+    counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
+    for number in (number for number, count in enumerate(counts) if count):  # one short input chooses few of many tasks
+        expert = experts[number]
         rows, place = torch.where(chosen == number)
-        if not len(rows):
-            continue
         product = (inputs[rows] @ expert.right.T) @ expert.left.T
         if expert.bias is not None:
             product = product + expert.bias
