@@ -27,7 +27,7 @@ from peru_cli.pack.routed.run import RoutedOptions, make_routed, plan_routed
 from peru_cli.streaming.arrays import CPU
 from peru_cli.vectors.family import StreamSettings
 
-CHOICES = [(16, 4), (16, 16), (64, 16)]  # rank, directions of the router
+CHOICES = [(16, 4), (16, 16)]  # rank, directions of the router
 
 
 def latency(model: object, inputs: list[dict[str, torch.Tensor]]) -> float:
