@@ -117,6 +117,17 @@ def test_ties_divides_by_tiny_sums_of_weights_as_mergekit_does(tmp_path: Path, p
     close(case.vector(*options, "t0=0.000000009"), torch.zeros_like(case.vectors[0]))
 
 
+@pytest.mark.parametrize(("keep", "ones"), [("20%", []), ("30%", [0]), ("40%", [0, 2]), ("50%", [0, 2, 3]), ("70%", [0, 2, 3, 4, 5])])
+def test_equals_of_the_threshold_are_kept_in_canonical_order(tmp_path: Path, peru, keep: str, ones: list[int]) -> None:
+    """Two entries of 2 among ten, all others 1: exactly floor(keep * 10) stay."""
+    vector = torch.tensor([1.0, 2, 1, 1, 1, 1, 2, 1, 1, 1])
+    case = Merged(tmp_path, peru, {"a": torch.zeros(4), "b": torch.zeros(6)}, [{"a": vector[:4], "b": vector[4:]}] * 2)
+    expected = torch.where(vector == 2, 2.0, 0.0)
+    expected[ones] = 1.0
+    got = case.run("-m", "ties", "--keep", keep, "--scale", "1")
+    assert torch.cat([got["a"], got["b"]]).tolist() == expected.tolist()
+
+
 def test_trimming_equals_peft_magnitude_pruning(tmp_path: Path, peru) -> None:
     case = Merged(tmp_path, peru, *family(1, ties=False))
     close(case.vector("-m", "ties", "--keep", "0.1"), merge_utils.magnitude_based_pruning(case.vectors[0], 0.1))
