@@ -42,7 +42,7 @@ class Pair:
 
     def command(self, verb: str, target: Path) -> list[object]:
         if verb == "prune":
-            return ["prune", f"t={self.fine}", "-b", self.base, "-o", target, "--keep", "30%", *SLOW]
+            return ["prune", f"t={self.fine}", "-b", self.base, "-o", target, "--keep", "40%", *SLOW]
         return ["unpack", self.artifact, "-b", self.base, "-o", target, *SLOW]
 
     def run(self, *arguments: object) -> None:

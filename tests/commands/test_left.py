@@ -144,6 +144,6 @@ def test_what_fails_because_of_ctrl_c_is_a_ctrl_c(peru, monkeypatch) -> None:
         except KeyboardInterrupt:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
-    monkeypatch.setattr("peru_cli.cli.app", app)
+    monkeypatch.setattr("peru_cli.cli._built", lambda command: app)
     peru("verify", "x", code=130)
     assert peru.stderr == "error: interrupted: nothing unfinished was left behind\n"

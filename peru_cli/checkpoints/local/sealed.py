@@ -172,13 +172,19 @@ class Sealed:
             self._compare(name)
 
     def agree(self, name: str, digest: bytes) -> None:
-        """Compare the digest of a tensor that was read to its end, perhaps by other machines. BadFile if it differs."""
+        """Compare a tensor's digest that a pass has taken, here or on other machines. BadFile if it differs."""
         if digest[:SHORT] != self.digests[name]:
-            raise BadFile(f"{self._path}: tensor {name!r} was altered after it was written", AGAIN)
+            if self.tensors[name].complete:  # an earlier pass read what was written
+                raise BadFile(f"{self._path} was changed while it was being read: nothing was written", AGAIN)
+            raise self._altered(name)
         self.tensors[name].touched = False  # nothing is left to read of it
 
     def _compare(self, name: str) -> None:
-        self.agree(name, self.tensors[name].digest())
+        if self.tensors[name].digest() != self.digests[name]:
+            raise self._altered(name)
+
+    def _altered(self, name: str) -> BadFile:
+        return BadFile(f"{self._path}: tensor {name!r} was altered after it was written", AGAIN)
 
     def finish(self) -> None:
         """Read the rest of tensors that were read in part, or not by whole chunks, and compare."""
