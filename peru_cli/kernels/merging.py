@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernels
+from peru_cli.kernels.build import kernel, kernels
 from peru_cli.kernels.scalars import DTYPES, FLOATS, MAGNITUDE, ROUNDED, Float, Key, narrow, widen
 
 Floats = np.ndarray[Any, np.dtype[Any]]
@@ -150,6 +150,45 @@ def _widen(bits: Any, n: int, out: Any) -> None:
         out[i] = widen(bits[i])
 
 
+def _absolute(value: Any) -> Any:
+    return abs(value)
+
+
+def _given(value: Any) -> Any:
+    return value
+
+
+summed: Any = _given  # replaced in each variant
+_SUMMED = {
+    f"{kind}{' absolute' * absolute}": {**bound, "summed": _absolute if absolute else _given}
+    for (kind, bound), absolute in product(FLOATS.items(), (False, True))
+}
+
+
+@kernels("*f i8 *f8", _SUMMED)
+def _halved_sum(values: Any, n: int, sums: Any) -> None:
+    size = n // 2
+    for i in range(size):
+        sums[i] = np.float64(summed(values[i])) + np.float64(summed(values[size + i]))
+    if n % 2:
+        sums[0] = sums[0] + np.float64(summed(values[n - 1]))
+    while size > 1:
+        half = size // 2
+        for i in range(half):
+            sums[i] = sums[i] + sums[half + i]
+        if size % 2:
+            sums[0] = sums[0] + sums[size - 1]
+        size = half
+
+
+@kernel("*u8 i8 i8 *f8 *f8")
+def _by_rank(keys: Any, rows: int, columns: int, table: Any, out: Any) -> None:
+    for row in range(rows):
+        start = row * columns
+        for rank in range(columns):
+            out[start + np.int64(keys[start + rank] & np.uint64(0xFFFFFFFF))] = table[rank]
+
+
 Signed: Any = np.int16  # replaced in each variant
 _WIDTHS = {f"i{size}": {"s": f"i{size}", "Signed": np.dtype(f"i{size}").type} for size in (1, 2, 4, 8)}
 
@@ -224,6 +263,27 @@ def elected(values: Sequence[Floats], flags: Sequence[Flags | None], before: Seq
     """The number of entries that elect + minus the number that elect -, with votes as in `disjoint`."""
     kind, arguments, _held = _of_tasks(values, flags, before)
     return _elected[kind](*arguments, len(values), len(values[0]), np.empty(_BLOCK, values[0].dtype))
+
+
+def halved_sum(values: Floats, absolute: bool = False) -> float:
+    """The float64 sum of all entries, or of their magnitudes, by halving: the same on every processor, unlike NumPy's; (n,)."""
+    if len(values) < 2:
+        return float(np.abs(values).sum() if absolute else values.sum())
+    sums = np.empty(len(values) // 2)
+    _halved_sum[f"{values.dtype.str[1:]}{' absolute' * absolute}"](np.ascontiguousarray(values), len(values), sums)
+    return float(sums[0])
+
+
+def by_rank(magnitudes: Floats, table: Floats) -> Floats:
+    """table[rank] of each entry, its rank among its row's magnitudes, equals in order; float32 (rows, columns), (columns,) -> float64."""
+    rows, columns = magnitudes.shape
+    keys = magnitudes.view(np.uint32).astype(np.uint64)  # without a sign, patterns of floats rise as the floats do
+    keys <<= np.uint64(32)
+    keys |= np.arange(columns, dtype=np.uint64)  # makes keys unique: any sort gives the same order, and sorting is fast
+    keys.sort(axis=1)
+    out = np.empty((rows, columns))
+    _by_rank(keys.reshape(-1), rows, columns, table, out.reshape(-1))
+    return out
 
 
 def onto_base(vector: Floats, base: Floats, scale: float) -> Floats:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peru_cli.errors import UsageError
+from peru_cli.kernels.merging import disjoint
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, scaled, weighted_sum
 from peru_cli.streaming.arrays import Array, Host
 
@@ -103,26 +104,16 @@ class SpectralRule(MatrixRule):
         return found if self.parameters.weights[task] == 1.0 else found.mul_(self.parameters.weights[task])
 
 
-def elect(parts: Sequence[Host], weights: Sequence[float], mean: bool, least: float = _LEAST) -> Host:
+def elect(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
     """TIES' election as in mergekit: sum the entries that have the sign of the total, where 0 is positive.
 
     Args:
         parts: weighted task vectors, one (rows, columns) for each task.
-        weights: `mean` divides by their sum over the tasks that agree (by 1 if it is below `least`)."""
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total += part
-    sign = np.where(total >= 0, total.dtype.type(1), total.dtype.type(-1))
-    total[...] = 0
-    divisor = np.zeros_like(total) if mean else None
-    for part, weight in zip(parts, weights, strict=True):
-        agrees = part * sign > 0
-        total += np.where(agrees, part, 0)
-        if divisor is not None:
-            divisor += agrees * total.dtype.type(weight)
-    if divisor is not None:
-        divisor[np.abs(divisor) < least] = 1
-        total /= divisor
+        weights: `mean` divides by their sum over the tasks that agree (by 1 if it is below 1e-8)."""
+    total = np.empty_like(parts[0])
+    plain = [1.0] * len(parts)
+    votes = [np.ascontiguousarray(part).reshape(-1) for part in parts]
+    disjoint(votes, [None] * len(parts), [(1.0, 1.0)] * len(parts), plain, weights if mean else None, False, total.reshape(-1))
     return total
 
 
@@ -135,15 +126,3 @@ def add(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
     for weight in weights:
         whole += weight
     return total / total.dtype.type(whole) if mean and abs(whole) >= _LEAST else total
-
-
-def halved_sum(array: Host) -> float:
-    """The float64 sum of all entries by halving: the same on every processor, unlike NumPy's."""
-    flat = array.reshape(-1).astype(np.float64)
-    while len(flat) > 1:
-        half = len(flat) // 2
-        rest = flat[2 * half :]
-        flat = flat[:half] + flat[half : 2 * half]
-        if len(rest):
-            flat[0] += rest[0]
-    return float(flat[0]) if len(flat) else 0.0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peru_cli.kernels.merging import accumulate, disjoint, elected, largest_magnitude, narrowed, onto_base, trim
+from peru_cli.kernels.merging import accumulate, by_rank, disjoint, elected, halved_sum, largest_magnitude, narrowed, onto_base, trim
 
 N = 2051  # two blocks and a remainder
 BEFORE = [(1.0, 0.5), (2.0, 1.0), (1.0, -0.3)]
@@ -91,3 +91,26 @@ def test_the_largest_pattern_is_found_without_signs(kind: str) -> None:
         bits = rng.integers(info.min, info.max, n, kind, endpoint=True)
         bits[0] = info.min  # a negative zero
         assert largest_magnitude(bits) == int((bits & info.max).max())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 1000, 4097])
+def test_halved_sums_add_halves_of_the_array(kind: type, n: int) -> None:
+    values = np.random.default_rng(n).standard_normal(n).astype(kind)
+    for absolute, flat in ((False, values.astype(np.float64)), (True, np.abs(values).astype(np.float64))):
+        while len(flat) > 1:
+            half = len(flat) // 2
+            last = flat[2 * half :]
+            flat = flat[:half] + flat[half : 2 * half]
+            if len(last):
+                flat[0] += last[0]
+        assert halved_sum(values, absolute) == (flat[0] if n else 0.0)
+
+
+def test_ranks_in_rows_count_equals_in_order() -> None:
+    noise = np.random.default_rng(0)
+    magnitudes = np.abs(noise.integers(-3, 4, (5, 64)) * noise.choice([1e-40, 1.0, 1e38], (5, 64))).astype(np.float32)
+    table = noise.standard_normal(64)
+    for row, got in zip(magnitudes, by_rank(magnitudes, table), strict=True):
+        order = sorted(range(64), key=lambda i: (row[i], i))
+        assert [got[i] for i in order] == table.tolist()

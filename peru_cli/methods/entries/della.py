@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from peru_cli.errors import UsageError
+from peru_cli.kernels.merging import by_rank
 from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
 from peru_cli.streaming.arrays import Host
@@ -21,9 +22,12 @@ def keep_probabilities(magnitudes: Host, density: float, epsilon: float) -> Host
     rows, columns = magnitudes.shape
     if columns == 1:
         return np.full((rows, 1), density)
+    by_rank_alone = density - epsilon + 2 * epsilon * (np.arange(columns) / (columns - 1))
+    if magnitudes.dtype == np.float32:
+        return by_rank(magnitudes, by_rank_alone)
     ranks = np.empty((rows, columns), np.int64)
     np.put_along_axis(ranks, np.argsort(magnitudes, axis=1, kind="stable"), np.arange(columns)[None, :], axis=1)
-    chances: Host = density - epsilon + 2 * epsilon * (ranks / (columns - 1))
+    chances: Host = by_rank_alone[ranks]
     return chances
 
 

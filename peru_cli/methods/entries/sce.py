@@ -13,7 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from peru_cli.methods.matrices import Matrices, MatrixRule, halved_sum
+from peru_cli.kernels.merging import halved_sum
+from peru_cli.methods.matrices import Matrices, MatrixRule
 from peru_cli.streaming.arrays import Host
 
 _LEAST = 1e-6
@@ -48,7 +49,7 @@ class Sce(MatrixRule):
             variance = np.var(vectors, axis=0)
             mask = selected(variance, self._count(share, int(np.count_nonzero(variance))))
             vectors = [vector * mask for vector in vectors]
-        energies = [halved_sum(vector * vector) for vector in vectors]
+        energies = [halved_sum((vector * vector).reshape(-1)) for vector in vectors]
         total = sum(energies)
         weights = [energy / total if total / vectors[0].size >= _LEAST else 1 / len(energies) for energy in energies]
         votes = vectors[0].copy()
