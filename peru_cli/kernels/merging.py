@@ -181,6 +181,22 @@ def _halved_sum(values: Any, n: int, sums: Any) -> None:
         size = half
 
 
+@kernels("*f *f i8 i8 *f8 *f8", FLOATS)
+def _inner_products(a: Any, b: Any, n: int, chunk: int, room: Any, sums: Any) -> None:
+    for start in range(0, n, chunk):
+        size = min(chunk, n - start)
+        for i in range(size):
+            room[i] = np.float64(a[start + i]) * np.float64(b[start + i])
+        for i in range(size, chunk):
+            room[i] = 0.0
+        half = chunk // 2
+        while half:
+            for i in range(half):
+                room[i] = room[i] + room[half + i]
+            half //= 2
+        sums[start // chunk] = room[0]
+
+
 @kernel("*u8 i8 i8 *f8 *f8")
 def _by_rank(keys: Any, rows: int, columns: int, table: Any, out: Any) -> None:
     for row in range(rows):
@@ -272,6 +288,14 @@ def halved_sum(values: Floats, absolute: bool = False) -> float:
     sums = np.empty(len(values) // 2)
     _halved_sum[f"{values.dtype.str[1:]}{' absolute' * absolute}"](np.ascontiguousarray(values), len(values), sums)
     return float(sums[0])
+
+
+def inner_products(a: Floats, b: Floats, chunk: int) -> list[float]:
+    """Sums of a * b over chunks of entries, a power of two, in float64, each by halving: the same on every processor; (n,), (n,)."""
+    sums = np.empty(-(-len(a) // chunk))
+    _inner_products[a.dtype.str[1:]](a, b, len(a), chunk, np.empty(chunk), sums)
+    found: list[float] = sums.tolist()
+    return found
 
 
 def by_rank(magnitudes: Floats, table: Floats) -> Floats:

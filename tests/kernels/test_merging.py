@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from peru_cli.kernels.merging import accumulate, by_rank, disjoint, elected, halved_sum, largest_magnitude, narrowed, onto_base, trim
+from peru_cli.kernels.merging import (
+    accumulate,
+    by_rank,
+    disjoint,
+    elected,
+    halved_sum,
+    inner_products,
+    largest_magnitude,
+    narrowed,
+    onto_base,
+    trim,
+)
 
 N = 2051  # two blocks and a remainder
 BEFORE = [(1.0, 0.5), (2.0, 1.0), (1.0, -0.3)]
@@ -114,3 +125,17 @@ def test_ranks_in_rows_count_equals_in_order() -> None:
     for row, got in zip(magnitudes, by_rank(magnitudes, table), strict=True):
         order = sorted(range(64), key=lambda i: (row[i], i))
         assert [got[i] for i in order] == table.tolist()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 8, 13, 24])
+def test_inner_products_are_summed_by_chunks_and_halves(kind: type, n: int) -> None:
+    noise = np.random.default_rng(n)
+    a, b = (noise.standard_normal(n).astype(kind) for _ in range(2))
+    rows = np.zeros(-(-n // 8) * 8)
+    rows[:n] = a.astype(np.float64) * b.astype(np.float64)
+    rows = rows.reshape(-1, 8)
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    assert inner_products(a, b, 8) == rows[:, 0].tolist()

@@ -17,6 +17,7 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
+from peru_cli.kernels.merging import inner_products
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
@@ -246,8 +247,11 @@ class Products(_Walk):
 
     def finish(self, tile: Tile, committed: list[list[Array | None]], room: MergeBuffers) -> None:
         view = self.view(tile, committed, room)
-        values = [self._xp.download(view.inputs(task)).astype(np.float64) for task in range(view.tasks)]
-        found = [[_chunk_sums(a, b) for b in values] for a in values]
+        values = [self._xp.download(view.inputs(task)).copy() for task in range(view.tasks)]
+        found: list[list[list[float]]] = []
+        for task, value in enumerate(values):
+            found.append([found[other][task] for other in range(task)])  # a table of products is symmetric
+            found[task] += [inner_products(value, other, CHUNK) for other in values[task:]]
         for task, value in enumerate(values):
             if not all(map(math.isfinite, found[task][task])):
                 finite = np.isfinite(value)
@@ -272,17 +276,6 @@ def _in_order(values: Any) -> float:
     for value in values:  # not sum(), which has used compensated summation since Python 3.12
         total += value
     return total
-
-
-def _chunk_sums(a: Doubles, b: Doubles) -> list[float]:
-    """Sums of a * b over chunks of 2^14 entries, each computed by halving: the same on every processor."""
-    chunks = np.zeros(-(-len(a) // CHUNK) * CHUNK)
-    np.multiply(a, b, out=chunks[: len(a)])
-    rows = chunks.reshape(-1, CHUNK)
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    return [float(value) for value in rows[:, 0]]
 
 
 class Merge(_Walk):
