@@ -299,12 +299,15 @@ def inner_products(a: Floats, b: Floats, chunk: int) -> list[float]:
 
 
 def by_rank(magnitudes: Floats, table: Floats) -> Floats:
-    """table[rank] of each entry, its rank among its row's magnitudes, equals in order; float32 (rows, columns), (columns,) -> float64."""
+    """table[rank] of each entry, its rank among its row's magnitudes, equals in order; (rows, columns), (columns,) -> float64."""
     rows, columns = magnitudes.shape
-    keys = magnitudes.view(np.uint32).astype(np.uint64)  # without a sign, patterns of floats rise as the floats do
-    keys <<= np.uint64(32)
-    keys |= np.arange(columns, dtype=np.uint64)  # makes keys unique: any sort gives the same order, and sorting is fast
-    keys.sort(axis=1)
+    if magnitudes.dtype == np.float32:
+        keys = magnitudes.view(np.uint32).astype(np.uint64)  # without a sign, patterns of floats rise as the floats do
+        keys <<= np.uint64(32)
+        keys |= np.arange(columns, dtype=np.uint64)  # makes keys unique: any sort gives the same order, and sorting is fast
+        keys.sort(axis=1)
+    else:
+        keys = np.argsort(magnitudes, axis=1, kind="stable").astype(np.uint64)
     out = np.empty((rows, columns))
     _by_rank(keys.reshape(-1), rows, columns, table, out.reshape(-1))
     return out

@@ -9,7 +9,7 @@ The entries that an artifact changes are saved and put back: nothing is subtract
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +83,7 @@ def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *,
     if isinstance(model, torch.nn.Module):
         _restore_earlier(model, artifact)
     table: MutableMapping[str, Tensor] = as_saved(model) if isinstance(model, torch.nn.Module) else model
-    claim = Claim(table.values(), str(artifact.path))
-    try:
-        applied = _apply_delta(model, table, artifact, claim, verify)
-    except BaseException:
-        claim.release()
-        raise
+    applied = _claimed(table, artifact, lambda claim: _apply_delta(model, table, artifact, claim, verify))
     if is_module:
         _applied[model] = applied
     return applied
@@ -102,6 +97,16 @@ def _restore_earlier(model: nn.Module, artifact: Artifact) -> None:
         earlier.restore()
 
 
+def _claimed(table: MutableMapping[str, Tensor], artifact: Artifact, change: Callable[[Claim], Applied]) -> Applied:
+    """Claim weights for this thread and change them. If that fails, they are nobody's again."""
+    claim = Claim(table.values(), str(artifact.path))
+    try:
+        return change(claim)
+    except BaseException:
+        claim.release()
+        raise
+
+
 def _apply_routed(model: nn.Module | MutableMapping[str, Tensor], routed: Routed, task: str | None, verify: bool) -> Applied:
     from peru_cli.live.routed import apply_routed
 
@@ -113,12 +118,7 @@ def _apply_routed(model: nn.Module | MutableMapping[str, Tensor], routed: Routed
         )
     _restore_earlier(model, routed)
     table = as_saved(model)
-    claim = Claim(table.values(), str(routed.path))
-    try:
-        applied = apply_routed(model, table, routed, claim, verify)
-    except BaseException:
-        claim.release()
-        raise
+    applied = _claimed(table, routed, lambda claim: apply_routed(model, table, routed, claim, verify))
     _applied[model] = applied
     return applied
 

@@ -19,23 +19,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_family(tmp_path_factory.mktemp("family"))
 
 
-class Straight(torch.nn.Module):
-    """Features that are linear in the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.head = torch.nn.Linear(7, 5), torch.nn.Linear(5, 2)
-
-    @property
-    def base_model(self) -> torch.nn.Module:
-        return self.encoder
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.nn.functional.dropout(self.encoder(x), 0.5, self.training))
-
-
 def test_of_a_linear_model_it_is_x_tau() -> None:
-    model = Straight().double().eval()
+    model = models.Straight().double().eval()
     x, tau = torch.randn(6, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     got = change_norms(model, dict(model.named_parameters()), {"encoder.weight": tau}, {"x": x})
     torch.testing.assert_close(got, (x @ tau.T).norm(dim=1), rtol=1e-13, atol=0)

@@ -118,9 +118,10 @@ def test_halved_sums_add_halves_of_the_array(kind: type, n: int) -> None:
         assert halved_sum(values, absolute) == (flat[0] if n else 0.0)
 
 
-def test_ranks_in_rows_count_equals_in_order() -> None:
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_ranks_in_rows_count_equals_in_order(kind: type) -> None:
     noise = np.random.default_rng(0)
-    magnitudes = np.abs(noise.integers(-3, 4, (5, 64)) * noise.choice([1e-40, 1.0, 1e38], (5, 64))).astype(np.float32)
+    magnitudes = np.abs(noise.integers(-3, 4, (5, 64)) * noise.choice([1e-40, 1.0, 1e38], (5, 64))).astype(kind)
     table = noise.standard_normal(64)
     for row, got in zip(magnitudes, by_rank(magnitudes, table), strict=True):
         order = sorted(range(64), key=lambda i: (row[i], i))

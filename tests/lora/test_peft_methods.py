@@ -186,3 +186,14 @@ def test_svd_lora_writes_a_peft_configuration(tmp_path: Path, peru, base: Path) 
     assert made.r == made.lora_alpha == 4 and made.rank_pattern == made.alpha_pattern == {"^a\\.v": 2} and not made.use_rslora
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     assert peft.PeftConfig.from_pretrained(tmp_path).to_dict() == made.to_dict() | {"peft_type": "LORA"}
+
+
+def test_an_error_of_peft_that_says_nothing_is_named(base: Path, tmp_path: Path, peru, monkeypatch) -> None:
+    adapt(base, tmp_path / "adapter", "LOHA")
+
+    def fail(*given: object) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("peft.set_peft_model_state_dict", fail)
+    peru("unpack", tmp_path / "adapter", "--base", base, "-o", tmp_path / "out", "--no-sync", code=1)
+    assert "peft cannot merge the" in peru.stderr and peru.stderr.rstrip().endswith("KeyError"), peru.stderr

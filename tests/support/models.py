@@ -76,3 +76,18 @@ def sentences(count: int, seed: int = 0, most: int = 18) -> list[str]:
     noise = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, most + 1, (count,), generator=noise).tolist()
     return [" ".join(f"w{int(i)}" for i in torch.randint(60, (n,), generator=noise)) for n in lengths]
+
+
+class Straight(torch.nn.Module):
+    """Features that are linear in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = torch.nn.Linear(7, 5), torch.nn.Linear(5, 2)
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self.encoder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.nn.functional.dropout(self.encoder(x), 0.5, self.training))

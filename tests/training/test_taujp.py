@@ -16,21 +16,6 @@ from peru_cli.training import OtherTasks, TauJp, linearize
 from tests.support import models
 
 
-class Straight(torch.nn.Module):
-    """Features that are linear in the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.head = torch.nn.Linear(7, 5), torch.nn.Linear(5, 2)
-
-    @property
-    def base_model(self) -> torch.nn.Module:
-        return self.encoder
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.nn.functional.dropout(self.encoder(x), 0.5, self.training))
-
-
 def bert(seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     model = models.enlarge(models.bert(), 4.0).double()
@@ -54,7 +39,7 @@ def move(model: torch.nn.Module, by: float = 0.02) -> torch.nn.Module:
 
 def test_of_a_linear_model_value_and_gradient_are_the_closed_form() -> None:
     """mean ||x W^T + b||, W and b the changes; its gradient in W is the mean of u x^T, u the unit vectors."""
-    model = Straight().double()
+    model = models.Straight().double()
     tau_jp = TauJp(model, copy.deepcopy(model).state_dict())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     move(model)

@@ -128,7 +128,8 @@ def merge(
             layer.merge()
             layer = layer.get_base_layer()
         except (RuntimeError, ValueError, KeyError, AttributeError, NotImplementedError, TypeError) as error:
-            raise BadFile(f"{label}: peft cannot merge the {kind} of {module.name}: {str(error).splitlines()[0]}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)  # some errors say nothing
+            raise BadFile(f"{label}: peft cannot merge the {kind} of {module.name}: {reason}") from error
     merged = {part: getattr(layer, part).detach().float().contiguous() for part in weights}
     for part, tensor in merged.items():
         if tensor.shape != weights[part].shape or not bool(tensor.isfinite().all()):

@@ -22,12 +22,7 @@ def keep_probabilities(magnitudes: Host, density: float, epsilon: float) -> Host
     rows, columns = magnitudes.shape
     if columns == 1:
         return np.full((rows, 1), density)
-    by_rank_alone = density - epsilon + 2 * epsilon * (np.arange(columns) / (columns - 1))
-    if magnitudes.dtype == np.float32:
-        return by_rank(magnitudes, by_rank_alone)
-    ranks = np.empty((rows, columns), np.int64)
-    np.put_along_axis(ranks, np.argsort(magnitudes, axis=1, kind="stable"), np.arange(columns)[None, :], axis=1)
-    chances: Host = by_rank_alone[ranks]
+    chances: Host = by_rank(magnitudes, density - epsilon + 2 * epsilon * (np.arange(columns) / (columns - 1)))
     return chances
 
 
