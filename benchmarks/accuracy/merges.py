@@ -5,8 +5,9 @@
 CACHE is what benchmarks/papers/finetunes.py made. Each method is merged by the real command with its defaults, and judged on the first
 --examples test examples of every task, under the heads of the fine-tunes. Where a method has a --scale, the best one is then looked for
 on development examples, from the default up and down by factors of 1.4 as long as it gains: a merge is base + scale x vector, so one merge
-serves all scales. Of the demo's images every other one is for development. Normalised is the mean over tasks of accuracy /
-the fine-tune's, in %, with its 95% bootstrap interval; "behind the best" compares with the best row on the same examples, in pairs.
+serves all scales, unless a pass follows it (--then): then each scale is merged. Of the demo's images every other one is for development.
+Normalised is the mean over tasks of accuracy / the fine-tune's, in %, with its 95% bootstrap interval; "behind the best" compares with the
+best row on the same examples, in pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ from peru_cli.methods.table import METHODS
 STEP = 1.4  # of the scale
 MOST_STEPS = 8
 VARIANTS: dict[str, list[list[str]]] = {  # besides the defaults
-    "task-arithmetic": [["--scale", "1", "--then", "svc"]],
-    "ties": [["--variant", "mergekit"], ["--then", "svc"]],
+    "task-arithmetic": [["--scale", "1", "--then", "svc"], ["--then", "lines"]],
+    "ties": [["--variant", "mergekit"], ["--then", "svc"], ["--then", "lines"]],
     "wudi": [["--ridge", "0.1"]],
-    "tsv-m": [["--plain", "embed"], ["--then", "svc"]],
-    "iso-c": [["--plain", "embed"]],
+    "tsv-m": [["--plain", "embed"], ["--then", "svc"], ["--then", "lines"]],
+    "iso-c": [["--plain", "embed"], ["--then", "lines"]],
 }
 Right = dict[str, Array]  # of each task, which examples were right
 
@@ -122,14 +124,14 @@ def score(right: Right, fine: Right) -> float:
     return float(np.mean([right[task].mean() / fine[task].mean() for task in fine]))
 
 
-def best_scale(family: Family, vector: Tensors, default: float) -> float:
-    """The scale with the best normalised accuracy on the development examples; `vector` is the merge minus the base at scale 1."""
+def best_scale(family: Family, at_scale: Callable[[float], Tensors], default: float) -> float:
+    """The scale with the best normalised accuracy on the development examples."""
     fine = family.fine("dev")
     known: dict[int, float] = {}
 
     def at(step: int) -> float:
         if step not in known:
-            known[step] = score(family.right("dev", scaled(family, vector, default * STEP**step)), fine)
+            known[step] = score(family.right("dev", at_scale(default * STEP**step)), fine)
         return known[step]
 
     best = 0
@@ -144,6 +146,11 @@ def best_scale(family: Family, vector: Tensors, default: float) -> float:
 def scaled(family: Family, vector: Tensors, scale: float) -> Tensors:
     """The base and so much of a vector."""
     return {name: family.base_tensors[name] + scale * change for name, change in vector.items()}
+
+
+def _merged_at(family: Family, words: Sequence[str], scale: float) -> Tensors:
+    """The merge at a scale."""
+    return merged(family, [*words, "--scale", f"{scale:.9g}"])
 
 
 def methods(names: Sequence[str] | None, tasks: int) -> list[tuple[str, list[str]]]:
@@ -178,10 +185,15 @@ def measure(family: Family, names: Sequence[str] | None, kept: dict[str, Any], s
         seconds = time.monotonic() - start
         note(label, family.right("test", result), seconds=seconds, scale=default if scale is not None else None)
         if scale is not None and tuned:
-            vector = {n: (tensor - family.base_tensors[n]) / default for n, tensor in result.items() if n in family.base_tensors}
-            best = best_scale(family, vector, default)
-            right = family.right("test", scaled(family, vector, best)) if best != default else family.right("test", result)
-            note(f"{label} (tuned)", right, scale=best)
+            if "--scale" in words:
+                continue  # a scale of its own is what the row is for
+            if "--then" in words:
+                at_scale = partial(_merged_at, family, ["--method", name, *words])
+            else:
+                vector = {n: (tensor - family.base_tensors[n]) / default for n, tensor in result.items() if n in family.base_tensors}
+                at_scale = partial(scaled, family, vector)
+            best = best_scale(family, at_scale, default)
+            note(f"{label} (tuned)", family.right("test", at_scale(best) if best != default else result), scale=best)
 
 
 def table(kept: Mapping[str, Any]) -> list[str]:

@@ -73,7 +73,7 @@ def merge(
     then: Annotated[
         Optional[str],
         typer.Option(
-            "--then", metavar="PASS", help=f"A pass over the merged matrices. {'; '.join(f'{n}: {p.title}' for n, p in PASSES.items())}."
+            "--then", metavar="PASS", help=f"A pass over the merged tensors. {'; '.join(f'{n}: {p.title}' for n, p in PASSES.items())}."
         ),
     ] = None,
     lora: Annotated[
@@ -251,8 +251,8 @@ def merge(
     before = varied, parameters
     varied, parameters = at(dimensions, first_point(dimensions), *before)
     rule = chosen.build(parameters)
-    if then is not None and rule.isotropic:
-        raise UsageError(f"--then {then} has nothing to hold on to after {method}: all singular values are equal", "use another method")
+    if then is not None:
+        settings.check_follows(then, rule, chosen.name)
     for warning in () if varied.by_tensor or dimensions else idle([parameters]):
         console.warn(warning)
     target = Path(output)
@@ -344,7 +344,7 @@ def merge(
         console.result(summary(plan, recipe, target))
         return
     results, searched = [], None
-    total = 3 * plan.entries if rule.trims else plan.entries
+    total = plan.entries * ((3 if rule.trims else 1) + (plan.then is not None and plan.then.gathers))
     tiles = run.tile_entries or DEFAULT_TILE
     collects = chosen.statistics is not None and stats is None
     with (

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peru_cli.checkpoints.quantized.requantize import Requantized
     from peru_cli.checkpoints.source import Checkpoint
     from peru_cli.methods.parameters import Value
+    from peru_cli.methods.rules import Rule
 
 
 def with_method_options(command: Callable[..., None], after: str) -> Callable[..., None]:
@@ -94,6 +95,12 @@ def check_then(then: str, base: Optional[str], search: Optional[str], write_reci
         raise UsageError("--then and --search exclude each other", "search first, then merge with the value found")
     if write_recipe is not None:
         raise UsageError("--then and --write-recipe exclude each other: mergekit has no such pass", "leave one of the two out")
+
+
+def check_follows(then: str, rule: Rule, method: str) -> None:
+    """UsageError for a pass that cannot follow a method."""
+    if rule.isotropic and find_pass(then).spectral:
+        raise UsageError(f"--then {then} has nothing to hold on to after {method}: all singular values are equal", "use another method")
 
 
 def check_varied(varied: Given, method: Method, given: dict[str, Value], values: dict[str, Value]) -> None:

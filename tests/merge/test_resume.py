@@ -57,6 +57,16 @@ def test_kill_at_many_moments_then_resume(models: Path, peru, compress: bool) ->
     assert sorted(p.name for p in models.iterdir()) == ["a.safetensors", "b.safetensors", "base.safetensors", "whole"]
 
 
+def test_a_pass_that_looks_at_all_tensors_first_goes_on_too(models: Path, peru) -> None:
+    peru(*arguments(models, models / "whole", "--then", "lines"))
+    killed(models, 40, models / "out", "--then", "lines")
+    assert '"gathered"' in journal_of(models / "out").read_text()
+    peru(*arguments(models, models / "out", "--then", "lines"))
+    assert "continuing after" in peru.stderr
+    assert "measuring the merge" not in peru.stderr
+    assert files(models / "out") == files(models / "whole")
+
+
 def killed(models: Path, moment: int, out: Path, *options: object) -> None:
     assert run_and_kill(moment, arguments(models, out, *options)) == -signal.SIGKILL
 

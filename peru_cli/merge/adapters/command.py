@@ -13,6 +13,7 @@ from peru_cli.errors import UsageError
 from peru_cli.merge import output as out
 from peru_cli.merge.adapters.run import Asked, merge_adapters
 from peru_cli.merge.given import Given, first_parameters, shown
+from peru_cli.merge.options import check_follows
 from peru_cli.methods.lora.table import SPACES
 from peru_cli.methods.parameters import Parameters, Value
 from peru_cli.methods.table import Method
@@ -51,10 +52,8 @@ def merge_loras(
         raise UsageError(f"{method.name} with --lora takes {max(least, 2)} adapters{'' if most == 2 else ' or more'}, not {len(names)}")
     varied.check_tasks(names)
     parameters = first_parameters(varied, Parameters(names, (1.0,) * len(names), values, has_base=True))
-    if given["then"] is not None and method.build(parameters).isotropic:
-        raise UsageError(
-            f"--then {given['then']} has nothing to hold on to after {method.name}: all singular values are equal", "use another method"
-        )
+    if given["then"] is not None:
+        check_follows(given["then"], method.build(parameters), method.name)
     target = Path(given["output"] or "")
     check_target(target, run.force or run.dry_run)
     typed_values, weights, own = shown(varied, values, parameters.weights, names)

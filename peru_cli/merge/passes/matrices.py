@@ -94,7 +94,8 @@ class MergeMatrices:
                     )
             else:
                 after.finish(number, np.concatenate([merged for _, merged in self._merged(slot, rule)]), rule.on_vectors)
-        self._writer.claim(slot.info.name, [[] for _ in self._plan.vectors])
+        if after is None or after.writes:
+            self._writer.claim(slot.info.name, [[] for _ in self._plan.vectors])
 
     def commit(self, tile: Tile, result: None) -> None:
         pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +12,13 @@ from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
 from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
-from peru_cli.merge.passes.then import After
+from peru_cli.merge.passes.then import After, Gather
 from peru_cli.merge.passes.tiles import Decided, Elect, Merge, Products
 from peru_cli.merge.plan import MergePlan, in_bundles, in_dtype
 from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
+from peru_cli.methods.then.table import Pass
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
@@ -62,10 +63,37 @@ def merge(
             journal.note("decided", decided.encode())
     if rule.wants_products:
         rule.decide(decided.products)
-    after = After(plan, rule, plan.then, how, writer) if plan.then is not None else None
     check_memory(plan, rule)  # again: methods with data know only now which matrices they take
+    after = None
+    if plan.then is not None:
+        after = After(plan, rule, plan.then, how, writer)
+        if plan.then.gathers:
+            plan.then.settle(_gathered(plan, rule, plan.then, decided, writer, how, note))
     note("merging")
-    left = [number for number, slot in enumerate(plan.slots) if slot.info.name not in done]
+    _all(plan, rule, decided, [number for number, slot in enumerate(plan.slots) if slot.info.name not in done], writer, how, after)
+    _copy(plan, writer)
+    _average(plan, rule, writer)
+
+
+def _gathered(
+    plan: MergePlan, rule: Rule, then: Pass, decided: Decided, writer: CheckpointWriter, how: StreamSettings, note: Callable[[str], None]
+) -> list[float]:
+    """What a pass gathers from all merged tensors, or gathered in an earlier run."""
+    journal = writer.journal
+    if journal is not None and "gathered" in journal.notes:
+        return [float(value) for value in journal.notes["gathered"]]
+    note("measuring the merge")
+    gather = Gather(plan, rule, then, how, writer)
+    _all(plan, rule, decided, range(len(plan.slots)), writer, how, gather)
+    if journal is not None:
+        journal.note("gathered", gather.sums())
+    return gather.sums()
+
+
+def _all(
+    plan: MergePlan, rule: Rule, decided: Decided, left: Sequence[int], writer: CheckpointWriter, how: StreamSettings, after: After | None
+) -> None:
+    """Merge these slots."""
     matrices = taken(plan, rule)
     tiled = [number for number in left if number not in matrices]
     tiles = TilePlan([plan.slots[i].info.entries for i in tiled], how.tile_entries)
@@ -74,8 +102,6 @@ def merge(
         whole = [number for number in left if number in matrices]
         entries = [plan.slots[i].info.entries for i in whole]
         run(MergeMatrices(plan, matrices, how, whole, writer, after), _whole(entries), how.threads, how.advance)
-    _copy(plan, writer)
-    _average(plan, rule, writer)
 
 
 def _whole(entries: list[int]) -> list[Tile]:

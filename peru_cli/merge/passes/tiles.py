@@ -308,7 +308,7 @@ class Merge(_Walk):
             done = not self._left[number]
         if done and after is not None:
             after.finish_added(number)
-        if done:
+        if done and (after is None or after.writes):
             parts = [info.name for info in members(slot.info)]
             self._writer.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]), parts)
 

@@ -35,7 +35,7 @@ class Svc(Pass):
     def held(self, rows: int, columns: int) -> int:
         return 8 * (4 * rows * columns + (2 * rows + 2 * columns + 2 * min(rows, columns)) * min(rows, columns))
 
-    def change(self, merged: torch.Tensor, vectors: Matrices, counted: Sequence[int]) -> torch.Tensor:
+    def change(self, merged: torch.Tensor, vectors: Matrices, counted: Sequence[int], depth: float) -> torch.Tensor:
         left, values, right = top_directions(merged, min(merged.shape))
         total = torch.zeros_like(values)
         for task in counted:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Pass(ABC):
-    """A pass over the merged task vector of one matrix."""
+    """A pass over the merged task vector, tensor by tensor."""
+
+    gathers = False  # `gather` is called for every tensor before `change` is for any
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor is changed; others stay as the merge made them."""
@@ -28,11 +30,19 @@ class Pass(ABC):
     def held(self, rows: int, columns: int) -> int:
         """Bytes that `change` holds at once, at most."""
 
+    def gather(self, merged: torch.Tensor, vectors: Matrices, counted: Sequence[int]) -> list[float]:
+        """Numbers to sum over all tensors, for `gathers`; arguments as for `change`."""
+        raise TypeError(f"{type(self).__name__} gathers and does not say what")
+
+    def settle(self, sums: Sequence[float]) -> None:
+        """Take the sums of what `gather` gave."""
+        raise TypeError(f"{type(self).__name__} gathers and does not say what for")
+
     @abstractmethod
-    def change(self, merged: torch.Tensor, vectors: Matrices, counted: Sequence[int]) -> torch.Tensor:
+    def change(self, merged: torch.Tensor, vectors: Matrices, counted: Sequence[int], depth: float) -> torch.Tensor:
         """The merged task vector as it should be, from that as it is and each task's own; float64 (rows, columns).
 
-        `counted` are the tasks whose weight is not 0.
+        `counted` are the tasks whose weight is not 0. `depth` is l / (L - 1) in layer l of L, and 0 outside of layers.
         """
 
 
@@ -43,10 +53,12 @@ class Listed:
     title: str
     paper: str
     rule: str
+    spectral: bool = True  # looks at singular values, so it cannot follow a method that makes them all equal
 
 
 PASSES: Mapping[str, Listed] = {
     "svc": Listed("shrink the singular values that several tasks add to", "https://arxiv.org/abs/2602.05536", "svc:Svc"),
+    "lines": Listed("scale deep layers more than shallow ones", "https://arxiv.org/abs/2410.17146", "lines:Lines", spectral=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""`--then`: passes over merged matrices, after methods on entries and on matrices."""
+"""`--then`: passes over merged tensors, after methods on entries and on matrices."""
 
 from __future__ import annotations
 
@@ -74,11 +74,38 @@ def test_tasks_of_weight_0_do_not_count(tmp_path: Path, peru) -> None:
         torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["ties", "sce", "star"])
-def test_threads_and_tiles_change_nothing(method: str, tmp_path: Path, peru) -> None:
+PARTS = {"w": (9, 7), "b": (11,)}
+LAYERS = {"embed.weight": (40, 6), **{f"enc.layer.{i}.{part}": shape for i in range(3) for part, shape in PARTS.items()}, "head.0.w": (5,)}
+BEFORE = [("task-arithmetic", "--scale", "0.4"), ("ties",), ("iso-c", "--scale", "2"), ("dare",)]
+
+
+@pytest.mark.parametrize("words", BEFORE, ids=lambda words: words[0])
+def test_lines_equals_its_formula_after_any_method(words: tuple[str, ...], tmp_path: Path, peru) -> None:
+    """(alpha + beta l / (L - 1)) tau in float64, of the merge as it is at scale beta; vectors and the embedding, too."""
+    noise = torch.Generator().manual_seed(3)
+    base = {name: torch.randn(shape, generator=noise) for name, shape in LAYERS.items()}
+    fine = [{n: t + 0.1 * torch.randn(t.shape, generator=noise) for n, t in base.items()} for _ in range(4)]
+    case = Merged(tmp_path, peru, base, fine)
+    plain, got = case.run("-m", *words), case.run("-m", *words, "--then", "lines")
+    merged = {name: (plain[name].double() - base[name].double()).numpy() for name in base}
+    mean = sum(np.abs(sum((t[name].double() - base[name].double()).numpy() for t in fine)).sum() for name in base) / 4
+    alpha = mean / sum(np.abs(tensor).sum() for tensor in merged.values())
+    for name, tensor in merged.items():
+        depth = {"0": 0.0, "1": 0.5, "2": 1.0}[name.split(".")[2]] if "layer" in name else float("head" in name)
+        np.testing.assert_allclose((got[name] - base[name]).numpy(), (alpha + depth) * tensor, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_lines_with_a_scale_of_0_is_refused_by_nobody_and_changes_nothing(tmp_path: Path, peru) -> None:
+    base, fine = family(2)
+    got = Merged(tmp_path, peru, base, fine).run("-m", "task-arithmetic", "--scale", "0", "--then", "lines")
+    assert all(torch.equal(got[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize(("method", "then"), [("ties", "svc"), ("sce", "svc"), ("star", "svc"), ("ties", "lines"), ("star", "lines")])
+def test_threads_and_tiles_change_nothing(method: str, then: str, tmp_path: Path, peru) -> None:
     case = Merged(tmp_path, peru, *family(3))
-    first = case.run("-m", method, "--then", "svc", "--threads", "1")
-    again = case.run("-m", method, "--then", "svc", "--threads", "3", "--tile-entries", "16384")
+    first = case.run("-m", method, "--then", then, "--threads", "1")
+    again = case.run("-m", method, "--then", then, "--threads", "3", "--tile-entries", "16384")
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
