@@ -1,22 +1,29 @@
-"""How fast `peru_cli.diff` is, how much memory it takes, and how near its bytes come to the entropy of what changed.
+"""How fast `peru_cli.diff` and `peru_cli.patches` are, how much memory they take, and how near the bytes come to the entropy of the change.
 
-    python benchmarks/speed/diff.py [--entries 200000000] [--threads 1]
+    python benchmarks/speed/diff.py [--entries 200000000] [--rounds 5] [--folder /tmp]
 
 Weights are normal, in bfloat16, in tensors of 2^24 entries; the share of entries that changes moves by one or two units in the last place.
-The order-0 bound is n times the entropy of "changed or not", and for each changed entry the entropy of the steps.
+The order-0 bound is n times the entropy of "changed or not", and for each changed entry the entropy of the steps. One thread; seconds
+are of the processor, the best of some rounds in turns. Both must digest old and new weights: how fast BLAKE3 alone does that, in chunks
+of 32 kB as peru takes them, is the first column. Memory is the peak of resident memory above what was there before.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import resource
+import tempfile
 import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
+from blake3 import blake3
+from safetensors.torch import save_file
 
 import peru_cli
-from peru_cli.streaming.engine import available_threads
 
 _TENSOR = 1 << 24
 _STEPS = {-2: 0.1, -1: 0.4, 1: 0.4, 2: 0.1}
@@ -48,30 +55,70 @@ def _entropy(shares: list[float]) -> float:
     return -sum(share * math.log2(share) for share in shares if share)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(what: str) -> int:
+    """Bytes of resident memory now (VmRSS) or at most since `forget_peak` (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1])
+
+
+def measured(call: Callable[[], object]) -> tuple[float, int]:
+    """Seconds of the processor, and bytes of memory besides what was there."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before, began = resident("VmRSS"), time.process_time()
+    call()
+    return time.process_time() - began, max(0, resident("VmHWM") - before)
+
+
+def digest(*models: dict[str, torch.Tensor]) -> None:
+    """BLAKE3 of all chunks of 32 kB."""
+    hasher = blake3()
+    for model in models:
+        for tensor in model.values():
+            data = memoryview(tensor.view(torch.uint8).numpy())
+            for at in range(0, len(data), 1 << 15):
+                hasher.reset()
+                hasher.update(data[at : at + (1 << 15)]).digest()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=200_000_000)
-    parser.add_argument("--threads", type=int, default=available_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the base and the artifact are written, for patches")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     peru_cli.diff(*(2 * [weights(1000)]))  # imports and compiled loops
     old = weights(options.entries)
-    print("| changed | GB/s of checkpoint and core | MB more than the inputs | bytes | of the bound | bits a parameter |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-    for share in (0.001, 0.01, 0.1):
-        new, bound = change(old, share)
-        before, began = peak(), time.process_time()
-        data = peru_cli.diff(old, new, threads=options.threads)
-        took, more = time.process_time() - began, peak() - before
-        nbytes = 2 * options.entries
-        print(
-            f"| {share:.1%} | {nbytes / took / 1e9:.2f} | {more / 1e6:.0f} | {len(data):,} | {len(data) / bound:.3f} "
-            f"| {8 * len(data) / options.entries:.4f} |",
-            flush=True,
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        base, update = Path(name) / "base.safetensors", Path(name) / "update.safetensors"
+        save_file(old, base)
+        heads = (
+            "changed",
+            "digests alone, GB/s",
+            "diff, GB/s",
+            "patches, GB/s",
+            "diff, MB",
+            "patches, MB",
+            "bytes",
+            "of the bound",
+            "bits a parameter",
         )
+        print("| " + " | ".join(heads) + " |\n| " + " | ".join(["---:"] * len(heads)) + " |")
+        for share in (0.001, 0.01, 0.1):
+            new, bound = change(old, share)
+            data = peru_cli.diff(old, new, threads=1)
+            update.write_bytes(data)
+            calls: list[Callable[[], object]] = [
+                partial(digest, old, new), partial(peru_cli.diff, old, new, threads=1), lambda: deque(peru_cli.patches(update, base), 0),
+            ]  # fmt: skip
+            runs = [[measured(call) for call in calls] for _ in range(options.rounds)]
+            speeds = [2 * options.entries / min(seconds for seconds, _ in each) / 1e9 for each in zip(*runs, strict=True)]
+            memory = [max(nbytes for _, nbytes in each) / 1e6 for each in zip(*runs, strict=True)]
+            print(
+                f"| {share:.1%} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[2]:.2f} | {memory[1]:.0f} | {memory[2]:.0f} | {len(data):,} "
+                f"| {len(data) / bound:.3f} | {8 * len(data) / options.entries:.4f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

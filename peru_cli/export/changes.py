@@ -13,7 +13,8 @@ from peru_cli.checkpoints.pairing import Pair, pair_checkpoints
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch
-from peru_cli.finetunes.fine_tune import FromArtifact
+from peru_cli.finetunes.delta import DeltaOnBase
+from peru_cli.finetunes.fine_tune import FromArtifact, Origin
 from peru_cli.finetunes.verify import Proven
 from peru_cli.shown import listed
 from peru_cli.streaming.tiles import CHUNK
@@ -92,12 +93,13 @@ class Changes:
             return self._whole(target, always=target.base is None)
         places, values, whole = list[Array](), list[bytes](), bytearray()
         limit = target.info.nbytes if dense is None else None
+        if limit is not None and (most := self._most(target)) is not None and most * (index_bytes + dtype.bits // 8) < limit:
+            limit = None  # it cannot become larger
         found = 0
-        for start, ours, theirs in self.pieces(target):
+        for start, ours, changed in self._changed(target, bits):
             if limit is not None:
                 whole += ours
             fine = np.frombuffer(ours, bits)
-            changed = _differing(fine, np.frombuffer(theirs or b"", bits))
             found += len(changed)
             if limit is None or found * (index_bytes + dtype.bits // 8) < limit:
                 places.append(changed + start)
@@ -107,6 +109,49 @@ class Changes:
         if limit is not None and found * (index_bytes + dtype.bits // 8) >= limit:
             return Change(target, None, bytes(whole))
         return Change(target, np.concatenate(places), b"".join(values))
+
+    def largest(self, index_bytes: int, dense: bool | None) -> int:
+        """Bytes that the changes of all tensors take at most, given as in `change`."""
+        total = 0
+        for target in self.targets:
+            most = None if dense else self._most(target)
+            sparse = target.info.nbytes if most is None else most * (index_bytes + max(target.info.dtype.bits // 8, 1))
+            total += sparse if dense is False else min(sparse, target.info.nbytes)
+        return total
+
+    def _origin(self, target: Target) -> Origin | None:
+        """Where a fine-tune from an artifact says that the tensor is from, if that is the engine's tensor."""
+        if self._proven is None or self._proven.source.base is not self.base:
+            return None
+        origin = self._proven.source.origins.get(target.info.name)
+        if origin is None or origin.base is None or target.base is None:
+            return None
+        same = all(getattr(origin.base, what) == getattr(target.base, what) for what in ("name", "shape", "dtype"))
+        return origin if same else None
+
+    def _most(self, target: Target) -> int | None:
+        """How many entries of a tensor may have changed, if the artifact says it."""
+        origin = self._origin(target)
+        return origin.kept if origin is not None and isinstance(self.fine, DeltaOnBase) else None
+
+    def _changed(self, target: Target, bits: Any) -> Iterator[tuple[int, memoryview, Array]]:
+        """As `pieces`, with the positions in each piece that have changed, (k,) int64, instead of the base. The base is read for that only
+        if the fine-tune does not know them."""
+        proven, dtype, entries = self._proven, target.info.dtype, target.info.entries
+        if proven is None or self._origin(target) is None:
+            for start, ours, theirs in self.pieces(target):
+                yield start, ours, _differing(np.frombuffer(ours, bits), np.frombuffer(theirs or b"", bits))
+            return
+        assert target.base is not None
+        room = memoryview(bytearray(dtype.nbytes(min(_PIECE, entries))))
+        for start in range(0, entries, _PIECE):
+            ours = room[: dtype.nbytes(min(_PIECE, entries - start))]
+            changed = proven.read_changes(target.info.name, dtype.nbytes(start), ours)
+            if changed is None:
+                was = bytearray(len(ours))
+                self.base.read_into(target.base.name, dtype.nbytes(start), memoryview(was))
+                changed = _differing(np.frombuffer(ours, bits), np.frombuffer(was, bits))
+            yield start, ours, changed
 
     def _whole(self, target: Target, always: bool) -> Change | None:
         room, changed = bytearray(target.info.nbytes), always

@@ -12,9 +12,12 @@ import torch
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.export.changes import Change, Changes
+from peru_cli.finetunes.fine_tune import FromArtifact
 from peru_cli.finetunes.open import open_fine_tune
 from peru_cli.finetunes.verify import verify_expanded
 from peru_cli.vectors.settings import streaming
+
+HELD = 1 << 27  # bytes of changes that are held until all of them are verified; more are read twice
 
 
 class Patch(NamedTuple):
@@ -40,26 +43,31 @@ def patches(
         base: the base that the engine has loaded.
         task: which task of a pack.
         dense: True for whole tensors, False for changed entries only, None for whichever is smaller, tensor by tensor.
-        verify_first: read everything once beforehand, so that nothing wrong is handed out. Otherwise artifacts are verified
+        verify_first: verify everything before the first patch, so that nothing wrong is handed out. Otherwise artifacts are verified
             only at the end of the iteration, which raises then.
 
-    Memory: two tensors.
+    Memory: two tensors. With `verify_first` all changes, if they take at most 128 MB; larger ones are read twice.
 
     Raises:
         Mismatch: the base is another one.
         BadFile: the artifact is damaged, or torch lacks a dtype.
         UsageError: a tensor is new or has another shape, and `dense` is False; or the pack has no such task."""
     with open_model(str(base)) as below, open_fine_tune(str(fine_tune), below, task) as fine:
-        if verify_first:
-            with streaming("cpu", None, None, lambda entries: None) as how:
-                verify_expanded([fine], how)
         changes = Changes(fine, below)
         for target in changes.targets:
             if target.base is None and dense is False:
                 raise UsageError(f"{target.name} is new or has another shape: it has no changed entries", "use dense=None")
-            change = changes.change(target, _index_bytes(target.info.entries), dense)
-            if change is not None:
-                yield _patch(change)
+        each = (changes.change(target, _index_bytes(target.info.entries), dense) for target in changes.targets)
+        found = (change for change in each if change is not None)
+        if verify_first and isinstance(fine, FromArtifact) and changes.largest(8, dense) <= HELD:
+            held = list(found)  # all of them are proven by one reading
+            changes.prove()
+            yield from map(_patch, held)
+            return
+        if verify_first:
+            with streaming("cpu", None, None, lambda entries: None) as how:
+                verify_expanded([fine], how)
+        yield from map(_patch, found)
         changes.prove()
 
 

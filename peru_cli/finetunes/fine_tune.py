@@ -26,6 +26,7 @@ from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.streaming.arrays import BITS, CPU
 
 Artifact: TypeAlias = SparseDelta | Mixed | Pack
+Positions: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 _SHOWN = 5  # tensors named in a message
 
 
@@ -100,6 +101,12 @@ class FineTune(Checkpoint):
     @abstractmethod
     def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
         """Like `read_into`, but reports what is read to a witness, which needs whole chunks."""
+
+    def read_changes(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> Positions | None:
+        """Like `read_watched`. Returns where the entries differ from the base's, cast to this dtype: positions in the buffer,
+        ascending, (k,) int64. None if only a comparison can tell."""
+        self.read_watched(name, offset, buffer, witness)
+        return None
 
     def contents(self) -> tuple[dict[str, bytes], list[str]]:
         """Side files of the fine-tune, and the names of those that the base should have but lacks."""
@@ -231,23 +238,30 @@ class OneTask(FromArtifact):
             self.single.verify_whole(record)
 
     def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:
+        self.read_changes(name, offset, buffer, witness)
+
+    def read_changes(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> Positions | None:
         record: TensorRecord = self.single.records[name]
         dtype = record.info.dtype
         start, n = (at * 8 // dtype.bits for at in (offset, len(buffer)))
         from_base = max(0, min(start + n, record.base_entries) - start)
         ours = buffer[: dtype.nbytes(from_base)]
+        changed = np.empty(0, np.int64) if record.mode == Mode.COPY else None
         if from_base < n:
             self.single.read_whole(record, offset + len(ours), buffer[len(ours) :])
         if from_base:
             self._read_base(record, start, ours, witness)
             if record.mode == Mode.DELTA:
-                self.change(record, start, np.frombuffer(ours, BITS[dtype.bits]), witness)
+                changed = self.change(record, start, np.frombuffer(ours, BITS[dtype.bits]), witness)
         if witness is not None:
             witness.saw("result", name, start, leaves(buffer, dtype))
+        return changed if from_base == n else None
 
     @abstractmethod
-    def change(self, record: Any, start: int, bits: Bits, witness: Witness | None) -> None:
-        """Turn the base's bits from entry `start` on, (n,) in the fine-tune's dtype, into the fine-tune's, in place."""
+    def change(self, record: Any, start: int, bits: Bits, witness: Witness | None) -> Positions | None:
+        """Turn the base's bits from entry `start` on, (n,) in the fine-tune's dtype, into the fine-tune's, in place.
+
+        Returns where they differ from before: positions in `bits`, ascending, (k,) int64. None if that is not known."""
 
     def _read_base(self, record: TensorRecord, start: int, out: memoryview, witness: Witness | None) -> None:
         """Read the base's entries from `start` on in the fine-tune's dtype."""

@@ -11,7 +11,7 @@ from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.finetunes.adapter import AdapterWithRest
-from peru_cli.finetunes.fine_tune import FromArtifact, Witness, is_base, refuse_base
+from peru_cli.finetunes.fine_tune import FromArtifact, Positions, Witness, is_base, refuse_base
 from peru_cli.vectors.copy import copy_checkpoint
 from peru_cli.vectors.family import StreamSettings
 
@@ -34,12 +34,17 @@ class Proven(Checkpoint):
         self._bad: list[str] = []
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        self.source.read_watched(name, offset, buffer, self._witness)
+        self.read_changes(name, offset, buffer)
+
+    def read_changes(self, name: str, offset: int, buffer: memoryview) -> Positions | None:
+        """Like `read_into`, and returns where entries differ from the base's, if that is known (FineTune.read_changes)."""
+        changed = self.source.read_changes(name, offset, buffer, self._witness)
         with self._lock:
             self._left[name] -= len(buffer) * 8 // self.tensors[name].dtype.bits
             done = not self._left[name]
         if done:
             self._check(name)
+        return changed
 
     def _check(self, name: str) -> None:
         """Call when all of a tensor was read."""

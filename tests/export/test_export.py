@@ -164,12 +164,28 @@ def test_patches_take_the_smaller_form_for_each_tensor(family: tuple[Path, Path]
             assert len(patch.indices) * (size + 4) < size * torch.Size(patch.shape).numel()
 
 
-def test_patches_yield_nothing_for_a_wrong_base(family: tuple[Path, Path], tmp_path: Path, peru: Peru) -> None:
+@pytest.mark.parametrize("held", [0, 1 << 27])
+def test_patches_yield_nothing_for_a_wrong_base(family: tuple[Path, Path], tmp_path: Path, peru: Peru, monkeypatch, held: int) -> None:
+    """Nor for an artifact that was altered; whether the changes are held until they are verified, or read twice."""
+    monkeypatch.setattr("peru_cli.export.patches.HELD", held)
     base, fine = family
     artifact = tmp_path / "a.safetensors"
     peru("prune", fine, "--base", base, "-o", artifact, "--keep", "20%")
+    state, given = load(base), load(fine)
+    for patch in peru_cli.patches(artifact, base):
+        if patch.indices is not None:
+            now, was, wanted = (t.contiguous().view(torch.uint8).view(len(patch.indices), -1) for t in (
+                patch.values, state[patch.name].view(-1)[patch.indices], given[patch.name].view(-1)[patch.indices]
+            ))  # fmt: skip
+            assert bool((now != was).any(1).all())
+            assert patch.dtype == torch.float32 or torch.equal(now, wanted)  # --keep rounds differences of float32
     with pytest.raises(Mismatch):
         next(peru_cli.patches(artifact, fine))
+    data = bytearray(artifact.read_bytes())
+    data[len(data) // 4] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(data)
+    with pytest.raises(BadFile):
+        next(peru_cli.patches(tmp_path / "altered.safetensors", base))
     with pytest.raises(Mismatch):  # at the end, unless it is verified first
         list(peru_cli.patches(artifact, fine, verify_first=False))
 

@@ -14,11 +14,11 @@ import torch
 from peru_cli.checkpoints.local import sealed
 from peru_cli.errors import BadFile
 from peru_cli.prune import sources
-from peru_cli.streaming import cluster
+from peru_cli.streaming import cluster, workers
 from peru_cli.vectors import selection, thresholds
 from tests.conftest import random_pair, run_peru, save
 from tests.prune.test_resume import BASE, FINE, SMALL, VARIANTS, arguments, figures, files, hub, local, models, noted_at_once  # noqa: F401
-from tests.support.fake_ray import FakeRay, RayError, RayTaskError
+from tests.support.fake_ray import FakeRay, RayActorError, RayError, RayTaskError
 from tests.support.hub_server import HubServer
 
 
@@ -120,6 +120,7 @@ def test_a_base_with_digests(models: Path, peru, ray: FakeRay, monkeypatch) -> N
     given = ("prune", models / "x.safetensors", "-b", models / "merged", "--keep", "15%", "--tile-entries", 16384, "--threads", 1)
     peru(*given, "-o", models / "here.safetensors")
     read: list[int] = []
+    ray.processors = 1  # here all workers are in one process, which asks each of them at the end whether it has read all
     complete = sealed.complete
     monkeypatch.setattr(sealed, "complete", lambda *args: read.append(1) or complete(*args))
     peru(*given, "-o", models / "there.safetensors", *RAY)
@@ -172,7 +173,7 @@ def test_a_node_without_the_file_is_named(models: Path, peru, ray: FakeRay, monk
 
 def test_a_node_with_another_version_is_refused(models: Path, peru, ray: FakeRay, monkeypatch) -> None:
     monkeypatch.setattr(
-        FakeRay, "_sent", lambda self, value, sent=FakeRay._sent: sent(self, "0.0.9" if value == cluster.__version__ else value)
+        FakeRay, "sent", lambda self, value, sent=FakeRay.sent: sent(self, "0.0.9" if value == workers.__version__ else value)
     )
     peru(*arguments(models, models / "out.safetensors", "--keep", "15%", *RAY), code=1)
     assert "this is peru 0.0.9, and the node" in peru.stderr
@@ -182,6 +183,7 @@ def test_a_node_with_another_version_is_refused(models: Path, peru, ray: FakeRay
     ("error", "told"),
     [
         (RayError("the node died\nmore"), "the Ray cluster failed (RayError): the node died"),
+        (RayActorError("died\nNo module named 'peru_cli'"), "a worker of the Ray cluster cannot run peru: No module named"),
         (RayTaskError(ModuleNotFoundError("No module named 'peru_cli'")), "a worker of the Ray cluster cannot run peru: No module named"),
     ],
 )
@@ -189,6 +191,21 @@ def test_errors_of_ray_itself(models: Path, peru, ray: FakeRay, error: Exception
     ray.lost = error
     peru(*arguments(models, models / "out.safetensors", "--keep", "15%", *RAY), code=1)
     assert told in peru.stderr
+
+
+def test_workers_that_die_are_replaced(models: Path, peru, ray: FakeRay) -> None:
+    """While they start, while they compute and while they encode; their jobs are given to others."""
+    peru(*arguments(models, models / "here.safetensors", "--keep", "15%"))
+    ray.deadly = {1, *range(4, 60, 7)}
+    peru(*arguments(models, models / "there.safetensors", "--keep", "15%", *RAY))
+    assert (models / "there.safetensors").read_bytes() == (models / "here.safetensors").read_bytes()
+    assert ray.actors > 6
+
+
+def test_a_job_that_kills_every_worker(models: Path, peru, ray: FakeRay) -> None:
+    ray.deadly = range(6, 1000, 2)  # every actor begins, and dies of its first job
+    peru(*arguments(models, models / "out.safetensors", "--keep", "15%", *RAY), code=1)
+    assert "the Ray cluster failed (RayActorError)" in peru.stderr and ray.actors < 300
 
 
 def test_a_cluster_without_processors(models: Path, peru, ray: FakeRay) -> None:
