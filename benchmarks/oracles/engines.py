@@ -6,7 +6,8 @@ Each is one file of the engine's public source, run alone, without the engine an
 
 vLLM    vllm/model_executor/model_loader/checkpoint_weight_patch.py, in the sdist of vllm 0.33 (`pip download --no-deps --no-binary
         :all: vllm`). It imports one function of vLLM, which lists tied embeddings; the model here has none.
-SGLang  python/sglang/srt/weight_sync/local_checkpoint.py, from its repository (commit 01d5bfe or later); needs zstandard.
+SGLang  python/sglang/srt/weight_sync/local_checkpoint.py, from its repository (commit 01d5bfe or later); needs zstandard. It is all that
+        /pull_weights does with files; the engine then loads the folder as any checkpoint.
 
 The model is a small Llama in bfloat16 of which 1% of the entries change, once more in a second step. Bits and
 logits must be the fine-tune's; exits with 1 if they are not."""
@@ -103,7 +104,15 @@ def with_sglang(module: Any, steps: list[Path], artifacts: list[Path], folder: P
     source.mkdir()
     for number, (base, artifact) in enumerate(zip(steps, artifacts, strict=False), start=1):
         peru("export", artifact, "--base", base, "--to", "sglang", "-o", source / f"weight_v{number:06d}", "--quiet")
-    module.pull(str(local), str(steps[0]), str(source), len(artifacts))
+    arguments = str(local), str(steps[0]), str(source)
+    for version in (*range(1, len(artifacts) + 1), len(artifacts)):  # one after another, and once more: nothing is left to do
+        module.pull(*arguments, version)
+        assert same(tensors(local), tensors(steps[version])), version
+    module.pull(*arguments, 0)  # back to the base
+    assert same(tensors(local), tensors(steps[0]))
+    module.pull(str(folder / "another"), *arguments[1:], len(artifacts))  # a host that begins with the last version
+    assert same(tensors(folder / "another"), tensors(steps[-1]))
+    module.pull(*arguments, len(artifacts))
     loaded, fine = (LlamaForCausalLM.from_pretrained(where, dtype=torch.bfloat16) for where in (local, steps[-1]))
     return verdict(same(tensors(local), tensors(steps[-1])), torch.equal(logits(loaded), logits(fine)))
 
