@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from peru_cli.checkpoints.digests import CHUNK
 from peru_cli.checkpoints.header import TensorInfo
 
 Ends = np.ndarray[Any, np.dtype[np.int64]]
+T = TypeVar("T")
 MOST = CHUNK  # entries of a bundle, which is one tile for any tile size; larger tensors are never bundled
 
 
@@ -31,6 +32,23 @@ def bundle(members: Sequence[TensorInfo]) -> TensorInfo:
     ends = np.fromiter(accumulate(info.entries for info in members), np.int64, len(members))
     name = f"{members[0].name}\0and {len(members) - 1} more"  # tensor names contain no control characters
     return Bundle(name, members[0].dtype, (int(ends[-1]),), 0, tuple(members), ends)
+
+
+def alike(items: Iterable[T], entries: Callable[[T], int], kind: Callable[[T], object]) -> Iterator[list[T]]:
+    """Split items into runs that may share a bundle: of one kind, and at most MOST entries. What has the kind None stays alone."""
+    run: list[T] = []
+    before: object = None
+    size = 0
+    for item in items:
+        n = entries(item)
+        mine = kind(item) if n <= MOST else None
+        if run and (mine is None or mine != before or size + n > MOST):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        before, size = mine, size + n
+    if run:
+        yield run
 
 
 def members(info: TensorInfo) -> Sequence[TensorInfo]:

@@ -7,8 +7,7 @@ error is measured on the stored factors."""
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from peru_cli.checkpoints.lora.writer import adapter_writer, as_bytes, beside, r
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.errors import UsageError
 from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
-from peru_cli.lora.passes import FactorPass, TargetPass
+from peru_cli.lora.passes import FactorPass, TargetPass, each_named
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, choose_ranks
 from peru_cli.lora.remainder import write_delta
-from peru_cli.methods.compact.lowrank import GRAM_SIDE, DenseSvd, Subspace, find_range, fit, gram
-from peru_cli.prune.doubts import is_changed
+from peru_cli.lora.weights import Weights, grouped
+from peru_cli.prune import doubts
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import StreamSettings
@@ -41,7 +40,6 @@ from peru_cli.vectors.task_matrix import TaskMatrix
 from peru_cli.version import __version__
 
 _FIRST_GUESS = 64  # singular values computed at first, if the number is not given
-_ALONE = 1024  # Gram matrices beyond this side are decomposed one at a time, to save memory
 
 
 @dataclass
@@ -52,75 +50,51 @@ class Options:
     base_name: BaseName | None = None
 
 
-class _Weights:
-    """The weights of a fine-tune as matrices, and their leading singular values."""
-
-    def __init__(self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings) -> None:
-        self.plan, self.weights, self.wanted, self.device = plan, weights, wanted, torch.device(how.xp.name)
-        self.entries = [weight.pair.entries for weight in weights]
-        self._alone = threading.Lock()
-
-    def matrices(self, weight: Weight) -> Iterator[TaskMatrix]:
-        """One matrix for each block."""
-        rows, columns = weight.stored_shape
-        starts = range(0, weight.blocks * rows * columns, rows * columns)
-        plan = self.plan
-        return (TaskMatrix(plan.fine, plan.base, weight.pair, rows, columns, start, self.device) for start in starts)
-
-    def leading(self, matrix: TaskMatrix, rank: int, name: str) -> Subspace:
-        """At least `rank` singular values and their vectors, by the cheapest route that is accurate enough."""
-        side = min(matrix.rows, matrix.columns)
-        if self.wanted.exact:
-            whole = torch.empty(matrix.rows, matrix.columns, dtype=torch.float64, device=self.device)
-            for start, panel in matrix.row_panels():
-                whole[start : start + len(panel)] = panel
-            found = DenseSvd(whole)
-            return Subspace(found.values, found.vt.T, True, float(found.values.square().sum()))
-        if side <= GRAM_SIDE or 4 * rank > side:
-            if side <= _ALONE:
-                return gram(matrix)
-            with self._alone:
-                return gram(matrix)
-        return find_range(matrix, rank, name)
-
-
 class Energies(TargetPass):
     """Squared singular values of every weight, as many as requested, summed over blocks."""
 
     def __init__(
         self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, how: StreamSettings, enough: int = _FIRST_GUESS
     ) -> None:
-        self._matrices = _Weights(plan, weights, wanted, how)
-        super().__init__(how, self._matrices.entries)
+        self._matrices = Weights(plan, weights, wanted, how)
+        super().__init__(how, [weight.pair.entries for weight in weights])
         self.weights = weights
         self.enough: list[int] = [enough] * len(weights)
         self.energies: list[Array] = [np.zeros(0)] * len(weights)
         self.squared = [0.0] * len(weights)
-        self.left = list(range(len(weights)))
+        self.ask(range(len(weights)))
 
-    def tiles(self) -> list[Tile]:
-        return [Tile(i, number, 0, self.weights[number].pair.entries) for i, number in enumerate(self.left)]
+    def ask(self, numbers: Sequence[int]) -> None:
+        """Choose the weights of the next run."""
+        self.groups: Sequence[Sequence[int]] = grouped(self.weights, numbers, self.enough)
 
-    def apply(self, tile: Tile, buffers: None) -> tuple[Array, float]:
-        weight = self.weights[tile.tensor]
-        most = min(self.enough[tile.tensor], weight.rows, weight.columns)
-        total, squared = np.zeros(most), 0.0
-        for matrix in self._matrices.matrices(weight):
-            found = self._matrices.leading(matrix, most, weight.name)
-            values = found.values.square().cpu().numpy()[:most]
-            total[: len(values)] += values
-            squared += found.squared
-        return total, squared
+    def apply(self, tile: Tile, buffers: None) -> list[tuple[Array, float]]:
+        group = self.groups[tile.tensor]
+        first = self.weights[group[0]]
+        most = min(self.enough[group[0]], first.rows, first.columns)
+        result = [(np.zeros(most), 0.0) for _ in group]
+        for part in self._matrices.parts(group):
+            found = self._matrices.leading(part, most)
+            values, norms = found.values.square().cpu().numpy()[:, :most], iter(found.squared)
+            for i, mine in enumerate(np.split(values, len(group))):
+                total, squared = result[i]
+                for each in mine:
+                    total[: len(each)] += each
+                    squared += next(norms)
+                result[i] = total, squared
+        return result
 
-    def commit(self, tile: Tile, result: tuple[Array, float]) -> None:
-        self.energies[tile.tensor], self.squared[tile.tensor] = result
+    def commit(self, tile: Tile, result: list[tuple[Array, float]]) -> None:
+        for number, found in zip(self.groups[tile.tensor], result, strict=True):
+            self.energies[number], self.squared[number] = found
 
     def more(self, numbers: Sequence[int]) -> bool:
         """Request twice as many values of some weights, if there are more. Returns whether there are any."""
-        self.left = [n for n in numbers if self.enough[n] < min(self.weights[n].rows, self.weights[n].columns)]
-        for number in self.left:
+        left = [n for n in numbers if self.enough[n] < min(self.weights[n].rows, self.weights[n].columns)]
+        for number in left:
             self.enough[number] *= 2
-        return bool(self.left)
+        self.ask(left)
+        return bool(left)
 
 
 def choose(plan: Extraction, weights: Sequence[Weight], wanted: Wanted, dtype: Dtype, fixed_bytes: int, how: StreamSettings) -> list[int]:
@@ -155,30 +129,44 @@ class _Write(FactorPass):
         self, plan: Extraction, weights: Sequence[Weight], wanted: Wanted, ranks: Sequence[int], stored: Sequence[int], dtype: Dtype,
         writer: CheckpointWriter, how: StreamSettings,
     ) -> None:  # fmt: skip
-        self._matrices = _Weights(plan, weights, wanted, how)
-        super().__init__(how, self._matrices.entries, ranks, stored, writer)
+        self._matrices = Weights(plan, weights, wanted, how)
+        groups = grouped(weights, range(len(weights)), ranks)
+        super().__init__(how, [weight.pair.entries for weight in weights], ranks, stored, writer, groups)
         self._plan, self._weights, self._dtype = plan, weights, dtype
 
-    def apply(self, tile: Tile, buffers: None) -> ModuleReport:
-        weight, rank, stored = self._weights[tile.tensor], self._ranks[tile.tensor], self._stored[tile.tensor]
-        nbytes = self._dtype.nbytes(stored * weight.blocks * (weight.rows + weight.columns))
-        report = ModuleReport(weight.name, weight.rows, weight.columns, weight.blocks, None, stored, nbytes)
-        downs, ups, kept = [], [], 0.0
-        for matrix in self._matrices.matrices(weight):
-            found = self._matrices.leading(matrix, rank, weight.name)
-            fitted = fit(matrix, found, min(rank, len(found.values)), lambda t: round_to(t, self._dtype, weight.name).double())
-            left, right = (fitted.right.T, fitted.left.T) if weight.transposed else (fitted.left, fitted.right)
+    def apply(self, tile: Tile, buffers: None) -> list[ModuleReport]:
+        group = self.groups[tile.tensor]
+        weights, first, stored = [self._weights[n] for n in group], self._weights[group[0]], self._stored[group[0]]
+        reports = [
+            ModuleReport(w.name, w.rows, w.columns, w.blocks, None, stored, self._dtype.nbytes(stored * w.blocks * (w.rows + w.columns)))
+            for w in weights
+        ]
+        names = [weight.name for weight in weights]
+        ups, downs, kept = [], [], [0.0] * len(weights)
+        for part in self._matrices.parts(group):
+            found = self._matrices.leading(part, self._ranks[group[0]])
+            fitted = self._matrices.fit(part, found, self._ranks[group[0]], each_named(self._rounded, names))
+            left, right = (fitted.right.mT, fitted.left.mT) if first.transposed else (fitted.left, fitted.right)
             up, down = self.padded(left, right, stored)
-            ups.append(up)
-            downs.append(down)
-            report.squared += fitted.squared
-            report.squared_error += fitted.squared_error
-            kept += float(found.values[:rank].square().sum())
-        report.energy = min(kept / report.squared, 1.0) if report.squared else 1.0
-        down_shape, up_shape = weight.shapes(stored)
-        joined = torch.cat(downs).reshape(down_shape), torch.stack(ups, dim=2).reshape(up_shape)  # experts innermost, as in peft
-        self.write(_factor_names(weight, self._plan), joined, self._dtype, weight.name)
-        return report
+            ups.append(up.unflatten(0, (len(weights), -1)))
+            downs.append(down.unflatten(0, (len(weights), -1)))
+            each = len(fitted.squared) // len(weights)
+            energies = [float(values.sum()) for values in found.values[:, : self._ranks[group[0]]].square().unbind()]
+            for i, (squared, error, energy) in enumerate(zip(fitted.squared, fitted.squared_error, energies, strict=True)):
+                report = reports[i // each]
+                report.squared += squared
+                report.squared_error += error
+                kept[i // each] += energy
+        for report, energy in zip(reports, kept, strict=True):
+            report.energy = min(energy / report.squared, 1.0) if report.squared else 1.0
+        n, shapes = len(weights), first.shapes(stored)
+        up = torch.cat(ups, 1).permute(0, 2, 3, 1)  # (n, rows, rank, blocks): experts innermost, as in peft
+        joined = torch.cat(downs, 1).reshape(n, *shapes[0]), up.reshape(n, *shapes[1])
+        self.write([_factor_names(weight, self._plan) for weight in weights], joined, self._dtype, names)
+        return reports
+
+    def _rounded(self, factor: torch.Tensor, what: str) -> torch.Tensor:
+        return round_to(factor, self._dtype, what).double()
 
 
 def _factor_names(weight: Weight, plan: Extraction) -> tuple[str, str]:
@@ -214,7 +202,8 @@ def extract(
     """Write one adapter into a new folder (below a PartialDirectory)."""
     note(f"{plan.name}: comparing with the base")
     changed = {info.name for info in plan.pairing.whole}
-    changed |= {pair.fine.name for pair in plan.pairing.pairs if pair.grown or is_changed(plan.fine, plan.base, pair)}
+    changed |= {pair.fine.name for pair in plan.pairing.pairs if pair.grown}
+    changed |= doubts.changed(plan.fine, plan.base, [pair for pair in plan.pairing.pairs if not pair.grown])
     weights = [weight for weight in plan.weights if weight.tensor in changed]
     dtype = factor_dtype(plan, wanted)
     note(f"{plan.name}: choosing ranks")
@@ -240,10 +229,7 @@ def extract(
             difference = torch.cat([panel.view(-1) for _, panel in matrix.row_panels()])
             writer.write(_bias_name(plan, pair), 0, as_bytes(round_to(difference, dtype, pair.fine.name)))
         writer.commit()
-    total = sum(info.nbytes for info in tensors)
-    report = AdapterReport(
-        plan.name, target, header_bytes(tensors, metadata, beside({}, _small_files(plan))) + total, step.reports, plan.fine.nbytes
-    )
+    report = AdapterReport(plan.name, target, writer.nbytes, step.reports, plan.fine.nbytes)
     report.kept_bytes = sum(info.nbytes for info in rest.saved) + sum(dtype.nbytes(pair.entries) for pair in rest.biases)
     report.rest_bytes = write_delta(plan, rest.delta, target, options.base_name, how, sync) if rest.delta else 0
     report.notes = {

@@ -36,7 +36,7 @@ class Wanted:
         return " ".join([*parts, *(["--uniform-rank"] if self.uniform else []), *(["--exact"] if self.exact else [])])
 
 
-@dataclass
+@dataclass(slots=True)
 class ModuleReport:
     """The result for one module: squared norms of the whole update and of what the stored factors lose."""
 

@@ -108,7 +108,7 @@ class _Write(FactorPass):
         super().__init__(how, _entries(job.adapter), ranks, stored, writer)
         self._job, self._adapter, self._wanted = job, job.adapter, wanted
 
-    def apply(self, tile: Tile, buffers: None) -> ModuleReport:
+    def apply(self, tile: Tile, buffers: None) -> list[ModuleReport]:
         adapter, number = self._adapter, tile.tensor
         module, rank, stored = adapter.modules[number], self._ranks[number], self._stored[number]
         dtype = self._job.dtype(module, self._wanted)
@@ -127,9 +127,11 @@ class _Write(FactorPass):
             kept += share * squared
             blocks.append(self.padded(new_left, new_right, stored))
         report.energy = kept / report.squared if report.squared else 1.0
-        self.write(factor_names(module, adapter.layout), module.join(blocks), dtype, f"{adapter.label}: {module.name}")
+        down, up = module.join(blocks)
+        names = factor_names(module, adapter.layout)
+        self.write([names], (down.unsqueeze(0), up.unsqueeze(0)), dtype, [f"{adapter.label}: {module.name}"])
         self._small(module, stored)
-        return report
+        return [report]
 
     def _best(
         self, whole: tuple[torch.Tensor, torch.Tensor], factors: tuple[torch.Tensor, torch.Tensor], scale: float, rank: int
@@ -236,9 +238,8 @@ def _resize(
         shutil.copyfile(on_disk(rest), folder / REST)
     total = sum(info.nbytes for info in tensors)
     kept = total - sum(report.bytes for report in step.reports)
-    size = header_bytes(tensors, metadata, _sealed_files(adapter)) + total
     beside_it = size_of(rest) if rest.is_file() else 0
-    return AdapterReport(job.name, target, size, step.reports, size_of(adapter.weights) + beside_it, kept, beside_it)
+    return AdapterReport(job.name, target, writer.nbytes, step.reports, size_of(adapter.weights) + beside_it, kept, beside_it)
 
 
 def _sealed_files(adapter: Adapter) -> dict[str, bytes]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import isfinite, sqrt
 
 import numpy as np
 
+from peru_cli.checkpoints.bundle import alike, bundle
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
@@ -65,6 +67,28 @@ def _floats(bits: Bits, dtype: Dtype) -> Bits:
     with np.errstate(all="ignore"):
         wide: Bits = CPU.widen(bits, dtype, np.empty(len(bits), "f8" if dtype.bits == 64 else "f4")).astype("f8")
     return wide
+
+
+def changed(fine: Checkpoint, base: Checkpoint, pairs: Sequence[Pair]) -> set[str]:
+    """Names of the fine-tune's tensors of which any shared entry differs, with the base cast to the fine-tune's dtype."""
+
+    def kind(pair: Pair) -> object:
+        whole = pair.entries == pair.fine.entries > 0 and pair.fine.dtype.bits >= 8
+        return (pair.fine.dtype, pair.base.dtype) if whole and (pair.is_delta or pair.fine.dtype is pair.base.dtype) else None
+
+    found: set[str] = set()
+    for run in alike(pairs, lambda pair: pair.entries, kind):
+        if len(run) == 1:
+            found.update(pair.fine.name for pair in run if is_changed(fine, base, pair))
+            continue
+        mine, theirs = bundle([pair.fine for pair in run]), bundle([pair.base for pair in run])
+        other = read_entries(base, theirs, 0, theirs.entries)
+        if mine.dtype is not theirs.dtype:
+            other = cast_bits(CPU, other, theirs.dtype, mine.dtype)
+        differ = read_entries(fine, mine, 0, mine.entries) != other
+        begins = [0, *accumulate(pair.entries for pair in run[:-1])]
+        found.update(pair.fine.name for pair, is_so in zip(run, np.logical_or.reduceat(differ, begins).tolist(), strict=True) if is_so)
+    return found
 
 
 def is_changed(fine: Checkpoint, base: Checkpoint, pair: Pair) -> bool:

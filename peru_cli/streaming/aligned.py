@@ -34,14 +34,14 @@ def clip(tile: Tile, entries: int) -> int:
 
 
 def read_bytes(source: Checkpoint, info: TensorInfo, start: int, n: int) -> bytearray:
-    """The bytes of `n` entries of any tensor, in newly allocated memory."""
+    """The bytes of `n` entries of any tensor or bundle, in newly allocated memory."""
     room = bytearray(info.dtype.nbytes(n))
-    source.read_into(info.name, info.dtype.nbytes(start), memoryview(room))
+    _fill(source, info, start, memoryview(room))
     return room
 
 
 def read_entries(source: Checkpoint, info: TensorInfo, start: int, n: int) -> Host:
-    """Entries of a floating tensor as integers of its width, in newly allocated memory; (n,)."""
+    """Entries of a floating tensor or bundle as integers of its width, in newly allocated memory; (n,)."""
     return np.frombuffer(read_bytes(source, info, start, n), BITS[info.dtype.bits])
 
 

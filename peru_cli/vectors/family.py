@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from peru_cli.checkpoints.bundle import MOST, bundle
+from peru_cli.checkpoints.bundle import alike, bundle
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.pairing import Pair, Pairing
 from peru_cli.checkpoints.source import Checkpoint
@@ -175,21 +175,14 @@ class Family:
 
 def _runs(base: Checkpoint, tasks: Sequence[TaskVector], names: Sequence[str]) -> Iterator[list[str]]:
     """Split names into runs, each of one base tensor, or of small ones that are alike in all tasks."""
-    run: list[str] = []
-    alike: object = None
-    size = 0
-    for name in names:
-        info, pairs = base.tensors[name], [task.pairs.get(name) for task in tasks]
-        n = info.entries
-        alone = n > MOST or any(pair is not None and pair.grown for pair in pairs)
-        kind = None if alone else (info.dtype, [pair and pair.fine.dtype for pair in pairs])
-        if run and (kind is None or kind != alike or size + n > MOST):
-            yield run
-            run, size = [], 0
-        run.append(name)
-        alike, size = kind, size + n
-    if run:
-        yield run
+
+    def kind(name: str) -> object:
+        pairs = [task.pairs.get(name) for task in tasks]
+        if any(pair is not None and pair.grown for pair in pairs):
+            return None
+        return base.tensors[name].dtype, [pair and pair.fine.dtype for pair in pairs]
+
+    return alike(names, lambda name: base.tensors[name].entries, kind)
 
 
 def _pairs_of(task: TaskVector, slots: Sequence[TensorInfo], runs: Sequence[Sequence[str]]) -> Mapping[str, Pair]:

@@ -1,4 +1,6 @@
-"""The task vector of one weight as a matrix read in panels: the fine-tune minus the base cast to its dtype."""
+"""The task vector of one weight as a matrix read in panels: the fine-tune minus the base cast to its dtype.
+
+Of a bundle of weights of one shape, the matrix has their rows one below another."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from peru_cli.checkpoints.bundle import cut
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
@@ -85,8 +88,9 @@ class TaskMatrix(Matrix):
             # a sum reveals NaN and infinity faster than a search
             if not np.isfinite(part.sum()) and not np.isfinite(part).all():
                 first = int(np.flatnonzero(~np.isfinite(part))[0])
+                (mine, wrong_entry, _), (theirs, _, _) = (next(cut(info, entry + first, entry + first + 1)) for info in (fine, base))
                 if np.isfinite(subtrahend[first]):
-                    wrong = f"{self.fine.label}: {fine.name} differs from the base by NaN or infinity"
+                    wrong = f"{self.fine.label}: {mine.name} differs from the base by NaN or infinity"
                 else:
-                    wrong = f"{self.base.label}: {base.name} is NaN or infinite"
-                raise BadFile(f"{wrong} at entry {entry + first}", f"--per-task '^{re.escape(fine.name)}$' keeps it whole")
+                    wrong = f"{self.base.label}: {theirs.name} is NaN or infinite"
+                raise BadFile(f"{wrong} at entry {wrong_entry}", f"--per-task '^{re.escape(mine.name)}$' keeps it whole")

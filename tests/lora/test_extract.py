@@ -337,3 +337,33 @@ def test_nan_in_the_base_names_the_base(tmp_path: Path, peru) -> None:
     peru("svd-lora", tmp_path / "fine", *given, code=1)
     assert f"{tmp_path / 'base'}: q.weight is NaN or infinite at entry 18" in peru.stderr
     assert r"--per-task '^q\.weight$' keeps it whole" in peru.stderr
+
+
+def test_small_weights_that_share_a_tile(tmp_path: Path, peru) -> None:
+    """Ninety weights of two shapes: each gets its best factors, and a bad entry is named as its own tensor's."""
+    noise = torch.Generator().manual_seed(0)
+    shapes = {f"layers.{i}.{leaf}.weight": shape for i in range(45) for leaf, shape in (("down", (6, 9)), ("up", (9, 6)))}
+    base = {name: torch.randn(shape, generator=noise).bfloat16() for name, shape in shapes.items()}
+    fine = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise).bfloat16() for name, tensor in base.items()}
+    fine["layers.7.up.weight"] = base["layers.7.up.weight"]
+    save(base, tmp_path / "base.safetensors")
+    save(fine, tmp_path / "fine.safetensors")
+    options = ("-b", tmp_path / "base.safetensors", "--dtype", "fp32", "--no-sync", "--json")
+    for more in (("--rank", "2"), ("--rank", "2", "--exact"), ("--energy", "60%")):
+        said = report(peru("svd-lora", tmp_path / "fine.safetensors", *options, *more, "-o", tmp_path / "a", "--force"))
+        factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        assert len(said["modules"]) == 89 and said["unchanged"] == 1
+        for module in said["modules"]:
+            name = f"{module['name']}.weight"
+            delta = (fine[name].float() - base[name].float()).double()
+            a, b = (factors[f"{OUTER}{module['name']}.lora_{side}.weight"].double() for side in "AB")
+            torch.testing.assert_close(b @ a, best(delta, module["rank"]), rtol=1e-5, atol=1e-6)
+            assert module["relative_error"] == pytest.approx(float((delta - b @ a).norm() / delta.norm()), rel=1e-5)
+    fine["layers.40.down.weight"][2, 3] = torch.inf
+    save(fine, tmp_path / "fine.safetensors")
+    peru("svd-lora", tmp_path / "fine.safetensors", *options[:2], "--rank", "2", "-o", tmp_path / "b", code=1)
+    assert "layers.40.down.weight differs from the base by NaN or infinity at entry 21" in peru.stderr
+    fine["layers.40.down.weight"] = base["layers.40.down.weight"] * 1e38
+    save(fine, tmp_path / "fine.safetensors")
+    peru("svd-lora", tmp_path / "fine.safetensors", *options[:2], "--dtype", "fp16", "--rank", "2", "-o", tmp_path / "b", code=1)
+    assert "layers.40.down does not fit F16" in peru.stderr

@@ -55,6 +55,21 @@ class _Layout:
         if self.collected:
             self.collected[name].saw(offset, data)
 
+    def write_whole(self, file: PartialFile, parts: Sequence[memoryview], names: Sequence[str]) -> None:
+        """Write all bytes of several tensors: those that lie one after another at once."""
+        begin = end = 0
+        run: list[memoryview] = []
+        for name, data in zip(names, parts, strict=True):
+            self.saw(name, 0, data)
+            at = self.at[name]
+            if run and at != end:
+                file.write_at(begin, b"".join(run))
+                run = []
+            begin, end = at if not run else begin, at + len(data)
+            run.append(data)
+        if run:
+            file.write_at(begin, b"".join(run))
+
     def digest(self, file: PartialFile, name: str) -> bytes:
         """A tensor's digest; what was not seen of it is read from the file."""
 
@@ -108,6 +123,11 @@ class CheckpointWriter(ABC):
     @abstractmethod
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write bytes of one tensor from byte `offset` on."""
+
+    def write_whole(self, parts: Sequence[memoryview], names: Sequence[str]) -> None:
+        """Write all bytes of several tensors."""
+        for name, data in zip(names, parts, strict=True):
+            self.write(name, 0, data)
 
     def copy(self, name: str, source: Checkpoint, source_name: str) -> None:
         """Copy a tensor from a checkpoint, where it has the name `source_name`."""
@@ -180,9 +200,17 @@ class FileWriter(CheckpointWriter):
             self._file.__exit__(type(error), error)
             raise
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._layout.size
+
     def write(self, name: str, offset: int, data: memoryview) -> None:
         self._layout.saw(name, offset, data)
         self._file.write_at(self._layout.at[name] + offset, data)
+
+    def write_whole(self, parts: Sequence[memoryview], names: Sequence[str]) -> None:
+        self._layout.write_whole(self._file, parts, names)
 
     def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
         if self.journal is not None:
@@ -273,6 +301,13 @@ class DirectoryWriter(CheckpointWriter):
         for path in self._folder.path.iterdir():
             if path.name not in ours:
                 remove(path)
+
+    def write_whole(self, parts: Sequence[memoryview], names: Sequence[str]) -> None:
+        files = [self._where[name] for name in names]
+        if any(where is not files[0] for where in files):
+            super().write_whole(parts, names)
+        else:
+            files[0][1].write_whole(files[0][0], parts, names)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         file, layout = self._where[name]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from peru_cli.checkpoints.digests import SHORT
+from peru_cli.checkpoints.bundle import alike
+from peru_cli.checkpoints.digests import SHORT, tensor_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.sealed import Collected, complete
 from peru_cli.checkpoints.source import Checkpoint
@@ -17,11 +18,25 @@ BASE_TENSORS = "peru.base.tensors"  # JSON: module -> dtype, shape and 32 hexade
 def bound_to(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """The entry for an adapter's metadata. `tensors` maps modules to the base's tensors that they change. Reads each once."""
     told = {}
-    for module, info in sorted(tensors.items()):
-        collected = Collected(info)
-        complete(collected, lambda offset, buffer, name=info.name: base.read_into(name, offset, buffer))
-        told[module] = [info.dtype.name, list(info.shape), collected.digest().hex()]
+    for module, digest in _digests(base, tensors):
+        info = tensors[module]
+        told[module] = [info.dtype.name, list(info.shape), digest.hex()]
     return {BASE_TENSORS: json.dumps(told, separators=(",", ":"))}
+
+
+def _digests(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
+    """The first half of the digest of each module's tensor, by module in order. Small tensors are read together."""
+    for run in alike(sorted(tensors), lambda module: tensors[module].entries, lambda module: ""):
+        if len(run) == 1:
+            [module] = run
+            collected = Collected(info := tensors[module])
+            complete(collected, lambda offset, buffer, name=info.name: base.read_into(name, offset, buffer))
+            yield module, collected.digest()
+            continue
+        rooms = [memoryview(bytearray(tensors[module].nbytes)) for module in run]
+        base.read_many((tensors[module], 0, room) for module, room in zip(run, rooms, strict=True) if len(room))
+        for module, room in zip(run, rooms, strict=True):
+            yield module, tensor_digest(tensors[module], room)[:SHORT]
 
 
 class BoundBase:

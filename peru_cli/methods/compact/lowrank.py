@@ -11,13 +11,16 @@ Everything is float64, except the products of the range finder, which use the pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from peru_cli.kernels.random import words
+from peru_cli.methods.compact import stacks
+from peru_cli.methods.compact.stacks import Round as Round
+from peru_cli.methods.compact.stacks import solve
 from peru_cli.methods.philox import stream_key
 
 OVERSAMPLING = 16  # the range finder adds at least this many directions, or half of those wanted if that is more
@@ -25,20 +28,6 @@ GAIN = 3e-3  # stop when an iteration gains less than this share of the squared 
 MAX_ITERATIONS = 12
 _CACHED = 1 << 16  # entries widened at once when only their norm is wanted
 GRAM_SIDE = 512  # up to this smaller side the Gram matrix is both exact and cheap
-
-Round = Callable[[torch.Tensor], torch.Tensor]  # float64 -> float64, rounded to the stored dtype
-
-
-def solve(function: Callable[..., tuple[torch.Tensor, ...]], *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A decomposition on its arguments' device, or on the CPU if a GPU's solver fails."""
-    try:
-        return tuple(function(*arguments))
-    except RuntimeError:  # torch.linalg.LinAlgError and a GPU's lack of memory are both RuntimeErrors
-        device = arguments[0].device
-        if device.type == "cpu":
-            raise
-    return tuple(part.to(device) for part in function(*(argument.cpu() for argument in arguments)))
-
 
 # -- thin factors ---------------------------------------------------------------------------------------
 
@@ -171,9 +160,8 @@ def gram(matrix: Matrix) -> Subspace:
         part = wide.T @ wide if on_columns else wide @ wide.T
         total = part if total is None else total.add_(part)
     assert total is not None
-    squared = float(total.diagonal().sum())
-    values, vectors = solve(torch.linalg.eigh, total)
-    return Subspace(values.flip(0).clamp_(min=0).sqrt(), vectors.flip(1), on_columns, squared)
+    found = stacks.decomposed(total.unsqueeze(0), on_columns)
+    return Subspace(found.values[0], found.vectors[0], on_columns, found.squared[0])
 
 
 def find_range(matrix: Matrix, rank: int, seed: str) -> Subspace:
@@ -242,8 +230,8 @@ def fit(matrix: Matrix, subspace: Subspace, rank: int, stored: Round) -> Fit:
 
     One factor is the vectors times the square root of the values, rounded. The other is the least-squares solution for it, which
     needs one pass. The same pass measures the error of both as rounded."""
-    scaled = stored((subspace.vectors[:, :rank] * subspace.values[:rank].sqrt()).contiguous())  # (columns or rows, rank)
-    inner = scaled.T @ scaled
+    spectra = stacks.Spectra(subspace.values.unsqueeze(0), subspace.vectors.unsqueeze(0), subspace.on_columns, [subspace.squared])
+    scaled = stacks.scaled(spectra, rank, stored)[0]  # (columns or rows, rank)
     if subspace.on_columns:
         image = scaled.new_empty(matrix.rows, scaled.shape[1])
         for start, panel in matrix.row_panels():
@@ -252,14 +240,5 @@ def fit(matrix: Matrix, subspace: Subspace, rank: int, stored: Round) -> Fit:
         image = scaled.new_empty(matrix.columns, scaled.shape[1])
         for start, panel in matrix.column_panels():
             image[start : start + panel.shape[1]] = panel.double().T @ scaled
-    other = stored(image @ _inverse(inner))
-    squared_error = subspace.squared - 2 * float((image * other).sum()) + float(((other.T @ other) * inner).sum())
-    left, right = (other, scaled.T) if subspace.on_columns else (scaled, other.T)
-    return Fit(left, right, subspace.squared, max(squared_error, 0.0))
-
-
-def _inverse(inner: torch.Tensor) -> torch.Tensor:
-    """The (pseudo-)inverse of a Gram matrix; (q, q) -> (q, q)."""
-    values, vectors = solve(torch.linalg.eigh, inner)
-    keep = values > values[-1:] * 1e-14
-    return (vectors[:, keep] / values[keep]) @ vectors[:, keep].T
+    found = stacks.fitted(scaled.unsqueeze(0), image.unsqueeze(0), subspace.on_columns, [subspace.squared], stored)
+    return Fit(found.left[0], found.right[0], subspace.squared, found.squared_error[0])
