@@ -27,6 +27,7 @@ TEXTS = 1000  # of a task, for --data
 BUDGETS = ("0.02", "0.03", "0.04", "0.045", "0.06", "0.1", "0.3", "1.0", "1.5")
 LORA_BUDGETS = ("0.01", "0.02", "0.03", "0.06", "0.1", "0.3")
 RANKS = (1, 2, 4, 8, 16, 32)  # of adapters that had 64
+SWITCH = ("--scope", "sign", "--values", "sign")  # T-Switch, as its authors' program has it
 IMAGE_BUDGETS = ("0.1", "0.2", "0.3", "0.5", "0.7", "1.0", "1.5")  # names and digests of a model of 0.5M parameters take 0.09
 
 
@@ -216,6 +217,7 @@ PACKS = [
     Method("STA + Shuffle, scale 0.7", "STA + Shuffle", pack("sta", "--scale", 0.7), True),
     Method("STA + Shuffle, scale 1, residual 10%", "STA + Shuffle + 10%", pack("residual", "--residual", "10%"), True),
     Method("TALL-masks", "TALL-masks", pack("tall", "--method", "tall-masks"), True),
+    Method("EMR", "EMR", pack("emr", "--method", "emr"), True),
 ]
 ULTRA = [
     Method(f"UltraDelta, sparsity {s}", "UltraDelta", rival(rivals.ultra_delta, sparsity=s, embeddings=False)) for s in (0.995, 0.99, 0.97)
@@ -230,6 +232,7 @@ OTHERS = [
         for share in (0, 0.1, 0.5)
     ),
     *(Method(f"D-QReLO, rank {rank}", "D-QReLO", rival(rivals.d_qrelo, rank=rank)) for rank in (1, 8)),
-    *(Method(f"T-Switch {share:.0%}", "T-Switch", rival(rivals.t_switch, share=share)) for share in (0.01, 0.05, 0.1)),
+    *(Method(f"T-Switch {keep}", "T-Switch", prune("--keep", keep, *SWITCH)) for keep in ("1%", "5%", "10%", "20%", "40%")),
+    *(Method(f"signs of the largest {share:.0%}", "signs", rival(rivals.one_scale, share=share)) for share in (0.01, 0.05, 0.1)),
 ]
 OTHER = [*ULTRA, *OTHERS, *LOW_RANK, *SPARSE, *OCTAVES, *MERGED, *FIRST, *PACKS]

@@ -6,8 +6,9 @@ third of their bytes."""
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 from typing import TypeVar
@@ -21,7 +22,7 @@ from peru_cli.checkpoints.sidefiles import MAX_SIDE_FILE_BYTES, is_side_file_nam
 from peru_cli.errors import BadFile
 
 INDEX_VERSION = 1
-EXACT, ROUNDED = 0, 1  # how values are coded: ULP differences; bf16 differences
+EXACT, ROUNDED, SIGN = 0, 1, 2  # how values are coded: ULP differences; bf16 differences; signs, with one scale a tensor
 NOT_ROUNDED = 0x7FC0  # marks a value whose exact difference is stored apart (never an encoded difference)
 STORED, FROM_BASE = 0, 1  # where a side file is: inside the artifact; equal to the base's
 BLOCK_ENTRIES = 1 << 17  # kept entries per block: smaller blocks cost bytes, larger ones cost memory and latency
@@ -105,11 +106,17 @@ class Stream:
     values_codec: int = PCO
     block_entries: int = BLOCK_ENTRIES
     kept: int = 0
+    scales: list[float] = field(default_factory=list)  # SIGN only: of each of its tensors with kept entries, in canonical order
 
     @property
     def value_type(self) -> str:
         """NumPy type of the decoded values."""
-        return "int16" if self.values == ROUNDED or self.dtype.bits == 8 else f"int{self.dtype.bits}"
+        return "int16" if self.values != EXACT or self.dtype.bits == 8 else f"int{self.dtype.bits}"
+
+    @property
+    def scale_form(self) -> str:
+        """How a scale is packed, as `struct` names it: a float64 for F64, else a float32."""
+        return "<d" if self.dtype.name == "F64" else "<f"
 
 
 @dataclass
@@ -171,6 +178,8 @@ def encode_streams(sink: Sink, streams: Sequence[Stream], blocks: Sequence[Block
         sink.byte(stream.values_codec)
         sink.number(stream.block_entries)
         sink.number(stream.kept)
+        for scale in stream.scales:
+            sink.data += struct.pack(stream.scale_form, scale)
     sink.number(len(blocks))
     origins = [0] * len(streams)
     for block in blocks:
@@ -204,7 +213,7 @@ def _encode_block(sink: Sink, block: Block, origin: int, stream: Stream) -> None
     sink.byte(int(block.wide_gaps))
     sink.number(block.positions_bytes)
     sink.number(block.values_bytes)
-    if stream.values == ROUNDED:
+    if stream.values != EXACT:
         sink.number(block.apart)
     sink.data += block.digest
 
@@ -215,7 +224,7 @@ def decode_index(data: bytes) -> Index:
     if (version := cursor.byte()) != INDEX_VERSION:
         raise BadFile(f"the artifact's index has version {version}, this peru reads {INDEX_VERSION}", "pip install -U peru-cli")
     tensors = [_decode_record(cursor, name) for name in cursor.names()]
-    streams, blocks = decode_streams(cursor)
+    streams, blocks = decode_streams(cursor, tensors)
     index = Index(tensors, streams, blocks, decode_files(cursor))
     if not cursor.done():
         raise BadFile("the artifact's index has trailing bytes")
@@ -255,15 +264,15 @@ def decode_record(cursor: Cursor, name: str, kind: Callable[[TensorInfo, Mode], 
     return record
 
 
-def decode_streams(cursor: Cursor) -> tuple[list[Stream], list[Block]]:
-    """Inverse of `encode_streams`. Call `check_streams` afterwards."""
-    streams = [_decode_stream(cursor) for _ in range(cursor.count())]
+def decode_streams(cursor: Cursor, signed: Sequence[TensorRecord] | None = None) -> tuple[list[Stream], list[Block]]:
+    """Inverse of `encode_streams`. Call `check_streams` afterwards. `signed` are the tensors, if values may be SIGN."""
+    streams = [_decode_stream(cursor, signed) for _ in range(cursor.count())]
     return streams, _decode_blocks(cursor, streams)
 
 
-def _decode_stream(cursor: Cursor) -> Stream:
+def _decode_stream(cursor: Cursor, signed: Sequence[TensorRecord] | None) -> Stream:
     dtype = cursor.dtype()
-    values = cursor.one_of((EXACT, ROUNDED), "kind of values")
+    values = cursor.one_of((EXACT, ROUNDED) if signed is None else (EXACT, ROUNDED, SIGN), "kind of values")
     if not (dtype.compressible or (dtype.is_code and values == EXACT)):
         raise BadFile(f"a stream of {dtype.name} entries is impossible")
     codecs = [cursor.one_of((RAW, PCO), "codec") for _ in range(2)]
@@ -271,6 +280,12 @@ def _decode_stream(cursor: Cursor) -> Stream:
     if stream.block_entries < 1:
         raise BadFile("a stream's blocks hold no entries")
     stream.kept = cursor.number()
+    for record in signed or () if values == SIGN else ():
+        if record.kept and record.info.dtype is dtype:
+            (scale,) = struct.unpack(stream.scale_form, cursor.take(struct.calcsize(stream.scale_form)))
+            if not 0 <= scale < math.inf:
+                raise BadFile(f"tensor {record.info.name!r} has {scale} as the scale of its signs")
+            stream.scales.append(scale)
     return stream
 
 
@@ -291,7 +306,7 @@ def _decode_blocks(cursor: Cursor, streams: list[Stream]) -> list[Block]:
         left[number] -= count
         wide = bool(cursor.one_of((0, 1), "width of gaps"))
         sizes = cursor.number(8 * count + _STREAM_SLACK), cursor.number(8 * count + _STREAM_SLACK)
-        apart = cursor.number(count) if stream.values == ROUNDED else 0
+        apart = cursor.number(count) if stream.values != EXACT else 0
         blocks.append(Block(number, origins[number], count, wide, *sizes, apart, cursor.take(SHORT)))
     if any(left):
         raise BadFile("the artifact's index lists fewer kept entries than its streams have")

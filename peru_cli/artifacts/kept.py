@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from peru_cli.artifacts.cache import BlockCache
 from peru_cli.artifacts.codecs import decode
-from peru_cli.artifacts.index import NOT_ROUNDED, ROUNDED, Block, Mode, Stream, TensorRecord
+from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, SIGN, Block, Mode, Stream, TensorRecord
 from peru_cli.artifacts.sparse_delta import Array, Entries, short_digest
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
@@ -55,6 +55,10 @@ class KeptEntries:
             places[block.stream].append(_Place(block, self.nbytes))
             self.nbytes += block.nbytes(streams[block.stream].dtype)
         self._streams = [_StreamReader(*three) for three in zip(streams, places, lengths, strict=True)]
+        self._scales: dict[str, float] = {}
+        for stream in streams:
+            signed = [record.info.name for record in tensors if record.kept and record.info.dtype is stream.dtype]
+            self._scales |= zip(signed, stream.scales, strict=True) if stream.values == SIGN else ()
         self._cache: BlockCache[Entries] = BlockCache(_CACHED_BLOCKS)
 
     def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
@@ -68,16 +72,17 @@ class KeptEntries:
         first = max(bisect_right(reader.origins, low) - 1, 0)
         last = bisect_left(reader.origins, high)
         found = [self._clip(self._decoded(number, i), reader.stream, low, high) for i in range(first, last)]
+        scale = self._scales.get(record.info.name, 0.0)
         if len(found) == 1:
-            return reader.stream, found[0]
+            return reader.stream, replace(found[0], scale=scale)
         positions, values, apart = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
-        return reader.stream, Entries(positions, values, apart)
+        return reader.stream, Entries(positions, values, apart, scale=scale)
 
     @staticmethod
     def _clip(entries: Entries, stream: Stream, low: int, high: int) -> Entries:
         a, b = np.searchsorted(entries.positions, (low, high))
         apart = entries.apart
-        if stream.values == ROUNDED and len(apart):
+        if stream.values != EXACT and len(apart):
             before = int(np.count_nonzero(entries.values[:a] == NOT_ROUNDED))
             apart = apart[before : before + int(np.count_nonzero(entries.values[a:b] == NOT_ROUNDED))]
         return Entries(entries.positions[a:b] - low, entries.values[a:b], apart)
@@ -103,8 +108,10 @@ class KeptEntries:
         end = reader.origins[i + 1] if i + 1 < len(reader.origins) else reader.length
         if int(gaps.max()) > reader.length or positions[-1] >= end or int(positions.min()) < block.origin:
             raise BadFile(f"{self._path}: a block's positions leave its stream")
-        if stream.values == ROUNDED and np.count_nonzero(values == NOT_ROUNDED) != block.apart:
+        if stream.values != EXACT and np.count_nonzero(values == NOT_ROUNDED) != block.apart:
             raise BadFile(f"{self._path}: a block lacks values that it stores apart")
+        if stream.values == SIGN and np.count_nonzero((values == 0) | (values == -1)) + block.apart != block.count:
+            raise BadFile(f"{self._path}: a block of signs has other values")
         return Entries(positions, values, apart)
 
     def values_of(self, number: int) -> Iterator[Array]:

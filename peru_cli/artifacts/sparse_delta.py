@@ -40,7 +40,7 @@ METADATA = {
     "peru.result": "[0-9a-f]{64}",
     "peru.base": "(?s:.+)",
     "peru.base.files": "[0-9a-f]{64}(,[0-9a-f]{64})*",
-    "peru.scope": "global|tensor",
+    "peru.scope": "global|tensor|sign",
     "peru.threshold": _DECIMAL,
     "peru.largest_error": _DECIMAL,
 }
@@ -66,12 +66,13 @@ def short_digest(data: bytes | memoryview) -> bytes:
 class Entries:
     """Kept entries in ascending order: positions (k,), values (k,), exact differences of those stored apart.
 
-    Positions count from `shift` in the stream; `stream_positions` from its beginning."""
+    Positions count from `shift` in the stream; `stream_positions` from its beginning. `scale` goes with values of kind SIGN."""
 
     positions: Array
     values: Array
     apart: Array
     shift: int = 0
+    scale: float = 0.0
 
     @property
     def stream_positions(self) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.artifacts.index import EXACT, STORED, Mode, Stream, TensorRecord
+from peru_cli.artifacts.index import EXACT, ROUNDED, SIGN, STORED, Mode, Stream, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.header import TensorInfo
@@ -142,7 +142,8 @@ def inspect_artifact(artifact: SparseDelta) -> ArtifactReport:
 
 def value_kind(stream: Stream) -> str:
     """How a stream's values are stored, in words."""
-    return "exact ULP differences" if stream.values == EXACT else "differences rounded to bf16"
+    kinds = {EXACT: "exact ULP differences", ROUNDED: "differences rounded to bf16", SIGN: "signs, one scale a tensor"}
+    return kinds[stream.values]
 
 
 def side_file_names(artifact: SparseDelta) -> list[str]:

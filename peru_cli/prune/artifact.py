@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peru_cli.artifacts.container import seal_of
-from peru_cli.artifacts.index import EXACT, FROM_BASE, ROUNDED, STORED, Mode, SideFile, Stream, TensorRecord
+from peru_cli.artifacts.index import EXACT, FROM_BASE, ROUNDED, SIGN, STORED, Mode, SideFile, Stream, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.sparse_delta import SparseDeltaWriter, short_digest
 from peru_cli.checkpoints.base_name import BaseName
@@ -36,8 +36,8 @@ class PruneOptions:
     """What to keep. `density` None keeps every changed entry (lossless)."""
 
     density: Fraction | None
-    scope: str = "global"  # or "tensor"
-    values: str = "auto"  # or "exact", "bf16", "log2"
+    scope: str = "global"  # or "tensor", or "sign" (each sign of each tensor)
+    values: str = "auto"  # or "exact", "bf16", "log2", "sign"
     per_task: str | None = None
     base_name: BaseName | None = None
     allow_unpaired: bool = False  # store tensors without a partner whole, however large they are
@@ -47,16 +47,21 @@ class PruneOptions:
 
     @property
     def bundled(self) -> bool:
-        """Whether small tensors may share a tile: unless each tensor has its own threshold."""
-        return self.density is None or self.scope != "tensor"
+        """Whether small tensors may share a tile: unless each tensor has its own threshold or scale."""
+        return not self.by_tensor and self.values != "sign"
 
-    def rounds(self, dtype: Dtype) -> bool:
-        """Whether kept entries of a dtype are rounded. `auto` is exact for 16 bits and if lossless, `bf16` is exact for 16 bits."""
-        if self.values == "log2":
-            return True
+    @property
+    def by_tensor(self) -> bool:
+        """Whether each tensor has its own threshold."""
+        return self.density is not None and self.scope != "global"
+
+    def coding(self, dtype: Dtype) -> int:
+        """How kept entries of a dtype are stored. `auto` is exact for 16 bits and if lossless, `bf16` is exact for 16 bits."""
+        if self.values in ("log2", "sign"):
+            return SIGN if self.values == "sign" else ROUNDED
         if dtype.bits == 16 or self.values == "exact":
-            return False
-        return self.values == "bf16" or self.density is not None
+            return EXACT
+        return ROUNDED if self.values == "bf16" or self.density is not None else EXACT
 
 
 @dataclass
@@ -113,7 +118,7 @@ class Job:
         self._in_place = False
         pairs = task.vector.pairs.values()
         dtypes = sorted({pair.fine.dtype.code: pair.fine.dtype for pair in pairs}.items())
-        streams = [Stream(dtype, ROUNDED if options.rounds(dtype) else EXACT) for _, dtype in dtypes]
+        streams = [Stream(dtype, options.coding(dtype)) for _, dtype in dtypes]
         self.writer = SparseDeltaWriter(task.target, streams, self._metadata(None), sync, resume=True, file=file)
         self.sink = Sink(self.writer, streams, octaves=options.values == "log2")
 
@@ -178,6 +183,11 @@ class Job:
             self.writer.write(block)
         results = {name: digest.digest() for name, digest in sink.result.items()}
         records, whole = self._records(select, results)
+        scales = dict(zip(select.base_digests, sink.scales, strict=True)) if sink.scales else {}
+        scales = {pair.fine.name: scales[name] for name, pair in task.vector.pairs.items() if name in scales}
+        for stream in sink.streams:
+            signed = stream.values == SIGN
+            stream.scales = [scales[r.info.name] for r in records if signed and r.kept and r.info.dtype is stream.dtype]
         if self.options.density is None:  # otherwise the result is not the fine-tune's own tensors
             fine.agree(results)
         files = list(side_files_of(fine, self._base))
@@ -188,9 +198,9 @@ class Job:
             "peru.changed": str(changed),
             "peru.result": checkpoint_digest(results).hex(),
         }
-        if self.options.scope == "global" and not sink.thresholds[0].keeps_all:
+        if self.options.scope == "global" and sink.thresholds[0].equals is not None:
             measured["peru.threshold"] = repr(key_value(sink.thresholds[0].key, task.vector.wide))
-        if any(stream.values == ROUNDED for stream in sink.streams):
+        if any(stream.values != EXACT for stream in sink.streams):
             measured["peru.largest_error"] = repr(sink.largest_error)
         size, digest = self.writer.seal(self._metadata(measured), records, files)
         whole_bytes = sum(record.whole_bytes for record in records)

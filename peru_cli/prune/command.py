@@ -76,14 +76,20 @@ def prune(
         bool, typer.Option("--lossless", help="Keep every changed entry: unpack returns the fine-tune bit for bit.")
     ] = False,
     scope: Annotated[
-        str, typer.Option("--scope", metavar="global|tensor", help="With --keep: the largest of the whole task vector, or of each tensor.")
+        str,
+        typer.Option(
+            "--scope",
+            metavar="global|tensor|sign",
+            help="With --keep: the largest of the whole task vector, of each tensor, or of each tensor's increases and of its decreases.",
+        ),
     ] = "global",
     values: Annotated[
         str,
         typer.Option(
             "--values",
-            metavar="auto|exact|bf16|log2",
-            help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: only sign and octave.",
+            metavar="auto|exact|bf16|log2|sign",
+            help="With --keep. auto: exact for 16-bit weights, bf16 differences for wider ones; log2: only sign and octave; "
+            "sign: only the sign, and one scale a tensor.",
         ),
     ] = "auto",
     data: Annotated[
@@ -170,10 +176,12 @@ def prune(
         )
     if goal is not None and (scope, values) != ("global", "auto"):
         raise UsageError("--scope and --values go with --keep", "leave them out: peru chooses the coding of each tensor")
-    if scope not in ("global", "tensor"):
-        raise UsageError(f"--scope {scope!r} is neither global nor tensor")
-    if values not in ("auto", "exact", "bf16", "log2"):
-        raise UsageError(f"--values {values!r} is not auto, exact, bf16 or log2")
+    if scope not in ("global", "tensor", "sign"):
+        raise UsageError(f"--scope {scope!r} is not global, tensor or sign")
+    if values not in ("auto", "exact", "bf16", "log2", "sign"):
+        raise UsageError(f"--values {values!r} is not auto, exact, bf16, log2 or sign")
+    if executor == "ray" and "sign" in (scope, values):
+        raise UsageError("--scope sign and --values sign run on this machine", "leave --executor out")
     if data and goal is None:
         raise UsageError("--data goes with --max-bytes, --bits or --min-quality", "for example --max-bytes 3MB --data FILE")
     if not data and (max_samples is not None or batch_size is not None or trust_remote_code):
@@ -254,7 +262,7 @@ def prune(
     cluster = (ray_address or "auto") if executor == "ray" else None
     tile = run.tile_entries or (tile_for(len(planned)) if cluster else DEFAULT_TILE)
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
-    passes = 1 if density is None else 2
+    passes = (1 if density is None else 2) + (scope == "sign") + (values == "sign")
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
     with (
         folder_of(out, several),
@@ -312,7 +320,10 @@ def _say_plan(task: PruneTask, chosen: PruneOptions) -> None:
         console.note(f"    {info.name} has shape {list(info.shape)}, {list(other.shape)} in the base")
     if chosen.density is not None:
         share = f"{100 * float(chosen.density):.4g}%"
-        console.note(f"  keeping {count(int(chosen.density * task.entries))} entries ({share}), scope {chosen.scope}")
+        if chosen.scope == "sign":
+            console.note(f"  keeping {share} of each tensor's increases, and of its decreases")
+        else:
+            console.note(f"  keeping {count(int(chosen.density * task.entries))} entries ({share}), scope {chosen.scope}")
 
 
 def _planned(task: PruneTask, chosen: PruneOptions) -> dict[str, object]:
@@ -320,7 +331,7 @@ def _planned(task: PruneTask, chosen: PruneOptions) -> dict[str, object]:
         "task": task.vector.name,
         "output": options.written_to(task.target),
         "entries": task.entries,
-        "keep": None if chosen.density is None else int(chosen.density * task.entries),
+        "keep": None if chosen.density is None or chosen.scope == "sign" else int(chosen.density * task.entries),
         "paired": len(task.vector.pairing.pairs),
         "whole": [info.name for info in task.vector.pairing.whole],
     }

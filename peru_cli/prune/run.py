@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from peru_cli.artifacts.container import artifact_kind
@@ -23,7 +24,7 @@ from peru_cli.checkpoints.quantized.layout import is_quantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
-from peru_cli.methods.compact.magnitude import ALL_CHANGED
+from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place
 from peru_cli.prune.gates import check
 from peru_cli.prune.journal import PruneLog
@@ -31,7 +32,8 @@ from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import DEFAULT_TILE
 from peru_cli.vectors.family import Family, StreamSettings, TaskVector
-from peru_cli.vectors.selection import Select
+from peru_cli.vectors.selection import Select, Sink
+from peru_cli.vectors.signs import scales, sign_thresholds, without_zeros
 from peru_cli.vectors.threshold_journal import ThresholdJournal
 from peru_cli.vectors.thresholds import counted_bytes, find_thresholds
 from peru_cli.version import __version__
@@ -56,7 +58,7 @@ def plan_prune(
             raise UsageError(f"{fine.label} and {base.label} share no floating-point tensors: there is nothing to prune")
         if options.density is not None and int(options.density * task.entries) == 0:
             raise UsageError(f"--keep {float(options.density):g} of {task.entries:,} entries keeps nothing", "keep more")
-        if options.values in ("bf16", "log2") and options.density is None:
+        if options.values in ("bf16", "log2", "sign") and options.density is None:
             raise UsageError(f"--lossless and --values {options.values} contradict each other", "leave one out")
         task.in_place = not force and is_in_place(target, left)
         check_target(target, force or task.in_place, new_folder)
@@ -138,7 +140,7 @@ def _passes(
     """Find thresholds, then select, encode and write, except for what the journal has."""
     how, slots = family.how, len(family.slots)
     log = PruneLog(journal, family, select, [job.sink for job in jobs])
-    per_slot = not options.bundled
+    per_slot, signs = options.by_tensor, options.values == "sign"
     first = log.restore(per_slot)
     if journal.notes:
         say(f"continuing after {first} of {slots} tensors of an earlier run" if first else "continuing where an earlier run stopped")
@@ -146,15 +148,21 @@ def _passes(
     if per_slot:
         # Tensor by tensor, so that network data is not requested twice.
         note("selecting and encoding")
-        how.advance(2 * sum(family.entries[:first]))
+        how.advance((2 + signs) * sum(family.entries[:first]))
+        for slot in range(first if signs else 0):
+            _set_scales(family, jobs, range(slot, slot + 1), journal)
         for slot in range(first, slots):
             _set_thresholds(family, jobs, range(slot, slot + 1))
+            if signs:
+                _set_scales(family, jobs, range(slot, slot + 1), journal)
             run(select, family.tiles(slot), how.threads, how.advance, how.elsewhere)
             family.forget()
         return
     if not first:
         note("finding thresholds" if options.density is not None else "comparing with the base")
         _set_thresholds(family, jobs, range(slots), ThresholdJournal(journal, "threshold", family.ranged))
+    if signs:
+        _set_scales(family, jobs, range(slots), journal)
     note("selecting and encoding")
     how.advance(sum(family.entries[:first]))
     run(select, family.plan(first), how.threads, how.advance, how.elsewhere)
@@ -182,17 +190,41 @@ def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions, slots:
 
 def _set_thresholds(family: Family, jobs: list[Job], slots: range, log: ThresholdJournal | None = None) -> None:
     """Find each task's threshold over some slots."""
-    density = jobs[0].options.density
+    options = jobs[0].options
+    density = options.density
     if density is None:
         for job in jobs:
             job.sink.add_threshold(ALL_CHANGED)
+        return
+    if options.scope == "sign":
+        for job, each in zip(jobs, sign_thresholds(family, slots.start, density), strict=True):
+            job.sink.add_threshold(each.threshold)
+            job.sink.changed += each.changed
         return
     names = [family.slots[slot].name for slot in slots]
     entries = [sum(pair.entries for name in names if (pair := pairs.get(name)) is not None) for pairs in family.pairs]
     found = find_thresholds(family, slots, {number: int(density * n) for number, n in enumerate(entries)}, log)
     for number, job in enumerate(jobs):
-        job.sink.add_threshold(found[number].threshold)
+        threshold = found[number].threshold
+        job.sink.add_threshold(without_zeros(threshold) if options.values == "sign" else threshold)
         job.sink.changed += found[number].changed
+
+
+def _set_scales(family: Family, jobs: list[Job], slots: range, journal: Journal) -> None:
+    """Find each task's scale in each of some slots, or take those that an earlier run found."""
+    key = f"scales {slots.start}"
+    if key not in journal.notes:
+        found = scales(family, slots, [partial(_threshold, job.sink) for job in jobs])
+        journal.note(key, found)
+    else:
+        found = journal.notes[key]
+    for job, own in zip(jobs, found, strict=True):
+        job.sink.scales += own
+
+
+def _threshold(sink: Sink, slot: int) -> Threshold:
+    """The threshold of a slot."""
+    return sink.thresholds[slot if len(sink.thresholds) > 1 else 0]
 
 
 def fetch_bytes(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> int:
@@ -202,12 +234,14 @@ def fetch_bytes(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions)
         []
         if options.density is None
         else [range(i, i + 1) for i in range(len(family.slots))]
-        if options.scope == "tensor"
+        if options.by_tensor
         else [range(len(family.slots))]
     )
-    total = family.ranged_bytes(family.slots) + sum(
-        counted_bytes(family, slots) for slots in twice if not family.fits([family.slots[i] for i in slots])
-    )
+    total = family.ranged_bytes(family.slots)
+    for slots in twice:
+        if not family.fits(group := [family.slots[i] for i in slots]):
+            total += 2 * family.ranged_bytes(group) if options.scope == "sign" else counted_bytes(family, slots)
+            total += family.ranged_bytes(group) if options.values == "sign" else 0
     for task in tasks:
         fine, pairing = task.vector.fine, task.vector.pairing
         if fine.ranged:

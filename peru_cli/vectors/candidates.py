@@ -12,7 +12,7 @@ from peru_cli.artifacts.sparse_delta import Array
 from peru_cli.checkpoints.bundle import pieces_of
 from peru_cli.checkpoints.digests import leaves
 from peru_cli.checkpoints.header import TensorInfo
-from peru_cli.methods.compact.delta import add_rounded, round_difference
+from peru_cli.methods.compact.delta import add_rounded, add_signs, rises, round_difference, sign_differences
 from peru_cli.methods.compact.magnitude import Threshold, key_value, take_equals
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.tiles import CHUNK
@@ -35,6 +35,7 @@ class Rule:
     quota: int  # equals that may still be taken; earlier tiles may have taken some of them by the time this one is committed
     exact: frozenset[str]  # names of the dtypes whose differences are stored exactly
     octaves: bool  # of rounded values, keep only sign and octave above the threshold
+    scale: float | None = None  # of rounded values, keep only the sign, and add this much
 
 
 @dataclass
@@ -104,16 +105,21 @@ def find_candidates(family: Family, aligned: Aligned, rule: Rule, buffers: Buffe
     sums = np.zeros((-(-len(aligned.base) // CHUNK), 2))
     room = family.differences(aligned, buffers)
     # Once no equals may be taken any more, that never changes: the entries need no check.
-    exhausted = not threshold.keeps_all and not rule.quota
+    exhausted = threshold.equals is not None and not rule.quota
     if threshold.keeps_all:
         where, ulps, fine = room.changed(aligned.base, aligned.fine, dtype.name)
     else:
         where, found, ulps, fine = room.select(aligned.base, aligned.fine, dtype.name, threshold.key + exhausted, sums)
     energy, missed = sums[:, 0], sums[:, 1]
+    if threshold.sides is not None:
+        stays = found >= np.where(rises(xp.download(aligned.base)[where], fine), *threshold.sides)
+        gone = np.square(found.view(f"f{found.itemsize}"), dtype=np.float64)
+        missed = missed + _by_chunk(where, np.where(stays | (found == task.infinite_key), 0.0, gone), len(missed))
+        where, found, ulps, fine = where[stays], found[stays], ulps[stays], fine[stays]
     if dtype.bits == 8:
         ulps = ulps.astype(np.int16)  # as the codec takes them
     if not threshold.keeps_all:
-        equal = None if exhausted else found == threshold.key
+        equal = None if exhausted or threshold.equals is None else found == threshold.key
         infinite = found == task.infinite_key
     exact = dtype.name in rule.exact
     whole = threshold.keeps_all and exact  # then the result is the fine-tune, and the base's tile need not be ours to change
@@ -126,8 +132,12 @@ def find_candidates(family: Family, aligned: Aligned, rule: Rule, buffers: Buffe
     if not exact:
         candidates.exact, base = candidates.values, result[where]
         least = key_value(threshold.key, task.wide) if rule.octaves else None
-        candidates.values, apart = round_difference(base, fine, dtype, least)
-        candidates.bits, _ = add_rounded(base, candidates.values, dtype)
+        if rule.scale is None:
+            candidates.values, apart = round_difference(base, fine, dtype, least)
+            candidates.bits, _ = add_rounded(base, candidates.values, dtype)
+        else:
+            candidates.values, apart = sign_differences(base, fine, dtype, rule.scale)
+            candidates.bits, _ = add_signs(base, candidates.values, dtype, rule.scale)
         candidates.bits[apart] = fine[apart]
         back, given, before = (CPU.widen(bits, dtype, np.empty(len(bits))) for bits in (candidates.bits, fine, base))
         with np.errstate(invalid="ignore", over="ignore"):

@@ -33,6 +33,7 @@ class Sink:
     octaves: bool = False  # of rounded values, keep only sign and octave above the threshold
     thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
     quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold
+    scales: list[float] = field(default_factory=list)  # of signs, one for each slot, if values are stored as signs
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
     result: dict[str, TensorDigest] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
@@ -56,7 +57,8 @@ class Sink:
         """What apply needs to know of a tile's threshold."""
         number = self.threshold_number(tile)
         exact = frozenset(stream.dtype.name for stream in self.streams if stream.values == EXACT)
-        return Rule(self.thresholds[number], self.quotas[number], exact, self.octaves)
+        scale = self.scales[tile.tensor] if self.scales else None
+        return Rule(self.thresholds[number], self.quotas[number], exact, self.octaves, scale)
 
     def threshold_number(self, tile: Tile) -> int:
         """The index of a tile's threshold."""

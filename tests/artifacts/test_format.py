@@ -97,7 +97,18 @@ def test_golden_files_cover_their_cases() -> None:
         seen |= {f"{t['base_dtype']} to {t['dtype']}" for t in tensors if t["mode"] == DELTA}
         seen |= {f"from base {f['from_base']}" for f in files}
     corners = {"prefix ", "prefix +", "prefix -", "mode 0", "mode 1", "mode 2", "grown", "apart", "from base 0", "from base 1"}
-    corners |= {"BF16 0", "F16 0", "BF16 1", "F16 1", "F32 1", "F32 to BF16", *(code(row[0]) for row in document_rows("### Metadata"))}
+    corners |= {
+        "BF16 0",
+        "F16 0",
+        "BF16 1",
+        "F16 1",
+        "F32 1",
+        "F32 2",
+        "BF16 2",
+        "F64 2",
+        "F32 to BF16",
+        *(code(row[0]) for row in document_rows("### Metadata")),
+    }
     assert corners | {"blocks", "whole", "files", "index"} <= seen
 
 

@@ -178,6 +178,8 @@ def test_wrong_options_are_refused_and_write_nothing(tmp_path: Path, peru, pair)
         ([*keep, "--lossless"], "say how much to keep: --keep DENSITY"),
         ([*to, "--lossless", "--values", "bf16"], "contradict"),
         ([*to, "--lossless", "--values", "log2"], "contradict"),
+        ([*to, "--lossless", "--values", "sign"], "contradict"),
+        ([*keep, "--scope", "sign", "--executor", "ray"], "run on this machine"),
         ([*keep, "--scope", "layer"], "'layer'"),
         ([*keep, "--values", "fp8"], "'fp8'"),
         ([*keep, "--per-task", "("], "not a regular expression"),

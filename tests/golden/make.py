@@ -227,7 +227,42 @@ def octaves() -> Case:
     return Case(base, fine, ["--keep", "25%", "--values", "log2"], expected)
 
 
-CASES = {"tiny": tiny, "heads": heads, "grown": grown, "lossless": lossless, "octaves": octaves}
+def signs() -> Case:
+    """A third of the increases and of the decreases of each tensor, as signs with one scale a tensor; some stored apart."""
+    base: Tensors = {}
+    fine: Tensors = {}
+    expected: Tensors = {}
+    kinds = (("F32", (9, 7)), ("BF16", (6, 5)), ("F64", (4, 5)), ("F32", (2,)))
+    for seed, (dtype, shape) in enumerate(kinds, 60):
+        start, moved, name = weights(shape, seed), steps(shape, seed + 10), f"{dtype}.{seed}"
+        if dtype == "BF16":
+            a, b = to_bf16(start), to_bf16(from_bf16(to_bf16(start)) + moved)
+            a[0, :3], b[0, :3] = (0x7F7F, 0x3F80, 0x7F7F), (0xFF7F, 0x7FC1, 0x7F7E)  # overflow; a NaN; the sum fits
+        else:
+            a, b = (array.astype(np.float32 if dtype == "F32" else np.float64) for array in (start, start + moved))
+            a[..., 0], b[..., 0] = -0.0, 0.0  # no change of the value
+        base[name], fine[name] = (dtype, a), (dtype, b)
+        before, after = (from_bf16(a), from_bf16(b)) if dtype == "BF16" else (a, b)
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = after - before
+        keys = np.where(np.isfinite(difference), np.abs(difference), np.inf)
+        mask = np.zeros(shape, bool)
+        grows = (difference > 0) | np.isnan(difference)  # the only NaN is a positive one
+        for side in (grows, difference < 0):
+            count = int(side.sum()) // 3
+            mask |= side & (keys >= (np.sort(keys[side])[-count] if count else 0))
+        counted = mask & np.isfinite(difference)
+        scale = np.float64(difference[counted].astype(np.float64) ** 2).sum() / max(int(counted.sum()), 1)
+        step = np.sqrt(scale).astype(difference.dtype)
+        with np.errstate(over="ignore"):
+            total = np.where(grows, before + step, before - step)
+        bits = to_bf16(total) if dtype == "BF16" else total
+        fits = np.isfinite(difference) & np.isfinite(from_bf16(bits) if dtype == "BF16" else bits)
+        expected[name] = dtype, np.where(mask, np.where(fits, bits, b), a)
+    return Case(base, fine, ["--keep", "33.4%", "--scope", "sign", "--values", "sign"], expected)
+
+
+CASES = {"tiny": tiny, "heads": heads, "grown": grown, "lossless": lossless, "octaves": octaves, "signs": signs}
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:

@@ -54,6 +54,7 @@ VARIANTS = {
     "exact": ["--keep", "60%", "--values", "exact"],
     "tensor": ["--keep", "15%", "--scope", "tensor"],
     "lossless": ["--lossless"],
+    "signs": ["--keep", "15%", "--scope", "sign", "--values", "sign"],
     "octaves": ["--keep", "15%", "--values", "log2"],
     "several": ["--keep", "15%"],
 }

@@ -63,6 +63,12 @@ def add_ulps(base: Bits, ulps: Bits) -> Bits:
     return order(order(base) + ulps)
 
 
+def rises(base: Bits, fine: Bits) -> Bits:
+    """Where an entry has grown, in the floats' total order; (n,) and (n,) -> bool (n,)."""
+    grown: Bits = order(fine) > order(base)
+    return grown
+
+
 def round_difference(base: Bits, fine: Bits, dtype: Dtype, least: float | None = None) -> tuple[Bits, Bits]:
     """fine - base rounded to bf16.
 
@@ -90,6 +96,38 @@ def add_rounded(base: Bits, codes: Bits, dtype: Dtype) -> tuple[Bits, Bits]:
     patterns = order(codes)
     with np.errstate(over="ignore", invalid="ignore"):
         return _plus(base, patterns, dtype), np.flatnonzero(patterns == NOT_ROUNDED)
+
+
+def sign_differences(base: Bits, fine: Bits, dtype: Dtype, scale: float) -> tuple[Bits, Bits]:
+    """The signs of fine - base, to be added at one scale.
+
+    Args:
+        base, fine: bits of one dtype that differ; (n,).
+        scale: what is added or subtracted; finite.
+
+    Returns:
+        codes: 0 where the entry has grown, -1 where it has shrunk, int16. NOT_ROUNDED if base + scale would not be finite or the
+            difference is not; (n,).
+        apart: positions of those entries, ascending int64. Their exact ULP differences are stored apart."""
+    codes: Bits = np.where(rises(base, fine), np.int16(0), np.int16(-1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(_floats(fine, dtype) - _floats(base, dtype))
+    bits, _ = add_signs(base, codes, dtype, scale)
+    finite &= (bits & ((1 << (dtype.bits - 1)) - 1)) < infinity(dtype)
+    apart = np.flatnonzero(~finite)
+    codes[apart] = NOT_ROUNDED
+    return codes, apart
+
+
+def add_signs(base: Bits, codes: Bits, dtype: Dtype, scale: float) -> tuple[Bits, Bits]:
+    """base + scale, or base - scale where the code is -1: in the fine-tune's dtype, or in float32 and rounded to its 16 bits.
+
+    Returns the bits, (n,), and the positions that need the exact difference instead."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = _floats(base, dtype)
+        step = total.dtype.type(scale)
+        bits: Bits = CPU.narrow(total + np.where(codes < 0, -step, step), dtype)
+    return bits, np.flatnonzero(codes == NOT_ROUNDED)
 
 
 def _floats(bits: Bits, dtype: Dtype) -> Bits:

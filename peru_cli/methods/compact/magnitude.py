@@ -26,17 +26,19 @@ MAX_BINS = 1 << 20
 
 @dataclass(frozen=True)
 class Threshold:
-    """Keep every key above `key`, and the first `equals` of the keys equal to it, in canonical order.
+    """Keep every key above `key`, and the first `equals` of the keys equal to it, in canonical order; all of them if it is None.
 
-    `key` 0 with `equals` None keeps all changed entries."""
+    `key` 0 with `equals` None keeps all changed entries. With `sides`, entries that grew and entries that shrank have their own least
+    keys, and `key` is the smaller one."""
 
     key: int
     equals: int | None = None
+    sides: tuple[int, int] | None = None
 
     @property
     def keeps_all(self) -> bool:
         """Whether every changed entry is kept."""
-        return self.equals is None
+        return self.equals is None and not self.key
 
 
 ALL_CHANGED = Threshold(0)

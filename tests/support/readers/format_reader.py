@@ -39,6 +39,7 @@ BITS = {row[1]: int(row[2]) for row in document_rows("### Dtype codes")}
 MANTISSA = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}
 FLOAT = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 WHOLE, DELTA, COPY = 0, 1, 2
+EXACT, ROUNDED, SIGN = 0, 1, 2
 MARKER = 0x7FC0
 
 
@@ -121,6 +122,12 @@ def read_index(data: bytes) -> tuple[list[dict], list[dict], list[dict], list[di
         s = {"dtype": DTYPES[cursor.byte()], "rounded": cursor.byte(), "positions": cursor.byte(), "values": cursor.byte()}
         s["block"], s["kept"] = cursor.varint(), cursor.varint()
         assert s["kept"] == sum(t["kept"] for t in tensors if t["dtype"] == s["dtype"]) > 0
+        assert s["rounded"] in (EXACT, ROUNDED, SIGN)
+        form = "<d" if s["dtype"] == "F64" else "<f"
+        for t in tensors if s["rounded"] == SIGN else ():
+            if t["kept"] and t["dtype"] == s["dtype"]:
+                (t["scale"],) = struct.unpack(form, cursor.take(struct.calcsize(form)))
+                assert 0 <= t["scale"] < np.inf
         streams.append(s)
     blocks, origins, left = [], [0] * len(streams), [s["kept"] for s in streams]
     for _ in range(cursor.varint()):
@@ -209,6 +216,7 @@ def kept_entries(data: bytes, streams: list[dict], blocks: list[dict]) -> list[t
         positions = b["origin"] + np.cumsum(gaps) + np.arange(b["count"])
         ends[b["stream"]] = int(positions[-1]) + 1
         assert not stream["rounded"] or np.count_nonzero(values == MARKER) == b["apart"]
+        assert stream["rounded"] != SIGN or set(values.tolist()) <= {0, -1, MARKER}
         apart = np.frombuffer(raw[cut:], f"<i{width // 8}")
         for part, array in zip(found[b["stream"]], (positions, values, apart), strict=True):
             part.append(array)
@@ -216,14 +224,15 @@ def kept_entries(data: bytes, streams: list[dict], blocks: list[dict]) -> list[t
     return [tuple(np.concatenate(part) for part in stream) for stream in found]
 
 
-def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: str, rounded: bool) -> None:
+def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: str, rounded: int, scale: float) -> None:
     """Replace the base's entries at positions with the fine-tune's."""
     b = bits[positions]
     exact = values
     with np.errstate(all="ignore"):
         if rounded:
             wide = "F64" if dtype == "F64" else "F32"
-            total = floats(b, dtype).astype(FLOAT[wide]) + floats(order(values), "BF16").astype(FLOAT[wide])
+            r = floats(order(values), "BF16") if rounded == ROUNDED else np.where(values == -1, -1.0, 1.0) * scale
+            total = floats(b, dtype).astype(FLOAT[wide]) + r.astype(FLOAT[wide])
             bits[positions] = cast(total.view(f"<i{total.itemsize}"), wide, dtype)
             marked = values == MARKER
             positions, b, exact = positions[marked], b[marked], apart
@@ -265,7 +274,7 @@ def read_artifact(artifact: bytes, base: dict[str, tuple[str, tuple[int, ...], b
                 i, j = np.searchsorted(positions, (begin, begin + len(bits)))
                 assert j - i == t["kept"]
                 a, b = (int(np.count_nonzero(values[:k] == MARKER)) for k in (i, j))
-                put_in(bits, positions[i:j] - begin, values[i:j], apart[a:b], dtype, bool(streams[numbers[dtype]]["rounded"]))
+                put_in(bits, positions[i:j] - begin, values[i:j], apart[a:b], dtype, streams[numbers[dtype]]["rounded"], t.get("scale", 0))
             data = bits.tobytes()
         if t["mode"] == WHOLE or t["rows"]:
             shape = (t["shape"][0] - t["rows"], *t["shape"][1:]) if t["rows"] else t["shape"]
