@@ -7,7 +7,7 @@ CACHE is what benchmarks/papers/finetunes.py made. Each method is merged by the 
 on development examples, from the default up and down by factors of 1.4 as long as it gains: a merge is base + scale x vector, so one merge
 serves all scales, unless a pass follows it (--then): then each scale is merged. Of the demo's images every other one is for development.
 Normalised is the mean over tasks of accuracy / the fine-tune's, in %, with its 95% bootstrap interval; "behind the best" compares with the
-best row on the same examples, in pairs.
+best merge on the same examples, in pairs. Two packs, which are told the task, stand among the merges.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ VARIANTS: dict[str, list[list[str]]] = {  # besides the defaults
     "tsv-m": [["--plain", "embed"], ["--then", "svc"], ["--then", "lines"]],
     "iso-c": [["--plain", "embed"], ["--then", "lines"]],
 }
+PACKS = (["--method", "emr"], ["--method", "tall-masks"])  # one file that knows the task: what merging could keep at most
 Right = dict[str, Array]  # of each task, which examples were right
 
 
@@ -121,6 +122,24 @@ def merged(family: Family, words: Sequence[str]) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
+def packed(family: Family, words: Sequence[str]) -> dict[str, Tensors]:
+    """What a pack gives back for each task, in float32, under the base's names."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="peru-merges-") as folder:
+        pack, base = f"{folder}/pack.safetensors", ["--base", str(family.base), "--no-sync", "--quiet"]
+        tasks = [f"{task}={path}" for task, path in family.tasks.items()]
+        commands = [["shuffle-pack", *tasks, "-o", pack, *words, "--per-task", ".*classifier.*", *base]]
+        commands += [["unpack", pack, "--task", task, "-o", f"{folder}/{task}", *base] for task in family.tasks]
+        for command in commands:
+            if code := cli.run(command):
+                raise SystemExit(f"peru {' '.join(command)}: exit {code}")
+        for task in family.tasks:
+            tensors = load_file(f"{folder}/{task}/model.safetensors")
+            prefix = min((name.removesuffix(b) for b in family.base_tensors for name in tensors if name.endswith(b)), key=len)
+            found[task] = {b: tensors[prefix + b].float() for b in family.base_tensors if prefix + b in tensors}
+    return found
+
+
 def score(right: Right, fine: Right) -> float:
     """Normalised accuracy."""
     return float(np.mean([right[task].mean() / fine[task].mean() for task in fine]))
@@ -176,6 +195,9 @@ def measure(family: Family, names: Sequence[str] | None, kept: dict[str, Any], s
     if "fine-tunes" not in kept:
         note("fine-tunes", fine)
         note("base", family.right("test", family.base_tensors))
+    for words in PACKS if not names else ():
+        if (label := " ".join(["shuffle-pack", *words])) not in kept:
+            note(label, {task: family.right("test", tensors)[task] for task, tensors in packed(family, words).items()})
     for name, words in methods(names, len(family.tasks)):
         label = " ".join([name, *words])
         if label in kept:
@@ -185,7 +207,8 @@ def measure(family: Family, names: Sequence[str] | None, kept: dict[str, Any], s
         default = float(scale.default) if scale is not None and scale.default is not None else 1.0
         result = merged(family, ["--method", name, *words])
         seconds = time.monotonic() - start
-        note(label, family.right("test", result), seconds=seconds, scale=default if scale is not None else None)
+        typed = float(words[words.index("--scale") + 1]) if "--scale" in words else default
+        note(label, family.right("test", result), seconds=seconds, scale=typed if scale is not None else None)
         if scale is not None and tuned:
             if "--scale" in words:
                 continue  # a scale of its own is what the row is for
@@ -206,7 +229,7 @@ def table(kept: Mapping[str, Any]) -> list[str]:
 
     fine = flags("fine-tunes")
     labels = sorted((label for label in kept if label != "fine-tunes"), key=lambda label: -score(flags(label), fine))
-    best = flags(labels[0])
+    best = flags(next(label for label in labels if not label.startswith("shuffle-pack")))
     tasks = sorted(fine)
     rows = [
         f"| method | scale | {' | '.join(tasks)} | normalised | behind the best |",

@@ -260,7 +260,8 @@ _ALL = (
     Method(
         "tsv-m", "each task's top singular directions, orthogonalised against the others'", "https://arxiv.org/abs/2412.00081",
         "spectral.tsv_m:TsvM", {"weight": _WEIGHT, "scale": _SCALE, "plain": _PLAIN}, tasks=(2, None),
-        take="without data: it kept 96% of eight fine-tunes' accuracy at its defaults, and 97% with --search scale=0.6:2:0.2",
+        take="without data: it kept 96% of eight text models' accuracy and 89% of four small image models', within 1% of the best; "
+        "97% of the texts' with --search scale=0.6:2:0.2",
     ),
     Method(
         "iso-c", "the sum of the task vectors with equal singular values", "https://arxiv.org/abs/2502.04959", "spectral.iso:IsoC",

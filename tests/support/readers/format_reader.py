@@ -224,7 +224,7 @@ def kept_entries(data: bytes, streams: list[dict], blocks: list[dict]) -> list[t
     return [tuple(np.concatenate(part) for part in stream) for stream in found]
 
 
-def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: str, rounded: int, scale: float) -> None:
+def put_in(bits: Array, positions: Array, values: Array, apart: Array, dtype: str, rounded: int, scale: float = 0.0) -> None:
     """Replace the base's entries at positions with the fine-tune's."""
     b = bits[positions]
     exact = values
@@ -274,7 +274,8 @@ def read_artifact(artifact: bytes, base: dict[str, tuple[str, tuple[int, ...], b
                 i, j = np.searchsorted(positions, (begin, begin + len(bits)))
                 assert j - i == t["kept"]
                 a, b = (int(np.count_nonzero(values[:k] == MARKER)) for k in (i, j))
-                put_in(bits, positions[i:j] - begin, values[i:j], apart[a:b], dtype, streams[numbers[dtype]]["rounded"], t.get("scale", 0))
+                kind = streams[numbers[dtype]]["rounded"]
+                put_in(bits, positions[i:j] - begin, values[i:j], apart[a:b], dtype, kind, t.get("scale", 0.0))
             data = bits.tobytes()
         if t["mode"] == WHOLE or t["rows"]:
             shape = (t["shape"][0] - t["rows"], *t["shape"][1:]) if t["rows"] else t["shape"]
