@@ -162,7 +162,7 @@ def _scales(
         scale = math.sqrt(total / count) if count else 0.0
         pair = family.pairs[task].get(family.slots[slot].name)
         if pair is not None and pair.fine.dtype.name != "F64":
-            scale = float(np.float32(min(scale, np.finfo(np.float32).max)))
+            scale = float(np.float32(min(scale, float(np.finfo(np.float32).max))))
         if not math.isfinite(scale):
             name = pair.fine.name if pair is not None else ""
             raise BadFile(f"{vector.fine.label}: the changes of {name!r} are too large for one scale", "leave --values sign out")
