@@ -52,7 +52,6 @@ def noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 VARIANTS = {
     "global": ["--keep", "15%"],
     "exact": ["--keep", "60%", "--values", "exact"],
-    "tensor": ["--keep", "15%", "--scope", "tensor"],
     "lossless": ["--lossless"],
     "signs": ["--keep", "15%", "--scope", "sign", "--values", "sign"],
     "octaves": ["--keep", "15%", "--values", "log2"],
