@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import peru_cli
 from peru_cli.artifacts.index import SIGN, Block, Index, Mode, Stream, TensorRecord, decode_index, encode_index
+from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.errors import BadFile
@@ -168,3 +169,12 @@ def test_an_index_with_an_impossible_scale_is_refused(scale: float) -> None:
     stream = Stream(BY_NAME["F32"], SIGN, kept=2, scales=[scale])
     with pytest.raises(BadFile, match="scale of its signs"):
         decode_index(encode_index(Index(tensors, [stream], [Block(0, 0, 2, False, 4, 4, 0, bytes(16))], [])))
+
+
+def test_every_altered_byte_is_detected(tmp_path: Path) -> None:
+    data = (Path(__file__).resolve().parents[1] / "golden" / "signs" / "artifact.safetensors").read_bytes()
+    path = tmp_path / "a.safetensors"
+    for at, byte in enumerate(data):
+        path.write_bytes(data[:at] + bytes([byte ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(BadFile), SparseDelta(path) as delta:
+            delta.verify()
