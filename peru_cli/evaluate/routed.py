@@ -8,21 +8,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from peru_cli.artifacts.packs.routed import Routed
-from peru_cli.artifacts.packs.superposed import TaskRecord
-from peru_cli.checkpoints.places import Place, size_of
+from peru_cli.artifacts.packs.routed import Routed, open_routed
+from peru_cli.checkpoints.places import Place
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.evaluate.run import Score, threads_for
 from peru_cli.finetunes.fine_tune import check_base
 from peru_cli.finetunes.pack_task import base_of_pack
 from peru_cli.inference import metrics
 from peru_cli.inference.data import Array, Examples, class_doubts
-from peru_cli.inference.eval_model import Base, EvalModel, Tensors
+from peru_cli.inference.eval_model import Base
 from peru_cli.inference.inputs import BATCH_SIZES
 from peru_cli.inference.models import CLASSES, IMAGE, TEXT, problem_of
 from peru_cli.inference.prepare import Loaded, Prepared, Settings, prepare
+from peru_cli.inference.routed import subject_of
 from peru_cli.live.applied import as_saved, verify_base
-from peru_cli.live.memory import empty_tensor, raw_bytes
 from peru_cli.live.routed import AppliedRouted, install
 from peru_cli.shown import listed
 
@@ -45,7 +44,7 @@ def evaluate_routed(
 
     Raises UsageError for data of no task, BadFile for damage, Mismatch for another base or models that are no classifiers, before
     the first forward pass for everything that headers and side files show."""
-    with Base(base) as opened, Routed(place) as routed:
+    with Base(base) as opened, open_routed(place) as routed:
         if strangers := [task for task in examples if task not in routed.tasks]:
             hint = f"write --data TASK=FILE; the tasks are {listed(routed.tasks)}"
             raise UsageError(f"--data {strangers[0]}: {label} has no such task" if strangers[0] else "--data names no task", hint)
@@ -54,7 +53,7 @@ def evaluate_routed(
         of_base = {name: file.read_bytes() for name, file in opened.checkpoint.side_files.items()}
         prepared = {}
         for task, found in examples.items():
-            ready = prepare(_subject(routed, routed.tasks[task], opened, label), found, [of_base], settings.context)
+            ready = prepare(subject_of(routed, routed.tasks[task], opened, label), found, [of_base], settings.context)
             if ready.kind not in (TEXT, IMAGE) or problem_of(ready.config) != CLASSES:
                 raise Mismatch(f"{label}: the task {task} is no classifier of one class", "`peru eval` measures the routing of classifiers")
             prepared[task] = ready
@@ -65,23 +64,6 @@ def evaluate_routed(
             with threads_for(ready.subject.parameters, settings.threads):
                 scores.append(_score(routed, task, ready, examples[task], settings, batch_size, advance))
         return scores
-
-
-def _subject(routed: Routed, task: TaskRecord, base: Base, label: str) -> EvalModel:
-    """A task's model without experts: the base's tensors under the fine-tune's names, and the task's own."""
-    names = {task.fine_name(tensor.info.name): tensor.info for tensor in routed.index.tensors}
-    shapes = {name: info.shape for name, info in names.items()} | {own.info.name: own.info.shape for own in task.tensors}
-
-    def read() -> Tensors:
-        found = {name: base.table[info.name] for name, info in names.items()}
-        for own in task.tensors:
-            routed.verify_whole(task, own)
-            found[own.info.name] = empty_tensor(label, own.info)
-            routed.read_whole(task, own, 0, raw_bytes(found[own.info.name]).data)
-        return found
-
-    files, where, nbytes = routed.files_of(task, base.checkpoint.side_files), str(routed.path), size_of(routed.path)
-    return EvalModel(label, shapes, files, nbytes, read, where, nbytes, where)
 
 
 def _score(

@@ -17,6 +17,7 @@ from peru_cli.checkpoints.lora.adapter import is_adapter
 from peru_cli.checkpoints.lora.expand import LoraCheckpoint
 from peru_cli.checkpoints.places import Place, locate, size_of
 from peru_cli.checkpoints.resolve import open_model
+from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest, fine_name
 from peru_cli.finetunes.fine_tune import FromArtifact
@@ -60,8 +61,8 @@ def in_memory(label: str, state: Tensors, files: dict[str, bytes], nbytes: int) 
 class Base:
     """A base whose tensors are read once, on first use, and its opened packs. Also a context manager."""
 
-    def __init__(self, model: str) -> None:
-        self.checkpoint = open_model(model)
+    def __init__(self, model: str | Checkpoint) -> None:
+        self.checkpoint = open_model(model) if isinstance(model, str) else model
         self._opened: dict[str, FromArtifact] = {}
         self._verified: set[str] = set()
 

@@ -153,7 +153,7 @@ def memory(tensor: Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | None:
+def as_loaded(name: str | None, present: Mapping[str, TensorInfo]) -> str | None:
     """A tensor's name in memory: checkpoints like bert-base-uncased say `gamma` and `beta` where models say `weight` and `bias`."""
     if name is not None and name not in present:
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
@@ -173,7 +173,7 @@ def match(table: Mapping[str, Tensor], origins: Mapping[str, Origin], artifact: 
     names, problems = {}, []
     for fine, origin in origins.items():
         info, base = origin.info, origin.base
-        name = _as_loaded(prefix.base_name(fine), present)
+        name = as_loaded(prefix.base_name(fine), present)
         found = present.get(name) if name is not None else None
         if base is None and (found is None or (found.shape, found.dtype) != (info.shape, info.dtype)):
             if is_module:

@@ -19,7 +19,7 @@ import torch
 from peru_cli.artifacts.container import artifact_kind, find_artifact
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.packs.routed import KIND as ROUTED
-from peru_cli.artifacts.packs.routed import Routed
+from peru_cli.artifacts.packs.routed import Routed, open_routed
 from peru_cli.checkpoints.places import locate
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.decode import kept_bits
@@ -48,7 +48,7 @@ def open_artifact(path: str | Path | bytes | memoryview) -> Artifact:
     if isinstance(path, bytes | memoryview):
         return open_bytes(path)
     place = find_artifact(locate(str(path)))
-    return Routed(place) if artifact_kind(place) == ROUTED else open_compact(place)
+    return open_routed(place) if artifact_kind(place) == ROUTED else open_compact(place)
 
 
 def apply(model: nn.Module | MutableMapping[str, Tensor], artifact: Artifact, *, task: str | None = None, verify: bool = True) -> Applied:

@@ -6,13 +6,13 @@
     applied.routing.task(0), applied.routing.shares  # which task answered, and how sure the router was
     applied.restore()
 
-No weight is changed: the layers get forward hooks, which `restore` removes."""
+What a method does to the layers is in its own module (smile.py, wemoe.py). Layers get forward hooks, which `restore` removes."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from peru_cli.artifacts.packs.routed import Routed, RoutedLayer
+from peru_cli.artifacts.packs.routed import LinearLayer, Routed
 from peru_cli.checkpoints.pairing import find_prefix
 from peru_cli.errors import Mismatch, UsageError
 from peru_cli.finetunes.fine_tune import Origin
 from peru_cli.finetunes.pack_task import base_of_pack
-from peru_cli.live.applied import Applied, base_tensors, match, verify_base
+from peru_cli.live.applied import Applied, as_loaded, base_tensors, match, verify_base
 from peru_cli.live.memory import TensorTable, infos
 from peru_cli.live.owners import Claim
-from peru_cli.methods.compact.smile import Expert, correction, probabilities, stack_gates
+from peru_cli.methods.compact.routed import of_method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,70 +55,47 @@ class Routing:
         return self.tasks[int(self.chosen[number])]
 
 
-class _Layer:
-    """The experts of one linear layer, on the layer's device and in its dtype."""
-
-    def __init__(self, routed: Routed, number: int) -> None:
-        self.record = routed.layers[number]
-        self._top = routed.top
-        kind = getattr(torch, routed.dtype.torch_name or "")
-        self.experts = [_expert(self.record, task, routed.read_expert(number, task), kind) for task in range(len(self.record.experts))]
-        self.gates = stack_gates(self.experts, routed.gate)
-
-    def probabilities(self, flat: Tensor) -> Tensor:
-        """What each input's router says; (n, in) -> (n, tasks)."""
-        if (self.gates.device, self.gates.dtype) != (flat.device, flat.dtype):
-            self.gates = self.gates.to(flat)
-        return probabilities(flat, self.gates)
-
-    def correction(self, flat: Tensor, shares: Tensor) -> Tensor:
-        """What the chosen experts add; (n, in) -> (n, out)."""
-        one = self.experts[0].right
-        if (one.device, one.dtype) != (flat.device, flat.dtype):
-            self.experts = [
-                Expert(e.left.to(flat), e.right.to(flat), e.bias.to(flat) if e.bias is not None else None) for e in self.experts
-            ]
-        return correction(flat, self.experts, shares, self._top, self.record.outputs)
-
-
-def _expert(layer: RoutedLayer, task: int, data: bytearray, kind: torch.dtype) -> Expert:
-    """An expert from its block."""
-    numbers = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
-    rank = layer.experts[task].rank
-    first, second = rank * layer.inputs, rank * (layer.inputs + layer.outputs)
-    right, left, bias = numbers[:first], numbers[first:second], numbers[second:]
-    return Expert(left.view(rank, layer.outputs).T, right.view(rank, layer.inputs), bias if len(bias) else None)
-
-
 class AppliedRouted(Applied):
     """Routed experts in a model. `routing` says how the last forward pass was routed. `restore` takes them out.
 
     `head` makes all inputs use one task's own tensors, whatever the router says; None lets the router choose."""
 
-    def __init__(self, claim: Claim | None, model: nn.Module, routed: Routed, experts: bool = True) -> None:
+    def __init__(self, claim: Claim | None, model: nn.Module, routed: Routed) -> None:
         super().__init__(claim, model)
-        self.artifact, self.tasks, self._adds = routed, tuple(routed.tasks), experts
+        self.artifact, self.tasks = routed, tuple(routed.tasks)
         self.routing: Routing | None = None
         self.head: str | None = None
         self._hooks: list[Any] = []
         self._shares: Tensor | None = None  # sum over layers so far, (inputs, tasks)
         self._layers = 0
-        self._inputs: int | None = None  # of the forward pass that runs
+        self.inputs: int | None = None  # how many the forward pass that runs has
         self._mask: Tensor | None = None
         self._names = _argument_names(model)
+        self._after: list[Callable[[], None]] = []
+        self.installed: Any = None  # what the method put in
         self._has_heads = False
 
     # -- installing --------------------------------------------------------------------------------------
 
-    def add_layers(self, places: Sequence[Sequence[nn.Module]]) -> None:
-        """Hook the modules of each layer, in the artifact's order, and the model itself. BadFile if an expert was altered."""
-        layers = [_Layer(self.artifact, number) for number in range(len(places))]
-        model = self._model() if self._model is not None else None
-        assert model is not None
+    def begin(self, model: nn.Module) -> None:
+        """Watch the model's forward passes from now on. Before any layer is hooked."""
         self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for layer, modules in zip(layers, places, strict=True):
-            self._hooks += [module.register_forward_hook(partial(self._route, layer), with_kwargs=True) for module in modules]
+
+    def end(self, model: nn.Module) -> None:
+        """Take stock after each forward pass. After all layers are hooked."""
         self._hooks.append(model.register_forward_hook(self._end, always_call=True))
+
+    def hook(self, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let a layer's output be `change(input, output)`."""
+
+        def changed(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            return change(arguments[0] if arguments else next(iter(named.values())), output)
+
+        self._hooks.append(module.register_forward_hook(changed, with_kwargs=True))
+
+    def after(self, call: Callable[[], None]) -> None:
+        """Call this at the end of every forward pass."""
+        self._after.append(call)
 
     def add_heads(self, heads: Mapping[nn.Module, Mapping[int, Mapping[str, Tensor]]]) -> None:
         """Let modules use the tensors of the task that an input chose: by module and the task's number, tensors by attribute."""
@@ -134,33 +111,31 @@ class AppliedRouted(Applied):
             raise UsageError("a model whose tasks have heads of their own computes no loss while it is routed", "pass no labels")
         first = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
         mask = given.get("attention_mask")
-        self._inputs = len(first) if first is not None and first.dim() else None
+        self.inputs = len(first) if first is not None and first.dim() else None
         self._mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         self._shares, self._layers, self.routing = None, 0, None
 
     def _end(self, model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         self.routing = Routing(self.tasks, self._means()) if self._shares is not None else None
-        self._shares, self._layers, self._inputs, self._mask = None, 0, None, None
+        self._shares, self._layers, self.inputs, self._mask = None, 0, None, None
+        for call in self._after:
+            call()
 
-    def _route(self, layer: _Layer, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-        inputs: Tensor = arguments[0] if arguments else next(iter(named.values()))
-        flat = inputs.reshape(-1, inputs.shape[-1]).to(output.dtype)
-        shares = layer.probabilities(flat)
-        self._count(shares.detach().view(*inputs.shape[:-1], -1))
-        return output + layer.correction(flat, shares).view(output.shape) if self._adds else output
-
-    def _count(self, shares: Tensor) -> None:
+    def count(self, shares: Tensor) -> None:
         """Add one layer's shares, averaged over the tokens of each input without padding; (inputs, ..., tasks)."""
-        if shares.dim() < 2 or (self._inputs is not None and len(shares) != self._inputs):
+        if shares.dim() < 2 or (self.inputs is not None and len(shares) != self.inputs):
             return  # a layer that sees something else than one row an input: routed, but not counted
-        tokens = shares.reshape(len(shares), -1, shares.shape[-1])
-        if self._mask is not None and self._mask.shape == tokens.shape[:2]:
-            weights = self._mask.to(tokens)[..., None]
-            means = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
-        else:
-            means = tokens.mean(1)
+        means = self.over_tokens(shares)
         self._shares = means if self._shares is None else self._shares + means.to(self._shares)
         self._layers += 1
+
+    def over_tokens(self, values: Tensor) -> Tensor:
+        """The mean over the tokens of each input that are no padding; (inputs, ..., n) -> (inputs, n)."""
+        tokens = values.reshape(len(values), -1, values.shape[-1])
+        if self._mask is not None and self._mask.shape == tokens.shape[:2]:
+            weights = self._mask.to(tokens)[..., None]
+            return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return tokens.mean(1)
 
     def _means(self) -> Tensor:
         assert self._shares is not None
@@ -222,8 +197,7 @@ def _argument_names(model: nn.Module) -> list[str]:
 
 def apply_routed(model: nn.Module, table: MutableMapping[str, Tensor], routed: Routed, claim: Claim | None, verify: bool) -> AppliedRouted:
     """Install routed experts in the base in memory; see `peru_cli.apply`."""
-    held = {info.name for layer in routed.layers for info in (layer.weight, layer.bias) if info is not None}
-    origins = {o.info.name: Origin(o.info, o.base, o.digest, o.info.name in held) for o in base_of_pack(routed)}
+    origins = {o.info.name: Origin(o.info, o.base, o.digest, o.info.name in routed.held) for o in base_of_pack(routed)}
     names = match(table, origins, routed, True)
     if verify:
         base = TensorTable("the model", {})
@@ -233,24 +207,42 @@ def apply_routed(model: nn.Module, table: MutableMapping[str, Tensor], routed: R
 
 
 def install(
-    model: nn.Module, table: Mapping[str, Tensor], routed: Routed, claim: Claim | None = None, names: Mapping[str, str] | None = None,
-    experts: bool = True,
+    model: nn.Module, table: MutableMapping[str, Tensor], routed: Routed, claim: Claim | None = None,
+    names: Mapping[str, str] | None = None, experts: bool = True,
 ) -> AppliedRouted:  # fmt: skip
     """Install routed experts without a look at the base's values: any dtype will do.
 
     Args:
         names: the model's names of the base's tensors; found by shape if they are not given.
-        experts: False only counts what the routers say, on the base's own activations; tasks' own tensors are left out, too.
+        experts: False only counts what the routers say; tasks' own tensors are left out. Where routers need no experts, the base's own
+            activations are what they see.
 
     Raises Mismatch if a layer is not there, or is a module that does not multiply by its weight."""
     names = _find(table, routed) if names is None else names
+    applied = AppliedRouted(claim, model, routed)
+    try:
+        applied.begin(model)
+        applied.installed = of_method(routed.method, "live").add(applied, model, table, names, experts)
+        applied.end(model)
+        if experts:
+            applied.add_heads(_heads(model, routed))
+    except BaseException:
+        applied.restore()
+        raise
+    return applied
+
+
+def find_modules(
+    model: nn.Module, table: Mapping[str, Tensor], names: Mapping[str, str], layers: Sequence[LinearLayer], routed: Routed
+) -> list[list[nn.Module]]:
+    """The modules that multiply by each layer's weight. Mismatch if there are none, or they do something else with it."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor):
             owners.setdefault(id(weight), []).append(module)
     places, problems = [], []
-    for layer in routed.layers:
+    for layer in layers:
         modules = owners.get(id(table.get(names[layer.weight.name])), [])
         wrong = [module for module in modules if _orientation(module) != layer.transposed]
         if wrong or not modules:
@@ -262,15 +254,7 @@ def install(
             f"{routed.path} routes linear layers, and some are not in this model: {'; '.join(problems[:_SHOWN])}",
             "make it with --exclude REGEX for these layers",
         )
-    applied = AppliedRouted(claim, model, routed, experts)
-    try:
-        applied.add_layers(places)
-        if experts:
-            applied.add_heads(_heads(model, routed))
-    except BaseException:
-        applied.restore()
-        raise
-    return applied
+    return places
 
 
 def _find(table: Mapping[str, Tensor], routed: Routed) -> dict[str, str]:
@@ -278,11 +262,11 @@ def _find(table: Mapping[str, Tensor], routed: Routed) -> dict[str, str]:
     wanted, present = {tensor.info.name: tensor.info for tensor in routed.index.tensors}, infos(table)
     prefix = find_prefix(wanted, present)
     found = {}
-    for layer in routed.layers:
-        name = prefix.base_name(layer.weight.name)
-        if name is None or name not in present or present[name].shape != layer.weight.shape:
-            raise Mismatch(f"{routed.path} does not fit this model: it has no {layer.weight.name} of {list(layer.weight.shape)}")
-        found[layer.weight.name] = name
+    for own in sorted(routed.held):
+        name = as_loaded(prefix.base_name(own), present)
+        if name is None or name not in present or present[name].shape != wanted[own].shape:
+            raise Mismatch(f"{routed.path} does not fit this model: it has no {own} of {list(wanted[own].shape)}")
+        found[own] = name
     return found
 
 

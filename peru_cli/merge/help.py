@@ -7,12 +7,12 @@ from copy import copy
 from typing import Any
 
 from peru_cli.errors import UsageError
+from peru_cli.methods.compact.routed import ROUTED  # methods of `peru shuffle-pack` that people look for here
 from peru_cli.methods.table import FLAGS, METHODS, Method, find_method, shown
 from peru_cli.options import Command
 
 _TYPED = "peru.typed"
 _ALWAYS, _OF_DATA = ("help", "models", "base", "output"), ("data", "stats")
-ROUTED = ("smile",)  # methods of `peru shuffle-pack` that people look for here
 _COMMON = 10  # an option is shown without a method if this many methods have it
 
 

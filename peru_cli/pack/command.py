@@ -13,6 +13,7 @@ from peru_cli import options
 from peru_cli.console import console, count, plural, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.methods.compact.masks.table import MASKS
+from peru_cli.methods.compact.routed import ROUTED
 from peru_cli.pack.masks import command as packmasks
 from peru_cli.pack.routed import command as packrouted
 from peru_cli.pack.show import say_size
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     panels={
         "Inputs": "base add_to remove_from rename per_task",
         "Method": "method seed decorrelate signs skip scale precision target exclude whole_weights residual max_error threshold keep "
-        "rank gate_rank top_k",
+        "rank gate_rank top_k data max_samples steps learning_rate batch_size router_layers bits",
         "Output": "output merge_base dtype base_id",
     },
 )
@@ -38,7 +39,9 @@ def shuffle_pack(
     ],
     base: options.Base,
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The pack, a .safetensors file.")],
-    method: Annotated[str, typer.Option("--method", "-m", metavar="METHOD", help=f"superpose, {', '.join(MASKS)} or smile.")] = "superpose",
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="METHOD", help=f"superpose, {', '.join((*MASKS, *ROUTED))}.")
+    ] = "superpose",
     threshold: Annotated[
         Optional[list[str]],
         typer.Option("--threshold", metavar="[TASK=]L", help="tall-masks: threshold of a task. Default: the best of .2, .3, .4, .5, .6."),
@@ -54,8 +57,31 @@ def shuffle_pack(
     top_k: Annotated[
         Optional[int], typer.Option("--top-k", min=1, metavar="N", help="smile: how many tasks' experts answer together. Default: 1.")
     ] = None,
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option("--data", "-d", metavar="TASK=FILE", help="wemoe: inputs of each task to train routers on. Labels are not used."),
+    ] = None,
+    max_samples: Annotated[
+        Optional[int], typer.Option("--max-samples", min=1, metavar="N", help="wemoe: use the first N inputs of each task.")
+    ] = None,
+    steps: Annotated[
+        Optional[int],
+        typer.Option("--steps", min=0, metavar="N", help="wemoe: training steps, each with a batch of every task. Default: 200."),
+    ] = None,
+    learning_rate: Annotated[
+        Optional[float], typer.Option("--learning-rate", metavar="R", help="wemoe: step size of Adam. Default: 0.001.")
+    ] = None,
+    batch_size: Annotated[
+        Optional[int], typer.Option("--batch-size", min=1, metavar="N", help="wemoe: inputs of each task a step. Default: 16.")
+    ] = None,
+    router_layers: Annotated[
+        Optional[int], typer.Option("--router-layers", min=1, max=2, metavar="1|2", help="wemoe: layers of a router. Default: 2.")
+    ] = None,
+    bits: Annotated[
+        Optional[float], typer.Option("--bits", metavar="B", help="wemoe: bits a parameter for what differs from the base. Default: 0.3.")
+    ] = None,
     seed: Annotated[
-        Optional[int], typer.Option("--seed", min=0, metavar="N", help="Seed of the permutations and signs. Default: 0.")
+        Optional[int], typer.Option("--seed", min=0, metavar="N", help="Seed of the permutations and signs, or of routers. Default: 0.")
     ] = None,
     decorrelate: Annotated[
         Optional[str],
@@ -71,7 +97,12 @@ def shuffle_pack(
     ] = None,
     scale: Annotated[
         Optional[str],
-        typer.Option("--scale", "-s", metavar="S|auto", help="Factor of each retrieved task vector; auto: least squares. Default: 1."),
+        typer.Option(
+            "--scale",
+            "-s",
+            metavar="S|auto",
+            help="Factor of each retrieved task vector; auto: least squares. Default: 1. wemoe: of the sum; 0.3.",
+        ),
     ] = None,
     precision: Annotated[
         Optional[int],
@@ -84,7 +115,8 @@ def shuffle_pack(
         ),
     ] = None,
     target: Annotated[
-        Optional[str], typer.Option("--target", metavar="REGEX", help="Superpose tensors whose names match. Default: layers that repeat.")
+        Optional[str],
+        typer.Option("--target", metavar="REGEX", help="Superpose, or route, tensors whose names match. Default: layers that repeat."),
     ] = None,
     exclude: Annotated[
         Optional[str], typer.Option("--exclude", metavar="REGEX", help="Do not superpose, or route, tensors whose names match.")
@@ -137,6 +169,8 @@ def shuffle_pack(
 
     peru shuffle-pack a=MODEL b=MODEL --base BASE -o smile.safetensors --method smile --rank 16 --gate-rank 4
 
+    peru shuffle-pack a=MODEL b=MODEL --base BASE -o wemoe.safetensors --method wemoe --data a=a.jsonl --data b=b.jsonl
+
     The default is STA + Shuffle. TA + Shuffle: --no-signs; STA: --decorrelate none; task arithmetic: both.
     """
     given = {
@@ -151,8 +185,11 @@ def shuffle_pack(
     floats = options.parse_dtype(dtype) if dtype is not None else None
     foreign: dict[str, object] = {name: value for name, value in apart.items() if name not in ("--target", "--exclude")}
     foreign |= {"--scale": scale, "--precision": precision, "--max-error": max_error, "--threshold": threshold, "--keep": keep}
-    ranks = {"--rank": rank, "--gate-rank": gate_rank, "--top-k": top_k}
-    routed = packrouted.read_options(method, ranks, foreign, change, matching, per_task, floats)
+    of_routed = {
+        "--rank": rank, "--gate-rank": gate_rank, "--top-k": top_k, "--data": data, "--max-samples": max_samples, "--steps": steps,
+        "--learning-rate": learning_rate, "--batch-size": batch_size, "--router-layers": router_layers, "--bits": bits,
+    }  # fmt: skip
+    routed = packrouted.read_options(method, of_routed, foreign, change, matching, per_task, floats)
     masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change) if routed is None else None
     if add_to is not None and remove_from is not None:
         raise UsageError("--add-to and --remove-from exclude each other", "run one after the other")
@@ -160,7 +197,7 @@ def shuffle_pack(
         raise UsageError(f"{', '.join(fixed)}: fixed when {change} was made", "leave it out, or make a new pack")
     if remove_from is not None and max_error is not None:
         raise UsageError("--max-error has no meaning with --remove-from", "leave it out")
-    factor = 1.0 if scale is None else _scale(scale)
+    factor = 1.0 if scale is None or routed is not None else _scale(scale)
     if factor is None and masks is not None:
         raise UsageError("--scale auto works with --method superpose only", "masks print the least-squares scale: pass it as --scale S")
     if seed is not None and seed >= 10**19:
@@ -213,7 +250,7 @@ def shuffle_pack(
         for line in said:
             console.note(line)
         if (wrote := packrouted.write(routed, opened_base, tasks, opened, out, base_id, run)) is not None:
-            packrouted.report(wrote, publish(place, [out], "shuffle-pack"))
+            packrouted.report(routed, wrote, publish(place, [out], "shuffle-pack"))
         return
     if masks is not None:
         plan = plan_masks(opened_base, tasks, chosen, masks)

@@ -14,7 +14,7 @@ from peru_cli.artifacts.mixed.writer import KIND as MIXED
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.packs.routed import KIND as ROUTED
-from peru_cli.artifacts.packs.routed import Routed
+from peru_cli.artifacts.packs.routed import Routed, open_routed
 from peru_cli.checkpoints.base_name import MERGED, BaseName, hub_repo, recorded
 from peru_cli.checkpoints.names.renamed import RENAME, decode_rules
 from peru_cli.console import count, si_bytes
@@ -98,7 +98,7 @@ def _artifacts_card(found: Contents, repo: str) -> list[str]:
         try:
             metadata[file] = container.metadata
             if container.metadata["peru.kind"] == ROUTED:
-                with Routed(path) as routed:
+                with open_routed(path) as routed:
                     rows.append(_routed_row(file, routed))
             elif container.metadata["peru.kind"] in KINDS:
                 with open_pack(path) as pack:
@@ -199,7 +199,7 @@ def _routed_row(file: str, routed: Routed) -> str:
     container = routed.container
     return (
         f"| `{markdown(file)}` | {markdown(', '.join(routed.tasks))} | {container.file_bytes:,}"
-        f" | experts of rank {routed.rank} for {count(len(routed.layers))} layers, among which inputs choose |"
+        f" | {routed.card()} |"
         f" | | {container.sizes['whole']:,} bytes |"
     )
 

@@ -107,20 +107,22 @@ def _make(
     from peru_cli.finetunes.adapter import as_unpacked
     from peru_cli.finetunes.open import open_fine_tune
     from peru_cli.pack.routed.command import say
-    from peru_cli.pack.routed.run import RoutedOptions, make_routed, plan_routed
+    from peru_cli.pack.routed.plan import Given
+    from peru_cli.pack.routed.smile import Chosen
     from peru_cli.vectors.settings import streaming
 
     arguments = [(a.task or default_task(a.model), a.model) for a in split_arguments(models)]
     opened_base = open_model(base)
     together, said = bring_together([as_unpacked(open_fine_tune(model, opened_base)) for _, model in arguments], opened_base, rename or ())
     tasks = [(name, model) for (name, _), model in zip(arguments, together, strict=True)]
-    plan = plan_routed(opened_base, tasks, RoutedOptions(gate, gate, 1, per_task=per_task))
+    smile = Chosen(Given({"--rank": gate, "--gate-rank": gate}, per_task=per_task))
+    plan = smile.plan(opened_base, tasks)
     for warning in [*said, *plan.warnings]:
         console.note(warning)
-    say(plan)
+    say(smile, plan)
     total = len(tasks) * plan.entries
     with console.progress(total, "routers") as progress, streaming(run.device, run.threads, None, progress.advance) as how:
-        make_routed(plan, target, how, sync=False)
+        smile.make(plan, target, how, False, progress.step)
 
 
 def _answer(place: Place, base: str, examples: Examples, run: options.Running, batch_size: Optional[int]) -> list[Answer]:

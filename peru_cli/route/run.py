@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peru_cli.artifacts.packs.routed import Routed
+from peru_cli.artifacts.packs.routed import open_routed
 from peru_cli.checkpoints.places import Place
 from peru_cli.evaluate.run import threads_for
 from peru_cli.finetunes.fine_tune import check_base
@@ -38,7 +38,7 @@ def answer(
 
     Raises Mismatch for another base, BadFile for a damaged artifact or a base without a tokenizer."""
     found: list[Answer | None] = [None] * len(examples)
-    with Base(base) as opened, Routed(place) as routed:
+    with Base(base) as opened, open_routed(place) as routed:
         origins = {origin.info.name: origin for origin in base_of_pack(routed)}
         check_base(origins.values(), routed, opened.checkpoint)
         own = {name: file.read_bytes() for name, file in opened.checkpoint.side_files.items()}

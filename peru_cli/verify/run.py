@@ -9,7 +9,7 @@ from pathlib import Path
 from peru_cli.artifacts.container import artifact_kind, seal_of
 from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.routed import KIND as ROUTED
-from peru_cli.artifacts.packs.routed import Routed
+from peru_cli.artifacts.packs.routed import open_routed
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.digests import CHUNK
 from peru_cli.checkpoints.local.checkpoint import SafetensorsCheckpoint, open_directory, open_file
@@ -106,9 +106,9 @@ def _artifact(path: Place) -> str:
                         pack.mask(name, packed, start, stop)
         return f"header, index, blocks and {len(pack.tasks)} tasks' own tensors are unchanged; {seal}"
     if artifact_kind(path) == ROUTED:
-        with Routed(path) as routed:
+        with open_routed(path) as routed:
             routed.verify()
-            return f"header, index, {len(routed.layers)} layers' experts and {len(routed.tasks)} tasks' own tensors are unchanged; {seal}"
+            return f"header, index, {routed.parts()} and {len(routed.tasks)} tasks' own tensors are unchanged; {seal}"
     with SparseDelta(path) as delta:
         delta.verify()
     return f"header, index and blocks are unchanged; `peru unpack` also checks base and result; {seal}"

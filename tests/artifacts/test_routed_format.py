@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peru_cli.artifacts.packs.routed import METADATA, OPTIONAL, Routed, decode_routed, encode_routed
-from peru_cli.artifacts.packs.superposed import decode_index
+from peru_cli.artifacts.packs.smile import METADATA, Smile, decode_smile, encode_smile
+from peru_cli.artifacts.packs.superposed import OPTIONAL, decode_index
 from peru_cli.errors import BadFile, PeruError
 from tests.golden.make import from_bf16
 from tests.golden.make_routed import HERE, base, fine_tune, write_family
@@ -22,7 +22,7 @@ from tests.support.readers.format_reader import read_safetensors
 from tests.support.readers.routed_reader import RoutedReader, floats
 
 Peru = Callable[..., str]
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "routing.md").read_text("utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "routing.md").read_text("utf-8").partition("## Gated MLPs")[0]
 FILE = HERE / "routed.safetensors"
 INDEX = read_safetensors(FILE.read_bytes())[1]["index"][2]
 
@@ -69,7 +69,7 @@ def test_a_reader_from_the_document_reads_what_peru_writes(tmp_path: Path, peru:
 
 def test_peru_reads_the_same_numbers(peru: Peru) -> None:
     reader = RoutedReader(FILE.read_bytes())
-    with Routed(FILE) as routed:
+    with Smile(FILE) as routed:
         for number, layer in enumerate(routed.layers):
             for task, record in enumerate(routed.index.tasks):
                 left, right, bias = reader.experts[layer.weight.name, record.name]
@@ -89,7 +89,7 @@ def test_the_table_of_metadata_matches_the_code() -> None:
 
 
 def read_everything(path: Path) -> None:
-    with Routed(path) as routed:
+    with Smile(path) as routed:
         routed.verify()
 
 
@@ -113,12 +113,12 @@ def test_truncated_files_are_refused_by_every_command(tmp_path: Path, peru: Peru
 
 
 def test_the_index_round_trips_and_holds_no_sums() -> None:
-    assert encode_routed(decode_routed(INDEX)) == INDEX
-    found = decode_routed(INDEX)
+    assert encode_smile(decode_smile(INDEX)) == INDEX
+    found = decode_smile(INDEX)
     found.pack = decode_index(read_safetensors((HERE.parent / "pack" / "pack.safetensors").read_bytes())[1]["index"][2])
     found.layers = []
     with pytest.raises(BadFile, match="has sums or residuals"):
-        decode_routed(encode_routed(found))
+        decode_smile(encode_smile(found))
 
 
 @settings(max_examples=600, deadline=None)
@@ -126,10 +126,10 @@ def test_the_index_round_trips_and_holds_no_sums() -> None:
 def test_a_damaged_index_raises_badfile_or_is_another_valid_one(seed: int, mutations: int) -> None:
     noise = random.Random(seed)
     try:
-        decoded = decode_routed(damaged(INDEX, noise, mutations))
+        decoded = decode_smile(damaged(INDEX, noise, mutations))
     except BadFile:
         return
-    assert encode_routed(decode_routed(encode_routed(decoded))) == encode_routed(decoded)
+    assert encode_smile(decode_smile(encode_smile(decoded))) == encode_smile(decoded)
 
 
 def test_commands_that_need_one_checkpoint_say_what_to_do(tmp_path: Path, peru: Peru) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers as tr
 
 import peru_cli
-from peru_cli.artifacts.packs.routed import Routed
+from peru_cli.artifacts.packs.smile import Smile
 from peru_cli.errors import BadFile, Mismatch, UsageError
 from peru_cli.live.routed import AppliedRouted, Routing
 from tests.conftest import raw
@@ -54,12 +54,12 @@ def write(folder: Path, labels: tuple[int, ...] = (3, 4), rank: int = 6) -> list
     return models
 
 
-def pack(folder: Path, peru: Peru, tasks: int, *more: object) -> Routed:
+def pack(folder: Path, peru: Peru, tasks: int, *more: object) -> Smile:
     given = [f"t{n}={folder / f't{n}'}" for n in range(tasks)]
     options = ["--method", "smile", "--no-sync", "--force", *more]
     peru("shuffle-pack", *given, "-b", folder / "base", "-o", folder / "r.safetensors", *options)
     opened = peru_cli.open_artifact(folder / "r.safetensors")
-    assert isinstance(opened, Routed)
+    assert isinstance(opened, Smile)
     return opened
 
 

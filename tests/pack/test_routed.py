@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from peru_cli import demo
-from peru_cli.artifacts.packs.routed import Routed
+from peru_cli.artifacts.packs.smile import Smile
 from tests.live.test_routed import bert, write
 
 Peru = Callable[..., str]
@@ -28,7 +28,7 @@ def test_the_report_gives_the_error_of_the_whole_task_vector(tmp_path: Path, per
     write(tmp_path)
     told = json.loads(peru(*arguments(tmp_path, "--rank", 2, "--json")))
     base = load_file(tmp_path / "base" / "model.safetensors")
-    with Routed(tmp_path / "r.safetensors") as routed:
+    with Smile(tmp_path / "r.safetensors") as routed:
         assert told["file_bytes"] == (tmp_path / "r.safetensors").stat().st_size and told["layers"] == len(routed.layers) == 13
         for number, task in enumerate(told["packed"]):
             fine = load_file(tmp_path / task["task"] / "model.safetensors")
@@ -79,7 +79,7 @@ def test_adapters_become_experts_of_their_rank(tmp_path: Path, peru: Peru) -> No
         adapted.save_pretrained(tmp_path / f"lora{seed}")
     given = [f"l{seed}={tmp_path / f'lora{seed}'}" for seed in (0, 1)]
     peru("shuffle-pack", *given, "-b", tmp_path / "base", "-o", tmp_path / "r.safetensors", "--method", "smile", "--no-sync", "--rank", 4)
-    with Routed(tmp_path / "r.safetensors") as routed:
+    with Smile(tmp_path / "r.safetensors") as routed:
         ranks = {layer.weight.name: [expert.rank for expert in layer.experts] for layer in routed.layers}
     assert sorted(ranks) == [f"encoder.layer.{i}.attention.self.{name}.weight" for i in (0, 1) for name in ("query", "value")]
     assert all(rank >= 2 for found in ranks.values() for rank in found)

@@ -74,9 +74,9 @@ class RandomAccessFile:
 class BytesFile:
     """A file's bytes in memory."""
 
-    path = Path("artifact in memory")
-
-    def __init__(self, data: bytes | memoryview) -> None:
+    def __init__(self, data: bytes | memoryview, path: Place | None = None) -> None:
+        """`path` is where they came from, for messages."""
+        self.path: Place = path if path is not None else Path("artifact in memory")
         self._data = memoryview(data)
         self.size = len(self._data)
         self.header: Header | None = None

@@ -11,6 +11,7 @@ from peru_cli import options
 from peru_cli.console import console, count, si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.methods.compact.masks.table import MASKS, with_option
+from peru_cli.methods.compact.routed import ROUTED
 from peru_cli.pack.show import say_size
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def read_options(
     from peru_cli.pack.masks.run import MaskOptions
 
     if method not in ("superpose", *MASKS):
-        raise UsageError(f"--method {method!r} is not superpose, {', '.join(MASKS)} or smile")
+        raise UsageError(f"--method {method!r} is not superpose, {', '.join(MASKS)}, {' or '.join(ROUTED)}")
     for option, typed in (("threshold", bool(thresholds)), ("keep", keep is not None)):
         if typed and (method not in MASKS or MASKS[method].option != option):
             raise UsageError(f"--{option} has no meaning with --method {method}", f"it belongs to --method {with_option(option)}")

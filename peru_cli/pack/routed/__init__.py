@@ -1,1 +1,1 @@
-"""`peru shuffle-pack --method smile`: low-rank experts for every linear layer, among which inputs choose."""
+"""`peru shuffle-pack --method smile|wemoe`: one model of several fine-tunes, in which every input chooses."""

@@ -57,3 +57,50 @@ def floats(data: bytes, kind: str) -> Array:
     if kind == "BF16":
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[kind]).astype(np.float64)
+
+
+class GatedReader(PackReader):
+    """Everything in an artifact of gated MLPs. `routers` has, by the name of an MLP's first weight, the weight and bias of each layer.
+
+    `parts` are the differences, whole artifacts of kind `mixed`: of all other tensors, then of each task. `mlps` lists the layers of each
+    MLP: weight, bias or None, transposed, whether it takes the MLP's input. `seen` has, for each task, examples and how they were sent."""
+
+    kind = "routed"
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        outer, blocks = self.outer, self.roles["blocks"]
+        kind, depth, tasks = DTYPES[outer.byte()], int(self.metadata["peru.layers"]), len(self.tasks)
+        self.mlps: list[list[tuple[str, str | None, bool, bool]]] = []
+        self.routers: dict[str, list[tuple[Array, Array]]] = {}
+        at = 0
+        for _ in range(outer.varint()):
+            layers, width = [], 0
+            for _ in range(outer.varint()):
+                weight, flags = self.tensors[outer.varint()], outer.byte()
+                bias = self.tensors[outer.varint()]["name"] if flags & 2 else None
+                layers.append((weight["name"], bias, bool(flags & 1), bool(flags & 4)))
+                width = weight["shape"][0 if flags & 1 else 1] if flags & 4 else width
+            outputs = [width] * (depth - 1) + [tasks]
+            size = sum(n * (width + 1) for n in outputs) * BITS[kind] // 8 + (
+                4 * tasks * (tasks + 1) if int(self.metadata["peru.steps"]) else 0
+            )
+            block, at = blocks[at : at + size], at + size
+            assert short(block) == outer.take(16)
+            values, router = floats(block[: sum(n * (width + 1) for n in outputs) * BITS[kind] // 8], kind), []
+            for n in outputs:
+                router.append((values[: n * width].reshape(n, width), values[n * width : n * (width + 1)]))
+                values = values[n * (width + 1) :]
+            self.mlps.append(layers)
+            self.routers[layers[0][0]] = router
+        self.parts = []
+        for _ in range(1 + tasks):
+            size, digest = outer.varint(), outer.take(16)
+            self.parts.append(blocks[at : at + size])
+            at += size
+            assert short(self.parts[-1]) == digest
+        self.seen = [(outer.take(16), outer.varint(), [outer.varint() for _ in self.tasks]) for _ in self.tasks] if outer.byte() else []
+        assert at == len(blocks) and outer.at == len(outer.data)
+
+    open_index = RoutedReader.open_index
+    read_sums = RoutedReader.read_sums
