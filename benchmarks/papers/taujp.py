@@ -155,7 +155,7 @@ class Bench:
         for inputs, labels in islice(self.family.stream(task, self.options.batch), steps):
             functional.cross_entropy(model(**inputs).logits, labels).backward()
             if "strict" in kind or "cyclic" in kind:
-                (self.options.strength * tau_jp.penalty(turns.next())).backward()
+                (self.options.strength * tau_jp.penalty(joined(turns.next()))).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -232,6 +232,13 @@ class Bench:
         found = {s: [accuracy(task, "dev", {target: -s}) for task in (target, control)] for s in NEGATED}
         best = min((s for s in NEGATED if found[s][1] >= KEPT * found[0.0][1]), key=lambda s: found[s][0])
         return {"control": control, "scale": best, "accuracy": [accuracy(task, "test", {target: -best}) for task in (target, control)]}
+
+
+def joined(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches of one shape as one: the same mean, in one pass."""
+    if len({tuple((k, x.shape) for k, x in batch.items()) for batch in batches}) > 1:
+        return batches
+    return [{k: torch.cat([batch[k] for batch in batches]) for k in batches[0]}]
 
 
 def markdown(results: Mapping[str, Any], seeds: Sequence[int]) -> str:
