@@ -15,11 +15,12 @@ import argparse
 import gzip
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from transformers import (
 from transformers.utils import logging
 
 import peru_cli
+from peru_cli.cli import run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 TASKS = ("snips", "clinc_domains", "agnews", "sst2")
@@ -193,9 +195,11 @@ def fit(model: nn.Module, losses: Iterator[Callable[[], Tensor]], steps: int, ra
 
 
 def peru(*arguments: object) -> Any:
-    """Run a command. Returns its report."""
-    command = [sys.executable, "-m", "peru_cli", *map(str, arguments), "--json", "--quiet", "--no-sync", "--force"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    """Run a command, in this process. Returns its report."""
+    with redirect_stdout(StringIO()) as out:
+        if run([*map(str, arguments), "--json", "--quiet", "--no-sync", "--force"]):
+            raise SystemExit(f"peru {' '.join(map(str, arguments))} failed")
+    return json.loads(out.getvalue())
 
 
 class Bench:
