@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from blake3 import blake3
@@ -23,11 +24,20 @@ SHORT = 16  # bytes of a tensor's digest that an artifact's index stores
 
 def leaves(data: memoryview, dtype: Dtype) -> bytes:
     """Digests of the chunks in `data`, which begins at a chunk boundary; 32 bytes for each chunk."""
-    size, hasher, found = dtype.nbytes(CHUNK), blake3(), list[bytes]()
+    size = dtype.nbytes(CHUNK)
+    if 0 < len(data) <= size:
+        return blake3(data).digest()
+    hasher, found = blake3(), list[bytes]()
     for i in range(0, len(data), size):
         hasher.reset()  # a tenth faster than a new one
         found.append(hasher.update(data[i : i + size]).digest())
     return b"".join(found)
+
+
+@lru_cache(1024)
+def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What precedes a tensor's leaves: the same for all tensors of a shape."""
+    return b"peru tensor 1\0" + dtype.encode() + b"\0" + ",".join(map(str, shape)).encode() + b"\0"
 
 
 _lock = threading.Lock()  # for all tensors together: it is held for microseconds
@@ -39,10 +49,10 @@ class TensorDigest:
     What hashes takes 2 kB, and there may be a hundred thousand tensors: it lives from the first leaf to the last.
     """
 
-    __slots__ = ("_digest", "_hash", "_head", "_left", "_next", "_waiting")
+    __slots__ = ("_digest", "_dtype", "_hash", "_left", "_next", "_shape", "_waiting")
 
     def __init__(self, dtype: Dtype, shape: tuple[int, ...]) -> None:
-        self._head: tuple[Dtype, tuple[int, ...]] | None = (dtype, shape)
+        self._dtype, self._shape = dtype, shape
         self._left = -(-math.prod(shape) // CHUNK)  # chunks
         self._hash: Any = None
         self._digest: bytes | None = None
@@ -55,6 +65,9 @@ class TensorDigest:
             return
         if self._hash is None:
             assert self._digest is None, "more leaves than the tensor has"
+            if len(chunk_leaves) == self._left * blake3.digest_size:  # all of a small tensor
+                self._digest, self._left = blake3(_head(self._dtype.name, self._shape) + chunk_leaves).digest(), 0
+                return
             self._hash = self._begun()
         self._hash.update(chunk_leaves)
         self._left -= len(chunk_leaves) // blake3.digest_size
@@ -62,9 +75,7 @@ class TensorDigest:
             self._digest, self._hash = self._hash.digest(), None
 
     def _begun(self) -> Any:
-        assert self._head is not None
-        dtype, shape = self._head
-        return blake3(b"peru tensor 1\0" + dtype.name.encode() + b"\0" + ",".join(map(str, shape)).encode() + b"\0")
+        return blake3(_head(self._dtype.name, self._shape))
 
     def add_at(self, start: int, chunk_leaves: bytes) -> None:
         """Add the leaves of the chunks from entry `start` on. Early leaves wait for those before them."""

@@ -174,13 +174,20 @@ def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], res
     Metadata comes first, sorted, then tensors in the order of their data. `reserve` is the least total size in bytes, for
     headers that are filled in after the data was written."""
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    told = [f"{encode(METADATA_KEY)}:{encode(dict(sorted(metadata.items())))}"] if metadata else []
+    text = bytearray(8)
+    text += b"{"
+    text += f"{encode(METADATA_KEY)}:{encode(dict(sorted(metadata.items())))},".encode() if metadata else b""
     for info in sorted(tensors, key=lambda t: (t.begin, t.nbytes, t.name)):  # one by one: a table of all would be far larger
-        entry = {"dtype": info.dtype.name, "shape": info.shape, "data_offsets": (info.begin, info.begin + info.nbytes)}
-        told.append(f"{encode(info.name)}:{encode(entry)}")
-    text = f"{{{','.join(told)}}}".encode()
-    total = max(8 + len(text), reserve)
+        begin, shape = info.begin, ",".join(map(str, info.shape))
+        entry = f'{{"dtype":"{info.dtype.name}","shape":[{shape}],"data_offsets":[{begin},{begin + info.nbytes}]}}'
+        text += f"{encode(info.name)}:{entry},".encode()
+    if text.endswith(b","):
+        del text[-1:]
+    text += b"}"
+    total = max(len(text), reserve)
     total += -total % 8
     if total > MAX_WRITTEN_HEADER_BYTES:
         raise BadFile(f"the header would take {total} bytes, more than readers accept ({MAX_WRITTEN_HEADER_BYTES})")
-    return (total - 8).to_bytes(8, "little") + text + b" " * (total - 8 - len(text))
+    text[:8] = (total - 8).to_bytes(8, "little")
+    text += b" " * (total - len(text))
+    return bytes(text)

@@ -28,7 +28,7 @@ def data_order(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
 def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     at, placed = 0, []
     for info in tensors:
-        placed.append(TensorInfo(info.name, info.dtype, info.shape, at))
+        placed.append(info if info.begin == at else TensorInfo(info.name, info.dtype, info.shape, at))
         at += info.nbytes
     return placed
 
@@ -188,7 +188,7 @@ class FileWriter(CheckpointWriter):
         self.order, header, size = self._layout.order, self._layout.header, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
         self._file = PartialFile(target, sync, resume=resume_key is not None)
-        self._where = {info.name: (self._file, self._layout) for info in self.order}
+        self._where = dict.fromkeys((info.name for info in self.order), (self._file, self._layout))
         try:
             if resume_key is not None:
                 path = self._file.path.with_name(self._file.path.name + "-journal")
@@ -269,7 +269,7 @@ class DirectoryWriter(CheckpointWriter):
                 file = undo.enter_context(PartialFile(path, sync, resume))
                 layout = _Layout(shard, metadata, side_files if seal else None)
                 self._files.append((file, layout))
-                self._where.update({info.name: (file, layout) for info in shard})
+                self._where.update(dict.fromkeys((info.name for info in shard), (file, layout)))
             if resume_key is not None:
                 path = self._folder.path / ".peru-journal"
                 ours = [file for file, _ in self._files]
