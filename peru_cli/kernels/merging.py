@@ -150,28 +150,34 @@ def _widen(bits: Any, n: int, out: Any) -> None:
         out[i] = widen(bits[i])
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: Any, flags: Any, i: int) -> Any:
     return abs(value)
 
 
-def _given(value: Any) -> Any:
-    return value
+def _absolute_flagged(value: Any, flags: Any, i: int) -> Any:
+    return abs(value) * Float(flags[i])
 
 
-summed: Any = _given  # replaced in each variant
+def _square_flagged(value: Any, flags: Any, i: int) -> Any:
+    kept = value * Float(flags[i])
+    return kept * kept
+
+
+summed: Any = _absolute  # replaced in each variant
 _SUMMED = {
-    f"{kind}{' absolute' * absolute}": {**bound, "summed": _absolute if absolute else _given}
-    for (kind, bound), absolute in product(FLOATS.items(), (False, True))
+    f"{kind} {name}": {**bound, "summed": function}
+    for kind, bound in FLOATS.items()
+    for name, function in (("absolute", _absolute), ("absolute flagged", _absolute_flagged), ("square flagged", _square_flagged))
 }
 
 
-@kernels("*f i8 *f8", _SUMMED)
-def _halved_sum(values: Any, n: int, sums: Any) -> None:
+@kernels("*f *u1 i8 *f8", _SUMMED)
+def _halved_sum(values: Any, flags: Any, n: int, sums: Any) -> None:
     size = n // 2
     for i in range(size):
-        sums[i] = np.float64(summed(values[i])) + np.float64(summed(values[size + i]))
+        sums[i] = np.float64(summed(values[i], flags, i)) + np.float64(summed(values[size + i], flags, size + i))
     if n % 2:
-        sums[0] = sums[0] + np.float64(summed(values[n - 1]))
+        sums[0] = sums[0] + np.float64(summed(values[n - 1], flags, n - 1))
     while size > 1:
         half = size // 2
         for i in range(half):
@@ -238,7 +244,8 @@ def trim(values: Floats, threshold: int) -> tuple[Flags, Flags, int]:
     return above, at_least, _trim[values.dtype.str[1:]](values, len(values), threshold, above, at_least)
 
 
-def _pointers(arrays: Sequence[Any]) -> Any:
+def pointers(arrays: Sequence[Any]) -> Any:
+    """The addresses of arrays of one length, for a loop that takes `**`."""
     assert all(array.flags.c_contiguous and len(array) == len(arrays[0]) for array in arrays)
     return np.array([array.__array_interface__["data"][0] for array in arrays], np.uint64)
 
@@ -248,7 +255,7 @@ def _of_tasks(values: Sequence[Floats], flags: Sequence[Flags | None], before: S
     ones = np.ones(len(values[0]), np.bool_) if any(each is None for each in flags) else _ALL
     held = [ones if each is None else each for each in flags]
     kind = values[0].dtype
-    return kind.str[1:], (_pointers(values), _pointers(held), np.array(before, kind).reshape(-1)), held
+    return kind.str[1:], (pointers(values), pointers(held), np.array(before, kind).reshape(-1)), held
 
 
 def disjoint(
@@ -281,12 +288,18 @@ def elected(values: Sequence[Floats], flags: Sequence[Flags | None], before: Seq
     return _elected[kind](*arguments, len(values), len(values[0]), np.empty(_BLOCK, values[0].dtype))
 
 
-def halved_sum(values: Floats, absolute: bool = False) -> float:
-    """The float64 sum of all entries, or of their magnitudes, by halving: the same on every processor, unlike NumPy's; (n,)."""
+def halved_sum(values: Floats, what: str, flags: Flags | None = None) -> float:
+    """The float64 sum over all entries by halving: the same on every processor, unlike NumPy's; (n,).
+
+    Args:
+        what: of each entry the "absolute" value or the "square", rounded like the entries.
+        flags: the entries that count; None for all. Squares want them."""
     if len(values) < 2:
-        return float(np.abs(values).sum() if absolute else values.sum())
+        parts = np.abs(values) if what == "absolute" else values * values
+        return float((parts if flags is None else parts * flags).sum())
     sums = np.empty(len(values) // 2)
-    _halved_sum[f"{values.dtype.str[1:]}{' absolute' * absolute}"](np.ascontiguousarray(values), len(values), sums)
+    variant = f"{values.dtype.str[1:]} {what}{' flagged' * (flags is not None)}"
+    _halved_sum[variant](np.ascontiguousarray(values), _ALL if flags is None else flags, len(values), sums)
     return float(sums[0])
 
 

@@ -19,6 +19,7 @@ class ByTensor(Rule):
         self._rules, self._chosen = rules, chosen
         self.on_vectors, self.holds_all, self.scope = first.on_vectors, any(rule.holds_all for rule in rules), first.scope
         self.suffers_from_norms = first.suffers_from_norms
+        self.studies = max(rule.studies for rule in rules)
         self.wants_signs, self.wants_products = first.wants_signs, first.wants_products
         self.trims = max((rule.trims for rule in rules), key=len)
         if self.trims and self.scope == "global" and any(rule.trims != first.trims for rule in rules):

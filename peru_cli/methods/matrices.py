@@ -3,7 +3,8 @@
 A tile rule (methods/rules.py) sees runs of entries. A `MatrixRule` sees matrices: tensors of more than two dimensions as
 (out, -1), vectors as one row. Tasks are read on request, so a rule that sums holds one at a time. `held` tells the engine
 (merge/passes/matrices.py) how much memory a matrix takes. Rules that only look along rows set `by_rows`: they get panels of whole
-rows, always the same ones, so memory does not grow with the matrix.
+rows, always the same ones, so memory does not grow with the matrix. What such a rule must know of the whole tensor first, it finds
+in passes over its panels (`study`).
 
 A rule returns the merged task vector, to which the engine adds the base, or merged weights if `on_vectors` is off.
 Tensors that a rule does not take (`takes`) stream through `merge` in tiles, as with any other rule.
@@ -13,13 +14,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peru_cli.errors import UsageError
-from peru_cli.kernels.merging import disjoint
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, scaled, weighted_sum
 from peru_cli.streaming.arrays import Array, Host
 
@@ -28,8 +26,8 @@ if TYPE_CHECKING:
 
     from peru_cli.methods.parameters import Parameters
 
-PANEL = 1 << 18  # entries of a panel of rows; results of `measure` depend on it, so it never changes
-_LEAST = 1e-8  # a sum of weights below this counts as 0
+T = TypeVar("T")
+PANEL = 1 << 18  # entries of a panel of rows; results of `study` depend on it, so it never changes
 
 
 class Matrices(ABC):
@@ -40,8 +38,9 @@ class Matrices(ABC):
     rows: int
     columns: int
     tasks: int
+    number: int = 0  # of the panel in its tensor
     first: int = 0  # the panel's first row
-    sums: Sequence[float] = ()  # results of `measure`, summed over all panels
+    studied: Any = None  # the result of `study`
 
     @abstractmethod
     def __getitem__(self, task: int) -> Host:
@@ -56,11 +55,20 @@ class Matrices(ABC):
         """`[task]` in float64 for linear algebra, on the computing device."""
 
 
+class Panels(ABC):
+    """One tensor of all tasks, panel by panel."""
+
+    @abstractmethod
+    def each(self, what: Callable[[Matrices], T], then: Callable[[T], None] | None = None) -> list[T]:
+        """The result of a function for every panel, in order. Threads share the panels; results must be small.
+
+        With `then` nothing is kept: it takes the results, one at a time and in order."""
+
+
 class MatrixRule(Rule):
     """A method on matrices with its parameters set."""
 
     by_rows = False  # looks only along rows: it gets panels of whole rows
-    measures = False  # `measure` is called on all panels first
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor is merged as a matrix. Otherwise it goes through `merge`, tile by tile."""
@@ -70,9 +78,9 @@ class MatrixRule(Rule):
         """The most bytes that `merge_matrix` holds at once. The default is all tasks and three more arrays."""
         return (tasks + 3) * rows * columns * itemsize
 
-    def measure(self, matrices: Matrices) -> list[float]:
-        """Numbers to sum over the panels of a tensor, for `measures`."""
-        raise TypeError(f"{type(self).__name__} measures and does not say what")
+    def study(self, panels: Panels) -> Any:
+        """What `merge_matrix` must know of the whole tensor. A rule that sets `studies`, its number of passes, must override it."""
+        raise TypeError(f"{type(self).__name__} studies and does not say what")
 
     @abstractmethod
     def merge_matrix(self, matrices: Matrices) -> Any:
@@ -102,27 +110,3 @@ class SpectralRule(MatrixRule):
         """A weighted task vector, float64 (rows, columns)."""
         found = matrices.tensor(task)
         return found if self.parameters.weights[task] == 1.0 else found.mul_(self.parameters.weights[task])
-
-
-def elect(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
-    """TIES' election as in mergekit: sum the entries that have the sign of the total, where 0 is positive.
-
-    Args:
-        parts: weighted task vectors, one (rows, columns) for each task.
-        weights: `mean` divides by their sum over the tasks that agree (by 1 if it is below 1e-8)."""
-    total = np.empty_like(parts[0])
-    plain = [1.0] * len(parts)
-    votes = [np.ascontiguousarray(part).reshape(-1) for part in parts]
-    disjoint(votes, [None] * len(parts), [(1.0, 1.0)] * len(parts), plain, weights if mean else None, False, total.reshape(-1))
-    return total
-
-
-def add(parts: Sequence[Host], weights: Sequence[float], mean: bool) -> Host:
-    """The sum of weighted task vectors, optionally divided by the sum of the weights (by 1 if that is 0); (rows, columns)."""
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total += part
-    whole = 0.0
-    for weight in weights:
-        whole += weight
-    return total / total.dtype.type(whole) if mean and abs(whole) >= _LEAST else total

@@ -73,6 +73,7 @@ class Rule(ABC):
     suffers_from_norms = True  # on vectors: one that is much longer than the others outweighs them
     wants_signs = False  # `elect` is called on all tiles first, and the sign of its total becomes `RuleInput.majority`
     wants_products = False  # wants inner products of all inputs, for each tensor
+    studies = 0  # passes over each tensor before it is merged, of rules on matrices (methods/matrices.py)
     statistics: Sequence[Statistics] = ()  # of each task, for methods with data; set before the first tile
 
     def __init__(self, parameters: Parameters) -> None:

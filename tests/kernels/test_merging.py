@@ -108,14 +108,17 @@ def test_the_largest_pattern_is_found_without_signs(kind: str) -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 1000, 4097])
 def test_halved_sums_add_halves_of_the_array(kind: type, n: int) -> None:
     values = np.random.default_rng(n).standard_normal(n).astype(kind)
-    for absolute, flat in ((False, values.astype(np.float64)), (True, np.abs(values).astype(np.float64))):
+    flags = np.arange(n) % 3 > 0
+    size = np.abs(values)
+    for what, stays, each in (("absolute", None, size), ("absolute", flags, size * flags), ("square", flags, values**2 * flags)):
+        flat = each.astype(np.float64)
         while len(flat) > 1:
             half = len(flat) // 2
             last = flat[2 * half :]
             flat = flat[:half] + flat[half : 2 * half]
             if len(last):
                 flat[0] += last[0]
-        assert halved_sum(values, absolute) == (flat[0] if n else 0.0)
+        assert halved_sum(values, what, stays) == (flat[0] if n else 0.0)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

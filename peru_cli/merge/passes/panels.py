@@ -14,8 +14,9 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
+from peru_cli.kernels.panels import add_base, values_of
 from peru_cli.merge.plan import MergePlan, Slot
-from peru_cli.methods.compact.delta import Bits, cast_bits
+from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.matrices import Matrices
 from peru_cli.streaming.arrays import BITS, CPU, Host
 from peru_cli.streaming.memory import free_memory
@@ -23,7 +24,6 @@ from peru_cli.streaming.memory import free_memory
 if TYPE_CHECKING:
     import torch
 
-_PART = 1 << 16  # entries converted at once, to stay in the CPU's cache
 _SHARE = 0.7  # of the free memory
 
 
@@ -58,11 +58,12 @@ class Panel(Matrices):
 
     def _read(self, source: Checkpoint, info: TensorInfo) -> Bits:
         n = self.rows * self.columns
-        room = bytearray(info.dtype.nbytes(n))
-        source.read_into(info.name, info.dtype.nbytes(self.first * self.columns), memoryview(room))
-        return np.frombuffer(room, BITS[info.dtype.bits])
+        room = np.empty(info.dtype.nbytes(n), np.uint8)
+        source.read_into(info.name, info.dtype.nbytes(self.first * self.columns), room.data)
+        return room.view(BITS[info.dtype.bits])
 
-    def _base_bits(self) -> Bits:
+    def base_bits(self) -> Bits:
+        """The base's entries as bits of its dtype; (n,)."""
         if self._base is None:
             assert self._plan.base is not None
             self._base = self._read(self._plan.base, self._slot.base)
@@ -70,30 +71,26 @@ class Panel(Matrices):
 
     def base(self) -> Host:
         out = np.empty(self.rows * self.columns, self._kind)
-        CPU.copy(CPU.widen(self._base_bits(), self._slot.base.dtype, np.empty_like(out)), out)
+        values_of(self.base_bits(), None, self._slot.base.dtype.name, out)
         return out.reshape(self.rows, self.columns)
 
     def __getitem__(self, task: int) -> Host:
         info, kept = self._slot.inputs[task], self._slot.base
-        fine = self._read(self._plan.vectors[self._slot.task(task)].fine, info)
+        fine, base = self._read(self._plan.vectors[self._slot.task(task)].fine, info), None
         out = np.empty(len(fine), self._kind)
-        room = np.empty(min(_PART, len(fine)), self._kind)
-        for at in range(0, len(fine), _PART):
-            bits, part = fine[at : at + _PART], out[at : at + _PART]
-            CPU.copy(CPU.widen(bits, info.dtype, part), part)
-            if self._vectors:
-                base = cast_bits(CPU, self._base_bits()[at : at + _PART], kept.dtype, info.dtype)
-                np.subtract(part, CPU.widen(base, info.dtype, room[: len(part)]), out=part)
-            if not np.isfinite(part.sum()) and not np.isfinite(part).all():  # a sum is faster than a test of each entry
-                if self._vectors:
-                    part[bits == base] = 0  # masks of -inf, the same in all models
-                self._refuse(task, at, part)
+        if self._vectors:
+            base = cast_bits(CPU, self.base_bits(), kept.dtype, info.dtype)
+        if not values_of(fine, base, info.dtype.name, out):
+            if base is not None:
+                out[fine == base] = 0  # masks of -inf, the same in all models
+            self._refuse(task, out)
         return out.reshape(self.rows, self.columns)
 
-    def _refuse(self, task: int, at: int, part: Host) -> None:
-        wrong = np.flatnonzero(~np.isfinite(part))
+    def _refuse(self, task: int, values: Host) -> None:
+        """BadFile for the first entry that is not finite, if there is one."""
+        wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
-            entry = self.first * self.columns + at + int(wrong[0])
+            entry = self.first * self.columns + int(wrong[0])
             label = self._plan.vectors[self._slot.task(task)].fine.label
             against = ", or the base is" if self._vectors else ""
             raise BadFile(
@@ -129,21 +126,32 @@ class MemoryShare:
                 self._freed.notify_all()
 
 
+def write_merged(writer: CheckpointWriter, slot: Slot, panel: Panel, merged: Host, on_vectors: bool) -> None:
+    """Round merged task vectors, on the base, or merged weights, (n,), and write them; overwrites them. BadFile if they do not fit."""
+    write_rounded(writer, slot, panel, add_base(merged, panel.base_bits(), slot.base.dtype.name) if on_vectors else merged, on_vectors)
+
+
 def write_rounded(writer: CheckpointWriter, slot: Slot, panel: Panel, values: Host, on_vectors: bool) -> None:
     """Round merged weights of a panel, (n,), and write them. BadFile if they do not fit."""
     dtype = slot.info.dtype
     start = panel.first * panel.columns
     bits = CPU.narrow(values, dtype)
-    doubles = CPU.widen(bits, dtype, np.empty(len(bits), "f8" if dtype.name == "F64" else "f4"))
-    if not np.isfinite(doubles.sum()) and len(wrong := np.flatnonzero(~np.isfinite(doubles) & ~_masked(panel, on_vectors))):
-        where = f"entry {start + int(wrong[0]):,}"
-        if np.isnan(values[wrong[0]]):
-            raise BadFile(f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are", "please report it")
-        raise BadFile(
-            f"the merged {slot.info.name!r} does not fit {dtype.name} at {where}",
-            "use a wider dtype (--dtype bf16 or fp32), or smaller weights and scale",
-        )
+    if CPU.largest_magnitude(bits) >= infinity(dtype):
+        wrong = np.flatnonzero(((bits & ((1 << (dtype.bits - 1)) - 1)) >= infinity(dtype)) & ~_masked(panel, on_vectors))
+        if len(wrong):
+            _refuse_result(slot, start + int(wrong[0]), bool(np.isnan(values[wrong[0]])))
     writer.write(slot.info.name, dtype.nbytes(start), np.ascontiguousarray(bits).data.cast("B"))
+
+
+def _refuse_result(slot: Slot, entry: int, is_nan: bool) -> None:
+    """BadFile for a merged entry that is not finite."""
+    where = f"entry {entry:,}"
+    if is_nan:
+        raise BadFile(f"the merged {slot.info.name!r} is not a number at {where}, though all inputs are", "please report it")
+    raise BadFile(
+        f"the merged {slot.info.name!r} does not fit {slot.info.dtype.name} at {where}",
+        "use a wider dtype (--dtype bf16 or fp32), or smaller weights and scale",
+    )
 
 
 def _masked(panel: Panel, on_vectors: bool) -> Host:

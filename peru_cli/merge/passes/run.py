@@ -22,7 +22,7 @@ from peru_cli.methods.then.table import Pass
 from peru_cli.streaming.arrays import BITS, CPU
 from peru_cli.streaming.engine import run
 from peru_cli.streaming.tiles import DEFAULT_TILE as ONE_INPUT_TILE
-from peru_cli.streaming.tiles import Tile, TilePlan
+from peru_cli.streaming.tiles import TilePlan
 from peru_cli.vectors.family import Family, StreamSettings
 from peru_cli.vectors.threshold_journal import ThresholdJournal
 from peru_cli.vectors.thresholds import find_thresholds
@@ -99,14 +99,7 @@ def _all(
     tiles = TilePlan([plan.slots[i].info.entries for i in tiled], how.tile_entries)
     run(Merge(plan, rule, how, decided, tiled, writer, after), tiles, how.threads, how.advance)
     if matrices:
-        whole = [number for number in left if number in matrices]
-        entries = [plan.slots[i].info.entries for i in whole]
-        run(MergeMatrices(plan, matrices, how, whole, writer, after), _whole(entries), how.threads, how.advance)
-
-
-def _whole(entries: list[int]) -> list[Tile]:
-    """One tile for each tensor."""
-    return [Tile(number, number, 0, n) for number, n in enumerate(entries)]
+        MergeMatrices(plan, matrices, how, [number for number in left if number in matrices], writer, after).run()
 
 
 def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str], None], journal: Journal | None = None) -> Decided:

@@ -102,10 +102,10 @@ def groups(stage: Stage) -> list[Group]:
 
 
 def bytes_to_read(plan: MergePlan, rule: Rule) -> int:
-    """Bytes read by all passes over the inputs: one pass, and one more each for thresholds and for inner products."""
+    """Bytes read by all passes over the inputs: one pass, and one more each for thresholds, inner products and studies."""
     once = sum(info.nbytes for slot in plan.slots for info in slot.inputs)
     once += sum(slot.base.nbytes for slot in plan.slots) if rule.on_vectors else 0
-    return once * (1 + len(rule.trims) + rule.wants_products + rule.wants_signs) + sum(info.nbytes for info in plan.copied)
+    return once * (1 + len(rule.trims) + rule.wants_products + rule.wants_signs + rule.studies) + sum(info.nbytes for info in plan.copied)
 
 
 def peak_memory(plan: MergePlan, rule: Rule, threads: int, tile_entries: int) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from peru_cli.errors import UsageError
+from peru_cli.kernels.panels import add_products
 from peru_cli.methods.angles.coefficients import ByAngles, Products
-from peru_cli.methods.matrices import Matrices, MatrixRule
+from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule
 from peru_cli.streaming.arrays import Host
@@ -53,25 +54,43 @@ class NuSlerpAlong(MatrixRule):
     """Works on rows or columns. A one-dimensional tensor counts as one vector."""
 
     suffers_from_norms = False
+    by_rows = True
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self.on_vectors = parameters.has_base
         self._columns = parameters.flag("row-wise")
-        self.by_rows = not self._columns
+        self.studies = int(self._columns)
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
 
+    def study(self, panels: Panels) -> Host:
+        """Inner products of columns; float64 (3, columns)."""
+        total: Host = np.zeros((3, 0))
+
+        def add(both: tuple[Host, Host]) -> None:
+            nonlocal total
+            total = total if total.size else np.zeros((3, both[0].shape[1]))
+            for sums, (x, y) in zip(total, _pairs(*both), strict=True):
+                add_products(x, y, sums)
+
+        panels.each(lambda panel: (panel[0], panel[1]), add)
+        return total
+
     def merge_matrix(self, matrices: Matrices) -> Host:
         a, b = matrices[0], matrices[1]
-        axis = 0 if self._columns and len(matrices.shape) >= 2 else 1
-        inner, first, second = (np.einsum("ij,ij->" + "ji"[axis], x, y, dtype=np.float64) for x, y in ((a, b), (a, a), (b, b)))
+        along = self._columns and len(matrices.shape) >= 2
         t = share(self.parameters.weights)
-        factors: Any = np.array([nuslerp_factors(*three, t) for three in zip(inner, zip(first, second, strict=True), strict=True)])
-        one, two = (factors[:, i].astype(a.dtype) for i in (0, 1))
-        merged: Host = a * one + b * two if axis == 0 else a * one[:, None] + b * two[:, None]
+        products = matrices.studied if along else [np.einsum("ij,ij->i", x, y, dtype=np.float64) for x, y in _pairs(a, b)]
+        found: Any = np.array([nuslerp_factors(float(inner), (float(x), float(y)), t) for inner, x, y in zip(*products, strict=True)])
+        one, two = (found[:, i].astype(a.dtype) for i in (0, 1))
+        merged: Host = a * one + b * two if along else a * one[:, None] + b * two[:, None]
         return merged
+
+
+def _pairs(a: Host, b: Host) -> tuple[tuple[Host, Host], ...]:
+    return (a, b), (a, a), (b, b)
 
 
 def nuslerp(parameters: Parameters) -> Rule:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.methods.matrices import Matrices, MatrixRule
+from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
+from peru_cli.methods.order import Counts, Keys, largest, number_of, ordered
 from peru_cli.streaming.arrays import Host
 
 _EPSILON = 1e-8
@@ -38,17 +39,42 @@ def _softmax(rows: Any) -> Any:
 class ArceeFusion(MatrixRule):
     """See the module."""
 
+    by_rows = True
+    studies = 2
+
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
 
     def held(self, rows: int, columns: int, tasks: int, itemsize: int) -> int:
         return 6 * 8 * rows * columns
 
+    def study(self, panels: Panels) -> float:
+        """The least importance of what is kept."""
+        counts = Counts("i8")
+
+        def count(panel: Matrices) -> int:
+            keys = _keys(panel)
+            counts.add(keys)
+            return len(keys)
+
+        n = sum(panels.each(count))
+        ranks = [n - int(quantile * (n - 1)) for quantile in (0.25, 0.5, 0.75)]
+        first, middle, third = (number_of(taken.key, "f8") for taken in largest(panels, counts, _keys, ranks))
+        return middle + 1.5 * (third - first)
+
     def merge_matrix(self, matrices: Matrices) -> Host:
-        vector, base = matrices[0], matrices.base()
-        length = matrices.shape[-1] if matrices.shape else 1
-        fine = (base + vector).reshape(-1, length)
-        found = importance(fine, base.reshape(-1, length)).reshape(vector.shape)
-        first, middle, third = np.quantile(found, [0.25, 0.5, 0.75], method="lower")
-        vector[found < middle + 1.5 * (third - first)] = 0
+        vector, found = _importance(matrices)
+        vector[found < matrices.studied] = 0
         return vector
+
+
+def _importance(panel: Matrices) -> tuple[Host, Host]:
+    """The task vector and I, (rows, columns)."""
+    vector, base = panel[0], panel.base()
+    length = panel.shape[-1] if panel.shape else 1
+    fine = (base + vector).reshape(-1, length)
+    return vector, importance(fine, base.reshape(-1, length)).reshape(vector.shape)
+
+
+def _keys(panel: Matrices) -> Keys:
+    return ordered(_importance(panel)[1]).reshape(-1)

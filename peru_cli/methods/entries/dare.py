@@ -23,7 +23,7 @@ from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
 from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
-from peru_cli.streaming.arrays import Array, Host
+from peru_cli.streaming.arrays import Array
 
 
 def survivors(tile: RuleInput, seed: int, task: str, density: Fraction) -> Array | None:
@@ -77,8 +77,8 @@ class DareByNorm(Sampled):
 
     elects = False
 
-    def chances(self, vector: Host, task: int) -> Host:
-        return np.full((1, 1), self.parameters.number("keep", task))
+    def chance(self, task: int) -> float:
+        return self.parameters.number("keep", task)
 
     def _reduces(self) -> str:
         return "sum"  # `dare` has no --reduce

@@ -11,18 +11,25 @@ from __future__ import annotations
 import numpy as np
 
 from peru_cli.errors import UsageError
-from peru_cli.kernels.merging import by_rank
+from peru_cli.kernels.merging import Flags, by_rank
+from peru_cli.kernels.panels import stay_by_rank
 from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
 from peru_cli.streaming.arrays import Host
 
 
+def by_rank_chances(columns: int, density: float, epsilon: float) -> Host:
+    """p of each rank, from the smallest magnitude on; float64 (columns,)."""
+    if columns == 1:
+        return np.full(1, density)
+    chances: Host = density - epsilon + 2 * epsilon * (np.arange(columns) / (columns - 1))
+    return chances
+
+
 def keep_probabilities(magnitudes: Host, density: float, epsilon: float) -> Host:
     """p_i of each entry from the ranks of the magnitudes in their rows; float64 (rows, columns)."""
-    rows, columns = magnitudes.shape
-    if columns == 1:
-        return np.full((rows, 1), density)
-    chances: Host = by_rank(magnitudes, density - epsilon + 2 * epsilon * (np.arange(columns) / (columns - 1)))
+    columns = magnitudes.shape[1]
+    chances: Host = by_rank(magnitudes, by_rank_chances(columns, density, epsilon))
     return chances
 
 
@@ -39,11 +46,18 @@ class Della(Sampled):
                     "keep - epsilon is above 0, keep + epsilon below 1: lower --epsilon",
                 )
 
-    def chances(self, vector: Host, task: int) -> Host:
+    def chance(self, task: int) -> float | None:
+        density = self.parameters.number("keep", task)
+        return density if density >= 1 or not self.parameters.number("epsilon", task) else None
+
+    def survivors(self, vector: Host, draws: Host, task: int) -> Flags:
+        if vector.dtype != np.float32:
+            return (draws < np.floor(self.chances(vector, task).reshape(-1) * 2.0**32)).reshape(-1)
         density, epsilon = self.parameters.number("keep", task), self.parameters.number("epsilon", task)
-        if density >= 1 or not epsilon:
-            return np.full((1, 1), density)
-        return keep_probabilities(np.abs(vector), density, epsilon)
+        return stay_by_rank(vector, draws, np.floor(by_rank_chances(vector.shape[1], density, epsilon) * 2.0**32)).reshape(-1)
+
+    def chances(self, vector: Host, task: int) -> Host:
+        return keep_probabilities(np.abs(vector), self.parameters.number("keep", task), self.parameters.number("epsilon", task))
 
 
 class DellaLinear(Della):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peru_cli.methods.matrices import Matrices, MatrixRule
+from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.parameters import Parameters
 from peru_cli.streaming.arrays import Host
 
@@ -54,13 +54,18 @@ class Ram(MatrixRule):
 class RamPlus(Ram):
     """See the module."""
 
-    measures = True
+    studies = 1
 
-    def measure(self, matrices: Matrices) -> list[float]:
-        _, active, count = self._active(matrices)
-        return [float(np.count_nonzero(flags & which)) for flags in active for which in (count > 1, count == 1)]
+    def study(self, panels: Panels) -> list[int]:
+        """How many active entries other tasks also have, and do not have, of each task."""
+
+        def counted(panel: Matrices) -> list[int]:
+            _, active, count = self._active(panel)
+            return [int(np.count_nonzero(flags & which)) for flags in active for which in (count > 1, count == 1)]
+
+        return [sum(numbers) for numbers in zip(*panels.each(counted), strict=True)]
 
     def _factor(self, matrices: Matrices, task: int) -> float:
-        shared, unique = matrices.sums[2 * task : 2 * task + 2]
+        shared, unique = matrices.studied[2 * task : 2 * task + 2]
         ratio = min(max(shared / unique, 0.0), self.parameters.number("alpha")) if unique else 0.0
         return 1.0 + self.parameters.number("amplify") * ratio

@@ -10,17 +10,29 @@ entries for the same seed, task name and tensor name. Three ways to rescale:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-from peru_cli.kernels.merging import Flags, accumulate, halved_sum
+from peru_cli.kernels.merging import Flags, accumulate, disjoint, halved_sum
 from peru_cli.kernels.random import below, words
-from peru_cli.methods.matrices import Matrices, MatrixRule, add, elect
+from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
 from peru_cli.streaming.arrays import Host
 
 _NOTHING = 1e-7  # an L1 norm below this counts as 0
+_LEAST = 1e-8  # a sum of weights below this counts as 0
+Packed = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class _Norms(NamedTuple):
+    """Of each task: its L1 norms before and after, and the entries that were kept, a bit each (None: all), by panel."""
+
+    whole: list[float]
+    left: list[float]
+    stays: list[list[Packed | None]]
 
 
 class Sampled(MatrixRule):
@@ -32,63 +44,93 @@ class Sampled(MatrixRule):
     def __init__(self, parameters: Parameters) -> None:
         super().__init__(parameters)
         self._rescale = parameters.text("rescale")
-        self.measures = self._rescale == "l1"
+        self.studies = int(self._rescale == "l1")
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
 
     @abstractmethod
+    def chance(self, task: int) -> float | None:
+        """The probability that an entry of a task is kept, if it is the same for all."""
+
+    def survivors(self, vector: Host, draws: Host, task: int) -> Flags:
+        """Which entries are kept if there is no common probability, given one word of each, (n,); bools (n,)."""
+        raise TypeError(f"{type(self).__name__} has entries of different probabilities and does not say which stay")
+
     def chances(self, vector: Host, task: int) -> Host:
-        """The probability that an entry is kept, float64 (rows, columns) or (1, 1)."""
+        """The probability of each entry if there is no common one; float64 (rows, columns)."""
+        raise TypeError(f"{type(self).__name__} has entries of different probabilities and does not say which")
 
-    def _sampled(self, matrices: Matrices, task: int) -> tuple[Host, Flags | None, Host]:
-        """A task vector, which entries are kept (None: all), (n,), and their probabilities."""
-        vector = matrices[task]
-        chances = self.chances(vector, task)
+    def _stays(self, matrices: Matrices, vector: Host, task: int) -> Flags | None:
+        """Which entries of a task vector are kept; bools (n,). None if all are."""
         key = stream_key(int(self.parameters.number("seed")), self.parameters.tasks[task], matrices.name)
-        start, limits = matrices.first * matrices.columns, np.floor(chances * 2.0**32)
-        if chances.size > 1:
-            return vector, (words(key, start, vector.size).reshape(vector.shape) < limits).reshape(-1), chances
-        limit = int(limits.item())
-        return vector, below(key, start, vector.size, limit) if limit < 2**32 else None, chances
+        start, chance = matrices.first * matrices.columns, self.chance(task)
+        if chance is None:
+            return self.survivors(vector, words(key, start, vector.size), task)
+        limit = int(np.floor(chance * 2.0**32))
+        return below(key, start, vector.size, limit) if limit < 2**32 else None
 
-    def measure(self, matrices: Matrices) -> list[float]:
-        found = []
-        for task in range(matrices.tasks):
-            vector, flags, _ = self._sampled(matrices, task)
-            found += [halved_sum(vector.reshape(-1), absolute=True), halved_sum(_kept(vector, flags).reshape(-1), absolute=True)]
-        return found
+    def study(self, panels: Panels) -> _Norms:
+        def measure(panel: Matrices) -> list[tuple[float, float, Packed | None]]:
+            found = []
+            for task in range(panel.tasks):
+                vector = panel[task]
+                flat, stays = vector.reshape(-1), self._stays(panel, vector, task)
+                left = halved_sum(flat, "absolute", stays)
+                found.append((halved_sum(flat, "absolute"), left, None if stays is None else np.packbits(stays)))
+            return found
 
-    def _part(self, matrices: Matrices, task: int) -> Host:
-        vector, flags, chances = self._sampled(matrices, task)
-        weight, factor = self.parameters.weights[task], 1.0
-        if self._rescale == "density" and chances.size > 1:
-            stays = _kept(vector, flags)
-            stays *= (1.0 / chances).astype(stays.dtype)
-            stays *= stays.dtype.type(weight)
-            return stays
-        if self._rescale == "density":
-            factor = 1.0 / chances.item()
-        elif self._rescale == "l1":
-            whole, left = matrices.sums[2 * task : 2 * task + 2]
-            if min(whole, left) >= _NOTHING:
-                factor = whole / left
-        return _kept(vector, flags, factor, weight)
+        every = panels.each(measure)
+        tasks = range(len(every[0]))
+        whole, left = [_in_order(panel[t][0] for panel in every) for t in tasks], [_in_order(panel[t][1] for panel in every) for t in tasks]
+        return _Norms(whole, left, [[panel[task][2] for task in tasks] for panel in every])
+
+    def _factor(self, matrices: Matrices, task: int) -> float:
+        """What makes up for the dropped entries of a task with a common factor."""
+        if self._rescale == "l1":
+            whole, left = matrices.studied.whole[task], matrices.studied.left[task]
+            return whole / left if min(whole, left) >= _NOTHING else 1.0
+        chance = self.chance(task)
+        return 1.0 / chance if self._rescale == "density" and chance is not None else 1.0
+
+    def _part(self, matrices: Matrices, task: int) -> tuple[Host, Flags | None, tuple[float, float]]:
+        """A task's vector, which of its entries are kept (None: all), (n,), and two factors."""
+        vector, weight = matrices[task], self.parameters.weights[task]
+        if self._rescale == "l1":
+            packed = matrices.studied.stays[matrices.number][task]
+            stays = None if packed is None else np.unpackbits(packed, count=vector.size).view(np.bool_)
+            return vector.reshape(-1), stays, (self._factor(matrices, task), weight)
+        stays = self._stays(matrices, vector, task)
+        if self._rescale == "density" and self.chance(task) is None:
+            assert stays is not None
+            rescaled = vector * stays.reshape(vector.shape)
+            rescaled *= (1.0 / self.chances(vector, task)).astype(vector.dtype)
+            return rescaled.reshape(-1), None, (1.0, weight)
+        return vector.reshape(-1), stays, (self._factor(matrices, task), weight)
 
     def _reduces(self) -> str:
         return self.parameters.text("reduce")
 
     def merge_matrix(self, matrices: Matrices) -> Host:
         parts = [self._part(matrices, task) for task in range(matrices.tasks)]
-        mean = self._reduces() == "mean"
-        merged = (elect if self.elects else add)(parts, self.parameters.weights, mean)
-        merged *= merged.dtype.type(self.parameters.number("scale"))
+        values, stays, factors = [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
+        mean, weights = self._reduces() == "mean", self.parameters.weights
+        merged: Host = np.empty_like(values[0])
+        if self.elects:
+            disjoint(values, stays, factors, [1.0] * len(values), weights if mean else None, False, merged)
+        else:
+            for number, (value, flags, both) in enumerate(parts):
+                accumulate(merged, value, "F32" if value.dtype == np.float32 else "F64", None, flags, both, not number)
+            whole = _in_order(weights)
+            if mean and abs(whole) >= _LEAST:
+                merged /= merged.dtype.type(whole)
+        if (scale := self.parameters.number("scale")) != 1.0:
+            merged *= merged.dtype.type(scale)
         return merged
 
 
-def _kept(vector: Host, flags: Flags | None, factor: float = 1.0, weight: float = 1.0) -> Host:
-    """vector * flags * factor * weight, each product rounded."""
-    out = np.empty(vector.shape, vector.dtype)
-    bits = np.ascontiguousarray(vector).reshape(-1)
-    accumulate(out.reshape(-1), bits, "F32" if vector.dtype == np.float32 else "F64", None, flags, (factor, weight), True)
-    return out
+def _in_order(numbers: Iterable[float]) -> float:
+    total = 0.0
+    for number in numbers:  # not sum(), which has used compensated summation since Python 3.12
+        total += number
+    return total

@@ -9,32 +9,37 @@ variances are taken in canonical order."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
-from peru_cli.kernels.merging import halved_sum
-from peru_cli.methods.matrices import Matrices, MatrixRule
+from peru_cli.kernels.merging import Flags, halved_sum
+from peru_cli.kernels.panels import erased, spread
+from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
+from peru_cli.methods.order import Counts, Keys, Taken, kept, largest
+from peru_cli.methods.parameters import Parameters
 from peru_cli.streaming.arrays import Host
 
 _LEAST = 1e-6
 
 
-def selected(variance: Host, k: int) -> Host:
-    """The k entries with the highest variance, ties in canonical order; bools (rows, columns)."""
-    flat = variance.reshape(-1)
-    chosen = np.zeros(len(flat), np.bool_)
-    if k:
-        threshold = np.partition(flat, len(flat) - k)[len(flat) - k]
-        above = flat > threshold
-        equal = np.flatnonzero(flat == threshold)[: k - int(np.count_nonzero(above))]
-        chosen = above
-        chosen[equal] = True
-    return chosen.reshape(variance.shape)
+@dataclass(frozen=True)
+class _Selected:
+    """Which entries of a tensor are selected (None: all, False: none), and each task's weight."""
+
+    taken: Taken | bool | None
+    weights: list[float]
 
 
 class Sce(MatrixRule):
     """See the module."""
+
+    by_rows = True
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self.studies = 3 if parameters.share("keep") < 1 else 1
 
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
@@ -43,24 +48,53 @@ class Sce(MatrixRule):
         """floor(share * n). mergekit multiplies a tensor's count by a number, which torch does in float32."""
         return int(np.float32(n) * np.float32(share)) if self.parameters.in_doubles else int(share * n)
 
+    def _select(self, panels: Panels) -> Taken | bool | None:
+        share = self.parameters.share("keep")
+        if share >= 1:
+            return None
+        counts: dict[str, Counts] = {}
+
+        def count(panel: Matrices) -> int:
+            keys = _keys(_vectors(panel))
+            counts.setdefault(keys.dtype.str[1:], Counts(keys.dtype.str[1:])).add(keys)
+            return int(np.count_nonzero(keys))
+
+        k = self._count(share, sum(panels.each(count)))
+        (counted,) = counts.values()
+        return largest(panels, counted, lambda panel: _keys(_vectors(panel)), [k])[0] if k else False
+
+    def study(self, panels: Panels) -> _Selected:
+        taken = self._select(panels)
+
+        def energies(panel: Matrices) -> tuple[int, list[float]]:
+            vectors = _vectors(panel)
+            flags = _flags(vectors, taken, panel.number)
+            return len(flags), [halved_sum(vector, "square", flags) for vector in vectors]
+
+        found = panels.each(energies)
+        n, sums = sum(n for n, _ in found), [0.0] * len(found[0][1])
+        for _, more in found:
+            sums = [a + b for a, b in zip(sums, more, strict=True)]
+        total = sum(sums)
+        return _Selected(taken, [energy / total if total / n >= _LEAST else 1 / len(sums) for energy in sums])
+
     def merge_matrix(self, matrices: Matrices) -> Host:
-        vectors = [matrices[task] for task in range(matrices.tasks)]
-        if (share := self.parameters.share("keep")) < 1:
-            variance = np.var(vectors, axis=0)
-            mask = selected(variance, self._count(share, int(np.count_nonzero(variance))))
-            vectors = [vector * mask for vector in vectors]
-        energies = [halved_sum((vector * vector).reshape(-1)) for vector in vectors]
-        total = sum(energies)
-        weights = [energy / total if total / vectors[0].size >= _LEAST else 1 / len(energies) for energy in energies]
-        votes = vectors[0].copy()
-        for vector in vectors[1:]:
-            votes += vector
-        sign = np.where(votes >= 0, votes.dtype.type(1), votes.dtype.type(-1))
-        merged, divisor = np.zeros_like(votes), np.zeros_like(votes)
-        for vector, weight in zip(vectors, weights, strict=True):
-            agrees = (vector * sign > 0) * votes.dtype.type(weight)
-            merged += vector * agrees
-            divisor += agrees
-        merged /= np.maximum(divisor, votes.dtype.type(_LEAST))
-        merged *= votes.dtype.type(self.parameters.number("scale"))
-        return merged
+        chosen, vectors = matrices.studied, _vectors(matrices)
+        flags = _flags(vectors, chosen.taken, matrices.number)
+        return erased(vectors, flags, chosen.weights, _LEAST, self.parameters.number("scale"))
+
+
+def _vectors(panel: Matrices) -> list[Host]:
+    return [panel[task].reshape(-1) for task in range(panel.tasks)]
+
+
+def _keys(vectors: list[Host]) -> Keys:
+    """Keys of the variances, which are never negative: their patterns."""
+    variance = spread(vectors)
+    return variance.view(f"i{variance.itemsize}")
+
+
+def _flags(vectors: list[Host], taken: Taken | bool | None, panel: int) -> Flags:
+    if not isinstance(taken, Taken):
+        return np.full(len(vectors[0]), taken is None)
+    return kept(_keys(vectors), taken, panel)
