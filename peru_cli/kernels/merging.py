@@ -187,20 +187,48 @@ def _halved_sum(values: Any, flags: Any, n: int, sums: Any) -> None:
         size = half
 
 
-@kernels("*f *f i8 i8 *f8 *f8", FLOATS)
-def _inner_products(a: Any, b: Any, n: int, chunk: int, room: Any, sums: Any) -> None:
+# The first three halvings of a chunk are computed together, in their order.
+@kernels("**f i8 i8 i8 *f *f8 *f8", FLOATS)
+def _inner_products(values: Any, tasks: int, n: int, chunk: int, tail: Any, room: Any, sums: Any) -> None:
+    eighth = chunk // 8
     for start in range(0, n, chunk):
         size = min(chunk, n - start)
-        for i in range(size):
-            room[i] = np.float64(a[start + i]) * np.float64(b[start + i])
-        for i in range(size, chunk):
-            room[i] = 0.0
-        half = chunk // 2
-        while half:
-            for i in range(half):
-                room[i] = room[i] + room[half + i]
-            half //= 2
-        sums[start // chunk] = room[0]
+        at: Any = 0
+        for one in range(tasks):
+            for two in range(one, tasks):
+                a, b, first = values[one], values[two], start
+                if size < chunk:
+                    a, b, first = tail, tail, 0
+                    for i in range(size):
+                        tail[i] = values[one][start + i]
+                        tail[chunk + i] = values[two][start + i]
+                    for i in range(size, chunk):
+                        tail[i] = Float(0)
+                        tail[chunk + i] = Float(0)
+                other = first + (chunk if size < chunk else 0)
+                for i in range(eighth):
+                    w = _product(a, b, first + i, other + i) + _product(a, b, first + i + 4 * eighth, other + i + 4 * eighth)
+                    x = _product(a, b, first + i + eighth, other + i + eighth) + _product(
+                        a, b, first + i + 5 * eighth, other + i + 5 * eighth
+                    )
+                    y = _product(a, b, first + i + 2 * eighth, other + i + 2 * eighth) + _product(
+                        a, b, first + i + 6 * eighth, other + i + 6 * eighth
+                    )
+                    z = _product(a, b, first + i + 3 * eighth, other + i + 3 * eighth) + _product(
+                        a, b, first + i + 7 * eighth, other + i + 7 * eighth
+                    )
+                    room[i] = (w + y) + (x + z)
+                half = eighth // 2
+                while half:
+                    for i in range(half):
+                        room[i] = room[i] + room[half + i]
+                    half //= 2
+                sums[start // chunk + at * (-(-n // chunk))] = room[0]
+                at += 1
+
+
+def _product(a: Any, b: Any, i: int, j: int) -> Any:
+    return np.float64(a[i]) * np.float64(b[j])
 
 
 @kernel("*u8 i8 i8 *f8 *f8")
@@ -303,12 +331,17 @@ def halved_sum(values: Floats, what: str, flags: Flags | None = None) -> float:
     return float(sums[0])
 
 
-def inner_products(a: Floats, b: Floats, chunk: int) -> list[float]:
-    """Sums of a * b over chunks of entries, a power of two, in float64, each by halving: the same on every processor; (n,), (n,)."""
-    sums = np.empty(-(-len(a) // chunk))
-    _inner_products[a.dtype.str[1:]](a, b, len(a), chunk, np.empty(chunk), sums)
-    found: list[float] = sums.tolist()
-    return found
+def inner_products(values: Sequence[Floats], chunk: int) -> list[list[list[float]]]:
+    """Sums of products over chunks of entries, a power of two of at least 8, each by halving: the same on every processor.
+
+    A table (tasks, tasks) of lists, float64, from one array of each task, (n,)."""
+    tasks, n, kind = range(len(values)), len(values[0]), values[0].dtype
+    pairs = [(one, two) for one in tasks for two in tasks[one:]]
+    sums = np.empty((len(pairs), -(-n // chunk)))
+    tail, room = np.empty(2 * chunk, kind), np.empty(chunk // 8)
+    _inner_products[kind.str[1:]](pointers(values), len(values), n, chunk, tail, room, sums)
+    found: dict[tuple[int, int], list[float]] = dict(zip(pairs, sums.tolist(), strict=True))
+    return [[found[min(one, two), max(one, two)] for two in tasks] for one in tasks]
 
 
 def by_rank(magnitudes: Floats, table: Floats) -> Floats:

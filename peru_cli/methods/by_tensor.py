@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from peru_cli.errors import UsageError
-from peru_cli.methods.rules import Rule, RuleInput
+from peru_cli.methods.rules import Result, Rule, RuleInput
 from peru_cli.streaming.arrays import Array
 
 
@@ -39,5 +39,5 @@ class ByTensor(Rule):
         for number, rule in enumerate(self._rules):
             rule.decide({slot: table for slot, table in products.items() if self._chosen[slot] == number})
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Array | Result:
         return self.at(tile.slot).merge(tile)

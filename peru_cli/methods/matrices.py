@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peru_cli.errors import UsageError
-from peru_cli.methods.rules import Rule, RuleInput, onto_base, scaled, weighted_sum
-from peru_cli.streaming.arrays import Array, Host
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, times, weighted_sum
+from peru_cli.streaming.arrays import Host
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +86,10 @@ class MatrixRule(Rule):
     def merge_matrix(self, matrices: Matrices) -> Any:
         """The merged task vector, or weights; (rows, columns), NumPy or torch, float32 or float64."""
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         """Merge tensors that are not matrices: the weighted mean."""
-        mean = scaled(weighted_sum(tile, self.parameters.weights), 1.0 / len(self.parameters.weights), tile)
-        return onto_base(tile, mean, 1.0) if self.on_vectors else mean
+        mean = times(weighted_sum(self.parameters.weights), 1.0 / len(self.parameters.weights))
+        return onto_base(mean, 1.0) if self.on_vectors else mean
 
 
 class SpectralRule(MatrixRule):

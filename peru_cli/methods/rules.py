@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from peru_cli.methods.parameters import Parameters
@@ -39,7 +39,7 @@ class Scratch:
 class RuleInput:
     """What a rule sees of one tile; every array is (n,).
 
-    `base` is None for rules that do not read it. `inputs(t)` is task t's difference from the base, or its weights for rules on
+    `base()` is the base's weights, for rules that read it. `inputs(t)` is task t's difference from the base, or its weights for rules on
     whole weights. A rule may overwrite it; without `holds_all` it is valid until the call after the next.
     `add(total, t, flags, first, second)` is total + inputs(t) * flags * first * second in one pass, rounded step by step. A total
     of None is 0, flags of None keep all. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all.
@@ -52,13 +52,34 @@ class RuleInput:
     n: int
     tasks: int
     xp: Arrays
-    base: Array | None
+    base: Callable[[], Array]
     inputs: Callable[[int], Array]
     add: Callable[[Array | None, int, Array | None, float, float], Array]
     kept: Callable[[int, int], Array | None]
     room: Scratch
     shape: tuple[int, ...] = ()  # of the whole tensor
     majority: int = 0  # sign of the total of `elect` over all tiles, if `wants_signs`
+
+
+@dataclass(frozen=True)
+class Result:
+    """Merged weights of a tile that are not computed yet: a vector, or a sum of parts, as for `RuleInput.add`; times `factor`.
+
+    With `scale` it is a task vector: base + scale * vector. What computes it can round it in the same loop (kernels/rounding.py)."""
+
+    parts: Sequence[tuple[int, Array | None, float, float]] = ()
+    vector: Array | None = None
+    factor: float = 1.0
+    scale: float | None = None
+
+    def compute(self, tile: RuleInput) -> Array:
+        """The merged weights; (n,)."""
+        total = self.vector
+        for part in self.parts:
+            total = tile.add(total, *part)
+        if self.factor != 1.0:
+            total = tile.xp.multiply(total, self.factor, out=total)
+        return total if self.scale is None else tile.xp.onto_base(total, tile.base(), self.scale)
 
 
 class Rule(ABC):
@@ -96,21 +117,18 @@ class Rule(ABC):
         raise TypeError(f"{type(self).__name__} wants products and does not say what to decide from them")
 
     @abstractmethod
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Array | Result:
         """Merged weights of a tile; (n,), valid until the buffers are used again."""
 
 
-def weighted_sum(tile: RuleInput, weights: Sequence[float]) -> Array:
-    """Sum over tasks of weight * input, in the order of the tasks; (n,)."""
-    return sum_of_parts(tile, ((number, None, weight, 1.0) for number, weight in enumerate(weights)))
+def weighted_sum(weights: Sequence[float]) -> Result:
+    """Sum over tasks of weight * input, in the order of the tasks."""
+    return Result([(number, None, weight, 1.0) for number, weight in enumerate(weights)])
 
 
-def sum_of_parts(tile: RuleInput, parts: Iterable[tuple[int, Array | None, float, float]]) -> Array:
-    """Sum of tasks' kept inputs times two factors, in order: (task, bools or None, factor, factor); (n,)."""
-    total: Array | None = None
-    for part in parts:
-        total = tile.add(total, *part)
-    return total
+def sum_of_parts(parts: Iterable[tuple[int, Array | None, float, float]]) -> Result:
+    """Sum of tasks' kept inputs times two factors, in order: (task, bools or None, factor, factor)."""
+    return Result(list(parts))
 
 
 def add_up(tile: RuleInput, parts: Iterable[Array]) -> Array:
@@ -119,6 +137,11 @@ def add_up(tile: RuleInput, parts: Iterable[Array]) -> Array:
     for part in parts:
         total = part if total is None else tile.xp.add(total, part, out=tile.room("sum", tile.n))
     return total
+
+
+def times(result: Result, factor: float) -> Result:
+    """factor * a result that has no factor yet."""
+    return replace(result, factor=factor)
 
 
 def scaled(value: Array, weight: float, tile: RuleInput) -> Array:
@@ -133,6 +156,6 @@ def masked(value: Array, flags: Array | None, tile: RuleInput) -> Array:
     return tile.xp.multiply(value, tile.xp.copy(flags, tile.room("ones", tile.n)), out=value)
 
 
-def onto_base(tile: RuleInput, vector: Array, scale: float) -> Array:
-    """base + scale * vector, in the vector's memory; (n,)."""
-    return tile.xp.onto_base(vector, tile.base, scale)
+def onto_base(vector: Array | Result, scale: float) -> Result:
+    """base + scale * vector; the vector's memory is overwritten."""
+    return replace(vector if isinstance(vector, Result) else Result(vector=vector), scale=scale)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.kernels import merging
+from peru_cli.kernels import merging, rounding
 from peru_cli.kernels.deltas import Room, put
 
 Array = Any  # np.ndarray, or torch.Tensor on a GPU
@@ -158,6 +158,25 @@ class Arrays(Protocol):
         """base + scale * vector, in the vector's memory."""
         ...
 
+    def rounded_sum(
+        self,
+        bits: Sequence[Array],
+        dtype: Dtype,
+        base: Array | None,
+        flags: Sequence[Array | None],
+        factors: Sequence[tuple[float, float]],
+        factor: float,
+        scale: float,
+    ) -> tuple[Host, bool]:
+        """sum of (bits - base) * flags * both factors, times `factor` and `scale`, + base, all of one dtype of at most 32 bits.
+
+        As bits of that dtype on the host, and whether all are finite."""
+        ...
+
+    def rounded_onto(self, vector: Array, dtype: Dtype, base: Array, scale: float) -> tuple[Host, bool]:
+        """base + scale * vector, float32, rounded to the base's dtype, on the host, and whether all is finite."""
+        ...
+
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         """Bits as floats of the kind of `out` (f4 or f8), exactly. If the bits have that kind, a view of them."""
         ...
@@ -234,6 +253,15 @@ class Cpu:
     accumulate, trim, disjoint = staticmethod(merging.accumulate), staticmethod(merging.trim), staticmethod(merging.disjoint)
     elected, onto_base = staticmethod(merging.elected), staticmethod(merging.onto_base)
     largest_magnitude = staticmethod(merging.largest_magnitude)
+
+    def rounded_sum(
+        self, bits: Sequence[Array], dtype: Dtype, base: Array | None, flags: Sequence[Array | None],
+        factors: Sequence[tuple[float, float]], factor: float, scale: float,
+    ) -> tuple[Host, bool]:  # fmt: skip
+        return rounding.rounded_sum(bits, dtype.name, base, flags, factors, factor, scale)
+
+    def rounded_onto(self, vector: Array, dtype: Dtype, base: Array, scale: float) -> tuple[Host, bool]:
+        return rounding.rounded_onto(vector, dtype.name, base, scale)
 
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         if dtype.name in ("F32", "F64"):

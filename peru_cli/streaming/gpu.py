@@ -180,6 +180,25 @@ class Gpu:
     def onto_base(self, vector: Array, base: Array, scale: float) -> Array:
         return vector.mul_(scale).add_(base)
 
+    def rounded_sum(
+        self, bits: Sequence[Array], dtype: Dtype, base: Array | None, flags: Sequence[Array | None],
+        factors: Sequence[tuple[float, float]], factor: float, scale: float,
+    ) -> tuple[Host, bool]:  # fmt: skip
+        room = torch.empty(len(bits[0]), dtype=torch.float32, device=self.device)
+        whole = None if base is None else self.widen(base, dtype, torch.empty_like(room))
+        total = torch.empty_like(room)
+        for task, (mine, kept, both) in enumerate(zip(bits, flags, factors, strict=True)):
+            self.accumulate(total, mine, dtype.name, whole, kept, both, not task)
+        total.mul_(factor)
+        return self._rounded(total if whole is None else self.onto_base(total, whole, scale), dtype)
+
+    def rounded_onto(self, vector: Array, dtype: Dtype, base: Array, scale: float) -> tuple[Host, bool]:
+        return self._rounded(self.onto_base(vector, self.widen(base, dtype, torch.empty_like(vector)), scale), dtype)
+
+    def _rounded(self, floats: Array, dtype: Dtype) -> tuple[Host, bool]:
+        rounded = floats.to(_float_type(dtype))
+        return self.download(rounded.view(_TYPE[BITS[dtype.bits]])), bool(torch.isfinite(rounded).all())
+
     def widen(self, bits: Array, dtype: Dtype, out: Array) -> Array:
         floats = bits if dtype.is_code else bits.view(_float_type(dtype))
         return floats if floats.dtype == out.dtype else out.copy_(floats)

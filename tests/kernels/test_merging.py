@@ -135,11 +135,13 @@ def test_ranks_in_rows_count_equals_in_order(kind: type) -> None:
 @pytest.mark.parametrize("n", [1, 8, 13, 24])
 def test_inner_products_are_summed_by_chunks_and_halves(kind: type, n: int) -> None:
     noise = np.random.default_rng(n)
-    a, b = (noise.standard_normal(n).astype(kind) for _ in range(2))
-    rows = np.zeros(-(-n // 8) * 8)
-    rows[:n] = a.astype(np.float64) * b.astype(np.float64)
-    rows = rows.reshape(-1, 8)
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    assert inner_products(a, b, 8) == rows[:, 0].tolist()
+    values = [noise.standard_normal(n).astype(kind) for _ in range(3)]
+    table = inner_products(values, 8)
+    for i, j in ((0, 0), (0, 1), (2, 1), (2, 2)):
+        rows = np.zeros(-(-n // 8) * 8)
+        rows[:n] = values[i].astype(np.float64) * values[j].astype(np.float64)
+        rows = rows.reshape(-1, 8)
+        while rows.shape[1] > 1:
+            half = rows.shape[1] // 2
+            rows = rows[:, :half] + rows[:, half:]
+        assert table[i][j] == rows[:, 0].tolist()

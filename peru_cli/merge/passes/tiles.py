@@ -22,7 +22,7 @@ from peru_cli.merge.passes.then import After
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.compact.magnitude import Threshold
-from peru_cli.methods.rules import Rule, RuleInput, Scratch
+from peru_cli.methods.rules import Result, Rule, RuleInput, Scratch
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU, Array
 from peru_cli.streaming.engine import Reads
@@ -71,8 +71,21 @@ class MergeBuffers:
         self.inputs = [TileBuffer(how.xp, how.tile_entries, width) for _ in range(tasks)]
         self.scratch = Scratch(how.xp, how.tile_entries, kind)
         self.base_bits: Array = None
-        self.base_weights: Array = None
         self.aligned: list[Aligned] = []
+        self._xp = how.xp
+        self._dtype: Dtype | None = None
+        self._weights: Array = None
+
+    def hold(self, bits: Array, dtype: Dtype) -> None:
+        """Set the base's bits of a tile."""
+        self.base_bits, self._dtype, self._weights = bits, dtype, None
+
+    def base_weights(self) -> Array:
+        """The base's weights, widened when they are first asked for; (n,)."""
+        if self._weights is None:
+            assert self._dtype is not None
+            self._weights = self._xp.widen(self.base_bits, self._dtype, self.scratch("base", len(self.base_bits)))
+        return self._weights
 
 
 class _Walk:
@@ -124,8 +137,7 @@ class _Walk:
         bits = None
         if self._reads_base:
             _, bits = read_bits(self._family.base, slot.base, tile, room.base)
-            room.base_bits = bits
-            room.base_weights = self._xp.widen(bits, slot.base.dtype, room.scratch("base", len(bits)))
+            room.hold(bits, slot.base.dtype)
         room.aligned = [
             self._family.align(slot.task(i), slot.base.name, tile, bits, room.inputs[i]) for i in range(len(slot.inputs))
         ]  # fmt: skip
@@ -139,12 +151,15 @@ class _Walk:
         n = len(aligned.fine)
         if not self._reads_base:
             return aligned.weights(self._xp, room.scratch(name, n))
-        return aligned.difference(self._xp, room.scratch(name, n), lambda: room.scratch("cast", n), room.base_weights)
+        dtype, out = aligned.pair.fine.dtype, room.scratch(name, n)
+        base = room.base_weights() if dtype is aligned.pair.base.dtype else self._xp.widen(aligned.base, dtype, room.scratch("cast", n))
+        self._xp.accumulate(out, aligned.fine, dtype.name, base, None, (1.0, 1.0), True)
+        return out
 
     def _add(self, room: MergeBuffers, total: Array | None, number: int, flags: Array | None, first: float, second: float) -> Array:
         """RuleInput.add, applied to the task's own bits, or to the vector that trimming has computed."""
         aligned, made = room.aligned[number], bool(self._rule.trims)
-        n, dtype, base = len(aligned.fine), aligned.pair.fine.dtype, room.base_weights if self._reads_base and not made else None
+        n, dtype, base = len(aligned.fine), aligned.pair.fine.dtype, room.base_weights() if self._reads_base and not made else None
         bits, name = aligned.fine, dtype.name
         if made:
             bits, name = self._xp.view(room.scratch(f"input{number}", n), f"i{self._kind[1]}"), "F64" if self._kind == "f8" else "F32"
@@ -215,10 +230,9 @@ class _Walk:
                 return room.scratch(f"input{task}", n)
             return self._input(task, room, f"input{task if rule.holds_all else task % 2}")
 
-        base = room.base_weights if self._reads_base else None
         parts = [(info.name, first, stop - first) for info, first, stop in cut(slot.info, tile.start, tile.stop)]
         return RuleInput(
-            slot.info.name, number, tile.start, parts, n, len(slot.inputs), self._xp, base, inputs, partial(self._add, room),
+            slot.info.name, number, tile.start, parts, n, len(slot.inputs), self._xp, room.base_weights, inputs, partial(self._add, room),
             lambda task, index: flags[task][index], room.scratch, slot.info.shape, self._decided.majority,
         )  # fmt: skip
 
@@ -247,11 +261,8 @@ class Products(_Walk):
 
     def finish(self, tile: Tile, committed: list[list[Array | None]], room: MergeBuffers) -> None:
         view = self.view(tile, committed, room)
-        values = [self._xp.download(view.inputs(task)).copy() for task in range(view.tasks)]
-        found: list[list[list[float]]] = []
-        for task, value in enumerate(values):
-            found.append([found[other][task] for other in range(task)])  # a table of products is symmetric
-            found[task] += [inner_products(value, other, CHUNK) for other in values[task:]]
+        values = [self._xp.download(self._input(task, room, f"input{task}")) for task in range(view.tasks)]
+        found = inner_products(values, CHUNK)
         for task, value in enumerate(values):
             if not all(map(math.isfinite, found[task][task])):
                 finite = np.isfinite(value)
@@ -293,16 +304,17 @@ class Merge(_Walk):
     def finish(self, tile: Tile, committed: list[list[Array | None]], room: MergeBuffers) -> None:
         number = self.slot_number(tile)
         slot = self._plan.slots[number]
-        merged = self._rule.merge(self.view(tile, committed, room))
+        view = self.view(tile, committed, room)
+        merged = self._rule.merge(view)
         after = self._after if self._after is not None and self._after.takes(slot) else None
         if after is None:
-            bits = self._xp.download(self._xp.narrow(merged, slot.info.dtype))
-            if CPU.largest_magnitude(bits) >= infinity(slot.info.dtype):
+            bits, finite = self._round(merged, view, slot, room)
+            if not finite:
                 self._settle(tile, slot, bits, room)
             for info, start, piece in pieces_of(slot.info, tile.start, bits.data.cast("B")):
                 self._writer.write(info.name, info.dtype.nbytes(start), piece)
         else:
-            after.add(number, tile.start, self._xp.download(merged))
+            after.add(number, tile.start, self._xp.download(merged.compute(view) if isinstance(merged, Result) else merged))
         with self._lock:
             self._left[number] -= tile.stop - tile.start
             done = not self._left[number]
@@ -311,6 +323,22 @@ class Merge(_Walk):
         if done and (after is None or after.writes):
             parts = [info.name for info in members(slot.info)]
             self._writer.claim(slot.info.name, self._equals.get(number, [[] for _ in self._plan.vectors]), parts)
+
+    def _round(self, merged: Array | Result, view: RuleInput, slot: Slot, room: MergeBuffers) -> tuple[Bits, bool]:
+        """The bits of merged weights, on the host, and whether all are finite."""
+        dtype = slot.info.dtype
+        same = self._kind == "f4" and (not self._reads_base or slot.base.dtype is dtype)
+        if same and isinstance(merged, Result) and not (merged.parts and self._rule.trims):
+            base, scale = (None, 1.0) if merged.scale is None else (room.base_bits, merged.scale)
+            if merged.parts and (base is None) is not self._reads_base and all(a.pair.fine.dtype is dtype for a in room.aligned):
+                tasks, flags, *factors = zip(*merged.parts, strict=True)
+                inputs = [room.aligned[task].fine for task in tasks]
+                return self._xp.rounded_sum(inputs, dtype, base, flags, list(zip(*factors, strict=True)), merged.factor, scale)
+            if not merged.parts and base is not None and merged.factor == 1.0:
+                return self._xp.rounded_onto(merged.vector, dtype, base, scale)
+        floats = merged.compute(view) if isinstance(merged, Result) else merged
+        bits = self._xp.download(self._xp.narrow(floats, dtype))
+        return bits, CPU.largest_magnitude(bits) < infinity(dtype)
 
     def _settle(self, tile: Tile, slot: Slot, bits: Bits, room: MergeBuffers) -> None:
         """Entries that are not finite and equal in all inputs stay (masks of -inf). Any others are an error."""

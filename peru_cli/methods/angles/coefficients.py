@@ -6,8 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, onto_base, weighted_sum
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, weighted_sum
 
 Products = Sequence[Sequence[float]]  # inner products of all inputs of a tensor, (tasks, tasks)
 
@@ -29,6 +28,6 @@ class ByAngles(Rule):
     def decide(self, products: Mapping[int, Products]) -> None:
         self._factors = {slot: self.factors(table) for slot, table in products.items()}
 
-    def merge(self, tile: RuleInput) -> Array:
-        merged = weighted_sum(tile, self._factors[tile.slot])
-        return onto_base(tile, merged, 1.0) if self.on_vectors else merged
+    def merge(self, tile: RuleInput) -> Result:
+        merged = weighted_sum(self._factors[tile.slot])
+        return onto_base(merged, 1.0) if self.on_vectors else merged

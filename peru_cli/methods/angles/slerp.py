@@ -13,8 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, weighted_sum
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, weighted_sum
 
 PARALLEL = 0.9995
 
@@ -45,5 +44,5 @@ class Slerp(Rule):
         t = self.parameters.number("t")
         self._factors = {slot: coefficients(table, t) for slot, table in products.items()}
 
-    def merge(self, tile: RuleInput) -> Array:
-        return weighted_sum(tile, self._factors[tile.slot])
+    def merge(self, tile: RuleInput) -> Result:
+        return weighted_sum(self._factors[tile.slot])

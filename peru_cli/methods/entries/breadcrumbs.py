@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, sum_of_parts
 from peru_cli.streaming.arrays import Array
 
 
@@ -40,10 +40,10 @@ class Breadcrumbs(Rule):
             return tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
         return large
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         weights = self.parameters.weights
-        vector = sum_of_parts(tile, ((number, self._stays(tile, number), weights[number], 1.0) for number in range(tile.tasks)))
-        return onto_base(tile, vector, self.parameters.number("scale"))
+        vector = sum_of_parts((number, self._stays(tile, number), weights[number], 1.0) for number in range(tile.tasks))
+        return onto_base(vector, self.parameters.number("scale"))
 
 
 class BreadcrumbsTies(Breadcrumbs):
@@ -51,8 +51,8 @@ class BreadcrumbsTies(Breadcrumbs):
 
     holds_all = True
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         stays, weights = [self._stays(tile, number) for number in range(tile.tasks)], self.parameters.weights
         shares = weights if self.parameters.text("reduce") == "mean" else None
         vector = elect_and_merge(tile, stays, [(weight, 1.0) for weight in weights], [1.0] * tile.tasks, shares)
-        return onto_base(tile, vector, self.parameters.number("scale"))
+        return onto_base(vector, self.parameters.number("scale"))

@@ -8,8 +8,7 @@ Weighted task vectors w_t tau_t take the place of tau_t throughout.
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, RuleInput, add_up, masked, onto_base, scaled
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, add_up, masked, onto_base, scaled
 
 
 class Consensus(Rule):
@@ -17,7 +16,7 @@ class Consensus(Rule):
 
     holds_all = entrywise = True
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         xp, n, share = tile.xp, tile.n, self.parameters.number("mask-lambda")
         vectors = [scaled(tile.inputs(number), weight, tile) for number, weight in enumerate(self.parameters.weights)]
         total = add_up(tile, vectors)  # a sum of two or more, so it has its own memory
@@ -26,4 +25,4 @@ class Consensus(Rule):
             xp.multiply(xp.absolute(xp.subtract(total, vector, out=rest), out=rest), share, out=rest)
             xp.add(uses, xp.greater(xp.absolute(vector, out=vector), rest), out=uses)
         enough = xp.greater_equal(uses, self.parameters.number("min-tasks"))
-        return onto_base(tile, masked(total, enough, tile), self.parameters.number("scale"))
+        return onto_base(masked(total, enough, tile), self.parameters.number("scale"))

@@ -22,7 +22,7 @@ from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
-from peru_cli.methods.rules import Rule, RuleInput, onto_base, sum_of_parts
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, sum_of_parts
 from peru_cli.streaming.arrays import Array
 
 
@@ -54,9 +54,9 @@ class Dare(Rule):
         """The rescaling factor of a task's vector, and its weight."""
         return float(1 / self._densities[number]) if self._rescales else 1.0, self.parameters.weights[number]
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         parts = ((number, self._stays(tile, number), *self._factors(number)) for number in range(tile.tasks))
-        return onto_base(tile, sum_of_parts(tile, parts), self.parameters.number("scale"))
+        return onto_base(sum_of_parts(parts), self.parameters.number("scale"))
 
 
 class DareTies(Dare):
@@ -64,12 +64,12 @@ class DareTies(Dare):
 
     holds_all = True
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         stays = [self._stays(tile, number) for number in range(tile.tasks)]
         shares = self.parameters.weights if self.parameters.text("reduce") == "mean" else None
         factors = [self._factors(number) for number in range(tile.tasks)]
         vector = elect_and_merge(tile, stays, factors, [1.0] * tile.tasks, shares)
-        return onto_base(tile, vector, self.parameters.number("scale"))
+        return onto_base(vector, self.parameters.number("scale"))
 
 
 class DareByNorm(Sampled):

@@ -7,8 +7,7 @@ mergekit 0.1.5 (`nearswap`)."""
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, RuleInput, onto_base
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base
 
 _LEAST = 1e-6
 
@@ -16,9 +15,9 @@ _LEAST = 1e-6
 class NearSwap(Rule):
     """See the module."""
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         xp, vector = tile.xp, tile.inputs(0)
         size = xp.clip(xp.absolute(vector, out=tile.room("size", tile.n)), _LEAST, None, out=tile.room("size", tile.n))
         share = xp.divide(xp.fill(tile.room("share", tile.n), self.parameters.number("t")), size, out=tile.room("share", tile.n))
         xp.clip(share, 0.0, 1.0, out=share)
-        return onto_base(tile, xp.multiply(vector, share, out=vector), 1.0)
+        return onto_base(xp.multiply(vector, share, out=vector), 1.0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, onto_base
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base
 from peru_cli.streaming.arrays import Array
 
 
@@ -68,11 +68,11 @@ class Ties(Rule):
     def elect(self, tile: RuleInput) -> int:
         return tile.xp.elected([tile.inputs(number) for number in range(tile.tasks)], *self._votes(tile))
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         plain = [1.0] * tile.tasks
         after = self.parameters.weights if self._variant == "peft" else plain
         shares = self.parameters.weights if self._variant == "mergekit" else plain
         mean = self.parameters.text("reduce") == "mean"
         majority = tile.majority if self._variant == "authors" else None
         vector = elect_and_merge(tile, *self._votes(tile), after, shares if mean else None, majority)
-        return onto_base(tile, vector, self.parameters.number("scale"))
+        return onto_base(vector, self.parameters.number("scale"))

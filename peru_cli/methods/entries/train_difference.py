@@ -8,8 +8,7 @@ factor 1.8 is its authors'. sd-mecha's method of the same name has another formu
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, RuleInput, onto_base
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base
 
 _FACTOR = 1.8
 _LEAST = 1e-30  # of a divisor: 0 / 0 counts as 0
@@ -21,7 +20,7 @@ class TrainDifference(Rule):
     holds_all = True
     entrywise = True
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         xp, a, b = tile.xp, tile.inputs(0), tile.inputs(1)
         apart = xp.subtract(b, a, out=tile.room("apart", tile.n))
         xp.absolute(apart, out=apart)
@@ -30,4 +29,4 @@ class TrainDifference(Rule):
         xp.divide(apart, xp.clip(divisor, _LEAST, None, out=divisor), out=apart)
         xp.multiply(apart, b, out=apart)
         xp.multiply(apart, _FACTOR * self.parameters.number("scale"), out=apart)
-        return onto_base(tile, xp.add(apart, a, out=apart), 1.0)
+        return onto_base(xp.add(apart, a, out=apart), 1.0)

@@ -18,9 +18,8 @@ from peru_cli.errors import UsageError
 from peru_cli.kernels.random import words
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
-from peru_cli.methods.rules import Rule, RuleInput, onto_base, weighted_sum
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
-from peru_cli.streaming.arrays import Array
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +36,9 @@ class AdaMerging(Rule):
         found = whole(self.statistics[task], ROLE, name)
         return self.parameters.number("scale") if found is None else float(found)
 
-    def merge(self, tile: RuleInput) -> Array:
+    def merge(self, tile: RuleInput) -> Result:
         scales = [self._scale(task, tile.name) for task in range(tile.tasks)]
-        return onto_base(tile, weighted_sum(tile, scales), 1.0)
+        return onto_base(weighted_sum(scales), 1.0)
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:

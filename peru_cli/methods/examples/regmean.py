@@ -18,10 +18,9 @@ import torch
 
 from peru_cli.methods.matrices import Matrices, MatrixRule
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import RuleInput, scaled, weighted_sum
+from peru_cli.methods.rules import Result, RuleInput, times, weighted_sum
 from peru_cli.methods.statistics import Collector, Found, TaskModel, whole
 from peru_cli.methods.weighted.linear import share_of_sum
-from peru_cli.streaming.arrays import Array
 
 ROWS, COLUMNS = "gram", "gram-in-out"  # by whether weights are stored (out, in) or (in, out)
 
@@ -81,8 +80,8 @@ class RegMean(MatrixRule):
             total = total + (weights @ mixing if role == ROWS else mixing.T @ weights)
         return total  # type: ignore[no-any-return]
 
-    def merge(self, tile: RuleInput) -> Array:
-        return scaled(weighted_sum(tile, self.parameters.weights), self._average, tile)
+    def merge(self, tile: RuleInput) -> Result:
+        return times(weighted_sum(self.parameters.weights), self._average)
 
 
 class RegMeanCollector(Collector):

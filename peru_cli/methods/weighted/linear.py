@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from peru_cli.errors import UsageError
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Rule, RuleInput, scaled, weighted_sum
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, times, weighted_sum
 
 
 def share_of_sum(weights: Sequence[float]) -> float:
@@ -31,5 +30,5 @@ class Linear(Rule):
         super().__init__(parameters)
         self._factor = share_of_sum(parameters.weights) if parameters.values["normalize"] else 1.0
 
-    def merge(self, tile: RuleInput) -> Array:
-        return scaled(weighted_sum(tile, self.parameters.weights), self._factor, tile)
+    def merge(self, tile: RuleInput) -> Result:
+        return times(weighted_sum(self.parameters.weights), self._factor)

@@ -6,8 +6,7 @@ A negative scale is negation (forgetting), scale 1/T with unit weights a model s
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, RuleInput, onto_base, weighted_sum
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, weighted_sum
 
 
 class TaskArithmetic(Rule):
@@ -15,5 +14,5 @@ class TaskArithmetic(Rule):
 
     entrywise = True
 
-    def merge(self, tile: RuleInput) -> Array:
-        return onto_base(tile, weighted_sum(tile, self.parameters.weights), self.parameters.number("scale"))
+    def merge(self, tile: RuleInput) -> Result:
+        return onto_base(weighted_sum(self.parameters.weights), self.parameters.number("scale"))
