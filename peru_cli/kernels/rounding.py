@@ -45,7 +45,7 @@ onto: Any = _as_it_is
 flagged: Any = _as_it_is
 INFINITE: Any = np.uint16(0x7F80)
 
-_ROUNDS = {
+ROUNDS: dict[str, dict[str, Any]] = {
     "BF16": {**DTYPES["BF16 f4"], **ROUNDED["BF16"], "INFINITE": np.uint16(0x7F80)},
     "F16": {**DTYPES["F16 f4"], **ROUNDED["F16"], "INFINITE": np.uint16(0x7C00)},
     "F32": {**DTYPES["F32 f4"], "narrow": _pattern, "INFINITE": np.uint32(0x7F80_0000)},
@@ -55,7 +55,7 @@ _PARTS = {
     f"{dtype}{' on base' * base}{' flagged' * flags}": {
         **bound, **(_BASE if base else {}), "flagged": _where_flagged if flags else _as_it_is,
     }
-    for (dtype, bound), base, flags in product(_ROUNDS.items(), *[(False, True)] * 2)
+    for (dtype, bound), base, flags in product(ROUNDS.items(), *[(False, True)] * 2)
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _rounded_sum(
     return np.int64(wrong)  # type: ignore[return-value]
 
 
-@kernels("*f *b f i8 *b", {dtype: {**bound, "onto": _plus_base} for dtype, bound in _ROUNDS.items()})
+@kernels("*f *b f i8 *b", {dtype: {**bound, "onto": _plus_base} for dtype, bound in ROUNDS.items()})
 def _rounded_onto(vector: Any, base: Any, scale: Any, n: int, out: Any) -> int:
     wrong = np.int32(0)
     for i in range(n):

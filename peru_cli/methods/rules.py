@@ -35,14 +35,24 @@ class Scratch:
         return self._rooms[name][:n]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Entries that a task keeps: magnitudes with patterns from `low` to `high` (None: all above); of these the flagged ones, bools (n,)."""
+
+    low: int = 0
+    high: int | None = None
+    flags: Array | None = None
+
+
 @dataclass
 class RuleInput:
     """What a rule sees of one tile; every array is (n,).
 
-    `base()` is the base's weights, for rules that read it. `inputs(t)` is task t's difference from the base, or its weights for rules on
-    whole weights. A rule may overwrite it; without `holds_all` it is valid until the call after the next.
+    `base()` is the base's weights, for rules that read it. `inputs(t)` is task t's difference from the base, or its weights for
+    rules on whole weights. A rule may overwrite it; without `holds_all` it is valid until the call after the next.
     `add(total, t, flags, first, second)` is total + inputs(t) * flags * first * second in one pass, rounded step by step. A total
-    of None is 0, flags of None keep all. `kept(t, i)` are bools, true where trim i keeps an entry of task t; None if it keeps all.
+    of None is 0, flags of None keep all. `kept(t, i)` is what trim i keeps of task t, `flags(t, kept)` its bools; None for all.
+    `elected(kept, before)` is the number of entries that elect + minus the number that elect -, as in `Election`.
     For rules that are `entrywise` the tile may lie in several small tensors: `parts` has them."""
 
     name: str  # the tensor's name in the output
@@ -55,26 +65,48 @@ class RuleInput:
     base: Callable[[], Array]
     inputs: Callable[[int], Array]
     add: Callable[[Array | None, int, Array | None, float, float], Array]
-    kept: Callable[[int, int], Array | None]
+    kept: Callable[[int, int], Kept]
+    flags: Callable[[int, Kept], Array | None]
+    elected: Callable[[Sequence[Kept], Sequence[tuple[float, float]]], int]
     room: Scratch
     shape: tuple[int, ...] = ()  # of the whole tensor
     majority: int = 0  # sign of the total of `elect` over all tiles, if `wants_signs`
 
 
 @dataclass(frozen=True)
+class Election:
+    """TIES' election and disjoint merge. Votes are input * both factors of `before` where kept; those with the elected sign are merged.
+
+    `after` has the factor of each task's entries after the election. With `shares` the sum is divided by their sum over the tasks that
+    agree (by 1 if that is 0). A sum of 0 elects -1 if `strict`, otherwise +1."""
+
+    kept: Sequence[Kept]
+    before: Sequence[tuple[float, float]]
+    after: Sequence[float]
+    shares: Sequence[float] | None
+    strict: bool
+
+
+@dataclass(frozen=True)
 class Result:
-    """Merged weights of a tile that are not computed yet: a vector, or a sum of parts, as for `RuleInput.add`; times `factor`.
+    """Merged weights of a tile that are not computed yet: a vector, an election, or a sum of parts, as for `RuleInput.add`; times `factor`.
 
     With `scale` it is a task vector: base + scale * vector. What computes it can round it in the same loop (kernels/rounding.py)."""
 
     parts: Sequence[tuple[int, Array | None, float, float]] = ()
     vector: Array | None = None
+    election: Election | None = None
     factor: float = 1.0
     scale: float | None = None
 
     def compute(self, tile: RuleInput) -> Array:
         """The merged weights; (n,)."""
         total = self.vector
+        if (chosen := self.election) is not None:
+            inputs = [tile.inputs(number) for number in range(tile.tasks)]
+            flags = [tile.flags(number, kept) for number, kept in enumerate(chosen.kept)]
+            out = tile.room("sum", tile.n)
+            total = tile.xp.disjoint(inputs, flags, chosen.before, chosen.after, chosen.shares, chosen.strict, out)
         for part in self.parts:
             total = tile.add(total, *part)
         if self.factor != 1.0:

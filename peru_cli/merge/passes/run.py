@@ -13,7 +13,8 @@ from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
 from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes.then import After, Gather
-from peru_cli.merge.passes.tiles import Decided, Elect, Merge, Products
+from peru_cli.merge.passes.tiles import Elect, Merge, Products
+from peru_cli.merge.passes.walk import Decided
 from peru_cli.merge.plan import MergePlan, in_bundles, in_dtype
 from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold

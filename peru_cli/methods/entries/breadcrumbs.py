@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, sum_of_parts
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Kept, Result, Rule, RuleInput, onto_base, sum_of_parts
 
 
 class Breadcrumbs(Rule):
@@ -32,17 +31,22 @@ class Breadcrumbs(Rule):
         kept, outliers = (self.parameters.count(share, n) for share in (self._kept[task], self.parameters.share("gamma", task)))
         return min(kept + outliers, n) if trim == 0 else min(outliers, n - kept)
 
-    def _stays(self, tile: RuleInput, number: int) -> Array | None:
-        """Which entries of a task's vector are kept. None if all are."""
+    def _stays(self, tile: RuleInput, number: int) -> Kept:
+        """Which entries of a task's vector are kept."""
         large = tile.kept(number, 0)
-        if len(self.trims) > 1:  # the first trim selects the largest among the large
-            outliers = tile.kept(number, 1)
-            return tile.xp.equal(outliers, False) if large is None else tile.xp.not_equal(large, outliers)
-        return large
+        if len(self.trims) == 1:
+            return large
+        outliers = tile.kept(number, 1)  # the first trim selects the largest among the large
+        if large.flags is None and outliers.flags is None:
+            return Kept(large.low, outliers.low - 1)
+        some, most = tile.flags(number, large), tile.flags(number, outliers)
+        if most is None:
+            return Kept(0, -1)
+        return Kept(flags=tile.xp.equal(most, False) if some is None else tile.xp.not_equal(some, most))
 
     def merge(self, tile: RuleInput) -> Result:
         weights = self.parameters.weights
-        vector = sum_of_parts((number, self._stays(tile, number), weights[number], 1.0) for number in range(tile.tasks))
+        vector = sum_of_parts((number, tile.flags(number, self._stays(tile, number)), weights[number], 1.0) for number in range(tile.tasks))
         return onto_base(vector, self.parameters.number("scale"))
 
 
@@ -54,5 +58,5 @@ class BreadcrumbsTies(Breadcrumbs):
     def merge(self, tile: RuleInput) -> Result:
         stays, weights = [self._stays(tile, number) for number in range(tile.tasks)], self.parameters.weights
         shares = weights if self.parameters.text("reduce") == "mean" else None
-        vector = elect_and_merge(tile, stays, [(weight, 1.0) for weight in weights], [1.0] * tile.tasks, shares)
+        vector = elect_and_merge(stays, [(weight, 1.0) for weight in weights], [1.0] * tile.tasks, shares)
         return onto_base(vector, self.parameters.number("scale"))

@@ -22,7 +22,7 @@ from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.entries.ties import elect_and_merge
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
-from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base, sum_of_parts
+from peru_cli.methods.rules import Kept, Result, Rule, RuleInput, onto_base, sum_of_parts
 from peru_cli.streaming.arrays import Array
 
 
@@ -65,10 +65,10 @@ class DareTies(Dare):
     holds_all = True
 
     def merge(self, tile: RuleInput) -> Result:
-        stays = [self._stays(tile, number) for number in range(tile.tasks)]
+        stays = [Kept(flags=self._stays(tile, number)) for number in range(tile.tasks)]
         shares = self.parameters.weights if self.parameters.text("reduce") == "mean" else None
         factors = [self._factors(number) for number in range(tile.tasks)]
-        vector = elect_and_merge(tile, stays, factors, [1.0] * tile.tasks, shares)
+        vector = elect_and_merge(stays, factors, [1.0] * tile.tasks, shares)
         return onto_base(vector, self.parameters.number("scale"))
 
 

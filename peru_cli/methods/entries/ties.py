@@ -18,29 +18,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peru_cli.methods.parameters import Parameters
-from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Election, Kept, Result, Rule, RuleInput, onto_base
 
 
 def elect_and_merge(
-    tile: RuleInput,
-    flags: Sequence[Array | None],
+    kept: Sequence[Kept],
     before: Sequence[tuple[float, float]],
     after: Sequence[float],
     shares: Sequence[float] | None,
     majority: int | None = None,
-) -> Array:
-    """TIES' election and disjoint merge. Votes are input * flags * both factors of `before`; those with the elected sign are merged; (n,).
+) -> Result:
+    """TIES' election and disjoint merge (methods/rules.py has what is given).
 
     Args:
-        flags: the kept entries of each task's vector; None for all.
-        after: factor of each task's entries after the election.
-        shares: divide by their sum over the tasks that agree (by 1 if that is 0); None for a plain sum.
         majority: the sign that a sum of 0 elects: None for +1, otherwise the sign of the whole vector's sign sum (0
             elects the negative entries, as in the authors' program)."""
-    inputs = [tile.inputs(number) for number in range(tile.tasks)]
-    strict = majority is not None and majority <= 0
-    return tile.xp.disjoint(inputs, flags, before, after, shares, strict, tile.room("sum", tile.n))
+    return Result(election=Election(kept, before, after, shares, majority is not None and majority <= 0))
 
 
 class Ties(Rule):
@@ -60,13 +53,13 @@ class Ties(Rule):
         kept = super().keeps(trim, task, n, slot)
         return max(kept, 1) if self._variant == "mergekit" and self.trims[0][task] else kept
 
-    def _votes(self, tile: RuleInput) -> tuple[list[Array | None], list[tuple[float, float]]]:
+    def _votes(self, tile: RuleInput) -> tuple[list[Kept], list[tuple[float, float]]]:
         """The kept entries of each task's vector, and its weight before the election."""
         weights = [1.0] * tile.tasks if self._variant == "peft" else self.parameters.weights
         return [tile.kept(number, 0) for number in range(tile.tasks)], [(weight, 1.0) for weight in weights]
 
     def elect(self, tile: RuleInput) -> int:
-        return tile.xp.elected([tile.inputs(number) for number in range(tile.tasks)], *self._votes(tile))
+        return tile.elected(*self._votes(tile))
 
     def merge(self, tile: RuleInput) -> Result:
         plain = [1.0] * tile.tasks
@@ -74,5 +67,5 @@ class Ties(Rule):
         shares = self.parameters.weights if self._variant == "mergekit" else plain
         mean = self.parameters.text("reduce") == "mean"
         majority = tile.majority if self._variant == "authors" else None
-        vector = elect_and_merge(tile, *self._votes(tile), after, shares if mean else None, majority)
+        vector = elect_and_merge(*self._votes(tile), after, shares if mean else None, majority)
         return onto_base(vector, self.parameters.number("scale"))
