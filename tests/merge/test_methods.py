@@ -168,6 +168,14 @@ def test_breadcrumbs_drop_both_ends(tmp_path: Path, peru, scope: str) -> None:
     close(got, expected(case.vectors) if scope == "global" else case.by_tensor(expected))
 
 
+def test_breadcrumbs_leave_a_tensor_that_nobody_changed(tmp_path: Path, peru) -> None:
+    base, fine = family(3, seed=3)
+    for table in fine:
+        table["b.bias"] = base["b.bias"]
+    got = Merged(tmp_path, peru, base, fine).run("-m", "breadcrumbs-ties", "--scope", "tensor")
+    assert torch.equal(got["b.bias"], base["b.bias"]) and not torch.equal(got["b.weight"], base["b.weight"])
+
+
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_slerp_equals_its_formula(tmp_path: Path, peru, t: float) -> None:
     base, fine = family(2, ties=False)
