@@ -53,7 +53,7 @@ VARIANTS = {
     "global": ["--keep", "15%"],
     "exact": ["--keep", "60%", "--values", "exact"],
     "lossless": ["--lossless"],
-    "signs": ["--keep", "15%", "--scope", "sign", "--values", "sign"],
+    "tensor": ["--keep", "15%", "--scope", "tensor"],
     "octaves": ["--keep", "15%", "--values", "log2"],
     "several": ["--keep", "15%"],
 }
@@ -71,9 +71,15 @@ def figures(printed: str) -> list[dict[str, object]]:
     return [{key: value for key, value in task.items() if key != "path"} for task in json.loads(printed)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Signs have a threshold for each tensor, too, and stay on one machine.
+HERE = {name: options for name, options in VARIANTS.items() if name != "tensor"} | {
+    "signs": ["--keep", "15%", "--scope", "sign", "--values", "sign"]
+}
+
+
+@pytest.mark.parametrize("variant", HERE)
 def test_kill_at_many_moments_then_resume(models: Path, peru, variant: str) -> None:
-    options = VARIANTS[variant]
+    options = HERE[variant]
     name = "out" if variant == "several" else "out.safetensors"
     (models / "whole").mkdir()
     said = figures(peru(*arguments(models, models / "whole" / name, *options, "--json")))
