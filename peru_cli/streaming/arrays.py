@@ -52,6 +52,7 @@ class Arrays(Protocol):
     """The operations. Those with `out` write there and return it; `out` may be an operand."""
 
     name: str
+    compiled: bool  # whether compiled loops (kernels/) take its arrays
     add: Any  # (a, b or number, out=)
     subtract: Any
     multiply: Any
@@ -192,6 +193,7 @@ class Cpu:
     """NumPy."""
 
     name = "cpu"
+    compiled = True
     add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
     absolute = np.absolute
     equal, not_equal, greater, greater_equal, less = np.equal, np.not_equal, np.greater, np.greater_equal, np.less

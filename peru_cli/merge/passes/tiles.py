@@ -128,7 +128,7 @@ class Merge(Walk):
         ):
             if merged.vector is not None:
                 return self._xp.rounded_onto(merged.vector, dtype, room.base_bits, merged.scale)
-            if (chosen := merged.election) is not None and self._xp.name == "cpu" and self._in_one_loop(slot, room):
+            if (chosen := merged.election) is not None and self._xp.compiled and self._in_one_loop(slot, room):
                 given = ranges(chosen.kept), chosen.before, chosen.after, chosen.shares, chosen.strict, merged.scale
                 return elections.merged([aligned.fine for aligned in room.aligned], dtype.name, room.base_bits, *given)
         if isinstance(merged, Result) and merged.parts and (merged.scale is not None) is self._reads_base and self._in_one_loop(slot, room):

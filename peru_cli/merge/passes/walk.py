@@ -169,7 +169,7 @@ class Walk:
     def _within(self, number: int, room: MergeBuffers, low: int, high: int | None) -> tuple[Array, int]:
         """Entries of a task whose magnitudes have patterns from `low` to `high`, bools (n,), and their number."""
         xp, aligned = self._xp, room.aligned[number]
-        if xp.name == "cpu" and self._kind == "f4":
+        if xp.compiled and self._kind == "f4":
             return within(aligned.fine, aligned.pair.fine.dtype.name, aligned.base, low, MOST if high is None else high)
         vector = self._input(number, room, "trimmed")
         flags, _, _ = xp.trim(vector, low - 1)
@@ -232,7 +232,7 @@ class Walk:
 
     def _elected(self, slot: Slot, room: MergeBuffers, kept: Sequence[Kept], before: Sequence[tuple[float, float]]) -> int:
         """RuleInput.elected."""
-        if self._xp.name == "cpu" and self._in_one_loop(slot, room):
+        if self._xp.compiled and self._in_one_loop(slot, room):
             bits = [aligned.fine for aligned in room.aligned]
             return elections.elected(bits, slot.info.dtype.name, room.base_bits, ranges(kept), before)
         inputs = [self._input(number, room, f"input{number}") for number in range(len(kept))]
