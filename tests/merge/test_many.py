@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from peru_cli.checkpoints import bundle
 from peru_cli.merge.passes.tiles import Merge
-from peru_cli.vectors import family
 from tests.conftest import run_peru, save
 from tests.prune.test_many import many
 
@@ -41,7 +41,7 @@ def test_small_tensors_that_share_tiles_give_the_same_merge(models: Path, tmp_pa
     monkeypatch.setattr(Merge, "apply", lambda self, tile, room: (tiles.append(tile), apply(self, tile, room))[1])
     peru(*command(models, method, tmp_path / "together.safetensors"), "--no-sync")
     together = len(tiles)
-    monkeypatch.setattr(family, "MOST", -1)
+    monkeypatch.setattr(bundle, "MOST", -1)
     peru(*command(models, method, tmp_path / "alone.safetensors"), "--no-sync")
     assert (tmp_path / "together.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
     assert together < 20 or "mergekit" in method
