@@ -148,8 +148,8 @@ class _Write(FactorPass):
             fitted = self._matrices.fit(part, found, self._ranks[group[0]], each_named(self._rounded, names))
             left, right = (fitted.right.mT, fitted.left.mT) if first.transposed else (fitted.left, fitted.right)
             up, down = self.padded(left, right, stored)
-            ups.append(up.unflatten(0, (len(weights), -1)))
-            downs.append(down.unflatten(0, (len(weights), -1)))
+            ups.append(up.view(len(weights), len(up) // len(weights), *up.shape[1:]))
+            downs.append(down.view(len(weights), len(down) // len(weights), *down.shape[1:]))
             each = len(fitted.squared) // len(weights)
             energies = [float(values.sum()) for values in found.values[:, : self._ranks[group[0]]].square().unbind()]
             for i, (squared, error, energy) in enumerate(zip(fitted.squared, fitted.squared_error, energies, strict=True)):

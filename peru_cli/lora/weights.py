@@ -26,7 +26,7 @@ def grouped(weights: Sequence[Weight], numbers: Sequence[int], ranks: Sequence[i
 
     `ranks` are those of all weights."""
     alike: dict[object, list[int]] = {}
-    groups = []
+    groups: list[list[int]] = []
     for number in numbers:
         weight = weights[number]
         form = (weight.kind, weight.pair.fine.shape, weight.transposed)
@@ -64,7 +64,7 @@ class Weights:
         if first.pair.entries <= MOST:
             pair = first.pair
             if len(several) > 1:
-                pair = Pair(*(bundle([getattr(weight.pair, side) for weight in several]) for side in ("fine", "base")))
+                pair = Pair(bundle([weight.pair.fine for weight in several]), bundle([weight.pair.base for weight in several]))
             n = len(several) * first.blocks
             matrix = TaskMatrix(fine, base, pair, n * rows, columns, 0, self.device)
             [(_, panel)] = matrix.row_panels()

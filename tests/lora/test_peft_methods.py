@@ -78,7 +78,9 @@ def test_every_method_is_merged_as_peft_does_it(tmp_path: Path, peru, base: Path
     got, before = load_file(tmp_path / "full" / "model.safetensors"), load_file(base / "model.safetensors")
     assert sorted(got) == sorted(before) and any(not torch.equal(got[name], before[name]) for name in got)
     for name, tensor in got.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
+        # Some methods multiply matrices: the last bit depends on the processor, and on where a tensor lies in memory.
+        last = torch.finfo(tensor.dtype).eps * float(wanted[name].abs().max())
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2 * last)
     assert kind in peru("inspect", tmp_path / "adapter")
 
 

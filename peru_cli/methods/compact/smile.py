@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peru_cli.methods.compact.lowrank import GRAM_SIDE, Matrix, Round, Subspace, find_range, fit, gram, solve
+from peru_cli.methods.compact.lowrank import GRAM_SIDE, Matrix, Round, Subspace, find_range, fit, gram
+from peru_cli.methods.compact.stacks import solve
 
 _ALONE = 1024  # Gram matrices beyond this side are decomposed one at a time, to save memory
 _alone = threading.Lock()

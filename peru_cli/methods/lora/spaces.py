@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peru_cli.methods.compact.lowrank import move_scale, solve
+from peru_cli.methods.compact.lowrank import move_scale
+from peru_cli.methods.compact.stacks import solve
 
 _NOISE = 1e-12  # of the largest singular value: directions below are rounding
 

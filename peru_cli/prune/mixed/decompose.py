@@ -17,7 +17,8 @@ from peru_cli.artifacts.mixed.writer import Represented
 from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.compact.delta import cast_bits
-from peru_cli.methods.compact.lowrank import GRAM_SIDE, find_range, gram, solve
+from peru_cli.methods.compact.lowrank import GRAM_SIDE, find_range, gram
+from peru_cli.methods.compact.stacks import solve
 from peru_cli.methods.mixed.directions import Spectrum
 from peru_cli.methods.mixed.sums import ulp_counts
 from peru_cli.streaming.arrays import BITS, CPU
