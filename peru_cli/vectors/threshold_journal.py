@@ -49,14 +49,16 @@ class ThresholdJournal:
 
     def known(self) -> tuple[dict[int, Found], dict[int, Window], int] | None:
         """Thresholds found, windows to count for the other tasks, and the number of counts so far. None for a new search."""
-        rounds = [key for key in self._journal.notes if key.startswith(f"{self._name} round ")]
+        rounds = 0
+        while f"{self._name} round {rounds}" in self._journal.notes:  # keys are looked up: there may be a search for every tensor
+            rounds += 1
         if not rounds:
             return None
-        found, windows = self._journal.notes[rounds[-1]]
+        found, windows = self._journal.notes[f"{self._name} round {rounds - 1}"]
         return (
             {number: Found(Threshold(key, equals), changed) for number, key, equals, changed in found},
             {number: Window(*window) for number, *window in windows},
-            len(rounds) - 1,
+            rounds - 1,
         )
 
     def begin(self, found: dict[int, Found], windows: dict[int, Window], counts: int) -> None:
@@ -67,13 +69,14 @@ class ThresholdJournal:
             settled = [[number, f.threshold.key, f.threshold.equals, f.changed] for number, f in found.items()]
             self._journal.note(key, [settled, [[number, w.low, w.shift, w.bins] for number, w in windows.items()]])
 
-    def counted(self, tallies: dict[int, Tally]) -> int:
-        """Add what an earlier run counted in this round. Returns the first slot that it did not count."""
+    def counted(self, tallies: dict[int, Tally], slots: int) -> int:
+        """Add what an earlier run counted in this round, of so many slots. Returns the first one that it did not count."""
         first = 0
-        for key, value in self._journal.notes.items():
-            if key.startswith(f"{self._name} count {self._round} "):
-                first = int(key.rsplit(" ", 1)[1]) + 1
-                for number, above, changed, bins, times in value:
+        for slot in range(slots):
+            key = f"{self._name} count {self._round} {slot}"
+            if key in self._journal.notes:
+                first = slot + 1
+                for number, above, changed, bins, times in self._journal.notes[key]:
                     tallies[number].restore(above, changed, _unpack(bins, True), _unpack(times, False))
         for tally in tallies.values():
             tally.news()  # already recorded

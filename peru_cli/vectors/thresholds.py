@@ -130,7 +130,7 @@ class _Count:
         self.keeps = group.family.fits(group.tensors)
         self.first = 0
         if log is not None:
-            self.first = log.counted(self.tallies)
+            self.first = log.counted(self.tallies, len(group.entries))
 
     def plan(self) -> TilePlan:
         """Tiles that the journal has not counted."""

@@ -197,7 +197,7 @@ def test_invalid_options_and_models_are_refused(made: Path, peru: Peru) -> None:
     tall, magnitude, at = ["--method", "tall-masks"], ["--method", "magnitude-masks"], ["-b", made / "base.safetensors"]
     broken = change(made, "b", embed=torch.full((30, 8), float("nan")))
     cases: list[tuple[list[object], int, str]] = [
-        ([a, b, *at, "--method", "masks"], 2, "is not superpose, tall-masks, magnitude-masks, emr or smile"),
+        ([a, b, *at, "--method", "masks"], 2, "is not superpose, tall-masks, magnitude-masks, emr, smile or wemoe"),
         ([a, b, *at, "--threshold", "0.3"], 2, "--threshold has no meaning with --method superpose"),
         ([a, b, *at, *magnitude, "--threshold", "0.3"], 2, "it belongs to --method tall-masks"),
         ([a, b, *at, *tall, "--keep", "10%"], 2, "it belongs to --method magnitude-masks"),

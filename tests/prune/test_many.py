@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from peru_cli.checkpoints import bundle
-from peru_cli.vectors import family
 from peru_cli.vectors.selection import Select
 from tests.conftest import assert_same_tensors, save
 
@@ -40,7 +39,7 @@ def test_small_tensors_that_share_tiles_give_the_same_artifact(tmp_path: Path, p
     base, fine = many(150, mixed=True)
     a, b = save(base, tmp_path / "base.safetensors"), save(fine, tmp_path / "fine.safetensors")
     peru("prune", b, "-b", a, *how, "--no-sync", "-o", tmp_path / "together.safetensors")
-    monkeypatch.setattr(family, "MOST", -1)
+    monkeypatch.setattr(bundle, "MOST", -1)
     peru("prune", b, "-b", a, *how, "--no-sync", "-o", tmp_path / "alone.safetensors")
     assert (tmp_path / "together.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
     if how == ["--lossless"]:
