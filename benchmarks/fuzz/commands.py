@@ -176,7 +176,7 @@ class Run:
             family = self.family
             got, fine = self.unpack(place), family.values[task]
             stay = (
-                {family.prefix + n for n in family.values["base"]} if "warning:" in answer[2] and "stay the base's" in answer[2] else set()
+                {family.prefix + n for n in family.values["base"]} if "warning:" in answer[2] and "kept as in the base" in answer[2] else set()
             )
             right.names({n: t for n, t in got.items() if n in fine or n not in stay}, set(fine), "svd-lora")
             for name, tensor in fine.items():
