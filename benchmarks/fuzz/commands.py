@@ -175,9 +175,8 @@ class Run:
         if fine:
             family = self.family
             got, fine = self.unpack(place), family.values[task]
-            stay = (
-                {family.prefix + n for n in family.values["base"]} if "warning:" in answer[2] and "kept as in the base" in answer[2] else set()
-            )
+            kept = "warning:" in answer[2] and "kept as in the base" in answer[2]
+            stay = {family.prefix + n for n in family.values["base"]} if kept else set()
             right.names({n: t for n, t in got.items() if n in fine or n not in stay}, set(fine), "svd-lora")
             for name, tensor in fine.items():
                 if not any(part in name for part in ("up", "embed", "conv", "lm_head")):
