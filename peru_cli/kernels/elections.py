@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import kernels
-from peru_cli.kernels.merging import Flags, pointers
+from peru_cli.kernels.merging import Flags, balance, decide, join, pointers
 from peru_cli.kernels.rounding import INFINITE, ROUNDS, Ints
 from peru_cli.kernels.scalars import MAGNITUDE, Float, narrow, widen
 
@@ -59,18 +59,11 @@ def _merge(
         size = min(_BLOCK, n - start)
         for task in range(tasks):
             _votes(bits, base, flags, ranges, before, task, start, size, votes, signs)
-        for i in range(size):
-            positive = signs[i] > Float(0) if strict else signs[i] >= Float(0)
-            signs[i] = Float(1) if positive else Float(-1)
-            divisor[i] = Float(0)
-            total[i] = Float(-0.0)  # adding any first summand to -0.0 leaves it unchanged
+        decide(signs, divisor, total, size, strict)
         for task in range(tasks):
             at, weight, share = task * _BLOCK, after[task], shares[task]
             for i in range(size):
-                part = votes[at + i] * signs[i]
-                part = Float(0) if part <= Float(0) else part  # |entry| if it agrees
-                divisor[i] = divisor[i] + (share if part > Float(0) else Float(0))
-                total[i] = total[i] + part * weight
+                join(votes[at + i], i, weight, share, signs, divisor, total)
         if mean:
             for i in range(size):
                 divide = Float(1) if abs(divisor[i]) < Float(_LEAST) else divisor[i]
@@ -89,10 +82,7 @@ def _elected(bits: Any, base: Any, flags: Any, ranges: Any, before: Any, tasks: 
         size = min(_BLOCK, n - start)
         for task in range(tasks):
             _votes(bits, base, flags, ranges, before, task, start, size, votes, signs)
-        more = np.int32(0)
-        for i in range(size):
-            more = np.int32(more + np.int32(signs[i] > Float(0)) - np.int32(signs[i] < Float(0)))
-        elected += more
+        elected += balance(signs, size)
     return elected  # type: ignore[no-any-return]
 
 

@@ -87,6 +87,34 @@ def _vote(values: Any, flags: Any, before: Any, task: int, start: int, size: int
             total[i] = total[i] + _weighted(value[start + i], flag[start + i], first, second)
 
 
+# Parts of an election on a block, which elections.py has, too. Arrays hold an entry for each of the block.
+
+
+def decide(signs: Any, divisor: Any, total: Any, size: int, strict: int) -> None:
+    """Sums of votes become the elected signs; divisors and totals begin."""
+    for i in range(size):
+        positive = signs[i] > Float(0) if strict else signs[i] >= Float(0)
+        signs[i] = Float(1) if positive else Float(-1)
+        divisor[i] = Float(0)
+        total[i] = Float(-0.0)  # adding any first summand to -0.0 leaves it unchanged
+
+
+def join(vote: Any, i: int, weight: Any, share: Any, signs: Any, divisor: Any, total: Any) -> None:
+    """Add a task's vote if it agrees with the elected sign."""
+    part = vote * signs[i]
+    part = Float(0) if part <= Float(0) else part  # |entry| if it agrees
+    divisor[i] = divisor[i] + (share if part > Float(0) else Float(0))
+    total[i] = total[i] + part * weight
+
+
+def balance(votes: Any, size: int) -> Any:
+    """How many sums are positive, minus how many are negative."""
+    more = np.int32(0)
+    for i in range(size):
+        more = np.int32(more + np.int32(votes[i] > Float(0)) - np.int32(votes[i] < Float(0)))
+    return more
+
+
 @kernels("**f **u1 *f *f *f i8 i8 i8 i8 *f *f *f *f", FLOATS)
 def _disjoint(
     values: Any, flags: Any, before: Any, after: Any, shares: Any, tasks: int, n: int, mean: int, strict: int,
@@ -96,19 +124,12 @@ def _disjoint(
         size = min(_BLOCK, n - start)
         for task in range(tasks):
             _vote(values, flags, before, task, start, size, signs)
-        for i in range(size):
-            positive = signs[i] > Float(0) if strict else signs[i] >= Float(0)
-            signs[i] = Float(1) if positive else Float(-1)
-            divisor[i] = Float(0)
-            total[i] = Float(-0.0)  # adding any first summand to -0.0 leaves it unchanged
+        decide(signs, divisor, total, size, strict)
         for task in range(tasks):
             value, flag, first, second = values[task], flags[task], before[2 * task], before[2 * task + 1]
             weight, share = after[task], shares[task]
             for i in range(size):
-                part = _weighted(value[start + i], flag[start + i], first, second) * signs[i]
-                part = Float(0) if part <= Float(0) else part  # |entry| if it agrees
-                divisor[i] = divisor[i] + (share if part > Float(0) else Float(0))
-                total[i] = total[i] + part * weight
+                join(_weighted(value[start + i], flag[start + i], first, second), i, weight, share, signs, divisor, total)
         if mean:
             for i in range(size):
                 divide = Float(1) if abs(divisor[i]) < Float(_LEAST) else divisor[i]
@@ -125,10 +146,7 @@ def _elected(values: Any, flags: Any, before: Any, tasks: int, n: int, total: An
         size = min(_BLOCK, n - start)
         for task in range(tasks):
             _vote(values, flags, before, task, start, size, total)
-        more = np.int32(0)
-        for i in range(size):
-            more = np.int32(more + np.int32(total[i] > Float(0)) - np.int32(total[i] < Float(0)))
-        elected += more
+        elected += balance(total, size)
     return elected  # type: ignore[no-any-return]
 
 
