@@ -53,9 +53,9 @@ class StreamSettings:
 class Buffers:
     """One thread's buffers: a tile of the base, a tile of a fine-tune, keys."""
 
-    def __init__(self, how: StreamSettings, tasks: Sequence[TaskVector]) -> None:
-        widths = [d.bits // 8 for t in tasks for p in t.pairs.values() for d in (p.fine.dtype, p.base.dtype)]
-        self.base, self.fine = (TileBuffer(how.xp, how.tile_entries, max(widths, default=1)) for _ in range(2))
+    def __init__(self, how: StreamSettings, tasks: Sequence[TaskVector], width: int) -> None:
+        """`width` is the number of bytes of the widest entry."""
+        self.base, self.fine = (TileBuffer(how.xp, how.tile_entries, width) for _ in range(2))
         self.differences = {wide: how.xp.differences(how.tile_entries, wide) for wide in {task.wide for task in tasks}}
 
 
@@ -112,6 +112,8 @@ class Family:
         self.slots: list[TensorInfo] = [bundle([base.tensors[name] for name in run]) for run in runs]
         self.pairs = [_pairs_of(task, self.slots, runs) for task in tasks]
         self.ranged = base.ranged or any(task.fine.ranged for task in tasks)  # whether anything comes over the network
+        widths = (d.bits // 8 for task in tasks for pair in task.pairs.values() for d in (pair.fine.dtype, pair.base.dtype))
+        self._width = max(widths, default=1)  # once: with a threshold for each tensor there are as many passes as tensors
         self.entries = [max([s.entries] + [pairs[s.name].fine.entries for pairs in self.pairs if s.name in pairs]) for s in self.slots]
 
     def plan(self, first: int = 0) -> TilePlan:
@@ -124,7 +126,7 @@ class Family:
 
     def buffers(self) -> Buffers:
         """One thread's buffers."""
-        return Buffers(self.how, self.tasks)
+        return Buffers(self.how, self.tasks, self._width)
 
     def each(
         self, slot: TensorInfo, tile: Tile | Strip, base_bits: Array, buffers: Buffers, wanted: Sequence[int], lend: bool = False

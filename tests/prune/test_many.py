@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peru_cli.checkpoints import bundle
+from peru_cli.vectors.family import TaskVector
 from peru_cli.vectors.selection import Select
 from tests.conftest import assert_same_tensors, save
 
@@ -55,6 +56,21 @@ def test_work_is_done_by_tiles_not_by_tensors(tmp_path: Path, peru, monkeypatch)
     monkeypatch.setattr(Select, "apply", lambda self, tile, room: (tiles.append(tile), apply(self, tile, room))[1])
     peru("prune", b, "-b", a, "--keep", "10%", "--no-sync", "-o", tmp_path / "out.safetensors")
     assert len(tiles) < 10
+
+
+def test_a_threshold_for_each_tensor_does_not_look_at_all_tensors_each_time(tmp_path: Path, peru, monkeypatch) -> None:
+    class Walked(dict):  # type: ignore[type-arg]
+        def values(self):  # type: ignore[no-untyped-def]
+            walks.append(self)
+            return super().values()
+
+    walks: list[Walked] = []
+    made = TaskVector.__post_init__
+    monkeypatch.setattr(TaskVector, "__post_init__", lambda self: (made(self), setattr(self, "pairs", Walked(self.pairs)))[0])
+    base, fine = many(100, mixed=False)
+    a, b = save(base, tmp_path / "base.safetensors"), save(fine, tmp_path / "fine.safetensors")
+    peru("prune", b, "-b", a, "--keep", "10%", "--scope", "tensor", "--no-sync", "-o", tmp_path / "out.safetensors")
+    assert walks and len(walks) < 50
 
 
 def test_a_part_of_a_bundle_lies_in_the_right_tensors() -> None:
