@@ -4,12 +4,12 @@
 
 Source: Matena & Raffel, Merging Models with Fisher-Weighted Averaging (2022), https://arxiv.org/abs/2111.09832, equations 3
 and 4, appendix D (normalisation). Each gradient is of one example: squaring a batch's gradient gives something else.
-`--expectation exact` sums over all labels. `sampled` draws one label for each example from the model itself (for language
+`--expectation exact` sums over all labels (diagonal.py). `sampled` draws one label for each example from the model itself (for language
 models one token for each position). F is at least `--floor`, so entries that no task needs are averaged. Labels are never read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,26 +65,16 @@ def label_draws(seed: int, start: int, n: int) -> np.ndarray[Any, np.dtype[np.fl
     return words(stream_key(seed, "fisher", "labels"), start, n) / 2.0**32
 
 
-def squared_gradients(logits: torch.Tensor, parameters: Sequence[torch.Tensor], draws: Any = None) -> list[torch.Tensor | None]:
-    """sum_y p(y) (d log p(y) / d theta)^2 of one example, or its estimate from drawn labels; shaped like the parameters.
+def squared_gradients(logits: torch.Tensor, parameters: Sequence[torch.Tensor], draws: Any) -> list[torch.Tensor | None]:
+    """(d log p(y) / d theta)^2 of one example for drawn labels y, summed over positions before the square; shaped like the parameters.
 
     Args:
         logits: (1, labels), or (1, positions, vocabulary), still attached to the parameters.
-        draws: None for the sum over labels; otherwise uniform numbers that choose a label for each row, (rows,)."""
+        draws: uniform numbers that choose a label for each row, (rows,)."""
     import torch
 
     rows = logits.reshape(-1, logits.shape[-1]).log_softmax(-1)  # (rows, labels)
     chances = rows.detach().double().exp()
-    if draws is None:
-        assert len(rows) == 1
-        total: list[torch.Tensor | None] = [None] * len(parameters)
-        for label in range(rows.shape[1]):
-            gradients = torch.autograd.grad(rows[0, label], parameters, retain_graph=label + 1 < rows.shape[1], allow_unused=True)
-            for i, gradient in enumerate(gradients):
-                if gradient is not None:
-                    part, so_far = gradient.square_().mul_(float(chances[0, label])), total[i]
-                    total[i] = part if so_far is None else so_far.add_(part)
-        return total
     below = chances.cumsum(-1) <= torch.as_tensor(draws, device=rows.device).unsqueeze(1) * chances.sum(-1, keepdim=True)
     labels = below.sum(-1).clamp(max=rows.shape[1] - 1)
     chosen = rows.gather(1, labels.unsqueeze(1)).sum()
@@ -108,24 +98,8 @@ class FisherCollector(Collector):
     def _diagonal(self, task_model: TaskModel) -> Found:
         import torch
 
-        named = dict(task_model.model.named_parameters())
-        parameters = [p.requires_grad_(True) for p in named.values()]
-        totals = [torch.zeros_like(p) for p in parameters]
-        seed, drawn = (0 if self._exact else int(self.parameters.number("seed"))), 0
-        for _, batch in task_model.examples.batches(1, task_model.device):
-            logits = task_model.model(**batch).logits
-            if self._exact and logits.dim() != 2:
-                raise UsageError(f"{task_model.task} is a language model: too many labels to sum over", "add --expectation sampled")
-            rows = logits[..., 0].numel()
-            draws = None if self._exact else label_draws(seed, drawn, rows)
-            drawn += rows
-            for total, found in zip(totals, squared_gradients(logits, parameters, draws), strict=True):
-                if found is not None:
-                    total.add_(found)
-            task_model.advance(1)
-        for p in parameters:
-            p.requires_grad_(False)
-        sums = {id(p): total.div_(len(task_model.examples)) for p, total in zip(parameters, totals, strict=True)}
+        totals = self._exactly(task_model) if self._exact else self._sampled(task_model)
+        sums = {id(p): total.div_(len(task_model.examples)) for p, total in totals.items()}
         norm = torch.stack([total.double().square().sum() for total in sums.values()]).sum().sqrt()
         result: Found = {}
         for name, parameter in task_model.model.named_parameters(remove_duplicate=False):
@@ -133,3 +107,31 @@ class FisherCollector(Collector):
                 result[f"{ROLE}/{task_model.names[name]}"] = sums[id(parameter)]
                 result[f"{NORM}/{task_model.names[name]}"] = norm.clone()
         return result
+
+    def _exactly(self, task_model: TaskModel) -> Mapping[torch.nn.Parameter, torch.Tensor]:
+        from peru_cli.methods.examples.diagonal import ExactFisher
+
+        found = ExactFisher(task_model.model, task_model.task)
+        for _, batch in task_model.examples.batches(1, task_model.device):
+            found.add(batch)
+            task_model.advance(1)
+        return found.totals
+
+    def _sampled(self, task_model: TaskModel) -> Mapping[torch.nn.Parameter, torch.Tensor]:
+        import torch
+
+        parameters = [p.requires_grad_(True) for p in task_model.model.parameters()]
+        totals = [torch.zeros_like(p) for p in parameters]
+        seed, drawn = int(self.parameters.number("seed")), 0
+        for _, batch in task_model.examples.batches(1, task_model.device):
+            logits = task_model.model(**batch).logits
+            rows = logits[..., 0].numel()
+            draws = label_draws(seed, drawn, rows)
+            drawn += rows
+            for total, found in zip(totals, squared_gradients(logits, parameters, draws), strict=True):
+                if found is not None:
+                    total.add_(found)
+            task_model.advance(1)
+        for p in parameters:
+            p.requires_grad_(False)
+        return dict(zip(parameters, totals, strict=True))
