@@ -64,7 +64,11 @@ class Cursor:
         return self._data[self._at - n : self._at]
 
     def byte(self) -> int:
-        return self.take(1)[0]
+        at = self._at
+        if at >= len(self._data):
+            raise BadFile("the artifact's index ends too early")
+        self._at = at + 1
+        return self._data[at]
 
     def one_of(self, allowed: tuple[int, ...], what: str) -> int:
         value = self.byte()
@@ -73,6 +77,10 @@ class Cursor:
         return value
 
     def number(self, most: int = MAX_ENTRIES) -> int:
+        at = self._at
+        if at < len(self._data) and (first := self._data[at]) < 0x80 and first <= most:  # most numbers, and there are many
+            self._at = at + 1
+            return first
         value = shift = 0
         while True:
             byte = self.byte()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from peru_cli.artifacts.sparse_delta import Array, Entries, short_digest
 from peru_cli.checkpoints.places import Place
 from peru_cli.errors import BadFile
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 _CACHED_BLOCKS = 8  # decoded blocks kept: a block spans several tiles, and threads work on neighbouring ones
 
 
@@ -30,6 +32,10 @@ class _StreamReader:
     def __init__(self, stream: Stream, places: list[_Place], length: int) -> None:
         self.stream, self.places, self.length = stream, places, length
         self.origins = [place.block.origin for place in places]
+
+
+def _no_entries() -> Entries:
+    return Entries(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int16))
 
 
 class KeptEntries:
@@ -65,27 +71,49 @@ class KeptEntries:
         """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
         stop = min(stop, record.base_entries)
         if record.mode != Mode.DELTA or not record.kept or start >= stop:
-            return None, Entries(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int16))
-        number = self._numbers[record.info.dtype.name]
+            return None, _no_entries()
+        number, at = self._numbers[record.info.dtype.name], self._first[record.info.name]
+        return self._streams[number].stream, self._between(number, at + start, at + stop, self._scales.get(record.info.name, 0.0))
+
+    def together(self, records: Sequence[TensorRecord], begins: Ints) -> tuple[Stream | None, Entries, Ints] | None:
+        """Kept entries of several whole tensors of one dtype that lie one after another in memory, each from an entry on; begins (t,).
+
+        Returns entries whose positions count in that memory, and how many of them each tensor has, (t,). None if they must be taken
+        tensor by tensor: in another order than the stream's, with rows that the base lacks, or with a scale for each tensor."""
+        of = [i for i, record in enumerate(records) if record.mode == Mode.DELTA]
+        counts = np.zeros(len(records), np.int64)
+        number = self._numbers.get(records[0].info.dtype.name)
+        if not of or number is None:
+            return None, _no_entries(), counts
+        stream = self._streams[number].stream
+        firsts = np.array([self._first[records[i].info.name] for i in of])
+        if stream.values == SIGN or any(records[i].base_rows for i in of) or (firsts[1:] <= firsts[:-1]).any():
+            return None
+        found = self._between(number, int(firsts[0]), int(firsts[-1]) + records[of[-1]].base_entries)
+        firsts -= firsts[0]
+        which = np.searchsorted(firsts, found.positions, "right") - 1
+        counts[of] = np.bincount(which, minlength=len(of))
+        return stream, Entries(found.positions + (begins[of] - firsts)[which], found.values, found.apart), counts
+
+    def _between(self, number: int, low: int, high: int, scale: float = 0.0) -> Entries:
+        """Entries of a stream from `low` to `high`; positions count from `low`."""
         reader = self._streams[number]
-        low, high = self._first[record.info.name] + start, self._first[record.info.name] + stop
         first = max(bisect_right(reader.origins, low) - 1, 0)
         last = bisect_left(reader.origins, high)
-        found = [self._clip(self._decoded(number, i), reader.stream, low, high) for i in range(first, last)]
-        scale = self._scales.get(record.info.name, 0.0)
+        found = [self._clip(self._decoded(number, i), reader.stream, low, high, scale) for i in range(first, last)]
         if len(found) == 1:
-            return reader.stream, replace(found[0], scale=scale)
+            return found[0]
         positions, values, apart = (np.concatenate(parts) for parts in zip(*((e.positions, e.values, e.apart) for e in found), strict=True))
-        return reader.stream, Entries(positions, values, apart, scale=scale)
+        return Entries(positions, values, apart, scale=scale)
 
     @staticmethod
-    def _clip(entries: Entries, stream: Stream, low: int, high: int) -> Entries:
-        a, b = np.searchsorted(entries.positions, (low, high))
+    def _clip(entries: Entries, stream: Stream, low: int, high: int, scale: float) -> Entries:
+        a, b = entries.positions.searchsorted((low, high))
         apart = entries.apart
         if stream.values != EXACT and len(apart):
             before = int(np.count_nonzero(entries.values[:a] == NOT_ROUNDED))
             apart = apart[before : before + int(np.count_nonzero(entries.values[a:b] == NOT_ROUNDED))]
-        return Entries(entries.positions[a:b] - low, entries.values[a:b], apart)
+        return Entries(entries.positions[a:b] - low, entries.values[a:b], apart, scale=scale)
 
     def _decoded(self, number: int, i: int) -> Entries:
         return self._cache.get((number, i), lambda: self._decode(self._streams[number], i))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from peru_cli.artifacts.index import STORED, Mode, Stream, TensorRecord, decode_index
-from peru_cli.artifacts.kept import KeptEntries
+from peru_cli.artifacts.kept import Ints, KeptEntries
 from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.artifacts.sparse_delta import KIND, Array, Entries, check_metadata
 from peru_cli.checkpoints.digests import CHUNK
@@ -33,6 +33,10 @@ class SparseDelta(SingleArtifact[TensorRecord]):
     def entries(self, record: TensorRecord, start: int, stop: int) -> tuple[Stream | None, Entries]:
         """Kept entries of a tensor from entry `start` to `stop`; positions count from `start`."""
         return self._kept.entries(record, start, stop)
+
+    def together(self, records: Sequence[TensorRecord], begins: Ints) -> tuple[Stream | None, Entries, Ints] | None:
+        """Kept entries of several whole tensors at once: see KeptEntries.together."""
+        return self._kept.together(records, begins)
 
     def verify(self) -> None:
         """Read all of it and compare it with its digests: everything that needs no base. BadFile if it was altered."""

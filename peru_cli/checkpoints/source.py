@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
+from peru_cli.checkpoints.bundle import Bundle, pieces_of
 from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place, fingerprint, sha256
@@ -76,6 +77,10 @@ class Checkpoint(ABC):
         """Fill buffers with bytes of several tensors, each from an offset on; like `read_into`."""
         for info, offset, buffer in parts:
             self.read_into(info.name, offset, buffer)
+
+    def read_bundle(self, info: Bundle, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with entries of a bundle of these tensors, from `start` on; like `read_into`."""
+        self.read_many((member, member.dtype.nbytes(first), piece) for member, first, piece in pieces_of(info, start, buffer))
 
     def view(self, name: str, offset: int, nbytes: int) -> memoryview | None:
         """The same bytes without a copy, if they are in memory, read-only. None otherwise."""

@@ -6,11 +6,14 @@ import numpy as np
 
 from peru_cli.artifacts.index import TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.checkpoints.bundle import Bundle, pieces_of
+from peru_cli.checkpoints.digests import leaves
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.finetunes.decode import kept_bits
+from peru_cli.finetunes.decode import decode_bits, kept_bits
 from peru_cli.finetunes.fine_tune import OneTask, Positions, Witness
 from peru_cli.kernels.deltas import put
 from peru_cli.methods.compact.delta import Bits
+from peru_cli.streaming.arrays import BITS
 
 
 class DeltaOnBase(OneTask):
@@ -19,6 +22,29 @@ class DeltaOnBase(OneTask):
     def __init__(self, artifact: SparseDelta, label: str, base: Checkpoint) -> None:
         super().__init__(artifact, label, base, "sparse delta")
         self.delta = artifact
+
+    def read_bundle_watched(self, info: Bundle, buffer: memoryview, witness: Witness | None) -> None:
+        parts = list(pieces_of(info, 0, buffer))  # the tensors that have entries
+        origins = [self.origins[member.name] for member, _, _ in parts]
+        bases = [of.base for of in origins if of.base is not None and (of.base.dtype, of.base.shape) == (of.info.dtype, of.info.shape)]
+        ends = np.cumsum([member.entries for member, _, _ in parts])
+        records = [self.single.records[member.name] for member, _, _ in parts]
+        found = self.delta.together(records, np.concatenate([[0], ends[:-1]])) if len(bases) == len(parts) else None
+        if found is None:
+            super().read_bundle_watched(info, buffer, witness)
+            return
+        stream, entries, counts = found
+        self.base.read_many((base, 0, piece) for base, (_, _, piece) in zip(bases, parts, strict=True))
+        if witness is not None:
+            for member, _, piece in parts:
+                witness.saw("base", member.name, 0, leaves(piece, info.dtype))
+        if stream is not None and len(entries.positions):
+            bits = np.frombuffer(buffer, BITS[info.dtype.bits])
+            put(bits, entries.positions, decode_bits(bits.take(entries.positions), entries, stream.values, info.dtype))
+        if witness is not None:
+            for (member, _, piece), count in zip(parts, counts.tolist(), strict=True):
+                witness.saw("result", member.name, 0, leaves(piece, info.dtype))
+                witness.saw_kept(member.name, count)
 
     def change(self, record: TensorRecord, start: int, bits: Bits, witness: Witness | None) -> Positions:
         found = kept_bits(self.delta, record, start, start + len(bits), bits.take)

@@ -17,6 +17,7 @@ from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.artifacts.sparse_delta import short_digest
+from peru_cli.checkpoints.bundle import Bundle, pieces_of
 from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import AGAIN, Checkpoint
@@ -107,6 +108,11 @@ class FineTune(Checkpoint):
         ascending, (k,) int64. None if only a comparison can tell."""
         self.read_watched(name, offset, buffer, witness)
         return None
+
+    def read_bundle_watched(self, info: Bundle, buffer: memoryview, witness: Witness | None) -> None:
+        """Fill a buffer with all of a bundle of small tensors; like `read_watched`."""
+        for member, first, piece in pieces_of(info, 0, buffer):
+            self.read_watched(member.name, member.dtype.nbytes(first), piece, witness)
 
     def contents(self) -> tuple[dict[str, bytes], list[str]]:
         """Side files of the fine-tune, and the names of those that the base should have but lacks."""

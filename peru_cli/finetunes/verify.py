@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from peru_cli.checkpoints.bundle import Bundle
 from peru_cli.checkpoints.digests import TensorDigest
 from peru_cli.checkpoints.local.writer import NullWriter
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
@@ -45,6 +46,17 @@ class Proven(Checkpoint):
         if done:
             self._check(name)
         return changed
+
+    def read_bundle(self, info: Bundle, start: int, buffer: memoryview) -> None:
+        if start or len(buffer) < info.nbytes:
+            super().read_bundle(info, start, buffer)
+            return
+        self.source.read_bundle_watched(info, buffer, self._witness)
+        with self._lock:
+            self._left |= dict.fromkeys((member.name for member in info.members), 0)
+        for member in info.members:
+            if member.entries:  # the others are checked at the end
+                self._check(member.name)
 
     def _check(self, name: str) -> None:
         """Call when all of a tensor was read."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peru_cli.checkpoints.bundle import Bundle, pieces_of
+from peru_cli.checkpoints.bundle import Bundle
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.streaming.arrays import BITS, Array, Arrays, Host
@@ -56,7 +56,7 @@ def read_raw(source: Checkpoint, info: TensorInfo, tile: Tile, buffer: TileBuffe
 def _fill(source: Checkpoint, info: TensorInfo, start: int, buffer: memoryview) -> None:
     """Fill a buffer with entries of a tensor or a bundle, from `start` on."""
     if isinstance(info, Bundle):
-        source.read_many((member, member.dtype.nbytes(first), piece) for member, first, piece in pieces_of(info, start, buffer))
+        source.read_bundle(info, start, buffer)
     else:
         source.read_into(info.name, info.dtype.nbytes(start), buffer)
 

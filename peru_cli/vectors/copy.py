@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from peru_cli.checkpoints.bundle import Bundle, alike, bundle, pieces_of
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
@@ -29,7 +30,15 @@ class _Copy:
 
     def __init__(self, source: Checkpoint, writer: CheckpointWriter, names: Mapping[str, str], how: StreamSettings) -> None:
         self._source, self._writer, self._how = source, writer, how
-        self._inputs = [source.tensors[names.get(info.name, info.name)] for info in writer.order]
+        pairs = [(info, source.tensors[names.get(info.name, info.name)]) for info in writer.order]
+        runs = list(alike(pairs, lambda pair: pair[0].entries, _together))
+        self._outputs = [bundle([info for info, _ in run]) for run in runs]
+        self._inputs = [bundle([info for _, info in run]) for run in runs]
+
+    @property
+    def plan(self) -> TilePlan:
+        """Its tiles."""
+        return TilePlan([info.entries for info in self._outputs], self._how.tile_entries)
 
     def reads(self) -> Reads:
         return [(self._source, lambda tensor: self._inputs[tensor])]
@@ -39,7 +48,7 @@ class _Copy:
         return TileBuffer(CPU, self._how.tile_entries, max(widest // 8, 1))
 
     def apply(self, tile: Tile, buffers: TileBuffer) -> memoryview:
-        info, wanted = self._inputs[tile.tensor], self._writer.order[tile.tensor].dtype
+        info, wanted = self._inputs[tile.tensor], self._outputs[tile.tensor].dtype
         raw = read_raw(self._source, info, tile, buffers)
         if wanted is info.dtype or not len(raw):
             return raw
@@ -58,8 +67,18 @@ class _Copy:
             self._write(tile, committed)
 
     def _write(self, tile: Tile, data: memoryview) -> None:
-        info = self._writer.order[tile.tensor]
-        self._writer.write(info.name, info.dtype.nbytes(tile.start), data)
+        info = self._outputs[tile.tensor]
+        if isinstance(info, Bundle):
+            parts = list(pieces_of(info, 0, data))
+            self._writer.write_whole([piece for _, _, piece in parts], [member.name for member, _, _ in parts])
+        else:
+            self._writer.write(info.name, info.dtype.nbytes(tile.start), data)
+
+
+def _together(pair: tuple[TensorInfo, TensorInfo]) -> Dtype | None:
+    """What tensors of a bundle share; None for one that stays alone because it is cast or may end within a byte."""
+    wanted, info = pair
+    return info.dtype if info.dtype is wanted.dtype and info.dtype.bits % 8 == 0 else None
 
 
 def refuse_overflow(label: str, info: TensorInfo, bits: Bits, source: Dtype, cast: Bits) -> None:
@@ -84,4 +103,4 @@ def copy_checkpoint(source: Checkpoint, writer: CheckpointWriter, how: StreamSet
 
     Raises BadFile if a value does not fit its new dtype."""
     step = _Copy(source, writer, names or {}, how)
-    run(step, TilePlan([info.entries for info in writer.order], how.tile_entries), how.threads, how.advance)
+    run(step, step.plan, how.threads, how.advance)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peru_cli.checkpoints import bundle
+from peru_cli.vectors.copy import _Copy
 from peru_cli.vectors.family import TaskVector
 from peru_cli.vectors.selection import Select
 from tests.conftest import assert_same_tensors, save
@@ -26,7 +28,7 @@ def many(count: int, mixed: bool) -> tuple[dict[str, torch.Tensor], dict[str, to
         dtype = torch.float32 if other else torch.bfloat16
         shape = (20_000,) if mixed and i == 40 else shape
         base[name] = torch.randn(shape, generator=noise).to(dtype)
-        fine[name] = (base[name] + (torch.randn(shape, generator=noise) * 0.1).to(dtype)).to(dtype)
+        fine[name] = base[name] if mixed and i % 11 == 3 else (base[name] + (torch.randn(shape, generator=noise) * 0.1).to(dtype)).to(dtype)
     if mixed:
         base["experts.7.position_ids"] = fine["experts.7.position_ids"] = torch.arange(4)
         base["embed.weight"] = torch.randn(5000, 2, generator=noise)
@@ -40,12 +42,29 @@ def test_small_tensors_that_share_tiles_give_the_same_artifact(tmp_path: Path, p
     base, fine = many(150, mixed=True)
     a, b = save(base, tmp_path / "base.safetensors"), save(fine, tmp_path / "fine.safetensors")
     peru("prune", b, "-b", a, *how, "--no-sync", "-o", tmp_path / "together.safetensors")
+    back, folder, alone = (tmp_path / name for name in ("back.safetensors", "back", "back-alone.safetensors"))
+    peru("unpack", tmp_path / "together.safetensors", "-b", a, "--no-sync", "-o", back)
+    peru("unpack", tmp_path / "together.safetensors", "-b", a, "--no-sync", "--max-shard-size", "20kB", "-o", folder)
+    if how == ["--lossless"]:
+        assert_same_tensors(back, fine)
     monkeypatch.setattr(bundle, "MOST", -1)
     peru("prune", b, "-b", a, *how, "--no-sync", "-o", tmp_path / "alone.safetensors")
     assert (tmp_path / "together.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
-    if how == ["--lossless"]:
-        peru("unpack", tmp_path / "together.safetensors", "-b", a, "--no-sync", "-o", tmp_path / "back.safetensors")
-        assert_same_tensors(tmp_path / "back.safetensors", fine)
+    peru("unpack", tmp_path / "together.safetensors", "-b", a, "--no-sync", "-o", alone)
+    assert back.read_bytes() == alone.read_bytes()
+    shards = [load_file(shard) for shard in sorted(folder.glob("*.safetensors"))]
+    assert len(shards) > 2
+    assert_same_tensors(back, {name: tensor for shard in shards for name, tensor in shard.items()})
+
+
+def test_a_wrong_base_is_refused_by_the_small_tensor_that_differs(tmp_path: Path, peru) -> None:
+    base, fine = many(150, mixed=True)
+    a, b = save(base, tmp_path / "base.safetensors"), save(fine, tmp_path / "fine.safetensors")
+    peru("prune", b, "-b", a, "--keep", "10%", "--no-sync", "-o", tmp_path / "delta.safetensors")
+    base["experts.63.weight"][3] += 1
+    save(base, a)
+    peru("unpack", tmp_path / "delta.safetensors", "-b", a, "--no-sync", "-o", tmp_path / "back.safetensors", code=1)
+    assert "experts.63.weight: different contents" in peru.stderr and not (tmp_path / "back.safetensors").exists()
 
 
 def test_work_is_done_by_tiles_not_by_tensors(tmp_path: Path, peru, monkeypatch) -> None:
@@ -56,6 +75,11 @@ def test_work_is_done_by_tiles_not_by_tensors(tmp_path: Path, peru, monkeypatch)
     monkeypatch.setattr(Select, "apply", lambda self, tile, room: (tiles.append(tile), apply(self, tile, room))[1])
     peru("prune", b, "-b", a, "--keep", "10%", "--no-sync", "-o", tmp_path / "out.safetensors")
     assert len(tiles) < 10
+    copied = []
+    copy = _Copy.apply
+    monkeypatch.setattr(_Copy, "apply", lambda self, tile, room: (copied.append(tile), copy(self, tile, room))[1])
+    peru("unpack", tmp_path / "out.safetensors", "-b", a, "--no-sync", "-o", tmp_path / "back.safetensors")
+    assert 0 < len(copied) < 10
 
 
 def test_a_threshold_for_each_tensor_does_not_look_at_all_tensors_each_time(tmp_path: Path, peru, monkeypatch) -> None:
