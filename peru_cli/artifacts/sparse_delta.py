@@ -22,6 +22,7 @@ from peru_cli.artifacts.index import EXACT, NOT_ROUNDED, STORED, Block, Index, S
 from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.local.atomic import PartialFile
 from peru_cli.errors import BadFile
+from peru_cli.kernels.deltas import gaps
 
 KIND = "sparse-delta"
 
@@ -168,13 +169,25 @@ class _Filler:
 
 def encode_block(stream: Stream, filled: FilledBlock) -> tuple[Block, bytes]:
     """Encode a block of a stream: its line in the index, and its bytes."""
-    gaps = np.diff(_joined([part.stream_positions for part in filled.parts]), prepend=filled.origin - 1) - 1
-    wide = bool(gaps.max() >= 1 << 32)
-    positions = encode(gaps.astype(np.uint64 if wide else np.uint32), stream.positions_codec)
+    between, wide = _gaps(filled)
+    positions = encode(between, stream.positions_codec)
     values = encode(np.ascontiguousarray(_joined([part.values for part in filled.parts])), stream.values_codec)
     apart = _joined([part.apart for part in filled.parts])
     data = positions + values + apart.astype(apart.dtype.newbyteorder("<"), copy=False).tobytes()
-    return Block(filled.stream, filled.origin, len(gaps), wide, len(positions), len(values), len(apart), short_digest(data)), data
+    return Block(filled.stream, filled.origin, len(between), wide, len(positions), len(values), len(apart), short_digest(data)), data
+
+
+def _gaps(filled: FilledBlock) -> tuple[Array, bool]:
+    """The gaps before a block's entries, uint32, or uint64 (the flag) if one of them needs it; (k,)."""
+    out = np.empty(sum(len(part.positions) for part in filled.parts), np.uint32)
+    at, before, largest = 0, filled.origin - 1, 0
+    for part in filled.parts:
+        largest = max(largest, gaps(part.positions, part.shift - before - 1, out[at:]))
+        at, before = at + len(part.positions), int(part.positions[-1]) + part.shift
+    if largest < 1 << 32:
+        return out, False
+    positions = _joined([part.stream_positions for part in filled.parts])
+    return (np.diff(positions, prepend=filled.origin - 1) - 1).astype(np.uint64), True
 
 
 def _joined(parts: list[Array]) -> Array:

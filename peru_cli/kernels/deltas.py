@@ -19,6 +19,17 @@ _NOTHING = np.zeros(0)
 _BLOCK = 1024  # entries whose keys are computed together, which vectorises, before some are picked, which does not
 _EVERY = DTYPES | CODES
 _WORD = 8  # flags read together
+_GATHER = np.uint64(0x0102_0408_1020_4080)  # times eight bytes of 0 or 1: each is a bit of the highest byte
+_BYTE = np.uint64(0xFF)
+
+
+def _picks() -> Any:
+    """For each of 256 masks, the places of its set bits, a byte each; then how many there are. uint64 (512,)."""
+    places = [[bit for bit in range(8) if mask >> bit & 1] for mask in range(256)]
+    return np.array([sum(bit << 8 * i for i, bit in enumerate(p)) for p in places] + [len(p) for p in places], np.uint64)
+
+
+_PICKS = _picks()
 
 
 @kernels("*b *b i8 *k", _EVERY)
@@ -60,8 +71,8 @@ def _count(
     return found  # type: ignore[no-any-return]
 
 
-def _block_sum(floats: Any, first: int) -> Any:
-    """The sum of a block by halving, an order that is the same on every processor. Overwrites the block."""
+def _fold(floats: Any, first: int) -> None:
+    """Add up a block by halving until 64 sums are left, an order that is the same on every processor. Overwrites the block."""
     for i in range(512):
         floats[first + i] = Float(floats[first + i] + floats[first + 512 + i])
     for i in range(256):
@@ -70,24 +81,30 @@ def _block_sum(floats: Any, first: int) -> Any:
         floats[first + i] = Float(floats[first + i] + floats[first + 128 + i])
     for i in range(64):
         floats[first + i] = Float(floats[first + i] + floats[first + 64 + i])
-    total = 0.0
-    for i in range(64):
-        total += np.float64(floats[first + i])
-    return total
 
 
 def _take(
-    base: Any, fine: Any, start: int, size: int, flags: Any, flag_words: Any, positions: Any, ulps: Any, bits: Any, found: Any
+    base: Any, fine: Any, start: int, size: int, flags: Any, flag_words: Any, picks: Any, positions: Any, ulps: Any, bits: Any, found: Any
 ) -> Any:  # fmt: skip
     """Append the flagged entries of a block to those `found` before. Returns how many there are now."""
     for i in range(size, _BLOCK):
         flags[i] = np.uint8(0)
     first = found
-    for word in range(_BLOCK // _WORD):
-        if flag_words[word] != np.uint64(0):
-            for i in range(_WORD * word, _WORD * word + _WORD):
-                positions[found] = start + i
-                found += np.int64(flags[i])
+    for word in range(0, _BLOCK // _WORD, 4):
+        if flag_words[word] | flag_words[word + 1] | flag_words[word + 2] | flag_words[word + 3] != np.uint64(0):
+            for each in range(word, word + 4):
+                # the word's flags as 8 bits, and a table of where those are set: eight positions are written, the set ones stay
+                mask = np.int64(np.uint64(flag_words[each] * _GATHER) >> np.uint64(56))
+                set_bits, at = np.uint64(picks[mask]), np.int64(start + _WORD * each)
+                positions[found] = np.int32(at + np.int64(set_bits & _BYTE))
+                positions[found + 1] = np.int32(at + np.int64((set_bits >> np.uint64(8)) & _BYTE))
+                positions[found + 2] = np.int32(at + np.int64((set_bits >> np.uint64(16)) & _BYTE))
+                positions[found + 3] = np.int32(at + np.int64((set_bits >> np.uint64(24)) & _BYTE))
+                positions[found + 4] = np.int32(at + np.int64((set_bits >> np.uint64(32)) & _BYTE))
+                positions[found + 5] = np.int32(at + np.int64((set_bits >> np.uint64(40)) & _BYTE))
+                positions[found + 6] = np.int32(at + np.int64((set_bits >> np.uint64(48)) & _BYTE))
+                positions[found + 7] = np.int32(at + np.int64((set_bits >> np.uint64(56)) & _BYTE))
+                found += np.int64(picks[256 + mask])
     for j in range(first, found):
         at = positions[j]
         bits[j] = fine[at]
@@ -95,9 +112,9 @@ def _take(
     return found
 
 
-@kernels("*b *b i8 k k *k *u1 *u8 *f *i4 *k *b *b i8 *f8", _EVERY)
+@kernels("*b *b i8 k k *k *u1 *u8 *u8 *f *i4 *k *b *b i8 *f8", _EVERY)
 def _select(
-    base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, squares: Any,
+    base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, picks: Any, squares: Any,
     positions: Any, found_keys: Any, ulps: Any, bits: Any, measured: int, sums: Any,
 ) -> int:  # fmt: skip
     found: Any = 0
@@ -109,39 +126,46 @@ def _select(
             key = Key(-1) if a == b else key
             keys[i] = key
             flags[i] = np.uint8(key >= least)
+            length = key if (key >= Key(0)) & (key < infinite) else Key(0)
+            square = Float(Key(length).view(Float) * Key(length).view(Float))
+            squares[i] = square
+            squares[_BLOCK + i] = Float(0.0) if key >= least else square
         first = found
-        found = _take(base, fine, start, size, flags, flag_words, positions, ulps, bits, found)
+        found = _take(base, fine, start, size, flags, flag_words, picks, positions, ulps, bits, found)
         for j in range(first, found):
             found_keys[j] = keys[positions[j] - start]
         if measured:
-            for i in range(_BLOCK):
-                key = keys[i] if (i < size) & (keys[i] >= Key(0)) & (keys[i] < infinite) else Key(0)
-                square = Float(Key(key).view(Float) * Key(key).view(Float))
-                squares[i] = square
-                squares[_BLOCK + i] = Float(0.0) if flags[i] else square
-            energy = _block_sum(squares, 0)
-            missed = _block_sum(squares, _BLOCK)
+            for i in range(size, _BLOCK):
+                squares[i] = squares[_BLOCK + i] = Float(0.0)
+            _fold(squares, 0)
+            _fold(squares, _BLOCK)
+            energy, missed = 0.0, 0.0
+            for i in range(64):
+                energy += np.float64(squares[i])
+                missed += np.float64(squares[_BLOCK + i])
             if energy == np.inf:
                 energy, missed = 0.0, 0.0
                 for i in range(size):
                     if (keys[i] >= Key(0)) & (keys[i] < infinite):
-                        length = np.float64(Key(keys[i]).view(Float))
-                        energy += length * length
-                        missed += 0.0 if flags[i] else length * length
+                        wide = np.float64(Key(keys[i]).view(Float))
+                        energy += wide * wide
+                        missed += 0.0 if flags[i] else wide * wide
             chunk = start // CHUNK
             sums[2 * chunk] += energy
             sums[2 * chunk + 1] += missed
     return found  # type: ignore[no-any-return]
 
 
-@kernels("*b *b i8 *u1 *u8 *i4 *b *b", _EVERY)
-def _changed(base: Any, fine: Any, n: int, flags: Any, flag_words: Any, positions: Any, ulps: Any, bits: Any) -> int:
+@kernels("*b *b i8 *u1 *u8 *u8 *i4 *b *b", _EVERY)
+def _changed(
+    base: Any, fine: Any, n: int, flags: Any, flag_words: Any, picks: Any, positions: Any, ulps: Any, bits: Any
+) -> int:  # fmt: skip
     found: Any = 0
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         for i in range(size):
             flags[i] = np.uint8(base[start + i] != fine[start + i])
-        found = _take(base, fine, start, size, flags, flag_words, positions, ulps, bits, found)
+        found = _take(base, fine, start, size, flags, flag_words, picks, positions, ulps, bits, found)
     return found  # type: ignore[no-any-return]
 
 
@@ -151,7 +175,21 @@ def _add_bins(bins: Any, keys: Any, n: int, low: int, shift: int) -> None:
         bins[(np.int64(keys[i]) - low) >> shift] += 1
 
 
-@kernels("*b *i8 *b i8", {"1": {"b": "u1"}, "2": {"b": "u2"}, "4": {"b": "u4"}, "8": {"b": "u8"}})
+@kernels("*p i8 i8 *u4", {"4": {"p": "i4"}, "8": {"p": "i8"}})
+def _gaps(positions: Any, n: int, first: int, out: Any) -> int:
+    largest: Any = np.int64(positions[0]) + first
+    out[0] = np.uint32(largest)
+    for i in range(1, n):
+        gap = np.int64(positions[i]) - np.int64(positions[i - 1]) - 1
+        out[i] = np.uint32(gap)
+        largest = max(largest, gap)
+    return largest  # type: ignore[no-any-return]
+
+
+_WIDTHS = {f"{size} {place}": {"b": f"u{size}", "p": f"i{place}"} for size in (1, 2, 4, 8) for place in (4, 8)}
+
+
+@kernels("*b *p *b i8", _WIDTHS)
 def _put(out: Any, positions: Any, values: Any, n: int) -> None:
     for i in range(n):
         out[positions[i]] = values[i]
@@ -163,8 +201,15 @@ def add_bins(bins: Ints, keys: Ints, low: int, shift: int) -> None:
 
 
 def put(out: Ints, positions: Ints, values: Ints) -> None:
-    """out[positions] = values, of one dtype of 1, 2, 4 or 8 bytes; positions int64, all within."""
-    _put[str(out.itemsize)](out, positions, values, len(positions))
+    """out[positions] = values, of one dtype of 1, 2, 4 or 8 bytes; positions int32 or int64, all within."""
+    _put[f"{out.itemsize} {positions.itemsize}"](out, positions, values, len(positions))
+
+
+def gaps(positions: Ints, shift: int, out: Ints) -> int:
+    """How many entries lie between neighbours: positions ascending, int32 or int64, (n,) with n > 0, into uint32 (n,).
+
+    Before the first lie `shift` and its position. Returns the largest gap. If it is 2^32 or more, `out` is of no use."""
+    return _gaps[str(positions.itemsize)](positions, len(positions), shift, out)
 
 
 class Room:
@@ -178,6 +223,12 @@ class Room:
         self._positions = np.empty(entries + _WORD, np.int32)
         self._squares = np.empty(2 * _BLOCK, kind)
         self._rooms: tuple[Ints, Ints] | None = None
+
+    def _of(self, dtype: Any) -> tuple[Ints, Ints]:
+        """Room for ULP differences and bits: memory that is new for each tile costs more than what is put there."""
+        if self._rooms is None or self._rooms[0].dtype != dtype:
+            self._rooms = np.empty(len(self._positions), dtype), np.empty(len(self._positions), dtype)
+        return self._rooms
 
     def keys(self, base: Ints, fine: Ints, dtype: str) -> Ints:
         """The key of every entry; (n,), valid until the next call of this."""
@@ -194,28 +245,26 @@ class Room:
         return int(counts[0]), int(counts[1]), self._found[:found].copy()
 
     def changed(self, base: Ints, fine: Ints, dtype: str) -> tuple[Ints, Ints, Ints]:
-        """All entries whose bits differ: positions (int64, ascending), ULP differences and bits; all (k,).
+        """All entries whose bits differ: positions (int32, ascending), ULP differences and bits; all (k,).
 
         What `select` finds with a least key of 0, without a key of any entry."""
-        if self._rooms is None or self._rooms[0].dtype != fine.dtype:
-            self._rooms = np.empty(len(self._positions), fine.dtype), np.empty(len(self._positions), fine.dtype)
-        ulps, bits = self._rooms
+        ulps, bits = self._of(fine.dtype)
         found = _changed[f"{dtype} {self._kind}"](
-            base, fine, len(base), self._flags, self._flags.view(np.uint64), self._positions, ulps, bits
+            base, fine, len(base), self._flags, self._flags.view(np.uint64), _PICKS, self._positions, ulps, bits
         )  # fmt: skip
-        return self._positions[:found].astype(np.int64), ulps[:found].copy(), bits[:found].copy()
+        return self._positions[:found].copy(), ulps[:found].copy(), bits[:found].copy()
 
     def select(self, base: Ints, fine: Ints, dtype: str, least: int, sums: Doubles | None = None) -> tuple[Ints, Ints, Ints, Ints]:
-        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+        """Of the entries with a key of at least `least`: positions (int32, ascending), keys, ULP differences and bits.
 
         All (k,). Keys are valid until the next call. With 0: all entries that differ. To `sums`, (chunks, 2), are added the squared
         norm of the differences in each CHUNK of the tile, and of those with a smaller key; both of what is finite.
         """
         n, flags = len(base), self._flags
         assert sums is None or len(sums) * CHUNK >= n
-        ulps, bits = np.empty(n + _WORD, fine.dtype), np.empty(n + _WORD, fine.dtype)
+        ulps, bits = self._of(fine.dtype)
         found = _select[f"{dtype} {self._kind}"](
-            base, fine, n, least, self._infinite, self._block, flags, flags.view(np.uint64), self._squares,
+            base, fine, n, least, self._infinite, self._block, flags, flags.view(np.uint64), _PICKS, self._squares,
             self._positions, self._found, ulps, bits, int(sums is not None), _NOTHING if sums is None else sums,
         )  # fmt: skip
-        return self._positions[:found].astype(np.int64), self._found[:found], ulps[:found].copy(), bits[:found].copy()
+        return self._positions[:found].copy(), self._found[:found], ulps[:found].copy(), bits[:found].copy()

@@ -127,15 +127,15 @@ def _joined(made: int, lowers: Any, uppers: Any, sums: Any, costs: Any, trial: A
             best[i] = i
         return made
     found: Any = 0
-    i: Any = made - 1
-    while i >= 0:
-        trial[found] = np.float32(i)  # the last bin of each, from the last on
+    at: Any = made - 1
+    while at >= 0:
+        trial[found] = np.float32(at)  # the last bin of each, from the last on
         found += 1
-        i = np.int64(best[i]) - 1
+        at = np.int64(best[at]) - 1
     for k in range(found):  # best[k] of the k-th is at most k, so nothing is overwritten before it is read
         last = np.int64(trial[found - 1 - k])
-        first = np.int64(trial[found - k]) + 1 if k > 0 else 0
-        lowers[k], uppers[k], sums[k + 1] = lowers[first], uppers[last], sums[last + 1]
+        begin = np.int64(trial[found - k]) + 1 if k > 0 else np.int64(0)
+        lowers[k], uppers[k], sums[k + 1] = lowers[begin], uppers[last], sums[last + 1]
     return found
 
 
@@ -153,18 +153,18 @@ def _weigh(found: int, sums: Any, weights: Any, wanted: Any) -> Any:
         wanted[k] = np.float32(np.float32(1) + np.float32(wanted[k] * share))
         weights[k] = np.int32(np.floor(np.float64(wanted[k]) + 0.5))
         given += np.int64(weights[k])
-    k: Any = 0
+    at: Any = 0
     while given > _STATES:
-        if weights[k] > 1 and np.float32(weights[k]) > wanted[k]:
-            weights[k] -= 1
+        if weights[at] > 1 and np.float32(weights[at]) > wanted[at]:
+            weights[at] -= 1
             given -= 1
-        k += 1
-    k = 0
+        at += 1
+    at = 0
     while given < _STATES:
-        if np.float32(weights[k]) < wanted[k]:
-            weights[k] += 1
+        if np.float32(weights[at]) < wanted[at]:
+            weights[at] += 1
             given += 1
-        k += 1
+        at += 1
     together: Any = 0
     for k in range(found):
         together |= np.int64(weights[k])
@@ -194,9 +194,9 @@ def _states(found: int, log: int, weights: Any, spread: Any, place: Any, steps: 
         place[k] = at
         at += weight
     for state in range(size):
-        k = np.int64(spread[state])
-        turns[place[k]] = size + state
-        place[k] += 1
+        symbol = np.int64(spread[state])
+        turns[place[symbol]] = size + state
+        place[symbol] += 1
     for k in range(found):
         place[k] -= 2 * weights[k]  # back to its first state, which the number `weight` stands for
 
@@ -267,6 +267,8 @@ def _encode_latents(
     states[0], states[1], states[2], states[3] = a, b, c, d
     at, word, filled = np.int64(0), np.uint64(0), np.int64(0)
     # what precedes the numbers: versions, bins, last states
+    number: Any
+    bits: Any
     for field in range(3 + 3 * found + 6):
         k, part = field // 3 - 1, field % 3
         if field < 3:
@@ -286,12 +288,13 @@ def _encode_latents(
             both = (one & (_STATES - 1)) | (two & (_STATES - 1)) << bits
             at, word, filled = _put(out, at, word, filled, both, bits + (two >> _LOG))
         for i in range(start, start + _BATCH, 2):
-            j, k = np.int64(symbols[i]), np.int64(symbols[i + 1])
-            bits = np.int64(lengths[j])
-            both = (np.int64(latents[i]) - np.int64(lowers[j])) | (np.int64(latents[i + 1]) - np.int64(lowers[k])) << bits
-            at, word, filled = _put(out, at, word, filled, both, bits + np.int64(lengths[k]))
+            first, second = np.int64(symbols[i]), np.int64(symbols[i + 1])
+            bits = np.int64(lengths[first])
+            both = (np.int64(latents[i]) - np.int64(lowers[first])) | (np.int64(latents[i + 1]) - np.int64(lowers[second])) << bits
+            at, word, filled = _put(out, at, word, filled, both, bits + np.int64(lengths[second]))
     out[at] = np.uint32(word)
-    return 4 * at + (filled + 7) // 8  # type: ignore[no-any-return]
+    size: Any = 4 * at + (filled + 7) // 8
+    return size  # type: ignore[no-any-return]
 
 
 class _Room(threading.local):

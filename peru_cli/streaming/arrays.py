@@ -36,11 +36,11 @@ class Differences(Protocol):
         ...
 
     def changed(self, base: Array, fine: Array, dtype: str) -> tuple[Host, Host, Host]:
-        """All entries whose bits differ: positions (int64), ULP differences and bits, all (k,)."""
+        """All entries whose bits differ: positions (int32 or int64), ULP differences and bits, all (k,)."""
         ...
 
     def select(self, base: Array, fine: Array, dtype: str, least: int, sums: Host | None = None) -> tuple[Host, Host, Host, Host]:
-        """Of the entries with a key of at least `least`: positions (int64, ascending), keys, ULP differences and bits.
+        """Of the entries with a key of at least `least`: positions (int32 or int64, ascending), keys, ULP differences and bits.
 
         All (k,). Keys are valid until the next call. With 0: all entries that differ. To `sums`, (chunks, 2) float64, are added the
         squared norm of the differences in each CHUNK of the tile, and of those with a smaller key; both of what is finite.
