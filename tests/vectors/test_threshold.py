@@ -314,7 +314,9 @@ def test_keys_are_the_pattern_of_the_difference(name: str, wide: bool, xp: Array
             sums = np.zeros((-(-n // CHUNK), 2))
             found = room.select(*bits, name, least, sums)
             at = np.flatnonzero(part >= least)
-            for got, expected in zip(found, (at, part[at], ulps[at], fine.numpy()[at]), strict=True):
+            places, *found = found
+            assert np.array_equal(places, at) and places.dtype in (np.int32, np.int64)
+            for got, expected in zip(found, (part[at], ulps[at], fine.numpy()[at]), strict=True):
                 assert np.array_equal(got, expected) and got.dtype == expected.dtype
             finite = (part >= 0) & (part < INFINITE_KEY[wide])
             with np.errstate(over="ignore", invalid="ignore"):

@@ -172,8 +172,8 @@ def predict_window(sample: Keys, weights: Weights, k: int, largest_key: int) -> 
         descending = np.sort(sample)[::-1]
         rank = np.cumsum(weights)
     else:
-        order = np.argsort(sample)[::-1]
-        descending, rank = sample[order], np.cumsum(weights[order])  # estimated number of keys at or above each
+        descending, order = _descending(sample)
+        rank = np.cumsum(weights[order])  # estimated number of keys at or above each
     margin = 0.05 * k + (4 * (k / rank[-1] * len(sample)) ** 0.5 + 2) * rank[-1] / len(sample)
     while True:
         first, last = (int(np.searchsorted(rank, k + side)) for side in (-margin, margin))
@@ -183,6 +183,19 @@ def predict_window(sample: Keys, weights: Weights, k: int, largest_key: int) -> 
         if not window.shift or margin < 0.001 * k:
             return window
         margin *= 0.7
+
+
+def _descending(keys: Keys) -> tuple[Keys, Keys]:
+    """Keys from the largest down, and their places; (s,) each. Sorting keys and places as one number is several times as fast."""
+    shift = (len(keys) - 1).bit_length()
+    if keys.itemsize > 4 or shift > 31:
+        order = np.argsort(keys, kind="stable")[::-1]
+        return keys[order], order
+    both = keys.astype(np.int64) << shift
+    both += np.arange(len(keys))
+    both.sort()
+    both = both[::-1]
+    return both >> shift, both & ((1 << shift) - 1)
 
 
 def take_equals(equal: Keys, quota: int) -> Keys:
