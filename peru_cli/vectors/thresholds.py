@@ -70,10 +70,8 @@ class _Group:
 class _Sample:
     """Collects keys of all tasks, in order."""
 
-    keeps = True  # the next pass counts the same entries
-
-    def __init__(self, group: _Group, wanted: Sequence[int]) -> None:
-        self._group, self._wanted = group, wanted
+    def __init__(self, group: _Group, wanted: Sequence[int], keeps: bool) -> None:
+        self._group, self._wanted, self.keeps = group, wanted, keeps
         self.keys: dict[int, list[Keys]] = {number: [] for number in wanted}
         self._tensors: dict[int, list[int]] = {number: [] for number in wanted}  # the tensor of each piece
         self.changed = dict.fromkeys(wanted, 0)
@@ -223,8 +221,9 @@ def _nothing(task: TaskVector) -> Threshold:
 def _sampled(group: _Group, wanted: Sequence[int]) -> tuple[_Sample, bool]:
     """A sample of some tasks' keys, and whether it holds all of them."""
     how = group.family.how
-    sample = _Sample(group, wanted)
     strips, everything = group.sample()
+    # The next pass reads the same entries. But short runs that are kept would cut its requests into as many pieces.
+    sample = _Sample(group, wanted, everything or group.family.fits(group.tensors))
     run(sample, strips, how.threads, how.advance if everything else lambda entries: None)
     return sample, everything
 
@@ -285,14 +284,16 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: Thr
 
 
 def counted_bytes(family: Family, slots: range) -> int:
-    """Network bytes that the threshold search takes and the next pass requests again: everything but the sample."""
+    """Network bytes that the threshold search takes if it keeps none for the next pass: a sample, then everything."""
     group = _Group(family, slots)
-    strips, _ = group.sample()
+    strips, everything = group.sample()
+    if everything:  # the sample is kept
+        return 0
     total = family.ranged_bytes(group.tensors)
     for source, info_of in family.reads(group.tensors, range(len(family.tasks))):
         for strip in strips if source.ranged else ():
             info = info_of(strip.tensor)
-            total -= (
+            total += (
                 sum(info.dtype.nbytes(max(0, min(stop, info.entries) - start)) for start, stop in strip.runs) if info is not None else 0
             )
     return total

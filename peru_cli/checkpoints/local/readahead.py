@@ -6,13 +6,14 @@ so no order of reading can block."""
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-CONNECTIONS = 8
+CONNECTIONS = min(8, max(4, 2 * (os.cpu_count() or 1)))  # on few processors more threads only wait for each other
 PIECE = 4 << 20  # bytes per request
 HELD = 32 << 20  # bytes fetched ahead and not yet read, for each checkpoint
 ECHOED = 8 << 20  # bytes that a thread has just read: those of a tile, with all its runs

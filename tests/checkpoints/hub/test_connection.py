@@ -138,7 +138,7 @@ def test_a_chunked_body_without_a_length(hub: HubServer, tmp_path: Path, extra: 
 # A process that asks for small pieces: all connections of a file are in use.
 MANY = """
 from peru_cli.checkpoints.local import readahead
-readahead.PIECE = 1 << 16
+readahead.PIECE, readahead.CONNECTIONS = 1 << 16, 8
 """
 
 
