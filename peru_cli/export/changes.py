@@ -47,7 +47,7 @@ class Changes:
     def __init__(self, fine: Checkpoint, base: Checkpoint, proven: bool = True) -> None:
         """Without `proven` no digests are compared, and tensors may be read several times."""
         self.fine, self.base = fine, base
-        self._proven = Proven(fine) if proven and isinstance(fine, FromArtifact) else None
+        self._proven = Proven(fine, early=False) if proven and isinstance(fine, FromArtifact) else None
         pairing = pair_checkpoints(fine, base)
         pairs = {pair.fine.name: pair for pair in pairing.pairs}
         self.targets = [_target(info, pairs.get(name)) for name, info in sorted(fine.tensors.items())]

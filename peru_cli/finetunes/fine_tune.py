@@ -48,6 +48,10 @@ class Witness:
     def __init__(self, trees: dict[tuple[str, str], TensorDigest]) -> None:
         self._trees, self._kept, self._lock = trees, dict[str, int](), threading.Lock()
 
+    def watches(self, role: str, name: str) -> bool:
+        """Whether a tensor is digested."""
+        return (role, name) in self._trees
+
     def saw(self, role: str, name: str, start: int, leaves: bytes) -> None:
         """Add the leaves of the chunks from entry `start` of a tensor on."""
         self._trees[role, name].add_at(start, leaves)
@@ -276,7 +280,7 @@ class OneTask(FromArtifact):
         had = origin.base.dtype
         raw = out if had is dtype else self.room(had.nbytes(len(out) * 8 // dtype.bits))
         self.base.read_into(origin.base.name, had.nbytes(start), raw)
-        if witness is not None:
+        if witness is not None and witness.watches("base", record.info.name):
             witness.saw("base", record.info.name, start, leaves(raw, had))
         if had is not dtype:
             np.copyto(np.frombuffer(out, BITS[dtype.bits]), cast_bits(CPU, np.frombuffer(raw, BITS[had.bits]), had, dtype))

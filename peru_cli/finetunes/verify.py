@@ -12,7 +12,7 @@ from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.finetunes.adapter import AdapterWithRest
-from peru_cli.finetunes.fine_tune import FromArtifact, Positions, Witness, is_base, refuse_base
+from peru_cli.finetunes.fine_tune import FromArtifact, OneTask, Positions, Witness, is_base, refuse_base
 from peru_cli.vectors.copy import copy_checkpoint
 from peru_cli.vectors.family import StreamSettings
 
@@ -22,14 +22,19 @@ _FEW = 3  # tensors of a wrong base to find before giving up
 class Proven(Checkpoint):
     """A fine-tune whose base, parts and result are checked against their digests. Every byte must be read once, in tiles."""
 
-    def __init__(self, source: FromArtifact) -> None:
-        """Raises BadFile if a part that the artifact stores whole was altered."""
+    def __init__(self, source: FromArtifact, early: bool = True) -> None:
+        """Raises BadFile if a part that the artifact stores whole was altered.
+
+        Without `early` a base is not digested where the result's digest proves what is read: that takes half the time. Another base is
+        then found, and named, at the end."""
         source.verify_stored()
+        self._early = early or not isinstance(source, OneTask)
         self.source, self.ranged = source, source.base.ranged
         self.label, self.kind, self.tensors, self.metadata = source.label, source.kind, source.tensors, source.metadata
         self.side_files, self.warnings, self.files = source.side_files, source.warnings, source.files
         based = [(name, origin.base) for name, origin in source.origins.items() if origin.base is not None]
-        self._witness = Witness({("base", name): TensorDigest(base.dtype, base.shape) for name, base in based} | source.trees())
+        below = {("base", name): TensorDigest(base.dtype, base.shape) for name, base in based if self._early}
+        self._witness = Witness(below | source.trees())
         self._left = {name: info.entries for name, info in source.tensors.items()}
         self._lock = threading.Lock()
         self._bad: list[str] = []
@@ -61,12 +66,16 @@ class Proven(Checkpoint):
     def _check(self, name: str) -> None:
         """Call when all of a tensor was read."""
         origin, artifact = self.source.origins[name], self.source.artifact
-        if origin.base is not None and not is_base(origin, self._witness.digest("base", name)):
-            self._bad.append(f"{origin.base.name}: different contents in {self.source.base.label}")
-            if len(self._bad) >= _FEW:
-                refuse_base(self._bad, artifact, self.source.base.label, gave_up=True)
+        if self._early and origin.base is not None and not is_base(origin, self._witness.digest("base", name)):
+            self._differs(origin.base.name)
         elif (found := self._witness.kept(name)) != origin.kept:
             raise BadFile(f"{artifact.path}: tensor {name!r} has {found} kept entries, the index says {origin.kept}")
+
+    def _differs(self, name: str) -> None:
+        """Take down that a tensor is not the base's. Mismatch after a few of them."""
+        self._bad.append(f"{name}: different contents in {self.source.base.label}")
+        if len(self._bad) >= _FEW:
+            refuse_base(self._bad, self.source.artifact, self.source.base.label, gave_up=True)
 
     def prove(self) -> None:
         """Call when everything was read. Raises Mismatch for another base (naming the first tensors that differ), BadFile if
@@ -75,7 +84,19 @@ class Proven(Checkpoint):
             if not info.entries:
                 self._check(name)
         refuse_base(self._bad, self.source.artifact, self.source.base.label)
-        self.source.settle(self._witness)
+        try:
+            self.source.settle(self._witness)
+        except BadFile:
+            if not self._early:
+                self._blame_base()
+            raise
+
+    def _blame_base(self) -> None:
+        """Mismatch if the base is another one. Reads it again."""
+        for origin in self.source.origins.values():
+            if origin.base is not None and not is_base(origin, self.source.base.digest(origin.base.name)):
+                self._differs(origin.base.name)
+        refuse_base(self._bad, self.source.artifact, self.source.base.label)
 
     def result_digests(self) -> dict[str, bytes]:
         """The digests of all tensors that were read to their end, 32 bytes each. Empty for a pack."""
