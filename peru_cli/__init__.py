@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from peru_cli.version import __version__
 
 if TYPE_CHECKING:
+    from peru_cli.export.diff import Updates as Updates
     from peru_cli.export.diff import diff as diff
     from peru_cli.export.patches import Patch as Patch
     from peru_cli.export.patches import patches as patches
     from peru_cli.live.apply import apply as apply
     from peru_cli.live.apply import open_artifact as open_artifact
 
-__all__ = ["Patch", "__version__", "apply", "diff", "open_artifact", "patches"]
+__all__ = ["Patch", "Updates", "__version__", "apply", "diff", "open_artifact", "patches"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,10 +23,10 @@ def __getattr__(name: str) -> Any:
         from peru_cli.live import apply as live
 
         return getattr(live, name)
-    if name == "diff":
-        from peru_cli.export.diff import diff
+    if name in ("diff", "Updates"):
+        from peru_cli.export import diff as differences
 
-        return diff
+        return getattr(differences, name)
     if name in ("patches", "Patch"):
         from peru_cli.export import patches as exported
 

@@ -1,11 +1,12 @@
-"""How fast `peru_cli.diff` and `peru_cli.patches` are, how much memory they take, and how near the bytes come to the entropy of the change.
+"""How fast `peru_cli.diff`, `Updates` and `patches` are, how much memory they take, and how near the bytes come to the change's entropy.
 
     python benchmarks/speed/diff.py [--entries 200000000] [--rounds 5] [--folder /tmp]
 
 Weights are normal, in bfloat16, in tensors of 2^24 entries; the share of entries that changes moves by one or two units in the last place.
 The order-0 bound is n times the entropy of "changed or not", and for each changed entry the entropy of the steps. One thread; seconds
-are of the processor, the best of some rounds in turns. Both must digest old and new weights: how fast BLAKE3 alone does that, in chunks
-of 32 kB as peru takes them, is the first column. Memory is the peak of resident memory above what was there before.
+are of the processor, the best of some rounds in turns. `diff` must digest old and new weights: how fast BLAKE3 alone does that, in chunks
+of 32 kB as peru takes them, is the first column. `Updates` and `patches` digest half of that. Memory is the peak of resident memory above
+what was there before.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -80,6 +82,11 @@ def digest(*models: dict[str, torch.Tensor]) -> None:
                 hasher.update(data[at : at + (1 << 15)]).digest()
 
 
+def step(updates: peru_cli.Updates, turns: Iterator[dict[str, torch.Tensor]]) -> None:
+    """The next update; old and new weights take turns."""
+    updates.next(next(turns))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=200_000_000)
@@ -96,8 +103,10 @@ def main() -> None:
             "changed",
             "digests alone, GB/s",
             "diff, GB/s",
+            "Updates, GB/s",
             "patches, GB/s",
             "diff, MB",
+            "Updates, MB",
             "patches, MB",
             "bytes",
             "of the bound",
@@ -108,14 +117,20 @@ def main() -> None:
             new, bound = change(old, share)
             data = peru_cli.diff(old, new, threads=1)
             update.write_bytes(data)
+            updates = peru_cli.Updates(old, threads=1)
+            updates.next(new)  # the first one has no digests yet
             calls: list[Callable[[], object]] = [
-                partial(digest, old, new), partial(peru_cli.diff, old, new, threads=1), lambda: deque(peru_cli.patches(update, base), 0),
-            ]  # fmt: skip
+                partial(digest, old, new),
+                partial(peru_cli.diff, old, new, threads=1),
+                partial(step, updates, cycle((old, new))),
+                lambda: deque(peru_cli.patches(update, base), 0),
+            ]
             runs = [[measured(call) for call in calls] for _ in range(options.rounds)]
             speeds = [2 * options.entries / min(seconds for seconds, _ in each) / 1e9 for each in zip(*runs, strict=True)]
             memory = [max(nbytes for _, nbytes in each) / 1e6 for each in zip(*runs, strict=True)]
+            figures = [f"{speed:.2f}" for speed in speeds] + [f"{nbytes:.0f}" for nbytes in memory[1:]]
             print(
-                f"| {share:.1%} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[2]:.2f} | {memory[1]:.0f} | {memory[2]:.0f} | {len(data):,} "
+                f"| {share:.1%} | {' | '.join(figures)} | {len(data):,} "
                 f"| {len(data) / bound:.3f} | {8 * len(data) / options.entries:.4f} |",
                 flush=True,
             )

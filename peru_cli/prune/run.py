@@ -206,7 +206,7 @@ def _set_thresholds(family: Family, jobs: list[Job], slots: range, log: Threshol
     found = find_thresholds(family, slots, {number: int(density * n) for number, n in enumerate(entries)}, log)
     for number, job in enumerate(jobs):
         threshold = found[number].threshold
-        job.sink.add_threshold(without_zeros(threshold) if options.values == "sign" else threshold)
+        job.sink.add_threshold(without_zeros(threshold) if options.values == "sign" else threshold, found[number].equals)
         job.sink.changed += found[number].changed
 
 

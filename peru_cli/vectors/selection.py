@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 from peru_cli.artifacts.index import EXACT, Stream
 from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock, encode_block
 from peru_cli.checkpoints.bundle import Bundle, members
-from peru_cli.checkpoints.digests import TensorDigest
+from peru_cli.checkpoints.digests import KnownDigest, TensorDigest
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.streaming.aligned import read_bits
@@ -33,6 +33,7 @@ class Sink:
     octaves: bool = False  # of rounded values, keep only sign and octave above the threshold
     thresholds: list[Threshold] = field(default_factory=list)  # one for each slot, or one for all
     quotas: list[int] = field(default_factory=list)  # equals that may still be taken, by threshold
+    foreseen: dict[tuple[int, int], int] | None = None  # equals of the last threshold in each tile, by slot and first entry
     scales: list[float] = field(default_factory=list)  # of signs, one for each slot, if values are stored as signs
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
     result: dict[str, TensorDigest] = field(default_factory=dict)
@@ -48,10 +49,11 @@ class Sink:
         """Norm of what is lost over the norm of the task vector, to four digits: the same for all tiles, threads and devices."""
         return float(f"{math.sqrt(self.missed / self.energy):.4g}") if self.missed else 0.0
 
-    def add_threshold(self, threshold: Threshold) -> None:
+    def add_threshold(self, threshold: Threshold, foreseen: dict[tuple[int, int], int] | None = None) -> None:
         """Add the threshold of the next slot, or of all slots."""
         self.thresholds.append(threshold)
         self.quotas.append(threshold.equals or 0)
+        self.foreseen = foreseen
 
     def rule(self, tile: Tile) -> Rule:
         """What apply needs to know of a tile's threshold."""
@@ -89,7 +91,9 @@ class Select:
         self.watcher: Watcher | None = None
         self._room: Buffers | None = None  # for tiles that are computed again
         self._filled: dict[int, list[tuple[Sink, int]]] = {}  # by tile: tickets of blocks that workers encode
+        self._ordered: list[int] = []  # by task: equals in tiles that workers have, if they are foreseen
         self._lossless = False  # on the CPU: then a pass changes no tile, and tensors in memory are not copied
+        self.follow = False  # of a lossless pass: turn the base's tensors in memory into those of the only task
         self.base_digests = {info.name: TensorDigest(info.dtype, info.shape) for slot in family.slots for info in members(slot)}
         for pairs, sink in zip(family.pairs, sinks, strict=True):
             lengths = [0] * len(sink.streams)
@@ -114,10 +118,15 @@ class Select:
     def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
         slot = self._family.slots[tile.tensor]
         raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base, self._lossless)
-        for name, start, found in leaves_of(slot, tile.start, raw) if len(raw) else ():
-            self.base_digests[name].add_at(start, found)
+        if len(raw) and not isinstance(self.base_digests[members(slot)[0].name], KnownDigest):
+            for name, start, found in leaves_of(slot, tile.start, raw):
+                self.base_digests[name].add_at(start, found)
         aligned = self._family.each(slot, tile, base_bits, buffers, range(len(self._sinks)), self._lossless)
-        return [find_candidates(self._family, a, self._sinks[a.task].rule(tile), buffers) for a in aligned]
+        result = [find_candidates(self._family, a, self._sinks[a.task].rule(tile), buffers) for a in aligned]
+        for c in result if self.follow else ():
+            if c.aligned.base is base_bits:
+                CPU.put(base_bits, c.positions, c.bits)
+        return result
 
     def commit(self, tile: Tile, result: list[Candidates]) -> list[tuple[Candidates, list[FilledBlock]]]:
         committed = [(c, self._take(tile, self._choose(tile, c))) for c in result]
@@ -168,18 +177,27 @@ class Select:
 
     def order(self, tiles: Sequence[Tile]) -> Selecting:
         """What a worker needs to know of these tiles, which share their threshold."""
-        return Selecting([sink.rule(tiles[0]) for sink in self._sinks])
+        rules = [sink.rule(tiles[0]) for sink in self._sinks]
+        self._ordered = self._ordered or [0] * len(rules)
+        for number, sink in enumerate(self._sinks):
+            if sink.foreseen is not None:
+                rules[number] = replace(rules[number], quota=max(0, rules[number].quota - self._ordered[number]))
+                self._ordered[number] += sum(sink.foreseen.get((tile.tensor, tile.start), 0) for tile in tiles)
+        return Selecting(rules)
 
     def take(self, tile: Tile, reply: Selected) -> list[Callable[[], Any]]:
         """Commit a worker's tile. Returns the blocks to encode, as calls."""
         for name, start, found in reply.base:
             self.base_digests[name].add_at(start, found)
         filled: list[tuple[Sink, FilledBlock]] = []
-        for chosen, digests in reply.tasks:
+        for chosen, digests, counted_on in reply.tasks:
             sink = self._sinks[chosen.task]
-            if chosen.equals > sink.quotas[sink.threshold_number(tile)]:
-                # Tiles that were in work at the same time have taken equals that this one counted on.
-                chosen, digests = self._again(tile, chosen.task)
+            if sink.foreseen is not None:
+                self._ordered[chosen.task] -= sink.foreseen.get((tile.tensor, tile.start), 0)
+            quota = sink.quotas[sink.threshold_number(tile)]
+            if chosen.equals > quota or (counted_on < quota and chosen.equals == counted_on):
+                # Tiles that were in work at the same time have taken equals that this one counted on, or left more than it knew.
+                chosen, digests, _ = self._again(tile, chosen.task)
             for name, start, found in digests:
                 sink.result[name].add_at(start, found)
             filled += [(sink, block) for block in self._take(tile, chosen)]
@@ -188,8 +206,9 @@ class Select:
             self.watcher.reached(tile)
         return [partial(encode_block, sink.streams[block.stream], block) for sink, block in filled]
 
-    def _again(self, tile: Tile, task: int) -> tuple[Chosen, Leaves]:
-        """One task's part of a tile, computed here: at most once for each tile in work when a threshold's quota is used up."""
+    def _again(self, tile: Tile, task: int) -> tuple[Chosen, Leaves, int]:
+        """One task's part of a tile, computed here: at most once for each tile in work when a threshold's quota is used up, if it was not
+        foreseen in which tile that is."""
         self._room = self._room or self.buffers()
         [found] = Selecting([sink.rule(tile) for sink in self._sinks]).tile(Station(self._family, self._room), tile, [task]).tasks
         return found
@@ -207,12 +226,12 @@ class Selected:
     """A worker's reply for one tile: the base's digests; for each task what it keeps, and digests of what is rebuilt from that."""
 
     base: Leaves
-    tasks: list[tuple[Chosen, Leaves]]
+    tasks: list[tuple[Chosen, Leaves, int]]  # and how many equals each might have kept
 
 
 @dataclass(frozen=True)
 class Selecting:
-    """A worker's order: select by these rules, one for each task."""
+    """A worker's order: select by these rules, one for each task. Their quotas are those of the first tile."""
 
     rules: list[Rule]
 
@@ -220,7 +239,12 @@ class Selecting:
         """Replies for some tiles."""
         family = station.family
         expect(family.reads(family.slots, range(len(family.tasks))), tiles)
-        return [self.tile(station, tile, range(len(family.tasks))) for tile in tiles]
+        replies, rules = list[Selected](), list(self.rules)
+        for tile in tiles:
+            replies.append(Selecting(rules).tile(station, tile, range(len(family.tasks))))
+            for chosen, _, quota in replies[-1].tasks:
+                rules[chosen.task] = replace(rules[chosen.task], quota=quota - chosen.equals)
+        return replies
 
     def tile(self, station: Station, tile: Tile, wanted: Sequence[int]) -> Selected:
         """The reply for one tile and some of the tasks."""
@@ -234,5 +258,5 @@ class Selecting:
             chosen = candidates.choose(rule.threshold, rule.quota, family.tasks[aligned.task])
             digests = list(candidates.rebuilt(tile.start))
             chosen.positions = chosen.positions.astype(np.int32 if tile.stop - tile.start <= 1 << 31 else np.int64)  # half to send
-            reply.tasks.append((chosen, digests))
+            reply.tasks.append((chosen, digests, rule.quota))
         return reply

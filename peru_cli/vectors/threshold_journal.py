@@ -22,6 +22,7 @@ class Found:
 
     threshold: Threshold
     changed: int
+    equals: dict[tuple[int, int], int] | None = None  # by a tile's slot and first entry, how many equal the threshold, if workers counted
 
 
 class Pace:

@@ -31,6 +31,7 @@ SAMPLE_RUNS = 1024
 RANGED_RUN = 4  # runs this many times as long, and this many times fewer, if each run is a request
 SAMPLE_RUN = 1024  # entries; SAMPLE_RUNS * SAMPLE_RUN keys are held at once, 4 or 8 MB a task
 SLOT_RUNS = 128  # for a single tensor: sorting a larger sample costs more than a narrower window saves
+FORESEEN = 1 << 22  # counts by tile that a search holds at most, 8 bytes each
 STRIP_RUNS = 32  # runs that one thread processes together: asking for a single run costs more than processing it
 
 
@@ -125,6 +126,8 @@ class _Count:
     def __init__(self, group: _Group, windows: dict[int, Window], log: ThresholdJournal | None) -> None:
         self._group, self._windows, self._log = group, windows, log
         self.tallies = {number: Tally(window) for number, window in windows.items()}
+        self._by_tile: dict[Place, dict[int, tuple[_Small, _Small]]] = {}  # workers' bins, in windows that tell all keys apart
+        self._held = 0
         self.keeps = group.family.fits(group.tensors)
         self.first = 0
         if log is not None:
@@ -171,13 +174,32 @@ class _Count:
         """Add a worker's counts. Nothing is left to do."""
         for number, (above, changed, bins, times) in reply.items():
             self.tallies[number].restore(above, changed, bins, times)
+        fine = {number: counts for number, counts in reply.items() if not self._windows[number].shift}
+        self._held += sum(len(bins) for _, _, bins, _ in fine.values())
+        if self._held <= FORESEEN:
+            small = {number: (bins.astype(np.int32), times.astype(np.int32)) for number, (_, _, bins, times) in fine.items()}
+            self._by_tile[self._group.slots[tile.tensor], tile.start] = small
         self._note(tile)
         return []
+
+    def equals(self, number: int, threshold: Threshold) -> dict[Place, int] | None:
+        """How many entries of a task equal its threshold, by tile. None if that was not counted here for all of them."""
+        window = self._windows[number]
+        if threshold.equals is None or window.shift or self.first or not self._by_tile or self._held > FORESEEN:
+            return None
+        found = {}
+        for place, counts in self._by_tile.items():
+            if number in counts:
+                bins, times = counts[number]
+                found[place] = int(times[bins == threshold.key - window.low].sum())
+        return found
 
     def done(self, tile: Tile, made: Sequence[Any]) -> None:
         """Nothing."""
 
 
+_Small = np.ndarray[Any, np.dtype[np.int32]]
+Place = tuple[int, int]  # a tile's slot and first entry
 _Counts = dict[int, tuple[int, int, Bins, Bins]]  # by task: as Tally.restore takes them
 
 
@@ -278,7 +300,7 @@ def find_thresholds(family: Family, slots: range, kept: dict[int, int], log: Thr
                     sample, _ = _sampled(group, list(windows))
                 windows[number] = decision if missed is None or sample is None else sample.window(number, missed[0], missed[1:])
             else:
-                found[number] = Found(decision, tally.changed)
+                found[number] = Found(decision, tally.changed, count.equals(number, decision))
                 del windows[number]
         counts += 1  # predict again from the counts, once; then bisect
 

@@ -81,3 +81,40 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         peru_cli.diff(base, fine)
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(opened[0].fd)
+
+
+def test_updates_step_by_step_are_those_of_diff() -> None:
+    """Each begins where the last one ended, also where dtypes and names change; the weights given are not kept."""
+    base, fine = states()
+    live = {name: tensor.clone() for name, tensor in base.items()}
+    updates = peru_cli.Updates(live, threads=2)
+    steps = [fine, base, base | {"half": base["half"].float()}, fine | {"new": torch.arange(5)}, fine]
+    before = {name: tensor.clone() for name, tensor in base.items()}
+    for step in steps:
+        live = {name: tensor.clone() for name, tensor in step.items()}
+        assert updates.next(live) == peru_cli.diff(before, step)
+        before = {name: tensor.clone() for name, tensor in step.items()}
+        for tensor in live.values():
+            tensor.zero_()
+    live = {name: tensor.clone() for name, tensor in fine.items()}
+    for _ in range(3):  # in place
+        old = {name: tensor.clone() for name, tensor in live.items()}
+        for tensor in live.values():
+            tensor += 1
+        data = updates.next(live)
+        with peru_cli.apply(old, peru_cli.open_artifact(data)):
+            assert same_bits(old, live)
+
+
+def test_what_cannot_follow_leaves_updates_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, fine = states()
+    updates = peru_cli.Updates(base)
+    for wrong, error in (({**fine, "config": {"a": 1}}, UsageError), ({"other": torch.zeros(10)}, Mismatch)):
+        with pytest.raises(error):
+            updates.next(wrong)  # type: ignore[arg-type]
+    assert updates.next(fine) == peru_cli.diff(base, fine)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("peru_cli.export.diff.run", lambda *a: 1 / 0)
+        updates.next(base)
+    with pytest.raises(UsageError, match="begin again"):
+        updates.next(base)
