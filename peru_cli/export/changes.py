@@ -20,7 +20,7 @@ from peru_cli.shown import listed
 from peru_cli.streaming.tiles import CHUNK
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_PIECE = 16 * CHUNK  # entries read at once: whole chunks, for their digests, but few enough for a core's cache
+_PIECE = 32 * CHUNK  # entries read at once: whole chunks, for their digests, but not many times a core's cache
 
 
 @dataclass(frozen=True)
