@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from peru_cli.artifacts.index import TensorRecord
+from peru_cli.artifacts.index import EXACT, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.checkpoints.bundle import Bundle, pieces_of
 from peru_cli.checkpoints.digests import leaves
 from peru_cli.checkpoints.source import Checkpoint
-from peru_cli.finetunes.decode import decode_bits, kept_bits
+from peru_cli.finetunes.decode import decode_bits
 from peru_cli.finetunes.fine_tune import OneTask, Positions, Witness
-from peru_cli.kernels.deltas import put
+from peru_cli.kernels.deltas import add_ulps, put
 from peru_cli.methods.compact.delta import Bits
 from peru_cli.streaming.arrays import BITS
 
@@ -37,7 +37,8 @@ class DeltaOnBase(OneTask):
         self.base.read_many((base, 0, piece) for base, (_, _, piece) in zip(bases, parts, strict=True))
         if witness is not None:
             for member, _, piece in parts:
-                witness.saw("base", member.name, 0, leaves(piece, info.dtype))
+                if witness.watches("base", member.name):
+                    witness.saw("base", member.name, 0, leaves(piece, info.dtype))
         if stream is not None and len(entries.positions):
             bits = np.frombuffer(buffer, BITS[info.dtype.bits])
             put(bits, entries.positions, decode_bits(bits.take(entries.positions), entries, stream.values, info.dtype))
@@ -47,12 +48,15 @@ class DeltaOnBase(OneTask):
                 witness.saw_kept(member.name, count)
 
     def change(self, record: TensorRecord, start: int, bits: Bits, witness: Witness | None) -> Positions:
-        found = kept_bits(self.delta, record, start, start + len(bits), bits.take)
-        if found is None:
-            return np.empty(0, np.int64)
-        where, after = found
-        differs = after != bits.take(where)
-        put(bits, where, after)
+        stream, entries = self.delta.entries(record, start, start + len(bits))
+        where = entries.positions
         if witness is not None:
             witness.saw_kept(record.info.name, len(where))
-        return where if differs.all() else where[differs]
+        if stream is None or not len(where):
+            return np.empty(0, np.int64)
+        if stream.values == EXACT and bits.itemsize > 1:
+            return add_ulps(bits, where, entries.values.astype(bits.dtype, copy=False))
+        before = bits.take(where)
+        after = decode_bits(before, entries, stream.values, record.info.dtype)
+        put(bits, where, after)
+        return where[after != before]

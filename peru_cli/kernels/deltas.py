@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import kernels
-from peru_cli.kernels.scalars import CODES, DTYPES, Float, Key, magnitude, order, widen
+from peru_cli.kernels.scalars import CODES, DTYPES, WIDTHS, Float, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -195,6 +195,19 @@ def _put(out: Any, positions: Any, values: Any, n: int) -> None:
         out[positions[i]] = values[i]
 
 
+@kernels("*b *i8 *b i8 *i8", WIDTHS)
+def _add_ulps(out: Any, positions: Any, ulps: Any, n: int, moved: Any) -> int:
+    found: Any = 0
+    for i in range(n):
+        at = positions[i]
+        before = out[at]
+        out[at] = order(before) + ulps[i]  # modulo 2^width, as it is stored
+        out[at] = order(out[at])
+        moved[found] = at
+        found += np.int64(out[at] != before)
+    return found  # type: ignore[no-any-return]
+
+
 def add_bins(bins: Ints, keys: Ints, low: int, shift: int) -> None:
     """Count keys (int32 or int64) in bins of 2^shift keys each from `low` on; int64 bins, all keys within them."""
     _add_bins[f"i{keys.itemsize}"](bins, keys, len(keys), low, shift)
@@ -210,6 +223,13 @@ def gaps(positions: Ints, shift: int, out: Ints) -> int:
 
     Before the first lie `shift` and its position. Returns the largest gap. If it is 2^32 or more, `out` is of no use."""
     return _gaps[str(positions.itemsize)](positions, len(positions), shift, out)
+
+
+def add_ulps(out: Ints, positions: Ints, ulps: Ints) -> Ints:
+    """Move the bits at these positions (int64, each listed once, all within) by so many ULPs, modulo 2^width. Both (k,), of `out`'s
+    width: 2, 4 or 8 bytes. Returns the positions that have changed."""
+    moved = np.empty(len(positions) + 1, np.int64)
+    return moved[: _add_ulps[str(out.itemsize)](out, positions, ulps, len(positions), moved)]
 
 
 class Room:

@@ -132,6 +132,8 @@ _BITS_16 = {"b": "u2", "order": _order_16}
 _BITS_32 = {"b": "u4", "order": _order_32}
 _BITS_64 = {"b": "u8", "order": _order_64}
 
+WIDTHS: dict[str, dict[str, Any]] = {"2": _BITS_16, "4": _BITS_32, "8": _BITS_64}  # by bytes, for loops that only order bits
+
 _BITS_8 = {"b": "u1", "order": _order_8}
 CODES: dict[str, dict[str, Any]] = {  # of 8 bits, which are only compared
     f"{dtype} {kind}": {**_BITS_8, **FLOATS[kind], "widen": number}
