@@ -55,7 +55,8 @@ class DeltaOnBase(OneTask):
         if stream is None or not len(where):
             return np.empty(0, np.int64)
         if stream.values == EXACT and bits.itemsize > 1:
-            return add_ulps(bits, where, entries.values.astype(bits.dtype, copy=False))
+            moved: Positions = add_ulps(bits, where, entries.values.astype(bits.dtype, copy=False))
+            return moved
         before = bits.take(where)
         after = decode_bits(before, entries, stream.values, record.info.dtype)
         put(bits, where, after)
