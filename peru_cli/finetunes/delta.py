@@ -54,10 +54,12 @@ class DeltaOnBase(OneTask):
             witness.saw_kept(record.info.name, len(where))
         if stream is None or not len(where):
             return np.empty(0, np.int64)
+        moved: Positions
         if stream.values == EXACT and bits.itemsize > 1:
-            moved: Positions = add_ulps(bits, where, entries.values.astype(bits.dtype, copy=False))
+            moved = add_ulps(bits, where, entries.values.astype(bits.dtype, copy=False))
             return moved
         before = bits.take(where)
         after = decode_bits(before, entries, stream.values, record.info.dtype)
         put(bits, where, after)
-        return where[after != before]
+        moved = where[after != before]
+        return moved
