@@ -34,6 +34,7 @@ _SCHEMES = [
     ("AQLM", re.compile(r"\.(codes|codebooks)$")),
     ("EETQ", re.compile(r"\.weight_scales$")),
 ]
+_ANY_SCHEME = re.compile("|".join(pattern.pattern for _, pattern in _SCHEMES), re.MULTILINE)
 _METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "quanto": "quanto"}
 # Scales of activations and of key-value caches, which do not affect the weights.
 _OF_ACTIVATIONS = re.compile(r"\.(input_scale|scale_input|activation_scale|input_scale_ub|[kqv]_scale|prob_output_scale|output_scale)$")
@@ -79,10 +80,9 @@ def _int8(tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _scheme(tensors: Mapping[str, TensorInfo]) -> str | None:
-    for scheme, pattern in _SCHEMES:
-        if any(pattern.search(name) for name in tensors):
-            return scheme
-    return None
+    if _ANY_SCHEME.search("\n".join(tensors)) is None:  # all names at once: there may be a hundred thousand
+        return None
+    return next((scheme for scheme, pattern in _SCHEMES if any(pattern.search(name) for name in tensors)), None)
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
