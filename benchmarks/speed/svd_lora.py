@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "oracles"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "oracles" / "mergekit"))
+from environment import install
 from make_pair import base_tensor, fine_tensor, shapes
 from measured import measure as cost_of
-from mergekit_environment import install
 from safetensors.torch import load_file, safe_open, save_file
 
 from peru_cli.checkpoints.dtypes import BY_NAME

@@ -64,7 +64,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Mergekit:
-    """mergekit's method with the same formula; recipes and benchmarks/oracles/mergekit_methods.py read it.
+    """mergekit's method with the same formula; recipes and benchmarks/oracles/mergekit/methods.py read it.
 
     Lists mergekit's parameter for each of our options, by model (`own`) or for the whole merge. `fixed` are the options that make
     our method match. Our `reduce` is its `normalize`."""

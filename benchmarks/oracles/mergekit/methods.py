@@ -1,6 +1,6 @@
 """Compare `peru merge` with mergekit on a random family, method by method. Prints the largest difference of each.
 
-    python benchmarks/oracles/mergekit_methods.py [--venv /tmp/peru-mergekit] [METHOD ...]
+    python benchmarks/oracles/mergekit/methods.py [--venv /tmp/peru-mergekit] [METHOD ...]
 
 Installs mergekit 0.1.5 (LGPL: a program to compare with; peru contains no code of it) into its own virtual environment and
 runs `mergekit-pytorch` on the same files. Methods, parameters and their names in mergekit come from the table of methods
@@ -20,7 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from mergekit_environment import install
+from environment import install
 from safetensors.torch import load_file, save_file
 
 from peru_cli import cli

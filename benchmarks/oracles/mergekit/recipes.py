@@ -1,6 +1,6 @@
 """Forty recipes of different shapes, run by mergekit and by `peru merge`. Prints the largest difference of each.
 
-    python benchmarks/oracles/mergekit_recipes.py [--venv /tmp/peru-mergekit] [--only NAME]
+    python benchmarks/oracles/mergekit/recipes.py [--venv /tmp/peru-mergekit] [--only NAME]
 
 Installs mergekit 0.1.5 (LGPL: a program to compare with; peru contains no code of it) into its own virtual environment
 and runs all recipes there in one process, on tiny random Llama models with tokenizers. Both read the same files. `dtype` is
@@ -10,20 +10,23 @@ entry are compared. Exits with 1 if a difference is above 1e-6 of the largest we
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit_environment import install
+from environment import install
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from peru_cli import cli
 
@@ -64,24 +67,34 @@ for file in sorted(folder.glob("*.yml")):
 """
 
 
-def make_family(folder: Path) -> None:
-    """A base and four fine-tunes with one tokenizer, and one with tied embeddings."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+
+
+def llama() -> PreTrainedModel:
+    """A tiny Llama."""
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False))
+
+
+def make_family(folder: Path, build: Callable[[], PreTrainedModel] = llama, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """A random base and four fine-tunes, with one tokenizer."""
+    torch.manual_seed(seed)
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *VOCABULARY])}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
-    base = LlamaForCausalLM(config)
+    base = build()
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for name in ("base", "a", "b", "c", "d"):
-        if name != "base":
-            base.load_state_dict({key: tensor + 0.05 * torch.randn(tensor.shape) for key, tensor in state.items()})
+        model = build()
+        changed = {
+            key: tensor + 0.05 * torch.randn(tensor.shape) if tensor.is_floating_point() else tensor for key, tensor in state.items()
+        }
+        model.load_state_dict(state if name == "base" else changed)
+        model.tie_weights()
         tokenizer.chat_template = "{{ messages }} of " + ("a" if name in "ab" else name)
-        base.save_pretrained(folder / name)
+        model.to(dtype).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 
@@ -313,10 +326,28 @@ def compare(theirs: Path, ours: Path) -> float:
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a) / max(float(t.abs().max()) for t in a.values())
 
 
-def entries_apart(theirs: Path, ours: Path) -> str:
-    """How many entries differ by more than rounding: in methods that keep or drop entries, some are exactly at the threshold."""
+def entries_apart(theirs: Path, ours: Path) -> tuple[int, int]:
+    """How many entries differ by more than rounding, and how many there are. Methods that keep or drop entries differ at the threshold."""
     a, b = tensors(theirs), tensors(ours)
-    return f"{sum(int(((a[n] - b[n]).abs() > 1e-6).sum()) for n in a):,} of {sum(t.numel() for t in a.values()):,} entries"
+    return sum(int(((a[n] - b[n]).abs() > 1e-6).sum()) for n in a), sum(t.numel() for t in a.values())
+
+
+def run_mergekit(python: Path, folder: Path, recipes: Mapping[str, Any]) -> dict[str, str]:
+    """Write recipes, by number, and have mergekit run them. Returns the errors of those that failed, by name."""
+    for number, recipe in enumerate(recipes.values()):
+        (folder / f"{number:02}.yml").write_text(write(recipe, folder))
+    subprocess.run([python, "-c", PROGRAM, str(folder)], check=True, capture_output=True)
+    failed = json.loads((folder / "mergekit-failed.json").read_text())
+    return {name: failed[f"{number:02}"] for number, name in enumerate(recipes) if f"{number:02}" in failed}
+
+
+def run_peru(folder: Path, number: int) -> tuple[int, Path, Path]:
+    """Run a recipe. Returns the exit code, mergekit's output and peru's."""
+    ours = folder / "peru" / f"{number:02}"
+    ours.parent.mkdir(exist_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = cli.run(["merge", str(folder / f"{number:02}.yml"), "-o", str(ours), "--no-sync", "-q"])
+    return code, folder / "mergekit" / f"{number:02}" / "result", ours
 
 
 def main() -> None:
@@ -331,26 +362,20 @@ def main() -> None:
         folder = Path(place)
         make_family(folder)
         grow(folder)
-        for number, recipe in enumerate(chosen.values()):
-            (folder / f"{number:02}.yml").write_text(write(recipe, folder))
-        subprocess.run([python, "-c", PROGRAM, str(folder)], check=True, capture_output=True)
-        failed = json.loads((folder / "mergekit-failed.json").read_text())
-        (folder / "peru").mkdir()
+        failed = run_mergekit(python, folder, chosen)
         worst = 0.0
         print(f"{'recipe':38}  largest difference / largest weight")
         for number, name in enumerate(chosen):
-            stem = f"{number:02}"
-            code = cli.run(["merge", str(folder / f"{stem}.yml"), "-o", str(folder / "peru" / stem), "--no-sync", "-q"])
-            if stem in failed:
-                said = f"mergekit: {failed[stem]}"
+            code, *pair = run_peru(folder, number)
+            if name in failed:
+                said = f"mergekit: {failed[name]}"
             elif code:
                 said, worst = f"peru: exit code {code}", float("inf")
             else:
-                pair = folder / "mergekit" / stem / "result", folder / "peru" / stem
                 found = compare(*pair)
                 said = f"{found:.2g}"
                 if name == "arcee_fusion":  # it compares float32 values with a quantile of themselves, peru uses float64
-                    said += f", in {entries_apart(*pair)}"
+                    said += ", in {:,} of {:,} entries".format(*entries_apart(*pair))
                 elif "bf16" not in name:
                     worst = max(worst, found)
             print(f"{name:38}  {said}", flush=True)
