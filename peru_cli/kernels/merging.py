@@ -168,87 +168,6 @@ def _widen(bits: Any, n: int, out: Any) -> None:
         out[i] = widen(bits[i])
 
 
-def _absolute(value: Any, flags: Any, i: int) -> Any:
-    return abs(value)
-
-
-def _absolute_flagged(value: Any, flags: Any, i: int) -> Any:
-    return abs(value) * Float(flags[i])
-
-
-def _square_flagged(value: Any, flags: Any, i: int) -> Any:
-    kept = value * Float(flags[i])
-    return kept * kept
-
-
-summed: Any = _absolute  # replaced in each variant
-_SUMMED = {
-    f"{kind} {name}": {**bound, "summed": function}
-    for kind, bound in FLOATS.items()
-    for name, function in (("absolute", _absolute), ("absolute flagged", _absolute_flagged), ("square flagged", _square_flagged))
-}
-
-
-@kernels("*f *u1 i8 *f8", _SUMMED)
-def _halved_sum(values: Any, flags: Any, n: int, sums: Any) -> None:
-    size = n // 2
-    for i in range(size):
-        sums[i] = np.float64(summed(values[i], flags, i)) + np.float64(summed(values[size + i], flags, size + i))
-    if n % 2:
-        sums[0] = sums[0] + np.float64(summed(values[n - 1], flags, n - 1))
-    while size > 1:
-        half = size // 2
-        for i in range(half):
-            sums[i] = sums[i] + sums[half + i]
-        if size % 2:
-            sums[0] = sums[0] + sums[size - 1]
-        size = half
-
-
-# The first three halvings of a chunk are computed together, in their order.
-@kernels("**f i8 i8 i8 *f *f8 *f8", FLOATS)
-def _inner_products(values: Any, tasks: int, n: int, chunk: int, tail: Any, room: Any, sums: Any) -> None:
-    eighth = chunk // 8
-    for start in range(0, n, chunk):
-        size = min(chunk, n - start)
-        at: Any = 0
-        for one in range(tasks):
-            for two in range(one, tasks):
-                a, b, first = values[one], values[two], start
-                if size < chunk:
-                    a, b, first = tail, tail, 0
-                    for i in range(size):
-                        tail[i] = values[one][start + i]
-                        tail[chunk + i] = values[two][start + i]
-                    for i in range(size, chunk):
-                        tail[i] = Float(0)
-                        tail[chunk + i] = Float(0)
-                other = first + (chunk if size < chunk else 0)
-                for i in range(eighth):
-                    w = _product(a, b, first + i, other + i) + _product(a, b, first + i + 4 * eighth, other + i + 4 * eighth)
-                    x = _product(a, b, first + i + eighth, other + i + eighth) + _product(
-                        a, b, first + i + 5 * eighth, other + i + 5 * eighth
-                    )
-                    y = _product(a, b, first + i + 2 * eighth, other + i + 2 * eighth) + _product(
-                        a, b, first + i + 6 * eighth, other + i + 6 * eighth
-                    )
-                    z = _product(a, b, first + i + 3 * eighth, other + i + 3 * eighth) + _product(
-                        a, b, first + i + 7 * eighth, other + i + 7 * eighth
-                    )
-                    room[i] = (w + y) + (x + z)
-                half = eighth // 2
-                while half:
-                    for i in range(half):
-                        room[i] = room[i] + room[half + i]
-                    half //= 2
-                sums[start // chunk + at * (-(-n // chunk))] = room[0]
-                at += 1
-
-
-def _product(a: Any, b: Any, i: int, j: int) -> Any:
-    return np.float64(a[i]) * np.float64(b[j])
-
-
 @kernel("*u8 i8 i8 *f8 *f8")
 def _by_rank(keys: Any, rows: int, columns: int, table: Any, out: Any) -> None:
     for row in range(rows):
@@ -332,34 +251,6 @@ def elected(values: Sequence[Floats], flags: Sequence[Flags | None], before: Seq
     """The number of entries that elect + minus the number that elect -, with votes as in `disjoint`."""
     kind, arguments, _held = _of_tasks(values, flags, before)
     return _elected[kind](*arguments, len(values), len(values[0]), np.empty(_BLOCK, values[0].dtype))
-
-
-def halved_sum(values: Floats, what: str, flags: Flags | None = None) -> float:
-    """The float64 sum over all entries by halving: the same on every processor, unlike NumPy's; (n,).
-
-    Args:
-        what: of each entry the "absolute" value or the "square", rounded like the entries.
-        flags: the entries that count; None for all. Squares want them."""
-    if len(values) < 2:
-        parts = np.abs(values) if what == "absolute" else values * values
-        return float((parts if flags is None else parts * flags).sum())
-    sums = np.empty(len(values) // 2)
-    variant = f"{values.dtype.str[1:]} {what}{' flagged' * (flags is not None)}"
-    _halved_sum[variant](np.ascontiguousarray(values), _ALL if flags is None else flags, len(values), sums)
-    return float(sums[0])
-
-
-def inner_products(values: Sequence[Floats], chunk: int) -> list[list[list[float]]]:
-    """Sums of products over chunks of entries, a power of two of at least 8, each by halving: the same on every processor.
-
-    A table (tasks, tasks) of lists, float64, from one array of each task, (n,)."""
-    tasks, n, kind = range(len(values)), len(values[0]), values[0].dtype
-    pairs = [(one, two) for one in tasks for two in tasks[one:]]
-    sums = np.empty((len(pairs), -(-n // chunk)))
-    tail, room = np.empty(2 * chunk, kind), np.empty(chunk // 8)
-    _inner_products[kind.str[1:]](pointers(values), len(values), n, chunk, tail, room, sums)
-    found: dict[tuple[int, int], list[float]] = dict(zip(pairs, sums.tolist(), strict=True))
-    return [[found[min(one, two), max(one, two)] for two in tasks] for one in tasks]
 
 
 def by_rank(magnitudes: Floats, table: Floats) -> Floats:

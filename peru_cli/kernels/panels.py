@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernel, kernels
+from peru_cli.kernels.build import kernels
 from peru_cli.kernels.merging import Flags, Floats, pointers
 from peru_cli.kernels.scalars import DTYPES, FLOATS, Float, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 _BLOCK = 1024  # entries whose sums over tasks are held at once
-_DIGITS = ((1024, 11), (128, 8), (1, 5))  # bits by which a row is sorted at once, from so many columns on: bins cost time, too
 
 
 def _less_base(value: Any, base: Any, i: int) -> Any:
@@ -120,41 +119,6 @@ def _add_products(a: Any, b: Any, rows: int, columns: int, sums: Any) -> None:
             sums[i] = sums[i] + np.float64(a[row * columns + i]) * np.float64(b[row * columns + i])
 
 
-# A row's indices are sorted by its magnitudes: stably, by digits from the lowest on. A digit that is the same in all is skipped.
-@kernel("*u4 *u4 *f8 i8 i8 i8 *i4 *i4 *i4 *u1")
-def _stay_by_rank(
-    patterns: Any, draws: Any, limits: Any, rows: int, columns: int, digit: int, order: Any, other: Any, counts: Any, out: Any
-) -> None:  # fmt: skip
-    bins, sign = 1 << digit, np.uint32(0x7FFF_FFFF)
-    mask = np.uint32(bins - 1)
-    for row in range(rows):
-        start = row * columns
-        for i in range(columns):
-            order[i] = i
-        for low in range(0, 31, digit):
-            shift = np.uint32(low)
-            for i in range(bins):
-                counts[i] = 0
-            for i in range(start, start + columns):
-                counts[np.int64(((patterns[i] & sign) >> shift) & mask)] += 1
-            if counts[np.int64(((patterns[start] & sign) >> shift) & mask)] != columns:
-                total = np.int32(0)
-                for i in range(bins):
-                    here = counts[i]
-                    counts[i] = total
-                    total = np.int32(total + here)
-                for i in range(columns):
-                    index = order[i]
-                    at = np.int64(((patterns[start + index] & sign) >> shift) & mask)
-                    other[counts[at]] = index
-                    counts[at] += 1
-                for i in range(columns):
-                    order[i] = other[i]
-        for rank in range(columns):
-            at = start + np.int64(order[rank])
-            out[at] = np.uint8(np.float64(draws[at]) < limits[rank])
-
-
 def values_of(bits: Ints, base: Ints | None, dtype: str, out: Floats) -> bool:
     """Bits of a dtype as floats, less the base's, bits of that dtype, if it is given; whether all are finite."""
     what = f"{dtype} {out.dtype.str[1:]}{' less base' * (base is not None)}"
@@ -202,18 +166,3 @@ def between(keys: Ints, low: int, high: int) -> Ints:
     out = np.empty(len(keys) + 1, keys.dtype)
     found = _between[f"f{keys.itemsize}"](keys, len(keys), low, high, out)
     return out[:found].copy()
-
-
-def stay_by_rank(vector: Floats, draws: Ints, limits: Floats) -> Flags:
-    """draw < limits[rank], the rank of an entry among its row's magnitudes, equals in order; bools (rows, columns).
-
-    Args:
-        vector: float32 (rows, columns), finite.
-        draws: uint32, one of each entry; (rows * columns,).
-        limits: float64 (columns,)."""
-    rows, columns = vector.shape
-    out = np.empty((rows, columns), np.bool_)
-    digit = next(bits for least, bits in _DIGITS if columns >= least)
-    room = (np.empty(size, np.int32) for size in (columns, columns, 1 << digit))
-    _stay_by_rank(np.ascontiguousarray(vector), draws, limits, rows, columns, digit, *room, out)
-    return out

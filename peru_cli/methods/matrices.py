@@ -84,7 +84,9 @@ class MatrixRule(Rule):
 
     @abstractmethod
     def merge_matrix(self, matrices: Matrices) -> Any:
-        """The merged task vector, or weights; (rows, columns), NumPy or torch, float32 or float64."""
+        """The merged task vector, or weights; (rows, columns), NumPy or torch, float32 or float64.
+
+        Of rules on vectors also a `Result` with a scale: an election among the tasks' vectors, or a sum of them."""
 
     def merge(self, tile: RuleInput) -> Result:
         """Merge tensors that are not matrices: the weighted mean."""

@@ -11,8 +11,6 @@ from peru_cli.kernels.merging import (
     by_rank,
     disjoint,
     elected,
-    halved_sum,
-    inner_products,
     largest_magnitude,
     narrowed,
     onto_base,
@@ -105,23 +103,6 @@ def test_the_largest_pattern_is_found_without_signs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 1000, 4097])
-def test_halved_sums_add_halves_of_the_array(kind: type, n: int) -> None:
-    values = np.random.default_rng(n).standard_normal(n).astype(kind)
-    flags = np.arange(n) % 3 > 0
-    size = np.abs(values)
-    for what, stays, each in (("absolute", None, size), ("absolute", flags, size * flags), ("square", flags, values**2 * flags)):
-        flat = each.astype(np.float64)
-        while len(flat) > 1:
-            half = len(flat) // 2
-            last = flat[2 * half :]
-            flat = flat[:half] + flat[half : 2 * half]
-            if len(last):
-                flat[0] += last[0]
-        assert halved_sum(values, what, stays) == (flat[0] if n else 0.0)
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_ranks_in_rows_count_equals_in_order(kind: type) -> None:
     noise = np.random.default_rng(0)
     magnitudes = np.abs(noise.integers(-3, 4, (5, 64)) * noise.choice([1e-40, 1.0, 1e38], (5, 64))).astype(kind)
@@ -129,19 +110,3 @@ def test_ranks_in_rows_count_equals_in_order(kind: type) -> None:
     for row, got in zip(magnitudes, by_rank(magnitudes, table), strict=True):
         order = sorted(range(64), key=lambda i: (row[i], i))
         assert [got[i] for i in order] == table.tolist()
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
-@pytest.mark.parametrize("n", [1, 8, 13, 24])
-def test_inner_products_are_summed_by_chunks_and_halves(kind: type, n: int) -> None:
-    noise = np.random.default_rng(n)
-    values = [noise.standard_normal(n).astype(kind) for _ in range(3)]
-    table = inner_products(values, 8)
-    for i, j in ((0, 0), (0, 1), (2, 1), (2, 2)):
-        rows = np.zeros(-(-n // 8) * 8)
-        rows[:n] = values[i].astype(np.float64) * values[j].astype(np.float64)
-        rows = rows.reshape(-1, 8)
-        while rows.shape[1] > 1:
-            half = rows.shape[1] // 2
-            rows = rows[:, :half] + rows[:, half:]
-        assert table[i][j] == rows[:, 0].tolist()

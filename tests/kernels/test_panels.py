@@ -5,17 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peru_cli.kernels.panels import add_products, between, spread, stay_by_rank, values_of
+from peru_cli.kernels.panels import add_products, between, spread, values_of
 from peru_cli.methods.order import Counts, kept, largest, number_of, ordered
-
-
-@pytest.mark.parametrize("columns", [1, 2, 40, 200, 1500])
-def test_ranks_of_magnitudes_decide_what_stays(columns: int) -> None:
-    noise = np.random.default_rng(columns)
-    vector = (noise.integers(-3, 4, (4, columns)) * noise.choice([1e-40, 1e-3, 1.0, 1e38], (4, columns))).astype(np.float32)
-    draws, limits = noise.integers(0, 2**32, 4 * columns, np.uint32), np.sort(noise.uniform(0, 2.0**32, columns))
-    ranks = np.argsort(np.argsort(np.abs(vector), axis=1, kind="stable"), axis=1)
-    assert np.array_equal(stay_by_rank(vector, draws, limits), draws.reshape(4, columns) < limits[ranks])
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

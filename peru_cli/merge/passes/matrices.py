@@ -15,11 +15,20 @@ import numpy as np
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.console import si_bytes
 from peru_cli.errors import UsageError
-from peru_cli.merge.passes.panels import MemoryShare, Panel, as_matrix, itemsize, room_for_matrices, write_merged
+from peru_cli.merge.passes.panels import (
+    MemoryShare,
+    Panel,
+    as_matrix,
+    computed,
+    itemsize,
+    room_for_matrices,
+    write_merged,
+    write_result,
+)
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.matrices import PANEL, Matrices, MatrixRule, Panels, SpectralRule
-from peru_cli.methods.rules import Rule
+from peru_cli.methods.rules import Result, Rule
 from peru_cli.streaming.arrays import Host
 from peru_cli.streaming.engine import Reads, run
 from peru_cli.streaming.tiles import Tile
@@ -74,6 +83,11 @@ def _height(rows: int, columns: int, rule: MatrixRule) -> int:
     return max(1, PANEL // columns) if rule.by_rows else rows
 
 
+def _vector(panel: Panel, merged: Host | Result) -> Host:
+    """A panel's merged task vectors or weights; (n,)."""
+    return computed(panel, merged) if isinstance(merged, Result) else merged
+
+
 class _Each(Generic[T]):
     """A function for every panel of a tensor, with threads. Each tile of the engine is one panel."""
 
@@ -121,12 +135,14 @@ class _Panels(Panels):
             run(_Each(what, self._panel, take), [Tile(number, 0, number, number + 1) for number in range(count)], self._threads)
         return found
 
-    def merged(self, what: Callable[[Panel, Host], T]) -> list[T]:
-        """The result of a function of every panel and its merged task vectors or weights, (n,)."""
+    def merged(self, what: Callable[[Panel, Host | Result], T]) -> list[T]:
+        """The result of a function of every panel and its merged task vectors or weights, (n,), or what they are computed from."""
 
         def merge(panel: Matrices) -> T:
             assert isinstance(panel, Panel)
             found = self._rule.merge_matrix(panel)
+            if isinstance(found, Result):
+                return what(panel, found)
             return what(panel, np.ascontiguousarray(found if isinstance(found, np.ndarray) else found.cpu().numpy()).reshape(-1))
 
         return self.each(merge)
@@ -176,6 +192,12 @@ class MergeMatrices:
     def finish(self, tile: Tile, committed: None, buffers: None) -> None:
         pass
 
+    def _write(self, slot: Slot, rule: MatrixRule, panel: Panel, merged: Host | Result) -> None:
+        if isinstance(merged, Result):
+            write_result(self._writer, slot, panel, merged)
+        else:
+            write_merged(self._writer, slot, panel, merged, rule.on_vectors)
+
     def _merge(self, tile: Tile, threads: int) -> None:
         """Merge a tensor with so many threads."""
         number, rule = self._slots[tile.tensor], self._rules[tile.tensor]
@@ -185,8 +207,8 @@ class MergeMatrices:
         with self._memory.reserved(room):
             panels = _Panels(self._plan, slot, rule, self._device, threads)
             if after is None:
-                panels.merged(lambda panel, merged: write_merged(self._writer, slot, panel, merged, rule.on_vectors))
+                panels.merged(partial(self._write, slot, rule))
             else:
-                after.finish(number, np.concatenate(panels.merged(lambda panel, merged: merged)), rule.on_vectors)
+                after.finish(number, np.concatenate(panels.merged(_vector)), rule.on_vectors)
         if after is None or after.writes:
             self._writer.claim(slot.info.name, [[] for _ in self._plan.vectors])

@@ -14,10 +14,14 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
+from peru_cli.kernels import elections, rounding
+from peru_cli.kernels.merging import accumulate, disjoint
 from peru_cli.kernels.panels import add_base, values_of
+from peru_cli.merge.passes.walk import ranges
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.matrices import Matrices
+from peru_cli.methods.rules import Result
 from peru_cli.streaming.arrays import BITS, CPU, Host
 from peru_cli.streaming.memory import free_memory
 
@@ -74,9 +78,13 @@ class Panel(Matrices):
         values_of(self.base_bits(), None, self._slot.base.dtype.name, out)
         return out.reshape(self.rows, self.columns)
 
+    def fine_bits(self, task: int) -> Bits:
+        """A task's entries as bits of its dtype; (n,)."""
+        return self._read(self._plan.vectors[self._slot.task(task)].fine, self._slot.inputs[task])
+
     def __getitem__(self, task: int) -> Host:
         info, kept = self._slot.inputs[task], self._slot.base
-        fine, base = self._read(self._plan.vectors[self._slot.task(task)].fine, info), None
+        fine, base = self.fine_bits(task), None
         out = np.empty(len(fine), self._kind)
         if self._vectors:
             base = cast_bits(CPU, self.base_bits(), kept.dtype, info.dtype)
@@ -102,6 +110,39 @@ class Panel(Matrices):
         import torch
 
         return torch.from_numpy(self[task]).to(self._device, torch.float64, copy=True)
+
+
+def computed(panel: Panel, result: Result) -> Host:
+    """The merged task vector that a result stands for; (n,)."""
+    values = [panel[task].reshape(-1) for task in range(panel.tasks)]
+    out: Host = np.empty_like(values[0])
+    if (chosen := result.election) is not None:
+        flags = [each.flags for each in chosen.kept]
+        disjoint(values, flags, chosen.before, chosen.after, chosen.shares, chosen.strict, out)
+    for number, (task, kept, *factors) in enumerate(result.parts):
+        accumulate(out, values[task], "F32" if out.dtype == np.float32 else "F64", None, kept, (factors[0], factors[1]), not number)
+    if result.scale != 1.0:
+        out *= out.dtype.type(result.scale)
+    return out
+
+
+def write_result(writer: CheckpointWriter, slot: Slot, panel: Panel, result: Result) -> None:
+    """Compute a result on the base, round and write it: in one loop if all inputs and the output have one dtype."""
+    dtype, scale = slot.info.dtype, result.scale
+    assert scale is not None and result.factor == 1.0
+    if itemsize(slot) == 4 and all(info.dtype is dtype for info in (*slot.inputs, slot.base)):
+        inputs, base = [panel.fine_bits(task) for task in range(panel.tasks)], panel.base_bits()
+        if (chosen := result.election) is not None:
+            given = ranges(chosen.kept), chosen.before, chosen.after, chosen.shares, chosen.strict, scale
+            bits, finite = elections.merged(inputs, dtype.name, base, *given)
+        else:
+            tasks, flags, *factors = zip(*result.parts, strict=True)
+            both = list(zip(*factors, strict=True))
+            bits, finite = rounding.rounded_sum([inputs[task] for task in tasks], dtype.name, base, flags, both, 1.0, scale)
+        if finite:
+            writer.write(slot.info.name, dtype.nbytes(panel.first * panel.columns), bits.data.cast("B"))
+            return
+    write_merged(writer, slot, panel, computed(panel, result), True)
 
 
 class MemoryShare:

@@ -16,7 +16,7 @@ from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
 from peru_cli.kernels import elections
-from peru_cli.kernels.merging import inner_products
+from peru_cli.kernels.sums import inner_products
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.passes.walk import Decided, MergeBuffers, Settled, Walk, ranges
 from peru_cli.merge.plan import MergePlan, Slot
@@ -53,16 +53,24 @@ class Products(Walk):
 
     def finish(self, tile: Tile, committed: list[list[Settled]], room: MergeBuffers) -> None:
         view = self.view(tile, committed, room)
-        values = [self._xp.download(self._input(task, room, f"input{task}")) for task in range(view.tasks)]
-        found = inner_products(values, CHUNK)
-        for task, value in enumerate(values):
+        found = self._found(view, room)
+        for task in range(view.tasks):
             if not all(map(math.isfinite, found[task][task])):
-                finite = np.isfinite(value)
+                finite = np.isfinite(self._xp.download(self._input(task, room, f"input{task}")))
                 entry = f"entry {tile.start + int(np.flatnonzero(~finite)[0]):,}" if not finite.all() else "some entry, squared"
                 fine = self._plan.vectors[self._plan.slots[view.slot].task(task)].fine
                 raise BadFile(f"{fine.label}: {view.name!r} is NaN or infinite at {entry}", "repair the model")
         with self._lock:
             self._chunks[self.slot_number(tile)][tile.start] = found
+
+    def _found(self, view: RuleInput, room: MergeBuffers) -> list[list[list[float]]]:
+        """Inner products of a tile, by chunks."""
+        slot = self._plan.slots[view.slot]
+        if self._xp.compiled and self._in_one_loop(slot, room):
+            base = room.base_bits if self._reads_base else None
+            return inner_products([aligned.fine for aligned in room.aligned], base, f"{slot.info.dtype.name} f4", CHUNK)
+        values = [self._xp.download(self._input(task, room, f"input{task}")) for task in range(view.tasks)]
+        return inner_products(values, None, "F32 f4" if self._kind == "f4" else "F64 f8", CHUNK)
 
     def tables(self) -> dict[int, list[list[float]]]:
         """A table (tasks, tasks) for each slot that has one."""

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peru_cli.kernels.merging import Flags, accumulate, disjoint, halved_sum
+from peru_cli.kernels.merging import Flags, accumulate, disjoint
 from peru_cli.kernels.random import below, words
+from peru_cli.kernels.sums import halved_sum
 from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key
+from peru_cli.methods.rules import Election, Kept, Result, onto_base
 from peru_cli.streaming.arrays import Host
 
 _NOTHING = 1e-7  # an L1 norm below this counts as 0
@@ -93,28 +95,45 @@ class Sampled(MatrixRule):
         chance = self.chance(task)
         return 1.0 / chance if self._rescale == "density" and chance is not None else 1.0
 
+    def _stay_of(self, matrices: Matrices, task: int) -> Flags | None:
+        """Which entries of a task's vector are kept, as studied before or from the random words alone; bools (n,). None if all are."""
+        n = matrices.rows * matrices.columns
+        if self._rescale == "l1":
+            packed = matrices.studied.stays[matrices.number][task]
+            return None if packed is None else np.unpackbits(packed, count=n).view(np.bool_)
+        return self._stays(matrices, matrices[task], task)
+
+    def merge_matrix(self, matrices: Matrices) -> Host | Result:
+        mean, scale, tasks = self._reduces() == "mean", self.parameters.number("scale"), range(matrices.tasks)
+        if (mean and not self.elects) or (self._rescale == "density" and any(self.chance(task) is None for task in tasks)):
+            return self._merged(matrices, mean, scale)
+        stays = [self._stay_of(matrices, task) for task in tasks]
+        factors = [(self._factor(matrices, task), self.parameters.weights[task]) for task in tasks]
+        if not self.elects:
+            return onto_base(Result([(task, stays[task], *factors[task]) for task in tasks]), scale)
+        kept = [Kept(flags=flags) for flags in stays]
+        shares = self.parameters.weights if mean else None
+        return onto_base(Result(election=Election(kept, factors, [1.0] * len(kept), shares, False)), scale)
+
     def _part(self, matrices: Matrices, task: int) -> tuple[Host, Flags | None, tuple[float, float]]:
         """A task's vector, which of its entries are kept (None: all), (n,), and two factors."""
         vector, weight = matrices[task], self.parameters.weights[task]
-        if self._rescale == "l1":
-            packed = matrices.studied.stays[matrices.number][task]
-            stays = None if packed is None else np.unpackbits(packed, count=vector.size).view(np.bool_)
-            return vector.reshape(-1), stays, (self._factor(matrices, task), weight)
-        stays = self._stays(matrices, vector, task)
         if self._rescale == "density" and self.chance(task) is None:
+            stays = self._stays(matrices, vector, task)
             assert stays is not None
             rescaled = vector * stays.reshape(vector.shape)
             rescaled *= (1.0 / self.chances(vector, task)).astype(vector.dtype)
             return rescaled.reshape(-1), None, (1.0, weight)
-        return vector.reshape(-1), stays, (self._factor(matrices, task), weight)
+        return vector.reshape(-1), self._stay_of(matrices, task), (self._factor(matrices, task), weight)
 
     def _reduces(self) -> str:
         return self.parameters.text("reduce")
 
-    def merge_matrix(self, matrices: Matrices) -> Host:
+    def _merged(self, matrices: Matrices, mean: bool, scale: float) -> Host:
+        """The merged vector of entries that are rescaled one by one, or of a mean without election; (n,)."""
         parts = [self._part(matrices, task) for task in range(matrices.tasks)]
         values, stays, factors = [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
-        mean, weights = self._reduces() == "mean", self.parameters.weights
+        weights = self.parameters.weights
         merged: Host = np.empty_like(values[0])
         if self.elects:
             disjoint(values, stays, factors, [1.0] * len(values), weights if mean else None, False, merged)
@@ -124,7 +143,7 @@ class Sampled(MatrixRule):
             whole = _in_order(weights)
             if mean and abs(whole) >= _LEAST:
                 merged /= merged.dtype.type(whole)
-        if (scale := self.parameters.number("scale")) != 1.0:
+        if scale != 1.0:
             merged *= merged.dtype.type(scale)
         return merged
 
