@@ -150,6 +150,16 @@ def _elected(values: Any, flags: Any, before: Any, tasks: int, n: int, total: An
     return elected  # type: ignore[no-any-return]
 
 
+@kernels("*f i8 f f", FLOATS)
+def _step(vector: Any, n: int, step: Any, least: Any) -> None:
+    for i in range(n):
+        value = vector[i]
+        size = abs(value)
+        share = step / (size if size > least else least)
+        share = share if share > Float(0) else Float(0)
+        vector[i] = value * (share if share < Float(1) else Float(1))
+
+
 @kernels("*f *f i8 f", FLOATS)
 def _onto(vector: Any, base: Any, n: int, scale: Any) -> None:
     for i in range(n):
@@ -266,6 +276,12 @@ def by_rank(magnitudes: Floats, table: Floats) -> Floats:
     out = np.empty((rows, columns))
     _by_rank(keys.reshape(-1), rows, columns, table, out.reshape(-1))
     return out
+
+
+def stepped(vector: Floats, step: float, least: float) -> Floats:
+    """vector * clip(step / max(|vector|, least), 0, 1), in its memory; (n,)."""
+    _step[vector.dtype.str[1:]](vector, len(vector), step, least)
+    return vector
 
 
 def onto_base(vector: Floats, base: Floats, scale: float) -> Floats:

@@ -99,6 +99,11 @@ class Result:
     factor: float = 1.0
     scale: float | None = None
 
+    @property
+    def copies(self) -> bool:
+        """Whether the first task's weights are the result."""
+        return list(self.parts) == [(0, None, 1.0, 1.0)] and self.factor == 1.0 and self.scale is None
+
     def compute(self, tile: RuleInput) -> Array:
         """The merged weights; (n,)."""
         total = self.vector

@@ -139,6 +139,8 @@ class Merge(Walk):
             if (chosen := merged.election) is not None and self._xp.compiled and self._in_one_loop(slot, room):
                 given = ranges(chosen.kept), chosen.before, chosen.after, chosen.shares, chosen.strict, merged.scale
                 return elections.merged([aligned.fine for aligned in room.aligned], dtype.name, room.base_bits, *given)
+        if isinstance(merged, Result) and not self._reads_base and merged.copies and room.aligned[0].pair.fine.dtype is dtype:
+            return self._xp.download(room.aligned[0].fine), True  # entries that are not finite stay
         if isinstance(merged, Result) and merged.parts and (merged.scale is not None) is self._reads_base and self._in_one_loop(slot, room):
             tasks, flags, *factors = zip(*merged.parts, strict=True)
             base, scale = (None, 1.0) if merged.scale is None else (room.base_bits, merged.scale)

@@ -7,6 +7,7 @@ mergekit 0.1.5 (`nearswap`)."""
 
 from __future__ import annotations
 
+from peru_cli.kernels.merging import stepped
 from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base
 
 _LEAST = 1e-6
@@ -17,6 +18,8 @@ class NearSwap(Rule):
 
     def merge(self, tile: RuleInput) -> Result:
         xp, vector = tile.xp, tile.inputs(0)
+        if xp.compiled:
+            return onto_base(stepped(vector, self.parameters.number("t"), _LEAST), 1.0)
         size = xp.clip(xp.absolute(vector, out=tile.room("size", tile.n)), _LEAST, None, out=tile.room("size", tile.n))
         share = xp.divide(xp.fill(tile.room("share", tile.n), self.parameters.number("t")), size, out=tile.room("share", tile.n))
         xp.clip(share, 0.0, 1.0, out=share)

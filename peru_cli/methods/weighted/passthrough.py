@@ -5,8 +5,7 @@ Source: mergekit 0.1.5 (`passthrough`): scale * theta.
 
 from __future__ import annotations
 
-from peru_cli.methods.rules import Rule, RuleInput, scaled
-from peru_cli.streaming.arrays import Array
+from peru_cli.methods.rules import Result, Rule, RuleInput, weighted_sum
 
 
 class Passthrough(Rule):
@@ -14,5 +13,5 @@ class Passthrough(Rule):
 
     on_vectors = False
 
-    def merge(self, tile: RuleInput) -> Array:
-        return scaled(tile.inputs(0), self.parameters.number("scale"), tile)
+    def merge(self, tile: RuleInput) -> Result:
+        return weighted_sum([self.parameters.number("scale")])
