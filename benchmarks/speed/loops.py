@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from peru_cli.kernels import merging
 from peru_cli.kernels.deltas import Room
+from peru_cli.kernels.merging import verbs
 from peru_cli.kernels.random import below
 
 N = 1 << 18
@@ -68,10 +68,10 @@ def main() -> None:
         ("difference, key, count of a window", lambda: room.count(base, fine, "BF16", low, high), passes),
         ("threshold, positions and ULP codes of 10%", lambda: room.select(base, fine, "BF16", low), None),
         ("the same, and squared norms", lambda: room.select(base, fine, "BF16", low, np.zeros((N >> 14, 2))), None),
-        ("difference, weight, add", lambda: merging.accumulate(total, fine, "BF16", vectors[0], None, (0.3, 1.0), False), added),
-        ("trim", lambda: merging.trim(vectors[0], 0x3F00_0000), None),
-        ("elect and merge three tasks", lambda: merging.disjoint(vectors, flags, factors, ones, ones, False, total), elect),
-        ("round to bf16", lambda: merging.narrowed(vectors[0], "BF16"), None),
+        ("difference, weight, add", lambda: verbs.accumulate(total, fine, "BF16", vectors[0], None, (0.3, 1.0), False), added),
+        ("trim", lambda: verbs.trim(vectors[0], 0x3F00_0000), None),
+        ("elect and merge three tasks", lambda: verbs.disjoint(vectors, flags, factors, ones, ones, False, total), elect),
+        ("round to bf16", lambda: verbs.narrowed(vectors[0], "BF16"), None),
     ]
     print(f"{'ns an entry':45}{'loop':>7}{'NumPy':>8}")
     for name, loop, numpy_passes in cases:

@@ -18,10 +18,10 @@ _DIGEST = hashlib.sha256().digest_size
 
 @cache
 def sources() -> bytes:
-    """A digest of the sources of all loops: the files of this folder."""
-    total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    """A digest of the sources of all loops: the files below this folder."""
+    total, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return total.digest()
 
 

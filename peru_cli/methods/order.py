@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.merging import Flags
-from peru_cli.kernels.panels import between, count_bins
+from peru_cli.kernels.merging.panels import between, count_bins
+from peru_cli.kernels.merging.verbs import Flags
 from peru_cli.methods.matrices import Matrices, Panels
 
 Keys = np.ndarray[Any, np.dtype[Any]]  # int32 or int64

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.kernels import merging, rounding
+from peru_cli.kernels import rounding
 from peru_cli.kernels.deltas import Room, put
+from peru_cli.kernels.merging import verbs
 
 Array = Any  # np.ndarray, or torch.Tensor on a GPU
 Host = np.ndarray[Any, np.dtype[Any]]
@@ -126,7 +127,7 @@ class Arrays(Protocol):
         """The number of true bools up to and including each entry, int64."""
         ...
 
-    # Operations of merges. On the CPU each is one compiled loop (kernels/merging.py defines them).
+    # Operations of merges. On the CPU each is one compiled loop (kernels/merging/ defines them).
 
     def accumulate(
         self, total: Array, bits: Array, dtype: str, base: Array | None, flags: Array | None, factors: tuple[float, float], first: bool
@@ -252,9 +253,9 @@ class Cpu:
     def running_count(self, flags: Array) -> Array:
         return np.cumsum(flags, dtype=np.int64)
 
-    accumulate, trim, disjoint = staticmethod(merging.accumulate), staticmethod(merging.trim), staticmethod(merging.disjoint)
-    elected, onto_base = staticmethod(merging.elected), staticmethod(merging.onto_base)
-    largest_magnitude = staticmethod(merging.largest_magnitude)
+    accumulate, trim, disjoint = staticmethod(verbs.accumulate), staticmethod(verbs.trim), staticmethod(verbs.disjoint)
+    elected, onto_base = staticmethod(verbs.elected), staticmethod(verbs.onto_base)
+    largest_magnitude = staticmethod(verbs.largest_magnitude)
 
     def rounded_sum(
         self, bits: Sequence[Array], dtype: Dtype, base: Array | None, flags: Sequence[Array | None],
@@ -271,12 +272,12 @@ class Cpu:
             return floats if floats.dtype == out.dtype else self.copy(floats, out)
         if out.dtype == np.float64:
             return self.copy(self.widen(bits, dtype, np.empty(len(bits), np.float32)), out)
-        return merging.widened(bits, dtype.name, out)
+        return verbs.widened(bits, dtype.name, out)
 
     def narrow(self, floats: Array, dtype: Dtype) -> Array:
         if dtype.bits == 16:
             single = floats if floats.dtype == np.float32 else floats.astype(np.float32)
-            return merging.narrowed(single, dtype.name)
+            return verbs.narrowed(single, dtype.name)
         return floats.astype(KIND[dtype.name], copy=False).view(BITS[dtype.bits])
 
 

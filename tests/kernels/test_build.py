@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,9 +104,10 @@ def test_without_a_home_loops_stay_in_memory(monkeypatch) -> None:
 def test_every_loop_has_a_unique_name() -> None:
     """Files use it as their name, and their contents are trusted."""
     seen: list[str] = []
-    for module in sorted(Path(build.__file__).parent.glob("*.py")):
-        names = vars(__import__(f"peru_cli.kernels.{module.stem}", fromlist=["x"])).values() if module.stem != "__init__" else []
-        for found in names:
+    modules = [module.name for module in pkgutil.walk_packages([str(Path(build.__file__).parent)], "peru_cli.kernels.")]
+    assert "peru_cli.kernels.merging.verbs" in modules
+    for module in modules:
+        for found in vars(importlib.import_module(module)).values():
             seen += [found.name] if isinstance(found, build.Kernel) else []
             seen += [loop.name for loop in found._loops.values()] if isinstance(found, build.Kernels) else []
     assert len(seen) == len(set(seen)) > 0

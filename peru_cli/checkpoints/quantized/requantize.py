@@ -29,7 +29,7 @@ from peru_cli.checkpoints.quantized.layout import CODES, Scaled, quantization
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.kernels.codes import MOST, encode, largest
-from peru_cli.kernels.merging import narrowed
+from peru_cli.kernels.merging.verbs import narrowed
 
 FLOAT = BY_NAME["F32"]  # the dtype that the writer takes
 _GROUP = 1 << 18  # entries encoded at once, if their scales allow it

@@ -14,9 +14,10 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.kernels import elections, rounding
-from peru_cli.kernels.merging import accumulate, disjoint
-from peru_cli.kernels.panels import add_base, values_of
+from peru_cli.kernels import rounding
+from peru_cli.kernels.merging import elections
+from peru_cli.kernels.merging.panels import add_base, values_of
+from peru_cli.kernels.merging.verbs import accumulate, disjoint
 from peru_cli.merge.passes.walk import ranges
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity

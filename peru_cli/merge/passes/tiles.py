@@ -15,8 +15,8 @@ from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile
-from peru_cli.kernels import elections
-from peru_cli.kernels.sums import inner_products
+from peru_cli.kernels.merging import elections
+from peru_cli.kernels.merging.sums import inner_products
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.passes.walk import Decided, MergeBuffers, Settled, Walk, ranges
 from peru_cli.merge.plan import MergePlan, Slot

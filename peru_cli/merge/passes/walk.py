@@ -9,8 +9,8 @@ from typing import Any
 
 from peru_cli.checkpoints.bundle import cut
 from peru_cli.checkpoints.dtypes import Dtype
-from peru_cli.kernels import elections
-from peru_cli.kernels.elections import MOST, within
+from peru_cli.kernels.merging import elections
+from peru_cli.kernels.merging.elections import MOST, within
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.methods.rules import Kept, Rule, RuleInput, Scratch

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.errors import UsageError
-from peru_cli.kernels.panels import add_products
+from peru_cli.kernels.merging.panels import add_products
 from peru_cli.methods.angles.coefficients import ByAngles, Products
 from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.parameters import Parameters

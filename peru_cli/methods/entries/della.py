@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from peru_cli.errors import UsageError
-from peru_cli.kernels.merging import Flags, by_rank
-from peru_cli.kernels.ranking import stay_by_rank
+from peru_cli.kernels.merging.ranking import stay_by_rank
+from peru_cli.kernels.merging.verbs import Flags, by_rank
 from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
 from peru_cli.streaming.arrays import Host

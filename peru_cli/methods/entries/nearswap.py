@@ -7,7 +7,7 @@ mergekit 0.1.5 (`nearswap`)."""
 
 from __future__ import annotations
 
-from peru_cli.kernels.merging import stepped
+from peru_cli.kernels.merging.verbs import stepped
 from peru_cli.methods.rules import Result, Rule, RuleInput, onto_base
 
 _LEAST = 1e-6

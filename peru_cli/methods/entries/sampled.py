@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peru_cli.kernels.merging import Flags, accumulate, disjoint
+from peru_cli.kernels.merging.sums import halved_sum
+from peru_cli.kernels.merging.verbs import Flags, accumulate, disjoint
 from peru_cli.kernels.random import below, words
-from peru_cli.kernels.sums import halved_sum
 from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.philox import stream_key

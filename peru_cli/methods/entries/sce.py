@@ -14,9 +14,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from peru_cli.kernels.merging import Flags
-from peru_cli.kernels.panels import erased, spread
-from peru_cli.kernels.sums import halved_sum
+from peru_cli.kernels.merging.panels import erased, spread
+from peru_cli.kernels.merging.sums import halved_sum
+from peru_cli.kernels.merging.verbs import Flags
 from peru_cli.methods.matrices import Matrices, MatrixRule, Panels
 from peru_cli.methods.order import Counts, Keys, Taken, kept, largest
 from peru_cli.methods.parameters import Parameters

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peru_cli.kernels.merging import (
+from peru_cli.kernels.merging.verbs import (
     accumulate,
     by_rank,
     disjoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peru_cli.kernels.ranking import stay_by_rank
+from peru_cli.kernels.merging.ranking import stay_by_rank
 
 
 @pytest.mark.parametrize("columns", [1, 2, 40, 200, 1500, 40_000])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peru_cli.kernels.sums import halved_sum, inner_products
+from peru_cli.kernels.merging.sums import halved_sum, inner_products
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

@@ -1,7 +1,7 @@
 """TIES' election from the bits of a base and of fine-tunes: which entries are kept, who wins, the result on the base, rounded.
 
 Arrays are 1-D runs of entries, (n,): bits of one dtype, and float32. Every product and sum is rounded, in the order of the formulas
-(kernels/merging.py has them for floats)."""
+(verbs.py has them for floats)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import kernels
-from peru_cli.kernels.merging import Flags, balance, decide, join, pointers
+from peru_cli.kernels.merging.verbs import Flags, balance, decide, join, pointers
 from peru_cli.kernels.rounding import INFINITE, ROUNDS, Ints
 from peru_cli.kernels.scalars import MAGNITUDE, Float, narrow, widen
 

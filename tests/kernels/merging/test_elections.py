@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peru_cli.kernels import elections
+from peru_cli.kernels.merging import elections
 
 N = 2051  # two blocks and a remainder
 TORCH = {"BF16": (torch.bfloat16, torch.int16), "F16": (torch.float16, torch.int16), "F32": (torch.float32, torch.int32)}

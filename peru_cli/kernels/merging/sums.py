@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import kernels
-from peru_cli.kernels.merging import Flags, Floats, pointers
+from peru_cli.kernels.merging.verbs import Flags, Floats, pointers
 from peru_cli.kernels.scalars import DTYPES, FLOATS, Float, widen
 
 _BLOCK = 64  # entries of each eighth that are widened at once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peru_cli.kernels.panels import add_products, between, spread, values_of
+from peru_cli.kernels.merging.panels import add_products, between, spread, values_of
 from peru_cli.methods.order import Counts, kept, largest, number_of, ordered
 
 
