@@ -308,6 +308,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+Read = Callable[[Path], dict[str, torch.Tensor]]  # how the tensors of a model's folder are read
+
+
 def by_token(folder: Path, table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same with the rows of embedding and head sorted by token: mergekit numbers added tokens by Python's hash seed."""
     words = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
@@ -315,9 +318,9 @@ def by_token(folder: Path, table: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {n: t[order + list(range(len(order), len(t)))] if "embed_tokens" in n or "lm_head" in n else t for n, t in table.items()}
 
 
-def compare(theirs: Path, ours: Path) -> float:
+def compare(theirs: Path, ours: Path, read: Read = tensors) -> float:
     """The largest difference, over the largest weight; infinite if names, shapes or types differ."""
-    a, b = by_token(theirs, tensors(theirs)), by_token(ours, tensors(ours))
+    a, b = by_token(theirs, read(theirs)), by_token(ours, read(ours))
     if {n: (t.shape, t.dtype) for n, t in a.items()} != {n: (t.shape, t.dtype) for n, t in b.items()}:
         return float("inf")
     layers = [json.loads((place / "config.json").read_text())["num_hidden_layers"] for place in (theirs, ours)]
@@ -326,9 +329,9 @@ def compare(theirs: Path, ours: Path) -> float:
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a) / max(float(t.abs().max()) for t in a.values())
 
 
-def entries_apart(theirs: Path, ours: Path) -> tuple[int, int]:
+def entries_apart(theirs: Path, ours: Path, read: Read = tensors) -> tuple[int, int]:
     """How many entries differ by more than rounding, and how many there are. Methods that keep or drop entries differ at the threshold."""
-    a, b = tensors(theirs), tensors(ours)
+    a, b = read(theirs), read(ours)
     return sum(int(((a[n] - b[n]).abs() > 1e-6).sum()) for n in a), sum(t.numel() for t in a.values())
 
 
@@ -341,12 +344,12 @@ def run_mergekit(python: Path, folder: Path, recipes: Mapping[str, Any]) -> dict
     return {name: failed[f"{number:02}"] for number, name in enumerate(recipes) if f"{number:02}" in failed}
 
 
-def run_peru(folder: Path, number: int) -> tuple[int, Path, Path]:
+def run_peru(folder: Path, number: int, *options: str) -> tuple[int, Path, Path]:
     """Run a recipe. Returns the exit code, mergekit's output and peru's."""
     ours = folder / "peru" / f"{number:02}"
     ours.parent.mkdir(exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        code = cli.run(["merge", str(folder / f"{number:02}.yml"), "-o", str(ours), "--no-sync", "-q"])
+        code = cli.run(["merge", str(folder / f"{number:02}.yml"), "-o", str(ours), "--no-sync", "-q", *options])
     return code, folder / "mergekit" / f"{number:02}" / "result", ours
 
 
