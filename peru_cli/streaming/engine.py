@@ -191,10 +191,11 @@ class _Run(Generic[T, B, R, S]):
         self._lock = threading.Lock()
         self._turnstile = Turnstile()
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._work, name=f"tiles-{i}", daemon=True) for i in range(threads)]
+        # One thread is the caller's. An idle thread would refer to this run in a circle, which Python frees late, with all that the pass holds.
+        self._threads = [threading.Thread(target=self._work, name=f"tiles-{i}", daemon=True) for i in range(threads if threads > 1 else 0)]
 
     def join(self) -> None:
-        if len(self._threads) <= 1:
+        if not self._threads:
             self._work()
         else:
             try:
