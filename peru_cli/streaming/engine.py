@@ -191,8 +191,10 @@ class _Run(Generic[T, B, R, S]):
         self._lock = threading.Lock()
         self._turnstile = Turnstile()
         self._error: BaseException | None = None
-        # One thread is the caller's. An idle thread would refer to this run in a circle, which Python frees late, with all that the pass holds.
-        self._threads = [threading.Thread(target=self._work, name=f"tiles-{i}", daemon=True) for i in range(threads if threads > 1 else 0)]
+        # A single thread is the caller's. One that never starts would refer to this run, and the run to it: Python frees such circles
+        # late, and with them all that the pass holds.
+        wanted = threads if threads > 1 else 0
+        self._threads = [threading.Thread(target=self._work, name=f"tiles-{i}", daemon=True) for i in range(wanted)]
 
     def join(self) -> None:
         if not self._threads:
