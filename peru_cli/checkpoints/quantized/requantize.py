@@ -30,6 +30,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.kernels.codes import MOST, encode, largest
 from peru_cli.kernels.merging.verbs import narrowed
+from peru_cli.shown import listed
 
 FLOAT = BY_NAME["F32"]  # the dtype that the writer takes
 _GROUP = 1 << 18  # entries encoded at once, if their scales allow it
@@ -157,6 +158,8 @@ class RequantizingWriter(CheckpointWriter):
         self._writer.claim(name, note, written)
 
     def commit(self) -> None:
+        if self._tensors:
+            raise AssertionError(f"entries of {listed(sorted(self._tensors))} are missing")
         self._writer.commit()
 
     def __enter__(self) -> RequantizingWriter:

@@ -52,7 +52,7 @@ def merge(
 
     Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype.
     """
-    if rule.entrywise and plan.then is None:
+    if rule.entrywise and plan.then is None and plan.fp8 is None:  # a bundle has one dtype, and codes are merged as float32
         plan = in_bundles(plan, Family(plan.reference, plan.vectors, how, bundled=True))
     journal = writer.journal
     done = journal.done if journal is not None else {}

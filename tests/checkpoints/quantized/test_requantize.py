@@ -120,6 +120,17 @@ def test_a_block_of_zeros(tmp_path: Path, peru) -> None:
         assert got[f"w.weight{end}"].item() == scale and not got["w.weight"].view(torch.uint8).any()
 
 
+def test_small_weights_beside_small_tensors_of_another_dtype(tmp_path: Path, peru) -> None:
+    """Small tensors share tiles, but weights arrive as float32 and norms as bfloat16."""
+    paths = models(tmp_path, {"up.weight": torch.empty(40, 16, dtype=torch.float8_e4m3fn)}, torch.full((1, 1), 0.01), "_scale_inv", BLOCKS)
+    plain, found = merged(peru, tmp_path, paths)
+    scale = found["up.weight_scale_inv"]
+    error = (found["up.weight"].float() * scale - plain["up.weight"]).abs()
+    assert plain["up.weight"].abs().max() > 0.1
+    assert (error <= plain["up.weight"].abs() * 2**-4 + scale * 2**-10).all()  # three bits of mantissa, and subnormal codes
+    assert torch.equal(found["norm.weight"].float(), plain["norm.weight"].bfloat16().float())
+
+
 def test_the_same_bytes_for_any_tiles_threads_and_groups(tmp_path: Path, peru, monkeypatch) -> None:
     """A matrix with one scale waits in a file where it is large; rows of blocks wait for each other in memory."""
     like = {"w.weight": torch.zeros(300, 500, dtype=torch.float8_e4m3fn)}
