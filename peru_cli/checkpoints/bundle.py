@@ -29,6 +29,8 @@ def bundle(members: Sequence[TensorInfo]) -> TensorInfo:
     """Bundle tensors of one dtype. A single one is returned as it is."""
     if len(members) == 1:
         return members[0]
+    if any(info.dtype is not members[0].dtype for info in members):
+        raise AssertionError(f"{members[0].name} shares a bundle with tensors of another dtype")  # their bytes would be misread
     ends = np.fromiter(accumulate(info.entries for info in members), np.int64, len(members))
     name = f"{members[0].name}\0and {len(members) - 1} more"  # tensor names contain no control characters
     return Bundle(name, members[0].dtype, (int(ends[-1]),), 0, tuple(members), ends)
