@@ -92,7 +92,7 @@ def quantise(rng: random.Random, family: Family) -> None:
     if scales and rng.random() < 0.15:
         lost = rng.choice(scales)
         del family.stored["a"][lost]
-        family.broken["a"] = f"{lost} is lost"
+        family.broken.setdefault("a", f"{lost} is lost")  # names of an unread scheme hide it where codes are kept unchanged
     elif scales and rng.random() < 0.1:
         family.stored["a"]["other.weight_scale_inv"] = torch.ones(1)
-        family.broken["a"] = "a scale without codes"
+        family.broken.setdefault("a", "a scale without codes")
