@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.forkserver import ForkServer, Running
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Modules are compiled once, as in an installation, and not by every process that tests start (half a second of each `peru prune`).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other took a third of the time
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would everything that tests start

@@ -93,8 +93,8 @@ class Task:
 
 
 def to_side(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Resize images to 28x28 (images of that size are unchanged)."""
-    resized = [Image.fromarray(i).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for i in images]
+    """Resize images to 28x28 (images of that size are unchanged), in grey."""
+    resized = [Image.fromarray(i).convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR) for i in images]
     return np.stack([np.asarray(i) for i in resized])
 
 

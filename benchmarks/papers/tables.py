@@ -31,7 +31,6 @@ SCALES = (0.2, 0.3, 0.5, 0.7, 1.0)
 PACK_SCALES = (0.3, 0.5, 0.7, 1.0)
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)  # of TALL-masks, the paper's
 DEV_EXAMPLES = 200
-PREFIX = "bert."  # of a classifier's names, in front of the bare encoder's
 
 Tensors = dict[str, torch.Tensor]
 Row = tuple[str, int | None, dict[str, float]]  # name, bytes besides the base, accuracy of each task
@@ -47,6 +46,8 @@ class Examples:
 
 class Bench:
     """The cache, a scratch folder, and the requested options."""
+
+    prefix = "bert."  # of a classifier's names, in front of the bare encoder's
 
     def __init__(self, cache: Path, scratch: Path, tasks: Sequence[str], examples: int) -> None:
         self.cache, self.scratch, self.tasks, self.examples = cache, scratch, tuple(tasks), examples
@@ -96,7 +97,7 @@ class Bench:
     def under_head(self, encoder: Path, head: Path) -> Tensors:
         """A classifier from a merged encoder and a task's head."""
         merged = load_file(encoder / "model.safetensors")
-        return load_file(head) | {name if name.startswith(PREFIX) else PREFIX + name: t for name, t in merged.items()}
+        return load_file(head) | {name if name.startswith(self.prefix) else self.prefix + name: t for name, t in merged.items()}
 
     def merged(self, folder: Path, part: str = "test") -> dict[str, float]:
         """Accuracy of a merge under each task's head."""
@@ -159,7 +160,7 @@ def reference(bench: Bench) -> Iterator[Row]:
 def _with_base(bench: Bench, task: str) -> float:
     tensors = load_file(bench.full(task) / "model.safetensors")
     base = load_file(bench.base / "model.safetensors")
-    return bench.accuracy(task, {name: base.get(name.removeprefix(PREFIX), tensor) for name, tensor in tensors.items()})
+    return bench.accuracy(task, {name: base.get(name.removeprefix(bench.prefix), tensor) for name, tensor in tensors.items()})
 
 
 def pruned(bench: Bench, density: str, base: Path | None = None, name: str = "pruned") -> tuple[int, dict[str, float]]:
