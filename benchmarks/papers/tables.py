@@ -10,6 +10,7 @@ and printed from there; remove its entry to make it again."""
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import subprocess
@@ -216,8 +217,8 @@ def table_lora(bench: Bench) -> Iterator[Row]:
 def table_tasks(bench: Bench) -> Iterator[Row]:
     """PERU table 7: fewer tasks."""
     for count in range(2, len(bench.tasks) + 1, 2):
-        few = Bench.__new__(Bench)
-        few.__dict__ |= bench.__dict__ | {"tasks": bench.tasks[:count]}
+        few = copy.copy(bench)
+        few.tasks = bench.tasks[:count]
         folder, scale = few.best_scale("few", "--method", "task-arithmetic")
         yield f"{count} tasks: Task-Arithmetic, scale {scale:g}", size(folder), few.merged(folder)
         yield (f"{count} tasks: Post-Pruning 5%", *pruned(few, "5%"))
