@@ -141,6 +141,8 @@ def recognise(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], labe
         if (codes.dtype.name not in CODES and not (int8 and codes.dtype.name == "I8")) or _MARKERS.search(name):
             continue
         scale = _scale_of(name, tensors)
+        if scale is None and codes.dtype.name == "I8" and len(codes.shape) < 2 and not name.endswith("weight"):
+            continue  # a buffer of small integers
         if scale is None:
             layout.weights[name] = Scaled(codes, TensorInfo(name, wanted or BY_NAME["BF16"], codes.shape), None)
             continue

@@ -13,6 +13,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from peru_cli.checkpoints.quantized.fp8 import VALUES
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
+from peru_cli.errors import BadFile
 from tests.conftest import assert_same_tensors, raw
 
 Tensors = dict[str, torch.Tensor]
@@ -140,10 +141,16 @@ def test_compressed_tensors_layouts_equal_its_own_decompression(tmp_path: Path) 
             tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
             expected[f"{name}.weight"] = codes.to(dtype) * scale
     said = {"quant_method": "compressed-tensors", "format": "naive-quantized"}
+    tensors["table"] = torch.arange(-3, 4, dtype=torch.int8)  # a buffer, which has no scale
     path = folder(tmp_path / "m", {n: t.clone() for n, t in tensors.items()}, quantization_config=said, torch_dtype="bfloat16")
     with open_model(str(path)) as model:
         for name, tensor in expected.items():
             assert raw(values(model, name)) == raw(tensor), name
+        assert model.tensors["table"].dtype.name == "I8" and bytes(model.read("table")) == raw(tensors["table"])
+    del tensors["ibfloat16.weight_scale"]  # but a weight has one
+    lost = folder(tmp_path / "lost", {n: t.clone() for n, t in tensors.items()}, quantization_config=said)
+    with pytest.raises(BadFile, match=r"ibfloat16\.weight: I8 without its scale"):
+        open_model(str(lost))
 
 
 def family(tmp_path: Path) -> tuple[Path, Path, Tensors, Tensors]:
