@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PORT = 6401
 TICKS = os.sysconf("SC_CLK_TCK")
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+ENV.pop("PYTHONDONTWRITEBYTECODE", None)  # installed modules are compiled
+ENV["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / "peru-bytecode")
 ENV["RAY_worker_niceness"] = str(os.nice(0))
 CLUSTER = ["--executor", "ray", "--ray-address", f"127.0.0.1:{PORT}"]
 

@@ -132,11 +132,11 @@ class _Filler:
         for entries in self._waiting:
             at = 0
             while len(entries.positions) - at >= room:
-                block.append(self._part(entries, at, at + room))
+                block.append(self.part(entries, at, at + room))
                 full.append(block)
                 at, block, room = at + room, [], size
             if at < len(entries.positions):
-                block.append(self._part(entries, at, len(entries.positions)))
+                block.append(self.part(entries, at, len(entries.positions)))
                 room -= len(entries.positions) - at
         self._waiting, self._size = (
             [replace(e, positions=e.positions.copy(), values=e.values.copy(), apart=e.apart.copy()) for e in block],
@@ -145,7 +145,7 @@ class _Filler:
         self._news = News(all=True, entries=list(self._waiting))
         return full
 
-    def _part(self, entries: Entries, start: int, stop: int) -> Entries:
+    def part(self, entries: Entries, start: int, stop: int) -> Entries:
         before, mine = (self.count_apart(entries.values[a:b]) for a, b in ((0, start), (start, stop)))
         return Entries(entries.positions[start:stop], entries.values[start:stop], entries.apart[before : before + mine], entries.shift)
 
@@ -158,6 +158,15 @@ class _Filler:
         self._waiting = ([] if news.all else self._waiting) + news.entries
         self._size = sum(len(e.positions) for e in self._waiting)
         self._origin, self.stream.kept = news.origin, news.kept
+
+    def skip(self, entries: int, origin: int) -> None:
+        """Blocks with so many entries were encoded elsewhere; the next entry is not before `origin`. Nothing waits."""
+        self.stream.kept += entries
+        self._origin, self._news = origin, News(all=True)
+
+    def left(self) -> tuple[list[Entries], int]:
+        """Entries that fill no block, and where its gaps would count from."""
+        return self._waiting, self._origin
 
     def count_apart(self, values: Array) -> int:
         return 0 if self.stream.values == EXACT else int(np.count_nonzero(values == NOT_ROUNDED))
@@ -175,6 +184,43 @@ def encode_block(stream: Stream, filled: FilledBlock) -> tuple[Block, bytes]:
     apart = _joined([part.apart for part in filled.parts])
     data = positions + values + apart.astype(apart.dtype.newbyteorder("<"), copy=False).tobytes()
     return Block(filled.stream, filled.origin, len(between), wide, len(positions), len(values), len(apart), short_digest(data)), data
+
+
+@dataclass
+class Part:
+    """A part of a stream of which another machine has encoded all full blocks.
+
+    `head` completes the block that has begun before, `tail` begins the next one. `origin` is where that counts its gaps from."""
+
+    head: list[Entries]
+    blocks: list[tuple[Block, bytes]]
+    tail: list[Entries]
+    origin: int = 0
+
+
+def encode_part(number: int, stream: Stream, entries: list[Entries], before: int) -> Part:
+    """Encode the full blocks of consecutive entries of a stream. `before` is the number of entries that precede them."""
+    filler = _Filler(number, replace(stream, kept=0))
+    # A block that begins here, but not first of all, counts from the one before, which is not known here: it is left to `head`.
+    room = stream.block_entries - before % stream.block_entries if before else 0
+    part, rest = Part([], [], []), list[Entries]()
+    for each in entries:
+        n = len(each.positions)
+        if n <= room:
+            part.head.append(each)
+        elif room:
+            part.head.append(filler.part(each, 0, room))
+            rest.append(filler.part(each, room, n))
+        else:
+            rest.append(each)
+        room = max(room - n, 0)
+    if part.head:
+        filler.take_origin(part.head[-1])
+    for each in rest:
+        for full in filler.add(each):
+            part.blocks.append(encode_block(stream, FilledBlock(0, number, filler.take_origin(full[-1]), full)))
+    part.tail, part.origin = filler.left()
+    return part
 
 
 def _gaps(filled: FilledBlock) -> tuple[Array, bool]:
@@ -221,6 +267,19 @@ class BlockWriter:
             blocks.append(FilledBlock(self._tickets, filler.number, filler.take_origin(parts[-1]), parts))
             self._tickets += 1
         return blocks
+
+    def splice(self, stream: int, part: Part) -> list[FilledBlock]:
+        """Append a part of a stream. Returns the block that its head completes, if it does. Call it in canonical order, like `add`."""
+        filler = self._fillers[stream]
+        full = [block for entries in part.head for block in self.add(stream, entries)]
+        if part.blocks or part.tail:
+            filler.skip(sum(block.count for block, _ in part.blocks), part.origin)
+        for block, data in part.blocks:
+            self.put(self._tickets, block, data)
+            self._tickets += 1
+        for entries in part.tail:
+            self.add(stream, entries)
+        return full
 
     def write(self, filled: FilledBlock) -> None:
         """Encode a block and write it when its turn comes."""

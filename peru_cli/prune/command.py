@@ -205,7 +205,7 @@ def prune(
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.prune import run as job
     from peru_cli.prune.doubts import find_doubts
-    from peru_cli.prune.sources import Sources, on_cluster, tile_for
+    from peru_cli.prune.sources import Sources, on_cluster
     from peru_cli.streaming.tiles import DEFAULT_TILE
     from peru_cli.vectors.settings import streaming
 
@@ -260,7 +260,7 @@ def prune(
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
     cluster = (ray_address or "auto") if executor == "ray" else None
-    tile = run.tile_entries or (tile_for(len(planned)) if cluster else DEFAULT_TILE)
+    tile = run.tile_entries or DEFAULT_TILE
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
     passes = (1 if density is None else 2) + (scope == "sign") + (values == "sign")
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from peru_cli.vectors.selection import Select, Sink
 from peru_cli.vectors.threshold_journal import Pace
 
 _SLOTS = "slots before "
+_FIELDS = [each.name for each in fields(Block) if each.name != "digest"]  # which is the last
 
 
 @dataclass
@@ -47,6 +48,10 @@ def written_blocks(journal: Journal, number: int) -> list[Block]:
         if key.startswith(_SLOTS)
         for block in value["tasks"][number][7]
     ]  # fmt: skip
+
+
+def _noted_block(block: Block) -> list[Any]:
+    return [*(getattr(block, name) for name in _FIELDS), block.digest.hex()]  # as `astuple`, which copies every value
 
 
 def _block(noted: Any) -> Block:
@@ -140,7 +145,7 @@ class PruneLog:
         return [
             [mark.threshold.key, mark.threshold.equals], mark.changed, mark.quota, mark.not_finite, mark.largest_error,
             mark.energy, mark.missed,
-            [[*astuple(block)[:-1], block.digest.hex()] for block in blocks], [_encode(news) for news in mark.news],
+            [_noted_block(block) for block in blocks], [_encode(news) for news in mark.news],
             [[sink.result[name].digest().hex(), sink.kept[name]] for name in mine],
         ]  # fmt: skip
 

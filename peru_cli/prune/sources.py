@@ -19,7 +19,6 @@ from peru_cli.prune.artifact import PruneOptions, PruneTask
 from peru_cli.prune.run import pair_with
 from peru_cli.streaming.arrays import CPU
 from peru_cli.streaming.cluster import Cluster, ray_cluster
-from peru_cli.streaming.tiles import CHUNK, DEFAULT_TILE
 from peru_cli.vectors.family import Family, Station, StreamSettings, TaskVector
 
 
@@ -80,11 +79,6 @@ class WorkerSources:
         tasks = [TaskVector(n, fine, pair_with(fine, models.base, self.options)) for n, fine in zip(self.names, models.fines, strict=True)]
         family = Family(models.base, tasks, StreamSettings(CPU, 1, self.tile_entries), self.options.bundled)
         return Station(family, family.buffers())
-
-
-def tile_for(tasks: int) -> int:
-    """Entries in a tile if a cluster computes: a reply holds all tasks' parts, so more tasks want smaller tiles."""
-    return max(DEFAULT_TILE // max(tasks // 2, 1) // CHUNK, 1) * CHUNK
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Passes spread over a Ray cluster: workers compute batches of tiles, this process takes their replies in canonical order.
 
-A worker opens the models itself, by a recipe that comes with every batch and is used once. It gets tiles with an order and sends back
-replies; what follows from them and needs no order (encoding blocks) goes out again. So the bytes are those of one machine. Only a few
-batches for each processor are under way at a time, which bounds the memory.
+A worker opens the models itself, by a recipe. It gets tiles with an order, and replies what earlier tiles must be known for; once that
+is settled, here and in order, the same worker is told how to finish (select, and then encode blocks). So the bytes are those of one
+machine, and large parts of the results are made where the tiles were read. Only a few batches for each processor are under way at a time,
+which bounds the memory.
 
 Ray is imported only by who asks for it. Nothing at a module's top level here may need it."""
 
@@ -23,7 +24,8 @@ from peru_cli.errors import PeruError, UsageError
 from peru_cli.streaming.engine import Spread
 from peru_cli.streaming.workers import ENVIRONMENT, Job, Recipe, Workers
 
-BATCH = 1 << 24  # entries that one job reads, of all models together: 0.1 s of work, where Ray takes 1 ms here for a job
+BATCH = 1 << 27  # entries that one job reads at most, of all models together: half a second of work, where Ray takes 1 ms for a job
+SHARES = 3  # batches that each worker would still get of what is left: the last ones are small, so that workers end at the same time
 WINDOW = 4  # batches for each worker that are under way or wait for those before them
 
 
@@ -36,64 +38,43 @@ class Cluster:
 
     def run(self, step: Spread, tiles: Sequence[Any], advance: Callable[[int], None]) -> None:
         """Run a pass over all tiles. Re-raises the first error in canonical order. What is under way then ends with the connection."""
-        pass_, workers = _Pass(step, advance), self.workers
+        workers = self.workers
         workers.hire()
-        entries = sum(tile.stop - tile.start for tile in tiles)
-        batches = _batches(tiles, min(BATCH // step.inputs, entries // (2 * workers.wanted)))
-        computing: deque[tuple[Sequence[Any], Job]] = deque()
-        making: deque[tuple[list[tuple[Any, int]], Job | None]] = deque()
+        batches = _batches(tiles, BATCH // step.inputs, SHARES * workers.wanted)
+        first: deque[tuple[Sequence[Any], Job]] = deque()
+        second: deque[tuple[Sequence[Any], Job | None]] = deque()
         more = next(batches, None)
-        while more is not None or computing or making:
-            while more is not None and len(computing) + len(making) < WINDOW * workers.wanted and workers.idle:
-                computing.append((more, workers.give("compute", step.order(more), more)))
+        while more is not None or first or second:
+            while more is not None and len(first) + len(second) < WINDOW * workers.wanted and workers.idle:
+                first.append((more, workers.give(step.order(more), more)))
                 more = next(batches, None)
-            if computing and computing[0][1].done:
-                batch, job = computing.popleft()
-                calls, taken = pass_.take(batch, job.result())
-                making.append((taken, workers.give("make", calls) if calls else None))
-            elif making and (making[0][1] is None or making[0][1].done):
-                taken, made = making.popleft()
-                pass_.done(taken, made.result() if made is not None else [])
-            else:
-                workers.wait()
+            with np.errstate(all="ignore"):
+                if first and first[0][1].done:
+                    batch, job = first.popleft()
+                    order = step.take(batch, job.result())
+                    second.append((batch, workers.give(order, batch, job.worker) if order is not None else None))
+                elif second and (second[0][1] is None or second[0][1].done):
+                    batch, last = second.popleft()
+                    step.done(batch, last.result() if last is not None else None)
+                    advance(sum(tile.stop - tile.start for tile in batch))
+                else:
+                    workers.wait()
 
 
-class _Pass:
-    """A pass whose replies are taken in order."""
+def _batches(tiles: Sequence[Any], most: int, parts: int) -> Iterator[list[Any]]:
+    """Tiles in order, so many together that they have at most about `most` entries, or one of so many `parts` of those left.
 
-    def __init__(self, step: Spread, advance: Callable[[int], None]) -> None:
-        self._step, self._advance = step, advance
-
-    def take(self, batch: Sequence[Any], replies: Sequence[Any]) -> tuple[list[Callable[[], Any]], list[tuple[Any, int]]]:
-        """Take a batch's replies. Returns all calls, and for each tile how many of them are its own."""
-        calls: list[Callable[[], Any]] = []
-        taken = []
-        with np.errstate(all="ignore"):
-            for tile, reply in zip(batch, replies, strict=True):
-                mine = self._step.take(tile, reply)
-                calls += mine
-                taken.append((tile, len(mine)))
-        return calls, taken
-
-    def done(self, taken: list[tuple[Any, int]], made: Sequence[Any]) -> None:
-        """Hand out the calls' results."""
-        at = 0
-        for tile, number in taken:
-            self._step.done(tile, made[at : at + number])
-            at += number
-            self._advance(tile.stop - tile.start)
-
-
-def _batches(tiles: Sequence[Any], entries: int) -> Iterator[list[Any]]:
-    """Tiles in order, so many together that they have about `entries`."""
+    A batch rather ends with a tensor, where a journal can note something."""
     batch: list[Any] = []
-    held = 0
-    for tile in tiles:
+    held, left = 0, sum(tile.stop - tile.start for tile in tiles)
+    for number, tile in enumerate(tiles):
         batch.append(tile)
         held += tile.stop - tile.start
-        if held >= entries:
+        wanted = max(min(most, left // parts), most // 16)
+        ends = number + 1 < len(tiles) and tiles[number + 1].tensor != tile.tensor
+        if held >= wanted or (ends and held >= wanted / 2):
             yield batch
-            batch, held = [], 0
+            batch, left, held = [], left - held, 0
     if batch:
         yield batch
 

@@ -91,20 +91,21 @@ class Spread(Protocol):
         """What to do with some tiles, as far as it is known now."""
         ...
 
-    def take(self, tile: Any, reply: Any) -> list[Callable[[], Any]]:
-        """Commit a tile. Called in canonical order. Returns calls that others may make."""
+    def take(self, tiles: Any, reply: Any) -> Order | None:
+        """Settle what depends on earlier tiles. Called in canonical order. Returns what their worker does next, None if nothing is left."""
         ...
 
-    def done(self, tile: Any, made: Sequence[Any]) -> None:
-        """The calls' results are here. Called in canonical order."""
+    def done(self, tiles: Any, reply: Any) -> None:
+        """Commit the tiles: that has been done, too; without such an order the reply is None. Called in canonical order."""
         ...
 
 
 class Order(Protocol):
     """What a worker does with tiles. Can be pickled."""
 
-    def compute(self, station: Any, tiles: Any) -> Sequence[Any]:
-        """A reply for each tile."""
+    def compute(self, station: Any, tiles: Any) -> Any:
+        """The reply for these tiles. A second order may use what the first one left at the station, but must do without it, too: another
+        worker gets it if the first one has died."""
         ...
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,21 +60,14 @@ class Worker:
             return _sendable(error)
         return None
 
-    def compute(self, order: Order, tiles: Sequence[Any]) -> Sequence[Any] | Failure:
-        """The replies for some tiles."""
+    def compute(self, order: Order, tiles: Sequence[Any]) -> Any | Failure:
+        """The reply for some tiles."""
         torch = sys.modules.get("torch")
         if torch is not None:
             torch.set_num_threads(1)
         try:
             with np.errstate(all="ignore"):
                 return order.compute(self._station, tiles)
-        except Exception as error:
-            return _sendable(error)
-
-    def make(self, calls: Sequence[Callable[[], Any]]) -> list[Any] | Failure:
-        """The results of some calls."""
-        try:
-            return [call() for call in calls]
         except Exception as error:
             return _sendable(error)
 
@@ -98,10 +91,10 @@ class _Hired:
 
 @dataclass
 class Job:
-    """A call of a worker's method; it may be given out several times."""
+    """Tiles with an order for a worker; it may be given out several times."""
 
-    method: str
-    arguments: tuple[Any, ...]
+    given: tuple[Order, Sequence[Any]] | None
+    worker: _Hired | None = None  # who does it, or is to do it if it is still there
     ref: Any = None
     tries: int = 0
     done: bool = False
@@ -148,9 +141,9 @@ class Workers:
         """Whether a worker could take one more job at once."""
         return any(worker.began is None and len(worker.jobs) < AHEAD for worker in self._hired)
 
-    def give(self, method: str, *arguments: Any) -> Job:
-        """Give a job to whoever has the fewest."""
-        job = Job(method, arguments)
+    def give(self, order: Order, tiles: Sequence[Any], to: _Hired | None = None) -> Job:
+        """Give a job to this worker, or to whoever has the fewest."""
+        job = Job((order, tiles), to)
         self._give(job)
         return job
 
@@ -159,8 +152,9 @@ class Workers:
         if not ready:
             self._homeless.append(job)
             return
-        worker = min(ready, key=lambda worker: len(worker.jobs))
-        job.ref = getattr(worker.actor, job.method).remote(*job.arguments)
+        assert job.given is not None
+        worker = next((worker for worker in ready if worker is job.worker), None) or min(ready, key=lambda worker: len(worker.jobs))
+        job.worker, job.ref = worker, worker.actor.compute.remote(*job.given)
         worker.jobs.append(job)
 
     def wait(self) -> None:
@@ -192,7 +186,7 @@ class Workers:
         while worker.jobs and worker.jobs[0].ref in ended:  # it does them in order
             job = worker.jobs[0]
             job.found, job.done = self._ray.get(job.ref), True
-            job.arguments, job.ref = (), None
+            job.given = job.ref = None
             worker.jobs.pop(0)
 
     def _replace(self, worker: _Hired, error: Exception) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from peru_cli.checkpoints.bundle import alike, bundle
 from peru_cli.checkpoints.header import TensorInfo
@@ -61,10 +62,11 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Station:
-    """Where tiles are computed one after another: a family, and one thread's buffers."""
+    """Where tiles are computed one after another: a family, and one thread's buffers. `held` is what one order leaves for the next."""
 
     family: Family
     buffers: Buffers
+    held: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass

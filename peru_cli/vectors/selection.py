@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from peru_cli.artifacts.index import EXACT, Stream
-from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock, encode_block
-from peru_cli.checkpoints.bundle import Bundle, members
+from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock
+from peru_cli.checkpoints.bundle import members
 from peru_cli.checkpoints.digests import KnownDigest, TensorDigest
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.streaming.aligned import read_bits
 from peru_cli.streaming.arrays import CPU
-from peru_cli.streaming.engine import Reads, expect
+from peru_cli.streaming.engine import Reads
 from peru_cli.streaming.tiles import Tile
-from peru_cli.vectors.candidates import Candidates, Chosen, Leaves, Rule, find_candidates, leaves_of
-from peru_cli.vectors.family import Buffers, Family, Station
+from peru_cli.vectors.candidates import Candidates, Chosen, Rule, find_candidates, leaves_of
+from peru_cli.vectors.family import Buffers, Family
+from peru_cli.vectors.orders import Encoded, Encoding, Selecting, Taken, kept_by_tensor, stream_of
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Sink:
 
     def stream_number(self, dtype: Dtype) -> int:
         """The index of a dtype's stream."""
-        return next(i for i, stream in enumerate(self.streams) if stream.dtype is dtype)
+        return stream_of(self.streams, dtype)
 
 
 class Watcher(Protocol):
@@ -89,9 +87,7 @@ class Select:
     def __init__(self, family: Family, sinks: list[Sink]) -> None:
         self._family, self._sinks = family, sinks
         self.watcher: Watcher | None = None
-        self._room: Buffers | None = None  # for tiles that are computed again
-        self._filled: dict[int, list[tuple[Sink, int]]] = {}  # by tile: tickets of blocks that workers encode
-        self._ordered: list[int] = []  # by task: equals in tiles that workers have, if they are foreseen
+        self._ahead: list[Ahead] = []  # by task, if workers compute
         self._lossless = False  # on the CPU: then a pass changes no tile, and tensors in memory are not copied
         self.follow = False  # of a lossless pass: turn the base's tensors in memory into those of the only task
         self.base_digests = {info.name: TensorDigest(info.dtype, info.shape) for slot in family.slots for info in members(slot)}
@@ -141,22 +137,24 @@ class Select:
 
     def _take(self, tile: Tile, chosen: Chosen) -> list[FilledBlock]:
         sink, pair = self._sinks[chosen.task], self._family.pairs[chosen.task][self._family.slots[tile.tensor].name]
+        if not len(chosen.positions):
+            self._count(tile, chosen, {})
+            return []
+        self._count(tile, chosen, dict(kept_by_tensor(pair.fine, chosen)))
+        entries = Entries(chosen.positions, chosen.values, chosen.apart, sink.offsets[pair.base.name] + tile.start)
+        return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
+
+    def _count(self, tile: Tile, chosen: Chosen, kept: Mapping[str, int]) -> None:
+        """Add up what is told of a tile; `kept` by the fine-tune's tensor."""
+        sink = self._sinks[chosen.task]
         sink.quotas[sink.threshold_number(tile)] -= chosen.equals
         for energy, missed in zip(chosen.energy.tolist(), chosen.missed.tolist(), strict=True):
             sink.energy += energy
             sink.missed += missed
-        if not len(chosen.positions):
-            return []
         sink.not_finite += chosen.not_finite
         sink.largest_error = max(sink.largest_error, chosen.largest_error)
-        if isinstance(pair.fine, Bundle):
-            upto = np.searchsorted(chosen.positions, pair.fine.ends).tolist()
-            for info, before, after in zip(pair.fine.members, [0, *upto], upto, strict=False):
-                sink.kept[info.name] = after - before
-        else:
-            sink.kept[pair.fine.name] += len(chosen.positions)
-        entries = Entries(chosen.positions, chosen.values, chosen.apart, sink.offsets[pair.base.name] + tile.start)
-        return sink.writer.add(sink.stream_number(pair.fine.dtype), entries)
+        for name, entries in kept.items():
+            sink.kept[name] += entries
 
     def finish(self, tile: Tile, committed: list[tuple[Candidates, list[FilledBlock]]], buffers: Buffers) -> None:
         for c, blocks in committed:
@@ -177,86 +175,67 @@ class Select:
 
     def order(self, tiles: Sequence[Tile]) -> Selecting:
         """What a worker needs to know of these tiles, which share their threshold."""
-        rules = [sink.rule(tiles[0]) for sink in self._sinks]
-        self._ordered = self._ordered or [0] * len(rules)
-        for number, sink in enumerate(self._sinks):
-            if sink.foreseen is not None:
-                rules[number] = replace(rules[number], quota=max(0, rules[number].quota - self._ordered[number]))
-                self._ordered[number] += sum(sink.foreseen.get((tile.tensor, tile.start), 0) for tile in tiles)
-        return Selecting(rules)
+        self._ahead = self._ahead or [Ahead(sink) for sink in self._sinks]
+        return Selecting([ahead.expected(tiles) for ahead in self._ahead], [sink.streams for sink in self._sinks])
 
-    def take(self, tile: Tile, reply: Selected) -> list[Callable[[], Any]]:
-        """Commit a worker's tile. Returns the blocks to encode, as calls."""
+    def take(self, tiles: Sequence[Tile], reply: list[list[Taken]]) -> Encoding:
+        """Settle what is kept of a worker's tiles, and where in the streams that is."""
+        rules, before = [ahead.rule(tiles[0]) for ahead in self._ahead], [list(ahead.kept) for ahead in self._ahead]
+        again = [ahead.take(tiles[0], taken) for ahead, taken in zip(self._ahead, reply, strict=True)]
+        tensors = {tile.tensor: self._family.slots[tile.tensor].name for tile in tiles}
+        offsets = [{t: sink.offsets[name] for t, name in tensors.items() if name in sink.offsets} for sink in self._sinks]
+        return Encoding(rules, any(again), [sink.streams for sink in self._sinks], before, offsets)
+
+    def done(self, tiles: Sequence[Tile], reply: Encoded) -> None:
+        """Commit a worker's tiles."""
         for name, start, found in reply.base:
             self.base_digests[name].add_at(start, found)
-        filled: list[tuple[Sink, FilledBlock]] = []
-        for chosen, digests, counted_on in reply.tasks:
-            sink = self._sinks[chosen.task]
-            if sink.foreseen is not None:
-                self._ordered[chosen.task] -= sink.foreseen.get((tile.tensor, tile.start), 0)
-            quota = sink.quotas[sink.threshold_number(tile)]
-            if chosen.equals > quota or (counted_on < quota and chosen.equals == counted_on):
-                # Tiles that were in work at the same time have taken equals that this one counted on, or left more than it knew.
-                chosen, digests, _ = self._again(tile, chosen.task)
-            for name, start, found in digests:
-                sink.result[name].add_at(start, found)
-            filled += [(sink, block) for block in self._take(tile, chosen)]
-        self._filled[tile.number] = [(sink, block.ticket) for sink, block in filled]
+        for share in reply.shares:
+            self._count(tiles[0], share.chosen, share.kept)
+            for name, start, found in share.digests:
+                self._sinks[share.chosen.task].result[name].add_at(start, found)
+        for sink, parts in zip(self._sinks, reply.parts, strict=True):
+            for number, part in parts.items():
+                for block in sink.writer.splice(number, part):
+                    sink.writer.write(block)
         if self.watcher is not None:
-            self.watcher.reached(tile)
-        return [partial(encode_block, sink.streams[block.stream], block) for sink, block in filled]
-
-    def _again(self, tile: Tile, task: int) -> tuple[Chosen, Leaves, int]:
-        """One task's part of a tile, computed here: at most once for each tile in work when a threshold's quota is used up, if it was not
-        foreseen in which tile that is."""
-        self._room = self._room or self.buffers()
-        [found] = Selecting([sink.rule(tile) for sink in self._sinks]).tile(Station(self._family, self._room), tile, [task]).tasks
-        return found
-
-    def done(self, tile: Tile, made: Sequence[Any]) -> None:
-        """Write a tile's encoded blocks."""
-        for (sink, ticket), (block, data) in zip(self._filled.pop(tile.number), made, strict=True):
-            sink.writer.put(ticket, block, data)
-        if self.watcher is not None:
-            self.watcher.finished(tile)
+            self.watcher.reached(tiles[-1])  # what a tile in the middle has kept is not here
+            for tile in tiles:
+                self.watcher.finished(tile)
 
 
-@dataclass
-class Selected:
-    """A worker's reply for one tile: the base's digests; for each task what it keeps, and digests of what is rebuilt from that."""
+class Ahead:
+    """What one task will have kept once the tiles that workers have are committed."""
 
-    base: Leaves
-    tasks: list[tuple[Chosen, Leaves, int]]  # and how many equals each might have kept
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._quotas: dict[int, int] = {}  # by threshold, equals that may still be taken
+        self._expected: dict[int, int] = {}  # the same after all tiles that were given out, if it is foreseen what they take
+        self.kept = [stream.kept for stream in sink.streams]
 
+    def rule(self, tile: Tile) -> Rule:
+        """The rule of a tile whose turn it is."""
+        rule = self._sink.rule(tile)
+        return replace(rule, quota=self._quotas.setdefault(self._sink.threshold_number(tile), rule.quota))
 
-@dataclass(frozen=True)
-class Selecting:
-    """A worker's order: select by these rules, one for each task. Their quotas are those of the first tile."""
+    def expected(self, tiles: Sequence[Tile]) -> Rule:
+        """The rule of tiles that are given out now, as far as it is known."""
+        rule, foreseen = self.rule(tiles[0]), self._sink.foreseen
+        if foreseen is None:
+            return rule
+        number = self._sink.threshold_number(tiles[0])
+        quota = self._expected.get(number, rule.quota)
+        self._expected[number] = max(0, quota - sum(foreseen.get((tile.tensor, tile.start), 0) for tile in tiles))
+        return replace(rule, quota=quota)
 
-    rules: list[Rule]
-
-    def compute(self, station: Station, tiles: Sequence[Tile]) -> list[Selected]:
-        """Replies for some tiles."""
-        family = station.family
-        expect(family.reads(family.slots, range(len(family.tasks))), tiles)
-        replies, rules = list[Selected](), list(self.rules)
-        for tile in tiles:
-            replies.append(Selecting(rules).tile(station, tile, range(len(family.tasks))))
-            for chosen, _, quota in replies[-1].tasks:
-                rules[chosen.task] = replace(rules[chosen.task], quota=quota - chosen.equals)
-        return replies
-
-    def tile(self, station: Station, tile: Tile, wanted: Sequence[int]) -> Selected:
-        """The reply for one tile and some of the tasks."""
-        family, buffers = station.family, station.buffers
-        slot = family.slots[tile.tensor]
-        raw, base_bits = read_bits(family.base, slot, tile, buffers.base)
-        reply = Selected(list(leaves_of(slot, tile.start, raw)) if len(raw) else [], [])
-        for aligned in family.each(slot, tile, base_bits, buffers, wanted):
-            rule = self.rules[aligned.task]
-            candidates = find_candidates(family, aligned, rule, buffers)
-            chosen = candidates.choose(rule.threshold, rule.quota, family.tasks[aligned.task])
-            digests = list(candidates.rebuilt(tile.start))
-            chosen.positions = chosen.positions.astype(np.int32 if tile.stop - tile.start <= 1 << 31 else np.int64)  # half to send
-            reply.tasks.append((chosen, digests, rule.quota))
-        return reply
+    def take(self, tile: Tile, taken: Sequence[Taken]) -> bool:
+        """Settle how much is kept of a batch that begins with this tile. Returns whether it was selected by too large a quota."""
+        quota = self.rule(tile).quota
+        surplus = False
+        for stream, kept, equals in taken:
+            too_many = max(0, equals - quota)
+            quota -= equals - too_many
+            self.kept[stream] += kept - too_many
+            surplus |= too_many > 0
+        self._quotas[self._sink.threshold_number(tile)] = quota
+        return surplus

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.kernels.deltas import add_bins
 from peru_cli.methods.compact.magnitude import (
     Bins,
     Counted,
@@ -126,7 +127,7 @@ class _Count:
     def __init__(self, group: _Group, windows: dict[int, Window], log: ThresholdJournal | None) -> None:
         self._group, self._windows, self._log = group, windows, log
         self.tallies = {number: Tally(window) for number, window in windows.items()}
-        self._by_tile: dict[Place, dict[int, tuple[_Small, _Small]]] = {}  # workers' bins, in windows that tell all keys apart
+        self._by_tile: list[tuple[int, list[Place], _Counts]] = []  # workers' counts in windows that tell all keys apart
         self._held = 0
         self.keeps = group.family.fits(group.tensors)
         self.first = 0
@@ -170,37 +171,58 @@ class _Count:
         """What a worker needs to know of these tiles."""
         return _Counting(self._group.slots, self._windows)
 
-    def take(self, tile: Tile, reply: _Counts) -> list[Callable[[], Any]]:
-        """Add a worker's counts. Nothing is left to do."""
-        for number, (above, changed, bins, times) in reply.items():
-            self.tallies[number].restore(above, changed, bins, times)
-        fine = {number: counts for number, counts in reply.items() if not self._windows[number].shift}
-        self._held += sum(len(bins) for _, _, bins, _ in fine.values())
-        if self._held <= FORESEEN:
-            small = {number: (bins.astype(np.int32), times.astype(np.int32)) for number, (_, _, bins, times) in fine.items()}
-            self._by_tile[self._group.slots[tile.tensor], tile.start] = small
-        self._note(tile)
-        return []
+    def take(self, tiles: Sequence[Tile], reply: dict[int, _Counts]) -> None:
+        """Add a worker's counts. Nothing is left for it to do."""
+        places = [(self._group.slots[tile.tensor], tile.start) for tile in tiles]
+        for number, counts in reply.items():
+            self.tallies[number].restore(counts.above, counts.changed, *counts.sums())
+            if not self._windows[number].shift and self._held <= FORESEEN:
+                self._held += len(counts.bins)
+                self._by_tile.append((number, places, counts))
+        self._note(tiles[-1])
 
     def equals(self, number: int, threshold: Threshold) -> dict[Place, int] | None:
         """How many entries of a task equal its threshold, by tile. None if that was not counted here for all of them."""
         window = self._windows[number]
         if threshold.equals is None or window.shift or self.first or not self._by_tile or self._held > FORESEEN:
             return None
-        found = {}
-        for place, counts in self._by_tile.items():
-            if number in counts:
-                bins, times = counts[number]
-                found[place] = int(times[bins == threshold.key - window.low].sum())
+        found: dict[Place, int] = {}
+        for task, places, counts in self._by_tile:
+            if task == number:
+                found |= zip(places, counts.equal_to(threshold.key - window.low), strict=True)
         return found
 
-    def done(self, tile: Tile, made: Sequence[Any]) -> None:
+    def done(self, tiles: Sequence[Tile], reply: None) -> None:
         """Nothing."""
 
 
 _Small = np.ndarray[Any, np.dtype[np.int32]]
 Place = tuple[int, int]  # a tile's slot and first entry
-_Counts = dict[int, tuple[int, int, Bins, Bins]]  # by task: as Tally.restore takes them
+
+
+@dataclass
+class _Counts:
+    """A worker's counts of one task: keys above the window, changed entries; and which bins have keys, tile after tile.
+
+    bins, times (n,); tiles (n,): the number of each tile in its batch, of so many."""
+
+    above: int
+    changed: int
+    bins: _Small
+    times: _Small
+    tiles: _Small
+    of: int
+
+    def sums(self) -> tuple[Bins, Bins]:
+        """All tiles together, as Tally.restore takes it."""
+        bins, where = np.unique(self.bins, return_inverse=True)
+        return bins.astype(np.int64), np.bincount(where, self.times, len(bins)).astype(np.int64)
+
+    def equal_to(self, number: int) -> list[int]:
+        """Keys in one bin, by tile."""
+        there = self.bins == number
+        found: list[int] = np.bincount(self.tiles[there], self.times[there], self.of).astype(np.int64).tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -210,19 +232,32 @@ class _Counting:
     slots: range
     windows: dict[int, Window]
 
-    def compute(self, station: Station, tiles: Sequence[Tile]) -> list[_Counts]:
-        """Counts for some tiles."""
+    def compute(self, station: Station, tiles: Sequence[Tile]) -> dict[int, _Counts]:
+        """Counts for some tiles, by task."""
         slots = [station.family.slots[i] for i in self.slots]
         expect(station.family.reads(slots, self.windows), tiles)
-        return [self._packed(_counted(station, slots[tile.tensor], tile, self.windows)) for tile in tiles]
+        found: dict[int, list[tuple[int, Counted, Bins, Bins]]] = {number: [] for number in self.windows}
+        for at, tile in enumerate(tiles):
+            for number, counted in _counted(station, slots[tile.tensor], tile, self.windows).items():
+                found[number].append((at, counted, *self._bins(counted.within, self.windows[number])))
+        return {number: self._packed(counts, len(tiles)) for number, counts in found.items() if counts}
 
-    def _packed(self, found: dict[int, Counted]) -> _Counts:
-        packed = {}
-        for number, counted in found.items():
-            window = self.windows[number]
-            bins, times = np.unique((counted.within.astype(np.int64) - window.low) >> window.shift, return_counts=True)
-            packed[number] = counted.above, counted.changed, bins, times
-        return packed
+    @staticmethod
+    def _bins(within: Keys, window: Window) -> tuple[Bins, Bins]:
+        if window.bins > len(within):
+            return np.unique((within.astype(np.int64) - window.low) >> window.shift, return_counts=True)
+        table = np.zeros(window.bins, np.int64)
+        add_bins(table, within, window.low, window.shift)
+        bins = np.flatnonzero(table)
+        return bins, table[bins]
+
+    @staticmethod
+    def _packed(counts: list[tuple[int, Counted, Bins, Bins]], tiles: int) -> _Counts:
+        numbers, counted, bins, times = zip(*counts, strict=True)
+        where = np.repeat(np.array(numbers, np.int32), [len(each) for each in bins])
+        of_bins, of_times = (np.concatenate(arrays).astype(np.int32) for arrays in (bins, times))
+        above, changed = sum(each.above for each in counted), sum(each.changed for each in counted)
+        return _Counts(above, changed, of_bins, of_times, where, tiles)
 
 
 def _counted(station: Station, slot: TensorInfo, tile: Tile, windows: dict[int, Window]) -> dict[int, Counted]:
