@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -34,6 +35,11 @@ _KINDS = {
 }  # fmt: skip
 _SYMBOL = "peru_kernel"
 _LIBRARY = {"memset", "memcpy", "memmove"}  # functions that compiled loops may call: every process has them
+_OPTIONS: dict[str, Any] = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}  # only other loops call a loop in numba's way
 _lock = threading.RLock()
 _engines: list[Any] = []  # the owners of the machine code
 _told = False
@@ -106,9 +112,8 @@ class Kernel:
             return types.CPointer(typed(word[1:])) if word[0] == "*" else getattr(types, np.dtype(word).name)
 
         # Functions that it calls are inlined, so a later process has no symbols to resolve.
-        compiled: Any = numba.njit(tuple(map(typed, self._words)), nogil=True, error_model="numpy")(
-            _with_functions(self._function, self._bound)
-        )
+        with _unoptimised():
+            compiled: Any = numba.njit(tuple(map(typed, self._words)), nogil=True, **_OPTIONS)(_with_functions(self._function, self._bound))
         signature = compiled.signatures[0]
         module = llvm.parse_assembly(compiled.inspect_llvm(signature))
         wanted = compiled.overloads[signature].fndesc.llvm_func_name
@@ -118,9 +123,7 @@ class Kernel:
             elif not function.is_declaration:
                 function.linkage = "internal"
         builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        passes = llvm.create_new_module_pass_manager()
-        passes.add_global_dead_code_eliminate_pass()
-        passes.run(module, builder)
+        builder.getModulePassManager().run(module, builder)
         foreign = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")} - _LIBRARY
         assert not foreign, f"{self.name} calls {foreign}"
         return bytes(machine.emit_object(module))
@@ -134,8 +137,24 @@ def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> C
     names = {**function.__globals__, **bound}
     for name in function.__code__.co_names:
         if isinstance(names.get(name), FunctionType):
-            names[name] = numba.njit(error_model="numpy", forceinline=True)(_with_functions(names[name], bound))
+            names[name] = numba.njit(forceinline=True, **_OPTIONS)(_with_functions(names[name], bound))
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
+@contextmanager
+def _unoptimised() -> Iterator[None]:
+    """numba optimises nothing inside: it would optimise each function, and the whole is optimised in the end."""
+    import numba
+    from numba.core.compiler_lock import global_compiler_lock
+
+    with global_compiler_lock:
+        config: Any = numba.config
+        before = config.OPT
+        config.OPT = type(before)(0)
+        try:
+            yield
+        finally:
+            config.OPT = before
 
 
 class Kernels:

@@ -71,16 +71,12 @@ def _count(
     return found  # type: ignore[no-any-return]
 
 
-def _fold(floats: Any, first: int) -> None:
+def _fold(floats: Any, first: Any) -> None:
     """Add up a block by halving until 64 sums are left, an order that is the same on every processor. Overwrites the block."""
-    for i in range(512):
-        floats[first + i] = Float(floats[first + i] + floats[first + 512 + i])
-    for i in range(256):
-        floats[first + i] = Float(floats[first + i] + floats[first + 256 + i])
-    for i in range(128):
-        floats[first + i] = Float(floats[first + i] + floats[first + 128 + i])
-    for i in range(64):
-        floats[first + i] = Float(floats[first + i] + floats[first + 64 + i])
+    for halvings in range(1, 5):
+        half = _BLOCK >> halvings
+        for i in range(half):
+            floats[first + i] = Float(floats[first + i] + floats[first + half + i])
 
 
 def _take(
@@ -96,14 +92,8 @@ def _take(
                 # the word's flags as 8 bits, and a table of where those are set: eight positions are written, the set ones stay
                 mask = np.int64(np.uint64(flag_words[each] * _GATHER) >> np.uint64(56))
                 set_bits, at = np.uint64(picks[mask]), np.int64(start + _WORD * each)
-                positions[found] = np.int32(at + np.int64(set_bits & _BYTE))
-                positions[found + 1] = np.int32(at + np.int64((set_bits >> np.uint64(8)) & _BYTE))
-                positions[found + 2] = np.int32(at + np.int64((set_bits >> np.uint64(16)) & _BYTE))
-                positions[found + 3] = np.int32(at + np.int64((set_bits >> np.uint64(24)) & _BYTE))
-                positions[found + 4] = np.int32(at + np.int64((set_bits >> np.uint64(32)) & _BYTE))
-                positions[found + 5] = np.int32(at + np.int64((set_bits >> np.uint64(40)) & _BYTE))
-                positions[found + 6] = np.int32(at + np.int64((set_bits >> np.uint64(48)) & _BYTE))
-                positions[found + 7] = np.int32(at + np.int64((set_bits >> np.uint64(56)) & _BYTE))
+                for k in range(_WORD):
+                    positions[found + k] = np.int32(at + np.int64((set_bits >> np.uint64(8 * k)) & _BYTE))
                 found += np.int64(picks[256 + mask])
     for j in range(first, found):
         at = positions[j]
@@ -117,7 +107,7 @@ def _select(
     base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, picks: Any, squares: Any,
     positions: Any, found_keys: Any, ulps: Any, bits: Any, measured: int, sums: Any,
 ) -> int:  # fmt: skip
-    found: Any = 0
+    found: Any = np.int64(0)  # a constant would be a type of its own, for which `_take` is compiled once more
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         for i in range(size):
@@ -137,8 +127,8 @@ def _select(
         if measured:
             for i in range(size, _BLOCK):
                 squares[i] = squares[_BLOCK + i] = Float(0.0)
-            _fold(squares, 0)
-            _fold(squares, _BLOCK)
+            _fold(squares, np.int64(0))
+            _fold(squares, np.int64(_BLOCK))
             energy, missed = 0.0, 0.0
             for i in range(64):
                 energy += np.float64(squares[i])
@@ -160,7 +150,7 @@ def _select(
 def _changed(
     base: Any, fine: Any, n: int, flags: Any, flag_words: Any, picks: Any, positions: Any, ulps: Any, bits: Any
 ) -> int:  # fmt: skip
-    found: Any = 0
+    found: Any = np.int64(0)
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         for i in range(size):
