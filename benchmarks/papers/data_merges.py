@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--test-samples", type=int, help="the first so many test examples only")
     parser.add_argument("--quick", action="store_true", help="nothing is searched, and regmean looks at 200 examples a task")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="part of a row's name, as fisher or sampled; by default all")
+    parser.add_argument(
+        "--samples", type=int, help="examples a task that statistics look at; by default all, and 200 of RegMean with --quick"
+    )
     arguments = parser.parse_args()
     names = tuple(arguments.tasks)
     base = open_directory(arguments.cache / "base", "base")
@@ -62,6 +65,11 @@ def main() -> None:
     ]
     if arguments.quick:
         cases = [(name, given | ({"max-samples": 200} if name == "regmean" else {}), None, []) for name, given, _, _ in cases]
+    if arguments.samples is not None:
+        cases = [
+            (name, given | ({"max-samples": arguments.samples} if name in ("fisher", "regmean") else {}), *more)
+            for name, given, *more in cases
+        ]
     if arguments.methods is not None:
         cases = [case for case in cases if any(wanted in f"{case[0]} {_shown(case[1])}" for wanted in arguments.methods)]
     print("| method | chosen |", " | ".join(names), "| mean | normalised | seconds |")
