@@ -168,6 +168,15 @@ PushRevision = Annotated[
 ]
 CommitMessage = Annotated[Optional[str], typer.Option("--commit-message", metavar="TEXT", help="The commit message.")]
 ForcePush = Annotated[bool, typer.Option("--force", "-f", help="Replace what the repo holds.")]
+Executor = Annotated[str, typer.Option("--executor", metavar="local|ray", help="Where to compute: on this machine, or on a Ray cluster.")]
+RayAddress = Annotated[
+    Optional[str],
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="With --executor ray: HOST:PORT of the cluster, or local to start one here. Default: auto, the one of this machine.",
+    ),
+]
 TileEntries = Annotated[
     Optional[int],
     typer.Option("--tile-entries", metavar="N", help="Entries per tile, a multiple of 16384. Results do not depend on it."),
@@ -182,6 +191,26 @@ class Publishing:
     private: Private = False
     revision: PushRevision = None
     commit_message: CommitMessage = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where tiles are computed."""
+
+    executor: Executor = "local"
+    ray_address: RayAddress = None
+
+    def address(self, device: str) -> str | None:
+        """The address of a Ray cluster; None for this machine. UsageError for options that do not go together."""
+        if self.executor not in ("local", "ray"):
+            raise UsageError(f"--executor {self.executor!r} is neither local nor ray")
+        if self.executor == "ray":
+            if device.startswith("cuda"):
+                raise UsageError("--executor ray computes on processors, not on GPUs", "leave --device out")
+            return self.ray_address or "auto"
+        if self.ray_address is not None:
+            raise UsageError("--ray-address goes with --executor ray", "add --executor ray, or leave it out")
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""`peru prune --executor ray` on a real cluster of two nodes on loopback: the same bytes, kills in the middle, and what it costs.
+"""`--executor ray` on a real cluster of two nodes on loopback: the same bytes, kills in the middle, and what it costs.
 
-    python benchmarks/speed/cluster.py FOLDER --base BASE FINE [FINE ...] [--only bytes kills times] [--keep 10%]
+    python benchmarks/speed/cluster.py FOLDER --base BASE FINE [FINE ...] [--only bytes merges kills times] [--keep 10%]
 
 Needs peru-cli[ray]. Every node is a raylet of its own with one processor and one thread. Workers have the priority of everything else:
 Ray gives them the lowest by default, and then they get little of a machine that is busy. FOLDER takes the outputs. Processes are ended by
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +118,13 @@ def prune(models: Sequence[str], base: str, out: Path, *options: str) -> subproc
     return subprocess.Popen([*command, *options], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def merge(models: Sequence[str], base: str, out: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a merge."""
+    given = [f"{chr(ord('a') + number)}={model}" for number, model in enumerate(models)]
+    command = [sys.executable, "-m", "peru_cli", "merge", *given, "-b", base, "-o", f"{out}/", "--base-id", "x/y", "--no-sync", "-q"]
+    return subprocess.Popen([*command, *options], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a folder, hidden ones, too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -129,14 +136,15 @@ class Checked:
 
     folder: Path
     base: str
+    command: Callable[..., subprocess.Popen[str]] = prune
     known: dict[tuple[str, ...], dict[str, bytes]] = field(default_factory=dict)
 
     def here(self, models: Sequence[str], options: Sequence[str]) -> dict[str, bytes]:
         """What one machine writes."""
         key = (*models, *options)
         if key not in self.known:
-            out = self.folder / f"here{len(self.known)}"
-            process = prune(models, self.base, out, *options, "--threads", "1")
+            out = self.folder / f"here-{self.command.__name__}{len(self.known)}"
+            process = self.command(models, self.base, out, *options, "--threads", "1")
             _, err = process.communicate()
             assert process.returncode == 0, err
             self.known[key] = contents(out)
@@ -161,10 +169,31 @@ def check_bytes(checked: Checked, models: Sequence[str]) -> None:
         checked.say(name, given, options, out, prune(given, checked.base, out, *options, *CLUSTER))
 
 
+def check_merges(folder: Path, base: str, models: Sequence[str], two: list[Node]) -> None:
+    """Methods that work tile by tile; a worker is killed in the middle of each."""
+    checked = Checked(folder, base, merge)
+    for options in (
+        ["linear"],
+        ["task-arithmetic", "--scale", "0.3"],
+        ["ties", "--keep", "20%"],
+        ["dare", "--keep", "30%"],
+        ["model-stock"],
+    ):
+        out = checked.folder / f"merged-{options[0]}"
+        whole = sum(map(len, checked.here(models, ["--method", *options]).values()))
+        process = merge(models, base, out, "--method", *options, *CLUSTER)
+        in_the_middle(process, folder, int(0.3 * whole))
+        workers = [n for node in two for n, p in below(node.process.pid).items() if p.title.startswith("ray::Worker")]
+        for number in workers[:1]:
+            with_signal(number, signal.SIGKILL)
+        checked.say(f"merge {options[0]}, {len(workers[:1])} worker killed", models, ["--method", *options], out, process)
+
+
 def in_the_middle(process: subprocess.Popen[str], out: Path, bytes_written: int) -> None:
-    """Wait until a prune has written some of its kept entries."""
+    """Wait until a command has written some of its result."""
     while process.poll() is None:
-        if sum(path.stat().st_size for path in out.glob(".*.peru-partial")) >= bytes_written:
+        partial = [path for found in out.glob(".*.peru-partial") for path in (found, *found.rglob("*"))]
+        if sum(path.stat().st_blocks * 512 for path in partial) >= bytes_written:  # a merge's files have their final size at once
             return
         time.sleep(0.02)
 
@@ -282,17 +311,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("fine", nargs="+")
     parser.add_argument("--base", required=True)
-    parser.add_argument("--only", nargs="+", default=["bytes", "kills", "times"])
+    parser.add_argument("--only", nargs="+", default=["bytes", "merges", "kills", "times"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", default="10%", help="for the times")
     given = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
     given.folder.mkdir(parents=True, exist_ok=True)
     checked = Checked(given.folder, given.base)
-    if {"bytes", "kills"} & set(given.only):
+    if {"bytes", "merges", "kills"} & set(given.only):
         with nodes(1, 1) as two:
             if "bytes" in given.only:
                 check_bytes(checked, given.fine)
+            if "merges" in given.only:
+                check_merges(given.folder, given.base, given.fine, two)
             if "kills" in given.only:
                 check_kills(checked, given.fine, two)
     if "times" in given.only:

@@ -118,6 +118,7 @@ def merge(
         typer.Option("--list-methods", callback=list_methods_and_exit, is_eager=True, help="List all methods with their options."),
     ] = False,
     searching: Searching,
+    cluster: options.Cluster,
     publishing: options.Publishing,
     run: options.Running,
     **typed: Any,
@@ -144,6 +145,12 @@ def merge(
     """
     given, varied = settings.given_values(typed)
     searching.check(bool(data))
+    address = cluster.address(run.device)
+    if address is not None:
+        settings.refuse_on_a_cluster(
+            recipe=len(models) == 1 and recipes.is_recipe(models[0]), data=data, stats=stats, search=searching.search, then=then, lora=lora,
+            tokenizer=tokenizer, compress=compress, **{"dtype fp8": dtype == FP8},
+        )  # fmt: skip
     ranges = parse_ranges(searching.search, searching.trials is not None) if searching.search is not None else []
     if len(models) == 1 and recipes.is_recipe(models[0]):
         of_search: dict[str, object] = {"data": data, "write-recipe": write_recipe, "trust-remote-code": trust_remote_code or None}
@@ -220,13 +227,14 @@ def merge(
     if dtype == FP8 and density is not None:
         raise UsageError("--compress cannot be combined with --dtype fp8", "leave --dtype out: artifacts need a base of floats")
 
+    from peru_cli.checkpoints.hub.session import stream_hub
     from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path
-    from peru_cli.checkpoints.names.translated import bring_together
-    from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.checkpoints.resolve import default_task, split_arguments
+    from peru_cli.finetunes.nodes import Sources, There
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.merge import output as out
     from peru_cli.merge.cautions import cautions, idle
+    from peru_cli.merge.nodes import MergeSources, check_spread
     from peru_cli.merge.passes.matrices import check_memory
     from peru_cli.merge.passes.run import DEFAULT_TILE, check_trims
     from peru_cli.merge.passes.then import check_memory as check_room_for
@@ -234,6 +242,7 @@ def merge(
     from peru_cli.merge.recipe.write import Typed, check_path, recipe_text, write_text
     from peru_cli.methods.parameters import Parameters
     from peru_cli.methods.rules import Rule
+    from peru_cli.streaming.cluster import ray_cluster
     from peru_cli.vectors.settings import streaming
 
     arguments = split_arguments(models)
@@ -266,13 +275,13 @@ def merge(
         check_path(Path(write_recipe), run.force)
     place = destination(publishing, run.force, output)
 
-    opened_base = open_model(base) if base is not None else None
-    tasks = [(name, open_fine_tune(a.model, opened_base, a.task)) for name, a in zip(names, arguments, strict=True)]
-    opened = [model for _, model in tasks]
+    if address is not None:
+        stream_hub()
+    models_given = Sources(base, tuple(arguments), tuple(rename or ())).open()
+    opened_base, opened = models_given.base, models_given.given
     fp8 = settings.layout_of(opened_base if opened_base is not None else opened[0]) if dtype == FP8 else None
-    together, said = bring_together(opened, opened_base, rename or ())
-    tasks = list(zip(names, together, strict=True))
-    for line in said:
+    tasks = list(zip(names, models_given.fines, strict=True))
+    for line in models_given.said:
         console.note(line)
     if fp8 is not None and opened_base is None and tasks[0][1] is not opened[0]:
         raise UsageError("--dtype fp8 with --rename needs a base, whose names are kept", "add --base BASE")
@@ -289,11 +298,14 @@ def merge(
         tasks = list(zip(names, aligned[-len(names) :], strict=True))
         for line in said:
             console.note(line)
-    plan = plan_merge(opened_base, tasks, rule.on_vectors, Options(per_task, merge_heads, wanted, fp8, config=config))
+    asked_for = Options(per_task, merge_heads, wanted, fp8, config=config)
+    plan = plan_merge(opened_base, tasks, rule.on_vectors, asked_for)
     if varied.by_tensor:
         rule = build_by_tensor(chosen, varied, parameters, [slot.info.name for slot in plan.slots])
     check_trims(plan, rule)
     check_memory(plan, rule)
+    if address is not None:
+        check_spread(plan, rule, chosen.name)
     if then is not None:
         plan.then = build_pass(then)
         check_room_for(plan, plan.then)
@@ -347,10 +359,12 @@ def merge(
     total = plan.entries * ((3 if rule.trims else 1) + (plan.then is not None and plan.then.gathers))
     tiles = run.tile_entries or DEFAULT_TILE
     collects = chosen.statistics is not None and stats is None
+    there = MergeSources(There.of(models_given), names, chosen.name, varied, parameters, asked_for, tiles)
     with (
         TemporaryDirectory(prefix="peru-statistics-") if collects else nullcontext(stats or "") as folder,
         console.progress(total, "merge") as progress,
-        streaming(run.device, run.threads, tiles, progress.advance) as how,
+        nullcontext() if address is None else ray_cluster(address, there) as elsewhere,
+        streaming(run.device if address is None else "cpu", run.threads, tiles, progress.advance, elsewhere) as how,
     ):
         verify_expanded(opened, how, progress.step)
         if running is not None or dimensions:

@@ -86,6 +86,15 @@ def refuse_beside_a_recipe(given: dict[str, Value], searching: bool, of_search: 
         raise UsageError(f"{', '.join(both)} cannot be combined with a recipe", "write it into the recipe, or name the models instead")
 
 
+def refuse_on_a_cluster(recipe: bool, **others: object) -> None:
+    """UsageError for what is computed on one machine."""
+    if recipe:
+        raise UsageError("--executor ray does not take recipes", "name the models and --method instead")
+    for name, value in others.items():
+        if value:
+            raise UsageError(f"--{name} is computed on one machine", "leave --executor out")
+
+
 def check_then(then: str, base: Optional[str], search: Optional[str], write_recipe: Optional[str]) -> None:
     """UsageError for a pass that is unknown or cannot follow."""
     find_pass(then)

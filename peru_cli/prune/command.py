@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
         "Data": "data max_samples batch_size trust_remote_code",
         "Gates": "fail_above",
         "Output": "output base_id",
-        "Cluster": "executor ray_address",
     },
 )
 def prune(
@@ -128,18 +128,8 @@ def prune(
     base_id: Annotated[
         Optional[str], typer.Option("--base-id", metavar="ID", help="Public name of the base to record, e.g. org/name@commit.")
     ] = None,
-    executor: Annotated[
-        str, typer.Option("--executor", metavar="local|ray", help="Where to compute: on this machine, or on a Ray cluster.")
-    ] = "local",
-    ray_address: Annotated[
-        Optional[str],
-        typer.Option(
-            "--ray-address",
-            metavar="ADDRESS",
-            help="With --executor ray: HOST:PORT of the cluster, or local to start one here. Default: auto, the one of this machine.",
-        ),
-    ] = None,
     *,
+    cluster: options.Cluster,
     publishing: options.Publishing,
     run: options.Running,
 ) -> None:
@@ -180,20 +170,15 @@ def prune(
         raise UsageError(f"--scope {scope!r} is not global, tensor or sign")
     if values not in ("auto", "exact", "bf16", "log2", "sign"):
         raise UsageError(f"--values {values!r} is not auto, exact, bf16, log2 or sign")
-    if executor == "ray" and "sign" in (scope, values):
+    address = cluster.address(run.device)
+    if address is not None and "sign" in (scope, values):
         raise UsageError("--scope sign and --values sign run on this machine", "leave --executor out")
     if data and goal is None:
         raise UsageError("--data goes with --max-bytes, --bits or --min-quality", "for example --max-bytes 3MB --data FILE")
     if not data and (max_samples is not None or batch_size is not None or trust_remote_code):
         raise UsageError("--max-samples, --batch-size and --trust-remote-code go with --data", "add --data FILE, or leave them out")
-    if executor not in ("local", "ray"):
-        raise UsageError(f"--executor {executor!r} is neither local nor ray")
-    if ray_address is not None and executor != "ray":
-        raise UsageError("--ray-address goes with --executor ray", "add --executor ray, or leave it out")
-    if executor == "ray" and goal is not None:
+    if address is not None and goal is not None:
         raise UsageError("--executor ray goes with --keep or --lossless", "leave it out: --max-bytes, --bits and --min-quality run here")
-    if executor == "ray" and run.device.startswith("cuda"):
-        raise UsageError("--executor ray computes on processors, not on GPUs", "leave --device out")
     density = options.parse_density(keep) if keep is not None else None
     options.check_base_id(base_id)
     gates = parse_gates(fail_above or [])
@@ -202,10 +187,12 @@ def prune(
     from peru_cli.checkpoints.hub.session import stream_hub
     from peru_cli.checkpoints.local.atomic import folder_of
     from peru_cli.checkpoints.resolve import default_task, read_lists, split_arguments
+    from peru_cli.finetunes.nodes import Sources, There
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.prune import run as job
     from peru_cli.prune.doubts import find_doubts
-    from peru_cli.prune.sources import Sources, on_cluster
+    from peru_cli.prune.sources import WorkerSources
+    from peru_cli.streaming.cluster import ray_cluster
     from peru_cli.streaming.tiles import DEFAULT_TILE
     from peru_cli.vectors.settings import streaming
 
@@ -217,12 +204,12 @@ def prune(
     if not several and out.suffix != ".safetensors":
         raise UsageError(f"-o {output} should end in .safetensors, or in / for a folder of artifacts")
     targets = [out / f"{a.task or default_task(a.model)}.safetensors" if several else out for a in arguments]
-    if executor == "ray":
+    if address is not None:
         stream_hub()
     stored = lossless and job.all_quantized([base, *(a.model for a in arguments)])
-    sources = Sources(base, tuple(arguments), tuple(rename or ()), stored)
-    opened = sources.open()
+    opened = Sources(base, tuple(arguments), tuple(rename or ()), stored, unpacked=True).open()
     opened_base, fines = opened.base, opened.fines
+    assert opened_base is not None
     for line in opened.said:
         console.note(line)
     tasks = [(a.task or default_task(a.model), m, t) for a, m, t in zip(arguments, fines, targets, strict=True)]
@@ -259,16 +246,16 @@ def prune(
         console.note("sizes depend on the weights: `peru inspect MODEL --base BASE` reads them and predicts")
         console.result([_planned(task, chosen) | ({"fetch_bytes": fetched} if fetched else {}) for task in planned])
         return
-    cluster = (ray_address or "auto") if executor == "ray" else None
     tile = run.tile_entries or DEFAULT_TILE
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
     passes = (1 if density is None else 2) + (scope == "sign") + (values == "sign")
+    there = WorkerSources(There.of(opened), chosen, tuple(task.vector.name for task in planned), tile)
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
     with (
         folder_of(out, several),
         console.progress(total, "prune") as progress,
-        on_cluster(cluster, sources, opened_base, planned, chosen, tile) as elsewhere,
-        streaming("cpu" if cluster else run.device, run.threads, tile, progress.advance, elsewhere) as how,
+        nullcontext() if address is None else ray_cluster(address, there) as elsewhere,
+        streaming(run.device if address is None else "cpu", run.threads, tile, progress.advance, elsewhere) as how,
     ):
         verify_expanded(opened.given, how, progress.step)
         results = job.prune(opened_base, planned, chosen, how, run.sync, progress.step, console.note, fresh=run.force)

@@ -41,18 +41,20 @@ class Cluster:
         workers = self.workers
         workers.hire()
         batches = _batches(tiles, BATCH // step.inputs, SHARES * workers.wanted)
-        first: deque[tuple[Sequence[Any], Job]] = deque()
+        first: deque[tuple[Sequence[Any], Job | None]] = deque()
         second: deque[tuple[Sequence[Any], Job | None]] = deque()
         more = next(batches, None)
         while more is not None or first or second:
             while more is not None and len(first) + len(second) < WINDOW * workers.wanted and workers.idle:
-                first.append((more, workers.give(step.order(more), more)))
+                asked = step.order(more)
+                first.append((more, workers.give(asked, more) if asked is not None else None))
                 more = next(batches, None)
             with np.errstate(all="ignore"):
-                if first and first[0][1].done:
+                if first and (first[0][1] is None or first[0][1].done):
                     batch, job = first.popleft()
-                    order = step.take(batch, job.result())
-                    second.append((batch, workers.give(order, batch, job.worker) if order is not None else None))
+                    order = step.take(batch, job.result() if job is not None else None)
+                    worker = job.worker if job is not None else None
+                    second.append((batch, workers.give(order, batch, worker) if order is not None else None))
                 elif second and (second[0][1] is None or second[0][1].done):
                     batch, last = second.popleft()
                     step.done(batch, last.result() if last is not None else None)

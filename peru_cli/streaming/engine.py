@@ -84,15 +84,17 @@ class Spread(Protocol):
 
     @property
     def inputs(self) -> int:
-        """Models that each tile is read from."""
+        """Models that each tile is read from; more for replies that are large."""
         ...
 
-    def order(self, tiles: Any) -> Order:
-        """What to do with some tiles, as far as it is known now."""
+    def order(self, tiles: Any) -> Order | None:
+        """What to do with some tiles, as far as it is known now; None if there is nothing to learn before `take`."""
         ...
 
     def take(self, tiles: Any, reply: Any) -> Order | None:
-        """Settle what depends on earlier tiles. Called in canonical order. Returns what their worker does next, None if nothing is left."""
+        """Settle what depends on earlier tiles; without an order the reply is None. Called in canonical order.
+
+        Returns what their worker does next, None if nothing is left."""
         ...
 
     def done(self, tiles: Any, reply: Any) -> None:

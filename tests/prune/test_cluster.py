@@ -15,7 +15,7 @@ import torch
 from peru_cli.artifacts import index
 from peru_cli.checkpoints.local import sealed
 from peru_cli.errors import BadFile
-from peru_cli.prune import sources
+from peru_cli.finetunes import nodes
 from peru_cli.streaming import cluster, workers
 from peru_cli.vectors import orders, selection, thresholds
 from tests.conftest import random_pair, run_peru, save
@@ -164,8 +164,8 @@ def test_an_error_that_cannot_be_sent_names_the_node(models: Path, peru, ray: Fa
 
 def on_a_node(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let relative paths begin in another folder for workers."""
-    real = sources.WorkerSources.open
-    monkeypatch.setattr(sources.WorkerSources, "open", lambda self: real(replace(self, folder=str(folder))))
+    real = nodes.There.open
+    monkeypatch.setattr(nodes.There, "open", lambda self: real(replace(self, folder=str(folder))))
 
 
 def test_a_node_with_another_file_of_that_name_is_refused(models: Path, peru, ray: FakeRay, monkeypatch) -> None:

@@ -43,6 +43,18 @@ def check_trims(plan: MergePlan, rule: Rule) -> None:
             )
 
 
+def together(plan: MergePlan, rule: Rule, how: StreamSettings) -> MergePlan:
+    """The plan as passes take it: small tensors are bundled if the method allows it."""
+    if rule.entrywise and plan.then is None and plan.fp8 is None:  # a bundle has one dtype, and codes are merged as float32
+        return in_bundles(plan, Family(plan.reference, plan.vectors, how, bundled=True))
+    return plan
+
+
+def family_of(plan: MergePlan, how: StreamSettings) -> Family:
+    """The family over which thresholds are searched: these passes hold one task's tile at a time, the others hold all tasks'."""
+    return Family(plan.reference, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)), plan.bundled)
+
+
 def merge(
     plan: MergePlan, rule: Rule, writer: CheckpointWriter, how: StreamSettings, note: Callable[[str], None] = lambda text: None
 ) -> None:
@@ -52,8 +64,7 @@ def merge(
 
     Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype.
     """
-    if rule.entrywise and plan.then is None and plan.fp8 is None:  # a bundle has one dtype, and codes are merged as float32
-        plan = in_bundles(plan, Family(plan.reference, plan.vectors, how, bundled=True))
+    plan = together(plan, rule, how)
     journal = writer.journal
     done = journal.done if journal is not None else {}
     if journal is not None and "decided" in journal.notes:
@@ -98,7 +109,7 @@ def _all(
     matrices = taken(plan, rule)
     tiled = [number for number in left if number not in matrices]
     tiles = TilePlan([plan.slots[i].info.entries for i in tiled], how.tile_entries)
-    run(Merge(plan, rule, how, decided, tiled, writer, after), tiles, how.threads, how.advance)
+    run(Merge(plan, rule, how, decided, tiled, writer, after), tiles, how.threads, how.advance, how.elsewhere)
     if matrices:
         MergeMatrices(plan, matrices, how, [number for number in left if number in matrices], writer, after).run()
 
@@ -110,19 +121,18 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
     if rule.trims:
         note("finding thresholds")
         assert plan.base is not None
-        # These passes hold one task's tile at a time, the others hold all tasks'.
-        family = Family(plan.base, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)), plan.bundled)
+        family = family_of(plan, how)
         decided.thresholds = [_thresholds(plan, family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
     if rule.wants_signs:
         note("counting signs")
         elect = Elect(plan, rule, how, decided, slots)
-        run(elect, tiles, how.threads, how.advance)
+        run(elect, tiles, how.threads, how.advance, how.elsewhere)
         decided.majority = (elect.total > 0) - (elect.total < 0)
     if rule.wants_products:
         note("measuring angles")
         products = Products(plan, rule, how, decided, slots)
-        run(products, tiles, how.threads, how.advance)
+        run(products, tiles, how.threads, how.advance, how.elsewhere)
         decided.products = products.tables()
     return decided
 

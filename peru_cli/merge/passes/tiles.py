@@ -37,10 +37,12 @@ class Elect(Walk):
         self.total = 0
         self._lock = threading.Lock()
 
-    def finish(self, tile: Tile, committed: list[list[Settled]], room: MergeBuffers) -> None:
-        signs = self._rule.elect(self.view(tile, committed, room))
+    def compute(self, tile: Tile, settled: list[list[Settled]], room: MergeBuffers) -> int:
+        return self._rule.elect(self.view(tile, settled, room))
+
+    def collect(self, tile: Tile, result: int) -> None:
         with self._lock:
-            self.total += signs
+            self.total += result
 
 
 class Products(Walk):
@@ -51,8 +53,8 @@ class Products(Walk):
         self._chunks: dict[int, dict[int, list[list[list[float]]]]] = {number: {} for number in slots}
         self._lock = threading.Lock()
 
-    def finish(self, tile: Tile, committed: list[list[Settled]], room: MergeBuffers) -> None:
-        view = self.view(tile, committed, room)
+    def compute(self, tile: Tile, settled: list[list[Settled]], room: MergeBuffers) -> list[list[list[float]]]:
+        view = self.view(tile, settled, room)
         found = self._found(view, room)
         for task in range(view.tasks):
             if not all(map(math.isfinite, found[task][task])):
@@ -60,8 +62,11 @@ class Products(Walk):
                 entry = f"entry {tile.start + int(np.flatnonzero(~finite)[0]):,}" if not finite.all() else "some entry, squared"
                 fine = self._plan.vectors[self._plan.slots[view.slot].task(task)].fine
                 raise BadFile(f"{fine.label}: {view.name!r} is NaN or infinite at {entry}", "repair the model")
+        return found
+
+    def collect(self, tile: Tile, result: list[list[list[float]]]) -> None:
         with self._lock:
-            self._chunks[self.slot_number(tile)][tile.start] = found
+            self._chunks[self.slot_number(tile)][tile.start] = result
 
     def _found(self, view: RuleInput, room: MergeBuffers) -> list[list[list[float]]]:
         """Inner products of a tile, by chunks."""
@@ -93,28 +98,46 @@ class Merge(Walk):
     """The last pass: merge, round once, write."""
 
     def __init__(
-        self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int], writer: CheckpointWriter,
-        after: After | None = None,
+        self, plan: MergePlan, rule: Rule, how: StreamSettings, decided: Decided, slots: Sequence[int],
+        writer: CheckpointWriter | None = None, after: After | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(plan, rule, how, decided, slots, writer.journal.done if writer.journal is not None else {})
+        """Without a writer it only computes."""
+        super().__init__(plan, rule, how, decided, slots, writer.journal.done if writer is not None and writer.journal is not None else {})
         self._writer, self._after = writer, after
         self._left = {number: plan.slots[number].info.entries for number in slots}
         self._lock = threading.Lock()
 
-    def finish(self, tile: Tile, committed: list[list[Settled]], room: MergeBuffers) -> None:
+    @property
+    def inputs(self) -> int:
+        """Models that each tile is read from. Results are large: `peru` holds them until their turn comes."""
+        return 4 * super().inputs
+
+    def _follows(self, slot: Slot) -> After | None:
+        """The pass that takes a slot's tensor."""
+        return self._after if self._after is not None and self._after.takes(slot) else None
+
+    def compute(self, tile: Tile, settled: list[list[Settled]], room: MergeBuffers) -> Array:
+        """The tile's bits, or its floats if another pass takes them; on the host, (n,)."""
+        slot = self._plan.slots[self.slot_number(tile)]
+        view = self.view(tile, settled, room)
+        merged = self._rule.merge(view)
+        if self._follows(slot) is not None:
+            return self._xp.download(merged.compute(view) if isinstance(merged, Result) else merged)
+        bits, finite = self._round(merged, view, slot, room)
+        if not finite:
+            self._settle(tile, slot, bits, room)
+        return bits
+
+    def collect(self, tile: Tile, result: Array) -> None:
+        assert self._writer is not None
         number = self.slot_number(tile)
         slot = self._plan.slots[number]
-        view = self.view(tile, committed, room)
-        merged = self._rule.merge(view)
-        after = self._after if self._after is not None and self._after.takes(slot) else None
+        after = self._follows(slot)
         if after is None:
-            bits, finite = self._round(merged, view, slot, room)
-            if not finite:
-                self._settle(tile, slot, bits, room)
-            for info, start, piece in pieces_of(slot.info, tile.start, bits.data.cast("B")):
+            for info, start, piece in pieces_of(slot.info, tile.start, result.data.cast("B")):
                 self._writer.write(info.name, info.dtype.nbytes(start), piece)
         else:
-            after.add(number, tile.start, self._xp.download(merged.compute(view) if isinstance(merged, Result) else merged))
+            after.add(number, tile.start, result)
         with self._lock:
             self._left[number] -= tile.stop - tile.start
             done = not self._left[number]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.methods.rules import Kept, Rule, RuleInput, Scratch
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import Array
-from peru_cli.streaming.engine import Reads
+from peru_cli.streaming.engine import Reads, expect
 from peru_cli.streaming.tiles import Tile
 from peru_cli.vectors.family import Aligned, Family, StreamSettings
 
@@ -82,7 +84,7 @@ class MergeBuffers:
         return self._weights
 
 
-class Walk:
+class Walk(ABC):
     """Common part: read the tiles of all inputs, trim them in canonical order."""
 
     def __init__(
@@ -127,6 +129,14 @@ class Walk:
         return MergeBuffers(self._how, len(self._plan.vectors), self._width, self._kind)
 
     def apply(self, tile: Tile, room: MergeBuffers) -> list[list[Trimmed]]:
+        self.read(tile, room)
+        if not self._rule.trims:
+            return []
+        slot = self._plan.slots[self.slot_number(tile)]
+        return [self._trim(tile, slot, number, room) for number in range(len(room.aligned))]
+
+    def read(self, tile: Tile, room: MergeBuffers) -> None:
+        """Read a tile of all inputs."""
         slot = self._plan.slots[self.slot_number(tile)]
         bits = None
         if self._reads_base:
@@ -135,9 +145,6 @@ class Walk:
         room.aligned = [
             self._family.align(slot.task(i), slot.base.name, tile, bits, room.inputs[i]) for i in range(len(slot.inputs))
         ]  # fmt: skip
-        if not self._rule.trims:
-            return []
-        return [self._trim(tile, slot, number, room) for number in range(len(room.aligned))]
 
     def _input(self, number: int, room: MergeBuffers, name: str) -> Array:
         """A task's difference from the base, or its weights, in the buffer of that name; (n,)."""
@@ -259,6 +266,61 @@ class Walk:
             partial(self._kept, settled, room), partial(self._flags, room), partial(self._elected, slot, room), room.scratch,
             slot.info.shape, self._decided.majority,
         )  # fmt: skip
+
+    @abstractmethod
+    def compute(self, tile: Tile, settled: list[list[Settled]], room: MergeBuffers) -> Any:
+        """The result for a tile that has been read; valid until the buffers are used again."""
+
+    @abstractmethod
+    def collect(self, tile: Tile, result: Any) -> None:
+        """Take a tile's result. Called from any thread."""
+
+    def finish(self, tile: Tile, committed: list[list[Settled]], room: MergeBuffers) -> None:
+        self.collect(tile, self.compute(tile, committed, room))
+
+    # -- on other machines (streaming/cluster.py) -----------------------------------------------------------
+
+    @property
+    def inputs(self) -> int:
+        """Models that each tile is read from."""
+        return len(self._plan.vectors) + self._reads_base
+
+    def order(self, tiles: Sequence[Tile]) -> Walking | None:
+        """Count the entries that equal thresholds, if there are any."""
+        return Walking(type(self).__name__, self._decided, self._slots) if self._rule.trims else None
+
+    def take(self, tiles: Sequence[Tile], reply: list[list[list[Trimmed]]] | None) -> Walking:
+        """Settle which of them are kept."""
+        settled = [self.commit(tile, found) for tile, found in zip(tiles, reply or [[] for _ in tiles], strict=True)]
+        return Walking(type(self).__name__, self._decided, self._slots, settled)
+
+    def done(self, tiles: Sequence[Tile], reply: list[Any]) -> None:
+        """Take the results."""
+        for tile, result in zip(tiles, reply, strict=True):
+            self.collect(tile, result)
+
+
+@dataclass(frozen=True)
+class Walking:
+    """An order for a worker's walk: trim these tiles or, once it is settled what that keeps, compute their results."""
+
+    kind: str  # the class of the walk
+    decided: Decided
+    slots: Sequence[int]
+    settled: list[list[list[Settled]]] | None = None  # by tile
+
+    def compute(self, station: Any, tiles: Sequence[Tile]) -> list[Any]:
+        """A reply for each tile. `station` has the worker's walks."""
+        walk: Walk = station.walk(self.kind, self.decided, self.slots)
+        room: MergeBuffers = station.room(walk)
+        expect(walk.reads(), tiles)
+        if self.settled is None:
+            return [walk.apply(tile, room) for tile in tiles]
+        found = []
+        for tile, settled in zip(tiles, self.settled, strict=True):
+            walk.read(tile, room)
+            found.append(copy(walk.compute(tile, settled, room)))
+        return found
 
 
 def ranges(kept: Sequence[Kept]) -> list[elections.Range]:
