@@ -12,6 +12,7 @@ import numpy as np
 
 from peru_cli.errors import BadFile
 from peru_cli.kernels import pco
+from peru_cli.kernels.build import at_once
 
 
 @contextmanager
@@ -40,7 +41,7 @@ RAW = 0  # little-endian integers
 PCO = 1  # pcodec 1.x, wrapped format: header, metadata of one chunk, its single page
 
 _LEVEL = 8  # higher levels gain less than 0.3% here and take twice as long
-_COMPILED = 1 << 17  # numbers from which a loop of our own encodes them: compiling it takes longer than all blocks of a small model
+_COMPILED = 1 << 17  # numbers from which a loop of our own encodes them. pcodec does it, too, until the loop has been compiled
 _PCO_TYPE = {"int16": "i16", "int32": "i32", "int64": "i64", "uint32": "u32", "uint64": "u64"}
 
 Integers = np.ndarray[Any, np.dtype[Any]]
@@ -60,7 +61,7 @@ def encode(values: Integers, codec: int) -> bytes:
     """Encode a contiguous array of int16/32/64 or uint32/64, (n,), n > 0. Releases the GIL."""
     if codec == RAW:
         return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-    if len(values) >= _COMPILED and (data := pco.encode(values)) is not None:
+    if len(values) >= _COMPILED and at_once(pco.LOOPS) and (data := pco.encode(values)) is not None:
         return data
     chunk = wrapped.FileCompressor().chunk_compressor(values, _config())
     return bytes(wrapped.FileCompressor().write_header() + chunk.write_meta() + chunk.write_page(0))

@@ -17,9 +17,15 @@ table of that name replaces words of the signature and names in the code."""
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -43,6 +49,33 @@ _OPTIONS: dict[str, Any] = {
 _lock = threading.RLock()
 _engines: list[Any] = []  # the owners of the machine code
 _told = False
+_beside: dict[str, subprocess.Popen[bytes]] = {}  # by a loop's name: the process that compiles it
+_COMPILE = """
+import sys
+from importlib import import_module
+for words in sys.argv[1:]:
+    module, name, *variant = words.split(" ", 2)
+    found = getattr(import_module(module), name)
+    (found[variant[0]] if variant else found).load()
+"""
+
+
+@cache
+def _host() -> tuple[Any, str, str, str, str]:
+    """LLVM, its version, and the machine and processor that code is made for."""
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm, llvmlite.__version__, llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+def _tell() -> None:
+    global _told
+    if not _told:
+        console.note("compiling loops for this processor: a few seconds, once")
+        _told = True
 
 
 class Kernel:
@@ -57,7 +90,7 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> int:
         """Run the loop. TypeError for arrays that do not match the signature."""
-        entry = self._entry or self._load()
+        entry = self._entry or self.load()
         result = ctypes.c_int64(0)
         where = ctypes.addressof(result)
         error = ctypes.c_void_p()
@@ -72,19 +105,38 @@ class Kernel:
             raise TypeError(f"{self.name} takes contiguous entries of {size} bytes, not {argument.dtype} with strides {argument.strides}")
         return argument.__array_interface__["data"][0]
 
-    def _load(self) -> Callable[..., int]:
+    @property
+    def where(self) -> str:
+        """Words by which another process finds it."""
+        name = self._function.__name__
+        return f"{self._function.__module__} {name} {self.name[len(name) + 1 :]}".strip()
+
+    @property
+    def path(self) -> Path | None:
+        """Where the object file belongs."""
+        _, version, *host = _host()
+        return objects.path_of(self.name, self.name, version, *host)
+
+    def is_stored(self) -> bool:
+        """Whether the object file is there, or has been loaded."""
+        return self._entry is not None or objects.load(self.path) is not None
+
+    def _awaited(self) -> bytes | None:
+        """The object file, once the process that compiles it has done so. None if it has failed, or if there is none."""
+        process, code = _beside.get(self.name), None
+        while process is not None and process.poll() is None and code is None:
+            time.sleep(0.01)
+            code = objects.load(self.path)
+        return code or objects.load(self.path)
+
+    def load(self) -> Callable[..., int]:
         """The machine code, loaded from the cache or compiled now."""
         with _lock:
             if self._entry is None:
-                import llvmlite
-                import llvmlite.binding as llvm
-
-                llvm.initialize_native_target()
-                llvm.initialize_native_asmprinter()
-                cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+                llvm, _, _, cpu, features = _host()
                 machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-                path = objects.path_of(self.name, self.name, llvmlite.__version__, machine.triple, cpu, features)
-                code = objects.load(path)
+                path = self.path
+                code = objects.load(path) or self._awaited()
                 if code is None:
                     code = self._compile(machine)
                     objects.store(path, code)
@@ -99,10 +151,7 @@ class Kernel:
 
     def _compile(self, machine: Any) -> bytes:
         """The object file: numba's code of this loop, without the wrappers that Python needs to call it."""
-        global _told
-        if not _told:
-            console.note("compiling loops for this processor: a few seconds, once")
-            _told = True
+        _tell()
         import llvmlite.binding as llvm
         import numba
 
@@ -141,6 +190,32 @@ def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> C
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
 
 
+def compile_beside(loops: Sequence[Kernel]) -> None:
+    """Begin to compile in a process of its own what is not stored, in this order. A call of such a loop waits for that process.
+
+    It stores object files as usual, and goes on if this process ends, so that the next one finds them. Where nothing can be
+    stored it would be of no use, and is not started."""
+    with _lock:
+        missing = [loop for loop in loops if loop.name not in _beside and not loop.is_stored()]
+        if missing and sys.executable and objects.can_store(missing[0].path):
+            _tell()
+            package = str(Path(__file__).parents[2])
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
+            nothing = subprocess.DEVNULL
+            with suppress(OSError):
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _COMPILE, *(loop.where for loop in missing)],
+                    env=environment, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
+                )  # fmt: skip
+                _beside.update(dict.fromkeys((loop.name for loop in missing), process))
+
+
+def at_once(loops: Sequence[Kernel]) -> bool:
+    """Whether loops can run without waiting for a process that compiles them, which begins now if they were never compiled."""
+    compile_beside(loops)
+    return all(loop.is_stored() or (process := _beside.get(loop.name)) is None or process.poll() is not None for loop in loops)
+
+
 @contextmanager
 def _unoptimised() -> Iterator[None]:
     """numba optimises nothing inside: it would optimise each function, and the whole is optimised in the end."""
@@ -166,6 +241,9 @@ class Kernels:
 
     def __getitem__(self, what: str) -> Kernel:
         return self._loops[what]
+
+    def __iter__(self) -> Iterator[Kernel]:
+        return iter(self._loops.values())
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernels
+from peru_cli.kernels.build import Kernel, kernels
 from peru_cli.kernels.scalars import CODES, DTYPES, WIDTHS, Float, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -220,6 +220,11 @@ def add_ulps(out: Ints, positions: Ints, ulps: Ints) -> Ints:
     width: 2, 4 or 8 bytes. Returns the positions that have changed."""
     moved = np.empty(len(positions) + 1, np.int64)
     return moved[: _add_ulps[str(out.itemsize)](out, positions, ulps, len(positions), moved)]
+
+
+def selects(dtype: str, kind: str) -> list[Kernel]:
+    """The loops that select entries of a dtype and code where they are, for `compile_beside`."""
+    return [_select[f"{dtype} {kind}"], _put[f"{np.dtype(_EVERY[f'{dtype} {kind}']['b']).itemsize} 4"], _gaps["4"]]
 
 
 class Room:

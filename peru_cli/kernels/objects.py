@@ -62,6 +62,15 @@ def load(path: Path | None) -> bytes | None:
     return None
 
 
+def can_store(path: Path | None) -> bool:
+    """Whether an object file could be stored there."""
+    with suppress(OSError):
+        if path is not None:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.access(path.parent, os.W_OK)
+    return False
+
+
 def store(path: Path | None, data: bytes) -> None:
     """Store an object file for later, if possible."""
     if path is None:

@@ -319,6 +319,9 @@ class _Room(threading.local):
 _room = _Room()
 
 
+LOOPS = [*_count_latents, _encode_latents]
+
+
 def encode(values: Integers) -> bytes | None:
     """The bytes that pcodec makes of a contiguous array of int16 or uint32, (n,): header, description of one chunk, its single page.
 

@@ -6,12 +6,13 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from peru_cli.kernels import build, objects
+from peru_cli.kernels import build, objects, random
 from peru_cli.kernels.build import kernel
 
 DRAW = """
@@ -74,6 +75,40 @@ def test_two_processes_at_once_and_a_third_that_needs_no_numba(folder: Path) -> 
     assert [path.suffix for path in folder.iterdir()] == [".o"]
     out, said = draw().communicate(timeout=120)
     assert out == f"{FIRST} False\n" and not said
+
+
+@pytest.fixture
+def draws(monkeypatch) -> build.Kernel:
+    """The loop of random words, as a process has it that has not called it yet."""
+    monkeypatch.setattr(build, "_beside", {})
+    loop = copy(random._words)
+    loop._entry = None
+    return loop
+
+
+def test_a_process_beside_compiles_and_a_call_waits_for_it(folder: Path, draws: build.Kernel, monkeypatch) -> None:
+    assert not build.at_once([draws])  # it begins
+    monkeypatch.setattr(build.Kernel, "_compile", None)  # this process cannot compile
+    out = np.empty(2, np.uint64)
+    draws(0, 0, 0, 0, 0, 1, out)
+    assert out.view(np.uint32).tolist() == FIRST
+    assert build.at_once([draws]) and [path.suffix for path in folder.iterdir()] == [".o"]
+    build._beside[draws.name].wait()
+
+
+def test_no_process_begins_where_it_could_store_nothing(folder: Path, draws: build.Kernel) -> None:
+    folder.write_text("a file where the folder should be")
+    assert build.at_once([draws]) and not build._beside
+
+
+def test_a_process_beside_that_fails_is_replaced(folder: Path, draws: build.Kernel, monkeypatch) -> None:
+    monkeypatch.setattr(build, "_COMPILE", "1 / 0")
+    build.compile_beside([draws])
+    build._beside[draws.name].wait()
+    assert build.at_once([draws])
+    out = np.empty(2, np.uint64)
+    draws(0, 0, 0, 0, 0, 1, out)
+    assert out.view(np.uint32).tolist() == FIRST
 
 
 def test_untrusted_or_unwritable_object_files_are_compiled_again(folder: Path) -> None:
