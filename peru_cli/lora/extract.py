@@ -26,7 +26,7 @@ from peru_cli.checkpoints.lora.keys import OUTER
 from peru_cli.checkpoints.lora.module import LINEAR, PARAMETER
 from peru_cli.checkpoints.lora.writer import adapter_writer, as_bytes, beside, round_to
 from peru_cli.checkpoints.pairing import Pair
-from peru_cli.errors import UsageError
+from peru_cli.errors import BadFile, UsageError
 from peru_cli.lora.extract_plan import Extraction, Rest, Weight, plan_rest
 from peru_cli.lora.passes import FactorPass, TargetPass, each_named
 from peru_cli.lora.ranks import AdapterReport, Array, ModuleReport, Wanted, choose_ranks
@@ -218,6 +218,11 @@ def extract(
     config = _config(plan, weights, stored, rest, options)
     metadata = {"peru.svd-lora.version": __version__, "peru.svd-lora.options": wanted.words()}
     metadata |= bound_to(plan.base, _under_factors(plan, weights))
+    try:
+        header_bytes(tensors, metadata, beside({}, _small_files(plan)))
+    except BadFile as error:  # PEFT reads an adapter from one file
+        problem = f"{plan.fine.label}: one file cannot hold an adapter of {len(weights):,} matrices: {error}"
+        raise UsageError(problem, "use `peru prune`, whose artifacts hold any number of tensors") from error
     note(f"{plan.name}: factoring")
     with adapter_writer(target, tensors, config, _small_files(plan), metadata, sync) as writer:
         step = _Write(plan, weights, wanted, ranks, stored, dtype, writer, how)

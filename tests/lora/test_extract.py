@@ -339,6 +339,14 @@ def test_nan_in_the_base_names_the_base(tmp_path: Path, peru) -> None:
     assert r"--per-task '^q\.weight$' keeps it whole" in peru.stderr
 
 
+def test_too_many_matrices_for_one_file(tmp_path: Path, peru, monkeypatch) -> None:
+    pair(tmp_path, llama)
+    monkeypatch.setattr("peru_cli.checkpoints.header.MAX_WRITTEN_HEADER_BYTES", 4000)
+    peru("svd-lora", tmp_path / "fine", "-b", tmp_path / "base", "-o", tmp_path / "a", "--rank", 4, "--no-sync", code=2)
+    assert "one file cannot hold an adapter of 15 matrices" in peru.stderr and "use `peru prune`" in peru.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_small_weights_that_share_a_tile(tmp_path: Path, peru) -> None:
     """Ninety weights of two shapes: each gets its best factors, and a bad entry is named as its own tensor's."""
     noise = torch.Generator().manual_seed(0)
