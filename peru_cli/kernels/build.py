@@ -87,6 +87,7 @@ class Kernel:
         self._words = words
         self._sizes = [0 if word[0] != "*" else 8 if word[1] == "*" else np.dtype(word[1:]).itemsize for word in words]
         self._entry: Callable[..., int] | None = None
+        self._stored = False
 
     def __call__(self, *arguments: Any) -> int:
         """Run the loop. TypeError for arrays that do not match the signature."""
@@ -118,8 +119,9 @@ class Kernel:
         return objects.path_of(self.name, self.name, version, *host)
 
     def is_stored(self) -> bool:
-        """Whether the object file is there, or has been loaded."""
-        return self._entry is not None or objects.load(self.path) is not None
+        """Whether the object file is there, or has been loaded. Asked for every block, so looked up until it is."""
+        self._stored = self._stored or self._entry is not None or objects.load(self.path) is not None
+        return self._stored
 
     def _awaited(self) -> bytes | None:
         """The object file, once the process that compiles it has done so. None if it has failed, or if there is none."""
@@ -197,7 +199,7 @@ def compile_beside(loops: Sequence[Kernel]) -> None:
     stored it would be of no use, and is not started."""
     with _lock:
         missing = [loop for loop in loops if loop.name not in _beside and not loop.is_stored()]
-        if missing and sys.executable and objects.can_store(missing[0].path):
+        if missing and _is_python() and objects.can_store(missing[0].path):
             _tell()
             package = str(Path(__file__).parents[2])
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -208,6 +210,11 @@ def compile_beside(loops: Sequence[Kernel]) -> None:
                     env=environment, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
                 )  # fmt: skip
                 _beside.update(dict.fromkeys((loop.name for loop in missing), process))
+
+
+def _is_python() -> bool:
+    """Whether `sys.executable` is an interpreter; in a frozen program it is that program."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
 def at_once(loops: Sequence[Kernel]) -> bool:
