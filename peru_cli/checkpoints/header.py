@@ -187,7 +187,7 @@ def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], res
     total = max(len(text), reserve)
     total += -total % 8
     if total > MAX_WRITTEN_HEADER_BYTES:
-        raise BadFile(f"the header would take {total} bytes, more than readers accept ({MAX_WRITTEN_HEADER_BYTES})")
+        raise BadFile(f"the header would take {total / 1e6:.1f} MB, above the {MAX_WRITTEN_HEADER_BYTES / 1e6:g} MB that readers take")
     text[:8] = (total - 8).to_bytes(8, "little")
     text += b" " * (total - len(text))
     return bytes(text)
