@@ -61,7 +61,7 @@ def encode(values: Integers, codec: int) -> bytes:
     """Encode a contiguous array of int16/32/64 or uint32/64, (n,), n > 0. Releases the GIL."""
     if codec == RAW:
         return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-    if len(values) >= _COMPILED and at_once(pco.LOOPS) and (data := pco.encode(values)) is not None:
+    if len(values) >= _COMPILED and at_once(pco.loops(values)) and (data := pco.encode(values)) is not None:
         return data
     chunk = wrapped.FileCompressor().chunk_compressor(values, _config())
     return bytes(wrapped.FileCompressor().write_header() + chunk.write_meta() + chunk.write_page(0))

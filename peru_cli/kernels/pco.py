@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernel, kernels
+from peru_cli.kernels.build import Kernel, kernel, kernels
 
 Integers = np.ndarray[Any, np.dtype[Any]]
 LEAST = 4096  # numbers from which level 8 means 256 bins at first
@@ -319,7 +319,9 @@ class _Room(threading.local):
 _room = _Room()
 
 
-LOOPS = [*_count_latents, _encode_latents]
+def loops(values: Integers) -> list[Kernel]:
+    """The loops that encode these values; none if they are left to pcodec."""
+    return [_count_latents[values.dtype.name], _encode_latents] if values.dtype.name in _KINDS else []
 
 
 def encode(values: Integers) -> bytes | None:

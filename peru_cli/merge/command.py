@@ -359,11 +359,14 @@ def merge(
     total = plan.entries * ((3 if rule.trims else 1) + (plan.then is not None and plan.then.gathers))
     tiles = run.tile_entries or DEFAULT_TILE
     collects = chosen.statistics is not None and stats is None
-    there = MergeSources(There.of(models_given), names, chosen.name, varied, parameters, asked_for, tiles)
     with (
         TemporaryDirectory(prefix="peru-statistics-") if collects else nullcontext(stats or "") as folder,
         console.progress(total, "merge") as progress,
-        nullcontext() if address is None else ray_cluster(address, there) as elsewhere,
+        nullcontext()
+        if address is None
+        else ray_cluster(
+            address, MergeSources(There.of(models_given), names, chosen.name, varied, parameters, asked_for, tiles)
+        ) as elsewhere,
         streaming(run.device if address is None else "cpu", run.threads, tiles, progress.advance, elsewhere) as how,
     ):
         verify_expanded(opened, how, progress.step)

@@ -249,12 +249,12 @@ def prune(
     tile = run.tile_entries or DEFAULT_TILE
     chosen = replace(chosen, base_name=name_base(opened_base, base_id))
     passes = (1 if density is None else 2) + (scope == "sign") + (values == "sign")
-    there = WorkerSources(There.of(opened), chosen, tuple(task.vector.name for task in planned), tile)
+    tasks_named = tuple(task.vector.name for task in planned)
     total = passes * sum(opened_base.tensors[n].entries for n in {n for t in planned for n in t.vector.pairs})
     with (
         folder_of(out, several),
         console.progress(total, "prune") as progress,
-        nullcontext() if address is None else ray_cluster(address, there) as elsewhere,
+        nullcontext() if address is None else ray_cluster(address, WorkerSources(There.of(opened), chosen, tasks_named, tile)) as elsewhere,
         streaming(run.device if address is None else "cpu", run.threads, tile, progress.advance, elsewhere) as how,
     ):
         verify_expanded(opened.given, how, progress.step)

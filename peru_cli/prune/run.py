@@ -141,7 +141,7 @@ def _passes(
 ) -> None:
     """Find thresholds, then select, encode and write, except for what the journal has."""
     how, slots = family.how, len(family.slots)
-    if how.xp.compiled and options.density is not None:  # meanwhile thresholds are found
+    if how.xp.compiled and how.elsewhere is None and options.density is not None:  # meanwhile thresholds are found
         dtypes = {(pair.fine.dtype.name, "f8" if task.wide else "f4") for task in family.tasks for pair in task.pairs.values()}
         compile_beside([loop for each in sorted(dtypes) for loop in selects(*each)])
     log = PruneLog(journal, family, select, [job.sink for job in jobs])

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from peru_cli.merge.passes import tiles
-from peru_cli.streaming import cluster
 from tests.conftest import save
 from tests.support.damage import files
-from tests.support.fake_ray import FakeRay
+from tests.support.fake_ray import FakeRay, installed
 
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     """Ray in this process, with small batches."""
-    fake = FakeRay()
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setattr(cluster, "BATCH", 1 << 18)
-    return fake
+    return installed(monkeypatch, 1 << 18)
 
 
 @pytest.fixture

@@ -16,21 +16,18 @@ from peru_cli.artifacts import index
 from peru_cli.checkpoints.local import sealed
 from peru_cli.errors import BadFile
 from peru_cli.finetunes import nodes
-from peru_cli.streaming import cluster, workers
+from peru_cli.streaming import workers
 from peru_cli.vectors import orders, selection, thresholds
 from tests.conftest import random_pair, run_peru, save
 from tests.prune.test_resume import BASE, FINE, SMALL, VARIANTS, arguments, figures, files, hub, local, models, noted_at_once  # noqa: F401
-from tests.support.fake_ray import FakeRay, RayActorError, RayError, RayTaskError
+from tests.support.fake_ray import FakeRay, RayActorError, RayError, RayTaskError, installed
 from tests.support.hub_server import HubServer
 
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     """Ray in this process, with small batches."""
-    fake = FakeRay()
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setattr(cluster, "BATCH", 1 << 17)
-    return fake
+    return installed(monkeypatch, 1 << 17)
 
 
 RAY = ["--executor", "ray"]

@@ -11,6 +11,10 @@ from contextlib import chdir
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
+
+from peru_cli.streaming import cluster
+
 
 class RayError(Exception):
     """As ray.exceptions.RayError."""
@@ -102,3 +106,11 @@ def install(processors: int = 2) -> FakeRay:
     ray = FakeRay(processors)
     sys.modules["ray"] = ray
     return ray
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, batch: int) -> FakeRay:
+    """Let peru find this Ray, and give batches of so many entries of all models."""
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(cluster, "BATCH", batch)
+    return fake

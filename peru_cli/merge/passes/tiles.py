@@ -109,7 +109,7 @@ class Merge(Walk):
 
     @property
     def inputs(self) -> int:
-        """Models that each tile is read from. Results are large: `peru` holds them until their turn comes."""
+        """Four times the models that a tile is read from: results are large, and `peru` holds them until their turn comes."""
         return 4 * super().inputs
 
     def _follows(self, slot: Slot) -> After | None:
