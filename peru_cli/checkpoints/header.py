@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import is_
+from types import MappingProxyType
 from typing import Any
 
 from peru_cli.checkpoints.dtypes import BY_NAME, Dtype
@@ -27,6 +28,11 @@ METADATA_KEY = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_WHOLE = "(?:0|[1-9][0-9]{0,18})"
+_ENTRY = re.compile(  # one tensor as the reference and peru write it, and what follows: name, form, begin, end
+    rf'"([^"\\\x00-\x1f\x7f-\x9f]+)":\{{("dtype":"\w+","shape":\[(?:{_WHOLE}(?:,{_WHOLE})*)?\]),'
+    rf'"data_offsets":\[({_WHOLE}),({_WHOLE})\]\}}(,(?=")|\}} *\Z)'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,9 @@ def _refuse_constant(text: str) -> Any:
     raise BadFile(f"the header holds {text}, which is not JSON")
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
 def _named(name: str) -> str:
     return cut(repr(name))
 
@@ -93,8 +102,8 @@ def check_tensor_name(name: str) -> None:
         raise BadFile(f"the tensor name {_named(name)} is not valid Unicode")
 
 
-def _tensor(name: str, entry: Any, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorInfo:
-    """One entry of the table. Loops are unrolled: there may be a hundred thousand entries."""
+def _tensor(name: str, entry: Any) -> TensorInfo:
+    """One entry of the table."""
     if type(entry) is not dict or entry.keys() != _FIELDS:
         raise BadFile(f"the entry of tensor {_named(name)} is not dtype, shape and data_offsets")
     dtype = BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -119,7 +128,7 @@ def _tensor(name: str, entry: Any, shapes: dict[tuple[int, ...], tuple[int, ...]
         raise BadFile(
             f"tensor {_named(name)} says {offsets[1] - offsets[0]} bytes, its shape {cut(str(shape))} in {dtype.name} needs {nbytes}"
         )
-    return TensorInfo(sys.intern(name), dtype, shapes.setdefault(key := tuple(shape), key), offsets[0])
+    return TensorInfo(name, dtype, tuple(shape), offsets[0])
 
 
 def header_length(prefix: bytes, file_bytes: int) -> int:
@@ -134,38 +143,94 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
     return length
 
 
-def parse_header(text: bytes, file_bytes: int) -> Header:
+def parse_header(text: bytes | bytearray, file_bytes: int, known: Mapping[str, TensorInfo] = MappingProxyType({})) -> Header:
     """Parse the JSON of a safetensors header (without its eight length bytes).
+
+    `known` are another file's tensors. Those that are the same here are the same objects: fine-tunes of one base often agree in all.
 
     Raises BadFile for any deviation from the format, including gaps between offsets."""
     if not text.startswith(b"{"):
         raise BadFile("the header does not begin with '{': not a safetensors file")
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        characters = text.decode("utf-8")
+        tensors, metadata, nbytes = _as_written(characters, known) or _as_json(characters, known)
     except (ValueError, RecursionError) as error:
         raise BadFile(f"the header is not valid JSON ({error})") from error
-    metadata = raw.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise BadFile(f"the header's {METADATA_KEY} is not a table of strings")
     if not all(_is_unicode(text) for pair in metadata.items() for text in pair):
         raise BadFile(f"the header's {METADATA_KEY} is not valid Unicode")
+    data_offset = 8 + len(text)
+    if data_offset + nbytes != file_bytes:
+        raise BadFile(f"the tensors end at byte {data_offset + nbytes}, the file has {file_bytes}: truncated or overlong")
+    same = len(tensors) == len(known) and all(map(is_, tensors.values(), known.values()))
+    return Header(known if same else tensors, metadata, data_offset, file_bytes)
+
+
+_Parsed = tuple[dict[str, TensorInfo], Any, int]  # tensors, metadata, and bytes of all tensors
+
+
+def _as_json(text: str, known: Mapping[str, TensorInfo]) -> _Parsed:
+    """The contents of any header."""
+    raw = _DECODER.decode(text)
+    metadata = raw.pop(METADATA_KEY, {})
     tensors: dict[str, TensorInfo] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once in memory: most tensors share theirs with others
     raw = dict(reversed(raw.items()))
     while raw:  # removed one by one: all raw entries together are larger than the parsed ones
         name, entry = raw.popitem()
         check_tensor_name(name)
-        info = _tensor(name, entry, shapes)
-        tensors[info.name] = info
+        info = _tensor(name, entry)
+        tensors[name] = _known(known.get(name), name, info, info.begin)
     at = 0
     for info in sorted(tensors.values(), key=lambda t: (t.begin, t.nbytes, t.name)):
         if info.begin != at:
             raise BadFile(f"tensor {_named(info.name)} begins at byte {info.begin} of the data, {at} was expected")
         at += info.nbytes
-    data_offset = 8 + len(text)
-    if data_offset + at != file_bytes:
-        raise BadFile(f"the tensors end at byte {data_offset + at}, the file has {file_bytes}: truncated or overlong")
-    return Header(tensors, metadata, data_offset, file_bytes)
+    return tensors, metadata, at
+
+
+def _as_written(text: str, known: Mapping[str, TensorInfo]) -> _Parsed | None:
+    """The contents of a header as the reference and peru write it: no spaces, plain names, fields and tensors in their usual order.
+
+    None for any other, sound or not. A JSON parser takes several times as long, and much memory for what is not kept."""
+    metadata: Any = {}
+    place, opening = 1, f'{{"{METADATA_KEY}":'
+    if text.startswith(opening):
+        try:
+            metadata, place = _DECODER.raw_decode(text, len(opening))
+        except (ValueError, RecursionError):
+            return None
+        if text[place : place + 1] != ",":
+            return None
+        place += 1
+    forms: dict[str, tuple[TensorInfo, int]] = {}  # by dtype and shape as written: a tensor like that, and its bytes
+    tensors: dict[str, TensorInfo] = {}
+    number, at, end, follows, match = 0, 0, "0", ",", _ENTRY.match
+    while follows == ",":
+        if (found := match(text, place)) is None:
+            return None
+        name, written, begin, last, follows = found.groups()
+        if begin != end or name[0] == "/" or ".." in name or name == METADATA_KEY:
+            return None
+        if (form := forms.get(written)) is None:
+            like = _tensor(name, json.loads(f'{{{written},"data_offsets":[{begin},{last}]}}'))
+            form = forms[written] = like, like.nbytes
+        like, nbytes = form
+        info = _known(known.get(name), name, like, at)
+        tensors[info.name] = info
+        number, at, end, place = number + 1, at + nbytes, last, found.end()
+        if int(last) != at:
+            return None
+    return (tensors, metadata, at) if len(tensors) == number else None
+
+
+def _known(known: TensorInfo | None, name: str, like: TensorInfo, begin: int) -> TensorInfo:
+    """A tensor of that name and place, in dtype and shape like another: the known one if it is the same, and else with its name."""
+    if known is None:
+        return TensorInfo(name, like.dtype, like.shape, begin)
+    if known.begin == begin and known.dtype is like.dtype and known.shape == like.shape:
+        return known
+    return TensorInfo(known.name, like.dtype, like.shape, begin)
 
 
 def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], reserve: int = 0) -> bytes:

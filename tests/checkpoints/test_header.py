@@ -243,6 +243,29 @@ def test_build_and_parse_are_inverse(tensors: list[TensorInfo], metadata: dict[s
     assert dict(parsed.tensors) == {info.name: info for info in tensors}
     assert (dict(parsed.metadata), parsed.data_offset, parsed.file_bytes) == (metadata, len(built), total)
     assert build_header(parsed.tensors.values(), parsed.metadata, reserve) == built
+    # Another writer's form of the same header: spaces, escapes, fields and tensors in another order.
+    raw_entries = {name: dict(reversed(entry.items())) for name, entry in reversed(json.loads(built[8:]).items())}
+    other = json.dumps(raw_entries, indent=1).encode()
+    read = parse_header(other, 8 + len(other) + total - len(built), parsed.tensors)
+    assert (dict(read.tensors), dict(read.metadata)) == (dict(parsed.tensors), metadata)
+    assert all(info is parsed.tensors[name] for name, info in read.tensors.items())
+
+
+def test_tensors_that_another_file_has_too_are_the_same_objects() -> None:
+    infos = [
+        TensorInfo("a.b", BY_NAME["F32"], (2, 3), 0),
+        TensorInfo("a.c", BY_NAME["F32"], (2,), 24),
+        TensorInfo("d", BY_NAME["U8"], (4,), 32),
+    ]
+    built = build_header(infos, {})
+    first = parse_header(built[8:], len(built) + 36)
+    sealed = build_header(infos, {"k": "v"})
+    assert parse_header(sealed[8:], len(sealed) + 36, first.tensors).tensors is first.tensors
+    moved = [infos[0], TensorInfo("d", BY_NAME["U8"], (4,), 24), TensorInfo("a.c", BY_NAME["F16"], (2,), 28)]
+    built = build_header(moved, {})
+    second = parse_header(built[8:], len(built) + 32, first.tensors)
+    assert list(second.tensors.values()) == moved
+    assert second.tensors["a.b"] is first.tensors["a.b"] and second.tensors["a.c"].name is first.tensors["a.c"].name
 
 
 def read_or_refuse(data: bytes, path: Path) -> None:

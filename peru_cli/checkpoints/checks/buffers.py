@@ -9,21 +9,22 @@ import re
 
 from peru_cli.checkpoints.header import TensorInfo
 
-_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
-_FIXED = re.compile(
-    r"(^|\.)(running_(mean|var)|(original_)?inv_freq|masked_bias|causal_mask|attn_mask|attention_mask|relative_coords_table|relative_position_index|position_ids)$"
-)
+_STATISTICS = frozenset({"running_mean", "running_var"})  # last parts of names
+_FIXED = _STATISTICS | {
+    "inv_freq", "original_inv_freq", "masked_bias", "causal_mask", "attn_mask", "attention_mask", "relative_coords_table",
+    "relative_position_index", "position_ids",
+}  # fmt: skip
 _GPT2_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|attn\.attention)\.bias$")
 
 
 def is_statistic(name: str) -> bool:
     """Whether a tensor is the running mean or variance of a batch normalisation."""
-    return bool(_STATISTIC.search(name))
+    return name.rpartition(".")[2] in _STATISTICS
 
 
 def is_buffer(info: TensorInfo) -> bool:
     """Whether a tensor is a statistic, or fixed by the architecture: frequencies, masks, positions."""
-    if _FIXED.search(info.name):
+    if info.name.rpartition(".")[2] in _FIXED:
         return True
     square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
     return square and bool(_GPT2_MASK.search(info.name))

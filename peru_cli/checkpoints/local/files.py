@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from peru_cli.checkpoints.checks import impostors
-from peru_cli.checkpoints.header import Header, header_length, parse_header
+from peru_cli.checkpoints.header import Header, TensorInfo, header_length, parse_header
 from peru_cli.checkpoints.hub.names import RemoteFile
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.places import Place, on_disk
@@ -104,18 +105,18 @@ def read_header(file: RandomAccess) -> Header:
         known = watch.headers if watch is not None and isinstance(file, RandomAccessFile) else {}
         path = os.path.abspath(str(file.path))
         if path not in known:
-            known[path] = _read_header(file)
+            known[path] = _read_header(file, max((header.tensors for header in list(known.values())), key=len, default={}))
         file.header = known[path]
     return file.header
 
 
-def _read_header(file: RandomAccess) -> Header:
+def _read_header(file: RandomAccess, known: Mapping[str, TensorInfo]) -> Header:
     try:
         prefix = bytearray(min(8, file.size))
         file.read_into(0, memoryview(prefix))
         text = bytearray(header_length(bytes(prefix), file.size))
         file.read_into(8, memoryview(text))
-        return parse_header(bytes(text), file.size)
+        return parse_header(text, file.size, known)
     except BadFile as error:
         refuse_impostor(file)
         raise BadFile(f"{file.path}: {error.message}", error.hint) from error

@@ -30,6 +30,7 @@ _FILE = re.compile(
 _FILE_EXTRA = re.compile(r"(.+)\.(alpha|dora_scale|lora_magnitude_vector|lora_B\.bias)")
 _PRODUCT = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12]|w[12]_[ab]|t2))")
 _DELTA = re.compile(r"(.+)\.(diff|diff_b|w_norm|b_norm|set_weight)")
+_DELTA_ENDS = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight")
 _KOHYA_NAME = re.compile(r"(lora_(unet|te\d?|transformer|prior)|lycoris)_[^.]+\.")
 # Names of other low-rank methods in PEFT and LyCORIS files.
 _STRANGERS = (
@@ -77,7 +78,9 @@ class Sorted:
 
 def looks_like_lora(names: Iterable[str]) -> bool:
     """Whether a file without adapter_config.json is an adapter, judged by its tensors' names."""
-    return any(pattern.fullmatch(name) for name in names for pattern in (_FILE, _PRODUCT, _DELTA))
+    # The patterns are slow, and there may be a hundred thousand names.
+    likely = (name for name in names if "lora" in name or "hada_" in name or "lokr_" in name or name.endswith(_DELTA_ENDS))
+    return any(pattern.fullmatch(name) for name in likely for pattern in (_FILE, _PRODUCT, _DELTA))
 
 
 def sort_peft(names: Iterable[str], label: str) -> Sorted:

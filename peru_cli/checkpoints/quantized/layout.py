@@ -20,21 +20,22 @@ CODES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0", "U8"})
 _DEFAULT_BLOCK = (128, 128)
 
-# Names that only one scheme uses.
+# Ends of names that only one scheme uses.
 _SCHEMES = [
-    ("bitsandbytes 4-bit", re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.bitsandbytes__")),
-    ("bitsandbytes 8-bit", re.compile(r"\.(SCB|weight_format)$")),
-    ("GPTQ", re.compile(r"\.g_idx$")),
-    ("AWQ or GPTQ", re.compile(r"\.(qweight|qzeros)$")),
-    ("MXFP4", re.compile(r"_proj_(blocks|scales)$")),
-    ("NVFP4", re.compile(r"\.(weight_scale_2|weight_global_scale)$")),
-    ("packed compressed-tensors", re.compile(r"\.weight_packed$")),
-    ("HQQ", re.compile(r"\.W_q$")),
-    ("quanto", re.compile(r"\.weight\._(data|scale)$")),
-    ("AQLM", re.compile(r"\.(codes|codebooks)$")),
-    ("EETQ", re.compile(r"\.weight_scales$")),
+    ("bitsandbytes 4-bit", (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")),
+    ("bitsandbytes 8-bit", (".SCB", ".weight_format")),
+    ("GPTQ", (".g_idx",)),
+    ("AWQ or GPTQ", (".qweight", ".qzeros")),
+    ("MXFP4", ("_proj_blocks", "_proj_scales")),
+    ("NVFP4", (".weight_scale_2", ".weight_global_scale")),
+    ("packed compressed-tensors", (".weight_packed",)),
+    ("HQQ", (".W_q",)),
+    ("quanto", (".weight._data", ".weight._scale")),
+    ("AQLM", (".codes", ".codebooks")),
+    ("EETQ", (".weight_scales",)),
 ]
-_ANY_SCHEME = re.compile("|".join(pattern.pattern for _, pattern in _SCHEMES), re.MULTILINE)
+_FOUR_BIT_STATE = ".quant_state.bitsandbytes__"  # inside names of the first one
+_ALL_ENDS = tuple(end for _, ends in _SCHEMES for end in ends)
 _METHODS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "quanto": "quanto"}
 # Scales of activations and of key-value caches, which do not affect the weights.
 _OF_ACTIVATIONS = re.compile(r"\.(input_scale|scale_input|activation_scale|input_scale_ub|[kqv]_scale|prob_output_scale|output_scale)$")
@@ -71,7 +72,8 @@ class Layout:
 
 def is_quantized(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether any tensor is a code of a known scheme, from headers alone."""
-    return any(info.dtype.name in CODES | {"F4"} for info in tensors.values()) or _scheme(tensors) is not None or _int8(tensors)
+    dtypes = {info.dtype.name for info in tensors.values()}
+    return bool(dtypes & {*CODES, "F4"}) or _scheme(tensors) is not None or _int8(tensors)
 
 
 def _int8(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -80,9 +82,10 @@ def _int8(tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _scheme(tensors: Mapping[str, TensorInfo]) -> str | None:
-    if _ANY_SCHEME.search("\n".join(tensors)) is None:  # all names at once: there may be a hundred thousand
-        return None
-    return next((scheme for scheme, pattern in _SCHEMES if any(pattern.search(name) for name in tensors)), None)
+    if any(_FOUR_BIT_STATE in name for name in tensors):
+        return _SCHEMES[0][0]
+    named = [name for name in tensors if name.endswith(_ALL_ENDS)]  # once for all schemes: there may be a hundred thousand names
+    return next((scheme for scheme, ends in _SCHEMES if any(name.endswith(ends) for name in named)), None)
 
 
 def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
