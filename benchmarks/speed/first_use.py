@@ -1,10 +1,10 @@
 """What the first use of each command costs on a machine: seconds with no compiled loops stored, beside the next start.
 
-    python benchmarks/speed/first_use.py [--millions 48] [--loops]
+    python benchmarks/speed/first_use.py [--millions 48]
 
 A base and two bf16 fine-tunes of it, synthetic. Each command runs with an empty cache of loops and then twice with what that run
-stored; the lesser time counts. Processor seconds include those of processes beside it that ended first. `--loops` lists the loops that
-the command compiled itself, and the processor seconds each took in its thread: on free cores that is what it waits for."""
+stored; the lesser time counts. The first run's processor seconds are its own: those of the process beside it, which compiles, are not
+among them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,6 @@ from measured import PERU, best, measure
 
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo, build_header
-
-WATCHED = """
-import sys, time
-from peru_cli.kernels import build
-compiled = build.Kernel._compile
-def timed(*arguments):
-    began = time.thread_time()
-    code = compiled(*arguments)
-    print(f"{arguments[0].name} {time.thread_time() - began:.2f} s", file=sys.stderr)
-    return code
-build.Kernel._compile = timed
-from peru_cli.__main__ import main
-sys.argv[0] = "peru"
-main()
-"""
 
 
 def write_models(folder: Path, entries: int) -> None:
@@ -72,7 +57,6 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--millions", type=float, default=48, help="parameters of a model")
-    parser.add_argument("--loops", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,11 +81,7 @@ def main() -> None:
         for name, words in commands.items():
             shutil.rmtree(cache, ignore_errors=True)
             log = folder / "log"
-            if options.loops:
-                watched = [sys.executable, "-c", WATCHED, *words]
-                first = measure(watched, log)
-            else:
-                first = measure([*PERU, *words], log)
+            first = measure([*PERU, *words], log)
             settle(cache)
             later = best([*PERU, *words], 2)
             if first.code or later.code:
@@ -112,8 +92,6 @@ def main() -> None:
                 f"| {loops} | {first.peak_mb - later.peak_mb} |",
                 flush=True,
             )
-            if options.loops:
-                print("\n".join(line for line in log.read_text().splitlines() if line.endswith(" s") or "ompil" in line), flush=True)
 
 
 if __name__ == "__main__":

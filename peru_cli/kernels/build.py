@@ -1,8 +1,7 @@
 """Python loops that numba compiles on their first call, stored as object files, and called without the GIL.
 
-numba is imported only to compile. Later processes load the object file through llvmlite, which takes a third of the time of
-importing numba. Nothing is reordered or fused (no fastmath): every sum and product is rounded as NumPy rounds it, so the results
-have the same bits on every processor.
+numba is imported only to compile, in a process beside this one (beside.py) where the result can be stored. Object files are loaded
+through llvmlite, which takes a third of the time of importing numba.
 
     @kernels("*b *f4 i8", over={"BF16": {"b": "i2"}, ...})
     def widen_all(bits, out, n): ...
@@ -18,46 +17,37 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 
 from peru_cli.console import console
 from peru_cli.kernels import objects
+from peru_cli.kernels.beside import Beside
 
 _KINDS = {
     "i1": ctypes.c_int8, "i2": ctypes.c_int16, "i4": ctypes.c_int32, "i8": ctypes.c_int64,
     "u1": ctypes.c_uint8, "u2": ctypes.c_uint16, "u4": ctypes.c_uint32, "u8": ctypes.c_uint64,
     "f4": ctypes.c_float, "f8": ctypes.c_double,
 }  # fmt: skip
-_SYMBOL = "peru_kernel"
-_LIBRARY = {"memset", "memcpy", "memmove"}  # functions that compiled loops may call: every process has them
-_OPTIONS: dict[str, Any] = {
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}  # only other loops call a loop in numba's way
 _lock = threading.RLock()
 _engines: list[Any] = []  # the owners of the machine code
 _told = False
-_beside: dict[str, subprocess.Popen[bytes]] = {}  # by a loop's name: the process that compiles it
-_COMPILE = """
-import sys
-from importlib import import_module
-for words in sys.argv[1:]:
-    module, name, *variant = words.split(" ", 2)
-    found = getattr(import_module(module), name)
-    (found[variant[0]] if variant else found).load()
-"""
+_beside = Beside()
+
+
+def _begin_anew() -> None:
+    """A fork has no thread that listens to the process beside its parent."""
+    global _beside
+    _beside = Beside()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 @cache
@@ -69,6 +59,11 @@ def _host() -> tuple[Any, str, str, str, str]:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm, llvmlite.__version__, llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+def _machine() -> Any:
+    llvm, _, _, cpu, features = _host()
+    return llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
 
 
 def _tell() -> None:
@@ -123,120 +118,48 @@ class Kernel:
         self._stored = self._stored or self._entry is not None or objects.load(self.path) is not None
         return self._stored
 
-    def _awaited(self) -> bytes | None:
-        """The object file, once the process that compiles it has done so. None if it has failed, or if there is none."""
-        process, code = _beside.get(self.name), None
-        while process is not None and process.poll() is None and code is None:
-            time.sleep(0.01)
-            code = objects.load(self.path)
-        return code or objects.load(self.path)
-
     def load(self) -> Callable[..., int]:
         """The machine code, loaded from the cache or compiled now."""
+        compile_beside([self])
+        _beside.wait(self.where)
         with _lock:
             if self._entry is None:
-                llvm, _, _, cpu, features = _host()
-                machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-                path = self.path
-                code = objects.load(path) or self._awaited()
-                if code is None:
-                    code = self._compile(machine)
-                    objects.store(path, code)
-                engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-                engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+                llvm, _, _, _, _ = _host()
+                engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+                engine.add_object_file(llvm.ObjectFileRef.from_data(self.make()))
                 engine.finalize_object()
                 _engines.append(engine)
                 taken: list[Any] = [ctypes.c_void_p if word[0] == "*" else _KINDS[word] for word in self._words]
                 prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *taken)
-                self._entry = prototype(engine.get_function_address(_SYMBOL))
+                self._entry = prototype(engine.get_function_address(objects.SYMBOL))
             return self._entry
 
-    def _compile(self, machine: Any) -> bytes:
-        """The object file: numba's code of this loop, without the wrappers that Python needs to call it."""
-        _tell()
-        import llvmlite.binding as llvm
-        import numba
+    def make(self) -> bytes:
+        """The object file: the stored one, or compiled in this process and stored."""
+        path = self.path
+        if (code := objects.load(path)) is None:
+            _tell()
+            from peru_cli.kernels.compile import object_file
 
-        types: Any = numba.types
-
-        def typed(word: str) -> Any:
-            return types.CPointer(typed(word[1:])) if word[0] == "*" else getattr(types, np.dtype(word).name)
-
-        # Functions that it calls are inlined, so a later process has no symbols to resolve.
-        with _unoptimised():
-            compiled: Any = numba.njit(tuple(map(typed, self._words)), nogil=True, **_OPTIONS)(_with_functions(self._function, self._bound))
-        signature = compiled.signatures[0]
-        module = llvm.parse_assembly(compiled.inspect_llvm(signature))
-        wanted = compiled.overloads[signature].fndesc.llvm_func_name
-        for function in module.functions:
-            if function.name == wanted:
-                function.name = _SYMBOL
-            elif not function.is_declaration:
-                function.linkage = "internal"
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        builder.getModulePassManager().run(module, builder)
-        foreign = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")} - _LIBRARY
-        assert not foreign, f"{self.name} calls {foreign}"
-        return bytes(machine.emit_object(module))
-
-
-def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> Callable[..., Any]:
-    """The loop with names bound, and the Python functions that it uses compiled."""
-    import numba
-
-    assert isinstance(function, FunctionType)
-    names = {**function.__globals__, **bound}
-    for name in function.__code__.co_names:
-        if isinstance(names.get(name), FunctionType):
-            names[name] = numba.njit(forceinline=True, **_OPTIONS)(_with_functions(names[name], bound))
-    return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+            code = object_file(self.name, self._function, self._words, self._bound, _machine())
+            objects.store(path, code)
+        return code
 
 
 def compile_beside(loops: Sequence[Kernel]) -> None:
-    """Begin to compile in a process of its own what is not stored, in this order. A call of such a loop waits for that process.
+    """Begin to compile what is not stored, in this order, in a process beside this one. A call of such a loop waits for it.
 
-    It stores object files as usual, and goes on if this process ends, so that the next one finds them. Where nothing can be
-    stored it would be of no use, and is not started."""
-    with _lock:
-        missing = [loop for loop in loops if loop.name not in _beside and not loop.is_stored()]
-        if missing and _is_python() and objects.can_store(missing[0].path):
-            _tell()
-            package = str(Path(__file__).parents[2])
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
-            nothing = subprocess.DEVNULL
-            with suppress(OSError):
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _COMPILE, *(loop.where for loop in missing)],
-                    env=environment, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
-                )  # fmt: skip
-                _beside.update(dict.fromkeys((loop.name for loop in missing), process))
-
-
-def _is_python() -> bool:
-    """Whether `sys.executable` is an interpreter; in a frozen program it is that program."""
-    return bool(sys.executable) and not getattr(sys, "frozen", False)
+    Where nothing can be stored it would be of no use, and is not started."""
+    missing = [loop for loop in loops if not loop.is_stored()]
+    if missing and objects.can_store(missing[0].path):
+        _tell()
+        _beside.ask([loop.where for loop in missing])
 
 
 def at_once(loops: Sequence[Kernel]) -> bool:
-    """Whether loops can run without waiting for a process that compiles them, which begins now if they were never compiled."""
+    """Whether loops can run without waiting for the process that compiles them, which begins now if they were never compiled."""
     compile_beside(loops)
-    return all(loop.is_stored() or (process := _beside.get(loop.name)) is None or process.poll() is not None for loop in loops)
-
-
-@contextmanager
-def _unoptimised() -> Iterator[None]:
-    """numba optimises nothing inside: it would optimise each function, and the whole is optimised in the end."""
-    import numba
-    from numba.core.compiler_lock import global_compiler_lock
-
-    with global_compiler_lock:
-        config: Any = numba.config
-        before = config.OPT
-        config.OPT = type(before)(0)
-        try:
-            yield
-        finally:
-            config.OPT = before
+    return all(loop.is_stored() or _beside.is_done(loop.where) for loop in loops)
 
 
 class Kernels:

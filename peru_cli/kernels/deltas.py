@@ -222,6 +222,11 @@ def add_ulps(out: Ints, positions: Ints, ulps: Ints) -> Ints:
     return moved[: _add_ulps[str(out.itemsize)](out, positions, ulps, len(positions), moved)]
 
 
+def counts(dtype: str, kind: str) -> list[Kernel]:
+    """The loops that find a threshold of a dtype's differences, for `compile_beside`."""
+    return [_keys[f"{dtype} {kind}"], _count[f"{dtype} {kind}"]]
+
+
 def selects(dtype: str, kind: str) -> list[Kernel]:
     """The loops that select entries of a dtype and code where they are, for `compile_beside`."""
     return [_select[f"{dtype} {kind}"], _put[f"{np.dtype(_EVERY[f'{dtype} {kind}']['b']).itemsize} 4"], _gaps["4"]]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+SYMBOL = "peru_kernel"  # the function in an object file
 _DIGEST = hashlib.sha256().digest_size
 
 

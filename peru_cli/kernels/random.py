@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernel
+from peru_cli.kernels.build import Kernel, kernel
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -55,6 +55,11 @@ def _below(k0: Any, k1: Any, first: Any, blocks: int, limit: Any, out: Any) -> N
     for i in range(blocks):
         a, b, c, d = _philox(np.uint64(first + np.uint64(i)), np.uint64(0), np.uint64(0), k0, k1)
         out[i] = np.uint32(_less(a, limit, 0) | _less(b, limit, 8) | _less(c, limit, 16) | _less(d, limit, 24))
+
+
+def draws() -> list[Kernel]:
+    """The loops of `words`, for `compile_beside`."""
+    return [_words]
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> Words:

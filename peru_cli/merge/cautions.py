@@ -15,7 +15,7 @@ from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule
 from peru_cli.streaming.aligned import read_entries
-from peru_cli.streaming.arrays import CPU
+from peru_cli.streaming.arrays import CPU, doubles
 
 _RUNS, _RUN = 64, 1 << 12  # sampled runs of entries, at most one for each tensor
 _WHOLE = 256 << 20  # bytes read to check whether models that look equal are equal
@@ -122,7 +122,7 @@ def _sample(plan: MergePlan) -> Iterator[tuple[int, int]]:
 def _changes(fine: Bits, info: TensorInfo, base: Bits, base_info: TensorInfo) -> Doubles:
     """Fine-tune minus base in float64, 0 if that is not finite; (n,)."""
     cast = cast_bits(CPU, base, base_info.dtype, info.dtype)
-    ours, theirs = (np.array(CPU.widen(bits, info.dtype, np.empty(len(bits), "f8")), "f8") for bits in (fine, cast))
+    ours, theirs = doubles(fine, info.dtype), doubles(cast, info.dtype)
     with np.errstate(invalid="ignore"):
         changes: Doubles = ours - theirs
     changes[~np.isfinite(changes) | (fine == cast)] = 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from peru_cli.kernels.build import Kernel
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Statistics
 from peru_cli.streaming.arrays import Array, Arrays
@@ -152,6 +153,10 @@ class Rule(ABC):
     def decide(self, products: Mapping[int, Sequence[Sequence[float]]]) -> None:
         """Take the inner products of each slot, a table (tasks, tasks). A rule that sets `wants_products` must override it."""
         raise TypeError(f"{type(self).__name__} wants products and does not say what to decide from them")
+
+    def loops(self, dtype: str) -> Sequence[Kernel]:
+        """Loops of its own that are worth compiling beside each other, for tensors of a dtype: BF16, F16 or F32."""
+        return ()
 
     @abstractmethod
     def merge(self, tile: RuleInput) -> Array | Result:

@@ -14,7 +14,7 @@ from peru_cli.checkpoints.pairing import Pair
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.streaming.aligned import read_bytes, read_entries
-from peru_cli.streaming.arrays import CPU
+from peru_cli.streaming.arrays import CPU, doubles
 from peru_cli.vectors.family import TaskVector
 
 _CHUNKS, _ENTRIES = 128, 1 << 12  # at most this many runs of this many entries: under a tenth of a second
@@ -30,9 +30,9 @@ def find_doubts(base: Checkpoint, vector: TaskVector) -> list[str]:
     found = []
     lengths = []
     for bits, other, dtype in _samples(base, vector.fine, [pair for pair in pairs if not pair.coded]):
-        weights = _floats(other, dtype)
+        weights = doubles(other, dtype)
         with np.errstate(all="ignore"):
-            delta = _floats(bits, dtype) - weights
+            delta = doubles(bits, dtype) - weights
             lengths.append((float(np.square(delta).sum()), float(np.square(weights).sum())))
     lengths = [pair for pair in lengths if isfinite(pair[0]) and isfinite(pair[1])]
     change, norm = (sqrt(sum(pair[side] for pair in lengths)) for side in (0, 1))
@@ -61,12 +61,6 @@ def _samples(base: Checkpoint, fine: Checkpoint, pairs: list[Pair]) -> Iterator[
             theirs = read_entries(base, pair.base, start, n)
             yield mine, cast_bits(CPU, theirs, pair.base.dtype, pair.fine.dtype), pair.fine.dtype
         at = begin + pair.entries
-
-
-def _floats(bits: Bits, dtype: Dtype) -> Bits:
-    with np.errstate(all="ignore"):
-        wide: Bits = CPU.widen(bits, dtype, np.empty(len(bits), "f8" if dtype.bits == 64 else "f4")).astype("f8")
-    return wide
 
 
 def changed(fine: Checkpoint, base: Checkpoint, pairs: Sequence[Pair]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peru_cli.kernels import build, objects, random
+from peru_cli.kernels import beside, build, objects, random
+from peru_cli.kernels.beside import Beside
 from peru_cli.kernels.build import kernel
+from peru_cli.kernels.merging import verbs
 
 DRAW = """
 import sys
@@ -80,7 +83,7 @@ def test_two_processes_at_once_and_a_third_that_needs_no_numba(folder: Path) -> 
 @pytest.fixture
 def draws(monkeypatch) -> build.Kernel:
     """The loop of random words, as a process has it that has not called it yet."""
-    monkeypatch.setattr(build, "_beside", {})
+    monkeypatch.setattr(build, "_beside", Beside())
     loop = copy(random._words)
     loop._entry = None
     return loop
@@ -88,23 +91,22 @@ def draws(monkeypatch) -> build.Kernel:
 
 def test_a_process_beside_compiles_and_a_call_waits_for_it(folder: Path, draws: build.Kernel, monkeypatch) -> None:
     assert not build.at_once([draws])  # it begins
-    monkeypatch.setattr(build.Kernel, "_compile", None)  # this process cannot compile
+    monkeypatch.setitem(sys.modules, "peru_cli.kernels.compile", None)  # this process cannot compile
     out = np.empty(2, np.uint64)
     draws(0, 0, 0, 0, 0, 1, out)
     assert out.view(np.uint32).tolist() == FIRST
     assert build.at_once([draws]) and [path.suffix for path in folder.iterdir()] == [".o"]
-    build._beside[draws.name].wait()
 
 
 def test_no_process_begins_where_it_could_store_nothing(folder: Path, draws: build.Kernel) -> None:
     folder.write_text("a file where the folder should be")
-    assert build.at_once([draws]) and not build._beside
+    assert build.at_once([draws]) and build._beside._process is None
 
 
 def test_a_process_beside_that_fails_is_replaced(folder: Path, draws: build.Kernel, monkeypatch) -> None:
-    monkeypatch.setattr(build, "_COMPILE", "1 / 0")
+    monkeypatch.setattr(beside, "_PROGRAM", "1 / 0")
     build.compile_beside([draws])
-    build._beside[draws.name].wait()
+    build._beside.wait(draws.where)
     assert build.at_once([draws])
     out = np.empty(2, np.uint64)
     draws(0, 0, 0, 0, 0, 1, out)
@@ -146,3 +148,32 @@ def test_every_loop_has_a_unique_name() -> None:
             seen += [found.name] if isinstance(found, build.Kernel) else []
             seen += [loop.name for loop in found._loops.values()] if isinstance(found, build.Kernels) else []
     assert len(seen) == len(set(seen)) > 0
+
+
+FORK = """
+import os, sys
+from peru_cli.kernels import build, random
+build.compile_beside([random._words])
+if not os.fork():
+    print(random.words((0, 0), 0, 4).tolist(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
+def test_a_fork_has_a_process_of_its_own(folder: Path) -> None:
+    """Nobody listens in the fork to the process that its parent began: it would wait for ever."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{FIRST}\n", done.stderr
+
+
+def test_several_loops_are_compiled_in_one_process_beside(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "_beside", Beside())
+    loops = [copy(loop) for loop in (random._words, random._below, verbs._disjoint["f4"])]
+    for loop in loops:
+        loop._entry, loop._stored = None, False
+    build.compile_beside(loops)
+    for loop in loops:
+        build._beside.wait(loop.where)
+    assert all(loop.is_stored() for loop in loops) and len(list(folder.iterdir())) == 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernels
+from peru_cli.kernels.build import Kernel, kernels
 from peru_cli.kernels.merging.verbs import Flags, balance, decide, join, pointers
 from peru_cli.kernels.rounding import INFINITE, ROUNDS, Ints
 from peru_cli.kernels.scalars import MAGNITUDE, Float, narrow, widen
@@ -110,6 +110,16 @@ def _of_tasks(
     addresses = np.array([each.__array_interface__["data"][0] for each in held], np.uint64)
     ranges = np.array([(flags is not None, low, high) for low, high, flags in kept], np.int32).reshape(-1)
     return (pointers(bits), base, addresses, ranges, np.array(before, np.float32).reshape(-1)), held
+
+
+def elects(dtype: str, signs: bool = False) -> list[Kernel]:
+    """The loops of `merged`, for `compile_beside`; with `signs` also that of `elected`."""
+    return [_merge[dtype], *([_elected[dtype]] if signs else [])]
+
+
+def trims(dtype: str) -> list[Kernel]:
+    """The loops of `within`, for `compile_beside`."""
+    return [_within[dtype]]
 
 
 def merged(

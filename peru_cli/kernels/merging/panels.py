@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernels
+from peru_cli.kernels.build import Kernel, kernels
 from peru_cli.kernels.merging.verbs import Flags, Floats, pointers
 from peru_cli.kernels.scalars import DTYPES, FLOATS, Float, widen
 
@@ -117,6 +117,11 @@ def _add_products(a: Any, b: Any, rows: int, columns: int, sums: Any) -> None:
     for row in range(rows):
         for i in range(columns):
             sums[i] = sums[i] + np.float64(a[row * columns + i]) * np.float64(b[row * columns + i])
+
+
+def vectors(dtype: str) -> list[Kernel]:
+    """The loops of task vectors as float32 and of adding their base again, for `compile_beside`."""
+    return [_values[f"{dtype} f4 less base"], _add_base[f"{dtype} f4"]]
 
 
 def values_of(bits: Ints, base: Ints | None, dtype: str, out: Floats) -> bool:

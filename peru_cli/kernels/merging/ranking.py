@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernel
+from peru_cli.kernels.build import Kernel, kernel
 
 Floats = np.ndarray[Any, np.dtype[Any]]
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -120,6 +120,11 @@ def _rank_rows(
             for place in range(columns):
                 at = start + np.int64(order[place])
                 out[at] = np.uint8(np.int64(draws[at]) < limits[place])
+
+
+def ranks() -> list[Kernel]:
+    """The loops of `stay_by_rank`, for `compile_beside`."""
+    return [_rank_rows]
 
 
 def stay_by_rank(vector: Floats, draws: Ints, limits: Floats) -> Flags:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernel, kernels
+from peru_cli.kernels.build import Kernel, kernel, kernels
 from peru_cli.kernels.scalars import DTYPES, FLOATS, MAGNITUDE, ROUNDED, Float, Key, narrow, widen
 
 Floats = np.ndarray[Any, np.dtype[Any]]
@@ -231,6 +231,11 @@ def _of_tasks(values: Sequence[Floats], flags: Sequence[Flags | None], before: S
     held = [ones if each is None else each for each in flags]
     kind = values[0].dtype
     return kind.str[1:], (pointers(values), pointers(held), np.array(before, kind).reshape(-1)), held
+
+
+def disjoins() -> list[Kernel]:
+    """The loops of `disjoint` on float32, for `compile_beside`."""
+    return [_disjoint["f4"]]
 
 
 def disjoint(

@@ -11,6 +11,11 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
+from peru_cli.kernels.build import Kernel, compile_beside
+from peru_cli.kernels.deltas import counts
+from peru_cli.kernels.merging import elections
+from peru_cli.kernels.merging.panels import vectors
+from peru_cli.kernels.rounding import ROUNDS
 from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes.then import After, Gather
 from peru_cli.merge.passes.tiles import Elect, Merge, Products
@@ -65,6 +70,8 @@ def merge(
     Raises BadFile if an input is not finite where it matters, or the result does not fit its dtype.
     """
     plan = together(plan, rule, how)
+    if how.xp.compiled and how.elsewhere is None:
+        compile_beside(_loops(plan, rule))
     journal = writer.journal
     done = journal.done if journal is not None else {}
     if journal is not None and "decided" in journal.notes:
@@ -85,6 +92,20 @@ def merge(
     _all(plan, rule, decided, [number for number, slot in enumerate(plan.slots) if slot.info.name not in done], writer, how, after)
     _copy(plan, writer)
     _average(plan, rule, writer)
+
+
+def _loops(plan: MergePlan, rule: Rule) -> list[Kernel]:
+    """The loops that are worth compiling beside each other: those of trims, and the method's own."""
+    dtypes = {info.dtype.name for slot in plan.slots for info in (*slot.inputs, slot.base)}
+    if not dtypes <= ROUNDS.keys():
+        return []
+    rules = list({id(each): each for each in (rule.at(number) for number in range(len(plan.slots)))}.values())
+    found: list[Kernel] = []
+    for dtype in sorted(dtypes):
+        found += [*counts(dtype, "f4"), *elections.trims(dtype)] if rule.trims else []
+        found += [loop for each in rules for loop in each.loops(dtype)]
+        found += vectors(dtype) if rule.on_vectors and taken(plan, rule) else []
+    return found
 
 
 def _gathered(

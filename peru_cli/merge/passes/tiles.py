@@ -22,7 +22,7 @@ from peru_cli.merge.passes.walk import Decided, MergeBuffers, Settled, Walk, ran
 from peru_cli.merge.plan import MergePlan, Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.rules import Result, Rule, RuleInput
-from peru_cli.streaming.arrays import CPU, Array
+from peru_cli.streaming.arrays import CPU, Array, doubles
 from peru_cli.streaming.tiles import CHUNK, Tile
 from peru_cli.vectors.family import StreamSettings
 
@@ -183,7 +183,7 @@ class Merge(Walk):
             value, source = download(room.base_bits)[at], slot.base.dtype
         else:
             value, source = found[0][2], found[0][1]
-            same = [_doubles(b, d).view(np.int64) == _doubles(value, source).view(np.int64) for _, d, b in found]
+            same = [doubles(b, d).view(np.int64) == doubles(value, source).view(np.int64) for _, d, b in found]
         alike = np.logical_and.reduce(same)
         if not alike.all():
             if self._reads_base and self._plan.base is not None:
@@ -198,7 +198,7 @@ class Merge(Walk):
     def _refuse(self, info: TensorInfo, where: str, i: int, found: list[tuple[Checkpoint, Dtype, Bits]]) -> None:
         """BadFile for the first input that is not finite there, if any is."""
         for model, dtype, bits in found:
-            if not np.isfinite(_doubles(bits, dtype)[i]):
+            if not np.isfinite(doubles(bits, dtype)[i]):
                 raise BadFile(
                     f"{model.label}: {info.name!r} is NaN or infinite at {where}, and the other inputs differ there",
                     "a model with such weights is broken: leave it out, or repair it",
@@ -206,7 +206,7 @@ class Merge(Walk):
 
     def _refuse_result(self, info: TensorInfo, where: str, bits: Bits) -> None:
         """BadFile for a result that is not finite although all inputs are."""
-        if np.isnan(_doubles(bits, info.dtype)[0]):
+        if np.isnan(doubles(bits, info.dtype)[0]):
             raise BadFile(
                 f"the merged {info.name!r} is not a number at {where}, though all inputs are",
                 "the method divides zero by zero there: with fisher, raise --floor",
@@ -215,9 +215,3 @@ class Merge(Walk):
             f"the merged {info.name!r} does not fit {info.dtype.name} at {where}",
             "use a wider dtype (--dtype bf16 or fp32), or smaller weights and scale",
         )
-
-
-def _doubles(bits: Bits, dtype: Dtype) -> Doubles:
-    """Bits as float64; (n,)."""
-    doubles: Doubles = CPU.widen(bits, dtype, np.empty(len(bits)))
-    return doubles

@@ -8,11 +8,15 @@ without an election. A one-dimensional tensor counts as one row. Equal magnitude
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from peru_cli.errors import UsageError
-from peru_cli.kernels.merging.ranking import stay_by_rank
-from peru_cli.kernels.merging.verbs import Flags, by_rank
+from peru_cli.kernels.build import Kernel
+from peru_cli.kernels.merging.ranking import ranks, stay_by_rank
+from peru_cli.kernels.merging.verbs import Flags, by_rank, disjoins
+from peru_cli.kernels.random import draws
 from peru_cli.methods.entries.sampled import Sampled
 from peru_cli.methods.parameters import Parameters
 from peru_cli.streaming.arrays import Host
@@ -45,6 +49,9 @@ class Della(Sampled):
                     f"--keep {density:g} and --epsilon {epsilon:g}: probabilities must lie between 0 and 1",
                     "keep - epsilon is above 0, keep + epsilon below 1: lower --epsilon",
                 )
+
+    def loops(self, dtype: str) -> Sequence[Kernel]:
+        return [*draws(), *ranks(), *(disjoins() if self.elects else [])]
 
     def chance(self, task: int) -> float | None:
         density = self.parameters.number("keep", task)

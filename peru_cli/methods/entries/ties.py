@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peru_cli.kernels.build import Kernel
+from peru_cli.kernels.merging.elections import elects
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Election, Kept, Result, Rule, RuleInput, onto_base
 
@@ -52,6 +54,9 @@ class Ties(Rule):
     def keeps(self, trim: int, task: int, n: int, slot: int) -> int:
         kept = super().keeps(trim, task, n, slot)
         return max(kept, 1) if self._variant == "mergekit" and self.trims[0][task] else kept
+
+    def loops(self, dtype: str) -> Sequence[Kernel]:
+        return elects(dtype, self.wants_signs)
 
     def _votes(self, tile: RuleInput) -> tuple[list[Kept], list[tuple[float, float]]]:
         """The kept entries of each task's vector, and its weight before the election."""

@@ -1,0 +1,73 @@
+"""A process beside this one compiles loops (server.py): numba stays out of this process, and several loops are made at once.
+
+It is asked for loops by name, a line each, stores object files as usual (objects.py), reports each line that it has done, and goes on
+after this process ends, so that the next one finds them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+_PROGRAM = "from peru_cli.kernels.server import serve; serve()"
+
+
+class Beside:
+    """The process, from the first question on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked: dict[str, threading.Event] = {}  # by line; set once there is nothing to wait for
+        self._works = bool(sys.executable) and not getattr(sys, "frozen", False)  # in a frozen program it is that program
+
+    def ask(self, lines: Sequence[str]) -> None:
+        """Have loops compiled, in this order, unless that was asked for before."""
+        with self._lock:
+            new = [line for line in lines if line not in self._asked]
+            if new and self._works:
+                try:
+                    self._start()
+                    assert self._process is not None and self._process.stdin is not None
+                    self._asked |= {line: threading.Event() for line in new}
+                    self._process.stdin.write("".join(line + "\n" for line in new).encode())
+                    self._process.stdin.flush()
+                except OSError:  # no process can be started here, or it has ended
+                    self._give_up()
+
+    def is_done(self, line: str) -> bool:
+        """Whether there is nothing to wait for: reported, never asked for, or the process has ended."""
+        event = self._asked.get(line)
+        return event is None or event.is_set()
+
+    def wait(self, line: str) -> None:
+        """Wait until `is_done`."""
+        if (event := self._asked.get(line)) is not None:
+            event.wait()
+
+    def _start(self) -> None:
+        if self._process is None:
+            package = str(Path(__file__).parents[2])
+            path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+            )  # fmt: skip
+            threading.Thread(target=self._listen, name="compiled loops", daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            if (event := self._asked.get(line.decode().rstrip("\n"))) is not None:
+                event.set()
+        with self._lock:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._works = False
+        for event in self._asked.values():
+            event.set()
