@@ -85,7 +85,7 @@ def draws(monkeypatch) -> build.Kernel:
     """The loop of random words, as a process has it that has not called it yet."""
     monkeypatch.setattr(build, "_beside", Beside())
     loop = copy(random._words)
-    loop._entry = None
+    loop._entry, loop._stored = None, False
     return loop
 
 
