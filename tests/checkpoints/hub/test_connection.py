@@ -13,7 +13,7 @@ import trustme
 
 from tests.checkpoints.hub.test_faults import command, made
 from tests.checkpoints.hub.test_reading import ok
-from tests.checkpoints.hub.test_stream import BASE, FINE, local, model, tensors
+from tests.checkpoints.hub.test_stream import AT_ONCE, BASE, FINE, local, model, tensors
 from tests.conftest import run_peru
 from tests.support.hub_server import Handler, HubServer, Request
 
@@ -44,7 +44,9 @@ def test_over_tls_and_only_with_a_certificate_that_is_trusted(tmp_path: Path) ->
         assert made(tmp_path) == local(pair, tmp_path)
         assert hub.ranges("model.safetensors")
         hub.clear()
-        refused = run_peru(*command(tmp_path, "stream", "--force"), env=hub.env(tmp_path / "hf", SSL_CERT_FILE=str(tmp_path / "other.pem")))
+        refused = run_peru(
+            *command(tmp_path, "stream", "--force"), env=hub.env(tmp_path / "hf", SSL_CERT_FILE=str(tmp_path / "other.pem")), before=AT_ONCE
+        )
         assert refused.returncode == 1 and "cannot reach" in refused.stderr and not hub.requests, refused.stderr
 
 
@@ -61,7 +63,7 @@ def test_storage_whose_certificate_is_not_trusted(tmp_path: Path) -> None:
             return request.origin == "cdn"
 
         hub.fault(elsewhere)
-        refused = run_peru(*command(tmp_path, "stream"), env=hub.env(tmp_path / "hf"))
+        refused = run_peru(*command(tmp_path, "stream"), env=hub.env(tmp_path / "hf"), before=AT_ONCE)
         assert refused.returncode == 1 and "cannot reach" in refused.stderr and not storage.requests, refused.stderr
         assert not (tmp_path / "hub.safetensors").exists()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.hub.test_reading import ok
-from tests.checkpoints.hub.test_stream import BASE, FINE, RECOVERED, changed, local, model, once, part, tensors, whole
+from tests.checkpoints.hub.test_stream import AT_ONCE, BASE, FINE, RECOVERED, changed, local, model, once, part, tensors, whole
 from tests.conftest import run_peru
 from tests.support.hub_server import Handler, HubServer, Request
 
@@ -88,7 +88,7 @@ WRONG = {
 def test_permanent_faults_are_errors(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str, fault: str) -> None:
     answer, words = WRONG[fault]
     hub.fault(once(answer, times=10**9, skip=8 if mode == "stream" else 1))
-    failed = run_peru(*command(tmp_path, mode), env=hub.env(tmp_path / "hf"))
+    failed = run_peru(*command(tmp_path, mode), env=hub.env(tmp_path / "hf"), before=AT_ONCE)
     assert failed.returncode == 1 and words in failed.stderr and "safetensors" in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr and not (tmp_path / "hub.safetensors").exists()
 
@@ -308,7 +308,7 @@ def on_a_terminal(given: list[str], env: dict[str, str]) -> tuple[int, str]:
 def test_a_slow_server_takes_longer_than_the_time_out_and_shows_progress(
     hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, mode: str
 ) -> None:
-    hub.fault(trickle(0.1))
+    hub.fault(trickle(0.05))
     env = {**os.environ, **hub.env(tmp_path / "hf", HF_HUB_DOWNLOAD_TIMEOUT="1"), "TERM": "xterm", "COLUMNS": "100"}
     began = time.monotonic()
     given = [sys.executable, "-m", "peru_cli", *map(str, command(tmp_path, mode)), "--tile-entries", "16384"]

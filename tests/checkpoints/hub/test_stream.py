@@ -256,11 +256,14 @@ REFUSED = {
 }
 
 
+AT_ONCE = "from peru_cli.checkpoints.hub import ranges; ranges._pause = lambda seconds, session: None"  # every try, but no waits
+
+
 @pytest.mark.parametrize("fault", REFUSED)
 def test_permanent_faults_are_errors_that_name_the_file(hub: HubServer, pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
     answer, words = REFUSED[fault]
     hub.fault(once(answer, times=10**9, skip=7))
-    failed = run_peru(*command(tmp_path), env=hub.env(tmp_path / "hf"))
+    failed = run_peru(*command(tmp_path), env=hub.env(tmp_path / "hf"), before=AT_ONCE)
     assert failed.returncode == 1 and words in failed.stderr, failed.stderr
     assert "safetensors" in failed.stderr and "Traceback" not in failed.stderr
     assert not (tmp_path / "hub.safetensors").exists()
