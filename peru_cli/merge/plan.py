@@ -84,7 +84,7 @@ class MergePlan:
     bundled: bool = False  # whether slots are bundles of small tensors
     copied: list[TensorInfo] = field(default_factory=list)
     averaged: list[Slot] = field(default_factory=list)  # running means and variances: the models' weighted mean
-    same: list[Pair] = field(default_factory=list)  # integers and the like: copied, and equal in all models
+    same: dict[str, list[Pair]] = field(default_factory=dict)  # by task, integers and the like: copied, and equal in all models
     warnings: list[str] = field(default_factory=list)
     heads: dict[str, list[TensorInfo]] = field(default_factory=dict)  # by task
     then: Pass | None = None  # a pass over merged matrices
@@ -281,7 +281,7 @@ class _Planner:
             plan.averaged.append(Slot(in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
         elif kinds == {True} and is_buffer(base):
             plan.copied.append(base)
-            plan.same += list(found.values())
+            self._is_same(found)
         elif kinds == {True}:
             given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
             if len(set(given.values())) > 1 and self._options.dtype is None:
@@ -296,7 +296,11 @@ class _Planner:
             self.problems.append(f"{name}: {base.dtype.name} cannot be merged: convert the models to bf16, fp16 or fp32 first")
         else:
             plan.copied.append(base)
-            plan.same += list(found.values())
+            self._is_same(found)
+
+    def _is_same(self, found: dict[str, Pair]) -> None:
+        for task, pair in found.items():
+            self._plan.same.setdefault(task, []).append(pair)
 
     def _reordered_heads(self) -> str | None:
         """A message if merged heads have the same classes in different orders. None otherwise."""
@@ -386,7 +390,7 @@ def check_same(plan: MergePlan) -> list[str]:
     if plan.averaged:
         warnings.append(f"{len(plan.averaged)} running means and variances are averaged over the models: recompute them on data if you can")
     for vector in plan.vectors:
-        for pair in (p for p in plan.same if vector.fine.tensors.get(p.fine.name) is p.fine):
+        for pair in plan.same.get(vector.name, []):
             if not _alike(vector.fine, plan.reference, pair):
                 if pair.base.entries == 1 and not pair.base.dtype.compressible:
                     warnings.append(f"{pair.base.name} differs in {vector.name}; the one of {plan.reference.label} is written")

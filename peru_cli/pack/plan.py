@@ -114,9 +114,10 @@ def plan_pack(base: Checkpoint, tasks: Sequence[tuple[str, Checkpoint]], options
 
 def _plan(base: Checkpoint, merged: MergePlan, sums: list[PackedTensor], arrangement: Arrangement, shifts: dict[str, int]) -> PackPlan:
     """The parts common to all plans. Adds the tensors that are equal in all models."""
-    copies = {pair.base.name: PackedTensor(pair.base, PackMode.BASE, pair.base.dtype) for pair in merged.same}
+    shared = [pair.base for pairs in merged.same.values() for pair in pairs]
+    copies = {base.name: PackedTensor(base, PackMode.BASE, base.dtype) for base in shared}
     tensors = sorted([*sums, *copies.values()], key=lambda tensor: tensor.info.name)
-    same = {v.name: [p for p in merged.same if v.fine.tensors.get(p.fine.name) is p.fine] for v in merged.vectors}
+    same = {vector.name: merged.same.get(vector.name, []) for vector in merged.vectors}
     plan = PackPlan(base, merged.vectors, tensors, arrangement, shifts, merged.heads, same, {})
     plan.warnings = check_same(merged)
     return plan

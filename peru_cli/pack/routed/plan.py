@@ -140,14 +140,14 @@ def plan_tasks(
             continue
         bias = infos.get(weight.name + ".bias")
         layers.append(LinearLayer(info, bias if bias is not None and bias.shape == (weight.rows,) else None, weight.transposed))
-    shared = infos | {pair.base.name: pair.base for pair in merged.same}  # the latter once for each task
+    shared = infos | {pair.base.name: pair.base for pairs in merged.same.values() for pair in pairs}
     tensors = [PackedTensor(info, PackMode.BASE, info.dtype) for info in shared.values()]
     fields = {
         "base": base,
         "vectors": merged.vectors,
         "tensors": sorted(tensors, key=lambda tensor: tensor.info.name),
         "heads": merged.heads,
-        "same": {v.name: [p for p in merged.same if v.fine.tensors.get(p.fine.name) is p.fine] for v in merged.vectors},
+        "same": {vector.name: merged.same.get(vector.name, []) for vector in merged.vectors},
         "warnings": check_same(merged),
     }
     return fields, infos, sorted(layers, key=lambda layer: layer.weight.name)
