@@ -14,6 +14,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 
+from peru_cli.kernels.instructions import Instruction
 from peru_cli.kernels.objects import SYMBOL
 
 _LIBRARY = {"memset", "memcpy", "memmove"}  # functions that compiled loops may call: every process has them
@@ -65,6 +66,8 @@ def _with_functions(function: Callable[..., Any], bound: Mapping[str, Any]) -> C
     for name in function.__code__.co_names:
         if isinstance(names.get(name), FunctionType):
             names[name] = numba.njit(forceinline=True, **_OPTIONS)(_with_functions(names[name], bound))
+        elif isinstance(names.get(name), Instruction):
+            names[name] = names[name].made
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
 
 

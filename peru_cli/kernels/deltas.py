@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from peru_cli.kernels.build import Kernel, kernels
+from peru_cli.kernels.instructions import TOGETHER, differing, lowest, reaching
 from peru_cli.kernels.scalars import CODES, DTYPES, WIDTHS, Float, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -19,17 +20,6 @@ _NOTHING = np.zeros(0)
 _BLOCK = 1024  # entries whose keys are computed together, which vectorises, before some are picked, which does not
 _EVERY = DTYPES | CODES
 _WORD = 8  # flags read together
-_GATHER = np.uint64(0x0102_0408_1020_4080)  # times eight bytes of 0 or 1: each is a bit of the highest byte
-_BYTE = np.uint64(0xFF)
-
-
-def _picks() -> Any:
-    """For each of 256 masks, the places of its set bits, a byte each; then how many there are. uint64 (512,)."""
-    places = [[bit for bit in range(8) if mask >> bit & 1] for mask in range(256)]
-    return np.array([sum(bit << 8 * i for i, bit in enumerate(p)) for p in places] + [len(p) for p in places], np.uint64)
-
-
-_PICKS = _picks()
 
 
 @kernels("*b *b i8 *k", _EVERY)
@@ -79,35 +69,29 @@ def _fold(floats: Any, first: Any) -> None:
             floats[first + i] = Float(floats[first + i] + floats[first + half + i])
 
 
-def _take(
-    base: Any, fine: Any, start: int, size: int, flags: Any, flag_words: Any, picks: Any, positions: Any, ulps: Any, bits: Any, found: Any
-) -> Any:  # fmt: skip
-    """Append the flagged entries of a block to those `found` before. Returns how many there are now."""
-    for i in range(size, _BLOCK):
-        flags[i] = np.uint8(0)
-    first = found
-    for word in range(0, _BLOCK // _WORD, 4):
-        if flag_words[word] | flag_words[word + 1] | flag_words[word + 2] | flag_words[word + 3] != np.uint64(0):
-            for each in range(word, word + 4):
-                # the word's flags as 8 bits, and a table of where those are set: eight positions are written, the set ones stay
-                mask = np.int64(np.uint64(flag_words[each] * _GATHER) >> np.uint64(56))
-                set_bits, at = np.uint64(picks[mask]), np.int64(start + _WORD * each)
-                for k in range(_WORD):
-                    positions[found + k] = np.int32(at + np.int64((set_bits >> np.uint64(8 * k)) & _BYTE))
-                found += np.int64(picks[256 + mask])
+def _list(flags: Any, start: int, positions: Any, found: Any) -> Any:
+    """Append the places of 64 entries' flags, from `start` on, to those `found` before. Returns how many there are now."""
+    while flags != np.uint64(0):
+        positions[found] = np.int32(start + lowest(flags))
+        found += 1
+        flags &= flags - np.uint64(1)
+    return found
+
+
+def _note(base: Any, fine: Any, positions: Any, first: Any, found: Any, ulps: Any, bits: Any) -> None:
+    """The fine-tune's bits, and its ULPs from the base, at the positions from `first` to `found`."""
     for j in range(first, found):
         at = positions[j]
         bits[j] = fine[at]
         ulps[j] = order(fine[at]) - order(base[at])
-    return found
 
 
-@kernels("*b *b i8 k k *k *u1 *u8 *u8 *f *i4 *k *b *b i8 *f8", _EVERY)
+@kernels("*b *b i8 k k *k *f *i4 *k *b *b i8 *f8", _EVERY)
 def _select(
-    base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, flags: Any, flag_words: Any, picks: Any, squares: Any,
+    base: Any, fine: Any, n: int, least: Any, infinite: Any, keys: Any, squares: Any,
     positions: Any, found_keys: Any, ulps: Any, bits: Any, measured: int, sums: Any,
 ) -> int:  # fmt: skip
-    found: Any = np.int64(0)  # a constant would be a type of its own, for which `_take` is compiled once more
+    found: Any = np.int64(0)
     for start in range(0, n, _BLOCK):
         size = min(_BLOCK, n - start)
         for i in range(size):
@@ -115,13 +99,16 @@ def _select(
             key = magnitude(widen(b) - widen(a))
             key = Key(-1) if a == b else key
             keys[i] = key
-            flags[i] = np.uint8(key >= least)
             length = key if (key >= Key(0)) & (key < infinite) else Key(0)
             square = Float(Key(length).view(Float) * Key(length).view(Float))
             squares[i] = square
             squares[_BLOCK + i] = Float(0.0) if key >= least else square
+        for i in range(size, _BLOCK):
+            keys[i] = Key(-1)
         first = found
-        found = _take(base, fine, start, size, flags, flag_words, picks, positions, ulps, bits, found)
+        for i in range(0, _BLOCK, TOGETHER):
+            found = _list(reaching(keys, least, i), start + i, positions, found)
+        _note(base, fine, positions, first, found, ulps, bits)
         for j in range(first, found):
             found_keys[j] = keys[positions[j] - start]
         if measured:
@@ -139,23 +126,23 @@ def _select(
                     if (keys[i] >= Key(0)) & (keys[i] < infinite):
                         wide = np.float64(Key(keys[i]).view(Float))
                         energy += wide * wide
-                        missed += 0.0 if flags[i] else wide * wide
+                        missed += 0.0 if keys[i] >= least else wide * wide
             chunk = start // CHUNK
             sums[2 * chunk] += energy
             sums[2 * chunk + 1] += missed
     return found  # type: ignore[no-any-return]
 
 
-@kernels("*b *b i8 *u1 *u8 *u8 *i4 *b *b", _EVERY)
-def _changed(
-    base: Any, fine: Any, n: int, flags: Any, flag_words: Any, picks: Any, positions: Any, ulps: Any, bits: Any
-) -> int:  # fmt: skip
+@kernels("*b *b i8 *i4 *b *b", _EVERY)
+def _changed(base: Any, fine: Any, n: int, positions: Any, ulps: Any, bits: Any) -> int:
     found: Any = np.int64(0)
-    for start in range(0, n, _BLOCK):
-        size = min(_BLOCK, n - start)
-        for i in range(size):
-            flags[i] = np.uint8(base[start + i] != fine[start + i])
-        found = _take(base, fine, start, size, flags, flag_words, picks, positions, ulps, bits, found)
+    whole = n // TOGETHER * TOGETHER
+    for start in range(0, whole, TOGETHER):
+        found = _list(differing(base, fine, start), start, positions, found)
+    for i in range(whole, n):
+        positions[found] = np.int32(i)
+        found += np.int64(base[i] != fine[i])
+    _note(base, fine, positions, np.int64(0), found, ulps, bits)
     return found  # type: ignore[no-any-return]
 
 
@@ -269,9 +256,7 @@ class Room:
 
         What `select` finds with a least key of 0, without a key of any entry."""
         ulps, bits = self._of(fine.dtype)
-        found = _changed[f"{dtype} {self._kind}"](
-            base, fine, len(base), self._flags, self._flags.view(np.uint64), _PICKS, self._positions, ulps, bits
-        )  # fmt: skip
+        found = _changed[f"{dtype} {self._kind}"](base, fine, len(base), self._positions, ulps, bits)
         return self._positions[:found].copy(), ulps[:found].copy(), bits[:found].copy()
 
     def select(self, base: Ints, fine: Ints, dtype: str, least: int, sums: Doubles | None = None) -> tuple[Ints, Ints, Ints, Ints]:
@@ -280,11 +265,11 @@ class Room:
         All (k,). Keys are valid until the next call. With 0: all entries that differ. To `sums`, (chunks, 2), are added the squared
         norm of the differences in each CHUNK of the tile, and of those with a smaller key; both of what is finite.
         """
-        n, flags = len(base), self._flags
+        n = len(base)
         assert sums is None or len(sums) * CHUNK >= n
         ulps, bits = self._of(fine.dtype)
         found = _select[f"{dtype} {self._kind}"](
-            base, fine, n, least, self._infinite, self._block, flags, flags.view(np.uint64), _PICKS, self._squares,
+            base, fine, n, least, self._infinite, self._block, self._squares,
             self._positions, self._found, ulps, bits, int(sums is not None), _NOTHING if sums is None else sums,
         )  # fmt: skip
         return self._positions[:found].copy(), self._found[:found], ulps[:found].copy(), bits[:found].copy()

@@ -47,7 +47,7 @@ class Chosen:
     positions: Array  # within the tile, ascending
     values: Array
     apart: Array  # exact differences of those that are not rounded; at most (k,)
-    energy: Array  # squared norm of the task vector, by CHUNK of the tile; (chunks,)
+    energy: Array  # squared norm of the task vector, by CHUNK of the tile; (chunks,), or (0,) if nothing is lost
     missed: Array  # the same for what is lost
     not_finite: int  # how many differences are NaN or infinite
     largest_error: float  # of rounding
@@ -63,12 +63,13 @@ class Candidates:
     equal: Array | None  # which ones equal the threshold
     values: Array
     bits: Array  # the result's bits there
-    energy: Array  # squared norm of the task vector, by CHUNK of the tile; (chunks,)
+    energy: Array  # squared norm of the task vector, by CHUNK of the tile; (chunks,), or (0,) if nothing is lost
     missed: Array  # the same for what is lost if all candidates are kept
     exact: Array | None = None  # exact differences, if values are rounded
     errors: Array | None = None  # of rounding
     infinite: Array | None = None  # which differences are not finite
     is_fine: bool = False  # whether `result` is the fine-tune itself, so that nothing is to be put in
+    leaves: list[bytes] | None = None  # digests of the result's chunks by tensor, if they are known
 
     def choose(self, threshold: Threshold, quota: int, task: TaskVector) -> Chosen:
         """Drop all candidates that equal the threshold but the first `quota` of them."""
@@ -90,6 +91,10 @@ class Candidates:
 
     def rebuilt(self, start: int) -> Iterator[tuple[str, int, bytes]]:
         """Digests of the tile as the artifact rebuilds it, which is put together now."""
+        if self.leaves is not None:
+            pieces = pieces_of(self.aligned.pair.fine, start, self.result.data.cast("B"))
+            yield from ((member.name, at, found) for (member, at, _), found in zip(pieces, self.leaves, strict=True))
+            return
         if not self.is_fine:
             CPU.put(self.result, self.positions, self.bits)
         yield from leaves_of(self.aligned.pair.fine, start, self.result.data.cast("B"))
@@ -102,7 +107,9 @@ def find_candidates(family: Family, aligned: Aligned, rule: Rule, buffers: Buffe
     dtype, xp, task = aligned.pair.fine.dtype, family.how.xp, family.tasks[aligned.task]
     threshold = rule.threshold
     infinite = equal = None
-    sums = np.zeros((-(-len(aligned.base) // CHUNK), 2))
+    exact = dtype.name in rule.exact
+    whole = threshold.keeps_all and exact  # then the result is the fine-tune, and the base's tile need not be ours to change
+    sums = np.zeros((0 if whole else -(-len(aligned.base) // CHUNK), 2))
     room = family.differences(aligned, buffers)
     # Once no equals may be taken any more, that never changes: the entries need no check.
     exhausted = threshold.equals is not None and not rule.quota
@@ -121,8 +128,6 @@ def find_candidates(family: Family, aligned: Aligned, rule: Rule, buffers: Buffe
     if not threshold.keeps_all:
         equal = None if exhausted or threshold.equals is None else found == threshold.key
         infinite = found == task.infinite_key
-    exact = dtype.name in rule.exact
-    whole = threshold.keeps_all and exact  # then the result is the fine-tune, and the base's tile need not be ours to change
     result = xp.download(aligned.fine if whole else aligned.base)
     if len(aligned.grown):
         result = np.concatenate((result, xp.download(aligned.grown)))

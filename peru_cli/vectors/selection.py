@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 from peru_cli.artifacts.index import EXACT, Stream
@@ -53,12 +54,16 @@ class Sink:
         self.quotas.append(threshold.equals or 0)
         self.foreseen = foreseen
 
+    @cached_property
+    def exact(self) -> frozenset[str]:
+        """Names of the dtypes whose differences are stored exactly."""
+        return frozenset(stream.dtype.name for stream in self.streams if stream.values == EXACT)
+
     def rule(self, tile: Tile) -> Rule:
         """What apply needs to know of a tile's threshold."""
         number = self.threshold_number(tile)
-        exact = frozenset(stream.dtype.name for stream in self.streams if stream.values == EXACT)
         scale = self.scales[tile.tensor] if self.scales else None
-        return Rule(self.thresholds[number], self.quotas[number], exact, self.octaves, scale)
+        return Rule(self.thresholds[number], self.quotas[number], self.exact, self.octaves, scale)
 
     def threshold_number(self, tile: Tile) -> int:
         """The index of a tile's threshold."""
@@ -114,11 +119,16 @@ class Select:
     def apply(self, tile: Tile, buffers: Buffers) -> list[Candidates]:
         slot = self._family.slots[tile.tensor]
         raw, base_bits = read_bits(self._family.base, slot, tile, buffers.base, self._lossless)
-        if len(raw) and not isinstance(self.base_digests[members(slot)[0].name], KnownDigest):
-            for name, start, found in leaves_of(slot, tile.start, raw):
-                self.base_digests[name].add_at(start, found)
         aligned = self._family.each(slot, tile, base_bits, buffers, range(len(self._sinks)), self._lossless)
         result = [find_candidates(self._family, a, self._sinks[a.task].rule(tile), buffers) for a in aligned]
+        # After the comparison, which brings the tile into the cache faster than a digest does, since it waits for memory less.
+        if len(raw) and not isinstance(self.base_digests[members(slot)[0].name], KnownDigest):
+            leaves = list(leaves_of(slot, tile.start, raw))
+            for name, start, found in leaves:
+                self.base_digests[name].add_at(start, found)
+            for c in result:
+                if c.aligned.base is base_bits and not len(c.positions) and not len(c.aligned.grown):  # the result is the base's tile
+                    c.leaves = [found for _, _, found in leaves]
         for c in result if self.follow else ():
             if c.aligned.base is base_bits:
                 CPU.put(base_bits, c.positions, c.bits)
