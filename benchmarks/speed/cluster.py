@@ -1,6 +1,6 @@
 """`--executor ray` on a real cluster of two nodes on loopback: the same bytes, kills in the middle, and what it costs.
 
-    python benchmarks/speed/cluster.py FOLDER --base BASE FINE [FINE ...] [--only bytes merges kills times] [--keep 10%]
+    python benchmarks/speed/cluster.py FOLDER --base BASE FINE [FINE ...] [--only bytes merges packs kills times] [--times prune ties ...]
 
 Needs peru-cli[ray]. Every node is a raylet of its own with one processor and one thread. Workers have the priority of everything else:
 Ray gives them the lowest by default, and then they get little of a machine that is busy. FOLDER takes the outputs. Processes are ended by
@@ -125,6 +125,35 @@ def merge(models: Sequence[str], base: str, out: Path, *options: str) -> subproc
     return subprocess.Popen([*command, *options], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def pack(models: Sequence[str], base: str, out: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a pack."""
+    out.mkdir(parents=True)
+    given = [f"{chr(ord('a') + number)}={model}" for number, model in enumerate(models)]
+    command = [
+        sys.executable,
+        "-m",
+        "peru_cli",
+        "shuffle-pack",
+        *given,
+        "-b",
+        base,
+        "-o",
+        f"{out / 'pack.safetensors'}",
+        "--base-id",
+        "x/y",
+    ]
+    return subprocess.Popen([*command, "--no-sync", "-q", *options], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+TIMED: dict[str, tuple[Callable[..., subprocess.Popen[str]], int, list[str]]] = {  # the command, the fewest fine-tunes, options
+    "prune": (prune, 1, ["--keep", "10%"]),
+    "lossless": (prune, 1, ["--lossless"]),
+    "task-arithmetic": (merge, 2, ["--method", "task-arithmetic", "--scale", "0.3"]),
+    "ties": (merge, 2, ["--method", "ties", "--keep", "20%"]),
+    "pack": (pack, 2, []),
+}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a folder, hidden ones, too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -187,6 +216,20 @@ def check_merges(folder: Path, base: str, models: Sequence[str], two: list[Node]
         for number in workers[:1]:
             with_signal(number, signal.SIGKILL)
         checked.say(f"merge {options[0]}, {len(workers[:1])} worker killed", models, ["--method", *options], out, process)
+
+
+def check_packs(folder: Path, base: str, models: Sequence[str], two: list[Node]) -> None:
+    """Superposed packs; a worker is killed while the sums are written."""
+    checked = Checked(folder, base, pack)
+    for options in (["--scale", "auto"], ["--decorrelate", "shift", "--no-signs"]):
+        out = checked.folder / f"packed-{options[1]}"
+        whole = sum(map(len, checked.here(models, options).values()))
+        process = pack(models, base, out, *options, *CLUSTER)
+        in_the_middle(process, out, int(0.3 * whole))
+        workers = [n for node in two for n, p in below(node.process.pid).items() if p.title.startswith("ray::Worker")]
+        for number in workers[:1]:
+            with_signal(number, signal.SIGKILL)
+        checked.say(f"pack {' '.join(options)}, {len(workers[:1])} worker killed", models, options, out, process)
 
 
 def in_the_middle(process: subprocess.Popen[str], out: Path, bytes_written: int) -> None:
@@ -260,7 +303,7 @@ class Meter(threading.Thread):
 
 @dataclass
 class Timed:
-    """A prune on a cluster: seconds by the clock, and of the processor for peru itself and for the cluster's processes."""
+    """A command on a cluster: seconds by the clock, and of the processor for peru itself and for the cluster's processes."""
 
     seconds: float
     driver: float
@@ -275,12 +318,12 @@ class Timed:
 
 
 def measure(checked: Checked, models: Sequence[str], options: Sequence[str], started: Sequence[Node]) -> Timed:
-    """One prune on a cluster."""
+    """One command on a cluster."""
     out = checked.folder / f"timed-{time.monotonic_ns()}"
     meter = Meter([node.process.pid for node in started])
     meter.start()
     before, begun = os.times(), time.monotonic()
-    process = prune(models, checked.base, out, *options, *CLUSTER)
+    process = checked.command(models, checked.base, out, *options, *CLUSTER)
     _, err = process.communicate()
     seconds, after = time.monotonic() - begun, os.times()
     used = meter.stop()
@@ -290,19 +333,28 @@ def measure(checked: Checked, models: Sequence[str], options: Sequence[str], sta
     return Timed(seconds, after.children_user + after.children_system - before.children_user - before.children_system, used)
 
 
-def check_times(checked: Checked, models: Sequence[str], options: Sequence[str], rounds: int) -> None:
+def check_times(folder: Path, base: str, models: Sequence[str], names: Sequence[str], rounds: int) -> None:
     """One worker and two, in turns, the best of some rounds. What more fine-tunes cost is the work without the start of programs."""
-    best: dict[tuple[int, int], Timed] = {}
+    best: dict[tuple[str, int, int], Timed] = {}
+    checked = {name: Checked(folder / name, base, TIMED[name][0]) for name in names}
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
     for _ in range(rounds):
         for processors in ((0, 1), (0, 1, 1)):
             with nodes(*processors) as started:
-                for given in (models[:1], models):
-                    timed = measure(checked, given, options, started)
-                    print(f"{sum(processors)} workers, {len(given)} fine-tunes: {timed}", flush=True)
-                    key = sum(processors), len(given)
-                    best[key] = min(timed, best.get(key, timed), key=lambda timed: timed.seconds)
-    one, two = (best[n, len(models)].seconds - best[n, 1].seconds for n in (1, 2))
-    print(f"{len(models) - 1} fine-tunes more, best: {one:.1f} s with one worker, {two:.1f} s with two, {one / two:.2f} times as fast")
+                for name in names:
+                    _, fewest, options = TIMED[name]
+                    for given in (models[:fewest], models):
+                        timed = measure(checked[name], given, options, started)
+                        print(f"{name}, {sum(processors)} workers, {len(given)} fine-tunes: {timed}", flush=True)
+                        key = name, sum(processors), len(given)
+                        best[key] = min(timed, best.get(key, timed), key=lambda timed: timed.seconds)
+    for name in names:
+        fewest, every = TIMED[name][1], len(models)
+        whole = [best[name, n, every].seconds for n in (1, 2)]
+        one, two = (best[name, n, every].seconds - best[name, n, fewest].seconds for n in (1, 2))
+        print(f"{name}, {every} fine-tunes, best: {whole[0]:.1f} s with one worker, {whole[1]:.1f} s with two")
+        print(f"{name}, {every - fewest} more, best: {one:.1f} s with one worker, {two:.1f} s with two, {one / two:.2f} times as fast")
 
 
 def main() -> None:
@@ -311,23 +363,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("fine", nargs="+")
     parser.add_argument("--base", required=True)
-    parser.add_argument("--only", nargs="+", default=["bytes", "merges", "kills", "times"])
+    parser.add_argument("--only", nargs="+", default=["bytes", "merges", "packs", "kills", "times"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", default="10%", help="for the times")
+    parser.add_argument("--times", nargs="+", choices=TIMED, default=["prune"], help="what is timed")
     given = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
     given.folder.mkdir(parents=True, exist_ok=True)
     checked = Checked(given.folder, given.base)
-    if {"bytes", "merges", "kills"} & set(given.only):
+    if {"bytes", "merges", "packs", "kills"} & set(given.only):
         with nodes(1, 1) as two:
             if "bytes" in given.only:
                 check_bytes(checked, given.fine)
             if "merges" in given.only:
                 check_merges(given.folder, given.base, given.fine, two)
+            if "packs" in given.only:
+                check_packs(given.folder, given.base, given.fine, two)
             if "kills" in given.only:
                 check_kills(checked, given.fine, two)
     if "times" in given.only:
-        check_times(checked, given.fine, ["--keep", given.keep], given.rounds)
+        check_times(given.folder, given.base, given.fine, given.times, given.rounds)
 
 
 if __name__ == "__main__":

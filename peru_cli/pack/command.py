@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -154,6 +155,7 @@ def shuffle_pack(
     *,
     publishing: options.Publishing,
     run: options.Running,
+    cluster: options.Cluster,
 ) -> None:
     """Superpose many fine-tunes in the space of one; `peru unpack --task` gets each of them back, approximately.
 
@@ -168,6 +170,8 @@ def shuffle_pack(
     peru shuffle-pack a=MODEL b=MODEL --base BASE -o masks.safetensors --method tall-masks --threshold a=0.3
 
     peru shuffle-pack a=MODEL b=MODEL --base BASE -o smile.safetensors --method smile --rank 16 --gate-rank 4
+
+    peru shuffle-pack a=MODEL b=MODEL c=MODEL --base BASE -o pack.safetensors --executor ray
 
     peru shuffle-pack a=MODEL b=MODEL --base BASE -o wemoe.safetensors --method wemoe --data a=a.jsonl --data b=b.jsonl
 
@@ -189,6 +193,10 @@ def shuffle_pack(
         "--rank": rank, "--gate-rank": gate_rank, "--top-k": top_k, "--data": data, "--max-samples": max_samples, "--steps": steps,
         "--learning-rate": learning_rate, "--batch-size": batch_size, "--router-layers": router_layers, "--bits": bits,
     }  # fmt: skip
+    if (address := cluster.address("cpu")) is not None:
+        from peru_cli.pack.nodes import check_spread
+
+        check_spread(method, add_to=add_to, remove_from=remove_from, merge_base=merge_base, residual=residual)
     routed = packrouted.read_options(method, of_routed, foreign, change, matching, per_task, floats)
     masks = packmasks.read_options(method, threshold or [], keep, {**apart, "--max-error": max_error}, change) if routed is None else None
     if add_to is not None and remove_from is not None:
@@ -209,17 +217,17 @@ def shuffle_pack(
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.local.atomic import check_room, check_target
     from peru_cli.checkpoints.names.renamed import record_rules
-    from peru_cli.checkpoints.names.translated import bring_together
-    from peru_cli.checkpoints.resolve import default_task, open_model, split_arguments
-    from peru_cli.finetunes.adapter import as_unpacked
-    from peru_cli.finetunes.open import open_fine_tune
+    from peru_cli.checkpoints.resolve import Argument, default_task, split_arguments
+    from peru_cli.finetunes.nodes import Sources, There
     from peru_cli.finetunes.verify import verify_expanded
     from peru_cli.methods.compact.superpose import DECORRELATE
     from peru_cli.pack import run as job
     from peru_cli.pack.base import MergeBase, check_plain
     from peru_cli.pack.masks.run import make_masks, plan_masks
+    from peru_cli.pack.nodes import PackSources
     from peru_cli.pack.plan import PackOptions, plan_change, plan_pack
     from peru_cli.pack.residual import check_residual
+    from peru_cli.streaming.cluster import ray_cluster
     from peru_cli.vectors.settings import streaming
 
     if decorrelate is not None and decorrelate not in DECORRELATE:
@@ -242,10 +250,11 @@ def shuffle_pack(
     if change is not None:
         packmasks.refuse_masks(change)
     old = Pack(change) if change is not None else None
-    opened_base = open_model(base)
-    opened = [open_fine_tune(model, opened_base) for _, model in arguments]
-    models_on_base, said = bring_together([as_unpacked(model) for model in opened], opened_base, rename or ())
-    tasks = [(name, model) for (name, _), model in zip(arguments, models_on_base, strict=True)]
+    typed = tuple(Argument(None, model) for _, model in arguments)
+    given_models = Sources(base, typed, tuple(rename or ()), unpacked=True).open()
+    opened_base, opened, said, names = given_models.base, given_models.given, given_models.said, tuple(name for name, _ in arguments)
+    assert opened_base is not None
+    tasks = list(zip(names, given_models.fines, strict=True))
     if routed is not None:
         for line in said:
             console.note(line)
@@ -280,7 +289,11 @@ def shuffle_pack(
     tiles = run.tile_entries or job.default_tile(len(plan.vectors))
     passes = masks.passes if masks is not None else 1 if plan.removing else 2
     passes += 2 * len(plan.vectors) if density is not None else 0
-    with console.progress(passes * plan.entries, "pack") as progress, streaming("cpu", run.threads, tiles, progress.advance) as how:
+    with (
+        console.progress(passes * plan.entries, "pack") as progress,
+        nullcontext() if address is None else ray_cluster(address, PackSources(There.of(given_models), names, chosen, tiles)) as elsewhere,
+        streaming("cpu", run.threads, tiles, progress.advance, elsewhere) as how,
+    ):
         verify_expanded(opened, how, progress.step)
         if masks is not None:
             masked = make_masks(plan, masks, out, how, run.sync, precision, progress.step)

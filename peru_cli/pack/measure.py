@@ -34,7 +34,7 @@ class Measured:
 def measure(plan: PackPlan, how: StreamSettings) -> Measured:
     """One pass over all task vectors."""
     gather = Gather(plan, how)
-    run(gather, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance)
+    run(gather, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance, how.elsewhere)
     apart = np.zeros((len(plan.vectors),) * 2)
     everything = np.zeros_like(apart)
     for tensor in plan.sums:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.checkpoints.digests import TensorDigest, leaves
 from peru_cli.errors import BadFile
 from peru_cli.methods.compact.superpose import LARGEST, flip
+from peru_cli.pack.orders import Leaves, Measuring, Superposed, Superposing
 from peru_cli.pack.plan import PackPlan
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import CPU
@@ -62,6 +65,11 @@ class _Walk:
         self._whole = {tensor.info.name for tensor in self._sums if tensor.mode == PackMode.WEIGHTS}
         infos = [info for v in plan.vectors for pair in v.pairs.values() for info in (pair.fine, pair.base)]
         self._width = max((info.dtype.bits // 8 for info in infos), default=4)
+
+    @property
+    def inputs(self) -> int:
+        """Models that each tile is read from: the base with each task, since tasks may take it from different tensors."""
+        return 2 * len(self._plan.vectors)
 
     def buffers(self) -> PackBuffers:
         return PackBuffers(self._how, len(self._plan.vectors) + 1, self._width)
@@ -113,6 +121,20 @@ class Gather(_Walk):
     def finish(self, tile: Tile, committed: None, buffers: PackBuffers) -> None:
         pass
 
+    # -- on other machines (streaming/cluster.py)
+
+    def order(self, tiles: Sequence[Tile]) -> Measuring:
+        """What a worker does with these tiles."""
+        return Measuring()
+
+    def take(self, tiles: Sequence[Tile], reply: list[list[Doubles]]) -> None:
+        """Add up a worker's tables."""
+        for tile, tables in zip(tiles, reply, strict=True):
+            self.commit(tile, tables)
+
+    def done(self, tiles: Sequence[Tile], reply: None) -> None:
+        """Nothing is left."""
+
 
 @dataclass
 class Added:
@@ -127,15 +149,17 @@ class Superpose(_Walk):
     """Move, flip, round and add (or subtract) task vectors. Digests everything that is read and written."""
 
     def __init__(
-        self, plan: PackPlan, how: StreamSettings, writer: PackWriter, new_base: NewBase | None = None, wide: bool = False
+        self, plan: PackPlan, how: StreamSettings, writer: PackWriter | None, new_base: NewBase | None = None, wide: bool = False
     ) -> None:
-        """Plain sums go into `new_base`, if there is one."""
+        """Plain sums go into `new_base`, if there is one. A worker of a cluster has no writer: it only applies."""
         super().__init__(plan, how, wide)
         self._writer, self._new_base = writer, new_base
         self._sources = [plan.arrangement.sources(v.name, plan.shifts[v.name]) for v in plan.vectors]
         self._infos = {t.info.name: t.info for t in self._sums}
         self._lock = threading.Lock()
+        self.noted: dict[object, list[Leaves]] | None = None  # where a worker's digests go
         self._rows: dict[tuple[int, str], Any] = {}
+        self._offsets = [0, *accumulate(tensor.info.entries for tensor in self._sums)]  # places in the stream of sums
         self.products = np.zeros((len(plan.vectors) + 1,) * 2)
         self.rounding = np.zeros(len(plan.vectors))
         self.base_digests = {t.info.name: TensorDigest(t.base_dtype, t.info.shape) for t in self._sums}
@@ -155,10 +179,10 @@ class Superpose(_Walk):
             base_raw, fine_raw, steps = self.vector(number, source, tile, room)
             pair = vector.pairs[source]
             if number == 0:  # every task reads each base tensor once, each in a different order
-                self.base_digests[source].add_at(tile.start, leaves(base_raw, pair.base.dtype))
+                self._note("base", source, tile.start, leaves(base_raw, pair.base.dtype))
                 if self._new_base is not None and record.is_target:
                     self._new_base.copy(self._infos[source], tile, base_raw)
-            self.results[number][pair.fine.name].add_at(tile.start, leaves(fine_raw, pair.fine.dtype))
+            self._note(number, pair.fine.name, tile.start, leaves(fine_raw, pair.fine.dtype))
             if (signs := self._signs(number, record)) is not None:
                 flip(steps, signs, tile.start)
             _in_steps(steps, record.exponent)
@@ -176,8 +200,16 @@ class Superpose(_Walk):
         rows[-1] = sums
         area = 4.0**record.exponent
         tables = [] if removing else [table * area for table in inner_products(rows)]
-        self.sum_digests[record.info.name].add_at(tile.start, sum_leaves(sums))
+        self._note("sums", record.info.name, tile.start, sum_leaves(sums))
         return Added(sums, tables, rounding * area)
+
+    def _note(self, what: object, name: str, start: int, found: bytes) -> None:
+        """Digests of a tile of the base, of a task (its number) or of the sums."""
+        if self.noted is not None:
+            self.noted.setdefault(what, []).append((name, start, found))
+        else:
+            trees = self.base_digests if what == "base" else self.sum_digests if what == "sums" else self.results[int(str(what))]
+            trees[name].add_at(start, found)
 
     def together(self, rows: Doubles, sums: Sums) -> Sums:
         """What is stored: the sums of the rounded rows, unless a method puts something else in their place."""
@@ -205,6 +237,7 @@ class Superpose(_Walk):
         self.tally(result)
         if self._new_base is not None and not self._sums[tile.tensor].is_target:
             return []
+        assert self._writer is not None
         return self._writer.add(result.sums)
 
     def tally(self, result: Added) -> None:
@@ -218,8 +251,29 @@ class Superpose(_Walk):
         return float(self.products[-1, -1]), float(self.products[-1, number])
 
     def finish(self, tile: Tile, committed: list[tuple[int, Sums]], buffers: PackBuffers) -> None:
+        assert self._writer is not None
         for block in committed:
             self._writer.write(block)
+
+    # -- on other machines (streaming/cluster.py)
+
+    def order(self, tiles: Sequence[Tile]) -> Superposing:
+        """What a worker does with these tiles."""
+        names, exponents = (v.name for v in self._plan.vectors), (tensor.exponent for tensor in self._sums)
+        return Superposing(tuple(names), tuple(exponents), self._offsets[tiles[0].tensor] + tiles[0].start)
+
+    def take(self, tiles: Sequence[Tile], reply: Superposed) -> None:
+        """Write a worker's sums."""
+        assert self._writer is not None
+        for tables, rounding in zip(reply.tables, reply.rounding, strict=True):
+            self.tally(Added(reply.part.head, tables, rounding))
+        for what, noted in reply.noted.items():
+            for name, start, found in noted:
+                self._note(what, name, start, found)
+        self._writer.splice(reply.part.head, reply.part.blocks, reply.part.tail)
+
+    def done(self, tiles: Sequence[Tile], reply: None) -> None:
+        """Nothing is left."""
 
 
 def _in_steps(values: Doubles, exponent: int) -> None:

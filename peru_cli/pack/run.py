@@ -77,7 +77,7 @@ def make_pack(
         largest = {**plan.metadata, "peru.sums": "0" * 64, **(new_base.largest_name() if new_base is not None else {})}
         writer = stack.enter_context(PackWriter(target, largest, sync))
         step = Superpose(plan, how, writer, new_base)
-        run(step, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance)
+        run(step, TilePlan([t.info.entries for t in plan.sums], how.tile_entries), how.threads, how.advance, how.elsewhere)
         for block in writer.rest():
             writer.write(block)
         return PackSealer(plan, step, writer, measured, predicted, left_out, new_base, residual, how, note).finish(target, scale)

@@ -15,6 +15,11 @@ from peru_cli.artifacts.packs.superposed import BLOCK_ENTRIES, KIND, PackIndex, 
 from peru_cli.artifacts.sparse_delta import short_digest
 
 
+def encode_sums(sums: Sums) -> bytes:
+    """The bytes of a block."""
+    return encode(np.ascontiguousarray(sums), PCO)
+
+
 class PackWriter:
     """Writes one pack: `add` in canonical order, `write` each returned block from any thread, then `finish`."""
 
@@ -52,9 +57,21 @@ class PackWriter:
 
     def write(self, block: tuple[int, Sums], more: Sequence[bytes] = ()) -> None:
         """Encode a block, and write it and then `more` when its turn comes."""
-        data = encode(np.ascontiguousarray(block[1]), PCO)
+        self._put(block[0], [encode_sums(block[1]), *more])
+
+    def splice(self, head: Sums, blocks: Sequence[bytes], tail: Sums) -> None:
+        """Append sums of which another machine has encoded the full blocks: `head` completes the one that has begun, `tail` begins one."""
+        for block in self.add(head):
+            self.write(block)
+        for data in blocks:
+            assert not sum(map(len, self._waiting))
+            self._put(self._block(tail)[0], [data])
+        self._waiting.append(tail)
+
+    def _put(self, ticket: int, parts: list[bytes]) -> None:
+        """Write the parts of a block when its turn comes."""
         with self._lock:
-            self._encoded[block[0]] = [data, *more]
+            self._encoded[ticket] = parts
             while (ready := self._encoded.pop(len(self.blocks), None)) is not None:
                 self.blocks.append(SumBlock(len(ready[0]), short_digest(ready[0])))
                 for part in ready:
