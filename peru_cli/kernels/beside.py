@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-_PROGRAM = "from peru_cli.kernels.server import serve; serve()"
+_PROGRAM = "import gc; gc.disable(); from peru_cli.kernels.server import serve; serve()"  # it lives for seconds
 
 
 class Beside:
@@ -23,6 +23,15 @@ class Beside:
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: dict[str, threading.Event] = {}  # by line; set once there is nothing to wait for
         self._works = bool(sys.executable) and not getattr(sys, "frozen", False)  # in a frozen program it is that program
+
+    def begin(self) -> None:
+        """Start it, if it can be started here."""
+        with self._lock:
+            if self._works:
+                try:
+                    self._start()
+                except OSError:
+                    self._give_up()
 
     def ask(self, lines: Sequence[str]) -> None:
         """Have loops compiled, in this order, unless that was asked for before."""

@@ -66,6 +66,11 @@ def _machine() -> Any:
     return llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
 
 
+def _path(name: str) -> Path | None:
+    _, version, *host = _host()
+    return objects.path_of(name, version, *host)
+
+
 def _tell() -> None:
     global _told
     if not _told:
@@ -110,8 +115,7 @@ class Kernel:
     @property
     def path(self) -> Path | None:
         """Where the object file belongs."""
-        _, version, *host = _host()
-        return objects.path_of(self.name, self.name, version, *host)
+        return _path(self.name)
 
     def is_stored(self) -> bool:
         """Whether the object file is there, or has been loaded. Asked for every block, so looked up until it is."""
@@ -144,6 +148,13 @@ class Kernel:
             code = object_file(self.name, self._function, self._words, self._bound, _machine())
             objects.store(path, code)
         return code
+
+
+def begin_beside() -> None:
+    """Start the process beside this one if this machine has no compiled loops yet: it loads numba while this one opens its inputs."""
+    any_loop = _path("*")
+    if any_loop is not None and objects.can_store(any_loop) and not any(any_loop.parent.glob(any_loop.name)):
+        _beside.begin()
 
 
 def compile_beside(loops: Sequence[Kernel]) -> None:

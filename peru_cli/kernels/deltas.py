@@ -215,8 +215,13 @@ def counts(dtype: str, kind: str) -> list[Kernel]:
 
 
 def selects(dtype: str, kind: str) -> list[Kernel]:
-    """The loops that select entries of a dtype and code where they are, for `compile_beside`."""
-    return [_select[f"{dtype} {kind}"], _put[f"{np.dtype(_EVERY[f'{dtype} {kind}']['b']).itemsize} 4"], _gaps["4"]]
+    """The loops that select entries of a dtype, for `compile_beside`."""
+    return [_select[f"{dtype} {kind}"]]
+
+
+def places(dtype: str, kind: str) -> list[Kernel]:
+    """The loops that put them into the base and code where they are, for `compile_beside`."""
+    return [_put[f"{np.dtype(_EVERY[f'{dtype} {kind}']['b']).itemsize} 4"], _gaps["4"]]
 
 
 class Room:

@@ -38,7 +38,7 @@ def _folder() -> Path:
 
 
 def path_of(name: str, *what: str) -> Path | None:
-    """The path of a loop's object file, which depends on the sources and on `what`. None without a home folder."""
+    """The path of a loop's object file, which depends on the sources and on `what`. `*` is a pattern. None without a home folder."""
     digest = hashlib.sha256(sources() + "\0".join(what).encode()).hexdigest()[:24]
     try:
         return _folder() / f"{name}-{digest}.o"

@@ -226,6 +226,10 @@ def merge(
     wanted = options.parse_dtype(dtype) if dtype not in (None, FP8) else None
     if dtype == FP8 and density is not None:
         raise UsageError("--compress cannot be combined with --dtype fp8", "leave --dtype out: artifacts need a base of floats")
+    if address is None and not run.dry_run:
+        from peru_cli.kernels.build import begin_beside
+
+        begin_beside()
 
     from peru_cli.checkpoints.hub.session import stream_hub
     from peru_cli.checkpoints.local.atomic import check_room, check_target, partial_path

@@ -182,6 +182,10 @@ def prune(
     density = options.parse_density(keep) if keep is not None else None
     options.check_base_id(base_id)
     gates = parse_gates(fail_above or [])
+    if address is None and not run.dry_run:
+        from peru_cli.kernels.build import begin_beside
+
+        begin_beside()
 
     from peru_cli.checkpoints.base_name import name_base
     from peru_cli.checkpoints.hub.session import stream_hub

@@ -25,7 +25,7 @@ from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
 from peru_cli.kernels.build import compile_beside
-from peru_cli.kernels.deltas import counts, selects
+from peru_cli.kernels.deltas import counts, places, selects
 from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place
 from peru_cli.prune.gates import check
@@ -143,7 +143,9 @@ def _passes(
     how, slots = family.how, len(family.slots)
     if how.xp.compiled and how.elsewhere is None and options.density is not None:
         dtypes = {(pair.fine.dtype.name, "f8" if task.wide else "f4") for task in family.tasks for pair in task.pairs.values()}
-        compile_beside([loop for loops in (counts, selects) for each in sorted(dtypes) for loop in loops(*each)])
+        compile_beside(
+            [loop for loops in (selects, counts, places) for each in sorted(dtypes) for loop in loops(*each)]
+        )  # the longest first
     log = PruneLog(journal, family, select, [job.sink for job in jobs])
     per_slot, signs = options.by_tensor, options.values == "sign"
     first = log.restore(per_slot)

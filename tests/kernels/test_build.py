@@ -177,3 +177,13 @@ def test_several_loops_are_compiled_in_one_process_beside(folder: Path, monkeypa
     for loop in loops:
         build._beside.wait(loop.where)
     assert all(loop.is_stored() for loop in loops) and len(list(folder.iterdir())) == 3
+
+
+def test_it_begins_early_only_where_no_loop_is_stored(folder: Path, draws: build.Kernel) -> None:
+    build.begin_beside()
+    first = build._beside._process
+    assert first is not None and not build.at_once([draws]) and build._beside._process is first
+    build._beside.wait(draws.where)
+    build._beside = Beside()
+    build.begin_beside()
+    assert build._beside._process is None and draws.is_stored()
