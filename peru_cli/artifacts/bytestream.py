@@ -56,6 +56,7 @@ class Cursor:
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
+        self._shapes: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
 
     def take(self, n: int) -> bytes:
         if n > len(self._data) - self._at:
@@ -116,11 +117,14 @@ class Cursor:
 
     def shape(self, name: str, dtype: Dtype) -> tuple[int, ...]:
         """Read a tensor's shape. BadFile if no tensor can have it."""
-        shape = tuple(self.number() for _ in range(self.number(MAX_DIMENSIONS)))
+        shape = tuple([self.number() for _ in range(self.number(MAX_DIMENSIONS))])
+        if (known := self._shapes.get((shape, dtype.bits))) is not None:  # each once in memory: most tensors share theirs with others
+            return known
         if math.prod(max(size, 1) for size in shape) > MAX_ENTRIES:
             raise BadFile(f"tensor {name!r} has the impossible shape {list(shape)}")
         if math.prod(shape) * dtype.bits % 8:
             raise BadFile(f"tensor {name!r} does not fill whole bytes")
+        self._shapes[shape, dtype.bits] = shape
         return shape
 
     def names(self) -> Iterator[str]:
@@ -147,4 +151,8 @@ class Cursor:
 
 def _shared(a: bytes, b: bytes) -> int:
     """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # a[:low] is common
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -38,6 +38,10 @@ class Mode(IntEnum):
     COPY = 2  # the base's bytes, unchanged
 
 
+_MODES = {int(mode): mode for mode in Mode}
+_CODES = tuple(_MODES)
+
+
 @dataclass(slots=True)
 class TensorRecord:
     """One tensor of the fine-tune. `base_*` and `kept` are unused in mode WHOLE."""
@@ -241,7 +245,7 @@ def _decode_record(cursor: Cursor, name: str) -> TensorRecord:
 
 def decode_record(cursor: Cursor, name: str, kind: Callable[[TensorInfo, Mode], R], decode_changes: Callable[[R], None]) -> R:
     """Inverse of `encode_record`. BadFile if the record is invalid."""
-    mode = Mode(cursor.one_of(tuple(Mode), "tensor mode"))
+    mode = _MODES[cursor.one_of(_CODES, "tensor mode")]
     dtype = cursor.dtype()
     record = kind(TensorInfo(name, dtype, cursor.shape(name, dtype)), mode)
     shape = record.info.shape

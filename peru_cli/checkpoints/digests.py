@@ -40,6 +40,12 @@ def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
     return b"peru tensor 1\0" + dtype.encode() + b"\0" + ",".join(map(str, shape)).encode() + b"\0"
 
 
+def digest_of_leaves(dtype: Dtype, shape: tuple[int, ...], all_leaves: bytes) -> bytes:
+    """A tensor's digest from the digests of all its chunks; 32 bytes."""
+    digest: bytes = blake3(_head(dtype.name, shape) + all_leaves).digest()
+    return digest
+
+
 _lock = threading.Lock()  # for all tensors together: it is held for microseconds
 
 
@@ -66,7 +72,7 @@ class TensorDigest:
         if self._hash is None:
             assert self._digest is None, "more leaves than the tensor has"
             if len(chunk_leaves) == self._left * blake3.digest_size:  # all of a small tensor
-                self._digest, self._left = blake3(_head(self._dtype.name, self._shape) + chunk_leaves).digest(), 0
+                self._digest, self._left = digest_of_leaves(self._dtype, self._shape, chunk_leaves), 0
                 return
             self._hash = self._begun()
         self._hash.update(chunk_leaves)

@@ -140,13 +140,14 @@ class Checkpoint(ABC):
 
     def identity(self) -> str:
         """A digest that changes when the files do: sizes, modification times, all headers. It contains no path."""
-        parts: list[object] = [[fingerprint(file) for file in self.files]]
-        parts += [
-            [(t.name, t.dtype.name, t.shape, t.begin) for _, t in sorted(self.tensors.items())],
-            sorted(self.metadata.items()),
-            self.part,
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        parts = [[fingerprint(file) for file in self.files], sorted(self.metadata.items()), self.part]
+        total = hashlib.sha256(json.dumps(parts).encode())
+        forms: dict[tuple[int, ...], str] = {}
+        for name in sorted(self.tensors):  # one by one: a table of all as JSON would be far larger
+            info = self.tensors[name]
+            form = forms.get(info.shape) or forms.setdefault(info.shape, str(info.shape))
+            total.update(f"\0{info.name}\0{info.dtype.name} {form} {info.begin}".encode())
+        return total.hexdigest()
 
     def file_digests(self) -> list[str]:
         """SHA-256 of each weight file, in ascending order: what the Hub publishes of them."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from peru_cli.artifacts.index import EXACT, TensorRecord
 from peru_cli.artifacts.reader import SparseDelta
-from peru_cli.checkpoints.bundle import Bundle, pieces_of
+from peru_cli.checkpoints.bundle import Bundle, bundle, pieces_of
 from peru_cli.checkpoints.digests import leaves
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.finetunes.decode import decode_bits
@@ -34,7 +34,11 @@ class DeltaOnBase(OneTask):
             super().read_bundle_watched(info, buffer, witness)
             return
         stream, entries, counts = found
-        self.base.read_many((base, 0, piece) for base, (_, _, piece) in zip(bases, parts, strict=True))
+        below = bundle(bases)
+        if isinstance(below, Bundle):
+            self.base.read_bundle(below, 0, buffer)
+        else:
+            self.base.read_into(below.name, 0, buffer)
         if witness is not None:
             for member, _, piece in parts:
                 if witness.watches("base", member.name):

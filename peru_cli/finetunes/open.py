@@ -24,7 +24,7 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import BadFile, UsageError
 from peru_cli.finetunes.adapter import AdapterWithRest
 from peru_cli.finetunes.delta import DeltaOnBase
-from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base, origins_of
+from peru_cli.finetunes.fine_tune import Artifact, FromArtifact, check_base
 from peru_cli.finetunes.mixed import MixedOnBase
 from peru_cli.finetunes.pack_task import TaskOfPack, base_of_pack
 from peru_cli.finetunes.update import is_update, open_update
@@ -120,8 +120,10 @@ def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact
 
 def recorded_dtypes(artifact: Artifact) -> dict[str, Dtype]:
     """The dtype of each of the base's tensors when an artifact was made, by the base's names."""
-    origins = base_of_pack(artifact) if isinstance(artifact, Pack) else list(origins_of(artifact).values())
-    return {origin.base.name: origin.base.dtype for origin in origins if origin.base is not None}
+    if not isinstance(artifact, Pack):
+        records = (record for record in artifact.records.values() if record.base_dtype is not None)
+        return {artifact.base_name(record): record.base_dtype for record in records}
+    return {origin.base.name: origin.base.dtype for origin in base_of_pack(artifact) if origin.base is not None}
 
 
 def artifact_for(place: Place, task: str | None) -> Place:

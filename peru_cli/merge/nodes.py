@@ -9,7 +9,7 @@ from peru_cli.errors import UsageError
 from peru_cli.finetunes.nodes import There
 from peru_cli.merge.given import Given, build_by_tensor
 from peru_cli.merge.passes.matrices import taken
-from peru_cli.merge.passes.run import family_of, together
+from peru_cli.merge.passes.run import searched, together
 from peru_cli.merge.passes.tiles import Elect, Merge, Products
 from peru_cli.merge.passes.walk import Decided, MergeBuffers, Walk
 from peru_cli.merge.plan import MergePlan, Options, plan_merge
@@ -74,5 +74,5 @@ class MergeSources:
         if self.varied.by_tensor:
             rule = build_by_tensor(method, self.varied, self.parameters, [slot.info.name for slot in plan.slots])
         plan = together(plan, rule, how)
-        family = family_of(plan, how)
+        family = searched(plan, how)
         return MergeStation(family, family.buffers(), plan=plan, rule=rule, how=how)

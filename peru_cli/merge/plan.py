@@ -5,7 +5,7 @@ All problems that show in headers are collected and reported at once, before any
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,7 +29,7 @@ from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.then.table import Pass
 from peru_cli.shown import listed
 from peru_cli.streaming.arrays import BITS, CPU
-from peru_cli.vectors.family import Family, TaskVector
+from peru_cli.vectors.family import Family, StreamSettings, TaskVector
 
 _SHOWN = 12  # problems listed
 _TOKENS = 6  # tokens listed
@@ -81,7 +81,7 @@ class MergePlan:
     fp8: Requantized | None = None
     config: Checkpoint | None = None  # whose config.json is written; None: the reference's
     slots: list[Slot] = field(default_factory=list)  # in canonical order
-    bundled: bool = False  # whether slots are bundles of small tensors
+    family: Family | None = None  # with the same slots, if they are bundles of small tensors
     copied: list[TensorInfo] = field(default_factory=list)
     averaged: list[Slot] = field(default_factory=list)  # running means and variances: the models' weighted mean
     same: dict[str, list[Pair]] = field(default_factory=dict)  # by task, integers and the like: copied, and equal in all models
@@ -109,17 +109,22 @@ class MergePlan:
 def in_bundles(plan: MergePlan, family: Family) -> MergePlan:
     """The same plan with the family's slots."""
     slots = {slot.base.name: slot for slot in plan.slots}
-    bundled = []
+    bundled = list[Slot]()
     for base in family.slots:
         own = [slots[info.name] for info in members(base)]
         inputs = tuple(bundle([slot.inputs[number] for slot in own]) for number in range(len(own[0].inputs)))
         bundled.append(Slot(bundle([slot.info for slot in own]), inputs, base, own[0].tasks))
-    return replace(plan, slots=bundled, bundled=True)
+    return replace(plan, slots=bundled, family=family)
+
+
+def family_of(plan: MergePlan, how: StreamSettings) -> Family:
+    """The task vectors that a plan merges, slot by slot."""
+    return Family(plan.reference, plan.vectors, how) if plan.family is None else plan.family.streamed(how)
 
 
 def in_dtype(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
     """A tensor in another float type, if it has one and another is asked for."""
-    return TensorInfo(info.name, dtype if dtype is not None and info.dtype.compressible else info.dtype, info.shape)
+    return TensorInfo(info.name, dtype, info.shape) if dtype is not None and info.dtype.compressible else info
 
 
 def same_files(a: Checkpoint, b: Checkpoint) -> bool:
@@ -177,8 +182,8 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
     if problems:
         rest = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *rest]))
+    chosen = {slot.base.name for slot in (*plan.slots, *plan.averaged)}
     for name, model in tasks:
-        chosen = {slot.base.name for slot in (*plan.slots, *plan.averaged)}
         pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]
         plan.vectors.append(TaskVector(name, model, Pairing(pairings[name].prefix, pairs)))
     wide = any(vector.wide for vector in plan.vectors)
@@ -216,6 +221,10 @@ class _Planner:
         plan.heads = {task: [] for task in self._models}
         pairs = {task: {pair.base.name: pair for pair in pairing.pairs} for task, pairing in self._pairings.items()}
         reserved = self._sort_whole()
+
+        def lacks(found: Mapping[str, Pair]) -> list[str]:
+            return [task for task in self._models if task not in found] if len(found) < len(self._models) else []
+
         for name in sorted(plan.reference.tensors):
             found = {task: table[name] for task, table in pairs.items() if name in table}
             packed = self._options.verb != "merged" and plan.reference.tensors[name].dtype.compressible
@@ -224,8 +233,8 @@ class _Planner:
                     plan.heads[task].append(pair.fine)
                 if plan.base is not None:
                     plan.copied.append(plan.reference.tensors[name])
-            elif lacking := listed(task for task in self._models if task not in found and (task, name) not in self._options.absent):
-                self.problems.append(f"{name}: in {listed(found)}, not in {lacking}{self._keep(name)}")
+            elif lacking := [t for t in lacks(found) if (t, name) not in self._options.absent]:
+                self.problems.append(f"{name}: in {listed(found)}, not in {listed(lacking)}{self._keep(name)}")
             else:
                 self._tensor(plan.reference.tensors[name], found)
         for kinds, names in self._dtypes.items():
@@ -269,14 +278,15 @@ class _Planner:
 
     def _tensor(self, base: TensorInfo, found: dict[str, Pair]) -> None:
         plan, name = self._plan, base.name
-        grown = [f"{task} {pair.fine.shape[0]:,}" for task, pair in found.items() if pair.grown]
-        if grown:
+        if any(pair.grown for pair in found.values()):
+            grown = [f"{task} {pair.fine.shape[0]:,}" for task, pair in found.items() if pair.grown]
             self.problems.append(f"vocabularies differ: {name} has {listed(grown)} rows, {plan.reference.label} {base.shape[0]:,}")
             return
         infos = [pair.fine for pair in found.values()]
         kinds = {info.dtype.compressible for info in [*infos, base]}
-        numbers = tuple(number for number, task in enumerate(self._models) if task in found)
-        tasks = numbers if len(numbers) < len(self._models) else None
+        tasks = None
+        if len(found) < len(self._models):
+            tasks = tuple(number for number, task in enumerate(self._models) if task in found)
         if kinds == {True} and is_statistic(name):
             plan.averaged.append(Slot(in_dtype(base, self._options.dtype), tuple(infos), base, tasks))
         elif kinds == {True} and is_buffer(base):
@@ -284,7 +294,7 @@ class _Planner:
             self._is_same(found)
         elif kinds == {True}:
             given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
-            if len(set(given.values())) > 1 and self._options.dtype is None:
+            if self._options.dtype is None and len(set(given.values())) > 1:
                 text = "dtypes differ: " + listed(f"{task} {dtype}" for task, dtype in given.items())
                 self._dtypes.setdefault(text, []).append(name)
             codes = self._options.fp8 is not None and name in self._options.fp8.weights

@@ -236,6 +236,8 @@ def _threshold(sink: Sink, slot: int) -> Threshold:
 
 def fetch_bytes(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions) -> int:
     """Bytes to fetch over the network if the sample predicts the thresholds well; 0 for local files."""
+    if not base.ranged and not any(task.vector.fine.ranged for task in tasks):
+        return 0
     family = Family(base, [task.vector for task in tasks], StreamSettings(CPU, 1, DEFAULT_TILE))
     twice = (
         []

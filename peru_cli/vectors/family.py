@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,6 +118,12 @@ class Family:
         widths = (d.bits // 8 for task in tasks for pair in task.pairs.values() for d in (pair.fine.dtype, pair.base.dtype))
         self._width = max(widths, default=1)  # once: with a threshold for each tensor there are as many passes as tensors
         self.entries = [max([s.entries] + [pairs[s.name].fine.entries for pairs in self.pairs if s.name in pairs]) for s in self.slots]
+
+    def streamed(self, how: StreamSettings) -> Family:
+        """The same family, with other settings."""
+        other = copy(self)
+        other.how = how
+        return other
 
     def plan(self, first: int = 0) -> TilePlan:
         """Tiles of all slots, or of those from `first` on, each as long as its longest tensor."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
+from peru_cli.checkpoints.bundle import Bundle, Ends
 from peru_cli.checkpoints.header import Header, TensorInfo
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.files import RandomAccess, RandomAccessFile, open_random, read_header
@@ -118,22 +121,27 @@ class SafetensorsCheckpoint(Checkpoint):
         if self._seal_of and name in self._seal_of:
             self._seal_of[name].saw(name, offset, buffer)
 
-    def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
-        if self.ranged:
-            super().read_many(parts)
+    def read_bundle(self, info: Bundle, start: int, buffer: memoryview) -> None:
+        if self.ranged or info.dtype.bits % 8 or not len(buffer):
+            super().read_bundle(info, start, buffer)
             return
-        wanted = sorted(
-            (self._file_of.get(info.name, 0), self._where(info.name)[1] + offset, at, info.name, offset, buffer)
-            for at, (info, offset, buffer) in enumerate(parts)
-        )
-        for run in _runs(wanted):
-            number, begin, *_ = run[0]
-            room = memoryview(bytearray(run[-1][1] + len(run[-1][-1]) - begin))
-            self._files[number].read_into(begin, room)
-            for _, at, _, name, offset, buffer in run:
-                buffer[:] = room[at - begin : at - begin + len(buffer)]
-                if self._seal_of and name in self._seal_of:
-                    self._seal_of[name].saw(name, offset, buffer)
+        width = info.dtype.bits // 8
+        first, last = np.searchsorted(info.ends, (start, start + len(buffer) // width - 1), "right").tolist()
+        members = info.members[first : last + 1]
+        skipped = (start - int(info.ends[first - 1]) if first else start) * width  # bytes of the first one
+        ends = np.minimum((info.ends[first : last + 1] - start) * width, len(buffer))  # in the buffer
+        begins = np.concatenate([[0], ends[:-1]])
+        places = np.array([self._infos[member.name].begin for member in members])
+        numbers = np.array([self._file_of[member.name] for member in members]) if self._file_of else np.zeros(len(members), np.int64)
+        places += np.array(self._begins)[numbers]
+        places[0] += skipped
+        for number in np.unique(numbers).tolist():
+            mine = (numbers == number) & (ends > begins)
+            if mine.any():
+                _gather(self._files[number], places[mine], begins[mine], ends[mine], buffer)
+        for member, begin, end in zip(members, begins.tolist(), ends.tolist(), strict=True) if self._seal_of else ():
+            if member.name in self._seal_of:
+                self._seal_of[member.name].saw(member.name, 0 if begin else skipped, buffer[begin:end])
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
         places = ((*self._where(name), offset, nbytes) for name, offset, nbytes in ranges)
@@ -168,19 +176,29 @@ class SafetensorsCheckpoint(Checkpoint):
             file.close()
 
 
-_Part = tuple[int, int, int, str, int, memoryview]  # file, offset in it, a unique number, tensor, offset in the tensor, buffer
+def _gather(file: RandomAccess, places: Ends, begins: Ends, ends: Ends, buffer: memoryview) -> None:
+    """Fill parts of a buffer, from `begins` to `ends`, with bytes of a file from `places` on; each (n,).
 
-
-def _runs(wanted: list[_Part]) -> Iterator[list[_Part]]:
-    """Parts sorted by offset, grouped into those that are read at once: small gaps are read too."""
-    run: list[_Part] = []
-    for part in wanted:
-        if run and (part[0] != run[-1][0] or part[1] > run[-1][1] + len(run[-1][-1]) + _GAP):
-            yield run
-            run = []
-        run.append(part)
-    if run:
-        yield run
+    What lies close together in the file is read at once: small gaps are read too."""
+    sizes = ends - begins
+    joined = (
+        np.flatnonzero((places[1:] != places[:-1] + sizes[:-1]) | (begins[1:] != ends[:-1])) + 1
+    )  # where parts do not follow each other
+    firsts, lasts = np.concatenate([[0], joined]), np.concatenate([joined, [len(places)]]) - 1
+    places, begins, ends = places[firsts], begins[firsts], ends[lasts]
+    order = np.argsort(places, kind="stable")
+    places, begins, ends = places[order], begins[order], ends[order]
+    stops = places + ends - begins
+    cuts = np.flatnonzero(places[1:] > stops[:-1] + _GAP) + 1
+    for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(places)], strict=True):
+        if last == first + 1:
+            file.read_into(int(places[first]), buffer[int(begins[first]) : int(ends[first])])
+            continue
+        at = int(places[first])
+        room = memoryview(bytearray(int(stops[last - 1]) - at))
+        file.read_into(at, room)
+        for place, stop, begin, end in zip(*(array[first:last].tolist() for array in (places, stops, begins, ends)), strict=True):
+            buffer[begin:end] = room[place - at : stop - at]
 
 
 class _Again:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, digest_of_all, leaves
+from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, digest_of_all, digest_of_leaves, leaves
 from peru_cli.checkpoints.header import Header, TensorInfo
 from peru_cli.errors import BadFile
 
@@ -36,20 +36,21 @@ _lock = threading.Lock()  # for all tensors' pieces
 class Collected:
     """A tensor's digest from pieces in any order, some of them repeated. Thread-safe."""
 
-    __slots__ = ("_chunks", "_next", "_tree", "_waiting", "info", "touched")
+    __slots__ = ("_digest", "_next", "_tree", "_waiting", "info", "touched")
 
     def __init__(self, info: TensorInfo) -> None:
         self.info = info
-        self._tree = TensorDigest(info.dtype, info.shape)
-        self._chunks = -(-info.entries // CHUNK)
-        self._next = 0  # chunks that are in the tree
-        self._waiting: dict[int, bytes] | None = None  # created on demand: most tensors are read in one piece
+        self._next = 0  # chunks that are in the digest
+        # Created on demand: there may be a hundred thousand tensors, and most are read in one piece.
+        self._tree: TensorDigest | None = None
+        self._waiting: dict[int, bytes] | None = None
+        self._digest: bytes | None = None  # once it is complete
         self.touched = False
 
     @property
     def complete(self) -> bool:
         """Whether every chunk has been read."""
-        return self._next == self._chunks
+        return self._next * CHUNK >= self.info.entries
 
     @property
     def next_entry(self) -> int:
@@ -59,7 +60,8 @@ class Collected:
     def saw(self, offset: int, data: memoryview) -> bool:
         """Add bytes from an offset on. Returns whether the tensor is now complete. Ignores partial chunks."""
         self.touched = True
-        dtype, total = self.info.dtype, self.info.nbytes
+        info = self.info
+        dtype, total = info.dtype, info.nbytes
         size = dtype.nbytes(CHUNK)
         if self.complete or offset % size or (len(data) % size and offset + len(data) != total) or not len(data):
             return False
@@ -70,9 +72,8 @@ class Collected:
         with _lock:
             if self.complete:
                 return False
-            if self._chunks == 1:
-                self._tree.add(found)
-                self._next = 1
+            if info.entries <= CHUNK:
+                self._digest, self._next = digest_of_leaves(dtype, info.shape, found)[:SHORT], 1
                 return True
             waiting = self._waiting if self._waiting is not None else {}
             waiting[first] = found
@@ -82,17 +83,20 @@ class Collected:
 
     def _settle(self, waiting: dict[int, bytes]) -> None:
         width = blake3.digest_size
+        tree = self._tree = self._tree or TensorDigest(self.info.dtype, self.info.shape)
         for first in sorted(waiting):
             if first > self._next:
                 break
             ready = waiting.pop(first)[(self._next - first) * width :]
-            self._tree.add(ready)
+            tree.add(ready)
             self._next += len(ready) // width
+        if self.complete:
+            self._digest, self._tree = tree.digest()[:SHORT], None
 
     def digest(self) -> bytes:
         """The first half of the digest. Every chunk must have been added."""
         assert self.complete, self.info.name
-        return self._tree.digest()[:SHORT]
+        return self._digest if self._digest is not None else digest_of_leaves(self.info.dtype, self.info.shape, b"")[:SHORT]
 
 
 def blank(tensors: Sequence[TensorInfo], files: Mapping[str, bytes]) -> dict[str, str]:
@@ -209,6 +213,8 @@ class Sealed:
 
 def complete(collected: Collected, read: Any) -> None:
     """Add the rest of a tensor to its digest, with `read(offset, buffer)`."""
+    if collected.complete:
+        return
     info = collected.info
     room = bytearray(info.dtype.nbytes(min(_PIECE, info.entries)))
     while not collected.complete:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,8 +76,10 @@ class _Layout:
         def read(offset: int, buffer: memoryview) -> None:
             buffer[:] = file.read_at(self.at[name] + offset, len(buffer))
 
-        complete(self.collected[name], read)
-        return self.collected[name].digest()
+        collected = self.collected[name]
+        if not collected.complete:
+            complete(collected, read)
+        return collected.digest()
 
     def forget(self, name: str) -> None:
         """A tensor will be written again."""
@@ -149,25 +151,32 @@ class CheckpointWriter(ABC):
     def __exit__(self, *exc: object) -> None: ...
 
 
-_Where = Mapping[str, tuple[PartialFile, _Layout]]
+_Where = Callable[[str], tuple[PartialFile, _Layout] | None]  # the file that a tensor goes to
 
 
 def _claim(journal: Journal, where: _Where, name: str, note: Any, parts: Sequence[str] | None) -> None:
     """Note in a journal that a tensor is written, and what its parts are."""
-    digests = {part: where[part][1].digest(where[part][0], part).hex() for part in parts or [name]}
+    digests = {part: _digest(where, part) for part in parts or [name]}
     journal.claim(name, {"note": note, "digests": digests})
+
+
+def _digest(where: _Where, name: str) -> str | None:
+    """A written tensor's digest, hexadecimal. None if no file has it."""
+    found = where(name)
+    return found[1].digest(found[0], name).hex() if found is not None else None
 
 
 def _believe(journal: Journal, where: _Where) -> None:
     """Keep in `done` what is still what was written, with its note; anything else is written again."""
     for name, told in list(journal.done.items()):
-        digests = {part: digest for part, digest in told["digests"].items() if part in where}
-        if all(where[part][1].digest(where[part][0], part).hex() == digest for part, digest in digests.items()):
+        digests = {part: digest for part, digest in told["digests"].items() if where(part) is not None}
+        if all(_digest(where, part) == digest for part, digest in digests.items()):
             journal.done[name] = told["note"]
         else:
             del journal.done[name]
             for part in digests:
-                where[part][1].forget(part)
+                if (found := where(part)) is not None:
+                    found[1].forget(part)
 
 
 class FileWriter(CheckpointWriter):
@@ -188,7 +197,6 @@ class FileWriter(CheckpointWriter):
         self.order, header, size = self._layout.order, self._layout.header, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
         self._file = PartialFile(target, sync, resume=resume_key is not None)
-        self._where = dict.fromkeys((info.name for info in self.order), (self._file, self._layout))
         try:
             if resume_key is not None:
                 path = self._file.path.with_name(self._file.path.name + "-journal")
@@ -204,6 +212,9 @@ class FileWriter(CheckpointWriter):
     def nbytes(self) -> int:
         """Size of the file."""
         return self._layout.size
+
+    def _where(self, name: str) -> tuple[PartialFile, _Layout] | None:
+        return (self._file, self._layout) if name in self._layout.at else None
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         self._layout.saw(name, offset, data)
@@ -276,7 +287,7 @@ class DirectoryWriter(CheckpointWriter):
                 self.journal = Journal(
                     path, resume_key, ours, sync, lambda _: not fresh and all(fits(file, at.header, at.size) for file, at in self._files)
                 )
-                _believe(self.journal, self._where)
+                _believe(self.journal, self._where.get)
                 self._remove_strangers(names)
             for file, layout in self._files:
                 file.write_at(0, layout.header)
@@ -316,7 +327,7 @@ class DirectoryWriter(CheckpointWriter):
 
     def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
         if self.journal is not None:
-            _claim(self.journal, self._where, name, note, parts)
+            _claim(self.journal, self._where.get, name, note, parts)
 
     def seal(self) -> None:
         """Call when everything is written: the unfinished folder can be read as a checkpoint before `commit`."""

@@ -88,6 +88,8 @@ def _renamed(model: Checkpoint, table: Mapping[str, str]) -> tuple[Checkpoint, l
 def _loaded_table(model: Checkpoint, base: Checkpoint) -> tuple[dict[str, str], dict[str, Layout]]:
     """Old names to new ones for tensors that transformers loads under one of the base's names, and layouts of the base's tensors
     that it makes of several or of other ones. Both empty if enough has a partner."""
+    if model.tensors.keys() == base.tensors.keys() and all(info.shape == base.tensors[name].shape for name, info in model.tensors.items()):
+        return {}, {}
     sizes = [sum(info.nbytes for info in side) for side in unpaired(model, pair_up(model, base), None)]
     if max(size / max(side.nbytes, 1) for size, side in zip(sizes, (model, base), strict=True)) <= REFUSED:
         return {}, {}

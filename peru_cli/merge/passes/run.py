@@ -20,7 +20,7 @@ from peru_cli.merge.passes.matrices import MergeMatrices, check_memory, taken
 from peru_cli.merge.passes.then import After, Gather
 from peru_cli.merge.passes.tiles import Elect, Merge, Products
 from peru_cli.merge.passes.walk import Decided
-from peru_cli.merge.plan import MergePlan, in_bundles, in_dtype
+from peru_cli.merge.plan import MergePlan, family_of, in_bundles, in_dtype
 from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold
 from peru_cli.methods.rules import Rule
@@ -55,9 +55,9 @@ def together(plan: MergePlan, rule: Rule, how: StreamSettings) -> MergePlan:
     return plan
 
 
-def family_of(plan: MergePlan, how: StreamSettings) -> Family:
+def searched(plan: MergePlan, how: StreamSettings) -> Family:
     """The family over which thresholds are searched: these passes hold one task's tile at a time, the others hold all tasks'."""
-    return Family(plan.reference, plan.vectors, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)), plan.bundled)
+    return family_of(plan, replace(how, tile_entries=max(how.tile_entries, ONE_INPUT_TILE)))
 
 
 def merge(
@@ -142,7 +142,7 @@ def decide(plan: MergePlan, rule: Rule, how: StreamSettings, note: Callable[[str
     if rule.trims:
         note("finding thresholds")
         assert plan.base is not None
-        family = family_of(plan, how)
+        family = searched(plan, how)
         decided.thresholds = [_thresholds(plan, family, rule, index, journal) for index in range(len(rule.trims))]
     tiles = TilePlan([slot.info.entries for slot in plan.slots], how.tile_entries)
     if rule.wants_signs:

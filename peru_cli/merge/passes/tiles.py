@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.checkpoints.bundle import cut, members, pieces_of
+from peru_cli.checkpoints.bundle import Bundle, cut, members, pieces_of
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.writer import CheckpointWriter
@@ -134,8 +134,11 @@ class Merge(Walk):
         slot = self._plan.slots[number]
         after = self._follows(slot)
         if after is None:
-            for info, start, piece in pieces_of(slot.info, tile.start, result.data.cast("B")):
-                self._writer.write(info.name, info.dtype.nbytes(start), piece)
+            parts = list(pieces_of(slot.info, tile.start, result.data.cast("B")))
+            if isinstance(slot.info, Bundle):  # one tile has all of it
+                self._writer.write_whole([piece for _, _, piece in parts], [info.name for info, _, _ in parts])
+            else:
+                self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), parts[0][2])
         else:
             after.add(number, tile.start, result)
         with self._lock:

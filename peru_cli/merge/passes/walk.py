@@ -13,14 +13,14 @@ from peru_cli.checkpoints.bundle import cut
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.kernels.merging import elections
 from peru_cli.kernels.merging.elections import MOST, within
-from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.merge.plan import MergePlan, Slot, family_of
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.methods.rules import Kept, Rule, RuleInput, Scratch
 from peru_cli.streaming.aligned import TileBuffer, read_bits
 from peru_cli.streaming.arrays import Array
 from peru_cli.streaming.engine import Reads, expect
 from peru_cli.streaming.tiles import Tile
-from peru_cli.vectors.family import Aligned, Family, StreamSettings
+from peru_cli.vectors.family import Aligned, StreamSettings
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Walk(ABC):
         self._kind = "f8" if any(info.dtype.name == "F64" for info in infos) else "f4"
         self._xp = how.xp
         self._reads_base = rule.on_vectors
-        self._family = Family(plan.reference, plan.vectors, how, plan.bundled)
+        self._family = family_of(plan, how)
 
     def _count_owed(self, done: dict[str, Any]) -> dict[int, list[list[int]]]:
         """Equals of tensors that an earlier run wrote, summed up to the next slot of this walk."""
