@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -96,6 +96,11 @@ class TensorDigest:
                 self._next += len(ready) // blake3.digest_size * CHUNK
                 ready = self._waiting.pop(self._next, None) if self._waiting else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether all leaves were added."""
+        return not self._left
+
     def digest(self) -> bytes:
         """The digest, 32 bytes."""
         assert not self._waiting, "leaves are missing"
@@ -104,13 +109,47 @@ class TensorDigest:
         return (self._hash if self._hash is not None else self._begun()).digest()  # type: ignore[no-any-return]
 
 
-class KnownDigest(TensorDigest):
-    """The digest of a tensor that an earlier run has read."""
+class Digests:
+    """The digests of many tensors, each from its leaves in any order. Thread-safe.
 
-    __slots__ = ()
+    Beside its digest, a tensor takes memory only from its first leaf to its last: there may be a hundred thousand."""
 
-    def __init__(self, digest: bytes) -> None:
-        self._digest, self._waiting = digest, None
+    def __init__(self, tensor: Callable[[str], TensorInfo | None]) -> None:
+        """`tensor` finds a tensor by the name that its leaves come under."""
+        self._tensor = tensor
+        self._begun: dict[str, TensorDigest] = {}
+        self.found: dict[str, bytes] = {}  # 32 bytes each; digests that an earlier run found can be put here
+
+    def add_at(self, name: str, start: int, chunk_leaves: bytes) -> None:
+        """Add the leaves of the chunks from entry `start` of a tensor on."""
+        info = self._tensor(name)
+        assert info is not None, name
+        if len(chunk_leaves) * CHUNK >= info.entries * blake3.digest_size:  # all of it
+            self.found[name] = digest_of_leaves(info.dtype, info.shape, chunk_leaves)
+            return
+        tree = self._begun.get(name) or self._begun.setdefault(name, TensorDigest(info.dtype, info.shape))
+        tree.add_at(start, chunk_leaves)
+        if tree.complete:
+            self.found[name] = tree.digest()
+            self._begun.pop(name, None)
+
+    def digest(self, name: str) -> bytes:
+        """The digest of a tensor whose leaves were all added; 32 bytes."""
+        if (found := self.found.get(name)) is None:
+            info = self._tensor(name)
+            assert info is not None and not info.entries, f"leaves of {name} are missing"
+            found = self.found[name] = digest_of_leaves(info.dtype, info.shape, b"")
+        return found
+
+    def take(self, name: str) -> bytes:
+        """The digest of a tensor, which is then forgotten; 32 bytes."""
+        digest = self.digest(name)
+        del self.found[name]
+        return digest
+
+    def all(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The digests of these tensors by name."""
+        return {name: self.digest(name) for name in names}
 
 
 def tensor_digest(info: TensorInfo, data: bytes | memoryview) -> bytes:

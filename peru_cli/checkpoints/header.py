@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from operator import add, is_
 from types import MappingProxyType
 from typing import Any
@@ -248,20 +249,21 @@ def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str], res
     Metadata comes first, sorted, then tensors in the order of their data. `reserve` is the least total size in bytes, for
     headers that are filled in after the data was written."""
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    text = bytearray(8)
-    text += b"{"
-    text += f"{encode(METADATA_KEY)}:{encode(dict(sorted(metadata.items())))},".encode() if metadata else b""
+    text = BytesIO()  # which gives its bytes away without a copy
+    text.write(bytes(8) + b"{")
+    text.write(f"{encode(METADATA_KEY)}:{encode(dict(sorted(metadata.items())))}".encode() if metadata else b"")
+    comma = "," if metadata else ""
     for info in sorted(tensors, key=lambda t: (t.begin, t.nbytes, t.name)):  # one by one: a table of all would be far larger
         begin, shape = info.begin, ",".join(map(str, info.shape))
         entry = f'{{"dtype":"{info.dtype.name}","shape":[{shape}],"data_offsets":[{begin},{begin + info.nbytes}]}}'
-        text += f"{encode(info.name)}:{entry},".encode()
-    if text.endswith(b","):
-        del text[-1:]
-    text += b"}"
-    total = max(len(text), reserve)
+        text.write(f"{comma}{encode(info.name)}:{entry}".encode())
+        comma = ","
+    text.write(b"}")
+    total = max(text.tell(), reserve)
     total += -total % 8
     if total > MAX_WRITTEN_HEADER_BYTES:
         raise BadFile(f"the header would take {total / 1e6:.1f} MB, above the {MAX_WRITTEN_HEADER_BYTES / 1e6:g} MB that readers take")
-    text[:8] = (total - 8).to_bytes(8, "little")
-    text += b" " * (total - len(text))
-    return bytes(text)
+    text.write(b" " * (total - text.tell()))
+    text.seek(0)
+    text.write((total - 8).to_bytes(8, "little"))
+    return text.getvalue()

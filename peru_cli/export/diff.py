@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from peru_cli.checkpoints.checks.unpaired import judge
-from peru_cli.checkpoints.digests import KnownDigest
 from peru_cli.checkpoints.local.atomic import MemoryFile
 from peru_cli.checkpoints.pairing import pair_checkpoints
 from peru_cli.checkpoints.resolve import check_task
@@ -123,12 +122,12 @@ class _Difference:
             with job.writer:
                 job.sink.add_threshold(ALL_CHANGED)
                 select = Select(family, [job.sink])
-                select.base_digests |= {key: KnownDigest(digest) for key, digest in (known or {}).items() if key in select.base_digests}
+                select.base_digests.found |= known or {}
                 select.follow = follow
                 run(select, family.plan(), how.threads)
                 job.seal(select)
                 job.commit()
-            self.digests = {key: tree.digest() for key, tree in job.sink.result.items()}
+            self.digests = job.sink.result.all(job.sink.kept)
             pairs = family.pairs[0].values() if follow else ()
             self.followed = {
                 p.fine.name for p in pairs if (p.fine.name, p.fine.dtype, p.fine.shape) == (p.base.name, p.base.dtype, p.base.shape)

@@ -40,9 +40,8 @@ class DeltaOnBase(OneTask):
         else:
             self.base.read_into(below.name, 0, buffer)
         if witness is not None:
-            for member, _, piece in parts:
-                if witness.watches("base", member.name):
-                    witness.saw("base", member.name, 0, leaves(piece, info.dtype))
+            for member, _, piece in parts if witness.watches("base") else ():
+                witness.saw("base", member.name, 0, leaves(piece, info.dtype))
         if stream is not None and len(entries.positions):
             bits = np.frombuffer(buffer, BITS[info.dtype.bits])
             put(bits, entries.positions, decode_bits(bits.take(entries.positions), entries, stream.values, info.dtype))

@@ -18,7 +18,7 @@ from peru_cli.artifacts.reader import SparseDelta
 from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.bundle import Bundle, pieces_of
-from peru_cli.checkpoints.digests import SHORT, TensorDigest, checkpoint_digest, leaves
+from peru_cli.checkpoints.digests import SHORT, Digests, checkpoint_digest, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import AGAIN, Checkpoint
 from peru_cli.console import plural
@@ -45,16 +45,16 @@ class Origin:
 class Witness:
     """Digests of all that is read while a fine-tune is computed, by role and tensor. Thread-safe."""
 
-    def __init__(self, trees: dict[tuple[str, str], TensorDigest]) -> None:
-        self._trees, self._kept, self._lock = trees, dict[str, int](), threading.Lock()
+    def __init__(self, roles: dict[str, Digests]) -> None:
+        self._roles, self._kept, self._lock = roles, dict[str, int](), threading.Lock()
 
-    def watches(self, role: str, name: str) -> bool:
-        """Whether a tensor is digested."""
-        return (role, name) in self._trees
+    def watches(self, role: str) -> bool:
+        """Whether tensors are digested in a role."""
+        return role in self._roles
 
     def saw(self, role: str, name: str, start: int, leaves: bytes) -> None:
         """Add the leaves of the chunks from entry `start` of a tensor on."""
-        self._trees[role, name].add_at(start, leaves)
+        self._roles[role].add_at(name, start, leaves)
 
     def saw_kept(self, name: str, entries: int) -> None:
         """Count kept entries of the fine-tune's tensor `name`."""
@@ -66,13 +66,13 @@ class Witness:
         """How many kept entries of a tensor were read."""
         return self._kept.get(name, 0)
 
-    def digest(self, role: str, name: str) -> bytes:
-        """The digest of a tensor that was read to its end; 32 bytes."""
-        return self._trees[role, name].digest()
+    def take(self, role: str, name: str) -> bytes:
+        """The digest of a tensor that was read to its end, which is then forgotten; 32 bytes."""
+        return self._roles[role].take(name)
 
-    def digests(self, role: str) -> dict[str, bytes]:
-        """All digests of a role, by tensor."""
-        return {name: tree.digest() for (found, name), tree in self._trees.items() if found == role}
+    def digests(self, role: str, names: Iterable[str]) -> dict[str, bytes]:
+        """The digests of tensors in a role, by tensor."""
+        return self._roles[role].all(names)
 
 
 class FineTune(Checkpoint):
@@ -136,7 +136,7 @@ class FromArtifact(FineTune):
         self.files = [*base.files, artifact.path]
 
     @abstractmethod
-    def trees(self) -> dict[tuple[str, str], TensorDigest]:
+    def roles(self) -> dict[str, Digests]:
         """What to digest while all of it is read, besides the base."""
 
     @abstractmethod
@@ -219,8 +219,9 @@ def origins_of(artifact: SingleArtifact[Any]) -> dict[str, Origin]:
         if record.mode == Mode.WHOLE:
             origins[name] = Origin(record.info)
         else:
-            base = TensorInfo(artifact.base_name(record), record.base_dtype, record.base_shape)
-            base = record.info if base == record.info else base
+            named, shape = artifact.base_name(record), record.base_shape
+            same = record.base_dtype is record.info.dtype and named == name and shape == record.info.shape
+            base = record.info if same else TensorInfo(named, record.base_dtype, shape)
             origins[name] = Origin(record.info, base, record.base_digest, record.changes, record.kept)
     return origins
 
@@ -280,15 +281,15 @@ class OneTask(FromArtifact):
         had = origin.base.dtype
         raw = out if had is dtype else self.room(had.nbytes(len(out) * 8 // dtype.bits))
         self.base.read_into(origin.base.name, had.nbytes(start), raw)
-        if witness is not None and witness.watches("base", record.info.name):
+        if witness is not None and witness.watches("base"):
             witness.saw("base", record.info.name, start, leaves(raw, had))
         if had is not dtype:
             np.copyto(np.frombuffer(out, BITS[dtype.bits]), cast_bits(CPU, np.frombuffer(raw, BITS[had.bits]), had, dtype))
 
-    def trees(self) -> dict[tuple[str, str], TensorDigest]:
-        return {("result", info.name): TensorDigest(info.dtype, info.shape) for info in self.tensors.values()}
+    def roles(self) -> dict[str, Digests]:
+        return {"result": Digests(self.tensors.get)}
 
     def settle(self, witness: Witness) -> None:
-        if checkpoint_digest(witness.digests("result")) != self.single.result_digest:
+        if checkpoint_digest(witness.digests("result", self.tensors)) != self.single.result_digest:
             message = f"{self.single.path}: the result is not the checkpoint that was pruned"
             raise BadFile(message, "please report this with both file names")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from peru_cli.artifacts.container import artifact_kind, find_artifact, is_artifact
 from peru_cli.artifacts.mixed.reader import Mixed
@@ -11,6 +12,7 @@ from peru_cli.artifacts.packs.masks import KINDS, open_pack
 from peru_cli.artifacts.packs.pack import Pack
 from peru_cli.artifacts.packs.routed import KIND as ROUTED
 from peru_cli.artifacts.reader import SparseDelta
+from peru_cli.artifacts.single import SingleArtifact
 from peru_cli.checkpoints.checks.usable import usable
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local.checkpoint import open_file
@@ -121,8 +123,8 @@ def open_artifact(path: Place, label: str, base: Checkpoint | Callable[[Artifact
 def recorded_dtypes(artifact: Artifact) -> dict[str, Dtype]:
     """The dtype of each of the base's tensors when an artifact was made, by the base's names."""
     if not isinstance(artifact, Pack):
-        records = (record for record in artifact.records.values() if record.base_dtype is not None)
-        return {artifact.base_name(record): record.base_dtype for record in records}
+        single: SingleArtifact[Any] = artifact
+        return {single.base_name(record): record.base_dtype for record in single.records.values() if record.base_dtype is not None}
     return {origin.base.name: origin.base.dtype for origin in base_of_pack(artifact) if origin.base is not None}
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from peru_cli.artifacts.cache import BlockCache
-from peru_cli.artifacts.packs.masks import MaskPack, mask_digest, mask_leaves
-from peru_cli.artifacts.packs.pack import Pack, Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.packs.masks import MaskPack, as_mask, mask_leaves
+from peru_cli.artifacts.packs.pack import Pack, Sums, as_sums, sum_leaves
 from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode, TaskRecord
-from peru_cli.checkpoints.digests import TensorDigest, checkpoint_digest, leaves
+from peru_cli.checkpoints.digests import Digests, checkpoint_digest, leaves
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.source import Checkpoint
@@ -84,12 +84,12 @@ class TaskOfPack(FromArtifact):
         self._places = {source: place for place, source in self._arrangement.sources(self.task, self.record.shift).items()}
         self._rows: BlockCache[Floats] = BlockCache(_ROWS)
 
-    def trees(self) -> dict[tuple[str, str], TensorDigest]:
-        sums = [record.info for record in self.pack.index.tensors if record.is_sum]
-        trees = {("sums", info.name): sums_digest(info) for info in sums}
+    def roles(self) -> dict[str, Digests]:
+        sums = {name: record.info for name, record in self.pack.records.items() if record.is_sum}
+        roles = {"sums": Digests({name: as_sums(info) for name, info in sums.items()}.get)}
         if isinstance(self.pack, MaskPack):
-            trees |= {("mask", info.name): mask_digest(info) for info in sums}
-        return trees
+            roles["mask"] = Digests({name: as_mask(info) for name, info in sums.items()}.get)
+        return roles
 
     def verify_stored(self) -> None:
         for tensor in self.record.tensors:
@@ -97,9 +97,10 @@ class TaskOfPack(FromArtifact):
 
     def settle(self, witness: Witness) -> None:
         pack, hint = self.pack, "please report this with the file's name"
-        if checkpoint_digest(witness.digests("sums")).hex() != pack.metadata["peru.sums"]:
+        sums = [name for name, record in pack.records.items() if record.is_sum]
+        if checkpoint_digest(witness.digests("sums", sums)).hex() != pack.metadata["peru.sums"]:
             raise BadFile(f"{pack.path}: its sums are not those that were packed", hint)
-        if isinstance(pack, MaskPack) and checkpoint_digest(witness.digests("mask")) != pack.masks[self.record.name].digest:
+        if isinstance(pack, MaskPack) and checkpoint_digest(witness.digests("mask", sums)) != pack.masks[self.record.name].digest:
             raise BadFile(f"{pack.path}: the mask of {self.record.name} is not the one that was written", hint)
 
     def read_watched(self, name: str, offset: int, buffer: memoryview, witness: Witness | None) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from peru_cli.checkpoints.bundle import Bundle
-from peru_cli.checkpoints.digests import TensorDigest
+from peru_cli.checkpoints.digests import Digests
 from peru_cli.checkpoints.local.writer import NullWriter
 from peru_cli.checkpoints.quantized.fp8 import Dequantized
 from peru_cli.checkpoints.source import Checkpoint
@@ -32,9 +32,8 @@ class Proven(Checkpoint):
         self.source, self.ranged = source, source.base.ranged
         self.label, self.kind, self.tensors, self.metadata = source.label, source.kind, source.tensors, source.metadata
         self.side_files, self.warnings, self.files = source.side_files, source.warnings, source.files
-        based = [(name, origin.base) for name, origin in source.origins.items() if origin.base is not None]
-        below = {("base", name): TensorDigest(base.dtype, base.shape) for name, base in based if self._early}
-        self._witness = Witness(below | source.trees())
+        below = {"base": Digests(lambda name: source.origins[name].base)} if self._early else {}
+        self._witness = Witness(below | source.roles())
         self._left = {name: info.entries for name, info in source.tensors.items()}
         self._lock = threading.Lock()
         self._bad: list[str] = []
@@ -66,7 +65,7 @@ class Proven(Checkpoint):
     def _check(self, name: str) -> None:
         """Call when all of a tensor was read."""
         origin, artifact = self.source.origins[name], self.source.artifact
-        if self._early and origin.base is not None and not is_base(origin, self._witness.digest("base", name)):
+        if self._early and origin.base is not None and not is_base(origin, self._witness.take("base", name)):
             self._differs(origin.base.name)
         elif (found := self._witness.kept(name)) != origin.kept:
             raise BadFile(f"{artifact.path}: tensor {name!r} has {found} kept entries, the index says {origin.kept}")
@@ -100,7 +99,7 @@ class Proven(Checkpoint):
 
     def result_digests(self) -> dict[str, bytes]:
         """The digests of all tensors that were read to their end, 32 bytes each. Empty for a pack."""
-        return self._witness.digests("result")
+        return self._witness.digests("result", self.tensors) if isinstance(self.source, OneTask) else {}
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], keep: bool = False) -> None:
         self.source.base.expect(self._of_base(ranges), keep)

@@ -181,9 +181,9 @@ class Job:
         sink, task, fine = self.sink, self._task, self._task.vector.fine
         for block in self.writer.rest():
             self.writer.write(block)
-        results = {name: digest.digest() for name, digest in sink.result.items()}
+        results = sink.result.all(sink.kept)
         records, whole = self._records(select, results)
-        scales = dict(zip(select.base_digests, sink.scales, strict=True)) if sink.scales else {}
+        scales = dict(zip(select.slots, sink.scales, strict=True)) if sink.scales else {}
         scales = {pair.fine.name: scales[name] for name, pair in task.vector.pairs.items() if name in scales}
         for stream in sink.streams:
             signed = stream.values == SIGN
@@ -226,7 +226,7 @@ class Job:
             pair = pairs.get(name)
             if pair is not None and pair.is_delta:
                 record = TensorRecord(info, Mode.DELTA, base_dtype=pair.base.dtype, kept=self.sink.kept[name])
-                digest = select.base_digests[pair.base.name].digest()
+                digest = select.base_digests.digest(pair.base.name)
                 self._base.agree({pair.base.name: digest})
                 record.base_digest = digest[:SHORT]
                 if pair.grown:

@@ -13,7 +13,6 @@ from peru_cli.artifacts.codecs import PCO, decode, encode
 from peru_cli.artifacts.index import Block, Stream
 from peru_cli.artifacts.sparse_delta import Entries, News
 from peru_cli.checkpoints.bundle import members
-from peru_cli.checkpoints.digests import KnownDigest
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.streaming.tiles import Tile
@@ -78,7 +77,7 @@ class PruneLog:
                 continue
             stop = int(key.removeprefix(_SLOTS))
             names = self._names(self._noted, stop)
-            self._select.base_digests |= {n: KnownDigest(bytes.fromhex(d)) for n, d in zip(names, value["base"], strict=True)}
+            self._select.base_digests.found |= {name: bytes.fromhex(digest) for name, digest in zip(names, value["base"], strict=True)}
             for number, noted in enumerate(value["tasks"]):
                 self._restore(number, names, noted, stop - self._noted if per_slot else 0)
             self._noted = stop
@@ -101,7 +100,7 @@ class PruneLog:
             sink.thresholds, sink.quotas = [threshold], [quota]
         mine = [pairs[name].fine.name for name in names if name in pairs]
         for name, (digest, kept) in zip(mine, tensors, strict=True):
-            sink.result[name], sink.kept[name] = KnownDigest(bytes.fromhex(digest)), kept
+            sink.result.found[name], sink.kept[name] = bytes.fromhex(digest), kept
         decoded = [_block(block) for block in blocks]
         self._blocks[number] += len(decoded)
         sink.writer.go_on(decoded, [_decode(stream, each) for stream, each in zip(sink.streams, news, strict=True)])
@@ -132,7 +131,7 @@ class PruneLog:
 
     def _note(self, marks: list[_Mark]) -> None:
         names = self._names(self._noted, self._finished)
-        base = [self._select.base_digests[name].digest().hex() for name in names]
+        base = [self._select.base_digests.digest(name).hex() for name in names]
         tasks = [self._noted_of(number, names, mark) for number, mark in enumerate(marks)]
         self._noted = self._finished
         self._journal.note(f"{_SLOTS}{self._noted}", {"base": base, "tasks": tasks})
@@ -146,7 +145,7 @@ class PruneLog:
             [mark.threshold.key, mark.threshold.equals], mark.changed, mark.quota, mark.not_finite, mark.largest_error,
             mark.energy, mark.missed,
             [_noted_block(block) for block in blocks], [_encode(news) for news in mark.news],
-            [[sink.result[name].digest().hex(), sink.kept[name]] for name in mine],
+            [[sink.result.digest(name).hex(), sink.kept[name]] for name in mine],
         ]  # fmt: skip
 
 

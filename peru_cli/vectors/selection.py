@@ -11,7 +11,7 @@ from typing import Protocol
 from peru_cli.artifacts.index import EXACT, Stream
 from peru_cli.artifacts.sparse_delta import BlockWriter, Entries, FilledBlock
 from peru_cli.checkpoints.bundle import members
-from peru_cli.checkpoints.digests import KnownDigest, TensorDigest
+from peru_cli.checkpoints.digests import Digests
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.streaming.aligned import read_bits
@@ -35,7 +35,7 @@ class Sink:
     foreseen: dict[tuple[int, int], int] | None = None  # equals of the last threshold in each tile, by slot and first entry
     scales: list[float] = field(default_factory=list)  # of signs, one for each slot, if values are stored as signs
     kept: dict[str, int] = field(default_factory=dict)  # by the fine-tune's tensor name
-    result: dict[str, TensorDigest] = field(default_factory=dict)
+    result: Digests = field(default_factory=lambda: Digests(lambda name: None))
     offsets: dict[str, int] = field(default_factory=dict)  # stream position of a base tensor's first entry
     changed: int = 0  # entries, if thresholds were searched for
     not_finite: int = 0  # kept entries whose difference is NaN or infinite
@@ -95,17 +95,21 @@ class Select:
         self._ahead: list[Ahead] = []  # by task, if workers compute
         self._lossless = False  # on the CPU: then a pass changes no tile, and tensors in memory are not copied
         self.follow = False  # of a lossless pass: turn the base's tensors in memory into those of the only task
-        self.base_digests = {info.name: TensorDigest(info.dtype, info.shape) for slot in family.slots for info in members(slot)}
-        for pairs, sink in zip(family.pairs, sinks, strict=True):
+        self.base_digests = Digests(family.base.tensors.get)
+        for task, pairs, sink in zip(family.tasks, family.pairs, sinks, strict=True):
+            sink.result = Digests(task.fine.tensors.get)
             lengths = [0] * len(sink.streams)
             for slot in family.slots:
                 if (pair := pairs.get(slot.name)) is not None:
                     number = sink.stream_number(pair.fine.dtype)
                     sink.offsets[slot.name] = lengths[number]
                     lengths[number] += pair.entries
-                    for info in members(pair.fine):
-                        sink.kept[info.name] = 0
-                        sink.result[info.name] = TensorDigest(info.dtype, info.shape)
+                    sink.kept |= dict.fromkeys((info.name for info in members(pair.fine)), 0)
+
+    @property
+    def slots(self) -> list[str]:
+        """The names of the family's slots."""
+        return [slot.name for slot in self._family.slots]
 
     def buffers(self) -> Buffers:
         exact = all(stream.values == EXACT for sink in self._sinks for stream in sink.streams)
@@ -122,10 +126,10 @@ class Select:
         aligned = self._family.each(slot, tile, base_bits, buffers, range(len(self._sinks)), self._lossless)
         result = [find_candidates(self._family, a, self._sinks[a.task].rule(tile), buffers) for a in aligned]
         # After the comparison, which brings the tile into the cache faster than a digest does, since it waits for memory less.
-        if len(raw) and not isinstance(self.base_digests[members(slot)[0].name], KnownDigest):
+        if len(raw) and members(slot)[0].name not in self.base_digests.found:
             leaves = list(leaves_of(slot, tile.start, raw))
             for name, start, found in leaves:
-                self.base_digests[name].add_at(start, found)
+                self.base_digests.add_at(name, start, found)
             for c in result:
                 if c.aligned.base is base_bits and not len(c.positions) and not len(c.aligned.grown):  # the result is the base's tile
                     c.leaves = [found for _, _, found in leaves]
@@ -170,7 +174,7 @@ class Select:
         for c, blocks in committed:
             sink = self._sinks[c.aligned.task]
             for name, start, found in c.rebuilt(tile.start):
-                sink.result[name].add_at(start, found)
+                sink.result.add_at(name, start, found)
             for block in blocks:
                 sink.writer.write(block)
         if self.watcher is not None:
@@ -199,11 +203,11 @@ class Select:
     def done(self, tiles: Sequence[Tile], reply: Encoded) -> None:
         """Commit a worker's tiles."""
         for name, start, found in reply.base:
-            self.base_digests[name].add_at(start, found)
+            self.base_digests.add_at(name, start, found)
         for share in reply.shares:
             self._count(tiles[0], share.chosen, share.kept)
             for name, start, found in share.digests:
-                self._sinks[share.chosen.task].result[name].add_at(start, found)
+                self._sinks[share.chosen.task].result.add_at(name, start, found)
         for sink, parts in zip(self._sinks, reply.parts, strict=True):
             for number, part in parts.items():
                 for block in sink.writer.splice(number, part):

@@ -58,6 +58,11 @@ def mask_digest(info: TensorInfo) -> TensorDigest:
     return TensorDigest(_BOOL, info.shape)
 
 
+def as_mask(info: TensorInfo) -> TensorInfo:
+    """The tensor that a tensor's mask is digested as."""
+    return TensorInfo(info.name, _BOOL, info.shape)
+
+
 def mask_leaves(mask: Flags) -> bytes:
     """Leaves of a mask that begins at a chunk boundary."""
     return leaves(np.ascontiguousarray(mask).view(np.uint8).data if len(mask) else memoryview(b""), _BOOL)

@@ -47,6 +47,11 @@ def sums_digest(info: TensorInfo) -> TensorDigest:
     return TensorDigest(_I32, info.shape)
 
 
+def as_sums(info: TensorInfo) -> TensorInfo:
+    """The tensor that a tensor's sums are digested as."""
+    return TensorInfo(info.name, _I32, info.shape)
+
+
 def sum_leaves(sums: Sums) -> bytes:
     """Leaves of sums that begin at a chunk boundary."""
     little = np.ascontiguousarray(sums, "<i4")

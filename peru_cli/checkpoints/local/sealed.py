@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
+from binascii import hexlify
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -108,15 +109,15 @@ def blank(tensors: Sequence[TensorInfo], files: Mapping[str, bytes]) -> dict[str
     return {SEALED: VERSION, DIGESTS: "0" * (_SEAL + _EACH * len(tensors)), **told}
 
 
-def fill(header: bytes, digests: Mapping[str, bytes]) -> bytes:
-    """Fill in a header's blank entry."""
+def filled(header: bytes, digests: Mapping[str, bytes]) -> tuple[int, bytes]:
+    """The value of a header's blank entry: its offset, and its bytes. Copies no header, which may have many megabytes."""
     at, end = _span(header)
-    told = b"".join(digests[name] for name in sorted(digests)).hex().encode()
+    told = hexlify(b"".join(digests[name] for name in sorted(digests)))
     assert end - at == _SEAL + len(told)
-    filled = bytearray(header)  # in place: a header of a hundred thousand tensors has many megabytes
-    filled[at + _SEAL : end] = told
-    filled[at : at + _SEAL] = blake3(b"peru file 1\0").update(filled).hexdigest().encode()
-    return bytes(filled)
+    seal, rest = blake3(b"peru file 1\0"), memoryview(header)
+    for part in (rest[: at + _SEAL], told, rest[end:]):
+        seal.update(part)
+    return at, seal.hexdigest().encode() + told
 
 
 def blanked(header: bytes) -> bytes:

@@ -14,7 +14,7 @@ from peru_cli.checkpoints.header import TensorInfo, build_header
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile, check_room, may_go_on, partial_path, remove
 from peru_cli.checkpoints.local.journal import Journal, fits
-from peru_cli.checkpoints.local.sealed import Collected, blank, complete, fill, model_digest
+from peru_cli.checkpoints.local.sealed import Collected, blank, complete, filled, model_digest
 from peru_cli.checkpoints.source import Checkpoint
 
 METADATA = {"format": "pt"}  # transformers rejects files without this
@@ -35,25 +35,45 @@ def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
 
 def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None) -> int:
     """The header's length for a file with these tensors; with `files`, for a sealed one."""
-    return len(_Layout(tensors, metadata, files).header)
+    return _Layout(tensors, metadata, files).begin
 
 
 class _Layout:
-    """One file's header, and the digests to fill in at the end, if it carries any."""
+    """Where one file's tensors go, and the digests to fill into its header at the end, if it carries any."""
 
     def __init__(self, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None, files: Mapping[str, bytes] | None) -> None:
         """`files` are the files beside it that the seal covers. None for no seal."""
         self.order = _placed(data_order(tensors))
+        self.tensors = {info.name: info for info in self.order}
         self._metadata, self._files = METADATA | dict(metadata or {}), dict(files) if files is not None else None
-        self.collected = {info.name: Collected(info) for info in self.order} if files is not None else {}
-        self.header = build_header(self.order, self._metadata | (blank(self.order, files) if files is not None else {}))
-        self.at = {info.name: len(self.header) + info.begin for info in self.order}
-        self.size = len(self.header) + sum(info.nbytes for info in self.order)
+        self._begun: dict[str, Collected] = {}  # of tensors that are written in part: there may be a hundred thousand in all
+        self._digests: dict[str, bytes] = {}
+        self.header = self._built()  # until it is written
+        self.begin = len(self.header)
+        self.size = self.begin + sum(info.nbytes for info in self.order)
+
+    def _built(self) -> bytes:
+        """The header, digests blank."""
+        return build_header(self.order, self._metadata | (blank(self.order, self._files) if self._files is not None else {}))
+
+    def at(self, name: str) -> int:
+        """The offset of a tensor's first byte."""
+        return self.begin + self.tensors[name].begin
+
+    def write_header(self, file: PartialFile) -> None:
+        """Write the header, and let go of it: it may have megabytes."""
+        file.write_at(0, self.header)
+        self.header = b""
+        os.ftruncate(file.fd, self.size)
 
     def saw(self, name: str, offset: int, data: memoryview) -> None:
         """Take bytes that are written."""
-        if self.collected:
-            self.collected[name].saw(offset, data)
+        if self._files is None or name in self._digests:
+            return
+        collected = self._begun.get(name) or self._begun.setdefault(name, Collected(self.tensors[name]))
+        if collected.saw(offset, data):
+            self._digests[name] = collected.digest()
+            self._begun.pop(name, None)
 
     def write_whole(self, file: PartialFile, parts: Sequence[memoryview], names: Sequence[str]) -> None:
         """Write all bytes of several tensors: those that lie one after another at once."""
@@ -61,7 +81,7 @@ class _Layout:
         run: list[memoryview] = []
         for name, data in zip(names, parts, strict=True):
             self.saw(name, 0, data)
-            at = self.at[name]
+            at = self.at(name)
             if run and at != end:
                 file.write_at(begin, b"".join(run))
                 run = []
@@ -74,32 +94,37 @@ class _Layout:
         """A tensor's digest; what was not seen of it is read from the file."""
 
         def read(offset: int, buffer: memoryview) -> None:
-            buffer[:] = file.read_at(self.at[name] + offset, len(buffer))
+            buffer[:] = file.read_at(self.at(name) + offset, len(buffer))
 
-        collected = self.collected[name]
-        if not collected.complete:
+        if name not in self._digests:
+            collected = self._begun.pop(name, None) or Collected(self.tensors[name])
             complete(collected, read)
-        return collected.digest()
+            self._digests[name] = collected.digest()
+        return self._digests[name]
 
     def forget(self, name: str) -> None:
         """A tensor will be written again."""
-        self.collected[name] = Collected(self.collected[name].info)
+        self._digests.pop(name, None)
+        self._begun.pop(name, None)
 
     def seal(self, file: PartialFile) -> dict[str, bytes]:
         """Write the digests into the header, if there are any."""
-        digests = {name: self.digest(file, name) for name in self.collected}
-        if self._files is not None:
-            file.write_at(0, fill(self.header, digests))
-        return digests
+        if self._files is None:
+            return {}
+        for name in self.tensors:
+            self.digest(file, name)
+        file.write_at(*filled(file.read_at(0, self.begin), self._digests))
+        return self._digests
 
     def amended(self, name: str, content: bytes) -> bytes:
-        """The sealed header with a new content of a side file."""
+        """The sealed header with a new content of a side file. Empty if there is no seal."""
         if self._files is None:
-            return self.header
+            return b""
         self._files[name] = content
-        header = build_header(self.order, self._metadata | blank(self.order, self._files))
-        assert len(header) == len(self.header)
-        return fill(header, {name: collected.digest() for name, collected in self.collected.items()})
+        header = self._built()
+        assert len(header) == self.begin
+        at, told = filled(header, self._digests)
+        return header[:at] + told + header[at + len(told) :]
 
 
 def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
@@ -194,16 +219,17 @@ class FileWriter(CheckpointWriter):
     ) -> None:
         """With `files`, the files beside it (possibly none), the file carries digests (sealed.py)."""
         self._layout = _Layout(tensors, metadata, files)
-        self.order, header, size = self._layout.order, self._layout.header, self._layout.size
+        self.order, size = self._layout.order, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
         self._file = PartialFile(target, sync, resume=resume_key is not None)
         try:
             if resume_key is not None:
                 path = self._file.path.with_name(self._file.path.name + "-journal")
-                self.journal = Journal(path, resume_key, [self._file], sync, lambda _: not fresh and fits(self._file, header, size))
+                self.journal = Journal(
+                    path, resume_key, [self._file], sync, lambda _: not fresh and fits(self._file, self._layout.header, size)
+                )
                 _believe(self.journal, self._where)
-            self._file.write_at(0, header)
-            os.ftruncate(self._file.fd, size)
+            self._layout.write_header(self._file)
         except BaseException as error:
             self._file.__exit__(type(error), error)
             raise
@@ -214,11 +240,11 @@ class FileWriter(CheckpointWriter):
         return self._layout.size
 
     def _where(self, name: str) -> tuple[PartialFile, _Layout] | None:
-        return (self._file, self._layout) if name in self._layout.at else None
+        return (self._file, self._layout) if name in self._layout.tensors else None
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         self._layout.saw(name, offset, data)
-        self._file.write_at(self._layout.at[name] + offset, data)
+        self._file.write_at(self._layout.at(name) + offset, data)
 
     def write_whole(self, parts: Sequence[memoryview], names: Sequence[str]) -> None:
         self._layout.write_whole(self._file, parts, names)
@@ -290,8 +316,7 @@ class DirectoryWriter(CheckpointWriter):
                 _believe(self.journal, self._where.get)
                 self._remove_strangers(names)
             for file, layout in self._files:
-                file.write_at(0, layout.header)
-                os.ftruncate(file.fd, layout.size)
+                layout.write_header(file)
             if len(shards) > 1:
                 weight_map = {info.name: name for shard, name in zip(shards, names, strict=True) for info in shard}
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -323,7 +348,7 @@ class DirectoryWriter(CheckpointWriter):
     def write(self, name: str, offset: int, data: memoryview) -> None:
         file, layout = self._where[name]
         layout.saw(name, offset, data)
-        file.write_at(layout.at[name] + offset, data)
+        file.write_at(layout.at(name) + offset, data)
 
     def claim(self, name: str, note: Any, parts: Sequence[str] | None = None) -> None:
         if self.journal is not None:

@@ -134,11 +134,12 @@ class Merge(Walk):
         slot = self._plan.slots[number]
         after = self._follows(slot)
         if after is None:
-            parts = list(pieces_of(slot.info, tile.start, result.data.cast("B")))
+            data = result.data.cast("B")
             if isinstance(slot.info, Bundle):  # one tile has all of it
-                self._writer.write_whole([piece for _, _, piece in parts], [info.name for info, _, _ in parts])
+                pieces = list(pieces_of(slot.info, tile.start, data))
+                self._writer.write_whole([piece for _, _, piece in pieces], [info.name for info, _, _ in pieces])
             else:
-                self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), parts[0][2])
+                self._writer.write(slot.info.name, slot.info.dtype.nbytes(tile.start), data)
         else:
             after.add(number, tile.start, result)
         with self._lock:
