@@ -11,6 +11,7 @@ from peru_cli.artifacts.index import STORED, Mode, SideFile, TensorRecord
 from peru_cli.artifacts.sparse_delta import short_digest
 from peru_cli.checkpoints.digests import SHORT
 from peru_cli.checkpoints.header import TensorInfo
+from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.files import BytesFile
 from peru_cli.checkpoints.pairing import Prefix
 from peru_cli.checkpoints.places import Place
@@ -39,12 +40,15 @@ class SingleArtifact(ABC, Generic[R]):
         """Take over the index's contents. BadFile if the roles have other sizes."""
         self.prefix = Prefix.decode(self.metadata.get("peru.prefix", ""))
         self.records = {record.info.name: record for record in tensors}
+        self.infos = {record.info.name: record.info for record in tensors}
+        inputs.remember(self.infos)
         self._files = files
         self._whole_at: dict[str, int] = {}
         whole = 0
         for record in tensors:
-            self._whole_at[record.info.name] = whole
-            whole += record.whole_bytes
+            if nbytes := record.whole_bytes:
+                self._whole_at[record.info.name] = whole
+                whole += nbytes
         stored = sum(file.size for file in files if file.origin == STORED)
         for role, size in (("blocks", block_bytes), ("whole", whole), ("files", stored)):
             if self.container.sizes[role] != size:
@@ -64,7 +68,7 @@ class SingleArtifact(ABC, Generic[R]):
 
     def tensors(self) -> list[TensorInfo]:
         """The fine-tune's tensors in canonical order."""
-        return [record.info for record in self.records.values()]
+        return list(self.infos.values())
 
     def read_whole(self, record: R, offset: int, buffer: memoryview) -> None:
         """Fill a buffer with bytes stored whole, from byte `offset` of the tensor on."""

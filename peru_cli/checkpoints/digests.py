@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -147,9 +147,11 @@ class Digests:
         del self.found[name]
         return digest
 
-    def all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The digests of these tensors by name."""
-        return {name: self.digest(name) for name in names}
+    def all(self, names: Collection[str]) -> dict[str, bytes]:
+        """The digests of these tensors by name: a table of its own only if others were found, too."""
+        for name in names:
+            self.digest(name)
+        return self.found if len(self.found) == len(names) else {name: self.found[name] for name in names}
 
 
 def tensor_digest(info: TensorInfo, data: bytes | memoryview) -> bytes:
@@ -171,3 +173,11 @@ def digest_of_all(purpose: bytes, digests: Mapping[str, bytes]) -> bytes:
         encoded = name.encode("utf-8")
         total.update(len(encoded).to_bytes(4, "little") + encoded + digests[name])
     return total.digest()
+
+
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """One digest of lines, which are never held together; hexadecimal."""
+    total = blake3(b"peru lines 1\0")
+    for line in lines:
+        total.update(f"{line}\n".encode())
+    return total.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from peru_cli.checkpoints.checks.buffers import is_buffer
 from peru_cli.checkpoints.header import TensorInfo
@@ -81,6 +82,11 @@ class Pairing:
     whole: list[TensorInfo] = field(default_factory=list)  # stored whole: heads, new tensors, other shapes
     reshaped: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)  # the part of `whole` that has a namesake
     base_only: list[TensorInfo] = field(default_factory=list)
+
+    @cached_property
+    def deltas(self) -> dict[str, Pair]:
+        """Pairs with a difference, by the base's names."""
+        return {pair.base.name: pair for pair in self.pairs if pair.is_delta}
 
     @property
     def float_entries(self) -> int:

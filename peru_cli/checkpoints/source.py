@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from peru_cli.checkpoints.bundle import Bundle, pieces_of
-from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, leaves
+from peru_cli.checkpoints.digests import CHUNK, SHORT, TensorDigest, digest_of_lines, leaves
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place, fingerprint, sha256
 from peru_cli.errors import BadFile
@@ -73,14 +73,10 @@ class Checkpoint(ABC):
 
         Thread-safe. Raises BadFile if the file ends too early, OSError if reading fails."""
 
-    def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
-        """Fill buffers with bytes of several tensors, each from an offset on; like `read_into`."""
-        for info, offset, buffer in parts:
-            self.read_into(info.name, offset, buffer)
-
     def read_bundle(self, info: Bundle, start: int, buffer: memoryview) -> None:
         """Fill a buffer with entries of a bundle of these tensors, from `start` on; like `read_into`."""
-        self.read_many((member, member.dtype.nbytes(first), piece) for member, first, piece in pieces_of(info, start, buffer))
+        for member, first, piece in pieces_of(info, start, buffer):
+            self.read_into(member.name, member.dtype.nbytes(first), piece)
 
     def view(self, name: str, offset: int, nbytes: int) -> memoryview | None:
         """The same bytes without a copy, if they are in memory, read-only. None otherwise."""
@@ -140,14 +136,11 @@ class Checkpoint(ABC):
 
     def identity(self) -> str:
         """A digest that changes when the files do: sizes, modification times, all headers. It contains no path."""
-        parts = [[fingerprint(file) for file in self.files], sorted(self.metadata.items()), self.part]
-        total = hashlib.sha256(json.dumps(parts).encode())
-        forms: dict[tuple[int, ...], str] = {}
-        for name in sorted(self.tensors):  # one by one: a table of all as JSON would be far larger
-            info = self.tensors[name]
-            form = forms.get(info.shape) or forms.setdefault(info.shape, str(info.shape))
-            total.update(f"\0{info.name}\0{info.dtype.name} {form} {info.begin}".encode())
-        return total.hexdigest()
+        forms = {info.shape: str(info.shape) for info in self.tensors.values()}
+        infos = (self.tensors[name] for name in sorted(self.tensors))
+        tensors = digest_of_lines(f"{info.name}\0{info.dtype.name} {forms[info.shape]} {info.begin}" for info in infos)
+        parts = [[fingerprint(file) for file in self.files], tensors, sorted(self.metadata.items()), self.part]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def file_digests(self) -> list[str]:
         """SHA-256 of each weight file, in ascending order: what the Hub publishes of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -62,15 +62,15 @@ class Witness:
             with self._lock:
                 self._kept[name] = self._kept.get(name, 0) + entries
 
-    def kept(self, name: str) -> int:
-        """How many kept entries of a tensor were read."""
-        return self._kept.get(name, 0)
+    def take_kept(self, name: str) -> int:
+        """How many kept entries were read of a tensor that was read to its end. The number is then forgotten."""
+        return self._kept.pop(name, 0)
 
     def take(self, role: str, name: str) -> bytes:
         """The digest of a tensor that was read to its end, which is then forgotten; 32 bytes."""
         return self._roles[role].take(name)
 
-    def digests(self, role: str, names: Iterable[str]) -> dict[str, bytes]:
+    def digests(self, role: str, names: Collection[str]) -> dict[str, bytes]:
         """The digests of tensors in a role, by tensor."""
         return self._roles[role].all(names)
 
@@ -212,18 +212,26 @@ def is_base(origin: Origin, digest: bytes) -> bool:
     return digest[:SHORT] == origin.digest
 
 
-def origins_of(artifact: SingleArtifact[Any]) -> dict[str, Origin]:
-    """The origin of each tensor, by the fine-tune's names in canonical order."""
-    origins = {}
-    for name, record in artifact.records.items():
+class Origins(Mapping[str, Origin]):
+    """The origin of each tensor of an artifact, by the fine-tune's names in canonical order. Made when asked for: there may be many."""
+
+    def __init__(self, artifact: SingleArtifact[Any]) -> None:
+        self._artifact, self._records = artifact, artifact.records
+
+    def __getitem__(self, name: str) -> Origin:
+        record = self._records[name]
         if record.mode == Mode.WHOLE:
-            origins[name] = Origin(record.info)
-        else:
-            named, shape = artifact.base_name(record), record.base_shape
-            same = record.base_dtype is record.info.dtype and named == name and shape == record.info.shape
-            base = record.info if same else TensorInfo(named, record.base_dtype, shape)
-            origins[name] = Origin(record.info, base, record.base_digest, record.changes, record.kept)
-    return origins
+            return Origin(record.info)
+        named, shape = self._artifact.base_name(record), record.base_shape
+        same = record.base_dtype is record.info.dtype and named == name and shape == record.info.shape
+        base = record.info if same else TensorInfo(named, record.base_dtype, shape)
+        return Origin(record.info, base, record.base_digest, record.changes, record.kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
 
 
 class OneTask(FromArtifact):
@@ -235,8 +243,8 @@ class OneTask(FromArtifact):
         super().__init__(artifact, label, base, artifact.index.files)
         self.single: SingleArtifact[Any] = artifact
         self.kind, self.task = f"peru artifact ({what})", artifact.metadata["peru.task"]
-        self.tensors = {info.name: info for info in artifact.tensors()}
-        self.origins = origins_of(artifact)
+        self.tensors = artifact.infos
+        self.origins = Origins(artifact)
         self.heading = f"base {base.label}: {base.kind}; {self.task}:"
         self.facts = {"result_digest": artifact.result_digest.hex()}
 

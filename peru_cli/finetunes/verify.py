@@ -34,7 +34,7 @@ class Proven(Checkpoint):
         self.side_files, self.warnings, self.files = source.side_files, source.warnings, source.files
         below = {"base": Digests(lambda name: source.origins[name].base)} if self._early else {}
         self._witness = Witness(below | source.roles())
-        self._left = {name: info.entries for name, info in source.tensors.items()}
+        self._left: dict[str, int] = {}  # entries of tensors that were read in part
         self._lock = threading.Lock()
         self._bad: list[str] = []
 
@@ -45,9 +45,10 @@ class Proven(Checkpoint):
         """Like `read_into`, and returns where entries differ from the base's, if that is known (FineTune.read_changes)."""
         changed = self.source.read_changes(name, offset, buffer, self._witness)
         with self._lock:
-            self._left[name] -= len(buffer) * 8 // self.tensors[name].dtype.bits
-            done = not self._left[name]
-        if done:
+            left = self._left.pop(name, self.tensors[name].entries) - len(buffer) * 8 // self.tensors[name].dtype.bits
+            if left:
+                self._left[name] = left
+        if not left:
             self._check(name)
         return changed
 
@@ -56,8 +57,6 @@ class Proven(Checkpoint):
             super().read_bundle(info, start, buffer)
             return
         self.source.read_bundle_watched(info, buffer, self._witness)
-        with self._lock:
-            self._left |= dict.fromkeys((member.name for member in info.members), 0)
         for member in info.members:
             if member.entries:  # the others are checked at the end
                 self._check(member.name)
@@ -67,7 +66,7 @@ class Proven(Checkpoint):
         origin, artifact = self.source.origins[name], self.source.artifact
         if self._early and origin.base is not None and not is_base(origin, self._witness.take("base", name)):
             self._differs(origin.base.name)
-        elif (found := self._witness.kept(name)) != origin.kept:
+        elif (found := self._witness.take_kept(name)) != origin.kept:
             raise BadFile(f"{artifact.path}: tensor {name!r} has {found} kept entries, the index says {origin.kept}")
 
     def _differs(self, name: str) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.sidefiles import chat_template
-from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.slots import Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Rule

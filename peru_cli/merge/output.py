@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from peru_cli.checkpoints.architectures import is_output, is_tied
 from peru_cli.checkpoints.base_name import hub_repo
+from peru_cli.checkpoints.digests import digest_of_lines
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PartialDirectory, partial_path, remove
@@ -150,7 +151,7 @@ def resume_key(plan: MergePlan, recipe: Recipe) -> str:
     parts = [
         __version__, recipe.command(), recipe.statistics, recipe.max_shard_bytes, plan.base.identity() if plan.base else None,
         [vector.fine.identity() for vector in plan.vectors],
-        [(t.name, t.dtype.name, t.shape) for t in plan.written],
+        digest_of_lines(f"{t.name}\0{t.dtype.name} {t.shape}" for t in plan.written),
         {task: [t.name for t in heads] for task, heads in plan.heads.items()}, recipe.document,
         {name: hashlib.sha256(content).hexdigest() for name, content in sorted(plan.overrides.items())},
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from peru_cli.checkpoints.quantized.requantize import FLOAT, Requantized
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.console import plural
 from peru_cli.errors import Mismatch, UsageError
+from peru_cli.merge.slots import Slot, Slots
 from peru_cli.methods.compact.delta import cast_bits
 from peru_cli.methods.then.table import Pass
 from peru_cli.shown import listed
@@ -48,28 +50,6 @@ class Options:
     absent: frozenset[tuple[str, str]] = frozenset()  # (task, reference's tensor) that are missing by design
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One merged tensor: the output, each task's tensor, and the base's.
-
-    `tasks` are the indices of the tasks that the inputs belong to. None: all of them."""
-
-    info: TensorInfo
-    inputs: tuple[TensorInfo, ...]
-    base: TensorInfo
-    tasks: tuple[int, ...] | None = None
-
-    def task(self, number: int) -> int:
-        """The task of an input."""
-        return number if self.tasks is None else self.tasks[number]
-
-    def of(self, task: int) -> TensorInfo | None:
-        """A task's tensor. None if it is not among the inputs."""
-        if self.tasks is None:
-            return self.inputs[task]
-        return self.inputs[self.tasks.index(task)] if task in self.tasks else None
-
-
 @dataclass
 class MergePlan:
     """All output tensors. `reference` gives names and copied tensors: the base, or the first model if there is no base."""
@@ -80,7 +60,7 @@ class MergePlan:
     dtype: Dtype | None
     fp8: Requantized | None = None
     config: Checkpoint | None = None  # whose config.json is written; None: the reference's
-    slots: list[Slot] = field(default_factory=list)  # in canonical order
+    slots: Slots = field(default_factory=Slots)
     family: Family | None = None  # with the same slots, if they are bundles of small tensors
     copied: list[TensorInfo] = field(default_factory=list)
     averaged: list[Slot] = field(default_factory=list)  # running means and variances: the models' weighted mean
@@ -93,12 +73,13 @@ class MergePlan:
     @property
     def entries(self) -> int:
         """n: entries of all merged tensors."""
-        return sum(slot.info.entries for slot in self.slots)
+        return sum(info.entries for info in self.slots.outputs)
 
     @property
     def outputs(self) -> list[TensorInfo]:
         """All tensors that the merge makes, except heads."""
-        return [slot.info for slot in (*self.slots, *self.averaged)] + [in_dtype(info, self.dtype) for info in self.copied]
+        averaged = [slot.info for slot in self.averaged]
+        return [*self.slots.outputs, *averaged, *(in_dtype(info, self.dtype) for info in self.copied)]
 
     @property
     def written(self) -> list[TensorInfo]:
@@ -107,11 +88,11 @@ class MergePlan:
 
 
 def in_bundles(plan: MergePlan, family: Family) -> MergePlan:
-    """The same plan with the family's slots."""
-    slots = {slot.base.name: slot for slot in plan.slots}
-    bundled = list[Slot]()
+    """The same plan with the family's slots: the same tensors in the same order."""
+    slots, bundled = iter(plan.slots), Slots()
     for base in family.slots:
-        own = [slots[info.name] for info in members(base)]
+        own = list(islice(slots, len(members(base))))
+        assert own[-1].base.name == members(base)[-1].name
         inputs = tuple(bundle([slot.inputs[number] for slot in own]) for number in range(len(own[0].inputs)))
         bundled.append(Slot(bundle([slot.info for slot in own]), inputs, base, own[0].tasks))
     return replace(plan, slots=bundled, family=family)
@@ -165,7 +146,8 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
     for name, model in tasks:
         matches = own is not None and any(own.search(n) for n in model.tensors)
         try:
-            pairings[name] = pair_checkpoints(model, reference, options.per_task if matches else None)
+            made = pair_checkpoints(model, reference, options.per_task if matches else None)
+            pairings[name] = next((known for known in pairings.values() if known == made), made)  # most fine-tunes pair alike
         except Mismatch as error:
             problems.append(error.message)
             continue
@@ -182,10 +164,13 @@ def plan_merge(base: Checkpoint | None, tasks: Sequence[tuple[str, Checkpoint]],
     if problems:
         rest = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise Mismatch(f"these models cannot be {options.verb}:\n  " + "\n  ".join([*problems[:_SHOWN], *rest]))
-    chosen = {slot.base.name for slot in (*plan.slots, *plan.averaged)}
+    chosen = {base.name for base in (*plan.slots.bases, *(slot.base for slot in plan.averaged))}
+    merged: dict[int, Pairing] = {}
     for name, model in tasks:
-        pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]
-        plan.vectors.append(TaskVector(name, model, Pairing(pairings[name].prefix, pairs)))
+        if (pairing := merged.get(id(pairings[name]))) is None:
+            pairs = [pair for pair in pairings[name].pairs if pair.base.name in chosen]
+            pairing = merged[id(pairings[name])] = Pairing(pairings[name].prefix, pairs)
+        plan.vectors.append(TaskVector(name, model, pairing))
     wide = any(vector.wide for vector in plan.vectors)
     for vector in plan.vectors:
         vector.wide = wide
@@ -293,10 +278,11 @@ class _Planner:
             plan.copied.append(base)
             self._is_same(found)
         elif kinds == {True}:
-            given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
-            if self._options.dtype is None and len(set(given.values())) > 1:
-                text = "dtypes differ: " + listed(f"{task} {dtype}" for task, dtype in given.items())
-                self._dtypes.setdefault(text, []).append(name)
+            if self._options.dtype is None and any(info.dtype is not infos[0].dtype for info in infos):
+                given = {task: pair.fine.dtype.name for task, pair in found.items() if not self._models[task].expanded}
+                if len(set(given.values())) > 1:
+                    text = "dtypes differ: " + listed(f"{task} {dtype}" for task, dtype in given.items())
+                    self._dtypes.setdefault(text, []).append(name)
             codes = self._options.fp8 is not None and name in self._options.fp8.weights
             plan.slots.append(Slot(in_dtype(base, FLOAT if codes else self._options.dtype), tuple(infos), base, tasks))
         elif len(kinds) == 2 or len({info.dtype.name for info in [*infos, base]}) > 1:

@@ -226,7 +226,7 @@ class Job:
             pair = pairs.get(name)
             if pair is not None and pair.is_delta:
                 record = TensorRecord(info, Mode.DELTA, base_dtype=pair.base.dtype, kept=self.sink.kept[name])
-                digest = select.base_digests.digest(pair.base.name)
+                digest = select.base_digest(pair.base.name)
                 self._base.agree({pair.base.name: digest})
                 record.base_digest = digest[:SHORT]
                 if pair.grown:

@@ -21,6 +21,7 @@ from peru_cli.vectors.selection import Select, Sink
 from peru_cli.vectors.threshold_journal import Pace
 
 _SLOTS = "slots before "
+_MOST = 1 << 13  # tensors in a note, of which it holds digests as text
 _FIELDS = [each.name for each in fields(Block) if each.name != "digest"]  # which is the last
 
 
@@ -67,6 +68,7 @@ class PruneLog:
         self._left = list(family.entries)  # entries of each unfinished slot
         self._marks: dict[int, list[_Mark]] = {}  # by slot
         self._noted = self._finished = 0  # slots
+        self._unnoted = 0  # tensors since the last mark
         self._blocks = [0 for _ in sinks]
 
     def restore(self, per_slot: bool) -> int:
@@ -109,7 +111,11 @@ class PruneLog:
 
     def reached(self, tile: Tile) -> None:
         """Remember the state after a slot's last tile."""
-        if tile.stop == self._family.entries[tile.tensor] and self._pace.due():
+        if tile.stop < self._family.entries[tile.tensor]:
+            return
+        self._unnoted += len(members(self._family.slots[tile.tensor]))
+        if self._pace.due() or self._unnoted >= _MOST:
+            self._unnoted = 0
             self._marks[tile.tensor] = [self._mark(sink) for sink in self._sinks]
 
     @staticmethod

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peru_cli.artifacts.container import artifact_kind
 from peru_cli.checkpoints.checks.unpaired import judge
+from peru_cli.checkpoints.digests import digest_of_lines
 from peru_cli.checkpoints.local.atomic import check_room, check_target, may_go_on, partial_path
 from peru_cli.checkpoints.local.journal import Journal, notes_at
 from peru_cli.checkpoints.lora.adapter import is_adapter, is_lora_file
@@ -189,7 +190,7 @@ def _key(base: Checkpoint, tasks: list[PruneTask], options: PruneOptions, slots:
     parts += options.about
     for task in tasks:
         pairing = task.vector.pairing
-        pairs = [(pair.fine.name, pair.base.name, pair.grown) for pair in pairing.pairs]
+        pairs = digest_of_lines(f"{pair.fine.name}\0{pair.base.name}\0{pair.grown}" for pair in pairing.pairs)
         whole = [info.name for info in pairing.whole]
         parts.append([task.vector.name, task.target.name, task.vector.fine.identity(), pairing.prefix.encode(), pairs, whole])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -32,7 +32,7 @@ class TaskVector:
     wide: bool = field(init=False)  # whether keys are float64: true if any paired tensor is
 
     def __post_init__(self) -> None:
-        self.pairs = {pair.base.name: pair for pair in self.pairing.pairs if pair.is_delta}
+        self.pairs = self.pairing.deltas
         self.wide = any("F64" in (pair.fine.dtype.name, pair.base.dtype.name) for pair in self.pairs.values())
 
     @property

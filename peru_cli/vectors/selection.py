@@ -106,6 +106,10 @@ class Select:
                     lengths[number] += pair.entries
                     sink.kept |= dict.fromkeys((info.name for info in members(pair.fine)), 0)
 
+    def base_digest(self, name: str) -> bytes:
+        """The digest of a base tensor at the end, 32 bytes. With one task it is then forgotten."""
+        return self.base_digests.take(name) if len(self._sinks) == 1 else self.base_digests.digest(name)
+
     @property
     def slots(self) -> list[str]:
         """The names of the family's slots."""

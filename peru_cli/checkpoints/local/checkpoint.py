@@ -181,10 +181,8 @@ def _gather(file: RandomAccess, places: Ends, begins: Ends, ends: Ends, buffer: 
 
     What lies close together in the file is read at once: small gaps are read too."""
     sizes = ends - begins
-    joined = (
-        np.flatnonzero((places[1:] != places[:-1] + sizes[:-1]) | (begins[1:] != ends[:-1])) + 1
-    )  # where parts do not follow each other
-    firsts, lasts = np.concatenate([[0], joined]), np.concatenate([joined, [len(places)]]) - 1
+    breaks = np.flatnonzero((places[1:] != places[:-1] + sizes[:-1]) | (begins[1:] != ends[:-1])) + 1  # elsewhere parts are one
+    firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(places)]]) - 1
     places, begins, ends = places[firsts], begins[firsts], ends[lasts]
     order = np.argsort(places, kind="stable")
     places, begins, ends = places[order], begins[order], ends[order]

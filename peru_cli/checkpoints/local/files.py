@@ -105,7 +105,8 @@ def read_header(file: RandomAccess) -> Header:
         known = watch.headers if watch is not None and isinstance(file, RandomAccessFile) else {}
         path = os.path.abspath(str(file.path))
         if path not in known:
-            known[path] = _read_header(file, max((header.tensors for header in list(known.values())), key=len, default={}))
+            known[path] = _read_header(file, watch.known if watch is not None else {})
+            inputs.remember(known[path].tensors)
         file.header = known[path]
     return file.header
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from peru_cli.checkpoints.header import Header
+from peru_cli.checkpoints.header import Header, TensorInfo
 from peru_cli.errors import BadFile
 
 _SMALL = 1 << 16  # files up to this many bytes are compared by content: a coarse clock can miss a change
@@ -52,6 +52,13 @@ class Watch:
         self._unfinished: list[Unfinished] = []
         self.written: list[Path] = []
         self.headers: dict[str, Header] = {}  # of safetensors files read so far, by absolute path
+        self.known: Mapping[str, TensorInfo] = {}  # tensors of the input that has most: others often have the same
+
+    def remember(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Keep an input's tensors, so that what others have in common with them is kept once."""
+        with self._lock:
+            if len(tensors) > len(self.known):
+                self.known = tensors
 
     def see(self, path: Path, fd: int, small: bool = True) -> None:
         """Record an open file. Changed if it was recorded before and differs now."""
@@ -124,6 +131,12 @@ def watching() -> Iterator[Watch]:
 def current() -> Watch | None:
     """The watch of the running command. None outside of one."""
     return _current.get()
+
+
+def remember(tensors: Mapping[str, TensorInfo]) -> None:
+    """Keep an input's tensors, so that what others have in common with them is kept once."""
+    if (watch := _current.get()) is not None:
+        watch.remember(tensors)
 
 
 def unchanged() -> None:

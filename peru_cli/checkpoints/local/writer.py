@@ -14,117 +14,14 @@ from peru_cli.checkpoints.header import TensorInfo, build_header
 from peru_cli.checkpoints.local import inputs
 from peru_cli.checkpoints.local.atomic import PartialDirectory, PartialFile, check_room, may_go_on, partial_path, remove
 from peru_cli.checkpoints.local.journal import Journal, fits
-from peru_cli.checkpoints.local.sealed import Collected, blank, complete, filled, model_digest
+from peru_cli.checkpoints.local.layout import METADATA, Layout, data_order, placed
+from peru_cli.checkpoints.local.sealed import model_digest
 from peru_cli.checkpoints.source import Checkpoint
-
-METADATA = {"format": "pt"}  # transformers rejects files without this
-
-
-def data_order(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
-    """The order of tensors in a file: wide dtypes first, so that each is aligned, then by name."""
-    return sorted(tensors, key=lambda t: (-t.dtype.bits, t.name))
-
-
-def _placed(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
-    at, placed = 0, []
-    for info in tensors:
-        placed.append(info if info.begin == at else TensorInfo(info.name, info.dtype, info.shape, at))
-        at += info.nbytes
-    return placed
 
 
 def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None, files: Mapping[str, bytes] | None = None) -> int:
     """The header's length for a file with these tensors; with `files`, for a sealed one."""
-    return _Layout(tensors, metadata, files).begin
-
-
-class _Layout:
-    """Where one file's tensors go, and the digests to fill into its header at the end, if it carries any."""
-
-    def __init__(self, tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None, files: Mapping[str, bytes] | None) -> None:
-        """`files` are the files beside it that the seal covers. None for no seal."""
-        self.order = _placed(data_order(tensors))
-        self.tensors = {info.name: info for info in self.order}
-        self._metadata, self._files = METADATA | dict(metadata or {}), dict(files) if files is not None else None
-        self._begun: dict[str, Collected] = {}  # of tensors that are written in part: there may be a hundred thousand in all
-        self._digests: dict[str, bytes] = {}
-        self.header = self._built()  # until it is written
-        self.begin = len(self.header)
-        self.size = self.begin + sum(info.nbytes for info in self.order)
-
-    def _built(self) -> bytes:
-        """The header, digests blank."""
-        return build_header(self.order, self._metadata | (blank(self.order, self._files) if self._files is not None else {}))
-
-    def at(self, name: str) -> int:
-        """The offset of a tensor's first byte."""
-        return self.begin + self.tensors[name].begin
-
-    def write_header(self, file: PartialFile) -> None:
-        """Write the header, and let go of it: it may have megabytes."""
-        file.write_at(0, self.header)
-        self.header = b""
-        os.ftruncate(file.fd, self.size)
-
-    def saw(self, name: str, offset: int, data: memoryview) -> None:
-        """Take bytes that are written."""
-        if self._files is None or name in self._digests:
-            return
-        collected = self._begun.get(name) or self._begun.setdefault(name, Collected(self.tensors[name]))
-        if collected.saw(offset, data):
-            self._digests[name] = collected.digest()
-            self._begun.pop(name, None)
-
-    def write_whole(self, file: PartialFile, parts: Sequence[memoryview], names: Sequence[str]) -> None:
-        """Write all bytes of several tensors: those that lie one after another at once."""
-        begin = end = 0
-        run: list[memoryview] = []
-        for name, data in zip(names, parts, strict=True):
-            self.saw(name, 0, data)
-            at = self.at(name)
-            if run and at != end:
-                file.write_at(begin, b"".join(run))
-                run = []
-            begin, end = at if not run else begin, at + len(data)
-            run.append(data)
-        if run:
-            file.write_at(begin, b"".join(run))
-
-    def digest(self, file: PartialFile, name: str) -> bytes:
-        """A tensor's digest; what was not seen of it is read from the file."""
-
-        def read(offset: int, buffer: memoryview) -> None:
-            buffer[:] = file.read_at(self.at(name) + offset, len(buffer))
-
-        if name not in self._digests:
-            collected = self._begun.pop(name, None) or Collected(self.tensors[name])
-            complete(collected, read)
-            self._digests[name] = collected.digest()
-        return self._digests[name]
-
-    def forget(self, name: str) -> None:
-        """A tensor will be written again."""
-        self._digests.pop(name, None)
-        self._begun.pop(name, None)
-
-    def seal(self, file: PartialFile) -> dict[str, bytes]:
-        """Write the digests into the header, if there are any."""
-        if self._files is None:
-            return {}
-        for name in self.tensors:
-            self.digest(file, name)
-        file.write_at(*filled(file.read_at(0, self.begin), self._digests))
-        return self._digests
-
-    def amended(self, name: str, content: bytes) -> bytes:
-        """The sealed header with a new content of a side file. Empty if there is no seal."""
-        if self._files is None:
-            return b""
-        self._files[name] = content
-        header = self._built()
-        assert len(header) == self.begin
-        at, told = filled(header, self._digests)
-        return header[:at] + told + header[at + len(told) :]
+    return Layout(tensors, metadata, files).begin
 
 
 def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[list[TensorInfo]]:
@@ -137,7 +34,7 @@ def split_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[li
             size = 0
         shards[-1].append(info)
         size += info.nbytes
-    return [_placed(data_order(shard)) for shard in shards]
+    return [placed(data_order(shard)) for shard in shards]
 
 
 class CheckpointWriter(ABC):
@@ -176,7 +73,7 @@ class CheckpointWriter(ABC):
     def __exit__(self, *exc: object) -> None: ...
 
 
-_Where = Callable[[str], tuple[PartialFile, _Layout] | None]  # the file that a tensor goes to
+_Where = Callable[[str], tuple[PartialFile, Layout] | None]  # the file that a tensor goes to
 
 
 def _claim(journal: Journal, where: _Where, name: str, note: Any, parts: Sequence[str] | None) -> None:
@@ -218,7 +115,7 @@ class FileWriter(CheckpointWriter):
         files: Mapping[str, bytes] | None = None,
     ) -> None:
         """With `files`, the files beside it (possibly none), the file carries digests (sealed.py)."""
-        self._layout = _Layout(tensors, metadata, files)
+        self._layout = Layout(tensors, metadata, files)
         self.order, size = self._layout.order, self._layout.size
         check_room(target, 0 if partial_path(target).exists() else size)
         self._file = PartialFile(target, sync, resume=resume_key is not None)
@@ -239,7 +136,7 @@ class FileWriter(CheckpointWriter):
         """Size of the file."""
         return self._layout.size
 
-    def _where(self, name: str) -> tuple[PartialFile, _Layout] | None:
+    def _where(self, name: str) -> tuple[PartialFile, Layout] | None:
         return (self._file, self._layout) if name in self._layout.tensors else None
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -291,9 +188,9 @@ class DirectoryWriter(CheckpointWriter):
         resume = resume_key is not None
         check_room(target, 0 if resume and partial_path(target).exists() else total + sum(map(len, side_files.values())))
         self.order = [info for shard in shards for info in shard]
-        self._where: dict[str, tuple[PartialFile, _Layout]] = {}
-        self._files: list[tuple[PartialFile, _Layout]] = []
-        self._sealed: list[tuple[Path, _Layout]] = []
+        self._where: dict[str, tuple[PartialFile, Layout]] = {}
+        self._files: list[tuple[PartialFile, Layout]] = []
+        self._sealed: list[tuple[Path, Layout]] = []
         self._digests: dict[str, bytes] = {}
         with ExitStack() as undo:
             self._folder = undo.enter_context(PartialDirectory(target, sync, resume))
@@ -304,7 +201,7 @@ class DirectoryWriter(CheckpointWriter):
                 if resume and path.exists():  # killed while the shards were being renamed
                     os.replace(path, partial_path(path))
                 file = undo.enter_context(PartialFile(path, sync, resume))
-                layout = _Layout(shard, metadata, side_files if seal else None)
+                layout = Layout(shard, metadata, side_files if seal else None)
                 self._files.append((file, layout))
                 self._where.update(dict.fromkeys((info.name for info in shard), (file, layout)))
             if resume_key is not None:
@@ -405,7 +302,7 @@ class PipeWriter(CheckpointWriter):
     ordered = True
 
     def __init__(self, pipe: BinaryIO, tensors: Sequence[TensorInfo]) -> None:
-        self.order = _placed(data_order(tensors))
+        self.order = placed(data_order(tensors))
         self._pipe = pipe
         self._header = build_header(self.order, METADATA)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from peru_cli.checkpoints.bundle import alike
+from peru_cli.checkpoints.bundle import Bundle, alike, bundle
 from peru_cli.checkpoints.digests import SHORT, tensor_digest
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.local.sealed import Collected, complete
@@ -26,17 +26,21 @@ def bound_to(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, s
 
 def _digests(base: Checkpoint, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
     """The first half of the digest of each module's tensor, by module in order. Small tensors are read together."""
-    for run in alike(sorted(tensors), lambda module: tensors[module].entries, lambda module: ""):
+    for run in alike(sorted(tensors), lambda module: tensors[module].entries, lambda module: tensors[module].dtype):
         if len(run) == 1:
             [module] = run
             collected = Collected(info := tensors[module])
             complete(collected, lambda offset, buffer, name=info.name: base.read_into(name, offset, buffer))
             yield module, collected.digest()
             continue
-        rooms = [memoryview(bytearray(tensors[module].nbytes)) for module in run]
-        base.read_many((tensors[module], 0, room) for module, room in zip(run, rooms, strict=True) if len(room))
-        for module, room in zip(run, rooms, strict=True):
-            yield module, tensor_digest(tensors[module], room)[:SHORT]
+        together = bundle([tensors[module] for module in run])
+        assert isinstance(together, Bundle)
+        room, at = memoryview(bytearray(together.nbytes)), 0
+        base.read_bundle(together, 0, room)
+        for module in run:
+            end = at + tensors[module].nbytes
+            yield module, tensor_digest(tensors[module], room[at:end])[:SHORT]
+            at = end
 
 
 class BoundBase:

@@ -26,7 +26,8 @@ from peru_cli.merge.passes.panels import (
     write_result,
 )
 from peru_cli.merge.passes.then import After
-from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.slots import Slot
 from peru_cli.methods.matrices import PANEL, Matrices, MatrixRule, Panels, SpectralRule
 from peru_cli.methods.rules import Result, Rule
 from peru_cli.streaming.arrays import Host

@@ -19,7 +19,8 @@ from peru_cli.kernels.merging import elections
 from peru_cli.kernels.merging.panels import add_base, values_of
 from peru_cli.kernels.merging.verbs import accumulate, disjoint
 from peru_cli.merge.passes.walk import ranges
-from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.slots import Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.matrices import Matrices
 from peru_cli.methods.rules import Result

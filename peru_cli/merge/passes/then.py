@@ -16,7 +16,8 @@ from peru_cli.console import si_bytes
 from peru_cli.errors import UsageError
 from peru_cli.merge.layers import spots
 from peru_cli.merge.passes.panels import MemoryShare, Panel, as_matrix, room_for_matrices, write_rounded
-from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.slots import Slot
 from peru_cli.methods.rules import Rule
 from peru_cli.methods.then.table import Pass
 from peru_cli.streaming.arrays import Host

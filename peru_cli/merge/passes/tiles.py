@@ -19,7 +19,8 @@ from peru_cli.kernels.merging import elections
 from peru_cli.kernels.merging.sums import inner_products
 from peru_cli.merge.passes.then import After
 from peru_cli.merge.passes.walk import Decided, MergeBuffers, Settled, Walk, ranges
-from peru_cli.merge.plan import MergePlan, Slot
+from peru_cli.merge.plan import MergePlan
+from peru_cli.merge.slots import Slot
 from peru_cli.methods.compact.delta import Bits, cast_bits, infinity
 from peru_cli.methods.rules import Result, Rule, RuleInput
 from peru_cli.streaming.arrays import CPU, Array, doubles

@@ -13,7 +13,8 @@ from peru_cli.checkpoints.bundle import cut
 from peru_cli.checkpoints.dtypes import Dtype
 from peru_cli.kernels.merging import elections
 from peru_cli.kernels.merging.elections import MOST, within
-from peru_cli.merge.plan import MergePlan, Slot, family_of
+from peru_cli.merge.plan import MergePlan, family_of
+from peru_cli.merge.slots import Slot
 from peru_cli.methods.compact.magnitude import Threshold
 from peru_cli.methods.rules import Kept, Rule, RuleInput, Scratch
 from peru_cli.streaming.aligned import TileBuffer, read_bits
