@@ -148,7 +148,8 @@ def _sealed(data: bytes, length: int, noise: random.Random) -> bytes:
         tree = TensorDigest(info.dtype, info.shape)
         tree.add(leaves(memoryview(body)[info.begin : info.begin + info.nbytes], info.dtype))
         digests[name] = tree.digest()[: sealed.SHORT]
-    return sealed.fill(sealed.blanked(head), digests) + body
+    at, told = sealed.filled(blank := sealed.blanked(head), digests)
+    return blank[:at] + told + blank[at + len(told) :] + body
 
 
 # -- the plan -----------------------------------------------------------------------------------------

@@ -173,7 +173,9 @@ def predict_window(sample: Keys, weights: Weights, k: int, largest_key: int) -> 
         rank = np.cumsum(weights)
     else:
         descending, order = _descending(sample)
-        rank = np.cumsum(weights[order])  # estimated number of keys at or above each
+        rank = weights[order]
+        del order
+        np.cumsum(rank, out=rank)  # estimated number of keys at or above each
     margin = 0.05 * k + (4 * (k / rank[-1] * len(sample)) ** 0.5 + 2) * rank[-1] / len(sample)
     while True:
         first, last = (int(np.searchsorted(rank, k + side)) for side in (-margin, margin))
@@ -195,7 +197,9 @@ def _descending(keys: Keys) -> tuple[Keys, Keys]:
     both += np.arange(len(keys))
     both.sort()
     both = both[::-1]
-    return both >> shift, both & ((1 << shift) - 1)
+    places = both & ((1 << shift) - 1)
+    both >>= shift
+    return both, places
 
 
 def take_equals(equal: Keys, quota: int) -> Keys:
