@@ -30,9 +30,10 @@ def serve() -> None:
         return
     waiting: deque[str] = deque()
     running: dict[int, str] = {}
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rest, more = b"", True
     while more or waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+        while waiting and len(running) < processors:
             line = waiting.popleft()
             running[_fork(line)] = line
         if more and select.select([0], [], [], 0.01 if running else None)[0]:
