@@ -212,10 +212,11 @@ def _as_written(text: str, known: Mapping[str, TensorInfo]) -> _Parsed | None:
     tensors: dict[str, TensorInfo] = {}
     number, end, follows = 0, "0", ""
     while place < len(text):  # many entries at a time, which functions in C take together, but never all: they are larger than the result
-        stop = text.find('},"', place + _TOGETHER) + 2 if len(text) - place > 2 * _TOGETHER else len(text)
+        mark = text.find('},"', place + _TOGETHER) if len(text) - place > 2 * _TOGETHER else -1
+        stop = len(text) if mark < 0 else mark + 2
         rows = _ENTRY.findall(text, place, stop)
         place += len(_CONSTANT) * len(rows) + sum(map(len, map("".join, rows)))
-        if place != stop:
+        if place != stop or not rows:
             return None
         names, written, begins, ends, (*_, follows) = zip(*rows, strict=True)
         listed = "\n".join(("", *names))

@@ -268,6 +268,24 @@ def test_tensors_that_another_file_has_too_are_the_same_objects() -> None:
     assert second.tensors["a.b"] is first.tensors["a.b"] and second.tensors["a.c"].name is first.tensors["a.c"].name
 
 
+@pytest.mark.parametrize("long", [1, 65_400, 131_000, 300_000])
+@pytest.mark.parametrize(("number", "at"), [(2000, 0), (2000, 900), (2000, 1999), (1, 0)])
+def test_headers_of_many_pieces_and_names_longer_than_a_piece_are_read(long: int, number: int, at: int) -> None:
+    """Entries are read 65,536 characters at a time. `json` says what is right."""
+    infos, total = [], 0
+    for i in range(number):
+        infos.append(TensorInfo(f"layers.{i}.{'n' * long if i == at else 'weight'}", BY_NAME["U8"], (i % 3,), total))
+        total += i % 3
+    built = build_header(infos, {})
+    wanted = json.loads(built[8:])
+    read = parse_header(built[8:], len(built) + total).tensors
+    found = {name: (t.dtype.name, [*t.shape], [t.begin, t.begin + t.nbytes]) for name, t in read.items()}
+    assert found == {name: tuple(entry.values()) for name, entry in wanted.items()}
+    bad = built[8:].replace(b"U8", b"U" * 2 * long, 1)
+    with pytest.raises(BadFile, match="unknown dtype"):
+        parse_header(bad, 8 + len(bad) + total)
+
+
 def read_or_refuse(data: bytes, path: Path) -> None:
     """A BadFile, or a header that accounts for every byte of the file; nothing else."""
     path.write_bytes(data)
