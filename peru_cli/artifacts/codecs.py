@@ -12,7 +12,7 @@ import numpy as np
 
 from peru_cli.errors import BadFile
 from peru_cli.kernels import pco
-from peru_cli.kernels.build import at_once
+from peru_cli.kernels.compiling.build import at_once
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernel, kernels
+from peru_cli.kernels.compiling.build import kernel, kernels
 from peru_cli.kernels.scalars import ROUNDED, narrow
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]

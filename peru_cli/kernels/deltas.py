@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import Kernel, kernels
-from peru_cli.kernels.instructions import TOGETHER, differing, lowest, reaching
+from peru_cli.kernels.compiling.build import Kernel, kernels
+from peru_cli.kernels.compiling.instructions import TOGETHER, differing, lowest, reaching
 from peru_cli.kernels.scalars import CODES, DTYPES, WIDTHS, Float, Key, magnitude, order, widen
 
 Ints = np.ndarray[Any, np.dtype[Any]]

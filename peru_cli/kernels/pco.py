@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import Kernel, kernel, kernels
+from peru_cli.kernels.compiling.build import Kernel, kernel, kernels
 
 Integers = np.ndarray[Any, np.dtype[Any]]
 LEAST = 4096  # numbers from which level 8 means 256 bins at first

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernels
+from peru_cli.kernels.compiling.build import kernels
 from peru_cli.kernels.scalars import DTYPES, FLOATS, ROUNDED, Float, narrow, widen
 
 Floats = np.ndarray[Any, np.dtype[Any]]

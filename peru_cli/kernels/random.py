@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import Kernel, kernel
+from peru_cli.kernels.compiling.build import Kernel, kernel
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import kernels
+from peru_cli.kernels.compiling.build import kernels
 from peru_cli.kernels.merging.verbs import Flags, Floats, pointers
 from peru_cli.kernels.scalars import DTYPES, ROUNDED, Float, narrow, widen
 

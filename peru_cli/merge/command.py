@@ -227,7 +227,7 @@ def merge(
     if dtype == FP8 and density is not None:
         raise UsageError("--compress cannot be combined with --dtype fp8", "leave --dtype out: artifacts need a base of floats")
     if address is None and not run.dry_run:
-        from peru_cli.kernels.build import begin_beside
+        from peru_cli.kernels.compiling.build import begin_beside
 
         begin_beside()
 

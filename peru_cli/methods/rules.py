@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from peru_cli.kernels.build import Kernel
+from peru_cli.kernels.compiling.build import Kernel
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.statistics import Statistics
 from peru_cli.streaming.arrays import Array, Arrays

@@ -183,7 +183,7 @@ def prune(
     options.check_base_id(base_id)
     gates = parse_gates(fail_above or [])
     if address is None and not run.dry_run:
-        from peru_cli.kernels.build import begin_beside
+        from peru_cli.kernels.compiling.build import begin_beside
 
         begin_beside()
 

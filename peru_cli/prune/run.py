@@ -25,7 +25,7 @@ from peru_cli.checkpoints.quantized.layout import is_quantized
 from peru_cli.checkpoints.resolve import open_model
 from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import UsageError
-from peru_cli.kernels.build import compile_beside
+from peru_cli.kernels.compiling.build import compile_beside
 from peru_cli.kernels.deltas import counts, places, selects
 from peru_cli.methods.compact.magnitude import ALL_CHANGED, Threshold
 from peru_cli.prune.artifact import SEALED, Job, PruneOptions, PruneResult, PruneTask, is_in_place

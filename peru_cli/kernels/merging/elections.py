@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import Kernel, kernels
+from peru_cli.kernels.compiling.build import Kernel, kernels
 from peru_cli.kernels.merging.verbs import Flags, balance, decide, join, pointers
 from peru_cli.kernels.rounding import INFINITE, ROUNDS, Ints
 from peru_cli.kernels.scalars import MAGNITUDE, Float, narrow, widen

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import Kernel, kernels
+from peru_cli.kernels.compiling.build import Kernel, kernels
 from peru_cli.kernels.merging.verbs import Flags, Floats, pointers
 from peru_cli.kernels.scalars import DTYPES, FLOATS, Float, widen
 

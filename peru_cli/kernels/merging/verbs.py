@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peru_cli.kernels.build import Kernel, kernel, kernels
+from peru_cli.kernels.compiling.build import Kernel, kernel, kernels
 from peru_cli.kernels.scalars import DTYPES, FLOATS, MAGNITUDE, ROUNDED, Float, Key, narrow, widen
 
 Floats = np.ndarray[Any, np.dtype[Any]]

@@ -11,7 +11,7 @@ from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.local.journal import Journal
 from peru_cli.checkpoints.local.writer import CheckpointWriter
 from peru_cli.errors import UsageError
-from peru_cli.kernels.build import Kernel, compile_beside
+from peru_cli.kernels.compiling.build import Kernel, compile_beside
 from peru_cli.kernels.deltas import counts
 from peru_cli.kernels.merging import elections
 from peru_cli.kernels.merging.panels import vectors

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peru_cli.errors import UsageError
-from peru_cli.kernels.build import Kernel
+from peru_cli.kernels.compiling.build import Kernel
 from peru_cli.kernels.merging.ranking import ranks, stay_by_rank
 from peru_cli.kernels.merging.verbs import Flags, by_rank, disjoins
 from peru_cli.kernels.random import draws

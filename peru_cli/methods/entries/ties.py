@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peru_cli.kernels.build import Kernel
+from peru_cli.kernels.compiling.build import Kernel
 from peru_cli.kernels.merging.elections import elects
 from peru_cli.methods.parameters import Parameters
 from peru_cli.methods.rules import Election, Kept, Result, Rule, RuleInput, onto_base

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-_PROGRAM = "import gc; gc.disable(); from peru_cli.kernels.server import serve; serve()"  # it lives for seconds
+_PROGRAM = "import gc; gc.disable(); from peru_cli.kernels.compiling.server import serve; serve()"  # it lives for seconds
 
 
 class Beside:
@@ -59,7 +59,7 @@ class Beside:
 
     def _start(self) -> None:
         if self._process is None:
-            package = str(Path(__file__).parents[2])
+            package = str(Path(__file__).parents[3])
             path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM],

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peru_cli.kernels import beside, build, objects, random
-from peru_cli.kernels.beside import Beside
-from peru_cli.kernels.build import kernel
+from peru_cli.kernels import random
+from peru_cli.kernels.compiling import beside, build, objects
+from peru_cli.kernels.compiling.beside import Beside
+from peru_cli.kernels.compiling.build import kernel
 from peru_cli.kernels.merging import verbs
 
 DRAW = """
@@ -91,7 +92,7 @@ def draws(monkeypatch) -> build.Kernel:
 
 def test_a_process_beside_compiles_and_a_call_waits_for_it(folder: Path, draws: build.Kernel, monkeypatch) -> None:
     assert not build.at_once([draws])  # it begins
-    monkeypatch.setitem(sys.modules, "peru_cli.kernels.compile", None)  # this process cannot compile
+    monkeypatch.setitem(sys.modules, "peru_cli.kernels.compiling.compile", None)  # this process cannot compile
     out = np.empty(2, np.uint64)
     draws(0, 0, 0, 0, 0, 1, out)
     assert out.view(np.uint32).tolist() == FIRST
@@ -141,7 +142,7 @@ def test_without_a_home_loops_stay_in_memory(monkeypatch) -> None:
 def test_every_loop_has_a_unique_name() -> None:
     """Files use it as their name, and their contents are trusted."""
     seen: list[str] = []
-    modules = [module.name for module in pkgutil.walk_packages([str(Path(build.__file__).parent)], "peru_cli.kernels.")]
+    modules = [module.name for module in pkgutil.walk_packages([str(Path(build.__file__).parents[1])], "peru_cli.kernels.")]
     assert "peru_cli.kernels.merging.verbs" in modules
     for module in modules:
         for found in vars(importlib.import_module(module)).values():
@@ -152,7 +153,8 @@ def test_every_loop_has_a_unique_name() -> None:
 
 FORK = """
 import os, sys
-from peru_cli.kernels import build, random
+from peru_cli.kernels import random
+from peru_cli.kernels.compiling import build
 build.compile_beside([random._words])
 if not os.fork():
     print(random.words((0, 0), 0, 4).tolist(), flush=True)

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from peru_cli.console import console
-from peru_cli.kernels import objects
-from peru_cli.kernels.beside import Beside
+from peru_cli.kernels.compiling import objects
+from peru_cli.kernels.compiling.beside import Beside
 
 _KINDS = {
     "i1": ctypes.c_int8, "i2": ctypes.c_int16, "i4": ctypes.c_int32, "i8": ctypes.c_int64,
@@ -143,7 +143,7 @@ class Kernel:
         path = self.path
         if (code := objects.load(path)) is None:
             _tell()
-            from peru_cli.kernels.compile import object_file
+            from peru_cli.kernels.compiling.compile import object_file
 
             code = object_file(self.name, self._function, self._words, self._bound, _machine())
             objects.store(path, code)

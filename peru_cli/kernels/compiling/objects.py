@@ -19,8 +19,8 @@ _DIGEST = hashlib.sha256().digest_size
 
 @cache
 def sources() -> bytes:
-    """A digest of the sources of all loops: the files below this folder."""
-    total, folder = hashlib.sha256(), Path(__file__).parent
+    """A digest of the sources of all loops and of what compiles them: the files of `kernels`."""
+    total, folder = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return total.digest()

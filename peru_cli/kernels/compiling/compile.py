@@ -14,8 +14,8 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 
-from peru_cli.kernels.instructions import Instruction
-from peru_cli.kernels.objects import SYMBOL
+from peru_cli.kernels.compiling.instructions import Instruction
+from peru_cli.kernels.compiling.objects import SYMBOL
 
 _LIBRARY = {"memset", "memcpy", "memmove"}  # functions that compiled loops may call: every process has them
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # only loops call loops

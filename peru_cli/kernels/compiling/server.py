@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 from importlib import import_module
 
-from peru_cli.kernels.build import Kernel
+from peru_cli.kernels.compiling.build import Kernel
 
 _NOT_USED = "scipy"  # numba looks whether its BLAS is there; importing it takes a third of the start
 
@@ -20,7 +20,7 @@ _NOT_USED = "scipy"  # numba looks whether its BLAS is there; importing it takes
 def serve() -> None:
     """The process: compile what is asked for on stdin, and report it on stdout."""
     sys.modules[_NOT_USED] = None  # type: ignore[assignment]
-    from peru_cli.kernels import compile
+    from peru_cli.kernels.compiling import compile
 
     compile.warm_up()
     if not hasattr(os, "fork"):
