@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from peru_cli.checkpoints.hub.session import stream_hub
 from peru_cli.checkpoints.names.translated import bring_together
@@ -14,6 +16,22 @@ from peru_cli.checkpoints.source import Checkpoint
 from peru_cli.errors import Mismatch, PeruError
 from peru_cli.finetunes.adapter import as_unpacked
 from peru_cli.finetunes.open import open_fine_tune
+
+
+class Current:
+    """The pass that a worker was asked for last, and one thread's buffers for it."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self.step: Any = None
+        self.room: Any = None
+
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
+        """The pass of this key; the same one until another is asked for."""
+        if self._key != key:
+            self._key, self.step = key, make()
+            self.room = self.step.buffers()
+        return self.step
 
 
 @dataclass

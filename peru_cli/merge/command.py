@@ -246,7 +246,7 @@ def merge(
     from peru_cli.merge.recipe.write import Typed, check_path, recipe_text, write_text
     from peru_cli.methods.parameters import Parameters
     from peru_cli.methods.rules import Rule
-    from peru_cli.streaming.cluster import ray_cluster
+    from peru_cli.streaming.cluster import cluster_at
     from peru_cli.vectors.settings import streaming
 
     arguments = split_arguments(models)
@@ -366,10 +366,8 @@ def merge(
     with (
         TemporaryDirectory(prefix="peru-statistics-") if collects else nullcontext(stats or "") as folder,
         console.progress(total, "merge") as progress,
-        nullcontext()
-        if address is None
-        else ray_cluster(
-            address, MergeSources(There.of(models_given), names, chosen.name, varied, parameters, asked_for, tiles)
+        cluster_at(
+            address, lambda: MergeSources(There.of(models_given), names, chosen.name, varied, parameters, asked_for, tiles)
         ) as elsewhere,
         streaming(run.device if address is None else "cpu", run.threads, tiles, progress.advance, elsewhere) as how,
     ):

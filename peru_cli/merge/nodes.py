@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peru_cli.errors import UsageError
-from peru_cli.finetunes.nodes import There
+from peru_cli.finetunes.nodes import Current, There
 from peru_cli.merge.given import Given, build_by_tensor
 from peru_cli.merge.passes.matrices import taken
 from peru_cli.merge.passes.run import searched, together
@@ -35,22 +35,23 @@ class MergeStation(Station):
     plan: MergePlan = field(kw_only=True)
     rule: Rule = field(kw_only=True)
     how: StreamSettings = field(kw_only=True)
+    current: Current = field(default_factory=Current, init=False)
 
     def walk(self, kind: str, decided: Decided, slots: Sequence[int]) -> Walk:
         """A walk of this kind over these slots; the same one until another is asked for."""
-        key = kind, tuple(slots)
-        if self.held.get("key") != key:
+
+        def make() -> Walk:
             if self.rule.wants_products and kind == "Merge":
                 self.rule.decide(decided.products)
-            walk = _WALKS[kind](self.plan, self.rule, self.how, decided, slots)
-            self.held.update(key=key, walk=walk, room=walk.buffers())
-        found: Walk = self.held["walk"]
+            return _WALKS[kind](self.plan, self.rule, self.how, decided, slots)
+
+        found: Walk = self.current.get((kind, tuple(slots)), make)
         return found
 
     def room(self, walk: Walk) -> MergeBuffers:
         """The buffers of the walk that was asked for last."""
-        assert walk is self.held["walk"]
-        found: MergeBuffers = self.held["room"]
+        assert walk is self.current.step
+        found: MergeBuffers = self.current.room
         return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -227,7 +226,7 @@ def shuffle_pack(
     from peru_cli.pack.nodes import PackSources
     from peru_cli.pack.plan import PackOptions, plan_change, plan_pack
     from peru_cli.pack.residual import check_residual
-    from peru_cli.streaming.cluster import ray_cluster
+    from peru_cli.streaming.cluster import cluster_at
     from peru_cli.vectors.settings import streaming
 
     if decorrelate is not None and decorrelate not in DECORRELATE:
@@ -291,7 +290,7 @@ def shuffle_pack(
     passes += 2 * len(plan.vectors) if density is not None else 0
     with (
         console.progress(passes * plan.entries, "pack") as progress,
-        nullcontext() if address is None else ray_cluster(address, PackSources(There.of(given_models), names, chosen, tiles)) as elsewhere,
+        cluster_at(address, lambda: PackSources(There.of(given_models), names, chosen, tiles)) as elsewhere,
         streaming("cpu", run.threads, tiles, progress.advance, elsewhere) as how,
     ):
         verify_expanded(opened, how, progress.step)

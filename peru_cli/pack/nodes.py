@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peru_cli.errors import UsageError
-from peru_cli.finetunes.nodes import There
+from peru_cli.finetunes.nodes import Current, There
 from peru_cli.pack.orders import Step
 from peru_cli.pack.passes import Gather, Superpose
 from peru_cli.pack.plan import PackOptions, PackPlan, plan_pack
@@ -29,31 +29,31 @@ class PackStation:
 
     plan: PackPlan
     how: StreamSettings
-    room: Any = field(default=None, init=False)  # the buffers of the pass that was asked for last
-    _key: object = field(default=None, init=False)
-    _step: Any = field(default=None, init=False)
+    current: Current = field(default_factory=Current, init=False)
+
+    @property
+    def room(self) -> Any:
+        """The buffers of the pass that was asked for last."""
+        return self.current.room
 
     def gather(self) -> Gather:
         """The pass that measures."""
-        if self._key != "gather":
-            self._key, self._step = "gather", Gather(self.plan, self.how)
-            self.room = self._step.buffers()
-        found: Gather = self._step
+        found: Gather = self.current.get("gather", lambda: Gather(self.plan, self.how))
         return found
 
     def superpose(self, tasks: Sequence[str], exponents: Sequence[int]) -> Step:
         """The pass that adds up these tasks, which notes digests."""
-        key = tuple(tasks), tuple(exponents)
-        if self._key != key:
+
+        def make() -> Superpose:
             plan = self.plan
             for vector in self.plan.vectors:
                 if vector.name not in tasks:
                     plan = plan.without(vector.name)
             for tensor, exponent in zip(plan.sums, exponents, strict=True):
                 tensor.exponent = exponent
-            self._key, self._step = key, Superpose(plan, self.how, None)
-            self.room = self._step.buffers()
-        found: Step = self._step
+            return Superpose(plan, self.how, None)
+
+        found: Step = self.current.get((tuple(tasks), tuple(exponents)), make)
         return found
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peru_cli.artifacts.packs.pack import Sums, sum_leaves, sums_digest
+from peru_cli.artifacts.packs.pack import Sums, as_sums, sum_leaves
 from peru_cli.artifacts.packs.superposed import PackedTensor, PackMode
 from peru_cli.artifacts.packs.writer import PackWriter
-from peru_cli.checkpoints.digests import TensorDigest, leaves
+from peru_cli.checkpoints.digests import Digests, leaves
 from peru_cli.errors import BadFile
 from peru_cli.methods.compact.superpose import LARGEST, flip
 from peru_cli.pack.orders import Leaves, Measuring, Superposed, Superposing
@@ -162,11 +162,9 @@ class Superpose(_Walk):
         self._offsets = [0, *accumulate(tensor.info.entries for tensor in self._sums)]  # places in the stream of sums
         self.products = np.zeros((len(plan.vectors) + 1,) * 2)
         self.rounding = np.zeros(len(plan.vectors))
-        self.base_digests = {t.info.name: TensorDigest(t.base_dtype, t.info.shape) for t in self._sums}
-        self.sum_digests = {t.info.name: sums_digest(t.info) for t in self._sums}
-        self.results = [
-            {pair.fine.name: TensorDigest(pair.fine.dtype, pair.fine.shape) for pair in vector.pairs.values()} for vector in plan.vectors
-        ]
+        self.base_digests = Digests(plan.base.tensors.get)
+        self.sum_digests = Digests({t.info.name: as_sums(t.info) for t in self._sums}.get)
+        self.results = [Digests(vector.fine.tensors.get) for vector in plan.vectors]
 
     def apply(self, tile: Tile, room: PackBuffers) -> Added:
         record, n = self._sums[tile.tensor], tile.stop - tile.start
@@ -209,7 +207,7 @@ class Superpose(_Walk):
             self.noted.setdefault(what, []).append((name, start, found))
         else:
             trees = self.base_digests if what == "base" else self.sum_digests if what == "sums" else self.results[int(str(what))]
-            trees[name].add_at(start, found)
+            trees.add_at(name, start, found)
 
     def together(self, rows: Doubles, sums: Sums) -> Sums:
         """What is stored: the sums of the rounded rows, unless a method puts something else in their place."""

@@ -106,7 +106,7 @@ class PackSealer:
             self._store(task, plan)
         contents = sorted(self._contents.items())
         index.contents = [(len(content), digest) for digest, content in contents]
-        sums = checkpoint_digest({tensor.info.name: step.sum_digests[tensor.info.name].digest() for tensor in plan.sums})
+        sums = checkpoint_digest({tensor.info.name: step.sum_digests.digest(tensor.info.name) for tensor in plan.sums})
         before = self._new_base.commit if self._new_base is not None else lambda: None
         size = self._writer.finish(plan.metadata | {"peru.sums": sums.hex()}, index, [content for _, content in contents], before)
         square, products = float(step.products[-1, -1]), [float(x) for x in step.products[-1, :-1]]
@@ -135,7 +135,7 @@ class PackSealer:
             if tensor.mode == PackMode.BASE:
                 digest = plan.base.digest(tensor.info.name)[:SHORT]
             else:
-                digest = self._step.base_digests[tensor.info.name].digest()[:SHORT]
+                digest = self._step.base_digests.digest(tensor.info.name)[:SHORT]
             plan.base.agree({tensor.info.name: digest})
             if plan.old is None:
                 tensor.base_digest = digest
@@ -147,7 +147,7 @@ class PackSealer:
     def _fine_digest(self, number: int, own: dict[str, bytes]) -> bytes:
         """Digest of a whole fine-tune, given the digests of its own tensors."""
         vector = self._plan.vectors[number]
-        digests = {name: digest.digest() for name, digest in self._step.results[number].items()} | own
+        digests = self._step.results[number].all([pair.fine.name for pair in vector.pairs.values()]) | own
         for pair in self._plan.same[vector.name]:
             digests[pair.fine.name] = vector.fine.digest(pair.fine.name)
         return checkpoint_digest(digests)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -196,7 +195,7 @@ def prune(
     from peru_cli.prune import run as job
     from peru_cli.prune.doubts import find_doubts
     from peru_cli.prune.sources import WorkerSources
-    from peru_cli.streaming.cluster import ray_cluster
+    from peru_cli.streaming.cluster import cluster_at
     from peru_cli.streaming.tiles import DEFAULT_TILE
     from peru_cli.vectors.settings import streaming
 
@@ -258,7 +257,7 @@ def prune(
     with (
         folder_of(out, several),
         console.progress(total, "prune") as progress,
-        nullcontext() if address is None else ray_cluster(address, WorkerSources(There.of(opened), chosen, tasks_named, tile)) as elsewhere,
+        cluster_at(address, lambda: WorkerSources(There.of(opened), chosen, tasks_named, tile)) as elsewhere,
         streaming(run.device if address is None else "cpu", run.threads, tile, progress.advance, elsewhere) as how,
     ):
         verify_expanded(opened.given, how, progress.step)

@@ -144,9 +144,8 @@ def _passes(
     how, slots = family.how, len(family.slots)
     if how.xp.compiled and how.elsewhere is None and options.density is not None:
         dtypes = {(pair.fine.dtype.name, "f8" if task.wide else "f4") for task in family.tasks for pair in task.pairs.values()}
-        compile_beside(
-            [loop for loops in (selects, counts, places) for each in sorted(dtypes) for loop in loops(*each)]
-        )  # the longest first
+        # The longest first.
+        compile_beside([loop for loops in (selects, counts, places) for each in sorted(dtypes) for loop in loops(*each)])
     log = PruneLog(journal, family, select, [job.sink for job in jobs])
     per_slot, signs = options.by_tensor, options.values == "sign"
     first = log.restore(per_slot)

@@ -15,7 +15,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,11 @@ def _batches(tiles: Sequence[Any], most: int, parts: int) -> Iterator[list[Any]]
             batch, left, held = [], left - held, 0
     if batch:
         yield batch
+
+
+def cluster_at(address: str | None, recipe: Callable[[], Recipe]) -> AbstractContextManager[Cluster | None]:
+    """The Ray cluster at an address, see `ray_cluster`. Without one nothing is described, and this machine computes."""
+    return nullcontext() if address is None else ray_cluster(address, recipe())
 
 
 @contextmanager

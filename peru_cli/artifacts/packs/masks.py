@@ -24,7 +24,7 @@ from peru_cli.artifacts.packs.superposed import PackedTensor, PackIndex, TaskRec
 from peru_cli.artifacts.packs.writer import PackWriter
 from peru_cli.artifacts.sparse_delta import METADATA as SPARSE_METADATA
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
+from peru_cli.checkpoints.digests import SHORT, leaves
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
@@ -53,13 +53,8 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def mask_digest(info: TensorInfo) -> TensorDigest:
-    """Digests a tensor's mask as bytes 0 and 1."""
-    return TensorDigest(_BOOL, info.shape)
-
-
 def as_mask(info: TensorInfo) -> TensorInfo:
-    """The tensor that a tensor's mask is digested as."""
+    """The tensor that a tensor's mask is digested as: bytes 0 and 1."""
     return TensorInfo(info.name, _BOOL, info.shape)
 
 

@@ -26,7 +26,7 @@ from peru_cli.artifacts.packs.superposed import (
     decode_index,
 )
 from peru_cli.artifacts.sparse_delta import short_digest
-from peru_cli.checkpoints.digests import SHORT, TensorDigest, leaves
+from peru_cli.checkpoints.digests import SHORT, leaves
 from peru_cli.checkpoints.dtypes import BY_NAME
 from peru_cli.checkpoints.header import TensorInfo
 from peru_cli.checkpoints.places import Place
@@ -42,13 +42,8 @@ _CACHED_BLOCKS = 16
 _I32 = BY_NAME["I32"]
 
 
-def sums_digest(info: TensorInfo) -> TensorDigest:
-    """Digests a tensor's sums as 32-bit integers."""
-    return TensorDigest(_I32, info.shape)
-
-
 def as_sums(info: TensorInfo) -> TensorInfo:
-    """The tensor that a tensor's sums are digested as."""
+    """The tensor that a tensor's sums are digested as: 32-bit integers."""
     return TensorInfo(info.name, _I32, info.shape)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 _PROGRAM = "import gc; gc.disable(); from peru_cli.kernels.compiling.server import serve; serve()"  # it lives for seconds
 
@@ -27,24 +28,18 @@ class Beside:
     def begin(self) -> None:
         """Start it, if it can be started here."""
         with self._lock:
-            if self._works:
-                try:
-                    self._start()
-                except OSError:
-                    self._give_up()
+            self._start()
 
     def ask(self, lines: Sequence[str]) -> None:
         """Have loops compiled, in this order, unless that was asked for before."""
         with self._lock:
             new = [line for line in lines if line not in self._asked]
-            if new and self._works:
+            if new and (questions := self._start()) is not None:
+                self._asked |= {line: threading.Event() for line in new}
                 try:
-                    self._start()
-                    assert self._process is not None and self._process.stdin is not None
-                    self._asked |= {line: threading.Event() for line in new}
-                    self._process.stdin.write("".join(line + "\n" for line in new).encode())
-                    self._process.stdin.flush()
-                except OSError:  # no process can be started here, or it has ended
+                    questions.write("".join(line + "\n" for line in new).encode())
+                    questions.flush()
+                except OSError:  # it has ended
                     self._give_up()
 
     def is_done(self, line: str) -> bool:
@@ -57,20 +52,25 @@ class Beside:
         if (event := self._asked.get(line)) is not None:
             event.wait()
 
-    def _start(self) -> None:
-        if self._process is None:
+    def _start(self) -> IO[bytes] | None:
+        """Where the process takes questions, which begins now if it has not. None if it has ended, or none can be started here."""
+        if self._works and self._process is None:
             package = str(Path(__file__).parents[3])
             path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
-            )  # fmt: skip
-            threading.Thread(target=self._listen, name="compiled loops", daemon=True).start()
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+                )  # fmt: skip
+            except OSError:
+                self._give_up()
+                return None
+            threading.Thread(target=self._listen, args=[self._process.stdout], name="compiled loops", daemon=True).start()
+        return self._process.stdin if self._works and self._process is not None else None
 
-    def _listen(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
+    def _listen(self, reports: IO[bytes]) -> None:
+        for line in reports:
             if (event := self._asked.get(line.decode().rstrip("\n"))) is not None:
                 event.set()
         with self._lock:

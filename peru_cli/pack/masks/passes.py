@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peru_cli.artifacts.packs.masks import Block, MaskWriter, mask_digest, mask_leaves
+from peru_cli.artifacts.packs.masks import Block, MaskWriter, as_mask, mask_leaves
 from peru_cli.artifacts.packs.pack import Sums
+from peru_cli.checkpoints.digests import Digests
 from peru_cli.methods.compact.masking import Flags, Overlap
 from peru_cli.methods.compact.masks.table import MaskMethod
 from peru_cli.pack.passes import PIECE, Added, Doubles, Gather, PackBuffers, Superpose
@@ -121,7 +122,8 @@ class WriteMasks:
         self._writer, self._method, self._cuts, self._sums = writer, method, cuts, plan.sums
         self._quotas = [cut.equals for cut in cuts]  # equals that may still be kept
         self._found = np.zeros((len(cuts), 3))
-        self.mask_digests = [{t.info.name: mask_digest(t.info) for t in plan.sums} for _ in cuts]
+        masks = {t.info.name: as_mask(t.info) for t in plan.sums}
+        self.mask_digests = [Digests(masks.get) for _ in cuts]
 
     def buffers(self) -> PackBuffers:
         return self.inner.buffers()
@@ -164,7 +166,7 @@ class WriteMasks:
         result, blocks = committed
         name = self._sums[tile.tensor].info.name
         for digests, mask in zip(self.mask_digests, result.masks, strict=True):
-            digests[name].add_at(tile.start, mask_leaves(mask))
+            digests.add_at(name, tile.start, mask_leaves(mask))
         for block in blocks:
             self._writer.write(block)
 

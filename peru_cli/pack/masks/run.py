@@ -131,7 +131,7 @@ def make_masks(
         overlaps = step.settle()
         for record, cut, overlap, digests in zip(writer.masks, cuts, overlaps, step.mask_digests, strict=True):
             record.threshold, record.kept = repr(cut.threshold), int(overlap.kept)
-            record.digest = checkpoint_digest({name: digest.digest() for name, digest in digests.items()})
+            record.digest = checkpoint_digest(digests.all([tensor.info.name for tensor in plan.sums]))
         result = PackSealer(plan, step.inner, writer.pack, measured, predicted, {}, None, None, how).finish(target, scale, factors)
     result.best_scale = masking.best_scale(overlaps)
     reports = _report(plan, candidates, cuts, writer)
